@@ -3,7 +3,8 @@ The whole content of a server, by type: exactly, or with times made comparable.
 
 `exact` is for "nothing changed". `readable` is for expected states: instants are shown relative to the
 server's clock in tens of seconds ("now", "now+60s"), a TTL stands behind the key's name ("lane:L ~7200s"),
-the numbers in a lease hash read "<turn>.<position>", and the counters of all minutes are one sum ("stats").
+places in a lease hash read "<turn>.<position>", with the instant of the lease only where it is not now, and the counters
+of all minutes are one sum ("stats").
 """
 
 from __future__ import annotations
@@ -72,9 +73,13 @@ def _show(name: str, value: Any, now: int) -> Any:
 
 
 def _field(name: str, text: str) -> str:
-    if name.startswith("leased:") and text.isdigit() and int(text) >= 8192 and int(text) % 8192 <= 1000:
-        return f"{int(text) // 8192}.{int(text) % 8192}"
-    return text.strip() if name.startswith("leased:") else text
+    if not name.startswith("leased:"):
+        return text
+    text = text.strip().removesuffix(".now")
+    place, point, at = text.partition(".")
+    if place.isdigit() and int(place) >= 8192 and int(place) % 8192 <= 1000:
+        return f"{int(place) // 8192}.{int(place) % 8192}{point}{at}"
+    return text
 
 
 def _text(data: bytes, now: int) -> str:

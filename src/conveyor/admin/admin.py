@@ -10,15 +10,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import islice
 from typing import Any, TypeVar
 
 from conveyor.admin import doctor
+from conveyor.admin.job_search import FailureCount, JobFilter, began_at, last_failure
 from conveyor.admin.queue_directory import QueueDirectory
 from conveyor.admin.views import (
     LIVE,
     STATES,
     ActionResult,
+    FailureSummary,
     JobInfo,
     QueueInfo,
     WorkerInfo,
@@ -29,7 +32,7 @@ from conveyor.admin.views import (
     live_job,
 )
 from conveyor.errors import ConfigurationError, JobNotFound, StoreUnavailable
-from conveyor.ids import made_at_ms, public, split
+from conveyor.ids import logical, made_at_ms, public, split
 from conveyor.messaging.maintenance import redrive_batch
 from conveyor.messaging.partitions import refuse_full
 from conveyor.payload.codec import MAX_PAYLOAD
@@ -187,9 +190,14 @@ class Admin:
         offset: int = 0,
         limit: int = 50,
         task: str | None = None,
+        error: str | None = None,
+        since: datetime | None = None,
+        older: datetime | None = None,
     ) -> list[JobInfo]:
         """Return a page of the jobs that `each_job` yields."""
-        return list(self.each_job(queue, state, offset=offset, limit=limit, task=task))
+        return list(
+            self.each_job(queue, state, offset=offset, limit=limit, task=task, error=error, since=since, older=older)
+        )
 
     def each_job(
         self,
@@ -199,35 +207,60 @@ class Admin:
         offset: int = 0,
         limit: int | None = None,
         task: str | None = None,
+        error: str | None = None,
+        since: datetime | None = None,
+        older: datetime | None = None,
     ) -> Iterator[JobInfo]:
         """
         Yield jobs of a queue in a state, in the order in which they would be leased; read in pages.
 
-        *queue* None: of all queues. *state* None: all states except done. *limit*: at most so many, None: all. Dead and
-        finished jobs come newest first, partitions one after the other. While workers change the queue, a job may come
-        twice or be missed.
+        *queue* None: of all queues. *state* None: all states except done. *limit*: at most so many, None: all. *task*, *error*,
+        *since*, *older*: only those that a `JobFilter` of these accepts; no bodies of others are read. Dead and finished jobs
+        come newest first, partitions one after the other. While workers change the queue, a job may come twice or be missed.
         """
-        if state is not None and state not in STATES:
-            raise ConfigurationError(f"There is no state {state!r} to list. Known: {', '.join(STATES)}.")
+        wanted = JobFilter(task, error, since, older)
+        is_filtered = task is not None or wanted.needs_heads
         remaining = sys.maxsize if limit is None else limit
-        for name in self._answering(self._partition_names(queue)):
-            for one in (state,) if state else LIVE:
-                total = self._count_entries(self._keys(name), one)
-                if task is None and offset >= total:
-                    offset -= total
-                    continue
-                rows = self._list_state(name, one, 0 if task else offset, total, remaining, task)
-                chosen = (row for row in rows if task is None or row.task == task)
-                if task:
-                    while offset and next(chosen, None) is not None:
-                        offset -= 1
-                else:
-                    offset = 0
-                for job in islice(chosen, remaining):
-                    remaining -= 1
-                    yield job
-                if not remaining:
-                    return
+        for name, one in self._places(queue, state):
+            total = self._count_entries(self._keys(name), one)
+            if not is_filtered and offset >= total:
+                offset -= total
+                continue
+            rows = self._list_state(name, one, 0 if is_filtered else offset, total, remaining, wanted)
+            if is_filtered:
+                while offset and next(rows, None) is not None:
+                    offset -= 1
+            else:
+                offset = 0
+            for job in islice(rows, remaining):
+                remaining -= 1
+                yield job
+            if not remaining:
+                return
+
+    def each_id(self, queue: str | None, state: str | None, wanted: JobFilter) -> Iterator[tuple[str, str]]:
+        """Yield (partition or queue, public id) of the jobs that `each_job` would yield for *wanted*, and read no bodies."""
+        for name, one in self._places(queue, state):
+            total = self._count_entries(self._keys(name), one)
+            if one == "done":
+                chosen = self._list_finished(name, 0, total, wanted)
+                yield from ((name, job.id) for job in chosen)
+                continue
+            for row in self._heads(name, one, total, wanted):
+                yield name, public(name, row.id)
+
+    def failures(self, queue: str | None = None, *, most: int | None = None) -> FailureSummary:
+        """
+        Count dead letters by queue, task and last error, with when the first and the last of them died; read in pages.
+
+        *queue* None: of all queues. *most*: at most so many are read of each queue or partition, the newest; None: all.
+        """
+        count, everything, total = FailureCount(self._decoder), JobFilter(), 0
+        for name, _ in self._places(queue, "dead"):
+            dead = self._count_entries(self._keys(name), "dead")
+            total += dead
+            count.add(logical(name), name, islice(self._heads(name, "dead", dead, everything), most))
+        return FailureSummary(count.groups(), count.counted, total)
 
     def count_jobs(self, queue: str | None = None, state: str | None = None) -> int:
         """Count the jobs that `each_job` yields without *task*."""
@@ -333,23 +366,69 @@ class Admin:
         stubs = _integer(self.client.execute("HGET", keys.conf, "stubs", key=keys.conf) or 0) if state == "ready" else 0
         return int(getattr(counts, state)) + stubs
 
+    def _places(self, queue: str | None, state: str | None) -> Iterator[tuple[str, str]]:
+        """Yield the partitions that answer, each with every state that is asked for."""
+        if state is not None and state not in STATES:
+            raise ConfigurationError(f"There is no state {state!r} to list. Known: {', '.join(STATES)}.")
+        for name in self._answering(self._partition_names(queue)):
+            for one in (state,) if state else LIVE:
+                yield name, one
+
     def _list_state(
-        self, queue: str, state: str, offset: int, total: int, limit: int, task: str | None
+        self, queue: str, state: str, offset: int, total: int, limit: int, wanted: JobFilter
     ) -> Iterator[JobInfo]:
+        if state == "done":
+            yield from self._list_finished(queue, offset, total, wanted)
+            return
         keys = self._keys(queue)
-        size = SEARCH_SIZE if task else max(1, min(PAGE_SIZE, limit))
+        size = SEARCH_SIZE if wanted.task else max(1, min(PAGE_SIZE, limit))
+        rows: Iterator[JobRow]
+        if wanted.needs_heads:
+            rows = self._whole(keys, self._heads(queue, state, total, wanted))
+        else:
+            rows = self._rows(keys, state, offset, total, size, wanted.task)
+        # The limit bounds the page when bodies are decompression bombs.
+        yield from (live_job(queue, row, self._decoder, MAX_PAYLOAD) for row in rows)
+
+    def _list_finished(self, queue: str, offset: int, total: int, wanted: JobFilter) -> Iterator[JobInfo]:
+        keys = self._keys(queue)
+        for first in range(offset, total, PAGE_SIZE):
+            for entry in self.client.run(inspection.finished(keys, first, PAGE_SIZE)):
+                chosen = entry.status != "dead" and wanted.task in {None, entry.task}
+                if chosen and wanted.accepts(instant(entry.at), None):
+                    yield finished_job(queue, entry)
+
+    def _rows(
+        self, keys: QueueKeys, state: str, offset: int, total: int, size: int, task: str | None, *, heads: bool = False
+    ) -> Iterator[JobRow]:
         while offset < total:
-            if state == "done":
-                finished = self.client.run(inspection.finished(keys, offset, PAGE_SIZE))
-                yield from (finished_job(queue, entry) for entry in finished if entry.status != "dead")
-                offset += PAGE_SIZE
-                continue
-            page = self.client.run(inspection.list_jobs(keys, state, offset, size, task))
-            # The limit bounds the page when bodies are decompression bombs.
-            yield from (live_job(queue, row, self._decoder, MAX_PAYLOAD) for row in page.rows)
+            page = self.client.run(inspection.list_jobs(keys, state, offset, size, task, heads=heads))
+            yield from (row for row in page.rows if task is None or row.envelope.task == task)
             if not page.entries:
                 return
             offset += page.entries
+
+    def _heads(self, queue: str, state: str, total: int, wanted: JobFilter) -> Iterator[JobRow]:
+        """Yield the heads of those jobs in a state that are wanted."""
+        rows = self._rows(self._keys(queue), state, 0, total, PAGE_SIZE, wanted.task, heads=True)
+        if not wanted.needs_heads:
+            yield from rows
+            return
+        for row in rows:
+            since = began_at(row)
+            if state == "dead" and wanted.is_over(since):
+                return
+            failure = None if wanted.error is None else last_failure(row, queue, self._decoder)
+            if wanted.accepts(since, None if failure is None else f"{failure.type}: {failure.message}"):
+                yield row
+
+    def _whole(self, keys: QueueKeys, heads: Iterator[JobRow]) -> Iterator[JobRow]:
+        """Yield the jobs of *heads* with their bodies and all errors; those that have ended since are left out."""
+        while page := list(islice(heads, SEARCH_SIZE)):
+            while page:
+                read = self.client.run(inspection.whole_jobs(keys, page))
+                yield from read.rows
+                page = page[read.entries :]
 
     def _find(self, public_id: str) -> _JobLookup | None:
         queue, id_ = split(public_id)

@@ -72,6 +72,10 @@ class JobInfo:
     `id`: the public id. `task`: "" for a message. `attempt`: number of starts; `failures`: starts that used up the
     budget. `due`: when a scheduled job starts; `ended`: when a finished or dead one ended. `payload` and `result` are
     JSON text, None where nothing is kept.
+
+    `leased_at`: since when a worker holds the job; it runs from then on, unless all places of the worker are taken. `worker`,
+    `host` and `pid`: who holds it. `timeout_ms`: the time limit of an attempt, its own or that of its task in the worker that
+    holds it; None: no limit, or nobody holds it and it has none of its own.
     """
 
     id: str
@@ -94,6 +98,15 @@ class JobInfo:
     worker: str | None = None
     result: str | None = None
     reason: str = ""
+    leased_at: datetime | None = None
+    host: str | None = None
+    pid: int | None = None
+    timeout_ms: int | None = None
+
+    @property
+    def since(self) -> datetime | None:
+        """When its state began: its end, its lease, else when it was enqueued, None where that is not kept."""
+        return self.ended or self.leased_at or self.enqueued
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +124,35 @@ class WorkerInfo:
     held: int
     lease_ends: datetime
     about: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class FailureGroup:
+    """
+    Dead letters of one queue that failed alike.
+
+    `task`: "" for messages. `type`, `message`: of the last error, "" without one. `pattern`: the message with "…" for what differs.
+    `first`, `last`: when the oldest and the newest died. `id`, `message`: of the newest.
+    """
+
+    queue: str
+    task: str
+    type: str
+    message: str
+    pattern: str
+    count: int
+    first: datetime
+    last: datetime
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class FailureSummary:
+    """Groups of dead letters, the largest first, with how many of *total* dead letters were read for them: the newest."""
+
+    groups: list[FailureGroup]
+    read: int
+    total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +182,13 @@ def live_job(queue: str, row: JobRow, decoder: RecordDecoder, limit: int = MAX_L
     envelope, state = row.envelope, row.state
     name = sealed_name(envelope.task, envelope.extra.version)
     at = int(row.extra) if row.status in {"scheduled", "dead"} and row.extra else None
+    leased = row.status == "leased"
     return JobInfo(
         id=public(queue, row.id),
         queue=queue,
         status=row.status,
         task=envelope.task,
-        attempt=state.starts + (row.status == "leased"),  # the stored count does not include this start
+        attempt=state.starts + leased,  # the stored count does not include this start
         failures=state.failures,
         crashes=state.crashes,
         priority=envelope.priority,
@@ -157,8 +200,19 @@ def live_job(queue: str, row: JobRow, decoder: RecordDecoder, limit: int = MAX_L
         headers=dict(envelope.extra.headers),
         payload=decoder.preview(envelope.body, queue, name, row.id, limit=limit, call=bool(envelope.task)),
         errors=[error_info(decoder.failure(failure, queue, row.id)) for failure in state.failures_list()],
-        worker=row.extra if row.status == "leased" else None,
+        worker=row.extra if leased else None,
+        leased_at=instant_or_none(row.leased_ms),
+        host=row.about.get("host"),
+        pid=row.about.get("pid"),
+        timeout_ms=envelope.extra.timeout_ms or _task_limit(row.about, envelope.task),
     )
+
+
+def _task_limit(about: dict[str, Any], task: str) -> int | None:
+    """Return the time limit that a worker said *task* has; None for a record that is damaged."""
+    limits = about.get("timeouts")
+    limit = limits.get(task) if isinstance(limits, dict) else None
+    return limit if isinstance(limit, int) else None
 
 
 def finished_job(queue: str, entry: FinishedJob) -> JobInfo:

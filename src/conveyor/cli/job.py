@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from conveyor.cli.command import CommandGroup
-from conveyor.cli.completion import complete_queues, complete_tasks
 from conveyor.cli.exit import ExitCode
-from conveyor.cli.output import Output, confirm_options, machine_text, quantity
+from conveyor.cli.filters import selection_options
+from conveyor.cli.output import Output, confirm_options, machine_text, quantity, short_time
 from conveyor.cli.queue import say_unanswered
 from conveyor.cli.target import Target, redis_options
 from conveyor.units import span
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     from conveyor.admin.admin import Admin
+    from conveyor.admin.job_search import JobFilter
     from conveyor.admin.views import ActionResult, JobInfo
 
-STATES = ("leased", "ready", "scheduled", "dead", "done")
 SHOWN = 50
 """Jobs that a terminal shows unless another number is asked for."""
-HEADINGS = ("id", "queue", "task", "state", "attempt", "when", "about")
+_REFUSALS_SHOWN = 20
 
 
 @click.group(cls=CommandGroup)
@@ -34,30 +35,26 @@ def job() -> None:
 
 
 @job.command("list")
-@click.option("--queue", "queue", metavar="QUEUE", shell_complete=complete_queues, help="Only jobs of this queue.")
-@click.option(
-    "--state", type=click.Choice(STATES), help="Only jobs in this state.  [default: all that have not ended, and dead ones]"
-)  # fmt: skip
-@click.option("--task", metavar="TASK", shell_complete=complete_tasks, help="Only jobs of this task.")
+@selection_options
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many.  [default: 50 on a terminal, else all]")
 @click.option("--offset", type=click.IntRange(min=0), default=0, help="Skip so many first.")
 @click.option("-q", "--ids", "ids_only", is_flag=True, help="Print ids only.")
 @redis_options
 def list_(
-    target: Target, out: Output, queue: str | None, state: str | None, task: str | None, limit: int | None, offset: int,
-    ids_only: bool,
+    target: Target, out: Output, queue: str | None, state: str | None, wanted: JobFilter | None, limit: int | None,
+    offset: int, ids_only: bool,
 ) -> None:  # fmt: skip
     """
     List jobs, in the order in which they are leased.
 
-    Dead and done ones come newest first.
+    Without --state: all that have not ended, and dead ones. Dead and done ones come newest first.
     """
     admin = target.admin()
     if out.on_terminal and not out.as_json:
-        _show_page(out, admin, queue, state, task, offset, limit or SHOWN, ids_only)
+        _show_page(out, admin, queue, state, wanted, offset, limit or SHOWN, ids_only)
         say_unanswered(out, admin)
         return
-    jobs = admin.each_job(queue, state, task=task, offset=offset, limit=limit)
+    jobs = admin.each_job(queue, state, offset=offset, limit=limit, **_named(wanted))
     if out.as_json:
         out.document("jobs", jobs=list(jobs))
         say_unanswered(out, admin)
@@ -67,21 +64,27 @@ def list_(
     say_unanswered(out, admin)
 
 
+def _named(wanted: JobFilter | None) -> dict[str, Any]:
+    """Return a filter as the parameters of `Admin.jobs`."""
+    return {} if wanted is None else asdict(wanted)
+
+
 def _show_page(
-    out: Output, admin: Admin, queue: str | None, state: str | None, task: str | None, offset: int, limit: int,
+    out: Output, admin: Admin, queue: str | None, state: str | None, wanted: JobFilter | None, offset: int, limit: int,
     ids_only: bool,
 ) -> None:  # fmt: skip
-    jobs = admin.jobs(queue, state, task=task, offset=offset, limit=limit + 1)  # one more tells if that is all
+    # One more tells if that is all.
+    jobs = admin.jobs(queue, state, offset=offset, limit=limit + 1, **_named(wanted))
     more, jobs = len(jobs) > limit, jobs[:limit]
     if ids_only:
         for info in jobs:
             out.line(info.id)
     elif jobs:
-        out.table(HEADINGS, [_row(info) for info in jobs])
+        _print_jobs(out, jobs)
     else:
         out.say("No jobs match.")
     if more:
-        of = "" if task else f" of {admin.count_jobs(queue, state):,}"
+        of = "" if wanted else f" of {admin.count_jobs(queue, state):,}"
         out.say(f"Showing {limit}{of}. More: --limit {2 * limit}, or --offset {offset + limit}")
 
 
@@ -116,6 +119,10 @@ def show(target: Target, out: Output, id_: str) -> None:
             ("ran_ms", info.ran_ms),
             ("unique", info.unique),
             ("worker", info.worker),
+            ("host", info.host),
+            ("pid", None if info.pid is None else str(info.pid)),
+            ("leased_at", info.leased_at),
+            ("timeout", _limit(info, out)),
             ("headers", ", ".join(f"{key}={value}" for key, value in info.headers.items())),
             ("payload", info.payload),
             ("result", info.result),
@@ -129,59 +136,150 @@ def show(target: Target, out: Output, id_: str) -> None:
 
 
 @job.command()
-@click.argument("ids", nargs=-1, required=True, metavar="ID... | -")
+@click.argument("ids", nargs=-1, metavar="[ID... | -]")
+@selection_options
+@confirm_options
 @redis_options
-def retry(target: Target, out: Output, ids: tuple[str, ...]) -> int:
+def retry(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run: bool, **selection: Any) -> int:
     """
     Make dead and scheduled jobs ready now.
 
-    Dead ones get a new budget of attempts.
+    Dead ones get a new budget of attempts. Jobs are named by ids, or chosen by options: of those the dead ones, unless --state
+    says otherwise.
     """
-    return _print_results(out, "retry", target.admin().retry(_read_ids(ids)))
+    admin = target.admin()
+    chosen, by_options = _choose(admin, ids, ("dead",), ("dead", "scheduled"), **selection)
+    needs_confirmation = by_options or dry_run
+    return _act(
+        out, "retry", chosen, admin.retry, "Retry {}?" if needs_confirmation else "", yes=yes, dry_run=dry_run,
+        by_options=by_options,
+    )  # fmt: skip
 
 
 @job.command()
-@click.argument("ids", nargs=-1, required=True, metavar="ID... | -")
+@click.argument("ids", nargs=-1, metavar="[ID... | -]")
+@selection_options
 @confirm_options
 @redis_options
-def cancel(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run: bool) -> int:
+def cancel(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run: bool, **selection: Any) -> int:
     """
     Cancel jobs that have not ended.
 
-    A running job is stopped by its worker.
+    A running job is stopped by its worker. Jobs are named by ids, or chosen by options.
     """
-    chosen = _read_ids(ids)
-    needs_confirmation = len(chosen) > 1 or dry_run
-    if needs_confirmation and not out.confirm(f"Cancel {_describe_ids(chosen)}?", yes=yes, dry_run=dry_run):
-        return ExitCode.OK
-    return _print_results(out, "cancel", target.admin().cancel(chosen))
+    admin = target.admin()
+    states = ("ready", "scheduled", "leased")  # so that a job is asked for after it may have been leased
+    chosen, by_options = _choose(admin, ids, states, states, **selection)
+    needs_confirmation = by_options or len(chosen) > 1 or dry_run
+    return _act(
+        out, "cancel", chosen, admin.cancel, "Cancel {}?" if needs_confirmation else "", yes=yes, dry_run=dry_run,
+        by_options=by_options,
+    )  # fmt: skip
 
 
 @job.command()
-@click.argument("ids", nargs=-1, required=True, metavar="ID... | -")
+@click.argument("ids", nargs=-1, metavar="[ID... | -]")
+@selection_options
 @confirm_options
 @redis_options
-def delete(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run: bool) -> int:
-    """Remove jobs and dead letters completely; leased ones are refused."""
-    chosen = _read_ids(ids)
-    if not chosen or not out.confirm(f"Delete {_describe_ids(chosen)} permanently?", yes=yes, dry_run=dry_run):
+def delete(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run: bool, **selection: Any) -> int:
+    """
+    Remove jobs and dead letters completely; leased ones are refused.
+
+    Jobs are named by ids, or chosen by options.
+    """
+    admin = target.admin()
+    states = ("ready", "scheduled", "dead")
+    chosen, by_options = _choose(admin, ids, states, states, **selection)
+    return _act(
+        out, "delete", chosen, admin.delete, "Delete {} permanently?", yes=yes, dry_run=dry_run, by_options=by_options
+    )
+
+
+def _choose(
+    admin: Admin, ids: tuple[str, ...], states: Sequence[str], possible: Sequence[str], *,
+    queue: str | None, state: str | None, wanted: JobFilter | None,
+) -> tuple[list[str], bool]:  # fmt: skip
+    """Return the ids that a command acts on, and whether options chose them: jobs in *state*, else in *states*."""
+    from conveyor.admin.job_search import JobFilter
+
+    by_options = not (queue is None and state is None and wanted is None)
+    if bool(ids) is by_options:
+        what = "ids and options, which both choose jobs" if ids else "nothing that chooses jobs"
+        raise click.UsageError(f"There are {what}: give ids, - for those on standard input, or options.")
+    if ids:
+        return _read_ids(ids), False
+    if state is not None and state not in possible:
+        raise click.UsageError(f"Jobs that are {state} cannot be chosen here: {' or '.join(possible)}.")
+    found = (
+        id_ for one in ([state] if state else states) for _, id_ in admin.each_id(queue, one, wanted or JobFilter())
+    )
+    return list(dict.fromkeys(found)), True
+
+
+def _act(
+    out: Output, schema: str, chosen: Sequence[str], action: Callable[[Sequence[str]], list[ActionResult]], question: str,
+    *, yes: bool, dry_run: bool, by_options: bool,
+) -> int:  # fmt: skip
+    """Carry out *action* on jobs, when there are some and *question* is answered; "": without one."""
+    if not chosen:
+        if by_options:
+            out.say("No jobs match.")
+            if out.as_json:
+                out.document(schema, jobs=[])
         return ExitCode.OK
-    return _print_results(out, "delete", target.admin().delete(chosen))
+    if question and not out.confirm(question.format(_describe_ids(chosen)), yes=yes, dry_run=dry_run):
+        return ExitCode.OK
+    return _print_results(out, schema, action(chosen), summary=by_options)
 
 
 def _row(info: JobInfo) -> tuple[object, ...]:
-    when: datetime | None = info.due or info.ended or info.enqueued
-    about = ""
-    if info.errors:
-        about = f"{info.errors[-1].type}: {info.errors[-1].message}"
-    elif info.worker:
-        about = f"worker {info.worker}"
-    elif info.payload:
-        about = info.payload[:200]
-    elif info.ran_ms is not None:
-        about = f"ran {span(info.ran_ms / 1000)}"
+    """Return the row of a job for programs: nothing is cut."""
+    when = info.due or info.ended or info.leased_at or info.enqueued
     attempt = None if info.payload is None else info.attempt  # not kept for a job that has ended
-    return (info.id, info.queue, info.task or None, info.status, attempt, when, about)
+    return (info.id, info.queue, info.task or None, info.status, attempt, when, _about(info))
+
+
+def _print_jobs(out: Output, jobs: Sequence[JobInfo]) -> None:
+    """Print jobs on a terminal. A generated id names its queue, so that the queue has a column only beside ids of callers."""
+    from conveyor.ids import split
+
+    named = all(split(info.id)[0] for info in jobs)
+    headings = ["id", *(() if named else ("queue",)), "state", "task", "when", "about"]
+    rows = []
+    for info in jobs:
+        when, about = info.due or info.since, _about(info)
+        moment = when and (
+            short_time(when) if info.leased_at is None else f"for {short_time(when).removesuffix(' ago')}"
+        )
+        if info.errors and info.attempt > 1:
+            about = f"attempt {info.attempt}: {about}"
+        rows.append([info.id, *(() if named else (info.queue,)), info.status, info.task, moment, about])
+    out.table(headings, rows, narrow="task", below=True)
+
+
+def _about(info: JobInfo) -> str:
+    """Return what says most about a job: who runs it, its last error, its payload, or how long it ran."""
+    error = f"{info.errors[-1].type}: {info.errors[-1].message}" if info.errors else ""
+    if info.worker:
+        place = f"{info.host}:{info.pid}" if info.host else f"worker {info.worker}"
+        limit = (
+            f", time limit {span(info.timeout_ms / 1000)}"
+            if info.timeout_ms
+            else ", no time limit"
+            if info.task
+            else ""
+        )
+        return f"on {place}{limit}{f'; before: {error}' if error else ''}"
+    if error or info.payload:
+        return error or info.payload or ""
+    return "" if info.ran_ms is None else f"ran {span(info.ran_ms / 1000)}"
+
+
+def _limit(info: JobInfo, out: Output) -> timedelta | str | None:
+    if info.timeout_ms:
+        return timedelta(milliseconds=info.timeout_ms)
+    return "none" if out.on_terminal and info.worker and info.task else None
 
 
 def _read_ids(ids: Sequence[str]) -> list[str]:
@@ -198,9 +296,16 @@ def _describe_ids(ids: Sequence[str]) -> str:
     return f"{quantity(len(ids), 'job')} ({', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})"
 
 
-def _print_results(out: Output, schema: str, results: Sequence[ActionResult]) -> int:
+def _print_results(out: Output, schema: str, results: Sequence[ActionResult], *, summary: bool) -> int:
     if out.as_json:
         out.document(schema, jobs=results)
+    elif summary and out.on_terminal:
+        others = [one for one in results if not one.done]
+        if others:
+            shown = [(one.id, one.outcome, one.detail) for one in others[:_REFUSALS_SHOWN]]
+            out.table(("id", "outcome", "detail"), shown, below=True)
+        for outcome, number in Counter(one.outcome for one in results).items():
+            out.line(f"{quantity(number, 'job')} {outcome}.")
     else:
         out.table(("id", "outcome", "detail"), [(one.id, one.outcome, one.detail) for one in results])
     if any(one.outcome == "not found" for one in results):

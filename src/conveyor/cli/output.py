@@ -24,6 +24,8 @@ _COLOURS = {
     "dead": "red", "leased": "cyan", "scheduled": "yellow", "ready": "green", "cancelled": "magenta",
     "paused": "yellow", "stranded": "red", "not found": "red", "refused": "red",
 }  # fmt: skip
+_LEAST_BESIDE = 40
+"""Columns that the last column of a table has at least, or it is printed below each row."""
 MARKS = {"ok": ("✓", "green"), "note": ("·", "cyan"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
 
 
@@ -52,10 +54,17 @@ class Output:
         """Print a line that is not data, on standard error."""
         click.echo(clean_lines(text), err=True)
 
-    def table(self, headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Print rows: aligned under headings on a terminal, otherwise tab-separated without them."""
+    def table(
+        self, headings: Sequence[str], rows: Sequence[Sequence[object]], *, narrow: str = "", below: bool = False
+    ) -> None:
+        """
+        Print rows: aligned under headings on a terminal, otherwise tab-separated without them.
+
+        On a terminal too narrow for them, the start of the column *narrow* is cut, and with *below* the last column is
+        printed in a line of its own below each row.
+        """
         if self.on_terminal:
-            _print_aligned(headings, rows)
+            _print_aligned(headings, rows, narrow, below=below)
         else:
             for row in rows:
                 _print("\t".join(machine_text(cell) for cell in row))
@@ -129,6 +138,22 @@ def human_text(value: object) -> str:
     return clean(str(value))
 
 
+def short_time(at: datetime) -> str:
+    """Return how far away an instant is, in one unit: ``38 m ago``, ``in 2 h``."""
+    seconds = (at - datetime.now(UTC)).total_seconds()
+    parts = span(max(1.0, round(abs(seconds)))).split()
+    text = f"{parts[0].partition('.')[0]} {parts[1]}"
+    return f"in {text}" if seconds > 0 else f"{text} ago"
+
+
+def clock_time(at: datetime) -> str:
+    """Return an instant as a local time: ``02:14`` of today, ``Nov 26 23:50``, ``2025-11-26``."""
+    local, now = at.astimezone(), datetime.now(UTC).astimezone()
+    if local.date() == now.date():
+        return f"{local:%H:%M}"
+    return f"{local:%b %d %H:%M}" if abs(now - local) < timedelta(days=180) else f"{local:%Y-%m-%d}"
+
+
 def iso_timestamp(at: datetime) -> str:
     """Return an instant as ISO 8601 in UTC, with milliseconds."""
     return at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -177,23 +202,46 @@ def _to_json(value: object) -> object:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-def _print_aligned(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def terminal_width() -> int:
+    """Return the columns of the terminal; 80 where that is not known."""
+    return shutil.get_terminal_size().columns
+
+
+def shortened(text: str, width: int) -> str:
+    """Return *text* in at most *width* characters: the end of a longer one is cut."""
+    return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
+
+
+def _print_aligned(
+    headings: Sequence[str], rows: Sequence[Sequence[object]], narrow: str = "", *, below: bool = False
+) -> None:
     cells = [[human_text(cell) for cell in row] for row in rows]
     numeric = [all(isinstance(row[i], int | float | timedelta | None) for row in rows) for i in range(len(headings))]
     widths = [max([len(name), *(len(row[i]) for row in cells)]) for i, name in enumerate(headings)]
-    last_width = shutil.get_terminal_size().columns - sum(widths[:-1]) - 2 * (len(widths) - 1)
-    widths[-1] = min(widths[-1], max(last_width, 12))
+    columns = terminal_width()
+    last_width = columns - sum(widths[:-1]) - 2 * (len(widths) - 1)
+    below = below and last_width < min(widths[-1], _LEAST_BESIDE)
+    shown = len(headings) - below  # columns that stand in the row itself
+    if not below:
+        widths[-1] = min(widths[-1], max(last_width, 12))
+    if narrow:
+        at, excess = headings.index(narrow), sum(widths[:shown]) + 2 * (shown - 1) - columns
+        widths[at] = max(widths[at] - max(excess, 0), min(widths[at], 12))
 
     def padded(row: Sequence[str]) -> list[str]:
-        fitted = [*row[:-1], row[-1] if len(row[-1]) <= widths[-1] else row[-1][: widths[-1] - 1] + "…"]
+        fitted = [shortened(cell, widths[i]) if i + 1 == len(headings) else cell for i, cell in enumerate(row)]
+        if narrow and len(row[at]) > widths[at]:
+            fitted[at] = "…" + row[at][1 - widths[at] :]
         return [
-            cell.rjust(widths[i]) if numeric[i] else cell.ljust(widths[i]) if i + 1 < len(row) else cell
-            for i, cell in enumerate(fitted)
+            cell.rjust(widths[i]) if numeric[i] else cell.ljust(widths[i]) if i + 1 < shown else cell
+            for i, cell in enumerate(fitted[:shown])
         ]
 
     _print(click.style("  ".join(padded([name.upper() for name in headings])).rstrip(), bold=True))
     for row in cells:
         _print("  ".join(_colour_state(cell) for cell in padded(row)).rstrip())
+        if below and row[-1] not in {"", "-"}:
+            _print("    " + shortened(row[-1], columns - 4))
 
 
 def _colour_state(cell: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -9,15 +10,25 @@ import click
 
 from conveyor.cli.command import CommandGroup
 from conveyor.cli.completion import complete_queues
-from conveyor.cli.output import Output, confirm_options, quantity
+from conveyor.cli.filters import filter_options
+from conveyor.cli.output import (
+    Output,
+    clock_time,
+    confirm_options,
+    iso_timestamp,
+    quantity,
+    shortened,
+    terminal_width,
+)
 from conveyor.cli.target import Target, redis_options
-from conveyor.ids import clean
+from conveyor.ids import clean, logical
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from conveyor.admin.admin import Admin
-    from conveyor.admin.views import QueueInfo
+    from conveyor.admin.job_search import JobFilter
+    from conveyor.admin.views import FailureGroup, FailureSummary, QueueInfo
 
 _HEADINGS = ("queue", "ready", "scheduled", "leased", "dead", "workers", "oldest", "state")
 _NAME = click.argument("name", metavar="QUEUE", shell_complete=complete_queues)
@@ -53,7 +64,48 @@ def _row(info: QueueInfo) -> tuple[object, ...]:
     return (info.name, *counts, oldest, state, info.partitions)
 
 
-@click.group(cls=CommandGroup)
+from conveyor.cli.command import CommandGroup
+from conveyor.cli.completion import complete_queues
+def print_failures(out: Output, summary: FailureSummary, *, most: int, queues: bool) -> None:
+    """
+    Print groups of dead letters on a terminal, the *most* largest: how many, error, task, first and last seen, message.
+
+    *queues*: each names its queue.
+    """
+    if not summary.total:
+        return
+    groups = summary.groups[:most]
+    counts = [f"{group.count:,}x" for group in groups]
+    whats = [_failure_name(group) for group in groups]
+    whens = [f"first {clock_time(group.first)}  last {clock_time(group.last)}" for group in groups]
+    homes = [f"  in {group.queue}" if queues else "" for group in groups]
+    width = max(map(len, counts)) + 2
+    room = terminal_width() - width - 4 - max(len(when + home) for when, home in zip(whens, homes, strict=True))
+    room = max(12, min(room, max(map(len, whats))))
+    out.line("")
+    out.line(f"{quantity(summary.total, 'dead letter')}:")
+    for group, count, what, when, home in zip(groups, counts, whats, whens, homes, strict=True):
+        out.line(f"{count.rjust(width)}  {click.style(shortened(what, room).ljust(room), fg='red')}  {when}{home}")
+        if group.message:
+            indent, sample = width + 2, "" if group.message == group.pattern else "e.g. "
+            out.line(f"{' ' * indent}{shortened(clean(sample + group.message), terminal_width() - indent)}")
+    if len(summary.groups) > most:
+        rest = summary.groups[most:]
+        count = quantity(sum(group.count for group in rest), "dead letter")
+        out.line(f"{' ' * (width + 2)}… and {count} with {len(rest)} other errors")
+    if summary.read < summary.total:
+        out.say(
+            f"The newest {summary.read:,} of {summary.total:,} dead letters were read. All: conveyor queue show QUEUE"
+        )
+
+
+def _failure_name(group: FailureGroup) -> str:
+    """Return the class of an error, without its module, and the task."""
+    kind = clean(group.type.rpartition(".")[2] or "no error")
+    return f"{kind} in {clean(group.task)}" if group.task else kind
+
+
+@click.group()
 def queue() -> None:
     """List, pause, purge and redrive queues."""
 
@@ -77,11 +129,12 @@ def list_(target: Target, out: Output) -> None:
 @_NAME
 @redis_options
 def show(target: Target, out: Output, name: str) -> None:
-    """Show one queue, or one partition (orders/3), and its workers."""
+    """Show one queue, or one partition (orders/3), its workers, and its dead letters by what failed."""
     admin = target.admin()
     info, workers, partitions = admin.queue(name), admin.workers(name), admin.partitions(name)
+    failures = admin.failures(name)
     if out.as_json:
-        out.document("queue", queue=info, workers=workers, partitions=partitions)
+        out.document("queue", queue=info, workers=workers, partitions=partitions, failures=failures)
         return
     say_unanswered(out, admin)
     out.pairs(
@@ -99,6 +152,7 @@ def show(target: Target, out: Output, name: str) -> None:
             ("unplaced", info.unplaced),
             ("workers", info.workers),
             ("partitions", info.partitions),
+            *(() if out.on_terminal else _failure_pairs(failures)),
         ]
     )
     if partitions and out.on_terminal:
@@ -108,6 +162,34 @@ def show(target: Target, out: Output, name: str) -> None:
         out.line("")
         rows = [(worker.id, worker.host, str(worker.pid or ""), worker.held, worker.lease_ends) for worker in workers]
         out.table(("worker", "host", "pid", "holds", "lease ends"), rows)
+    if out.on_terminal:
+        print_failures(out, failures, most=10, queues=False)
+        if failures.groups:
+            out.line("")
+            out.line(click.style(f"Put the first back: {_redrive_command(name, failures.groups)}", dim=True))
+
+
+def _failure_pairs(failures: FailureSummary) -> Iterator[tuple[str, object]]:
+    for number, group in enumerate(failures.groups, 1):
+        seen = f"first {iso_timestamp(group.first)} last {iso_timestamp(group.last)}"
+        what = f"{group.type or 'no error'} in {group.task}" if group.task else group.type or "no error"
+        yield f"failure.{number}", f"{group.count}x {what} {seen}: {group.pattern}"
+
+
+def _redrive_command(name: str, groups: Sequence[FailureGroup]) -> str:
+    """
+    Return the command that puts the first of *groups* back, quoted for a shell.
+
+    The start of its message is named too where another group has the same error and task.
+    """
+    group = groups[0]
+    error, start = group.type.rpartition(".")[2], group.pattern.partition("…")[0].rstrip()
+    if start and any((one.type, one.task) == (group.type, group.task) for one in groups[1:]):
+        error += f": {start}"
+    words = ["conveyor", "queue", "redrive", logical(name)]
+    words += ["--error", error] if group.type else []
+    words += ["--task", group.task] if group.task else []
+    return clean(shlex.join(words))
 
 
 @queue.command()
@@ -150,22 +232,26 @@ def purge(target: Target, out: Output, name: str, dead: bool, yes: bool, dry_run
 @queue.command()
 @_NAME
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many, the oldest.")
+@filter_options
 @confirm_options
 @redis_options
-def redrive(target: Target, out: Output, name: str, limit: int | None, yes: bool, dry_run: bool) -> None:
+def redrive(
+    target: Target, out: Output, name: str, limit: int | None, wanted: JobFilter | None, yes: bool, dry_run: bool
+) -> None:
     """
-    Put dead letters back, oldest first.
+    Put dead letters back, oldest first: all, or those that the options choose.
 
     They get a new budget of attempts.
     """
     admin = target.admin()
     available = admin.queue(name).dead
-    chosen = available if limit is None else min(limit, available)
+    ids = None if wanted is None else [id_ for _, id_ in admin.each_id(name, "dead", wanted)][::-1][:limit]
+    chosen = min(available if limit is None else limit, available) if ids is None else len(ids)
     moved = 0
     if chosen and out.confirm(f"Put {quantity(chosen, 'dead letter')} back into {name}?", yes=yes, dry_run=dry_run):
-        moved = admin.redrive(name, limit=chosen)
+        moved = admin.redrive(name, limit=chosen, ids=ids or ())
     elif not chosen:
-        out.say(f"{name} has no dead letters.")
+        out.say(f"{name} has no dead letters." if not available else "No dead letters match.")
     _print_count(out, "redrive", name, "redriven", chosen if dry_run else moved, dry_run=dry_run)
 
 

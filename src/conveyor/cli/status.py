@@ -10,7 +10,7 @@ import click
 from conveyor.cli.command import LeafCommand
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import MARKS, Output, quantity
-from conveyor.cli.queue import print_queues, say_unanswered
+from conveyor.cli.queue import print_failures, print_queues, say_unanswered
 from conveyor.cli.target import Target, redis_options
 from conveyor.ids import clean, logical
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from conveyor.admin.views import WorkerInfo
 
 _MAX_WORKERS = 10
+_MAX_FAILURES = 5
+_MAX_DEAD_LETTERS = 10_000
+"""Dead letters that are read of each queue or partition, the newest, so that the command stays quick."""
 
 
 @click.command(cls=LeafCommand)
@@ -29,13 +32,15 @@ def status(target: Target, out: Output) -> int:
     """Show queues, workers and problems. Exits 8 when something is wrong."""
     admin = target.admin()
     report, queues, workers = admin.doctor(), admin.queues(), admin.workers()
+    failures = admin.failures(most=_MAX_DEAD_LETTERS)
     shown = [
         finding for finding in report.findings if finding.level in {"problem", "warning"} or _is_queue_note(finding)
     ]
     if out.as_json:
         out.document(
             "status", healthy=report.healthy, url=report.url, namespace=admin.client.namespace, family=report.family,
-            version=report.version, queues=queues, workers=workers, findings=[asdict(finding) for finding in shown],
+            version=report.version, queues=queues, workers=workers, failures=failures,
+            findings=[asdict(finding) for finding in shown],
         )  # fmt: skip
         return ExitCode.OK if report.healthy else ExitCode.UNHEALTHY
     if out.on_terminal:
@@ -47,6 +52,7 @@ def status(target: Target, out: Output) -> int:
         out.say("There are no queues yet.")
     if out.on_terminal:
         _print_workers(out, workers)
+        print_failures(out, failures, most=_MAX_FAILURES, queues=True)
     say_unanswered(out, admin)
     if shown and out.on_terminal:
         out.line("")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -62,13 +62,19 @@ def total(parts: Sequence[QueueCounts]) -> QueueCounts:
 
 @dataclass(frozen=True, slots=True)
 class JobRow:
-    """One job: `extra` is its due instant or its death in ms, or the worker that has leased it."""
+    """
+    One job: `extra` is its due instant or its death in ms, or the worker that has leased it.
+
+    Of a leased job `leased_ms` is since when, 0 where an earlier version leased it, and `about` what its worker stored of itself.
+    """
 
     id: str
     status: Status
     envelope: Envelope
     state: AttemptHistory
     extra: str
+    leased_ms: int = 0
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +127,28 @@ def _read_counts(reply: list[Any]) -> QueueCounts:
     )
 
 
-def list_jobs(keys: QueueKeys, status: str, offset: int, count: int, task: str | None = None) -> Call[JobPage]:
+def list_jobs(
+    keys: QueueKeys, status: str, offset: int, count: int, task: str | None = None, *, heads: bool = False
+) -> Call[JobPage]:
     """
     Return the call that reads one page of the jobs in a state: ready, scheduled, leased, dead (newest first) or dead-oldest.
 
-    *task*: only its jobs; the others among *count* entries count as looked at. Large jobs make a page shorter.
+    *task*: only its jobs; the others among *count* entries count as looked at. *heads*: jobs without their bodies, and of their
+    errors only the last, without its traceback. Large jobs make a page shorter.
     """
-    args = (status, str(offset), str(count), task or "")
+    args = (status, str(offset), str(count), task or "", "heads" if heads else "")
     return Call(LIST_JOBS, _list_keys(keys), args, lambda reply: JobPage(_read_rows(status, reply), reply[0]))
+
+
+def whole_jobs(keys: QueueKeys, heads: Sequence[JobRow]) -> Call[JobPage]:
+    """Return the call that reads a page of the jobs of which *heads* are known; those that are gone by then are left out."""
+    known = {row.id: row for row in heads}
+
+    def decode(reply: list[Any]) -> JobPage:
+        rows = [replace(known[row.id], envelope=row.envelope, state=row.state) for row in _read_rows("ready", reply)]
+        return JobPage(rows, reply[0])
+
+    return Call(LIST_JOBS, _list_keys(keys), ("ids", "0", "500", "", "", *known), decode)
 
 
 def finished(keys: QueueKeys, offset: int, count: int) -> Call[list[FinishedJob]]:
@@ -136,7 +156,7 @@ def finished(keys: QueueKeys, offset: int, count: int) -> Call[list[FinishedJob]
     return Call(
         LIST_JOBS,
         _list_keys(keys),
-        ("done", str(offset), str(count), ""),
+        ("done", str(offset), str(count), "", ""),
         lambda reply: [_read_finished(entry) for entry in reply[4::4]],
     )
 
@@ -147,10 +167,28 @@ def _list_keys(keys: QueueKeys) -> tuple[str, ...]:
 
 def _read_rows(status: str, reply: list[Any]) -> list[JobRow]:
     kind: Status = "dead" if status == "dead-oldest" else status  # type: ignore[assignment]
+    facts: dict[str, dict[str, Any]] = {}  # of each worker, which only the first of its jobs brings
     return [
-        JobRow(reply[i].decode(), kind, *read_leniently(reply[i + 1], reply[i + 2])[:2], reply[i + 3].decode())
+        _read_row(reply[i].decode(), kind, reply[i + 1], reply[i + 2], reply[i + 3].split(b"\t", 2), facts)
         for i in range(1, len(reply), 4)
     ]
+
+
+def _read_row(
+    id: str,  # noqa: A002
+    status: Status,
+    envelope: bytes,
+    state: bytes,
+    extra: list[bytes],
+    facts: dict[str, dict[str, Any]],
+) -> JobRow:
+    record, history, _ = read_leniently(envelope, state)
+    if status != "leased" or len(extra) < 3:
+        return JobRow(id, status, record, history, extra[0].decode())
+    worker, since, about = extra[0].decode(errors="replace"), extra[1], extra[2]
+    if about or worker not in facts:
+        facts[worker] = _read_about(about)
+    return JobRow(id, status, record, history, worker, int(since or 0), facts[worker])
 
 
 def write_finished(id: str, task: str, status: str, at: int, ran_ms: int) -> bytes:  # noqa: A002
@@ -171,7 +209,7 @@ def get_job(keys: QueueKeys, id: str) -> Call[tuple[str, JobRow | None, bytes]]:
         place = reply[0].decode()
         if not reply[1]:
             return place, None, reply[3]
-        row = JobRow(id, place, *read_leniently(reply[1], reply[2])[:2], reply[3].decode())  # type: ignore[arg-type]
+        row = _read_row(id, place, reply[1], reply[2], reply[3:], {})  # type: ignore[arg-type]
         return place, row, b""
 
     return Call(GET_JOB, names, (id,), decode)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from conveyor.messaging import maintenance
+from conveyor.payload.records import AttemptHistory, Failure, to_json
 from conveyor.store import inspection, operations
 from conveyor.store.inspection import FinishedJob, write_finished
 from conveyor.store.keys import QueueKeys
@@ -167,6 +168,61 @@ def test_a_page_of_large_jobs_is_short(seeded: SeededQueue, large: str) -> None:
     assert [row.id for page in pages for row in page.rows] == ids
 
 
+@pytest.mark.redis6
+def test_heads_bring_neither_bodies_nor_tracebacks(seeded: SeededQueue) -> None:
+    """The head of a job is its task and its last error without the traceback, whatever its texts hold; a sealed error is whole."""
+    tricky = Failure(2, 6, "Odd", 'of ,"traceback":"\\", no', 'the ,"traceback":"', "w")
+    sealed = Failure(1, 7, "Odd", "sealed", "", "w", packed="AAAA")
+    states = {
+        "first\t{}": AttemptHistory(2, 2, 1, [to_json(Failure(1, 5, "No", "no", "t" * 9000, "w")), to_json(tricky)]),
+        "sealed": AttemptHistory(1, 1, 0, [to_json(sealed)]),
+        "none": AttemptHistory(3, 0, 0),
+    }
+    ids = add_dead_jobs(seeded, *states, body='["' + "b" * 9000 + '"]\n')
+    for id_, state in zip(ids, states.values(), strict=True):
+        seeded.redis.hset(seeded.keys.state, id_, state.encode())
+
+    call = inspection.list_jobs(seeded.keys, "dead-oldest", 0, 9, heads=True)
+    reply = seeded.redis.execute_command(*call.command()) if seeded.run(call) else None
+    rows = call.decode(reply).rows
+
+    assert [(row.envelope.task, row.envelope.body, row.state.starts) for row in rows] == [
+        ("first", b"", 2), ("sealed", b"", 1), ("none", b"", 3),
+    ]  # fmt: skip
+    assert [row.state.failures_list() for row in rows] == [
+        [Failure(2, 6, "Odd", tricky.message)], [sealed], [],
+    ]  # fmt: skip
+    assert len(b"".join(bytes(one) for one in reply[1:])) < 500
+
+
+@pytest.mark.redis6
+def test_heads_are_read_in_bounded_steps(seeded: SeededQueue) -> None:
+    """A page of heads ends when about 1 MiB was looked at, though almost nothing of it is sent."""
+    ids = add_dead_jobs(seeded, *["t"] * 30, body="[1" + " " * 100_000)
+    pages, offset = [], 0
+    while (page := seeded.run(inspection.list_jobs(seeded.keys, "dead-oldest", offset, 100, heads=True))).entries:
+        pages.append(page)
+        offset += page.entries
+
+    assert [page.entries for page in pages] == [11, 11, 8]
+    assert [row.id for page in pages for row in page.rows] == ids
+
+
+def test_heads_become_whole_in_bounded_steps(seeded: SeededQueue) -> None:
+    """The jobs of some heads are read in pages of about 1 MiB, in their order; those that are gone are left out."""
+    ids = add_dead_jobs(seeded, *["t"] * 15, body="[1" + " " * 100_000)
+    heads = seeded.run(inspection.list_jobs(seeded.keys, "dead-oldest", 0, 100, heads=True)).rows
+    heads += seeded.run(inspection.list_jobs(seeded.keys, "dead-oldest", 11, 100, heads=True)).rows
+    seeded.redis.hdel(seeded.keys.jobs, ids[3])
+
+    first = seeded.run(inspection.whole_jobs(seeded.keys, heads))
+    rest = seeded.run(inspection.whole_jobs(seeded.keys, heads[first.entries :]))
+
+    assert (first.entries, rest.entries) == (12, 3)
+    assert [row.id for row in [*first.rows, *rest.rows]] == [id_ for id_ in ids if id_ != ids[3]]
+    assert {(len(row.envelope.body), row.extra) for row in first.rows[:1]} == {(100_002, heads[0].extra)}
+
+
 def test_all_dead_letters_are_read(seeded: SeededQueue) -> None:
     """The dead letters of a queue are read to the end, also behind entries whose envelope the server has lost."""
     ids = add_dead_jobs(seeded, *[""] * 250, body="1")
@@ -191,8 +247,45 @@ def test_leased_jobs_that_a_page_passes_over_are_not_read(seeded: SeededQueue) -
 
     page = seeded.run(inspection.list_jobs(seeded.keys, "leased", 52, 5))
 
-    assert (len(page.rows), {row.extra for row in page.rows}) == (5, {"w10", "w11"})
-    assert seeded.redis.info("commandstats")["cmdstat_hkeys"]["calls"] == 2
+    assert [(row.id, row.extra) for row in page.rows] == [(f"j10-{n}", "w10") for n in (2, 3, 4)] + [
+        (f"j11-{n}", "w11") for n in (0, 1)
+    ]
+    assert seeded.redis.info("commandstats")["cmdstat_hgetall"]["calls"] == 2
+
+
+@pytest.mark.redis6
+def test_a_leased_job_tells_since_when_and_where(seeded: SeededQueue) -> None:
+    """A leased job is read with the instant of its lease and the facts of its worker, listed or alone, extended or not."""
+    began = seeded.now()
+    for worker in ("w", "v"):
+        seeded.run(operations.register(seeded.keys, worker, LEASE, operations.about(host=worker, tasks="t" * 80)))
+        seeded.push(*(f"{worker}{n}" for n in range(3)))
+        seeded.turn(worker, 1, 3)
+    ended = seeded.now()
+    seeded.run(operations.extend(seeded.keys, "v", "v1", "x", LEASE, operations.about(host="x")))
+
+    listed = [
+        row for at in range(0, 6, 2) for row in seeded.run(inspection.list_jobs(seeded.keys, "leased", at, 2)).rows
+    ]
+    alone = [seeded.run(inspection.get_job(seeded.keys, row.id))[1] for row in listed]
+
+    assert listed == alone
+    assert {row.id: row.about["host"] for row in listed} == {
+        "w0": "w", "w1": "w", "w2": "w", "v0": "v", "v1": "x", "v2": "v",
+    }  # fmt: skip
+    assert all(began <= row.leased_ms <= ended for row in listed)
+
+
+def test_a_lease_of_an_earlier_version_has_no_instant(seeded: SeededQueue) -> None:
+    """A place without an instant, as earlier versions wrote it, is read as one, and kept so by an extension."""
+    seeded.lease("a")
+    seeded.redis.hset(seeded.keys.leased("w"), "a", 8193)
+
+    [row] = seeded.run(inspection.list_jobs(seeded.keys, "leased", 0, 9)).rows
+    assert row.leased_ms == 0
+    seeded.run(operations.extend(seeded.keys, "w", "a", "x", LEASE, b"{}"))
+    [row] = seeded.run(inspection.list_jobs(seeded.keys, "leased", 0, 9)).rows
+    assert (row.extra, row.leased_ms) == ("x", 0)
 
 
 def test_list_jobs_that_finished(seeded: SeededQueue) -> None:

@@ -1,14 +1,18 @@
 -- Read one page of jobs in a state: at most 500 entries, and about 1 MiB of them, so that a call takes a few milliseconds
 -- whatever the jobs hold. The reply says how many entries were looked at; the next page begins behind them.
--- needs: numbers leased
+-- needs: numbers leased leased_order
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 recent  7-16 ready:0 … ready:9
--- ARGV  1 ready, scheduled, leased, dead, dead-oldest or done  2 offset  3 count of entries (at most 500)
---       4 only jobs of this task; "" all, as for done
--- returns {entries looked at, (id, envelope or "", state or "", extra)…}    extra: due or death in ms, the worker, or the entry of a finished job
+-- ARGV  1 ready, scheduled, leased, dead, dead-oldest or done · ids for those from 6 on, in whatever state
+--       2 offset  3 count of entries (at most 500)  4 only jobs of this task; "" all, as for done
+--       5 "heads": of each job the envelope without its body, and the state with the last error alone, without its traceback
+--       6… ids
+-- returns {entries looked at, (id, envelope or "", state or "", extra)…}    extra: due or death in ms, the entry of a finished job, or
+--         of a leased one, separated by tabs: its worker, since when (ms, or ""), and at the first of a worker what it said of itself
 local prefix = string.sub(KEYS[1], 1, -5)
-local offset, count = tonumber(ARGV[2]), math.min(tonumber(ARGV[3]), 500)
+local offset, count, heads = tonumber(ARGV[2]), math.min(tonumber(ARGV[3]), 500), ARGV[5] == 'heads'
 local rows, extras, stop = {}, {}, offset + count - 1
+local holders, facts = {}, {}
 
 local function ready()
   local skip, room = offset, count
@@ -38,13 +42,16 @@ local function leased()
     local key = prefix .. 'leased:' .. worker
     local held = count_held(key)
     -- Those that the page passes over are counted and not read.
-    for _, id in ipairs(seen + held > offset and ids_held(key) or {}) do
-      if seen >= offset and #rows < count then
-        rows[#rows + 1] = id
-        extras[#rows] = worker
+    if seen + held > offset then
+      facts[worker] = redis.call('HGET', key, '\tabout') or ''
+      local ids, places = ids_in_order(key)
+      for i, id in ipairs(ids) do
+        if seen + i > offset and #rows < count then
+          rows[#rows + 1] = id
+          holders[#rows], extras[#rows] = worker, leased_at(places[i])
+        end
       end
-      seen = seen + 1
-      held = held - 1
+      held = #ids
     end
     seen = seen + held
     if #rows >= count then return end
@@ -56,6 +63,8 @@ elseif ARGV[1] == 'scheduled' then sorted(KEYS[3], 'ZRANGE')
 elseif ARGV[1] == 'dead' then sorted(KEYS[4], 'ZREVRANGE')
 elseif ARGV[1] == 'dead-oldest' then sorted(KEYS[4], 'ZRANGE')
 elseif ARGV[1] == 'leased' then leased()
+elseif ARGV[1] == 'ids' then
+  for i = 6, #ARGV do rows[#rows + 1] = ARGV[i] end
 else
   local entries = redis.call('LRANGE', KEYS[6], offset, stop)
   local reply = {#entries}
@@ -75,6 +84,23 @@ local function is_wanted(envelope)
   return after == 10 or after == 9
 end
 
+-- Cut the body off an envelope.
+local function without_body(envelope)
+  local first = string.find(envelope, '\n', 1, true) or 0
+  return string.sub(envelope, 1, string.find(envelope, '\n', first + 1, true) or first)
+end
+
+-- Cut off a state all errors but the last, and the traceback of that. No text within JSON holds a bare quotation mark, so that
+-- what is cut at is the member itself.
+local function with_last_error(state)
+  local first = string.find(state, '\n', 1, true)
+  if not first then return state end
+  local last, at = first, first
+  while at do last, at = at, string.find(state, '\n', at + 1, true) end
+  local cut = string.find(state, ',"traceback":"', last, true)
+  return string.sub(state, 1, first) .. (cut and string.sub(state, last + 1, cut - 1) .. '}' or string.sub(state, last + 1))
+end
+
 local reply, size = {0}, 0
 for i, id in ipairs(rows) do
   if size >= 1048576 then break end
@@ -84,7 +110,14 @@ for i, id in ipairs(rows) do
   if envelope and string.byte(envelope) ~= 120 and is_wanted(envelope) then
     local state = redis.call('HGET', KEYS[2], id) or ''
     size = size + #state
-    reply[#reply + 1], reply[#reply + 2], reply[#reply + 3], reply[#reply + 4] = id, envelope, state, extras[i] or ''
+    if heads then envelope, state = without_body(envelope), with_last_error(state) end
+    local extra, worker = extras[i] or '', holders[i]
+    if worker then
+      extra = worker .. '\t' .. extra .. '\t' .. facts[worker]
+      size = size + #facts[worker]
+      facts[worker] = ''
+    end
+    reply[#reply + 1], reply[#reply + 2], reply[#reply + 3], reply[#reply + 4] = id, envelope, state, extra
   end
 end
 return reply

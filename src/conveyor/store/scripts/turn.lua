@@ -117,7 +117,7 @@ if want > 0 and leases then
   ids, envelopes, taken = take_ready(queue, want, urgent or promoted, heads, envelopes_ahead, unusual, now, missing)
 end
 if taken > 0 then
-  hold(leased, number, ids, taken)
+  hold(leased, number, ids, taken, now)
   if redis.call('EXISTS', queue.state) == 1 then states = redis.call('HMGET', queue.state, unpack(ids)) end
 end
 local held = redis.call('HLEN', leased) - 3 - (cancelled[1] and 1 or 0)

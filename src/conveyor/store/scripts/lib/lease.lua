@@ -80,11 +80,12 @@ end
 -- leased   key leased:<worker>
 -- number   of the turn that leases them
 -- ids, taken  the jobs and their number, at least one
+-- now      ms
 -- returns  nothing
-local function hold(leased, number, ids, taken)
-  local places, base = {}, number * 8192
+local function hold(leased, number, ids, taken, now)
+  local places, base, at = {}, number * 8192, '.' .. int(now)
   for i = 1, taken do
-    places[2 * i - 1], places[2 * i] = ids[i], base + i
+    places[2 * i - 1], places[2 * i] = ids[i], base + i .. at
   end
   redis.call('HSET', leased, unpack(places))
 end

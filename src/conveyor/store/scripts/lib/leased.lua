@@ -1,6 +1,7 @@
 -- The hash leased:<worker>. Its fields are the ids of the jobs that the worker holds, and names of our own that begin with a
 -- tab (byte 9): always \tturn, \tabout and \tlease, at times \tcancel and \tleft. Ids hold no control characters.
--- The value of an id is its place: 8192 times the number of the turn that leased it, plus its position in that turn.
+-- The value of an id is its place: 8192 times the number of the turn that leased it, plus its position in that turn. The digits
+-- behind its point are the instant of the lease in ms; they change nothing of the order.
 
 -- Count what a worker holds.
 -- key      the hash
@@ -8,6 +9,13 @@
 local function count_held(key)
   local fields = redis.call('HLEN', key)
   return fields > 0 and fields - 3 - redis.call('HEXISTS', key, '\tcancel') or 0
+end
+
+-- Read when a job was leased.
+-- place    the value of its id
+-- returns  ms since the epoch as text; nil of a lease that an earlier version wrote
+local function leased_at(place)
+  return string.match(place, '%.(%d+)$')
 end
 
 -- List what a worker holds.

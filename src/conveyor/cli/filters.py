@@ -1,0 +1,82 @@
+"""The options that choose jobs: by queue, state, task, last error and time."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime, time, timedelta
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from conveyor.cli.completion import complete_queues, complete_tasks
+from conveyor.errors import ConfigurationError
+from conveyor.units import milliseconds
+
+if TYPE_CHECKING:
+    from conveyor.admin.job_search import JobFilter
+
+STATES = ("leased", "ready", "scheduled", "dead", "done")
+_CLOCK = re.compile(r"\d{1,2}:\d{2}|\d{2}:\d{2}:\d{2}")
+_WHEN = "a duration (2h, 1d), a local time (02:14) or an ISO 8601 instant"
+
+
+def filter_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--task``, ``--error``, ``--since`` and ``--older``; the command gets a `JobFilter` as *wanted*, None without any."""
+
+    @click.option("--task", metavar="TASK", shell_complete=complete_tasks, help="Only jobs of this task.")
+    @click.option("--error", metavar="TEXT", help="Only jobs whose last error (class: message) holds this text.")
+    @click.option(
+        "--since",
+        metavar="WHEN",
+        help="Only jobs that died, ended, were leased, or else enqueued, since then: 2h, 02:14.",
+    )
+    @click.option("--older", metavar="WHEN", help="Only jobs that have been so for longer, or since before then.")
+    @functools.wraps(function)
+    def command(
+        *args: Any, task: str | None, error: str | None, since: str | None, older: str | None, **options: Any
+    ) -> Any:
+        wanted = None
+        if any(one is not None for one in (task, error, since, older)):
+            wanted = _filter(task, error, since, older)
+        return function(*args, wanted=wanted, **options)
+
+    return command
+
+
+def selection_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--queue``, ``--state`` and those of `filter_options`; the command gets also *queue* and *state*."""
+    function = filter_options(function)
+    function = click.option("--state", type=click.Choice(STATES), help="Only jobs in this state.")(function)
+    return click.option(
+        "--queue", "queue", metavar="QUEUE", shell_complete=complete_queues, help="Only jobs of this queue."
+    )(function)
+
+
+def _filter(task: str | None, error: str | None, since: str | None, older: str | None) -> JobFilter:
+    from conveyor.admin.job_search import JobFilter
+
+    if error is not None and not error:
+        raise ConfigurationError("--error needs a text: '' would choose every job.")
+    return JobFilter(task, error, _instant("--since", since), _instant("--older", older))
+
+
+def _instant(name: str, text: str | None) -> datetime | None:
+    """
+    Return the instant that *text* names.
+
+    It is a duration (so long ago), a local time (of the last 24 hours), or an ISO 8601 instant, local without a zone.
+    """
+    if text is None:
+        return None
+    now = datetime.now(UTC)
+    try:
+        if _CLOCK.fullmatch(text):
+            at = datetime.combine(now.astimezone().date(), time.fromisoformat(text.zfill(5))).astimezone()
+            return at if at <= now else at - timedelta(days=1)
+        if "-" in text:
+            return datetime.fromisoformat(text).astimezone()
+        return now - timedelta(milliseconds=milliseconds(text, name=name))
+    except (ValueError, OverflowError, ConfigurationError):
+        raise ConfigurationError(f"{name} {text!r} is not {_WHEN}.") from None
