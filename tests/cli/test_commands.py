@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import pty
 import re
 import signal
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Collection, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +23,7 @@ from conveyor.store.client.client import Client
 from conveyor.worker.logs import SafeFormatter
 from support.client_worker import ClientWorker, dead, push
 from support.shell import Shell
+from support.terminal import on_terminal
 
 pytestmark = pytest.mark.leaves_keys("jobs are pushed here to be looked at")
 
@@ -328,23 +326,6 @@ def test_a_piped_list_is_whole(shell: Shell, backend: Client) -> None:
     assert cancelled.stdout.count("cancelled") == 60
     push(backend, "q", *(f"{n}".encode() for n in range(60)))
     assert "Showing 50 of 60." in on_terminal(shell, "job", "list")
-
-
-def on_terminal(shell: Shell, *arguments: str, expected: Collection[int] = (0,)) -> str:
-    """Return what a command prints in a terminal."""
-    ours, theirs = pty.openpty()
-    command = subprocess.Popen(
-        [sys.executable, "-m", "conveyor", *arguments],
-        cwd=shell.directory, env=shell.environment(TERM="xterm"), stdin=theirs, stdout=theirs, stderr=theirs,
-    )  # fmt: skip
-    os.close(theirs)
-    printed = b""
-    with suppress(OSError):  # EIO: the command has ended
-        while chunk := os.read(ours, 65536):
-            printed += chunk
-    os.close(ours)
-    assert command.wait(60) in expected
-    return printed.decode()
 
 
 def test_pids_are_names_and_no_quantities(shell: Shell, backend: Client) -> None:

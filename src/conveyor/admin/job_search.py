@@ -19,14 +19,14 @@ MOST_MESSAGES = 20
 OTHER_MESSAGES = "(other messages)"
 _SHOWN = 300
 """Characters of a message that groups compare and show."""
-# What differs between two failures of one kind: quoted texts, ids in hexadecimal digits, numbers.
+# The parts in which two failures of one kind differ: quoted texts, ids in hexadecimal digits, numbers.
 _VARIABLE = re.compile(r"'[^']*'|\"[^\"]*\"|\b(?=[a-f-]*\d)[0-9a-f]{2,}(?:-[0-9a-f]+)*\b|\d+", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class JobFilter:
     """
-    Which jobs are wanted.
+    A choice of jobs.
 
     *task*: of this task. *error*: whose last error, as "class: message", holds this text, in whatever case. *since*, *older*: whose
     state began not before, or not after: they died, ended, or were leased then, else were enqueued then. A job whose id its caller

@@ -59,10 +59,10 @@ def _filter(task: str | None, error: str | None, since: str | None, older: str |
 
     if error is not None and not error:
         raise ConfigurationError("--error needs a text: '' would choose every job.")
-    return JobFilter(task, error, _instant("--since", since), _instant("--older", older))
+    return JobFilter(task, error, instant("--since", since), instant("--older", older))
 
 
-def _instant(name: str, text: str | None) -> datetime | None:
+def instant(name: str, text: str | None) -> datetime | None:
     """
     Return the instant that *text* names.
 

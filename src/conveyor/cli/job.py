@@ -254,7 +254,7 @@ def _print_jobs(out: Output, jobs: Sequence[JobInfo]) -> None:
         )
         if info.errors and info.attempt > 1:
             about = f"attempt {info.attempt}: {about}"
-        rows.append([info.id, *(() if named else (info.queue,)), info.status, info.task, moment, about])
+        rows.append([info.id, *(() if named else (info.queue,)), info.status, info.task or "-", moment, about])
     out.table(headings, rows, narrow="task", below=True)
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from conveyor.cli.command import CommandGroup
 from conveyor.cli.completion import complete_queues
 from conveyor.cli.filters import filter_options
 from conveyor.cli.output import (
@@ -64,8 +63,9 @@ def _row(info: QueueInfo) -> tuple[object, ...]:
     return (info.name, *counts, oldest, state, info.partitions)
 
 
-from conveyor.cli.command import CommandGroup
 from conveyor.cli.completion import complete_queues
+
+
 def print_failures(out: Output, summary: FailureSummary, *, most: int, queues: bool) -> None:
     """
     Print groups of dead letters on a terminal, the *most* largest: how many, error, task, first and last seen, message.
@@ -80,11 +80,11 @@ def print_failures(out: Output, summary: FailureSummary, *, most: int, queues: b
     whens = [f"first {clock_time(group.first)}  last {clock_time(group.last)}" for group in groups]
     homes = [f"  in {group.queue}" if queues else "" for group in groups]
     width = max(map(len, counts)) + 2
-    room = terminal_width() - width - 4 - max(len(when + home) for when, home in zip(whens, homes, strict=True))
-    room = max(12, min(room, max(map(len, whats))))
+    widest = max(map(len, whats))
     out.line("")
     out.line(f"{quantity(summary.total, 'dead letter')}:")
     for group, count, what, when, home in zip(groups, counts, whats, whens, homes, strict=True):
+        room = max(12, min(widest, terminal_width() - width - 4 - len(when + home)))
         out.line(f"{count.rjust(width)}  {click.style(shortened(what, room).ljust(room), fg='red')}  {when}{home}")
         if group.message:
             indent, sample = width + 2, "" if group.message == group.pattern else "e.g. "

@@ -78,9 +78,8 @@ end
 
 -- Record that a worker holds jobs.
 -- leased   key leased:<worker>
--- number   of the turn that leases them
--- ids, taken  the jobs and their number, at least one
--- now      ms
+-- number, now  of the turn that leases them, in ms
+-- ids, taken   the jobs and their number, at least 1
 -- returns  nothing
 local function hold(leased, number, ids, taken, now)
   local places, base, at = {}, number * 8192, '.' .. int(now)

@@ -2,8 +2,8 @@
 
 -- List what a worker holds in the order in which it was leased.
 -- key      the hash
--- turn     number of the turn whose jobs are wanted; nil: all turns
--- returns  ids, the oldest first, and their places as they are stored
+-- turn     the one whose jobs are wanted; nil: all
+-- returns  ids, the oldest first, and their places
 local function ids_in_order(key, turn)
   local all, found = redis.call('HGETALL', key), {}
   for i = 1, #all, 2 do
@@ -11,7 +11,7 @@ local function ids_in_order(key, turn)
     if string.byte(all[i]) ~= 9 and (not turn or math.floor(place / 8192) == turn) then found[#found + 1] = {place, all[i], all[i + 1]} end
   end
   table.sort(found, function(a, b) return a[1] < b[1] end)
-  local ids, places = {}, {}
-  for i, one in ipairs(found) do ids[i], places[i] = one[2], one[3] end
-  return ids, places
+  local places = {}
+  for i, one in ipairs(found) do found[i], places[i] = one[2], one[3] end
+  return found, places
 end

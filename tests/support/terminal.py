@@ -1,0 +1,35 @@
+"""The command line as a person sees it: on a terminal of a given width."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections.abc import Collection
+from contextlib import suppress
+
+from support.shell import Shell
+
+
+def plain(printed: str) -> str:
+    """Return what a terminal got, without colours and carriage returns."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", printed).replace("\r", "")
+
+
+def on_terminal(shell: Shell, *arguments: str, expected: Collection[int] = (0,), columns: int = 80) -> str:
+    """Return what a command prints in a terminal."""
+    ours, theirs = pty.openpty()
+    command = subprocess.Popen(
+        [sys.executable, "-m", "conveyor", *arguments], cwd=shell.directory,
+        env=shell.environment(TERM="xterm", COLUMNS=str(columns)), stdin=theirs, stdout=theirs, stderr=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    printed = b""
+    with suppress(OSError):  # EIO: the command has ended
+        while chunk := os.read(ours, 65536):
+            printed += chunk
+    os.close(ours)
+    assert command.wait(60) in expected
+    return printed.decode()
