@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from conveyor.cli.command import CommandGroup
 from conveyor.cli.completion import complete_queues
 from conveyor.cli.filters import filter_options
 from conveyor.cli.output import (
@@ -63,9 +64,6 @@ def _row(info: QueueInfo) -> tuple[object, ...]:
     return (info.name, *counts, oldest, state, info.partitions)
 
 
-from conveyor.cli.completion import complete_queues
-
-
 def print_failures(out: Output, summary: FailureSummary, *, most: int, queues: bool) -> None:
     """
     Print groups of dead letters on a terminal, the *most* largest: how many, error, task, first and last seen, message.
@@ -105,7 +103,7 @@ def _failure_name(group: FailureGroup) -> str:
     return f"{kind} in {clean(group.task)}" if group.task else kind
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def queue() -> None:
     """List, pause, purge and redrive queues."""
 
