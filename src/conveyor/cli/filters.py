@@ -30,9 +30,11 @@ def filter_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option(
         "--since",
         metavar="WHEN",
-        help="Only jobs that died, ended, were leased, or else enqueued, since then: 2h, 02:14.",
+        help="Only jobs whose present state began at this time or later: 2h (ago), 02:14.",
     )
-    @click.option("--older", metavar="WHEN", help="Only jobs that have been so for longer, or since before then.")
+    @click.option(
+        "--older", metavar="WHEN", help="Only jobs whose present state began before this time: 1d (ago), 02:14."
+    )
     @functools.wraps(function)
     def command(
         *args: Any, task: str | None, error: str | None, since: str | None, older: str | None, **options: Any

@@ -205,12 +205,12 @@ def _choose(
 
     by_options = not (queue is None and state is None and wanted is None)
     if bool(ids) is by_options:
-        what = "ids and options, which both choose jobs" if ids else "nothing that chooses jobs"
-        raise click.UsageError(f"There are {what}: give ids, - for those on standard input, or options.")
+        wrong = "Ids and options both choose jobs" if ids else "No jobs are chosen"
+        raise click.UsageError(f"{wrong}: give ids, - for ids on standard input, or options such as --queue.")
     if ids:
         return _read_ids(ids), False
     if state is not None and state not in possible:
-        raise click.UsageError(f"Jobs that are {state} cannot be chosen here: {' or '.join(possible)}.")
+        raise click.UsageError(f"Jobs that are {state} cannot be chosen here. Possible: {', '.join(possible)}.")
     found = (
         id_ for one in ([state] if state else states) for _, id_ in admin.each_id(queue, one, wanted or JobFilter())
     )
