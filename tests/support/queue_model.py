@@ -262,7 +262,9 @@ class Model:
         job = self.jobs.get(id_)
         if job is None and not delete and id_ in self.unstarted:
             return 4
-        if job is None or job.stub or (id_ in self.dead and not delete):
+        if job is None or job.stub:
+            return 0 if id_ in self.results else -2
+        if id_ in self.dead and not delete:
             return 0
         holder = self.holder(id_)
         if holder is not None:
