@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from redis import Redis
 
+from conveyor import Conveyor
 from conveyor.admin.admin import Admin
 from conveyor.admin.job_search import MOST_MESSAGES, OTHER_MESSAGES, JobFilter
 from conveyor.errors import ConfigurationError
@@ -201,3 +202,25 @@ def test_the_newest_dead_letters_are_found_without_the_others(admin: Admin, back
     assert [id_ for _, id_ in admin.each_id("shop", "dead", JobFilter(since=at(1990)))] == ids[:1989:-1]
 
     assert redis.info("commandstats")["cmdstat_zrevrange"]["calls"] == 1
+
+
+def test_partitions_are_one_queue(url: str) -> None:
+    """Failures of all partitions are groups of the queue; what may be read of it is shared among them, and all of them are redriven."""
+    with Conveyor(url) as app:
+        orders = app.queue("orders", partitions=2)
+        for number in range(20):
+            orders.push(number)
+        for message in orders.pull(n=20):
+            message.dead(f"no account {number}")
+        admin = Admin(app.client)
+
+        [group] = admin.failures("orders").groups
+        part = admin.failures("orders", most=6)
+        chosen = [id_ for _, id_ in admin.each_id("orders", "dead", JobFilter(error="no account"))]
+
+        assert (group.queue, group.count, len(chosen)) == ("orders", 20, 20)
+        assert (part.read, part.total, part.groups[0].queue) == (6, 20, "orders")
+        assert admin.redrive("orders", ids=chosen[5:]) == 15
+        assert (admin.queue("orders").ready, admin.queue("orders").dead) == (15, 5)
+        orders.purge()
+        orders.purge(dead=True)

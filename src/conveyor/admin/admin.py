@@ -8,6 +8,7 @@ Calls block. Workers never import this module.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -148,9 +149,9 @@ class Admin:
         queue = self._directory.queue(name)
         if not ids:
             return queue.redrive(limit)
-        moved = 0
+        moved, homes = 0, [split(one) for one in ids]
         for part in self._directory.partition_names(name):
-            bare = [id_ for home, id_ in map(split, ids) if home in {None, part}]
+            bare = [id_ for home, id_ in homes if home in {None, part}]
             for first in range(0, len(bare), PAGE_SIZE):
                 call = redrive_batch(self._directory.keys(part), ids=bare[first : first + PAGE_SIZE])
                 moved += self.client.run(call)
@@ -253,13 +254,17 @@ class Admin:
         """
         Count dead letters by queue, task and last error, with when the first and the last of them died; read in pages.
 
-        *queue* None: of all queues. *most*: at most so many are read of each queue or partition, the newest; None: all.
+        *queue* None: of all queues. *most*: at most so many are read of each queue, the newest, of its partitions equal shares;
+        None: all.
         """
         count, everything, total = FailureCount(self._decoder), JobFilter(), 0
-        for name, _ in self._places(queue, "dead"):
+        names = [name for name, _ in self._places(queue, "dead")]
+        partitions = Counter(map(logical, names))
+        for name in names:
             dead = self._count_entries(self._keys(name), "dead")
             total += dead
-            count.add(logical(name), name, islice(self._heads(name, "dead", dead, everything), most))
+            share = None if most is None else -(-most // partitions[logical(name)])
+            count.add(logical(name), name, islice(self._heads(name, "dead", dead, everything), share))
         return FailureSummary(count.groups(), count.counted, total)
 
     def count_jobs(self, queue: str | None = None, state: str | None = None) -> int:

@@ -92,9 +92,7 @@ def print_failures(out: Output, summary: FailureSummary, *, most: int, queues: b
         count = quantity(sum(group.count for group in rest), "dead letter")
         out.line(f"{' ' * (width + 2)}… and {count} with {len(rest)} other errors")
     if summary.read < summary.total:
-        out.say(
-            f"The newest {summary.read:,} of {summary.total:,} dead letters were read. All: conveyor queue show QUEUE"
-        )
+        out.say(f"Read: the newest {summary.read:,} of {summary.total:,}. All: conveyor queue show QUEUE")
 
 
 def _failure_name(group: FailureGroup) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _MAX_WORKERS = 10
 _MAX_FAILURES = 5
 _MAX_DEAD_LETTERS = 10_000
-"""Dead letters that are read of each queue or partition, the newest, so that the command stays quick."""
+"""Dead letters that are read of each queue, the newest, so that the command stays quick."""
 
 
 @click.command(cls=LeafCommand)
