@@ -82,9 +82,10 @@ end
 -- ids, taken   the jobs and their number, at least 1
 -- returns  nothing
 local function hold(leased, number, ids, taken, now)
-  local places, base, at = {}, number * 8192, '.' .. int(now)
+  -- One new text for each job: a concatenation makes two.
+  local places, base, text, at = {}, number * 8192, string.format, '%.0f.' .. int(now)
   for i = 1, taken do
-    places[2 * i - 1], places[2 * i] = ids[i], base + i .. at
+    places[2 * i - 1], places[2 * i] = ids[i], text(at, base + i)
   end
   redis.call('HSET', leased, unpack(places))
 end
