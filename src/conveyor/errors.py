@@ -5,7 +5,7 @@ Every error has a `code`, says what happened with its values, and says what to d
 
     ConveyorError
     ├── StoreUnavailable       E01  Redis cannot be reached or does not answer (also E37)
-    ├── ConfigurationError     E02  something is declared or set up wrongly (also E06 E08 E09 E10 E18 E19 E34-E36 E46-E48)
+    ├── ConfigurationError     E02  something is declared or set up wrongly (also E05 E06 E08 E09 E10 E18 E19 E34-E36 E46-E48)
     ├── PayloadError           E03  arguments or a value that cannot be stored or decoded (also E04 E15 E21 E22 E38-E43 E50)
     ├── UnknownTask            E05  no task of that name is registered here
     ├── LeaseLost              E14  the lease of the message is lost

@@ -282,7 +282,7 @@ class TestWaiting:
         got = []
         thread = threading.Thread(target=lambda: got.extend(queue.pull(wait="1h")))
         thread.start()
-        until(lambda: queue.stats().workers == 1)
+        until(lambda: b"cmd=blpop" in queue.client.execute("CLIENT", "LIST"))  # a pull that waits is not registered
         queue.resume()
         thread.join(PATIENCE)
         got[0].ack()

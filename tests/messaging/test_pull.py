@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -268,3 +269,123 @@ class TestBegun:
         assert queue.pull() == []
         assert queue.stats().dead == 1
         queue.purge(dead=True)
+
+
+async def _awaited_pull(url, partitions):
+    """Return what an awaited pull finds in a queue that does not exist."""
+    async with Conveyor(url) as app:
+        return await app.queue("typo", partitions=partitions).apull(wait="50ms")
+
+
+class TestIdlePull:
+    """A pull that finds nothing."""
+
+    @pytest.mark.row("D272")
+    @pytest.mark.parametrize("partitions", [1, 3])
+    def test_it_leaves_no_key(self, url, redis, partitions):
+        """A queue that does not exist is not made by looking at it, nor by a pull that waits; no name is kept."""
+        with Conveyor(url) as app:
+            queue = app.queue("typo", partitions=partitions)
+            assert (len(queue), queue.stats().ready, bool(repr(queue))) == (0, 0, True)
+            assert [*queue.dead_letters()] == []
+            assert queue.pull() == []
+            assert queue.pull(5, wait="50ms") == []
+            assert asyncio.run(_awaited_pull(url, partitions)) == []
+            assert list(redis.scan_iter()) == []
+            assert app.client.queues() == []
+
+    def test_it_leaves_no_key_beside_a_plain_list(self, url, redis):
+        """The same for a plain list; what is on it makes the pull a registered one."""
+        with Conveyor(url) as app:
+            listed = app.plain_list("typo")
+            assert listed.pull() == []
+            assert list(redis.scan_iter()) == []
+            redis.rpush("typo", "1")
+            [message] = listed.pull()
+            assert message.body == 1
+            message.ack()
+
+    def test_it_costs_one_script(self, queue, redis):
+        """One call where nothing waits, three where a message is taken and acknowledged: register, lease, settle."""
+        queue.push(1)
+        [message] = queue.pull()
+        message.ack()
+        redis.config_resetstat()
+        assert queue.pull() == []
+        assert redis.info("commandstats")["cmdstat_evalsha"]["calls"] == 1
+        queue.push(2)
+        redis.config_resetstat()
+        [message] = queue.pull()
+        message.ack()
+        assert redis.info("commandstats")["cmdstat_evalsha"]["calls"] == 3
+
+    @pytest.mark.row("D272")
+    def test_waiting_ends_at_once(self, queue):
+        """A pull that waits unregistered gets what is pushed, what becomes due, and what a dead consumer held."""
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(queue.pull, 1, "20s")
+            until(lambda: queue.client.execute("CLIENT", "LIST", "TYPE", "normal").count(b"cmd=blpop"))
+            queue.push("now")
+            [message] = waiting.result(10)
+            message.ack()
+            waiting = pool.submit(queue.pull, 1, "20s")
+            queue.push("later", delay="100ms")
+            [message] = waiting.result(10)
+            assert message.body == "later"
+            message.nack(delay=0)
+        [lost] = queue.pull()
+        queue.client.execute(
+            "ZADD", queue.keys.workers, "XX", "1", lost._settler.session.worker, key=queue.keys.workers
+        )
+        [message] = queue.pull(wait="20s")
+        assert (message.body, message.attempt) == ("later", 3)
+        message.ack()
+
+    def test_it_polls_no_faster(self, queue, redis):
+        """A pull that waits asks when a lost token or a dead worker may be found, as a registered one does, not all the time."""
+        redis.config_resetstat()
+        assert queue.pull(wait="1s") == []
+        assert (
+            redis.info("commandstats")["cmdstat_evalsha"]["calls"] <= 4
+        )  # a lease of 2 s: every 0.67 s, and at both ends
+
+    def test_a_paused_queue_is_idle(self, queue, redis):
+        """What lies in a paused queue makes no work."""
+        queue.push(1)
+        queue.pause()
+        redis.config_resetstat()
+        assert queue.pull() == []
+        assert redis.info("commandstats")["cmdstat_evalsha"]["calls"] == 1
+        queue.resume()
+        [message] = queue.pull()
+        message.ack()
+
+    @pytest.mark.row("D272")
+    def test_a_registration_whose_reply_was_lost(self, queue):
+        """A pull that was registered, and does not know it, goes on with that registration when it asks again."""
+        queue.push(1)
+        source = queue._source(True)
+        session = source.session
+        program = session.turn(1)
+        call = next(program)
+        assert not queue.client.run(call).idle  # the reply is lost, and another consumer takes the message
+        [message] = queue.pull()
+        message.ack()
+        registration = queue.client.run(call)
+        assert not registration.idle
+        with pytest.raises(StopIteration):
+            program.send(queue.client.run(program.send(registration)))
+        for step in session.turn(0, leave=True):
+            assert queue.client.run(step).held == 0
+            break
+        assert queue.stats().workers == 0
+
+    def test_another_number_of_partitions_is_refused(self, url):
+        """A pull of a queue that is recorded with another number raises E34, whether anything lies there or not."""
+        with Conveyor(url) as app, Conveyor(url) as other:
+            app.queue("orders", partitions=2).push(1)
+            with pytest.raises(ConfigurationError) as caught:
+                other.queue("orders", partitions=3).pull()
+            assert caught.value.code == "E34"
+            [message] = app.queue("orders", partitions=2).pull()
+            message.ack()

@@ -93,6 +93,8 @@ def _sender(client: Any, app: Any, queue: str, options: dict[str, Any]) -> Calla
         if given:
             plain_list.push(None, **given)  # which refuses them
         return lambda bodies: [id_ for id_ in plain_list.push_many(map(plain_list.codec.decode, bodies)) if id_]
+    if app is not None:
+        core_of(app).admit_message(queue)
     prepared, codec = _prepare(app, queue, **options), _queue_codec(app, queue)
     entry = partial(_entry, prepared, codec, [] if app is None else core_of(app).push_middlewares, queue)
     keys = client.keys(queue_name(queue))

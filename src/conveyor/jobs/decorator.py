@@ -109,6 +109,7 @@ def register(
     )
     task: Task[..., Any] = (AsyncTask if awaitable else SyncTask)(definition)
     core.definitions[name], core.tasks[name] = definition, task
+    core.add_task(name, queue)
     return task
 
 
@@ -124,6 +125,7 @@ def external_task(core: AppCore, name: str, queue: str) -> Task[..., Any]:
             formats=core.formats.with_writer("json"),  # any worker reads it, and the worker has the types
         )  # fmt: skip
         known = core.external_tasks[name] = Task(definition)
+        core.add_task(name, queue)
     elif known.queue != queue:
         raise ConfigurationError(
             f"external_task({name!r}) is declared twice, with different queues: {known.queue!r} and {queue!r}."

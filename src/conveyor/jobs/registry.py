@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 from weakref import WeakValueDictionary
 
@@ -64,6 +65,10 @@ class QueueRegistry:
         self.bounded: dict[str, Queue[Any]] = {}
         """Queues with a maximum length, a durability of their own, or partitions: their jobs take no short cut."""
         self.partitioned: dict[str, Partitions] = {}
+        self.task_queues: dict[str, str] = {}
+        """The queue of each task that is declared here, of another program's tasks too."""
+        self._pushed_kinds: dict[str, str] = {}
+        """The kind of what this program has pushed to queues whose declarations leave it open: "" messages, or jobs of that task."""
         self._declared: dict[str, dict[str, object]] = {}
         self._selections: dict[object, QueueSelection] = {}
         self._undeclared: WeakValueDictionary[str, Queue[Any]] = WeakValueDictionary()
@@ -137,6 +142,62 @@ class QueueRegistry:
             )  # fmt: skip
         return known
 
+    # -- messages or jobs -----------------------------------------------------------------------------------------
+
+    def add_task(self, task: str, queue: str) -> None:
+        """Note that the jobs of *task* go to *queue*: it takes no messages."""
+        self.task_queues[task] = queue
+        self._check_messages(queue)
+
+    def admit_message(self, queue: str) -> None:
+        """Raise ConfigurationError (E05) for a message to a queue that is known to hold jobs."""
+        task = self._declared_task(queue)
+        where = f"app.queue({queue!r})"
+        if task is not None:
+            raise ConfigurationError(
+                f"Queue '{queue}' holds jobs: it is the queue of task '{task}'. A worker runs no messages, so this message was "
+                f"not stored. Push it to a queue of its own instead of {where}, or enqueue a job.",
+                code="E05",
+            )
+        if task := self._pushed_kinds.setdefault(queue, ""):
+            raise ConfigurationError(
+                f"Queue '{queue}' holds jobs: this program has enqueued jobs of task '{task}' in it. A worker runs no messages, "
+                f"so this message was not stored. Push it to a queue of its own instead of {where}, or enqueue a job.",
+                code="E05",
+            )
+        if (declared := self.queues.get(queue)) is not None:
+            declared.admit = None
+
+    def admit_job(self, queue: str, task: str) -> None:
+        """Raise ConfigurationError (E05) for a job of *task* in a queue, not its own, that is known to hold messages."""
+        if self._declared_task(queue) is not None:
+            return
+        declared, listed = self._declared.get(queue, {}), self.plain_lists.get(queue)
+        if listed is not None and listed.task is None:
+            why = f"app.plain_list({queue!r}) declares it without a task"
+        elif listed is None and declared.get("type", Any) is not Any:
+            why = f"app.queue({queue!r}, {_option_text(declared['type'])}) declares their type"
+        elif declared.get("upcast") is not None or declared.get("format") is not None:
+            why = f"app.queue({queue!r}, …) declares how messages are written"
+        elif self._pushed_kinds.setdefault(queue, task) == "":
+            why = "this program has pushed messages to it"
+        else:
+            self._check_messages(queue)
+            return
+        raise ConfigurationError(
+            f"Queue '{queue}' holds messages: {why}. A consumer of messages runs no jobs, so this job of '{task}' was not "
+            "stored. Enqueue it in a queue of its own, or push a message.",
+            code="E05",
+        )
+
+    def _declared_task(self, queue: str) -> str | None:
+        return next((task for task, its_queue in self.task_queues.items() if its_queue == queue), None)
+
+    def _check_messages(self, queue: str) -> None:
+        """Have the next message to *queue* checked: what is known of it has changed."""
+        if (declared := self.queues.get(queue)) is not None:
+            declared.admit = partial(self.admit_message, queue)
+
     # -- declaring ------------------------------------------------------------------------------------------------
 
     def declare_queue(
@@ -172,6 +233,7 @@ class QueueRegistry:
             formats=self.formats.with_writer(format), middlewares=self._push_middlewares,
         )  # fmt: skip
         self.queues[name], self._declared[name] = queue, options
+        self._check_messages(name)
         if max_length is not None or asks is not None or name in self.partitioned:
             self.bounded[name] = queue
         return queue

@@ -53,6 +53,7 @@ class TaskCore(JobCore, Protocol):
     @property
     def partitioned(self) -> Container[str]: ...
 
+    def admit_job(self, queue: str, task: str) -> None: ...
     def place(self, queue: str, entry: Entry, turns: dict[str, int] | None = None) -> str: ...
     def push(
         self, queue: str, entries: Sequence[Entry], durability_request: DurabilityRequest | None = None
@@ -183,7 +184,8 @@ class TaskDefinition:
             for middleware in self.core.push_middlewares:
                 middleware.push(sent)
             check_times(sent)
-        ids.queue_name(sent.queue)
+        if sent.queue != self.queue:
+            self.core.admit_job(ids.queue_name(sent.queue), self.name)
         return sent, self.signature.encode(tuple(sent.args), sent.kwargs)
 
     def enqueue(

@@ -18,7 +18,7 @@ from conveyor.ids import new_identity
 from conveyor.payload.records import AttemptHistory, Envelope, read_leniently
 from conveyor.store import inspection, operations
 from conveyor.store.keys import QueueKeys
-from conveyor.store.operations import Settlement, StaleTurn, TurnReply, TurnReport, WorkerUnregistered
+from conveyor.store.operations import Registration, Settlement, StaleTurn, TurnReply, TurnReport, WorkerUnregistered
 from conveyor.store.script import Call
 
 LONGEST_WAIT = 5.0
@@ -239,8 +239,13 @@ class LeaseSession:
             try:
                 if not self.registered:
                     self.registering = True
-                    registration = yield operations.register(self.keys, self.worker, self.lease_ms, self.about)
-                    self.registered, self.registering = True, False
+                    registration = yield operations.register(
+                        self.keys, self.worker, self.lease_ms, self.about, for_work=self.transient
+                    )
+                    self.registered, self.registering = not registration.idle, False
+                    if registration.idle:
+                        self._note_idle(registration)
+                        return
                     self._new_queue = self._new_queue or registration.new_queue
                 if want and self.intake is not None and not repeated:
                     yield self.intake(want)
@@ -378,6 +383,14 @@ class LeaseSession:
         for _ in pending:
             self.pending.popleft()
         return call
+
+    def _note_idle(self, registration: Registration) -> None:
+        """Note that a pull found no work, and no dead worker: it holds no lease while it waits."""
+        now = self.clock()
+        self._clock_offset = registration.now - now * 1000
+        due = registration.next_due
+        self.due_at = None if due is None else now + max(0, due - registration.now) / 1000
+        self.detector.look(registration.now, (), now)
 
     def _absorb(self, reply: TurnReply) -> bool:
         """Enter a reply; return False when Redis says we hold another number of messages."""

@@ -186,6 +186,35 @@ class Partitions:
             else:
                 self._has_agreed = True
 
+    def compare(self) -> None:
+        """Compare the number with the one in Redis, once, as `agree` does, and record none: for a queue that may not exist."""
+        if not self._has_agreed and not self.client.is_away(self.queue_keys):
+            try:
+                self._has_agreed = self.client.run(self._compare_call(), retry_for=self._retry_for)
+            except PartitionCountMismatch as error:
+                if error.recorded != 0:
+                    raise
+                self.agree()  # waits for the end of the change
+            except StoreUnavailable:
+                if not self.client.note_away(self.queue_keys):
+                    raise
+
+    async def acompare(self) -> None:
+        """Awaitable form of `compare`."""
+        if not self._has_agreed and not self.client.is_away(self.queue_keys):
+            try:
+                self._has_agreed = await self.client.arun(self._compare_call(), retry_for=self._retry_for)
+            except PartitionCountMismatch as error:
+                if error.recorded != 0:
+                    raise
+                await self.aagree()  # waits for the end of the change
+            except StoreUnavailable:
+                if not self.client.note_away(self.queue_keys):
+                    raise
+
+    def _compare_call(self) -> Call[bool]:
+        return partitioning.compare_partitions(self.queue_keys, self.count)
+
     async def aagree(self) -> None:
         """Awaitable form of `agree`."""
         if not self._has_agreed and not self.client.is_away(self.queue_keys):

@@ -197,6 +197,8 @@ class Queue(MessageSource[T]):
         self._decoder: MessageDecoder[T] = MessageDecoder(name, self.codec, sealing, version, upcast)
         self._detector = DeadWorkerDetector(self.lease_ms)
         self._publisher: Publisher[T] = self._make_publisher()
+        self.admit: Callable[[], None] | None = None
+        """Called before a push, while the app has not told that the queue holds messages: it raises where it holds jobs."""
 
     # -- what a plain list does otherwise ---------------------------------------------------------------------------
 
@@ -214,7 +216,9 @@ class Queue(MessageSource[T]):
         return None
 
     def _publisher_for(self, options: PreparedPush) -> Publisher[T]:
-        """Return the publisher for these options; its target is where pushes go at the moment."""
+        """Return the publisher for these options; its target is where pushes go at the moment. Raises ConfigurationError."""
+        if self.admit is not None:
+            self.admit()
         if options.durability_request is None and not self.client.deferring:
             return self._publisher
         return self._publisher.through(self.client.push_target(self.durability, options.durability_request))

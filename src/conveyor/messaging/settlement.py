@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from conveyor.errors import PayloadError
+from conveyor.errors import ConveyorError, UnknownTask
 from conveyor.ids import made_at_ms
 from conveyor.messaging.leases import LeasedMessage
 from conveyor.messaging.retry import (
@@ -76,20 +76,20 @@ class SettlementPolicy:
         state = AttemptHistory(leased.attempt, before.failures, before.crashes, [*before.errors, to_json(record)])
         return self._buried(leased, GiveUp(state, text), record)
 
-    def undecodable(self, leased: LeasedMessage, error: PayloadError) -> Settlement:
+    def undecodable(self, leased: LeasedMessage, error: ConveyorError, kind: str = "PayloadError") -> Settlement:
         """Make it a dead letter because its body cannot be decoded: repeating would not help."""
         text = failures.message(error)
-        record = Failure(leased.attempt, self.now_ms(), "PayloadError", text, worker=self.worker)
+        record = Failure(leased.attempt, self.now_ms(), kind, text, worker=self.worker)
         if self.pack_refusal is not None:
             record = self.pack_refusal(leased.id, record, error.code)
         return self._given_up(leased, f"{error.code}: its body cannot be read" if record.packed else text, record)
 
-    def put_off(self, leased: LeasedMessage, error: PayloadError) -> Settlement:
-        """Put off a message of a later version without using an attempt; after a day it is a dead letter."""
+    def put_off(self, leased: LeasedMessage, error: ConveyorError) -> Settlement:
+        """Put off a message that another program can take without using an attempt; after a day it is a dead letter."""
         now = self.now_ms()
         pause = put_off_ms(now - (made_at_ms(leased.id) or leased.envelope.due_ms or now))
         if pause is None:
-            return self.undecodable(leased, error)
+            return self.undecodable(leased, error, "UnknownTask" if isinstance(error, UnknownTask) else "PayloadError")
         return _settlement(
             leased, "R", ms=pause, state=leased.history.encode() if leased.history != AttemptHistory() else b""
         )

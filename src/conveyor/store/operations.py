@@ -423,27 +423,41 @@ def _read_turn(number: int, reply: list[Any]) -> TurnReply:
     )  # fmt: skip
 
 
-def register(keys: QueueKeys, worker: str, lease_ms: int, about: bytes) -> Call[Registration]:
+def register(
+    keys: QueueKeys, worker: str, lease_ms: int, about: bytes, *, for_work: bool = False
+) -> Call[Registration]:
     """
-    Return the call that registers *worker*.
+    Return the call that registers *worker*; *for_work*: only where there is work, else nothing is written.
 
     It tries all that the steps of a worker need, and raises ConfigurationError (E17) for what this user may not do.
     """
+    names: tuple[str, ...] = (keys.leased(worker), keys.workers, keys.conf, keys.none)
+    if for_work:
+        names += (keys.due, keys.dead, *keys.ready)
+        names += () if keys.foreign is None else (keys.foreign, keys.intake)
     # 65 bytes and more make the hash a hashtable: as a listpack of 500 a lease costs 12 times as much (design).
     return Call(
-        REGISTER, (keys.leased(worker), keys.workers, keys.conf, keys.none),
+        REGISTER, names,
         (worker, str(lease_ms), about.ljust(65), str(keys.partitions), keys.reply_channel(worker)), partial(_registered, keys),
     )  # fmt: skip
 
 
 class Registration(NamedTuple):
-    """The reply to a registration: the server's time in ms, and whether the queue was new in Redis."""
+    """
+    The reply to a registration: the server's time in ms, and whether the queue was new in Redis.
+
+    `idle`: there is no work, so nothing was registered; `next_due` is then when the next job is due (ms; None: none is).
+    """
 
     now: int
     new_queue: bool
+    idle: bool = False
+    next_due: int | None = None
 
 
 def _registered(keys: QueueKeys, reply: list[Any]) -> Registration:
+    if reply[0] == -4:
+        return Registration(int(reply[1]), False, True, reply[2] if reply[2] >= 0 else None)
     if reply[0] == -3:
         raise _missing_right(keys, reply[1].decode())
     if reply[0] == -2:

@@ -72,6 +72,17 @@ def claim_partitions(keys: QueueKeys, count: int, *, whole: bool) -> Call[bool]:
     )
 
 
+def compare_partitions(keys: QueueKeys, count: int) -> Call[bool]:
+    """
+    Return the call that compares *count* with the number recorded for the whole queue, and writes nothing.
+
+    It yields False when none is recorded. Raises PartitionCountMismatch for another.
+    """
+    wanted = QueueKeys("_", keys.queue, partitions=count)
+    call = Call(CLAIM_PARTITIONS, (keys.conf,), (str(count), "look"), partial(_claimed, wanted))
+    return call.then(lambda unrecorded: not unrecorded)
+
+
 def claims(namespace: str, queue: str, count: int) -> list[Call[bool]]:
     """
     Return the calls by which a program agrees with Redis on the number, to be made one after the other.

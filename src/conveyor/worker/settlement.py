@@ -292,12 +292,10 @@ class SettlementWriter:
         if isinstance(error, ProcessUnavailable):
             self._explain(attempt, error)
         else:
-            why = (
-                str(error) if error else f"E05 It needs task '{attempt.handler.name}', which this worker does not have."
-            )
+            what = f"Job {attempt.public_id}" if attempt.handler.name else "It"
             log.warning(
-                "%s Job %s stays in '%s' and is tried again in %s; no attempt was used.",
-                clean(why), clean(attempt.public_id), consumer.queue, span(pause / 1000),
+                "%s %s stays in '%s' and is tried again in %s; no attempt was used.",
+                clean(str(error) if error else _unknown(attempt)), clean(what), consumer.queue, span(pause / 1000),
             )  # fmt: skip
         consumer.give_way(pause / 1000 + 1)
         state = attempt.state.encode() if attempt.state else b""
@@ -317,11 +315,12 @@ class SettlementWriter:
 
     def _give_up(self, report: TurnReport, attempt: Attempt, error: ConveyorError | None, now_ms: int) -> None:
         name = attempt.handler.name
-        message = (
+        unknown = (
             f"no worker that has the task {name!r} came within a day"
-            if error is None
-            else f"{error} No worker that can run it came within a day."
+            if name
+            else "a message, not a job: no consumer took it within a day"
         )
+        message = unknown if error is None else f"{error} No worker that can run it came within a day."
         kind = UnknownTask.__name__ if error is None else "PayloadError"
         record = to_json(Failure(attempt.number, now_ms, kind, message, worker=self._worker))
         old = attempt.history
@@ -362,6 +361,16 @@ class SettlementWriter:
         state = retry.snoozed(attempt.history, attempt.number)
         report.others.append(Settlement("R", attempt.id, ms, state=state.encode()))
         attempt.consumer.note_retry(attempt, ms)
+
+
+def _unknown(attempt: Attempt) -> str:
+    """Return why a worker cannot run an entry whose task it does not know: a job of another worker, or a message."""
+    if attempt.handler.name:
+        return f"E05 It needs task '{attempt.handler.name}', which this worker does not have."
+    return (
+        f"E05 Entry {attempt.public_id} in '{attempt.consumer.queue}' is a message, not a job: it was pushed with push; jobs are "
+        "enqueued with enqueue. A consumer of messages takes it; push messages to a queue of their own."
+    )
 
 
 def _error_of(attempt: Attempt, error: BaseException | None) -> BaseException | None:

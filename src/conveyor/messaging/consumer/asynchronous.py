@@ -231,7 +231,7 @@ class AsyncConsumer(Generic[T]):
 
         *renew*: their leases are renewed until they are settled.
         """
-        await self._agree()
+        await self._agree(look=True)
         try:
             pulled = await self._follow(self._programs.pull(count, wait), patient=False)
             await self._return_tokens()
@@ -277,9 +277,9 @@ class AsyncConsumer(Generic[T]):
         self._stop_waiting()
         await self._leave_all()
 
-    async def _agree(self) -> None:
+    async def _agree(self, *, look: bool = False) -> None:
         for partitions in self._sources.partitions:
-            await partitions.aagree()
+            await (partitions.acompare() if look else partitions.aagree())
 
     def _run_for(self, source: PartitionSource[T]) -> Callable[..., Awaitable[Any]]:
         """Return what carries out the calls at *source*."""

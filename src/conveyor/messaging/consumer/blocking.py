@@ -209,7 +209,7 @@ class Consumer(Generic[T]):
 
         *renew*: their leases are renewed until they are settled.
         """
-        self._agree()
+        self._agree(look=True)
         try:
             pulled = self._follow(self._programs.pull(count, wait), patient=False)
             self._return_tokens()
@@ -275,9 +275,12 @@ class Consumer(Generic[T]):
             if connection is not None:
                 connection.close()
 
-    def _agree(self) -> None:
+    def _agree(self, *, look: bool = False) -> None:
         for partitions in self._sources.partitions:
-            partitions.agree()
+            if look:
+                partitions.compare()
+            else:
+                partitions.agree()
 
     def _run_for(self, source: PartitionSource[T]) -> Callable[..., Any]:
         """Return what carries out the calls at *source*."""

@@ -13,13 +13,14 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from conveyor.errors import PayloadError
+from conveyor.errors import PayloadError, UnknownTask
 from conveyor.ids import clean, public
 from conveyor.messaging.leases import LeasedMessage, LeaseSession
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.payload.blobs import BlobUnavailable
 from conveyor.payload.versions import PayloadTooNew
 from conveyor.store.operations import MOST_HELD
+from conveyor.units import span
 
 M = TypeVar("M")
 V = TypeVar("V")
@@ -155,6 +156,10 @@ class ConsumerSteps(Generic[M]):
         session.waiting.popleft()
         if leased.lost or self.drop(leased):
             return None
+        # An entry that a worker has moved off a plain list names its task, and is a document for a consumer all the same.
+        if leased.envelope.task and not leased.damage and session.keys.foreign is None:
+            self._put_off_job(leased)
+            return None
         if leased.history.crashes and (poison := self._policy.poison(leased)) is not None:
             logger.error(
                 "Message %s crashed its consumers %d times and is now a dead letter.",
@@ -221,6 +226,21 @@ class ConsumerSteps(Generic[M]):
         else:
             settlement = self._policy.undecodable(leased, error)
             logger.error("Message %s cannot be decoded and is now a dead letter: %s", name, line)
+        self.session.settle(leased, settlement)
+
+    def _put_off_job(self, leased: LeasedMessage) -> None:
+        """Leave a job to a worker: no attempt is used."""
+        name, queue = self._name(leased), self.session.keys.queue
+        error = UnknownTask(
+            f"E05 Entry {name} in '{queue}' is a job of task '{leased.envelope.task}', not a message: it was enqueued with "
+            "enqueue; messages are pushed with push. A worker that has the task runs it; enqueue jobs in a queue of their own."
+        )
+        settlement = self._policy.put_off(leased, error)
+        if settlement.kind == "R":
+            again = f"It stays in '{queue}' and is tried again in {span(settlement.ms / 1000)}; no attempt was used."
+            logger.warning("%s %s", clean(str(error)), again)
+        else:
+            logger.error("%s No worker ran it for a day, and it is now a dead letter.", clean(str(error)))
         self.session.settle(leased, settlement)
 
     def _name(self, leased: LeasedMessage) -> str:

@@ -1,24 +1,11 @@
 -- The turn of a worker that holds nothing and has nothing to report, in many queues at once: renew its leases, and find the
 -- queues that need a turn. A queue with nothing to do costs one command.
--- needs: numbers leased
+-- needs: numbers leased look
 --
 -- KEYS  for each queue: 1 workers  2 leased:<worker>  3 upkeep  4 due  5 dead  6 outbox  7-16 ready:0 … ready:9
 -- ARGV  for each queue: 1 worker  2 lease_ms  3 "c" compare: tell also when Redis says that the worker holds something
 -- returns now_ms, then for each queue when its first job is due (ms), -1 when none is scheduled, or -2: it needs a turn, since
 --         the worker is not registered, or something is to be leased, settled, delivered or removed
--- Tell whether a turn with the flag l would find something to do.
--- workers, dead, outbox  keys of the queue
--- now       ms
--- lease_ms  lease of the worker that asks
--- returns   true or false
-local function needs_upkeep(workers, dead, outbox, now, lease_ms)
-  return redis.call('ZCOUNT', workers, '-inf', now + lease_ms / 2) > 0
-    or redis.call('ZCOUNT', workers, now + 1.5 * lease_ms, '+inf') > 0
-    or redis.call('EXISTS', outbox) > 0
-    or redis.call('ZCARD', dead) > 100000
-    or redis.call('ZCOUNT', dead, '-inf', now - 7776000000) > 0
-end
-
 local now = clock()
 local count = #KEYS / 16
 local places, marks = {}, {}

@@ -1,12 +1,14 @@
 -- Register a worker under an identity that was never used before. Repeating it changes nothing.
--- needs: numbers keys rights
+-- needs: numbers keys look rights
 --
 -- KEYS  1 leased:<worker>  2 workers  3 conf  4 none
+--       then, to register only where there is work: 5 due  6 dead  7-16 ready:0 … ready:9, and the list and intake of a plain list
 -- ARGV  1 worker  2 lease_ms  3 about (JSON, longer than 64 bytes so that the hash is a hashtable)
 --       4 partitions of the queue (1: none)  5 a channel that the worker must be able to publish to
 -- returns now_ms and 1 when the queue was new here, else 0; or -1 and the schema found when the layout is another version's,
 --         or -2 and the partitions found, "" none yet, when their number is another,
---         or -3 and a command that the worker's steps need and this user may not send
+--         or -3 and a command that the worker's steps need and this user may not send,
+--         or -4, now_ms, and when the next job is due (ms; -1: none): there is no work, and nothing was written
 -- Return the first of the commands that this user may not send, nil when all are allowed.
 local function first_refused(none, commands)
   for _, command in ipairs(commands) do
@@ -23,8 +25,21 @@ end
 local conf = redis.call('HMGET', KEYS[3], 'schema', 'partitions')
 local schema = conf[1]
 if (schema or '1') ~= '1' and schema ~= '2' then return {-1, schema} end
-if (conf[2] or '1') ~= ARGV[4] then return {-2, conf[2] or ''} end
 local now = clock()
+-- Tell whether a turn would find nothing to lease and nothing to care for. When the next job is due comes with it.
+local function is_idle()
+  local due, paused = redis.call('ZRANGE', KEYS[5], 0, 0, 'WITHSCORES')[2], redis.call('HGET', KEYS[3], 'paused') == '1'
+  if needs_upkeep(KEYS[2], KEYS[6], KEYS[4], now, number_in(ARGV[2])) then return false end
+  local waits = (due and tonumber(due) <= now) or redis.call('EXISTS', unpack(KEYS, 7)) > 0
+  return paused or not waits, due and tonumber(due) or -1
+end
+
+if KEYS[5] and redis.call('HEXISTS', KEYS[1], '\tturn') == 0 then
+  local idle, next_due = is_idle()
+  -- A partition that no program has used yet has no number, and holds nothing.
+  if idle and (conf[2] or ARGV[4]) == ARGV[4] then return {-4, now, next_due} end
+end
+if (conf[2] or '1') ~= ARGV[4] then return {-2, conf[2] or ''} end
 check('ZCARD', KEYS[2])
 redis.call('HDEL', KEYS[1], '\t')
 -- All that a worker's steps send: one that may do half of it would stop half-way.
