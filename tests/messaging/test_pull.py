@@ -299,6 +299,7 @@ class TestIdlePull:
         with Conveyor(url) as app:
             listed = app.plain_list("typo")
             assert listed.pull() == []
+            assert listed.pull(wait="50ms") == []
             assert list(redis.scan_iter()) == []
             redis.rpush("typo", "1")
             [message] = listed.pull()

@@ -91,8 +91,9 @@ _OPERATOR = Role(
     (
         operations.CONFIGURE, operations.PURGE, operations.LIST_INTAKE, operations.REDRIVE, operations.PROMOTE,
         operations.CANCEL, partitions.CLAIM_PARTITIONS, partitions.REPARTITION, inspection.UNPLACED, operations.REPAIR,
+        operations.DELETE,
     ),
-    ("sadd", "srem", "hscan", "scan"),
+    ("sadd", "srem", "hscan", "scan", "exists", "del"),
     channels=True,
 ).combined_with(_DASHBOARD)  # fmt: skip
 _SENTINEL = Role(

@@ -34,6 +34,7 @@ from conveyor.admin.views import (
 )
 from conveyor.errors import ConfigurationError, JobNotFound, StoreUnavailable
 from conveyor.ids import logical, made_at_ms, public, split
+from conveyor.messaging.deletion import refuse_in_use
 from conveyor.messaging.maintenance import redrive_batch
 from conveyor.messaging.partitions import refuse_full
 from conveyor.payload.codec import MAX_PAYLOAD
@@ -138,6 +139,18 @@ class Admin:
         Raises ConfigurationError.
         """
         return self._directory.queue(name).repartition(partitions)
+
+    def refuse_in_use(self, name: str) -> None:
+        """Raise ConfigurationError (E35) when a queue could not be deleted now."""
+        refuse_in_use(self.client, self._directory.queue(name).keys)
+
+    def delete_queue(self, name: str) -> None:
+        """
+        Delete a queue that holds nothing and that nothing serves, with all its keys.
+
+        Raises QueueNotFound; ConfigurationError (E35), with nothing deleted, for a queue in use.
+        """
+        self._directory.queue(name).delete()
 
     def redrive(self, name: str, *, limit: int | None = None, ids: Sequence[str] = ()) -> int:
         """

@@ -103,7 +103,7 @@ def _failure_name(group: FailureGroup) -> str:
 
 @click.group(cls=CommandGroup)
 def queue() -> None:
-    """List, pause, purge and redrive queues."""
+    """List, pause, purge, redrive and delete queues."""
 
 
 @queue.command("list")
@@ -266,6 +266,29 @@ def repair(target: Target, out: Output, name: str) -> None:
     if not repaired and out.on_terminal and not out.as_json:
         out.say(f"Every job of {name} is in its place.")
     _print_count(out, "repair", name, "repaired", repaired, dry_run=False)
+
+
+@queue.command()
+@_NAME
+@confirm_options
+@redis_options
+def delete(target: Target, out: Output, name: str, yes: bool, dry_run: bool) -> None:
+    """
+    Delete a queue that holds nothing.
+
+    Refused while it holds anything, dead letters included, and while workers or consumers serve it. The results of its
+    ended jobs are deleted too. A job that is enqueued later begins the queue anew.
+    """
+    admin = target.admin()
+    admin.refuse_in_use(name)
+    question = f"{name} is empty. Delete it permanently, with the results of its ended jobs?"
+    deleted = out.confirm(question, yes=yes, dry_run=dry_run)
+    if deleted:
+        admin.delete_queue(name)
+    if out.as_json:
+        out.document("queue-deleted", queue=name, deleted=deleted, dry_run=dry_run)
+    elif deleted:
+        out.say(f"{name} is deleted.")
 
 
 @queue.command("partition")

@@ -11,7 +11,7 @@ from typing import Any, Generic, Literal, TypeVar, Unpack, cast, get_args
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, ConveyorError
-from conveyor.messaging import maintenance
+from conveyor.messaging import deletion, maintenance
 from conveyor.messaging import partitions as partitioning
 from conveyor.messaging.consumer.asynchronous import AsyncConsumer
 from conveyor.messaging.consumer.blocking import Consumer
@@ -374,6 +374,20 @@ class Queue(MessageSource[T]):
             for letter in page:
                 yield letter
             page, after = await self.client.arun(maintenance.dead_page(self.keys, after, self._sealing))
+
+    def delete(self) -> None:
+        """
+        Delete the queue with all its keys, results of its ended jobs included; one that does not exist is no error.
+
+        Raises ConfigurationError (E35), with nothing deleted, while it holds anything, dead letters and spawned jobs in its
+        outbox included, or while workers or consumers serve it. A push that races with it is stored, in the queue before
+        or in a new one. It walks through all keys of the server.
+        """
+        deletion.delete(self.client, self.keys)
+
+    async def adelete(self) -> None:
+        """Awaitable form of `delete`."""
+        await deletion.adelete(self.client, self.keys)
 
     def repartition(self, partitions: int) -> int:
         """

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from math import inf
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from conveyor.errors import ConfigurationError, QueueFull
 from conveyor.ids import may_arrive_later
@@ -33,7 +33,8 @@ PROMOTE, PURGE, CONFIGURE, LIST_INTAKE = Script("promote"), Script("purge"), Scr
 AWAIT_RESULT, FORGET, WITHDRAW = Script("await_result"), Script("forget"), Script("withdraw")
 WAKE, IDLE_TURN, FIND_WORK = Script("wake"), Script("idle_turn"), Script("find_work")
 REPAIR = Script("repair")
-SADD, SET = Script("SADD"), Script("SET")
+DELETE, SMEMBERS = Script("delete"), Script("SMEMBERS")
+SADD, SREM, SET, DEL, EXISTS = Script("SADD"), Script("SREM"), Script("SET"), Script("DEL"), Script("EXISTS")
 
 LANE_MS = 7_200_000
 """Milliseconds for which the scripts keep number and reply of the last push of a sequence (key `lane:`)."""
@@ -107,6 +108,26 @@ class WithdrawnPush(Exception):
 def announce(known: str, *queues: str) -> Call[int]:
     """Return the call that adds *queues* to the set *known* of all queues."""
     return Command(SADD, (known,), queues, int)
+
+
+def withdraw_names(known: str, *queues: str) -> Call[int]:
+    """Return the call that removes *queues* from the set *known* of all queues."""
+    return Command(SREM, (known,), queues, int)
+
+
+def known_names(known: str) -> Call[list[str]]:
+    """Return the call that reads the set *known* of all queues."""
+    return Command(SMEMBERS, (known,), (), _read_ids)
+
+
+def exists(*keys: str) -> Call[bool]:
+    """Return the call that tells whether one of *keys*, of one slot, exists."""
+    return Command(EXISTS, keys, (), bool)
+
+
+def delete_key(key: str) -> Call[int]:
+    """Return the call that deletes one key."""
+    return Command(DEL, (key,), (), int)
 
 
 def wake(key: str) -> Call[int]:
@@ -614,6 +635,37 @@ def purge(keys: QueueKeys, place: str, limit: int) -> Call[tuple[int, int]]:
     """Return the call that removes one batch from `ready`, `due` or `dead`; it yields (entries taken, jobs removed)."""
     names = (keys.jobs, keys.state, keys.due, keys.dead, keys.conf, keys.waiters, *keys.ready, keys.none)
     return Call(PURGE, names, (place, str(limit)), lambda reply: (int(reply[0]), int(reply[1])))
+
+
+class Remains(NamedTuple):
+    """The counts of what keeps a queue or partition from being deleted; `unplaced` are jobs in no place."""
+
+    ready: int = 0
+    scheduled: int = 0
+    leased: int = 0
+    dead: int = 0
+    outbox: int = 0
+    unplaced: int = 0
+    workers: int = 0
+
+
+def delete(
+    keys: QueueKeys, how: Literal["check", "forget", "delete"], token: str = "", beside: Sequence[str] = ()
+) -> Call[Remains | None]:
+    """
+    Return the call that deletes a queue or partition that holds nothing and that nothing serves, and the keys *beside* it.
+
+    It yields what is in the way, None for another number of partitions. *token* is that of the change that has shut it;
+    "check" deletes nothing, "forget" only a queue that expired.
+    """
+    names = (
+        keys.jobs, keys.due, keys.dead, keys.workers, keys.conf, *keys.ready, keys.outbox, keys.state, keys.recent, keys.waiters,
+        keys.wake, keys.upkeep, keys.none,
+    )  # fmt: skip
+    names += () if keys.foreign is None else (keys.intake, keys.foreign)
+    return Call(
+        DELETE, names, (how, token, *beside), lambda reply: None if reply[0] == -1 else Remains(*map(int, reply[1:]))
+    )
 
 
 def repair(keys: QueueKeys, ids: Sequence[str]) -> Call[tuple[int, int]]:

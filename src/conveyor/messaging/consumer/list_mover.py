@@ -67,7 +67,6 @@ class ListMover:
                 break
             try:
                 assert self._keys.foreign is not None
-                self._client.announce(self._keys)
                 self._is_moving = True
                 try:
                     moved = self._waiter.wait_and_move(self._keys.foreign, self._keys.intake, self._seconds)
@@ -75,6 +74,7 @@ class ListMover:
                     self._is_moving = False
                 self._is_refused = False
                 if moved:
+                    self._client.announce(self._keys)
                     self._connection.run(intake(self._keys, 1), retry_for=0)
             except ConveyorError:
                 self._is_refused = True  # Redis is full or away: the consumer looks by itself, or reports it
@@ -107,10 +107,10 @@ class AsyncListMover:
         assert self._keys.foreign is not None
         waiter = self._waiter = self._waiter or AsyncWakeupWaiter(self._client.endpoint(self._keys))
         try:
-            await self._client.aannounce(self._keys)
             moved = await waiter.wait_and_move(self._keys.foreign, self._keys.intake, seconds)
             self._is_refused = False
             if moved:
+                await self._client.aannounce(self._keys)
                 await self._client.arun(intake(self._keys, 1), retry_for=0)
         except ConveyorError:
             self._is_refused = True

@@ -290,6 +290,11 @@ class Client:
         with suppress(ConveyorError):
             self.announce(*queues)
 
+    def note_forgotten(self, *queues: QueueKeys) -> None:
+        """Note that queues were deleted: the next push makes each known again."""
+        for keys in queues:
+            self._announced.discard(keys.queue)
+
     def _take_connection(self, key: str | None) -> PushConnection:
         free = self._free if self._single else self._free_at.setdefault(self.endpoint(key or ""), deque())
         try:

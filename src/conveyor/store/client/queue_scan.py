@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PAGE_SIZE = 1000
 _TYPES = {"jobs": "hash", "outbox": "list"}
+_SPECIAL = re.compile(r"[\\\[\]*?^-]")  # in a pattern of keys
 Kind = Literal["jobs", "outbox"]
 
 
@@ -85,6 +86,22 @@ def find_queues(client: ServerClient, *, most: int | None = None) -> list[str]:
         if failed and len(failed) == len(nodes):
             raise failed[0]
     return sorted(names)
+
+
+def keys_containing(client: ServerClient, text: str) -> Iterator[str]:
+    """Yield the keys of the namespace of *client*, on all servers, whose names contain *text*; some may come twice."""
+    pattern = f"{client.namespace}:*{_SPECIAL.sub(lambda match: chr(92) + match[0], text)}*"
+    with node_clients(client) as nodes:
+        for node in nodes:
+            cursor = b"0"
+            while True:
+                reply: Any = node.execute(
+                    "SCAN", cursor, "MATCH", pattern, "COUNT", str(PAGE_SIZE), retry_for=node.retry_for
+                )
+                cursor = reply[0]
+                yield from (key.decode("utf-8", "surrogateescape") for key in reply[1])
+                if cursor == b"0":
+                    break
 
 
 def _scan(node: ServerClient, cursor: bytes, pattern: str, type_: str) -> tuple[bytes, list[bytes]]:
