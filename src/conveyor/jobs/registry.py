@@ -68,7 +68,7 @@ class QueueRegistry:
         self.task_queues: dict[str, str] = {}
         """The queue of each task that is declared here, of another program's tasks too."""
         self._pushed_kinds: dict[str, str] = {}
-        """The kind of what this program has pushed to queues whose declarations leave it open: "" messages, or jobs of that task."""
+        """Of queues whose declarations leave it open, the kind that this program has pushed: "" messages, or jobs of that task."""
         self._declared: dict[str, dict[str, object]] = {}
         self._selections: dict[object, QueueSelection] = {}
         self._undeclared: WeakValueDictionary[str, Queue[Any]] = WeakValueDictionary()
