@@ -6,7 +6,7 @@ import asyncio
 import random
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +252,7 @@ def test_racing_producers_lose_nothing(url: str, partitions: int) -> None:
             queue = app.queue("orders", partitions=partitions)
             for n in range(40):
                 pushed.append(queue.push(number * 1000 + n))
-                done.wait(chance.random() * 0.01)
+                done.wait(chance.random() * 0.01)  # stops the producer for a moment
 
     def take() -> None:
         with Conveyor(url) as app:
@@ -274,9 +274,11 @@ def test_racing_producers_lose_nothing(url: str, partitions: int) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         others = [pool.submit(take), pool.submit(take), pool.submit(delete)]
-        for producer in [pool.submit(produce, number) for number in range(3)]:
-            producer.result(60)
+        producers = [pool.submit(produce, number) for number in range(3)]
+        wait(producers, 60)
         done.set()
+        for producer in producers:
+            producer.result(60)
         for other in others:
             other.result(60)
     assert len(pushed) == 120

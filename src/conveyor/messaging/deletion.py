@@ -118,7 +118,7 @@ def _delete(client: Client, keys: QueueKeys, found: _Keys) -> Calls:
                 parts.append(place)
         if number != 1 or change or parts:
             token = ids.new_identity()
-            yield from _shut(keys, parts, before, token)
+            yield from _shut(keys, parts, token)
     places = [*parts, keys]
     for place in places:
         yield from _settle_inboxes(client, place, found)
@@ -144,16 +144,20 @@ def _delete(client: Client, keys: QueueKeys, found: _Keys) -> Calls:
     yield from withdraw(client, [*places, *map(client.keys, gone)])
 
 
-def _shut(keys: QueueKeys, parts: Sequence[QueueKeys], before: int, token: str) -> Calls:
+def _shut(keys: QueueKeys, parts: Sequence[QueueKeys], token: str) -> Calls:
     """Shut a queue and its partitions for everybody. When one of them holds something, open them again and raise."""
-    done, held = yield partitioning.repartition(keys, "begin", token, 0)
+    # The number that counts is the one that is recorded now: a producer may have begun the queue since it was looked at.
+    done, before = yield partitioning.repartition(keys, "begin", token, 0)
     if done != 1:
-        _in_use(keys, Remains(unplaced=held))
+        _in_use(keys, Remains(unplaced=before))
     shut: list[QueueKeys] = []
-    for number, place in enumerate(parts):
-        done, held = yield partitioning.repartition(place, "close", token, before if number < before else None)
+    for place in parts:
+        done, held = yield partitioning.repartition(place, "close", token, None)
         if done != 1:
-            yield partitioning.repartition(keys, "end", token, before)
+            if before == 1:  # none was recorded, so none may be left: another program could not claim its own
+                yield operations.delete(keys, "delete", token)
+            else:
+                yield partitioning.repartition(keys, "end", token, before)
             for one in shut:
                 yield partitioning.repartition(one, "open", token, before)
             yield from _refuse_in_use_of(keys, place)

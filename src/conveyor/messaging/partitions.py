@@ -282,6 +282,30 @@ class Partitions:
                 if not self.client.note_away(keys):
                     raise
 
+    def retry_agreed(self, work: Callable[[], V]) -> V:
+        """Run *work*; agree anew and run it again when a partition has another number, or none because the queue was deleted."""
+        deadline, refused = time.monotonic() + self.client.retry_for, False
+        while True:
+            try:
+                return work()
+            except PartitionCountMismatch as error:
+                if refused and (error.recorded or time.monotonic() >= deadline):
+                    raise
+                self.reclaim()
+                refused = True
+
+    async def aretry_agreed(self, work: Callable[[], Awaitable[V]]) -> V:
+        """Awaitable form of `retry_agreed`."""
+        deadline, refused = time.monotonic() + self.client.retry_for, False
+        while True:
+            try:
+                return await work()
+            except PartitionCountMismatch as error:
+                if refused and (error.recorded or time.monotonic() >= deadline):
+                    raise
+                await self.areclaim()
+                refused = True
+
     def run_agreed(self, work: Callable[[], V], keys: QueueKeys | None = None) -> V:
         """
         Run a push after agreeing on the number; once more when a partition has another number.
@@ -297,11 +321,7 @@ class Partitions:
                 if self.client.buffer is None:  # else the push is kept, and agrees when it is delivered
                     raise
         try:
-            try:
-                return work()
-            except PartitionCountMismatch:
-                self.reclaim()
-                return work()
+            return self.retry_agreed(work)
         except StoreUnavailable:
             if keys is not None:
                 self.client.note_away(keys)
@@ -318,11 +338,7 @@ class Partitions:
                 if self.client.buffer is None:
                     raise
         try:
-            try:
-                return await work()
-            except PartitionCountMismatch:
-                await self.areclaim()
-                return await work()
+            return await self.aretry_agreed(work)
         except StoreUnavailable:
             if keys is not None:
                 self.client.note_away(keys)

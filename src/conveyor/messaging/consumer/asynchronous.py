@@ -29,7 +29,6 @@ from conveyor.store import operations
 from conveyor.store.client.client import Client, refuse_in_loop
 from conveyor.store.client.outages import FIRST_TRY
 from conveyor.store.client.programs import AsyncRun, adrive, arun_once
-from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import Call
 from conveyor.store.transport.wakeup import AsyncWakeupWaiter
 
@@ -156,11 +155,7 @@ class AsyncPartitionSettler(AsyncSettler):
 
 async def arun_partitioned(partitions: Partitions, call: Call[Any], *, retry_for: float | None = None) -> Any:
     """Awaitable form of `run_partitioned`."""
-    try:
-        return await partitions.client.arun(call, retry_for=retry_for)
-    except PartitionCountMismatch:
-        await partitions.areclaim()
-        return await partitions.client.arun(call, retry_for=retry_for)
+    return await partitions.aretry_agreed(lambda: partitions.client.arun(call, retry_for=retry_for))
 
 
 class AsyncConsumer(Generic[T]):

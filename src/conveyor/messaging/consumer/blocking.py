@@ -32,7 +32,6 @@ from conveyor.store import operations
 from conveyor.store.client.client import Client, refuse_in_loop
 from conveyor.store.client.outages import FIRST_TRY
 from conveyor.store.client.programs import Run, drive, run_once
-from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import Call
 from conveyor.store.signal_safety import SignalSafeEvent
 from conveyor.store.transport.connection import Connection
@@ -134,11 +133,7 @@ class PartitionSettler(BlockingSettler):
 
 def run_partitioned(partitions: Partitions, call: Call[Any], *, retry_for: float | None = None) -> Any:
     """Carry out *call*; after Redis was emptied the number of *partitions* is agreed on anew."""
-    try:
-        return partitions.client.run(call, retry_for=retry_for)
-    except PartitionCountMismatch:
-        partitions.reclaim()
-        return partitions.client.run(call, retry_for=retry_for)
+    return partitions.retry_agreed(lambda: partitions.client.run(call, retry_for=retry_for))
 
 
 class Consumer(Generic[T]):
