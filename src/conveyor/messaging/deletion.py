@@ -154,12 +154,13 @@ def _shut(keys: QueueKeys, parts: Sequence[QueueKeys], token: str) -> Calls:
     for place in parts:
         done, held = yield partitioning.repartition(place, "close", token, None)
         if done != 1:
-            if before == 1:  # none was recorded, so none may be left: another program could not claim its own
-                yield operations.delete(keys, "delete", token)
+            if before == 1:  # none was recorded, so none may be left: a program could not claim its own number
+                for one in (*shut, keys):
+                    yield operations.delete(one, "delete", token)
             else:
                 yield partitioning.repartition(keys, "end", token, before)
-            for one in shut:
-                yield partitioning.repartition(one, "open", token, before)
+                for one in shut:
+                    yield partitioning.repartition(one, "open", token, before)
             yield from _refuse_in_use_of(keys, place)
             _in_use(keys, Remains(unplaced=max(held, 1)))
         shut.append(place)
