@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import pytest
 import redis as redis_py
 
 from conveyor.store import operations
 from conveyor.store.client.client import Client
-from conveyor.worker.shared_memory import ChildInfo, ChildSpec, SharedMemory
-from conveyor.worker.supervision.lease_guard import LeaseGuard
+from conveyor.worker.shared_memory import ChildInfo, ChildSpec, LeaseIdentity, SharedMemory
+from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
 from support.supervisor_process import KEYS, until
 
 
@@ -43,3 +44,25 @@ def test_healthy_worker_costs_no_beats(url: str, redis: redis_py.Redis) -> None:
     backend.run(operations.reap(KEYS, "w1"))
     backend.close()
     board.close()
+
+
+def test_an_unexpected_error_is_repeated_after_growing_pauses(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guard that fails unexpectedly, with jobs to return, logs once a pause, and each pause is longer than the last."""
+
+    def fail(_: LeaseGuard) -> tuple[list[Any], float]:
+        tries.append(time.monotonic())
+        raise ValueError("a slot that cannot be read")
+
+    tries: list[float] = []
+    monkeypatch.setattr(LeaseGuard, "_find_stale", fail)
+    guard = LeaseGuard()
+    identity = LeaseIdentity("test", "mail", None, "w1", 500, current=True, renewed=0.0)
+    guard.return_jobs(DeadChild("died", ChildInfo("unix:///nowhere", "test"), [identity], crashed=False))
+    until(lambda: len(tries) == 3)
+    assert not guard.close(0)
+
+    assert tries[1] - tries[0] >= 0.5
+    assert tries[2] - tries[1] >= 1.0
+    assert sum("failed unexpectedly" in line for line in caplog.messages) == len(tries)

@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from conveyor.errors import ConfigurationError, ConveyorError
+from conveyor.jobs.include import INCLUDE_VARIABLE
 
 WORKER_SETTINGS = ("queues", "concurrency", "threads", "processes", "grace", "max_jobs", "max_memory")
 SETTINGS = ("app", "include", "url", "namespace", *WORKER_SETTINGS)
@@ -146,8 +147,8 @@ def _import_configured(name: str, module_name: str, settings: Settings) -> Modul
     sys.path[:0] = [directory for directory in directories if directory not in sys.path]
     if settings.url and not os.environ.get("CONVEYOR_URL"):
         os.environ["CONVEYOR_URL"] = settings.url  # for Conveyor() in the app, and for the processes of a worker
-    if settings.include and not os.environ.get("CONVEYOR_INCLUDE"):
-        os.environ["CONVEYOR_INCLUDE"] = ",".join(settings.include)
+    if settings.include and not os.environ.get(INCLUDE_VARIABLE):
+        os.environ[INCLUDE_VARIABLE] = ",".join(settings.include)
     return _import(module_name)
 
 

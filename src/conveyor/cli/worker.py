@@ -15,6 +15,7 @@ from conveyor.cli.completion import complete_queues
 from conveyor.cli.output import Output, parse_seconds
 from conveyor.cli.target import Target
 from conveyor.errors import ConfigurationError, StoreUnavailable
+from conveyor.jobs.include import INCLUDE_VARIABLE
 from conveyor.units import size
 
 _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
@@ -24,7 +25,7 @@ _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
 @click.argument("app_name", cls=SharedArgument, required=False, metavar="[APP]")
 @click.option("-A", "--app", "app_option", metavar="APP", help="The same as APP.")
 @click.option(
-    "--include", "include", multiple=True, metavar="MODULE", envvar="CONVEYOR_INCLUDE",
+    "--include", "include", multiple=True, metavar="MODULE", envvar=INCLUDE_VARIABLE,
     help="Import this module too, or those of a pattern such as 'shop.tasks.*', for its tasks; may be repeated.",
 )  # fmt: skip
 @click.option(
@@ -77,7 +78,7 @@ def worker(
     if app_name and app_option and app_name != app_option:
         raise click.UsageError(f"APP is {app_name!r} and --app is {app_option!r}: give one of them.")
     if include:
-        os.environ["CONVEYOR_INCLUDE"] = ",".join(include)  # for the processes of the worker too
+        os.environ[INCLUDE_VARIABLE] = ",".join(include)  # for the processes of the worker too
     name, app = Target(url, namespace, app_name or app_option).load_app()
     chosen = _parse_queues(queues) or _default_queues(app, name)
     _warn_of_unused_queues(out, app, chosen)

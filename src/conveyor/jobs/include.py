@@ -10,7 +10,7 @@ from pkgutil import iter_modules
 
 from conveyor.errors import ConfigurationError
 
-VARIABLE = "CONVEYOR_INCLUDE"
+INCLUDE_VARIABLE = "CONVEYOR_INCLUDE"
 """Names more modules, separated by commas: those of the command line, for every process of a worker."""
 
 
@@ -35,7 +35,7 @@ def import_included(include: Iterable[str]) -> None:
 
     Raises ConfigurationError for a pattern that matches nothing, and what importing a module raises.
     """
-    for name in (*include, *check_include(part for part in os.environ.get(VARIABLE, "").split(",") if part)):
+    for name in (*include, *check_include(part for part in os.environ.get(INCLUDE_VARIABLE, "").split(",") if part)):
         if "*" not in name:
             import_module(name)
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from asyncio import _get_running_loop, sleep
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from time import monotonic
 from time import sleep as pause_blocking
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast
@@ -374,15 +374,17 @@ class Job(Generic[R_co]):
             self._look_up()
         client = self._core.client
         self._wait_for_buffer(client.retry_for)
-        call = operations.cancel(self._keys(), self._bare_id)
-        reply = first = client.run(call)
-        for pause in _ANSWER_PAUSES if first == operations.CANCEL_ASKED else ():
-            pause_blocking(pause)
-            if (reply := client.run(call)) != operations.CANCEL_ASKED:
-                break
-        if first == operations.CANCEL_UNKNOWN:
+        call, questions = operations.cancel(self._keys(), self._bare_id), _cancellation()
+        pause = next(questions)
+        try:
+            while True:
+                pause_blocking(pause)
+                pause = questions.send(client.run(call))
+        except StopIteration as end:
+            answer: CancelAnswer | None = end.value
+        if answer is None:
             self._refuse_waiting(self._status(self._look_up()))
-        return _cancel_answer(first, reply)
+        return answer or ""
 
     async def acancel(self) -> CancelAnswer:
         """Awaitable form of `cancel`."""
@@ -390,15 +392,17 @@ class Job(Generic[R_co]):
             await self._alook_up()
         client = self._core.client
         await self._await_buffer(client.retry_for)
-        call = operations.cancel(self._keys(), self._bare_id)
-        reply = first = await client.arun(call)
-        for pause in _ANSWER_PAUSES if first == operations.CANCEL_ASKED else ():
-            await sleep(pause)
-            if (reply := await client.arun(call)) != operations.CANCEL_ASKED:
-                break
-        if first == operations.CANCEL_UNKNOWN:
+        call, questions = operations.cancel(self._keys(), self._bare_id), _cancellation()
+        pause = next(questions)
+        try:
+            while True:
+                await sleep(pause)
+                pause = questions.send(await client.arun(call))
+        except StopIteration as end:
+            answer: CancelAnswer | None = end.value
+        if answer is None:
             self._refuse_waiting(self._status(await self._alook_up()))
-        return _cancel_answer(first, reply)
+        return answer or ""
 
     def _refuse_waiting(self, status: Status) -> None:
         if status == "waiting":
@@ -407,13 +411,23 @@ class Job(Generic[R_co]):
             )
 
 
-def _cancel_answer(first: int, last: int) -> CancelAnswer:
-    """Return what to say: *first* is cancel.lua's first reply, *last* its reply when it was asked again."""
+def _cancellation() -> Generator[float, int, CancelAnswer | None]:
+    """
+    Yield the seconds to pause before each run of cancel.lua, receive its reply; return what to say.
+
+    None: Redis does not know the job.
+    """
+    reply = first = yield 0.0
+    for pause in _ANSWER_PAUSES if first == operations.CANCEL_ASKED else ():
+        if (reply := (yield pause)) != operations.CANCEL_ASKED:
+            break
+    if first == operations.CANCEL_UNKNOWN:
+        return None
     if first == operations.CANCEL_REMOVED:
         return "removed"
     if first not in {operations.CANCEL_ASKED, operations.CANCEL_RUNS}:
         return ""
-    return "will-not-start" if last == operations.CANCEL_NOT_STARTED else "asked"
+    return "will-not-start" if reply == operations.CANCEL_NOT_STARTED else "asked"
 
 
 def note_accepted(job: Job[Any], id: str) -> None:  # noqa: A002

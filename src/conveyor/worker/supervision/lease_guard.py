@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
 
@@ -26,6 +27,7 @@ RENEW_AFTER = 0.4
 RETRY_FOR = 0.5
 """Seconds that one call to Redis may take."""
 _LONGEST_PAUSE, _SHORTEST_PAUSE = 1.0, 0.02
+_LONGEST_REST = 60.0
 _MAX_DEAD_CHILDREN = 1000
 
 
@@ -50,6 +52,28 @@ class DeadChild:
     died_at: float = field(default_factory=monotonic)
     returned: int = 0
     all_returned: threading.Event = field(default_factory=threading.Event)
+
+
+class _GuardedStep:
+    """A step of the guard's loop. One that fails unexpectedly is left alone for a while, longer each time."""
+
+    def __init__(self, step: Callable[[], float]) -> None:
+        self._step, self._failures, self._resumes_at = step, 0, 0.0
+
+    def run(self) -> float:
+        """Carry out the step, unless it is left alone; return the seconds until the next look."""
+        if (rest := self._resumes_at - monotonic()) > 0:
+            return min(rest, _LONGEST_PAUSE)
+        try:
+            pause = self._step()
+        except Exception:
+            rest = min(_LONGEST_REST, 0.5 * 2**self._failures)
+            self._failures = min(self._failures + 1, 10)
+            self._resumes_at = monotonic() + rest
+            LOG.exception("The lease guard failed unexpectedly; it goes on in %s", span(rest))
+            return min(rest, _LONGEST_PAUSE)
+        self._failures = 0
+        return pause
 
 
 class LeaseGuard:
@@ -90,7 +114,7 @@ class LeaseGuard:
         self._wakeup.set()
 
     def close(self, retry_for: float) -> bool:
-        """Go on for up to *patience* seconds, then end the thread; return whether all jobs were returned."""
+        """Go on for up to *retry_for* seconds, then end the thread; return whether all jobs were returned."""
         self._closing_at = monotonic() + retry_for
         self._wakeup.set()
         self._thread.join(retry_for + 0.2)
@@ -100,23 +124,18 @@ class LeaseGuard:
 
     def _run(self) -> None:
         pause = 0.0
+        returning, renewing = _GuardedStep(self._return_all), _GuardedStep(self._renew_all)
         while True:
             self._wakeup.wait(pause)
             self._wakeup.clear()
-            pause = _LONGEST_PAUSE
-            try:
-                self._return_all()
-                pause = self._renew_all()
-            except Exception:
-                LOG.exception("The lease guard failed unexpectedly; it continues")
-            if self._dead_children:
-                pause = min(pause, max(self._retry_at - monotonic(), _SHORTEST_PAUSE))
+            pause = min(returning.run(), renewing.run())
             if self._closing_at is not None and (not self._dead_children or monotonic() >= self._closing_at):
                 break
         for client in self._clients.values():
             client.close()
 
-    def _return_all(self) -> None:
+    def _return_all(self) -> float:
+        """Return the jobs of dead children; return the seconds until the next look."""
         while self._dead_children and monotonic() >= self._retry_at:
             dead_child = self._dead_children[0]
             try:
@@ -135,12 +154,13 @@ class LeaseGuard:
                     del dead_child.identities[0]
             except Exception as error:
                 self._note_failure(error)
-                return
+                break
             self._note_success()
             with self._lock:
                 if self._dead_children and self._dead_children[0] is dead_child:
                     self._dead_children.popleft()
             _log_returned(dead_child)
+        return max(self._retry_at - monotonic(), _SHORTEST_PAUSE) if self._dead_children else _LONGEST_PAUSE
 
     def _renew_all(self) -> float:
         """Renew what is stale; return the seconds until the next look."""
