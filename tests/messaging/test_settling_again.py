@@ -50,11 +50,11 @@ class Fault:
             connection.close()
             raise TransportError("cut")
 
-        async def aexecute(connection, *command, block=0.0):
+        async def aexecute(connection, *command, **times):
             if not fault.armed:
-                return await areal(connection, *command, block=block)
+                return await areal(connection, *command, **times)
             if fault.sent:
-                await areal(connection, *command, block=block)
+                await areal(connection, *command, **times)
             raise ConnectionLost("cut")
 
         monkeypatch.setattr(Connection, "execute", execute)
@@ -292,8 +292,8 @@ async def test_turn_after_an_extension_that_nobody_waited_for(queue, monkeypatch
     """The same when Redis has carried the extension out, and a turn lies between: it takes no message for lost."""
     real, moved = AsyncConnection.execute, asyncio.Event()
 
-    async def execute(connection, *command, block=0.0):
-        reply = await real(connection, *command, block=block)
+    async def execute(connection, *command, **times):
+        reply = await real(connection, *command, **times)
         if command[1] in (operations.EXTEND.sha, operations.EXTEND.text) and reply == 1 and not moved.is_set():
             moved.set()
             await asyncio.sleep(3600)

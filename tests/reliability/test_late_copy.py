@@ -37,11 +37,11 @@ class Way:
                 raise TransportError("cut")
             return real(connection, *command, block=block)
 
-        async def aexecute(wire, *command, block=0.0):
+        async def aexecute(wire, *command, **times):
             if self.lose(command):
                 wire.drop(ConnectionLost("cut"))
                 raise ConnectionLost("cut")
-            return await areal(wire, *command, block=block)
+            return await areal(wire, *command, **times)
 
         monkeypatch.setattr(Connection, "execute", execute)
         monkeypatch.setattr(AsyncConnection, "execute", aexecute)

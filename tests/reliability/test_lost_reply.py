@@ -87,12 +87,12 @@ class AsyncFault(Fault):
         self.at, self.sent, self.count = at, sent, 0
         real, fault = AsyncConnection.execute, self
 
-        async def execute(wire, *command, block=0.0):
+        async def execute(wire, *command, **times):
             fault.count += command[0] != "SADD"
             if command[0] == "SADD" or fault.count != fault.at:
-                return await real(wire, *command, block=block)
+                return await real(wire, *command, **times)
             if fault.sent:
-                await real(wire, *command, block=block)
+                await real(wire, *command, **times)
             wire.drop(ConnectionLost("cut"))
             raise ConnectionLost("cut")
 

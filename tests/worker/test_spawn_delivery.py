@@ -78,12 +78,12 @@ class Fatal:
         self.count = 0
         real, fatal = AsyncConnection.execute, self
 
-        async def execute(wire: AsyncConnection, *command: Any, block: float = 0.0) -> Any:
+        async def execute(wire: AsyncConnection, *command: Any, **times: Any) -> Any:
             fatal.count += 1
             if fatal.count != at:
-                return await real(wire, *command, block=block)
+                return await real(wire, *command, **times)
             if sent:
-                await real(wire, *command, block=block)
+                await real(wire, *command, **times)
             wire.drop(ConnectionLost("cut"))
             raise error("cut")
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar, Unpack, cast, get_args, overload
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, ConveyorError
@@ -48,6 +48,7 @@ E = TypeVar("E", bound="Event")
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M")
 L = TypeVar("L", bound=Lifespan)
+BlockingInLoop = Literal["refuse", "allow"]
 
 
 class Conveyor:
@@ -74,6 +75,8 @@ class Conveyor:
         format: FormatChoice | Sequence[FormatChoice] = "json",  # noqa: A002
         buffer: Buffer | None = None,
         include: Sequence[str] = (),
+        timeout: Duration | None = None,
+        blocking_in_loop: BlockingInLoop = "refuse",
     ) -> None:
         """
         Make the app; raises ConfigurationError.
@@ -95,10 +98,15 @@ class Conveyor:
             buffer: keeps pushes while Redis is away. None: they raise StoreUnavailable.
             include: modules (``"shop.mail"``) or patterns (``"shop.tasks.*"``) that define tasks of this app. A worker and
                 the command line import them; a program that enqueues imports what it needs.
+            timeout: the longest a call may take before StoreUnavailable, with all connecting and repeating. A call that
+                waits for something (`pull`, `result`) has its own time beside it. Workers have no such limit. None: 5 s,
+                and 30 for a slot of a cluster that is moving.
+            blocking_in_loop: what a blocking method does in a thread whose event loop runs. ``"refuse"``: it raises
+                ConfigurationError (E06). ``"allow"``: it blocks the loop, and all that runs on it, until it is answered.
 
         """
         max_payload = size(max_payload, "max_payload")
-        client = make_client(url, namespace, buffer)
+        client = make_client(url, namespace, buffer, timeout, blocking_in_loop)
         self._core = AppCore(
             client,
             lease_ms=positive_ms(lease, "lease"),
@@ -321,7 +329,7 @@ class Conveyor:
         Each thousand for a queue is accepted whole or not at all. A call that does not fit raises PayloadError. Of a
         list nothing is stored then; of a generator nothing is stored from that thousand on.
         """
-        refuse_in_loop("app.enqueue_many()", "await app.aenqueue_many(…)")
+        refuse_in_loop(self.client, "app.enqueue_many()", "await app.aenqueue_many(…)")
         sender = ChunkSender()
         try:
             with sender:
@@ -452,6 +460,19 @@ class Conveyor:
         )  # fmt: skip
         return cast("AbstractAsyncContextManager[Any]", made)
 
+    def ping(self, timeout: Duration | None = None) -> float:
+        """
+        Return the seconds until Redis has answered, with connecting where that is needed.
+
+        Raises StoreUnavailable when nobody answers within *timeout* (None: that of the app), and ConfigurationError when
+        the server refuses the login. In a cluster any node may answer.
+        """
+        return self.client.ping(None if timeout is None else positive_ms(timeout, "timeout") / 1000)
+
+    async def aping(self, timeout: Duration | None = None) -> float:  # noqa: ASYNC109  the twin of ping
+        """Awaitable form of `ping`."""
+        return await self.client.aping(None if timeout is None else positive_ms(timeout, "timeout") / 1000)
+
     def close(self) -> None:
         """Close the connections of this process and leave the embedded server; a later use opens them again."""
         self._core.close()
@@ -477,7 +498,13 @@ class Conveyor:
         await self.aclose()
 
 
-def make_client(url: str | None, namespace: str, buffer: Buffer | None) -> Client:
+def make_client(
+    url: str | None,
+    namespace: str,
+    buffer: Buffer | None,
+    timeout: Duration | None = None,
+    blocking_in_loop: BlockingInLoop = "refuse",
+) -> Client:
     """
     Return the client of an app: with a buffer, or without (None).
 
@@ -485,8 +512,15 @@ def make_client(url: str | None, namespace: str, buffer: Buffer | None) -> Clien
     """
     if url is not None and not isinstance(url, str):
         raise ConfigurationError(f"The URL must be text such as 'redis://host:6379/0', not {type(url).__name__}.")
+    if blocking_in_loop not in get_args(BlockingInLoop):
+        raise ConfigurationError(f"blocking_in_loop must be 'refuse' or 'allow', not {show(blocking_in_loop)}.")
+    options: dict[str, Any] = {
+        "namespace": namespace,
+        "timeout": None if timeout is None else positive_ms(timeout, "timeout") / 1000,
+        "allow_in_loop": blocking_in_loop == "allow",
+    }
     if buffer is None:
-        return Client(url, namespace=namespace)
+        return Client(url, **options)
     from conveyor.store.client.buffer import Buffer
     from conveyor.store.client.buffered import BufferedClient
 
@@ -494,4 +528,4 @@ def make_client(url: str | None, namespace: str, buffer: Buffer | None) -> Clien
         raise ConfigurationError(
             f"Conveyor(buffer=…) takes a Buffer, such as Buffer() or Buffer('spool'), not {type(buffer).__name__}."
         )
-    return BufferedClient(url, namespace=namespace, buffer=buffer)
+    return BufferedClient(url, buffer=buffer, **options)

@@ -136,7 +136,7 @@ class Job(Generic[R_co]):
         and `cancelled` are known for ten minutes, or for as long as the result is kept. Raises JobNotFound for a job that
         is not known, or not any more: purged and deleted ones are not.
         """
-        refuse_in_loop("job.status()", "await job.astatus()")
+        refuse_in_loop(self._core.client, "job.status()", "await job.astatus()")
         if self._is_buffered():
             return "waiting"
         return self._status(self._look_up())
@@ -208,24 +208,22 @@ class Job(Generic[R_co]):
             await sleep(_POLL)
         return None if seconds is None else max(0.0, seconds - (monotonic() - started))
 
-    def _look_up(self) -> JobLookup:
+    def _look_up(self, deadline: float | None = None) -> JobLookup:
         client = self._core.client
         if self.queue is not None:
-            return self._note_queue(
-                self.queue, client.run(inspection.get_job(self._core.keys(self.queue), self._bare_id))
-            )
+            call = inspection.get_job(self._core.keys(self.queue), self._bare_id)
+            return self._note_queue(self.queue, client.run(call, deadline=deadline))
         for queue in self._likely_queues(client.queues()):
             lookup = client.run(inspection.get_job(self._core.keys(queue), self._bare_id))
             if _is_known(lookup):
                 return self._note_queue(queue, lookup)
         raise self._not_found()
 
-    async def _alook_up(self) -> JobLookup:
+    async def _alook_up(self, deadline: float | None = None) -> JobLookup:
         client = self._core.client
         if self.queue is not None:
-            return self._note_queue(
-                self.queue, await client.arun(inspection.get_job(self._core.keys(self.queue), self._bare_id))
-            )
+            call = inspection.get_job(self._core.keys(self.queue), self._bare_id)
+            return self._note_queue(self.queue, await client.arun(call, deadline=deadline))
         for queue in self._likely_queues(await client.aqueues()):
             lookup = await client.arun(inspection.get_job(self._core.keys(queue), self._bare_id))
             if _is_known(lookup):
@@ -261,40 +259,42 @@ class Job(Generic[R_co]):
         finished and its value is no longer kept, and JobNotFound when it is not known, or not any more. Redis announces the
         end of the job; nothing is polled.
         """
-        refuse_in_loop("job.result()", "await job.aresult()")
+        refuse_in_loop(self._core.client, "job.result()", "await job.aresult()")
         seconds = _timeout_seconds(timeout)
+        end = self._core.client.deadline(seconds)
         remaining = self._wait_for_buffer(seconds)
         if self.queue is None or self.task is None:
             self._look_up()  # the task knows the type of the result, and only a live job names its task
         reply = self._core.result_subscriber.outcome(self._keys(), self._bare_id, remaining)
         if reply is None:
-            raise self._timeout_error(seconds, self._situation())
+            raise self._timeout_error(seconds, self._situation(end))
         return self._read_result(reply)
 
     async def aresult(self, timeout: Duration | None = None) -> R_co:  # noqa: ASYNC109  the twin of result
         """Awaitable form of `result`."""
         seconds = _timeout_seconds(timeout)
+        end = self._core.client.deadline(seconds)
         remaining = seconds if self._core.client.buffer is None else await self._await_buffer(seconds)
         if self.queue is None or self.task is None:
             await self._alook_up()
         reply = await self._core.result_subscriber.aoutcome(self._keys(), self._bare_id, remaining)
         if reply is None:
-            raise self._timeout_error(seconds, await self._asituation())
+            raise self._timeout_error(seconds, await self._asituation(end))
         return self._read_result(reply)
 
-    def _situation(self) -> str:
+    def _situation(self, deadline: float | None) -> str:
         """Return why the job has not ended, as far as Redis knows; "" when it does not answer."""
         try:
-            counts = self._core.client.run(inspection.counts(self._keys()), retry_for=0.0)
-            return _situation(self._core, self._status(self._look_up()), str(self.queue), counts)
+            counts = self._core.client.run(inspection.counts(self._keys()), retry_for=0.0, deadline=deadline)
+            return _situation(self._core, self._status(self._look_up(deadline)), str(self.queue), counts)
         except ConveyorError:
             return ""
 
-    async def _asituation(self) -> str:
+    async def _asituation(self, deadline: float | None) -> str:
         """Awaitable form of `_situation`."""
         try:
-            counts = await self._core.client.arun(inspection.counts(self._keys()), retry_for=0.0)
-            return _situation(self._core, self._status(await self._alook_up()), str(self.queue), counts)
+            counts = await self._core.client.arun(inspection.counts(self._keys()), retry_for=0.0, deadline=deadline)
+            return _situation(self._core, self._status(await self._alook_up(deadline)), str(self.queue), counts)
         except ConveyorError:
             return ""
 
@@ -369,7 +369,7 @@ class Job(Generic[R_co]):
         running job may ignore the request: `result` tells how it ended. Raises TimeoutError while it waits in a buffer or
         for its parent, and JobNotFound when it is not known, or not any more.
         """
-        refuse_in_loop("job.cancel()", "await job.acancel()")
+        refuse_in_loop(self._core.client, "job.cancel()", "await job.acancel()")
         if self.queue is None:
             self._look_up()
         client = self._core.client
@@ -436,9 +436,9 @@ def note_accepted(job: Job[Any], id: str) -> None:  # noqa: A002
     job._bare_id = id  # noqa: SLF001
 
 
-def refuse_in_loop(call: str, twin: str) -> None:
-    """Raise ConfigurationError (E06) when an event loop runs in this thread."""
-    if _get_running_loop() is not None:
+def refuse_in_loop(client: Client, call: str, twin: str) -> None:
+    """Raise ConfigurationError (E06) when an event loop runs in this thread, unless the app allows to block it."""
+    if _get_running_loop() is not None and not client.allow_in_loop:
         raise ConfigurationError(
             f"{call} called while an event loop is running in this thread.\n"
             f"    Write:  {twin}          It would have blocked everything else on this loop. Nothing was done.",

@@ -68,12 +68,12 @@ class ResultSubscriber:
 
     def outcome(self, keys: QueueKeys, id: str, timeout: float | None) -> WaitReply | None:  # noqa: A002
         """Return how the job ended, None when it is running after *timeout* seconds (None: no limit)."""
-        deadline = _Deadline(timeout)
+        deadline, end = _Deadline(timeout), self._client.deadline(timeout)
         if deadline.remaining() == 0.0 or not self._is_subscribed():
-            reply = self._client.run(operations.await_result(keys, id, ""))
+            reply = self._client.run(operations.await_result(keys, id, ""), deadline=end)
             if reply[0] != "waiting" or deadline.remaining() == 0.0:
                 return reply if reply[0] != "waiting" else None
-            self._subscribe()
+            self._subscribe(end)
         lock = threading.Lock()
         lock.acquire()
         waiter = ResultWaiter(partial(_release, lock))
@@ -82,7 +82,7 @@ class ResultSubscriber:
         try:
             while True:
                 try:
-                    reply = self._client.run(call)
+                    reply = self._client.run(call, deadline=end)
                 except StoreUnavailable:
                     deadline.note_outage()
                 else:
@@ -96,16 +96,16 @@ class ResultSubscriber:
                     return None
         finally:
             if self._remove_waiter(keys, id, waiter):
-                self._unregister(keys, id)
+                self._unregister(keys, id, end)
 
     async def aoutcome(self, keys: QueueKeys, id: str, timeout: float | None) -> WaitReply | None:  # noqa: A002, ASYNC109
         """Awaitable form of `outcome`."""
-        deadline = _Deadline(timeout)
+        deadline, end = _Deadline(timeout), self._client.deadline(timeout)
         if deadline.remaining() == 0.0 or not self._is_subscribed():
-            reply = await self._client.arun(operations.await_result(keys, id, ""))
+            reply = await self._client.arun(operations.await_result(keys, id, ""), deadline=end)
             if reply[0] != "waiting" or deadline.remaining() == 0.0:
                 return reply if reply[0] != "waiting" else None
-            await asyncio.get_running_loop().run_in_executor(None, self._subscribe)
+            await asyncio.get_running_loop().run_in_executor(None, self._subscribe, end)
         loop, event = asyncio.get_running_loop(), asyncio.Event()
         waiter = ResultWaiter(lambda: _call_soon(loop, event.set))
         self._add_waiter(keys, id, waiter)
@@ -114,7 +114,7 @@ class ResultSubscriber:
             while True:
                 event.clear()
                 try:
-                    reply = await self._client.arun(call)
+                    reply = await self._client.arun(call, deadline=end)
                 except StoreUnavailable:
                     deadline.note_outage()
                 else:
@@ -133,18 +133,18 @@ class ResultSubscriber:
                     return None
         finally:
             if self._remove_waiter(keys, id, waiter):
-                await self._aunregister(keys, id)
+                await self._aunregister(keys, id, end)
 
-    def _unregister(self, keys: QueueKeys, id: str) -> None:  # noqa: A002
+    def _unregister(self, keys: QueueKeys, id: str, deadline: float | None) -> None:  # noqa: A002
         try:
-            self._client.run(operations.forget(keys, id, self.channel), retry_for=0.0)
+            self._client.run(operations.forget(keys, id, self.channel), retry_for=0.0, deadline=deadline)
         except StoreUnavailable:
             _log.debug("could not unregister from %s; the job's end removes the entry", id)
         self._wake_others(id)
 
-    async def _aunregister(self, keys: QueueKeys, id: str) -> None:  # noqa: A002
+    async def _aunregister(self, keys: QueueKeys, id: str, deadline: float | None) -> None:  # noqa: A002
         try:
-            await self._client.arun(operations.forget(keys, id, self.channel), retry_for=0.0)
+            await self._client.arun(operations.forget(keys, id, self.channel), retry_for=0.0, deadline=deadline)
         except StoreUnavailable:
             _log.debug("could not unregister from %s; the job's end removes the entry", id)
         self._wake_others(id)
@@ -200,13 +200,14 @@ class ResultSubscriber:
         thread = self._thread
         return thread is not None and thread.ready.is_set()
 
-    def _subscribe(self) -> None:
-        """Wait until the channel is subscribed; raises StoreUnavailable when that takes too long."""
+    def _subscribe(self, deadline: float | None) -> None:
+        """Wait until the channel is subscribed, at most until *deadline*; raises StoreUnavailable when that takes too long."""
         with self._lock:
             if self._thread is None:
                 self._thread = SubscriptionThread(self, self._client)
             thread = self._thread
-        if not thread.ready.wait(self._client.retry_for + 1.0):
+        most = self._client.retry_for + 1.0
+        if not thread.ready.wait(most if deadline is None else min(most, deadline - time.monotonic())):
             raise unavailable(str(self._client.address), thread.error or "no answer")
 
     def close(self) -> None:

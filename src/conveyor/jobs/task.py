@@ -192,7 +192,7 @@ class TaskDefinition:
         self, outgoing: Outgoing, request: DurabilityRequest | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Job[Any]:
         """Enqueue a call with checked options. The caller's caller is named in the error inside an event loop."""
-        if _get_running_loop() is not None:
+        if _get_running_loop() is not None and not self.core.client.allow_in_loop:
             raise in_loop(self, args, kwargs, sys._getframe(2))  # noqa: SLF001
         queue, entry = self.prepare(outgoing, args, kwargs)
         return self._handle(queue, entry, self.core.push(queue, (entry,), request))
@@ -253,7 +253,7 @@ class Task(Generic[P, R_co]):
         ConfigurationError inside a running event loop. When it raises the first two, nothing was stored.
         """
         definition = self._definition
-        if _get_running_loop() is not None:
+        if _get_running_loop() is not None and not definition.core.client.allow_in_loop:
             raise in_loop(definition, args, kwargs, sys._getframe(1))  # noqa: SLF001  the line of the call goes into the message
         core, queue = definition.core, definition.queue
         if definition.plain and not core.push_middlewares and not core.client.deferring and queue not in core.bounded:

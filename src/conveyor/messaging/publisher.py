@@ -31,7 +31,6 @@ from conveyor.messaging.push_options import (
 )
 from conveyor.payload.codec import ValueCodec
 from conveyor.store.client.batching import BULK, PushTarget
-from conveyor.store.client.client import refuse_in_loop
 from conveyor.store.client.durability import after_partial_push
 from conveyor.store.client.programs import adrive, drive
 from conveyor.store.keys import QueueKeys
@@ -111,7 +110,6 @@ class Publisher(Generic[T]):
 
     def push_many(self, values: Iterable[T], options: PreparedPush) -> list[str]:
         """Store values in their order and return their public ids."""
-        refuse_in_loop()
         return drive(self.plan(values, options), self._send)
 
     async def apush_many(self, values: Iterable[T], options: PreparedPush) -> list[str]:

@@ -40,7 +40,7 @@ from conveyor.payload.pipeline import PayloadPipeline
 from conveyor.payload.sealed_records import pack_failure, pack_refusal
 from conveyor.payload.versions import check_version
 from conveyor.store import inspection, operations
-from conveyor.store.client.client import Client, refuse_in_loop
+from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability
 from conveyor.store.client.programs import adrive, arun_once, drive, run_once
 from conveyor.store.inspection import QueueCounts
@@ -72,7 +72,7 @@ class MessageSource(Generic[T]):
         ``on_error="raise"`` passes them on as well. An outage of Redis is waited for. Messages that are not settled
         when the loop is left go back to the front; those that had not started keep no trace of it.
         """
-        refuse_in_loop()
+        self.client.refuse_in_loop()
         prefetch = whole_number("prefetch", prefetch, 1, MOST_HELD)
         return self._consumer(checked_on_error(on_error)).messages(prefetch)
 
@@ -80,7 +80,7 @@ class MessageSource(Generic[T]):
         self, size: int = 100, within: Duration = "1s", *, on_error: OnError = "log"
     ) -> Generator[Batch[T], None, None]:
         """Yield lists of messages without end: of *size*, or what came *within* that time of the first."""
-        refuse_in_loop()
+        self.client.refuse_in_loop()
         size, wait_ms = whole_number("size", size, 1, MOST_HELD), milliseconds(within, name="within")
         return self._consumer(checked_on_error(on_error)).batches(size, wait_ms / 1000)
 
@@ -247,6 +247,7 @@ class Queue(MessageSource[T]):
         soon as they are stored. With `max_length` all are accepted or none, at most 100,000 at a time.
         """
         prepared = self._prepared_many(options)
+        self.client.refuse_in_loop()  # before a generator of values is begun
         return self._publisher_for(prepared).push_many(values, prepared)
 
     async def apush(self, value: T, **options: Unpack[PushOptions]) -> str:
@@ -412,7 +413,7 @@ class Queue(MessageSource[T]):
     def __repr__(self) -> str:
         kind = type(self).__name__
         try:
-            refuse_in_loop()
+            self.client.refuse_in_loop()
             counts = self._peek() if self._reached() else None
         except (ConveyorError, OSError):
             counts = None

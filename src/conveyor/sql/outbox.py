@@ -127,7 +127,7 @@ class Outbox(ManagedTable):
         When a queue refuses its rows, they stay, the others are delivered, and the refusal is raised: QueueFull,
         StoreUnavailable, ConfigurationError. Errors of the driver are raised as they are.
         """
-        refuse_in_loop("outbox.deliver()", "await outbox.adeliver()")
+        refuse_in_loop(self.app.client, "outbox.deliver()", "await outbox.adeliver()")
         with self._connection() as db:
             done = self._delivery().deliver(db)
         for refusal in done.refusals.values():

@@ -23,7 +23,6 @@ from conveyor.sql.drivers import (
     refuse_autocommit,
 )
 from conveyor.sql.tables import TableSql
-from conveyor.store.client.client import refuse_in_loop
 from conveyor.store.operations import plain_entries
 
 if TYPE_CHECKING:
@@ -139,7 +138,7 @@ class OutboxTransaction:
 
     def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
         """Insert *entries*, and return their ids. A full queue refuses them later, when they are delivered."""
-        refuse_in_loop()
+        self._client.refuse_in_loop()
         db = self._db
         if isinstance(db, AsyncDbapiConnection | AsyncSqlAlchemyConnection):
             raise ConfigurationError(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from conveyor.errors import ConveyorError, StoreUnavailable
+from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
 from conveyor.messaging.consumer.list_mover import AsyncListMover
 from conveyor.messaging.consumer.renewal import LeaseRenewer, by_endpoint, renew_until_settled
 from conveyor.messaging.consumer.settling import (
@@ -26,7 +27,7 @@ from conveyor.messaging.message import Batch, Ending, Message, OnError
 from conveyor.messaging.partitions import Partitions
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.store import operations
-from conveyor.store.client.client import Client, refuse_in_loop
+from conveyor.store.client.client import Client
 from conveyor.store.client.outages import FIRST_TRY
 from conveyor.store.client.programs import AsyncRun, adrive, arun_once
 from conveyor.store.script import Call
@@ -73,27 +74,40 @@ class AsyncSettler(SettlerState):
         if self.session.bodies is not None:
             await self.session.bodies.fetch(self.session.waiting)
 
+    def _refuse_own_loop(self) -> None:
+        """Raise ConfigurationError (E06) where a loop may not be blocked, or is the one that would do the work."""
+        self.client.refuse_in_loop()
+        if asyncio._get_running_loop() is self._loop:  # noqa: SLF001  the C function; get_running_loop raises instead
+            raise ConfigurationError(
+                "A blocking end of a message was asked for on the event loop that took it and would carry it out. Nothing "
+                "was done. Write the awaitable form: aack, anack, adead, aextend.",
+                code="E06",
+            )
+
     def settle(self, endings: Sequence[Ending]) -> None:
         """Blocking form of `asettle`, for another thread."""
-        refuse_in_loop()
+        self._refuse_own_loop()
         asyncio.run_coroutine_threadsafe(self.asettle(endings), self._loop).result()
 
     def settle_soon(self, endings: Sequence[Ending]) -> None:
         """Blocking form of `asettle_soon`, for another thread."""
-        refuse_in_loop()
+        self._refuse_own_loop()
         asyncio.run_coroutine_threadsafe(self.asettle_soon(endings), self._loop).result()
 
     def extend(self, leased: LeasedMessage, ms: int) -> None:
         """Blocking form of `aextend`, for another thread."""
-        refuse_in_loop()
+        self._refuse_own_loop()
         asyncio.run_coroutine_threadsafe(self.aextend(leased, ms), self._loop).result()
 
-    async def aturn(self, want: int = 0, *, leave: bool = False, brief: bool = False) -> None:
-        """Make one turn and the calls that its reply asks for. *brief*: hardly repeat it."""
+    async def aturn(
+        self, want: int = 0, *, leave: bool = False, brief: bool = False, deadline: float | None = None
+    ) -> None:
+        """Make one turn, with *brief* and *deadline* as in `BlockingSettler.turn`."""
         async with self._lock:
             if self._has_left:
                 return
-            await adrive(self.session.turn(want, leave=leave), self._first_try if brief else self._run)
+            run = partial(self._first_try if brief else self._run, deadline=deadline)
+            await adrive(self.session.turn(want, leave=leave), run)
             if self.session.take_new_queue():
                 await self.client.aannounce_again(self.session.keys)
             self._has_left = leave and not self.session.transient and not self.session.held
@@ -153,9 +167,11 @@ class AsyncPartitionSettler(AsyncSettler):
             await self.asettle(endings)
 
 
-async def arun_partitioned(partitions: Partitions, call: Call[Any], *, retry_for: float | None = None) -> Any:
+async def arun_partitioned(
+    partitions: Partitions, call: Call[Any], *, retry_for: float | None = None, deadline: float | None = None
+) -> Any:
     """Awaitable form of `run_partitioned`."""
-    return await partitions.aretry_agreed(lambda: partitions.client.arun(call, retry_for=retry_for))
+    return await partitions.aretry_agreed(lambda: partitions.client.arun(call, retry_for=retry_for, deadline=deadline))
 
 
 class AsyncConsumer(Generic[T]):
@@ -191,6 +207,7 @@ class AsyncConsumer(Generic[T]):
         self.is_idle = False
         self.settled = asyncio.Event()
         self._outage = OutageLog(client)
+        self._deadline: float | None = None  # of a pull (monotonic)
 
     # -- what the queue hands out -----------------------------------------------------------------------------------
 
@@ -226,6 +243,7 @@ class AsyncConsumer(Generic[T]):
 
         *renew*: their leases are renewed until they are settled.
         """
+        self._deadline = self.client.deadline(wait)
         await self._agree(look=True)
         try:
             pulled = await self._follow(self._programs.pull(count, wait), patient=False)
@@ -290,18 +308,20 @@ class AsyncConsumer(Generic[T]):
 
     async def _leave_all(self, *, answered_only: bool = False) -> None:
         """Give everything back, and take the registrations away."""
+        # The time of a pull may be over, and what answers gets a moment all the same.
+        deadline = max(self._deadline or 0.0, time.monotonic() + FIRST_TRY) if answered_only else None
         for step in self._programs.leave():
             if not isinstance(step, TurnStep) or (answered_only and not self.settlers[step.at].has_answered):
                 continue
-            has_left = await self._leave(step)
+            has_left = await self._leave(step, deadline)
             if answered_only and not has_left and self.client.has_one_endpoint:
                 return
 
-    async def _leave(self, step: TurnStep) -> bool:
+    async def _leave(self, step: TurnStep, deadline: float | None) -> bool:
         settler = self.settlers[step.at]
         try:
             settler.refuse_away()
-            await settler.aturn(step.want, leave=step.leave)
+            await settler.aturn(step.want, leave=step.leave, deadline=deadline)
             settler.report_refused()
         except ConveyorError as error:
             log_not_left(settler.session, error)
@@ -332,7 +352,7 @@ class AsyncConsumer(Generic[T]):
         """Make a turn of a pull; leave its partition out where the server is away and others are not."""
         settler = self.settlers[step.at]
         try:
-            await settler.aturn(step.want, leave=step.leave, brief=step.want > 0)
+            await settler.aturn(step.want, leave=step.leave, brief=step.want > 0, deadline=self._deadline)
         except StoreUnavailable:
             if not step.want or not settler.note_away():
                 raise
@@ -473,7 +493,7 @@ class _AsyncEndpointWaiter:
         self._consumer, self._settlers, self._hear = consumer, settlers, hear
         self._partition_of = {settler.session.keys.wake: at for at, settler in settlers.items()}
         first = next(iter(settlers.values()))
-        self._waiter = AsyncWakeupWaiter(consumer.client.endpoint(first.session.keys))
+        self._waiter = AsyncWakeupWaiter(consumer.client.endpoint(first.session.keys), consumer.client.timeout)
         self._task: asyncio.Task[None] | None = None
 
     async def wait(self, seconds: float) -> int | None:

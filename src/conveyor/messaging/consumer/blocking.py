@@ -29,7 +29,7 @@ from conveyor.messaging.message import Batch, Ending, Message, OnError
 from conveyor.messaging.partitions import Partitions
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.store import operations
-from conveyor.store.client.client import Client, refuse_in_loop
+from conveyor.store.client.client import Client
 from conveyor.store.client.outages import FIRST_TRY
 from conveyor.store.client.programs import Run, drive, run_once
 from conveyor.store.script import Call
@@ -54,7 +54,7 @@ class BlockingSettler(SettlerState):
 
     def settle(self, endings: Sequence[Ending]) -> None:
         """Settle, and return when Redis confirmed it. Raises LeaseLost, StoreUnavailable."""
-        refuse_in_loop()
+        self.client.refuse_in_loop()
         settle_all(endings)
         with self._lock:
             drive(self.confirm(endings), self._run)
@@ -66,7 +66,7 @@ class BlockingSettler(SettlerState):
 
     def extend(self, leased: LeasedMessage, ms: int) -> None:
         """Move one message to an identity of its own."""
-        refuse_in_loop()
+        self.client.refuse_in_loop()
         with self._lock:
             drive(self.move(leased, ms), self._run)
 
@@ -82,12 +82,17 @@ class BlockingSettler(SettlerState):
         """Awaitable form of `extend`."""
         await asyncio.to_thread(self.extend, leased, ms)
 
-    def turn(self, want: int = 0, *, leave: bool = False, brief: bool = False) -> bool:
-        """Make one turn and the calls that its reply asks for. Return False when none was made. *brief*: hardly repeat it."""
+    def turn(self, want: int = 0, *, leave: bool = False, brief: bool = False, deadline: float | None = None) -> bool:
+        """
+        Make one turn and the calls that its reply asks for. Return False when none was made.
+
+        *brief*: hardly repeat it. *deadline* (monotonic): when it must be done.
+        """
         with self._lock:
             if self._has_left:
                 return False  # a thread that renews comes late: it must not register anew
-            drive(self.session.turn(want, leave=leave), self._first_try if brief else self._run)
+            run = partial(self._first_try if brief else self._run, deadline=deadline)
+            drive(self.session.turn(want, leave=leave), run)
             if self.session.take_new_queue():
                 self.client.announce_again(self.session.keys)
             self._has_left = leave and not self.session.transient and not self.session.held
@@ -131,9 +136,11 @@ class PartitionSettler(BlockingSettler):
             self.settle(endings)
 
 
-def run_partitioned(partitions: Partitions, call: Call[Any], *, retry_for: float | None = None) -> Any:
+def run_partitioned(
+    partitions: Partitions, call: Call[Any], *, retry_for: float | None = None, deadline: float | None = None
+) -> Any:
     """Carry out *call*; after Redis was emptied the number of *partitions* is agreed on anew."""
-    return partitions.retry_agreed(lambda: partitions.client.run(call, retry_for=retry_for))
+    return partitions.retry_agreed(lambda: partitions.client.run(call, retry_for=retry_for, deadline=deadline))
 
 
 class Consumer(Generic[T]):
@@ -152,7 +159,9 @@ class Consumer(Generic[T]):
         # A loop over a queue in one piece has a connection of its own, which saves the way through the pool. An intake
         # goes through the pool all the same: it is repeated by other rules.
         own = None if transient or sources.partitions or self._only_session is None else self._only_session
-        self._connection = None if own is None or own.intake is not None else Connection(client.endpoint(own.keys))
+        self._connection = (
+            None if own is None or own.intake is not None else Connection(client.endpoint(own.keys), client.timeout)
+        )
         # No turn follows a pull by itself, so its messages are settled at once; they outlive this consumer.
         self.settlers = [
             BlockingSettler(client, source.session, source.policy, on_error, self._run_for(source))
@@ -173,6 +182,7 @@ class Consumer(Generic[T]):
         self._is_idle = False
         self._settled = SignalSafeEvent()
         self._outage = OutageLog(client)
+        self._deadline: float | None = None  # of a pull (monotonic)
 
     # -- what the queue hands out -----------------------------------------------------------------------------------
 
@@ -204,6 +214,7 @@ class Consumer(Generic[T]):
 
         *renew*: their leases are renewed until they are settled.
         """
+        self._deadline = self.client.deadline(wait)
         self._agree(look=True)
         try:
             pulled = self._follow(self._programs.pull(count, wait), patient=False)
@@ -283,10 +294,10 @@ class Consumer(Generic[T]):
             return partial(run_partitioned, source.partitions)
         return partial(run_once, self.client) if self._connection is None else self._run_own
 
-    def _run_own(self, call: Call[Any]) -> Any:
+    def _run_own(self, call: Call[Any], *, deadline: float | None = None) -> Any:
         if self._connection is None:  # an extended message outlives its consumer
-            return run_once(self.client, call)
-        return self._connection.run(call, retry_for=self.client.retry_for)
+            return run_once(self.client, call, deadline=deadline)
+        return self._connection.run(call, retry_for=self.client.retry_for, deadline=deadline)
 
     def _take_back(self, *, answered_only: bool = False) -> None:
         """Give back what was pulled and not handed out; *answered_only*: where Redis has answered before it did not."""
@@ -296,18 +307,20 @@ class Consumer(Generic[T]):
 
     def _leave_all(self, *, answered_only: bool = False) -> None:
         """Give everything back, and take the registrations away."""
+        # The time of a pull may be over, and what answers gets a moment all the same.
+        deadline = max(self._deadline or 0.0, time.monotonic() + FIRST_TRY) if answered_only else None
         for step in self._programs.leave():
             if not isinstance(step, TurnStep) or (answered_only and not self.settlers[step.at].has_answered):
                 continue
-            has_left = self._leave(step)
+            has_left = self._leave(step, deadline)
             if answered_only and not has_left and self.client.has_one_endpoint:
                 return
 
-    def _leave(self, step: TurnStep) -> bool:
+    def _leave(self, step: TurnStep, deadline: float | None) -> bool:
         settler = self.settlers[step.at]
         try:
             settler.refuse_away()
-            settler.turn(step.want, leave=step.leave)
+            settler.turn(step.want, leave=step.leave, deadline=deadline)
             settler.report_refused()
         except ConveyorError as error:
             log_not_left(settler.session, error)
@@ -338,7 +351,7 @@ class Consumer(Generic[T]):
         """Make a turn of a pull; leave its partition out where the server is away and others are not."""
         settler = self.settlers[step.at]
         try:
-            settler.turn(step.want, leave=step.leave, brief=step.want > 0)
+            settler.turn(step.want, leave=step.leave, brief=step.want > 0, deadline=self._deadline)
         except StoreUnavailable:
             if not step.want or not settler.note_away():
                 raise
@@ -451,7 +464,7 @@ class _EndpointWaiter:
         self._consumer, self._settlers, self._heard = consumer, settlers, heard
         self._partition_of = {settler.session.keys.wake: at for at, settler in settlers.items()}
         first = next(iter(settlers.values()))
-        self._waiter = WakeupWaiter(consumer.client.endpoint(first.session.keys))
+        self._waiter = WakeupWaiter(consumer.client.endpoint(first.session.keys), consumer.client.timeout)
         self._begin: SimpleQueue[float | None] = SimpleQueue()
         self._busy = False
         self._closed = False

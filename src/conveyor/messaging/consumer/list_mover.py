@@ -29,7 +29,7 @@ class ListMover:
 
     def __init__(self, client: Client, keys: QueueKeys) -> None:
         self._client, self._keys = client, keys
-        self._waiter = WakeupWaiter(client.endpoint(keys))
+        self._waiter = WakeupWaiter(client.endpoint(keys), client.timeout)
         self._connection = Connection(client.endpoint(keys))
         self._work = SignalSafeEvent()
         self._has_stopped = False
@@ -105,7 +105,9 @@ class AsyncListMover:
 
     async def _move(self, seconds: float) -> None:
         assert self._keys.foreign is not None
-        waiter = self._waiter = self._waiter or AsyncWakeupWaiter(self._client.endpoint(self._keys))
+        waiter = self._waiter = self._waiter or AsyncWakeupWaiter(
+            self._client.endpoint(self._keys), self._client.timeout
+        )
         try:
             moved = await waiter.wait_and_move(self._keys.foreign, self._keys.intake, seconds)
             self._is_refused = False

@@ -19,6 +19,8 @@ from conveyor.store import operations
 from conveyor.store.operations import Entry, ProducerSequence
 from conveyor.store.script import Call
 from conveyor.store.transport.async_connection import AsyncConnection
+from conveyor.store.transport.replies import NO_TIMEOUT, CallTimeout, unavailable
+from conveyor.units import span
 
 if TYPE_CHECKING:
     from conveyor.store.client.durability import DurabilityRequest
@@ -58,8 +60,8 @@ class PushTargetResolver(Protocol):
 
 
 ResultFuture = asyncio.Future[Any]
-PendingPush = tuple[str, bytes, ResultFuture] | tuple[Sequence[Entry], None, ResultFuture]
-"""A plain message (id, envelope), or entries; and the future of its caller."""
+PendingPush = tuple[str, bytes, ResultFuture, float] | tuple[Sequence[Entry], None, ResultFuture, float]
+"""A plain message (id, envelope), or entries; the future of its caller; and since when it waits (the loop's time)."""
 
 
 class LoopConnections:
@@ -75,9 +77,10 @@ class LoopConnections:
         endpoint: Callable[[QueueKeys | str], Endpoint],
         retry_for: float,
         make: Callable[[AsyncConnection, QueueKeys, int, float], PushBatcher] | None = None,
+        timeout: CallTimeout = NO_TIMEOUT,
     ) -> None:
         self.loop = weakref.ref(loop)
-        self._endpoint_of = endpoint
+        self._endpoint_of, self._timeout = endpoint, timeout
         self._connections: dict[Endpoint, AsyncConnection] = {}
         self.connection = self.connection_to(endpoint(""))
         self._retry_for = retry_for
@@ -97,7 +100,7 @@ class LoopConnections:
         """Return the connection to *endpoint*."""
         connection = self._connections.get(endpoint)
         if connection is None:
-            connection = self._connections[endpoint] = AsyncConnection(endpoint)
+            connection = self._connections[endpoint] = AsyncConnection(endpoint, self._timeout)
         return connection
 
     def close(self) -> None:
@@ -121,30 +124,59 @@ class PushBatcher:
         retry_for: float,
         *,
         on_new_queue: Callable[[QueueKeys], Awaitable[None]] | None = None,
+        own_wait: float = 0.0,
     ) -> None:
-        """*on_new_queue* is awaited after a push that found the queue new in Redis."""
+        """
+        *on_new_queue* is awaited after a push that found the queue new in Redis; *own_wait*: seconds that a push may wait
+        for what it asks for, beside the connection's timeout.
+        """
         self._connection, self._keys, self._max_length, self._retry_for = connection, keys, max_length, retry_for
         self._on_new_queue = on_new_queue
         self._sequence = ProducerSequence(new_identity())
         self._waiting: deque[PendingPush] = deque()
         self._sender: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
+        longest = connection.timeout.longest
+        self._longest_wait = None if longest is None else max(longest, retry_for) + own_wait
+        self._in_flight: list[PendingPush] = []
+        self._answered_at = 0.0
+        self._overdue_timer: asyncio.TimerHandle | None = None
 
     def put(self, id: str, envelope: bytes) -> asyncio.Future[None]:  # noqa: A002
         """Push one plain message."""
         future: asyncio.Future[None] = self._loop.create_future()
-        self._waiting.append((id, envelope, future))
+        self._waiting.append((id, envelope, future, self._loop.time()))
         if self._sender is None:
-            self._sender = self._loop.create_task(self._send())
+            self._start()
         return future
 
     def push(self, entries: Sequence[Entry]) -> asyncio.Future[list[str]]:
         """Push *entries*; the future yields an id for each."""
         future: asyncio.Future[list[str]] = self._loop.create_future()
-        self._waiting.append((entries, None, future))
+        self._waiting.append((entries, None, future, self._loop.time()))
         if self._sender is None:
-            self._sender = self._loop.create_task(self._send())
+            self._start()
         return future
+
+    def _start(self) -> None:
+        self._sender = self._loop.create_task(self._send())
+        if self._overdue_timer is None and self._longest_wait is not None:
+            self._overdue_timer = self._loop.call_later(self._longest_wait, self._check_overdue)
+
+    def _check_overdue(self) -> None:
+        """Fail what has waited too long since it came, or since Redis answered: one timer for all pushes."""
+        self._overdue_timer = None
+        assert self._longest_wait is not None
+        begun = self._loop.time() - self._longest_wait
+        for batch in (self._in_flight, self._waiting):
+            for one in batch:  # the oldest first
+                since = max(one[3], self._answered_at)
+                if since > begun:
+                    self._overdue_timer = self._loop.call_at(since + self._longest_wait, self._check_overdue)
+                    return
+                if not one[2].done():
+                    why = f"no answer to a push within {span(self._longest_wait)}"
+                    one[2].set_exception(unavailable(str(self._connection.endpoint), why))
 
     async def _send(self) -> None:
         try:
@@ -153,15 +185,17 @@ class PushBatcher:
                 plain, size = True, 0
                 while self._waiting and size < BULK:
                     one = self._waiting.popleft()
-                    if one[2].cancelled():
+                    if one[2].done():
                         continue  # nobody waits for it and nothing was sent
                     batch.append(one)
                     size += 1 if one[1] is not None else len(one[0])
                     plain = plain and one[1] is not None
                 if batch:
+                    self._in_flight = batch
                     await self._deliver(batch, plain)
+                    self._in_flight = []
         finally:
-            self._sender = None
+            self._sender, self._in_flight = None, []
 
     async def send_batch(self, batch: list[PendingPush], plain: bool) -> list[str]:
         """Send one call; return an id for each entry, none for plain messages."""
@@ -198,6 +232,7 @@ class PushBatcher:
             _fail(batch, error)
             raise
         else:
+            self._answered_at = self._loop.time()
             self.resolve(batch, ids)
 
     async def run(self, call: Call[T]) -> T:
@@ -226,7 +261,7 @@ def _entries(one: PendingPush) -> Sequence[Entry]:
 
 def _answer(batch: list[PendingPush], ids: list[str]) -> None:
     at = 0
-    for first, envelope, future in batch:
+    for first, envelope, future, _ in batch:
         if envelope is not None:
             at += 1
             if not future.done():
@@ -239,6 +274,6 @@ def _answer(batch: list[PendingPush], ids: list[str]) -> None:
 
 def _fail(batch: list[PendingPush], error: BaseException) -> None:
     cause = StoreUnavailable(str(error)) if not isinstance(error, Exception) else error
-    for _, _, future in batch:
+    for _, _, future, _ in batch:
         if not future.done():
             future.set_exception(cause)

@@ -16,7 +16,7 @@ from conveyor.ids import logical, partition
 from conveyor.store import operations
 from conveyor.store.client.batching import PendingPush, PushBatcher, chunks, entries_of
 from conveyor.store.client.buffer import LOOK_EVERY, Buffer
-from conveyor.store.client.client import RETRY_FOR, Client, refuse_in_loop
+from conveyor.store.client.client import Client
 from conveyor.store.client.confirmed import ConfirmedTarget
 from conveyor.store.client.durability import Durability
 from conveyor.store.client.spool import MemorySpool, QueueName, SpoolBatch, SpooledPush, day_identity
@@ -49,10 +49,9 @@ class BufferedClient(Client):
     What dead processes left in its directory is delivered, too.
     """
 
-    def __init__(
-        self, url: str | None = None, *, namespace: str = "conveyor", retry_for: float = RETRY_FOR, buffer: Buffer
-    ) -> None:
-        super().__init__(url, namespace=namespace, retry_for=retry_for)
+    def __init__(self, url: str | None = None, *, buffer: Buffer, **options: Any) -> None:
+        """*options* are those of a client."""
+        super().__init__(url, **options)
         self.buffer: Buffer = buffer
         self.new_sequence = _day_sequence
         self.make_batcher = partial(BufferedBatcher, self)
@@ -66,7 +65,7 @@ class BufferedClient(Client):
 
     def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
         """Store *entries* as a client does, or keep them."""
-        refuse_in_loop()
+        self.refuse_in_loop()
         ids: list[str] = []
         for part in chunks(entries, whole):
             make = partial(operations.push, keys, entries=part, max_length=max_length)
@@ -75,7 +74,7 @@ class BufferedClient(Client):
 
     def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None:
         """Store plain messages as a client does, or keep them."""
-        refuse_in_loop()
+        self.refuse_in_loop()
         self._push_or_keep(
             keys, pairs, max_length, partial(operations.push_plain, keys, pairs=pairs, max_length=max_length)
         )
@@ -192,8 +191,8 @@ class BufferedConfirmedTarget(ConfirmedTarget):
 
     def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
         """Store *entries* and wait until they are confirmed."""
-        refuse_in_loop()
         client, to = self._client, self._client.queue_name(keys)
+        client.refuse_in_loop()
         if client.buffer.holds_back(to) and not client.buffer.wait_empty(client.retry_for, to):
             raise self._not_empty_error()
         return self._target.push(keys, entries, max_length=max_length, whole=whole)
@@ -390,7 +389,7 @@ class SpoolDelivery:
         endpoint = client.endpoint(keys)
         connection = connections.get(endpoint)
         if connection is None:
-            connection = connections[endpoint] = Connection(endpoint)
+            connection = connections[endpoint] = Connection(endpoint, client.timeout)
         try:
             taken = connection.run(_push_of(batch, keys, 0), retry_for=FIRST_TRY)
         except operations.WithdrawnPush:

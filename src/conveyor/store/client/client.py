@@ -13,6 +13,7 @@ import logging
 import re
 import sys
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ from conveyor.store.script import Argument, Call
 from conveyor.store.transport.async_connection import AsyncConnection
 from conveyor.store.transport.connection import Connection
 from conveyor.store.transport.endpoint import in_thread
+from conveyor.store.transport.replies import CallTimeout
 from conveyor.store.transport.topology import embedded_directory, topology_of
 from conveyor.store.transport.url import StandaloneServer, configured_url
 
@@ -49,8 +51,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 log = logging.getLogger("conveyor.store")
-RETRY_FOR = 5.0
-"""Seconds a producer's call is retried while Redis is away, before StoreUnavailable is raised."""
+TIMEOUT = 5.0
+"""Seconds that a call may take, repeated while Redis is away, before StoreUnavailable is raised."""
 _MOST_SCANNED = 1_000_000
 """Keys of a server that are looked at when the set of known queues is lost."""
 
@@ -60,9 +62,24 @@ class Client:
 
     deferred = False
 
-    def __init__(self, url: str | None = None, *, namespace: str = "conveyor", retry_for: float = RETRY_FOR) -> None:
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        namespace: str = "conveyor",
+        timeout: float | None = None,
+        retry_for: float | None = None,
+        allow_in_loop: bool = False,
+    ) -> None:
+        """
+        Make a client; nothing is opened. Raises ConfigurationError.
+
+        *timeout*: seconds that one call may take (None: `TIMEOUT`), *retry_for*: those for which it is repeated (None: all of
+        them). *allow_in_loop*: blocking calls may block a running event loop.
+        """
         self.namespace = check_namespace(namespace)
-        self.retry_for = retry_for
+        self.retry_for = retry_for if retry_for is not None else TIMEOUT if timeout is None else timeout
+        self.allow_in_loop = allow_in_loop
         self._url = configured_url(url)
         self._single = self._standalone = True  # one endpoint for all keys, and always the same
         if self._url is not None and self._url.startswith("embedded:"):
@@ -70,6 +87,8 @@ class Client:
         elif self._url is not None:
             topology = topology_of(self._url)
             self._single, self._standalone = topology.single, isinstance(topology, StandaloneServer)
+        # Only a cluster has slots that move, and whoever sets a timeout means it for them too.
+        self.timeout = CallTimeout(TIMEOUT if timeout is None else timeout, firm=self._single or timeout is not None)
         self._topology: Topology | None = None
         self._server_handle: ServerHandle | None = None
         self._lock = threading.Lock()
@@ -100,7 +119,7 @@ class Client:
     def _resolve(self) -> Topology:
         if self._url is not None and not self._url.startswith("embedded:"):
             # A short retry time means a short wait for a host that drops packets.
-            return topology_of(self._url, min(RETRY_FOR, max(self.retry_for, 0.5)))
+            return topology_of(self._url, min(TIMEOUT, max(self.retry_for, 0.5)))
         from conveyor.store.embedded import server
 
         directory: Path | None = None
@@ -156,18 +175,24 @@ class Client:
 
     # -- blocking -------------------------------------------------------------------------------------------------
 
-    def run(self, call: Call[T], *, retry_for: float | None = None) -> T:
-        """Carry out one step; raises ConfigurationError inside a running event loop."""
-        refuse_in_loop()
+    def run(self, call: Call[T], *, retry_for: float | None = None, deadline: float | None = None) -> T:
+        """
+        Carry out one step; raises ConfigurationError inside a running event loop.
+
+        It is repeated for *retry_for* seconds and ends at *deadline* (monotonic; None: both as the client says).
+        """
+        self.refuse_in_loop()
         producer = self._take_connection(call.keys[0])
         try:
-            return producer.connection.run(call, retry_for=self.retry_for if retry_for is None else retry_for)
+            return producer.connection.run(
+                call, retry_for=self.retry_for if retry_for is None else retry_for, deadline=deadline
+            )
         finally:
             producer.free_list.append(producer)
 
     def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
         """Store *entries* in order, all or none (per thousand, unless *whole*); return an id for each."""
-        refuse_in_loop()
+        self.refuse_in_loop()
         self.announce(keys)
         ids: list[str] = []
         is_new = False
@@ -186,7 +211,7 @@ class Client:
 
     def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None:
         """Store plain messages (id, envelope, id, envelope, …): the cheapest push."""
-        refuse_in_loop()
+        self.refuse_in_loop()
         if keys.queue not in self._announced:
             self.announce(keys)
         producer = self._take_connection(keys.jobs)
@@ -204,7 +229,7 @@ class Client:
 
         So the caller prepares the next push while Redis works on this one.
         """
-        refuse_in_loop()
+        self.refuse_in_loop()
         self.announce(keys)
         producer = self._take_connection(keys.jobs)
         collect = producer.connection.start(operations.push_plain(keys, producer.sequence, pairs))
@@ -225,7 +250,7 @@ class Client:
 
         It is retried for *retry_for* seconds; by default not at all on a single server, elsewhere as long as any step.
         """
-        refuse_in_loop()
+        self.refuse_in_loop()
         producer = self._take_connection(key)
         try:
             return producer.connection.run_command(*command, retry_for=self._retry_time(retry_for))
@@ -235,6 +260,23 @@ class Client:
     def _retry_time(self, retry_for: float | None) -> float:
         # The master or the node may have just changed, which is not worth an error.
         return retry_for if retry_for is not None else 0.0 if self._standalone else self.retry_for
+
+    def deadline(self, wait: float | None) -> float | None:
+        """Return when a call must end (monotonic) that waits for *wait* seconds by itself; None: without limit."""
+        longest = self.timeout.longest
+        return None if wait is None or longest is None else time.monotonic() + wait + max(longest, self.retry_for)
+
+    def ping(self, seconds: float | None) -> float:
+        """Return the seconds until a server has answered; raises StoreUnavailable after *seconds* (None: the timeout)."""
+        self.refuse_in_loop()
+        began, most = time.monotonic(), self.timeout.seconds if seconds is None else seconds
+        assert most is not None
+        producer = self._take_connection(None)
+        try:
+            producer.connection.run_command("PING", retry_for=most, deadline=began + most)
+        finally:
+            producer.free_list.append(producer)
+        return time.monotonic() - began
 
     def queues(self) -> list[str]:
         """
@@ -263,7 +305,15 @@ class Client:
 
     def to_node(self, url: str) -> Client:
         """Return a client for one node of a cluster."""
-        return Client(url, namespace=self.namespace, retry_for=self.retry_for)
+        return Client(
+            url, namespace=self.namespace, timeout=self.timeout.seconds, retry_for=self.retry_for,
+            allow_in_loop=self.allow_in_loop,
+        )  # fmt: skip
+
+    def refuse_in_loop(self) -> None:
+        """Raise ConfigurationError (E06) when an event loop runs in this thread, unless the app allows to block it."""
+        if not self.allow_in_loop:
+            refuse_in_loop()
 
     def announce(self, *queues: QueueKeys, retry_for: float | None = None) -> None:
         """Make queues known before their first push: the set has no hash tag, so it cannot be part of the push."""
@@ -300,15 +350,17 @@ class Client:
         try:
             return free.pop()
         except IndexError:
-            return PushConnection(Connection(self.endpoint(key or "")), self.new_sequence(), free)
+            return PushConnection(Connection(self.endpoint(key or ""), self.timeout), self.new_sequence(), free)
 
     # -- awaitable ------------------------------------------------------------------------------------------------
 
-    async def arun(self, call: Call[T], *, retry_for: float | None = None) -> T:
-        """Carry out one step on this event loop's connection."""
+    async def arun(self, call: Call[T], *, retry_for: float | None = None, deadline: float | None = None) -> T:
+        """Awaitable form of `run`, on this event loop's connection."""
         shared = self.loop_connections()
         connection = shared.connection if self._single else shared.connection_to(self.endpoint(call.keys[0]))
-        return await connection.run(call, retry_for=self.retry_for if retry_for is None else retry_for)
+        return await connection.run(
+            call, retry_for=self.retry_for if retry_for is None else retry_for, deadline=deadline
+        )
 
     async def apush(
         self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
@@ -349,7 +401,7 @@ class Client:
 
     def _open_confirmed(self) -> ConfirmedConnections:
         if self._confirmed_connections is None:
-            self._confirmed_connections = ConfirmedConnections(self, refuse_in_loop)
+            self._confirmed_connections = ConfirmedConnections(self, self.refuse_in_loop)
         return self._confirmed_connections
 
     def push_unbuffered(self, keys: QueueKeys, call: Call[T], durability: Durability | None, *, retry_for: float) -> T:
@@ -396,6 +448,13 @@ class Client:
         """Awaitable form of `execute`."""
         return await self.async_connection(key or "").run_command(*command, retry_for=self._retry_time(retry_for))
 
+    async def aping(self, seconds: float | None) -> float:
+        """Awaitable form of `ping`."""
+        began, most = time.monotonic(), self.timeout.seconds if seconds is None else seconds
+        assert most is not None
+        await self.async_connection("").run_command("PING", retry_for=most, deadline=began + most)
+        return time.monotonic() - began
+
     def loop_connections(self) -> LoopConnections:
         """Return what the callers of this event loop share."""
         loop = asyncio.get_running_loop()
@@ -406,7 +465,9 @@ class Client:
             return last
         connections = self._loops.get(loop)
         if connections is None:
-            connections = self._loops[loop] = LoopConnections(loop, self.endpoint, self.retry_for, self.make_batcher)
+            connections = self._loops[loop] = LoopConnections(
+                loop, self.endpoint, self.retry_for, self.make_batcher, self.timeout
+            )
         self._last_loop = connections
         return connections
 

@@ -34,6 +34,7 @@ from conveyor.store.operations import Entry, ProducerSequence
 from conveyor.store.script import Argument, Call
 from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
 from conveyor.store.transport.connection import Connection, is_error_reply
+from conveyor.store.transport.replies import CallTimeout
 
 if TYPE_CHECKING:
     from conveyor.store.keys import QueueKeys
@@ -52,6 +53,8 @@ class ClientProtocol(Protocol):
 
     @property
     def retry_for(self) -> float: ...
+    @property
+    def timeout(self) -> CallTimeout: ...
     def endpoint(self, keys: QueueKeys) -> Endpoint: ...
     def announce(self, keys: QueueKeys) -> None: ...
     async def aannounce(self, keys: QueueKeys) -> None: ...
@@ -142,7 +145,7 @@ class ConfirmedConnections:
         try:
             pair = free.pop()
         except IndexError:
-            pair = ConfirmedConnection(endpoint), ProducerSequence(new_identity())
+            pair = ConfirmedConnection(endpoint, self.client.timeout), ProducerSequence(new_identity())
         try:
             yield pair
         finally:
@@ -159,7 +162,7 @@ class ConfirmedConnections:
             endpoint = self.client.endpoint(keys)
             connections = state.connections.setdefault(endpoint, [])
             if len(connections) < MAX_CONNECTIONS:
-                connections.append(AsyncConfirmedConnection(endpoint))
+                connections.append(AsyncConfirmedConnection(endpoint, self.client.timeout))
             connection = connections[len(state.batchers) % len(connections)]
             batcher = ConfirmedBatcher(
                 connection, keys, max_length, self.client.retry_for, durability, self.client.aannounce_again
@@ -205,7 +208,9 @@ class ConfirmedBatcher(PushBatcher):
         durability: Durability,
         on_new_queue: Callable[[QueueKeys], Awaitable[None]],
     ) -> None:
-        super().__init__(connection, keys, max_length, retry_for, on_new_queue=on_new_queue)
+        super().__init__(
+            connection, keys, max_length, retry_for, on_new_queue=on_new_queue, own_wait=durability.seconds
+        )
         self._confirmed_connection, self._durability, self._confirmation = connection, durability, UNCONFIRMED
 
     async def run(self, call: Call[T]) -> T:
@@ -221,7 +226,7 @@ class ConfirmedBatcher(PushBatcher):
             super().resolve(batch, ids)
             return
         at = 0
-        for first, _, future in batch:
+        for first, _, future, _ in batch:
             own = ids[at : at + len(first)]
             at += len(first)
             if not future.done():
@@ -231,8 +236,8 @@ class ConfirmedBatcher(PushBatcher):
 class ConfirmedConnection(Connection):
     """A blocking connection whose pushes are followed by a wait."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        super().__init__(endpoint)
+    def __init__(self, endpoint: Endpoint, timeout: CallTimeout) -> None:
+        super().__init__(endpoint, timeout)
         self._pending_call: _ConfirmedCall | None = None
         self._probed_at = 0.0
         self._methods: dict[bool, FsyncMethod] = {}
@@ -300,8 +305,8 @@ class ConfirmedConnection(Connection):
 class AsyncConfirmedConnection(AsyncConnection):
     """The same on asyncio; one call at a time, since a wait delays whatever follows it."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        super().__init__(endpoint)
+    def __init__(self, endpoint: Endpoint, timeout: CallTimeout) -> None:
+        super().__init__(endpoint, timeout)
         self._call_lock = asyncio.Lock()
         self._pending_call: _ConfirmedCall | None = None
         self._probed_at = 0.0
@@ -319,12 +324,13 @@ class AsyncConfirmedConnection(AsyncConnection):
             finally:
                 self._pending_call = None
 
-    async def execute(self, *command: Argument, block: float = 0.0) -> Any:
+    async def execute(self, *command: Argument, block: float = 0.0, within: float | None = None) -> Any:
         """Awaitable form of `ConfirmedConnection.execute`."""
         pending = self._pending_call
         if pending is None or command[0] not in {"EVALSHA", "EVAL"}:
-            return await super().execute(*command, block=block)
+            return await super().execute(*command, block=block, within=within)
         try:
+            pending.within = await self.open_within(within)
             await self._probe(pending)
             reply = pending.read_replies(await self._exchange(pending.commands(command), pending.durability.seconds))
         except WaitInterrupted as error:
@@ -340,8 +346,6 @@ class AsyncConfirmedConnection(AsyncConnection):
         return reply
 
     async def _probe(self, pending: _ConfirmedCall) -> None:
-        if not self.is_open:
-            await self.open()
         now = time.monotonic()
         if self._probed_stream is not self._stream or now - self._probed_at > PROBE_INTERVAL:
             self._methods, self._probed_stream = {}, self._stream
@@ -358,7 +362,8 @@ class AsyncConfirmedConnection(AsyncConnection):
         loop = asyncio.get_running_loop()
         futures: list[asyncio.Future[Any]] = [loop.create_future() for _ in commands]
         for command, future in zip(commands, futures, strict=True):
-            self.send(command, partial(_answer, future), block=block)
+            within = None if self._pending_call is None else self._pending_call.within
+            self.send(command, partial(_answer, future), block=block, within=within)
         return await asyncio.gather(*futures)
 
 
@@ -374,13 +379,14 @@ def _answer(future: asyncio.Future[Any], reply: Any) -> None:
 class _ConfirmedCall:
     """One confirmed call: the durability, whether it was sent already, and what was confirmed."""
 
-    __slots__ = ("began", "confirmation", "durability", "method", "sent", "sequence_key")
+    __slots__ = ("began", "confirmation", "durability", "method", "sent", "sequence_key", "within")
 
     def __init__(self, durability: Durability, sequence: str) -> None:
         self.durability = durability
         self.sequence_key = sequence
         self.sent = False
         self.began = time.monotonic()
+        self.within: float | None = None
         self.method = FsyncMethod.NONE
         self.confirmation = UNCONFIRMED
 

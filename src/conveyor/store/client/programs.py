@@ -15,18 +15,25 @@ from conveyor.store.script import Call
 
 C = TypeVar("C")
 V = TypeVar("V")
-Run = Callable[[Call[Any]], Any]
-AsyncRun = Callable[[Call[Any]], Awaitable[Any]]
+Run = Callable[..., Any]
+"""Carries out a call; takes `deadline` (monotonic) too, the end of its time."""
+AsyncRun = Callable[..., Awaitable[Any]]
 
 
-def run_once(client: Client, call: Call[Any], *, retry_for: float | None = None) -> Any:
-    """Carry out *call*, repeated only when that is harmless, for *retry_for* seconds (None: as long as the client does)."""
-    return client.run(call, retry_for=_retry_for(client, call, retry_for))
+def run_once(client: Client, call: Call[Any], *, retry_for: float | None = None, deadline: float | None = None) -> Any:
+    """
+    Carry out *call*, repeated only when that is harmless.
+
+    *retry_for* and *deadline* are as in `Client.run`.
+    """
+    return client.run(call, retry_for=_retry_for(client, call, retry_for), deadline=deadline)
 
 
-async def arun_once(client: Client, call: Call[Any], *, retry_for: float | None = None) -> Any:
+async def arun_once(
+    client: Client, call: Call[Any], *, retry_for: float | None = None, deadline: float | None = None
+) -> Any:
     """Awaitable form of `run_once`."""
-    return await client.arun(call, retry_for=_retry_for(client, call, retry_for))
+    return await client.arun(call, retry_for=_retry_for(client, call, retry_for), deadline=deadline)
 
 
 def _retry_for(client: Client, call: Call[Any], most: float | None) -> float:

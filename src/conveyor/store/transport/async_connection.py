@@ -9,6 +9,7 @@ switch and a timeout object per command.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -53,8 +54,9 @@ class _StreamProtocol(asyncio.Protocol):
 class AsyncConnection:
     """A connection of one event loop that opens itself; commands of one tick leave in one write."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, timeout: replies.CallTimeout = replies.NO_TIMEOUT) -> None:
         self.endpoint = endpoint
+        self.timeout = timeout
         self._reply_timeout = endpoint.reply_timeout
         self._raw: Any = None  # keeps redis-py's stream writer alive, which would close the transport
         self._transport: asyncio.WriteTransport | None = None
@@ -65,7 +67,7 @@ class AsyncConnection:
         self._sent = 0  # the number of the last command that may have left
         self._answered = 0  # the number of the last reply
         self._out: list[bytes] = []
-        self._opening: asyncio.Lock | None = None
+        self._opening: asyncio.Task[None] | None = None
         self._overdue_timer: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
@@ -77,18 +79,22 @@ class AsyncConnection:
 
     # -- for callers ----------------------------------------------------------------------------------------------
 
-    async def run(self, call: Call[T] | IdempotentCommand, *, retry_for: float | None) -> T:
+    async def run(
+        self, call: Call[T] | IdempotentCommand, *, retry_for: float | None, deadline: float | None = None
+    ) -> T:
         """
         Carry out *call* and return its decoded reply.
 
-        Transport errors and temporary refusals are retried for *retry_for* seconds (None: without limit). Then StoreUnavailable is
-        raised: the step may or may not have happened. Cancelling the caller affects no other caller.
+        Transport errors and temporary refusals are retried for *retry_for* seconds (None: without limit), and at most until
+        *deadline* or the connection's timeout. Then StoreUnavailable is raised: the step may or may not have happened.
+        Cancelling the caller affects no other caller.
         """
-        timer = replies.RetryTimer(retry_for)
+        timer = self.timeout.timer(retry_for, deadline)
+        within = timer.first_try(self._reply_timeout)
         command, unsure = call.command, False
         while True:
             try:
-                reply = await self.execute(*command())
+                reply = await self.execute(*command(), within=within)
             except OSError as error:
                 unsure, cause = True, cast("Exception", error)
                 what = replies.ErrorAction.WAIT
@@ -97,7 +103,7 @@ class AsyncConnection:
             else:
                 if not isinstance(reply, Exception):
                     try:
-                        return await self._decode(call, reply, retry_for) if unsure else call.decode(reply)
+                        return await self._decode(call, reply, timer) if unsure else call.decode(reply)
                     except WrongReply as error:
                         self.drop(error)
                         unsure, cause, what = True, error, replies.ErrorAction.WAIT
@@ -110,43 +116,50 @@ class AsyncConnection:
                 fatal = replies.fatal_error(str(cause), str(self.endpoint))
                 if not unsure:
                     raise fatal from cause
-                return await self._confirm_refusal(call, fatal, retry_for)
+                return await self._confirm_refusal(call, fatal, timer)
             wait = timer.next_pause(str(cause))
             if wait is None:
                 raise replies.unavailable(str(self.endpoint), cause) from cause
             await asyncio.sleep(wait)
+            within = timer.next_try(self._reply_timeout)
             if what is replies.ErrorAction.ASK:
-                reply = await self._run_redirected(str(cause), command())
+                reply = await self._run_redirected(str(cause), command(), within)
                 if not isinstance(reply, Exception):
-                    return await self._decode(call, reply, retry_for) if unsure else call.decode(reply)
+                    return await self._decode(call, reply, timer) if unsure else call.decode(reply)
                 unsure = unsure or isinstance(reply, OSError)
                 if replies.action_for(str(reply)) is replies.ErrorAction.LOAD:
                     command = call.load
 
-    async def _decode(self, call: Call[T] | IdempotentCommand, reply: Any, retry_for: float | None) -> T:
+    async def _decode(self, call: Call[T] | IdempotentCommand, reply: Any, timer: replies.RetryTimer) -> T:
         """Decode the reply of a call that may have been carried out before."""
         try:
             return cast("T", call.decode(reply))
         except QueueFull as fatal:
-            return await self._confirm_refusal(call, fatal, retry_for)
+            return await self._confirm_refusal(call, fatal, timer)
 
-    async def _confirm_refusal(self, call: Call[T] | IdempotentCommand, fatal: Exception, retry_for: float | None) -> T:
+    async def _confirm_refusal(
+        self, call: Call[T] | IdempotentCommand, fatal: Exception, timer: replies.RetryTimer
+    ) -> T:
         """Raise *fatal* as `Connection` does: QueueFull only when no copy of the push can be accepted any more."""
         withdrawal = call.withdrawal() if isinstance(fatal, QueueFull) else None
-        if withdrawal is None or (reply := await self.run(withdrawal, retry_for=retry_for)) is None:
+        if withdrawal is None:
+            raise fatal
+        reply = await self.run(withdrawal, retry_for=timer.seconds, deadline=timer.deadline)
+        if reply is None:
             raise fatal
         return cast("T", call.decode(reply))
 
-    async def run_command(self, *command: Argument, retry_for: float | None) -> Any:
+    async def run_command(self, *command: Argument, retry_for: float | None, deadline: float | None = None) -> Any:
         """Send one plain command that may be repeated and return the raw reply; errors as in `run`."""
-        return await self.run(IdempotentCommand(command), retry_for=retry_for)
+        return await self.run(IdempotentCommand(command), retry_for=retry_for, deadline=deadline)
 
-    async def _run_redirected(self, redirection: str, command: tuple[Argument, ...]) -> Any:
+    async def _run_redirected(self, redirection: str, command: tuple[Argument, ...], within: float) -> Any:
         """Send one command to the node named by ASK; after any error the call is repeated here."""
         other = AsyncConnection(self.endpoint.ask_redirect(redirection))
         try:
-            await other.execute("ASKING")
-            return await other.execute(*command)
+            async with asyncio.timeout(within):
+                await other.execute("ASKING")
+                return await other.execute(*command)
         except OSError as error:
             return error
         finally:
@@ -167,14 +180,15 @@ class AsyncConnection:
             self.drop(ConnectionLost(f"the server takes no writes now ({text})"))
         return what
 
-    async def execute(self, *command: Argument, block: float = 0.0) -> Any:
+    async def execute(self, *command: Argument, block: float = 0.0, within: float | None = None) -> Any:
         """
         Send one command and return the raw reply, an exception object for an error reply.
 
-        *block* is how many seconds the server may delay it. Raises OSError when the connection is lost.
+        *block* is how many seconds the server may delay it, *within* in how many it and a new connection must be there
+        (None: as the endpoint says). Raises OSError when the connection is lost.
         """
         if self._transport is None:
-            await self.open()
+            within = await self.open_within(within)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
         def answer(reply: Any) -> None:
@@ -184,7 +198,7 @@ class AsyncConnection:
                 else:
                     future.set_result(reply)
 
-        self.send(command, answer, block=block)
+        self.send(command, answer, block=block, within=within)
         return await future
 
     def pack(self, command: tuple[Argument, ...]) -> bytes | None:
@@ -193,7 +207,7 @@ class AsyncConnection:
 
     def send(
         self, command: tuple[Argument, ...], answer: Reply, *,
-        block: float = 0.0, at_once: bool = False, packed: bytes | None = None,
+        block: float = 0.0, at_once: bool = False, packed: bytes | None = None, within: float | None = None,
     ) -> None:  # fmt: skip
         """
         Send one command on the open connection; *answer* gets the reply, or an OSError when the connection is lost.
@@ -208,7 +222,7 @@ class AsyncConnection:
             self._loop.call_soon(self._flush)
         if packed is None:
             packed = self._pack(command)
-        deadline = self._loop.time() + block + self._reply_timeout
+        deadline = self._loop.time() + block + (self._reply_timeout if within is None else within)
         # In this order, so that the numbers show it if something is raised in between.
         self._sent += 1
         self._out.append(packed)
@@ -216,44 +230,72 @@ class AsyncConnection:
             self._flush()
         self._pending.append((answer, deadline, self._sent))
         if self._overdue_timer is None:
-            self._overdue_timer = self._loop.call_later(block + self._reply_timeout, self._check_overdue)
+            self._overdue_timer = self._loop.call_at(deadline, self._check_overdue)
+        elif deadline < self._overdue_timer.when():
+            self._overdue_timer.cancel()
+            self._overdue_timer = self._loop.call_at(deadline, self._check_overdue)
 
-    async def open(self) -> None:
-        """Connect, unless it is connected. Raises OSError."""
-        if self._opening is None:
-            self._opening = asyncio.Lock()
-        async with self._opening:
-            if self._transport is not None:
-                return
+    async def open(self, within: float | None = None) -> None:
+        """Connect, unless it is connected: all that wait share one try. Raises OSError, after *within* seconds at the latest."""
+        while self._transport is None:
             if self._closed:
                 raise ConnectionLost("closed")
-            import hiredis
-            from redis import RedisError
+            opening = self._opening
+            if opening is None:
+                opening = self._opening = asyncio.get_running_loop().create_task(self._connect())
+                opening.add_done_callback(self._end_opening)
+            await asyncio.wait([opening], timeout=within)
+            if not opening.done():
+                raise ConnectionLost("Timeout connecting to server")
+            error = ConnectionLost("closed") if opening.cancelled() else opening.exception()
+            if isinstance(error, Exception):
+                raise error
+            if error is not None:  # whoever runs the loop has it already
+                raise ConnectionLost("interrupted while it was opened")
 
-            try:
+    async def open_within(self, within: float | None) -> float | None:
+        """Connect as `open` does; return what is left of *within* for the reply."""
+        began = time.monotonic()
+        await self.open(within)
+        return None if within is None else max(0.001, within - (time.monotonic() - began))
+
+    async def _connect(self) -> None:
+        import hiredis
+        from redis import RedisError
+
+        try:
+            async with asyncio.timeout(self.timeout.seconds):
                 raw = await self.endpoint.aopen()
-            except RedisError as error:
-                if (text := fatal_reply(error)) is not None:
-                    raise replies.fatal_error(text, str(self.endpoint)) from error
-                raise ConnectionLost(str(error)) from error
-            if self._closed:  # meanwhile
-                await raw.disconnect(nowait=True)
-                raise ConnectionLost("closed")
-            self._raw, self._reader = raw, hiredis.Reader(replyError=_reply_error)
-            self._pack = hiredis.pack_command
-            self._sent = self._answered = 0
-            self._loop = asyncio.get_running_loop()
-            assert raw._writer is not None  # noqa: SLF001
-            transport = raw._writer.transport  # noqa: SLF001  the one private name we use; a test holds it
-            self._stream, self._transport = _StreamProtocol(self), transport
-            transport.set_protocol(self._stream)
-            if self._opened and self.on_reopened is not None:
-                self.on_reopened()
-            self._opened = True
+        except TimeoutError as error:
+            raise ConnectionLost(str(error) or "Timeout connecting to server") from error
+        except RedisError as error:
+            if (text := fatal_reply(error)) is not None:
+                raise replies.fatal_error(text, str(self.endpoint)) from error
+            raise ConnectionLost(str(error)) from error
+        if self._closed:  # meanwhile
+            await raw.disconnect(nowait=True)
+            raise ConnectionLost("closed")
+        self._raw, self._reader = raw, hiredis.Reader(replyError=_reply_error)
+        self._pack = hiredis.pack_command
+        self._sent = self._answered = 0
+        self._loop = asyncio.get_running_loop()
+        assert raw._writer is not None  # noqa: SLF001
+        transport = raw._writer.transport  # noqa: SLF001  the one private name we use; a test holds it
+        self._stream, self._transport = _StreamProtocol(self), transport
+        transport.set_protocol(self._stream)
+        if self._opened and self.on_reopened is not None:
+            self.on_reopened()
+        self._opened = True
+
+    def _end_opening(self, opening: asyncio.Task[None]) -> None:
+        if self._opening is opening:
+            self._opening = None
+        if not opening.cancelled():
+            opening.exception()  # whether or not anybody still waits for it
 
     def close(self) -> None:
         """Close for good."""
-        self._closed = True
+        self._closed = True  # a try that is under way closes what it has opened
         self.drop(ConnectionLost("closed"))
 
     @property
@@ -311,15 +353,15 @@ class AsyncConnection:
             raise
 
     def _check_overdue(self) -> None:
-        """Give up a connection whose oldest call is overdue: one timer for all, not one per call."""
+        """Give up a connection on which a call is overdue: one timer for all, not one per call."""
         self._overdue_timer = None
         if not self._pending or self._loop is None:
             return
-        overdue = self._pending[0][1] - self._loop.time()
-        if overdue <= 0:
+        first = min(deadline for _, deadline, _ in self._pending)
+        if first <= self._loop.time():
             self.drop(ConnectionLost("Timeout reading from server"))
         else:
-            self._overdue_timer = self._loop.call_later(overdue, self._check_overdue)
+            self._overdue_timer = self._loop.call_at(first, self._check_overdue)
 
 
 class ReplyError(Exception):

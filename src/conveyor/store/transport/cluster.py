@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import threading
 from binascii import crc_hqx
@@ -14,7 +15,14 @@ from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.transport import replies
 from conveyor.store.transport.connection import fatal_reply, query
-from conveyor.store.transport.endpoint import FAILOVER_REPLY_TIMEOUT, Endpoint, EndpointUnresolved, in_thread
+from conveyor.store.transport.endpoint import (
+    FAILOVER_REPLY_TIMEOUT,
+    Endpoint,
+    EndpointUnresolved,
+    half_left,
+    in_thread,
+    time_left,
+)
 from conveyor.store.transport.url import StandaloneServer, masked, split_hosts
 
 if TYPE_CHECKING:
@@ -111,12 +119,12 @@ class Cluster:
         server = self._owners[slot] if slot >= 0 else None
         return None if server is None else self._node(server)
 
-    def owner(self, slot: int) -> StandaloneServer:
+    def owner(self, slot: int, deadline: float = math.inf) -> StandaloneServer:
         """Return the owner of *slot*; asks the nodes when the map is old. Raises EndpointUnresolved, ConfigurationError."""
         node = self.known_owner(slot)
         if node is not None:
             return node
-        self._refresh()
+        self._refresh(deadline)
         node = self.known_owner(slot)
         if node is None:
             raise EndpointUnresolved(f"no node of the cluster owns slot {slot}")
@@ -142,15 +150,15 @@ class Cluster:
         host = match[2] if match[2] not in {"", "?"} else (asked or self._known[0])[0]
         return int(match[1]), self._node((host, int(match[3])))
 
-    def _refresh(self) -> None:
+    def _refresh(self, deadline: float = math.inf) -> None:
         began = monotonic()
-        with self._lock:
+        with self._lock:  # at most for one request: a failure counts for those that came meanwhile
             if self._mapped_at >= began:
                 return  # another thread was asking
             if monotonic() - self._asked_at < _MAP_INTERVAL and self._failure is not None:
                 raise self._failure
             try:
-                self._owners = self._ask_for_map()
+                self._owners = self._ask_for_map(deadline)
                 self._failure = None
                 self._mapped_at = monotonic()
             except EndpointUnresolved as error:
@@ -159,15 +167,18 @@ class Cluster:
             finally:
                 self._asked_at = monotonic()
 
-    def _ask_for_map(self) -> list[HostPort | None]:
+    def _ask_for_map(self, deadline: float) -> list[HostPort | None]:
         from redis import RedisError
 
         reasons: list[str] = []
         doubtful: list[HostPort | None] | None = None
         refused: ConveyorError | None = None
         for server in dict.fromkeys((*self._known, *self._hosts.hosts)):
+            if monotonic() >= deadline:
+                reasons.append(f"{server[0]}:{server[1]}: not asked, the time is over")
+                continue
             try:
-                state, slots = self._ask(server)
+                state, slots = self._ask(server, deadline)
             except (RedisError, OSError) as error:
                 if refused is None and (text := fatal_reply(error)) is not None:
                     refused = self._refused(server, text)
@@ -185,9 +196,10 @@ class Cluster:
             f"no node of the cluster answers ({'; '.join(reasons) or 'none of them knows a slot'})"
         )
 
-    def _ask(self, server: HostPort) -> tuple[bytes, list[Any]]:
+    def _ask(self, server: HostPort, deadline: float) -> tuple[bytes, list[Any]]:
         node = StandaloneServer(self._hosts.url(*server), min(self._timeout, QUERY_TIMEOUT), QUERY_TIMEOUT)
-        connection = node.open(read_timeout=QUERY_TIMEOUT)
+        deadline = half_left(deadline)
+        connection = node.open(read_timeout=time_left(deadline, QUERY_TIMEOUT), deadline=deadline)
         try:
             return query(connection, "CLUSTER", "INFO") or b"cluster_state:ok", query(connection, "CLUSTER", "SLOTS")
         finally:
@@ -248,11 +260,11 @@ class SlotEndpoint:
         """Seconds one reply may take."""
         return FAILOVER_REPLY_TIMEOUT
 
-    def open(self, *, read_timeout: float | None) -> Connection:
+    def open(self, *, read_timeout: float | None, deadline: float = math.inf) -> Connection:
         """Return a connection to the owner. Raises EndpointUnresolved, redis-py's errors, ConfigurationError (E33)."""
-        node = self._asked = self._cluster.owner(self._slot)
+        node = self._asked = self._cluster.owner(self._slot, deadline)
         try:
-            return node.open(read_timeout=read_timeout)
+            return node.open(read_timeout=read_timeout, deadline=deadline)
         except Exception:
             self._cluster.distrust_map(self._cluster.server_of(node))
             raise

@@ -13,6 +13,7 @@ Below it: the meaning of an exception of redis-py, and single commands on a conn
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import ssl
 import struct
@@ -43,9 +44,11 @@ class Connection:
     the time of a call. The timeout is the kernel's: Python's own costs a system call each way.
     """
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, timeout: replies.CallTimeout = replies.NO_TIMEOUT) -> None:
         self.endpoint = endpoint
-        self._reply_timeout = endpoint.reply_timeout
+        self._timeout = timeout
+        self._deadline = math.inf  # of the call that is under way (monotonic)
+        self._reply_timeout = endpoint.reply_timeout  # of its present try
         self._raw: RawConnection | None = None
         self._socket: socket.socket | None = None
         self._reader: Any = None
@@ -54,47 +57,53 @@ class Connection:
         self._sent = 0  # the number of the last command that may have left
         self._answered = 0  # the number of the last command whose reply was read, or that was given up
 
-    def run(self, call: Call[T], *, retry_for: float) -> T:
+    def run(self, call: Call[T] | IdempotentCommand, *, retry_for: float, deadline: float | None = None) -> T:
         """
         Carry out *call* and return its decoded reply.
 
-        Transport errors and temporary refusals are retried for *retry_for* seconds. Then StoreUnavailable is raised: the step may
-        or may not have happened.
+        Transport errors and temporary refusals are retried for *retry_for* seconds, and at most until *deadline* or the
+        connection's timeout. Then StoreUnavailable is raised: the step may or may not have happened.
         """
+        timer = self.begin(retry_for, deadline)
         try:
-            return call.decode(self.execute(*call.command()))
+            return cast("T", call.decode(self.execute(*call.command())))
         except Exception as error:
-            return self._retry(call, error, retry_for)
+            return self._retry(call, error, timer)
 
-    def run_command(self, *command: Argument, retry_for: float) -> Any:
+    def run_command(self, *command: Argument, retry_for: float, deadline: float | None = None) -> Any:
         """Send one plain command that may be repeated and return the raw reply; errors as in `run`."""
-        try:
-            return self.execute(*command)
-        except Exception as error:
-            return self._retry(IdempotentCommand(command), error, retry_for)
+        return self.run(IdempotentCommand(command), retry_for=retry_for, deadline=deadline)
+
+    def begin(self, retry_for: float, deadline: float | None = None) -> replies.RetryTimer:
+        """Begin the time of a call: what is executed next is its first try."""
+        timer = self._timeout.timer(retry_for, deadline)
+        self._deadline, self._reply_timeout = timer.deadline, timer.first_try(self.endpoint.reply_timeout)
+        return timer
 
     def start(self, call: Call[T]) -> Callable[[float], T]:
         """Send *call*; return a function that, called with the seconds to retry for, completes `run`."""
         failed: Exception | None = None
         number = 0
+        timer = self.begin(self._timeout.seconds or 0.0)
         try:
             number = self._send([call.command()])
         except Exception as error:
             failed = error
 
         def collect(retry_for: float) -> T:
+            if failed is not None:
+                return self._retry(call, failed, timer)
+            answered_by = self.begin(retry_for)
             try:
-                if failed is not None:
-                    raise failed
                 return call.decode(self._receive(number, 0.0))
             except Exception as error:
-                return self._retry(call, error, retry_for)
+                return self._retry(call, error, answered_by)
 
         return collect
 
-    def _retry(self, call: Call[T] | IdempotentCommand, error: Exception, seconds: float) -> T:
-        """Repeat *call*, which failed with *error*, until it is answered or *seconds* have passed."""
-        command, timer, unsure = call.command, replies.RetryTimer(seconds), False
+    def _retry(self, call: Call[T] | IdempotentCommand, error: Exception, timer: replies.RetryTimer) -> T:
+        """Repeat *call*, which failed with *error*, until it is answered or its time is over."""
+        command, unsure = call.command, False
         while True:
             what, text, at = _action_for(error), reply_text(error), self
             unsure = unsure or not is_error_reply(error)
@@ -104,7 +113,7 @@ class Connection:
                 fatal = replies.fatal_error(text, str(self.endpoint))
                 if not unsure:
                     raise fatal from error
-                return self._confirm_refusal(call, fatal, seconds)
+                return self._confirm_refusal(call, fatal, timer)
             else:
                 if what in _RECONNECTING:
                     self.close()
@@ -114,8 +123,10 @@ class Connection:
                 if wait is None:
                     raise replies.unavailable(str(self.endpoint), error) from error
                 time.sleep(wait)
+                self._deadline, self._reply_timeout = timer.deadline, timer.next_try(self.endpoint.reply_timeout)
                 if what is replies.ErrorAction.ASK:
                     at = Connection(self.endpoint.ask_redirect(text))
+                    at._deadline, at._reply_timeout = self._deadline, self._reply_timeout
             try:
                 if at is not self:
                     at.execute("ASKING")
@@ -123,21 +134,24 @@ class Connection:
             except QueueFull as full:
                 if not unsure:
                     raise
-                return self._confirm_refusal(call, full, seconds)
+                return self._confirm_refusal(call, full, timer)
             except Exception as again:
                 error = again
             finally:
                 if at is not self:
                     at.close()
 
-    def _confirm_refusal(self, call: Call[T] | IdempotentCommand, fatal: Exception, seconds: float) -> T:
+    def _confirm_refusal(self, call: Call[T] | IdempotentCommand, fatal: Exception, timer: replies.RetryTimer) -> T:
         """
         Raise *fatal*, the refusal of a call that may have been carried out before.
 
         QueueFull is raised only when no copy of the push that is still on its way can be accepted any more.
         """
         withdrawal = call.withdrawal() if isinstance(fatal, QueueFull) else None
-        if withdrawal is None or (reply := self.run(withdrawal, retry_for=seconds)) is None:
+        if (
+            withdrawal is None
+            or (reply := self.run(withdrawal, retry_for=timer.seconds or 0.0, deadline=timer.deadline)) is None
+        ):
             raise fatal
         return cast("T", call.decode(reply))
 
@@ -173,8 +187,11 @@ class Connection:
             raise _connection_error("Another call has used the connection before this one was answered")
         if self._socket_timeout != block + self._reply_timeout:
             self._set_socket_timeout(block + self._reply_timeout)
+        data = b""
         try:
             while (reply := reader.gets()) is False:
+                if data and time.monotonic() > block + self._deadline:  # it comes in pieces, too slowly
+                    raise BlockingIOError
                 data = connection.recv(65536)
                 if not data:
                     raise _connection_error("Connection closed by server")
@@ -199,7 +216,7 @@ class Connection:
         import hiredis
         from redis import ResponseError
 
-        raw = self.endpoint.open(read_timeout=self._reply_timeout)
+        raw = self.endpoint.open(read_timeout=self._reply_timeout, deadline=self._deadline)
         self._reader = hiredis.Reader(replyError=ResponseError)
         self._pack = hiredis.pack_command
         self._socket_timeout = 0.0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -18,6 +20,17 @@ REPLY_TIMEOUT = 5.0
 """Seconds a single server may take for one reply."""
 FAILOVER_REPLY_TIMEOUT = 2.5
 """The same where another server may have taken over: half the retry time of a producer, so that the other is still asked."""
+
+
+def time_left(deadline: float, most: float) -> float:
+    """Return the seconds until *deadline* (monotonic), between a moment and *most*; 0 would mean no limit."""
+    return max(min(most, deadline - time.monotonic()), 0.001)
+
+
+def half_left(deadline: float) -> float:
+    """Return the instant until which one of several servers is asked, so that another can be asked before *deadline*."""
+    now = time.monotonic()
+    return now + (deadline - now) / 2
 
 
 class EndpointUnresolved(ConnectionError):
@@ -36,8 +49,12 @@ class Endpoint(Protocol):
         """Seconds after which a connection that owes a reply is given up: short where another server may take over."""
         ...
 
-    def open(self, *, read_timeout: float | None) -> Connection:
-        """Return a connected blocking connection whose reads wait *read_timeout* seconds (None: no limit)."""
+    def open(self, *, read_timeout: float | None, deadline: float = math.inf) -> Connection:
+        """
+        Return a connected blocking connection whose reads wait *read_timeout* seconds (None: no limit).
+
+        *deadline* (monotonic) is when it must be there. Looking up a host's name is not bounded by it.
+        """
         ...
 
     async def aopen(self) -> AsyncConnection:

@@ -7,9 +7,11 @@ in front, so codes are searched for, not compared.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import time
+from dataclasses import dataclass
 from enum import Enum
 
 from conveyor.errors import ConfigurationError, ConveyorError, QueueFull, StoreUnavailable
@@ -67,22 +69,72 @@ def action_for(text: str) -> ErrorAction:
     return _ACTIONS.get(match[1] or match[2], ErrorAction.RAISE)
 
 
-class RetryTimer:
-    """The time for which one step is repeated, and the pauses between. `seconds` of None: without limit."""
+@dataclass(frozen=True, slots=True)
+class CallTimeout:
+    """
+    The longest that a call on a connection may take, everything included, in seconds.
 
-    def __init__(self, seconds: float | None) -> None:
-        self._seconds, self._since, self._attempt = seconds, time.monotonic(), 0
+    None: only each try has a limit, that of its endpoint. *firm*: a slot that is moving is not waited for longer either.
+    """
+
+    seconds: float | None = None
+    firm: bool = True
+
+    @property
+    def longest(self) -> float | None:
+        """The seconds with those for a slot that is moving."""
+        return self.seconds if self.firm or self.seconds is None else max(self.seconds, SLOT_MOVE_TIMEOUT)
+
+    def timer(self, retry_for: float | None, deadline: float | None = None) -> RetryTimer:
+        """Begin a call that is repeated for *retry_for* seconds; *deadline* (monotonic, None: by the timeout) is its end."""
+        if deadline is not None:
+            return RetryTimer(retry_for, deadline, firm=True)
+        if self.seconds is None or retry_for is None:
+            return RetryTimer(retry_for)
+        return RetryTimer(retry_for, time.monotonic() + max(self.seconds, retry_for), firm=self.firm)
+
+
+NO_TIMEOUT = CallTimeout()
+_LEAST = 0.001
+"""Seconds that a try gets at least: 0 would mean no limit."""
+
+
+class RetryTimer:
+    """
+    The time for which one step is repeated, the pauses between, and the instant at which all of it ends.
+
+    `seconds` of None: without limit. *deadline* is monotonic.
+    """
+
+    __slots__ = ("_attempt", "_firm", "_since", "deadline", "seconds")
+
+    def __init__(self, seconds: float | None, deadline: float = math.inf, *, firm: bool = False) -> None:
+        self.seconds, self._since, self._attempt = seconds, time.monotonic(), 0
+        self.deadline, self._firm = deadline, firm
+
+    def first_try(self, most: float) -> float:
+        """Return the seconds that the first try may take: half of them all, so that a dead connection costs no call."""
+        if self.deadline == math.inf:
+            return most
+        left = self.deadline - self._since
+        return max(min(most, left / 2 if self.seconds else left), _LEAST)
+
+    def next_try(self, most: float) -> float:
+        """Return the seconds that another try may take."""
+        return max(min(most, self.deadline - time.monotonic()), _LEAST)
 
     def next_pause(self, text: str) -> float | None:
         """Return the seconds before the next try, None when the time is over; *text* is the error of this try."""
-        wait, seconds = backoff(self._attempt), self._seconds
+        wait, seconds = backoff(self._attempt), self.seconds
         self._attempt += 1
         if seconds is None:
             return wait
-        if seconds >= 1 and is_slot_moving(text):
+        if seconds >= 1 and is_slot_moving(text) and not self._firm:
             # A large slot moves for longer than an outage is waited for, and what follows (MOVED, a new connection) is part of it.
-            self._seconds = seconds = max(seconds, SLOT_MOVE_TIMEOUT)
-        return wait if time.monotonic() - self._since + wait <= seconds else None
+            self.seconds = seconds = max(seconds, SLOT_MOVE_TIMEOUT)
+            self.deadline = max(self.deadline, self._since + seconds)
+        end = time.monotonic() + wait
+        return wait if end - self._since <= seconds and end < self.deadline else None
 
 
 def fatal_error(text: str, address: str) -> ConveyorError:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Hashable
 from dataclasses import replace
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.store.transport import replies
 from conveyor.store.transport.connection import aquery, fatal_reply, query
-from conveyor.store.transport.endpoint import FAILOVER_REPLY_TIMEOUT, Endpoint, EndpointUnresolved, in_thread
+from conveyor.store.transport.endpoint import (
+    FAILOVER_REPLY_TIMEOUT,
+    Endpoint,
+    EndpointUnresolved,
+    half_left,
+    in_thread,
+    time_left,
+)
 from conveyor.store.transport.url import StandaloneServer, check_database, masked, split_hosts
 
 if TYPE_CHECKING:
@@ -89,12 +98,12 @@ class Sentinel:
         """Raise ConfigurationError (E33): a master that sentinels watch is no node of a cluster."""
         return self._sentinels[0].ask_redirect(reply)
 
-    def open(self, *, read_timeout: float | None) -> Connection:
+    def open(self, *, read_timeout: float | None, deadline: float = math.inf) -> Connection:
         """Return a connection to the master. Raises EndpointUnresolved, redis-py's errors, ConfigurationError (E32)."""
-        lookup = _MasterLookup(self)
+        lookup = _MasterLookup(self, deadline)
         for server in lookup.candidates():
             try:
-                connection = self.server(server).open(read_timeout=read_timeout)
+                connection = self.server(server).open(read_timeout=read_timeout, deadline=deadline)
                 role = lookup.role(query(connection, "ROLE"))
             except lookup.transient as error:
                 lookup.reject(server, error)
@@ -146,10 +155,11 @@ class Sentinel:
 class _MasterLookup:
     """One search for the master: the servers that the sentinels name, and why each was rejected."""
 
-    def __init__(self, sentinel: Sentinel) -> None:
+    def __init__(self, sentinel: Sentinel, deadline: float = math.inf) -> None:
         from redis import RedisError
 
         self._sentinel = sentinel
+        self._deadline = deadline
         self._reasons: list[str] = []
         self._without_master: list[StandaloneServer] = []
         self._named: StandaloneServer | None = None
@@ -160,6 +170,9 @@ class _MasterLookup:
         """Ask the sentinels in turn; yield each server that one names, once."""
         seen: set[HostPort] = set()
         for address in self._sentinel.sentinels():
+            if monotonic() >= self._deadline:
+                self._reasons.append(f"{_host_of(address)}: not asked, the time is over")
+                continue
             try:
                 server = self._ask(address)
             except self.transient as error:
@@ -175,7 +188,8 @@ class _MasterLookup:
                 yield server
 
     def _ask(self, address: StandaloneServer) -> HostPort | None:
-        connection = address.open(read_timeout=QUERY_TIMEOUT)
+        deadline = half_left(self._deadline)
+        connection = address.open(read_timeout=time_left(deadline, QUERY_TIMEOUT), deadline=deadline)
         try:
             reply = query(connection, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._sentinel.name)
         finally:
@@ -216,7 +230,7 @@ class _MasterLookup:
 
     def _known(self, address: StandaloneServer) -> str:
         try:
-            connection = address.open(read_timeout=QUERY_TIMEOUT)
+            connection = address.open(read_timeout=time_left(self._deadline, QUERY_TIMEOUT), deadline=self._deadline)
             try:
                 masters = query(connection, "SENTINEL", "MASTERS")
             finally:

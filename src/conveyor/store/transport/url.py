@@ -8,18 +8,20 @@ that names several hosts, as those of Sentinel and Cluster do.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import re
 import socket
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 from conveyor.errors import ConfigurationError
 from conveyor.store.fork_safety import lazy_property
-from conveyor.store.transport.endpoint import REPLY_TIMEOUT
+from conveyor.store.transport.endpoint import REPLY_TIMEOUT, time_left
 
 if TYPE_CHECKING:
     from redis import Connection
@@ -226,11 +228,11 @@ class StandaloneServer:
         self.note_moved(reply)
         raise AssertionError
 
-    def open(self, *, read_timeout: float | None) -> Connection:
-        """Return a connected blocking connection."""
-        connection = self.new_connection(read_timeout=self.handshake_timeout)
+    def open(self, *, read_timeout: float | None, deadline: float = math.inf) -> Connection:
+        """Return a connected blocking connection; the tries to connect and the first exchange end at *deadline*."""
+        connection = self.new_connection(read_timeout=time_left(deadline, self.handshake_timeout), deadline=deadline)
         connection.connect()
-        if read_timeout != self.handshake_timeout:
+        if read_timeout != connection.socket_timeout:
             assert connection._sock is not None  # noqa: SLF001
             connection._sock.settimeout(read_timeout)  # noqa: SLF001
             connection._parser._socket_timeout = read_timeout  # noqa: SLF001
@@ -250,7 +252,7 @@ class StandaloneServer:
             raise
         return connection
 
-    def new_connection(self, *, read_timeout: float | None) -> Connection:
+    def new_connection(self, *, read_timeout: float | None, deadline: float = math.inf) -> Connection:
         """Return an unopened blocking connection."""
         from redis import Connection, SSLConnection, UnixDomainSocketConnection
         from redis.backoff import NoBackoff
@@ -258,6 +260,9 @@ class StandaloneServer:
 
         kind = {"redis": Connection, "rediss": SSLConnection, "unix": UnixDomainSocketConnection}
         parameters = {**self._parameters, "socket_timeout": read_timeout, "retry": Retry(NoBackoff(), 0)}
+        if deadline != math.inf:
+            parameters["socket_connect_timeout"] = time_left(deadline, parameters["socket_connect_timeout"])
+            parameters["redis_connect_func"] = partial(_begin_session, deadline)
         return cast("Connection", kind[self._parts.scheme](**parameters))
 
     def new_async_connection(self) -> AsyncConnection:
@@ -269,6 +274,13 @@ class StandaloneServer:
         kind = {"redis": Connection, "rediss": SSLConnection, "unix": UnixDomainSocketConnection}
         parameters = {**self._parameters, "socket_timeout": None, "retry": Retry(backoff.NoBackoff(), 0)}
         return cast("AsyncConnection", kind[self._parts.scheme](**parameters))
+
+
+def _begin_session(deadline: float, connection: Any) -> None:
+    """Make the first exchange of a connection of redis-py in the time that connecting has left of it."""
+    connection.socket_timeout = time_left(deadline, connection.socket_timeout)
+    connection._sock.settimeout(connection.socket_timeout)  # noqa: SLF001  as in `open`
+    connection.on_connect()
 
 
 class PasswordFile:  # a CredentialProvider of redis-py, which is not imported before the first connection

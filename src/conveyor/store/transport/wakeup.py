@@ -22,8 +22,9 @@ log = logging.getLogger("conveyor.store")
 class WakeupWaiter:
     """A blocking connection that waits for tokens. One thread waits; any thread may close it."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._connection = Connection(endpoint)
+    def __init__(self, endpoint: Endpoint, timeout: replies.CallTimeout) -> None:
+        """Wait at *endpoint*; a reply may be late by half of *timeout*, so that what follows has the other half."""
+        self._connection, self._retry_for = Connection(endpoint, timeout), timeout.seconds or 0.0
         self._failures = 0
         self._has_ended = False
 
@@ -51,6 +52,7 @@ class WakeupWaiter:
     def _block(self, command: tuple[str, ...], seconds: float) -> Any:
         from redis import RedisError, ResponseError
 
+        self._connection.begin(self._retry_for)
         try:
             self._connection.open()
             if self._has_ended:  # while it connected: it would wait for nobody, and take a token
@@ -75,8 +77,9 @@ class WakeupWaiter:
 class AsyncWakeupWaiter:
     """Awaitable form of `WakeupWaiter`."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._connection = AsyncConnection(endpoint)
+    def __init__(self, endpoint: Endpoint, timeout: replies.CallTimeout) -> None:
+        """Wait at *endpoint*, with *timeout* as in `WakeupWaiter`."""
+        self._connection, self._timeout = AsyncConnection(endpoint, timeout), timeout
         self._failures = 0
 
     async def wait(self, key: str, seconds: float) -> bool:
@@ -96,8 +99,10 @@ class AsyncWakeupWaiter:
         self._connection.close()
 
     async def _block(self, command: tuple[str, ...], seconds: float) -> Any:
+        timer = self._timeout.timer(self._timeout.seconds)
+        within = timer.first_try(self._connection.endpoint.reply_timeout)
         try:
-            reply = await self._connection.execute(*command, block=max(seconds, 0.001))
+            reply = await self._connection.execute(*command, block=max(seconds, 0.001), within=within)
         except OSError:
             reply = None
         else:

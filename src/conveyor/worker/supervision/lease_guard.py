@@ -67,7 +67,7 @@ class _GuardedStep:
         try:
             pause = self._step()
         except Exception:
-            rest = min(_LONGEST_REST, 0.5 * 2**self._failures)
+            rest = min(_LONGEST_REST, 0.5 * 2.0**self._failures)
             self._failures = min(self._failures + 1, 10)
             self._resumes_at = monotonic() + rest
             LOG.exception("The lease guard failed unexpectedly; it goes on in %s", span(rest))

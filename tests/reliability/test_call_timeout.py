@@ -1,0 +1,296 @@
+"""`Conveyor(timeout=…)`: a server that takes a connection and never answers costs a call no more than that."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from time import monotonic
+from typing import Any
+
+import pytest
+
+from conveyor.errors import ConfigurationError, StoreUnavailable
+from conveyor.jobs.app import Conveyor
+from conveyor.store.client.buffer import Buffer
+from support.server_process import Server
+
+Start = Callable[..., Server]
+SHORT = 0.4
+ROOM = 2.5
+"""Seconds that a busy machine may add; without the timeout each of these calls takes from 5 to 20."""
+
+
+@contextmanager
+def frozen(server: Server) -> Iterator[None]:
+    """Let the server stand still: the kernel still takes connections and bytes for it."""
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+
+
+@contextmanager
+def black_hole() -> Iterator[str]:
+    """Yield the URL of a listener that never reads or writes, with a password, so that the first exchange waits too."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        yield f"redis://:secret@127.0.0.1:{listener.getsockname()[1]}/3"
+
+
+def make(
+    url: str, **options: Any
+) -> tuple[Conveyor, dict[str, Callable[[], Any]], dict[str, Callable[[], Awaitable[Any]]]]:
+    """Return an app, its blocking calls, and their awaitable forms."""
+    app = Conveyor(url, timeout=SHORT, **options)
+    mail, both, raw = app.queue("mail"), app.queue("both", partitions=2), app.plain_list("raw")
+    send = app.external_task("send")
+    job = app.job("mail:0000000000000000000001")
+    blocking: dict[str, Callable[[], Any]] = {
+        "push": lambda: mail.push(1),
+        "push_many": lambda: mail.push_many(range(3000)),
+        "priority": lambda: mail.push(1, priority=3),
+        "fsync": lambda: mail.push(1, fsync=True, wait_timeout="100ms"),
+        "partitioned": lambda: both.push(1),
+        "list": lambda: raw.push({}),
+        "pull": mail.pull,
+        "pull of partitions": both.pull,
+        "stats": mail.stats,
+        "purge": mail.purge,
+        "enqueue": lambda: send.enqueue(1),
+        "status": job.status,
+        "cancel": job.cancel,
+        "own id": lambda: app.job("own").status(),
+        "ping": app.ping,
+    }
+    awaitable: dict[str, Callable[[], Awaitable[Any]]] = {
+        "push": lambda: mail.apush(1),
+        "push_many": lambda: mail.apush_many(range(3000)),
+        "priority": lambda: mail.apush(1, priority=3),
+        "fsync": lambda: mail.apush(1, fsync=True, wait_timeout="100ms"),
+        "partitioned": lambda: both.apush(1),
+        "list": lambda: raw.apush({}),
+        "pull": mail.apull,
+        "pull of partitions": both.apull,
+        "stats": mail.astats,
+        "purge": mail.apurge,
+        "enqueue": lambda: send.aenqueue(1),
+        "status": job.astatus,
+        "cancel": job.acancel,
+        "own id": lambda: app.job("own").astatus(),
+        "ping": app.aping,
+    }
+    return app, blocking, awaitable
+
+
+NAMES = list(make("redis://127.0.0.1:1")[1])
+
+
+@pytest.mark.parametrize("connected", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_call_ends_in_time(start_server: Start, name: str, connected: bool) -> None:
+    """A blocking call to a server that stands still raises StoreUnavailable in time, over an open connection and a new one."""
+    server = start_server()
+    app, calls, _ = make(server.url)
+    with app:
+        if connected:
+            app.ping()
+        with frozen(server):
+            began = monotonic()
+            with pytest.raises(StoreUnavailable):
+                calls[name]()
+            assert SHORT / 2 <= monotonic() - began < SHORT + ROOM
+
+
+@pytest.mark.parametrize("connected", [False, True])
+async def test_awaited_calls_end_in_time(start_server: Start, connected: bool) -> None:
+    """Awaitable calls end in time as well, also when all of them wait at once for the one connection."""
+    server = start_server()
+    app, _, calls = make(server.url)
+    async with app:
+        if connected:
+            await app.aping()
+        with frozen(server):
+            took, errors = await timed(call for call in calls.values() for _ in range(5))
+    assert {type(error) for error in errors} == {StoreUnavailable}
+    assert max(took) < SHORT + ROOM
+
+
+async def timed(calls: Any) -> tuple[list[float], list[object]]:
+    """Make the calls at once; return how long each took, and what it raised or returned."""
+
+    async def one(call: Callable[[], Awaitable[Any]]) -> tuple[float, object]:
+        began = monotonic()
+        try:
+            answer = await call()
+        except Exception as error:
+            answer = error
+        return monotonic() - began, answer
+
+    answers = await asyncio.gather(*(one(call) for call in calls))
+    return [took for took, _ in answers], [answer for _, answer in answers]
+
+
+@pytest.mark.parametrize("kind", ["redis", "redis+cluster", "redis+sentinel"])
+async def test_a_black_hole_is_left_in_time(kind: str) -> None:
+    """A port that takes connections and says nothing at all ends calls in time: one server, a cluster, sentinels."""
+    with black_hole() as url:
+        url = url.replace("redis://", f"{kind}://")
+        url = url.replace("/3", "/0" if kind == "redis+cluster" else "/mymaster" if kind == "redis+sentinel" else "/3")
+        app, calls, awaited = make(url)
+        async with app:
+            for name in ("push", "stats", "ping"):
+                began = monotonic()
+                with pytest.raises(StoreUnavailable):
+                    await asyncio.to_thread(calls[name])
+                assert monotonic() - began < SHORT + ROOM, name
+            took, errors = await timed(awaited[name] for name in ("push", "stats", "ping"))
+    assert {type(error) for error in errors} == {StoreUnavailable}
+    assert max(took) < SHORT + ROOM
+
+
+async def test_a_wait_has_its_own_time_besides(start_server: Start) -> None:
+    """`pull(wait=)` and `result(timeout=)` of a server that stops answering while they wait end after both times."""
+    server = start_server()
+    app = Conveyor(server.url, timeout=SHORT)
+    mail, task = app.queue("mail"), app.external_task("never")
+    async with app:
+        job = await task.aenqueue()
+        with pytest.raises(TimeoutError):  # so that the connection for results is there
+            await job.aresult(timeout=0.05)
+        calls: list[Callable[[], Any]] = [
+            lambda: asyncio.to_thread(mail.pull, 1, 1.0),
+            lambda: asyncio.to_thread(job.result, 1.0),
+            lambda: mail.apull(1, 1.0),
+            lambda: job.aresult(1.0),
+        ]
+        for call in calls:
+            waiting = asyncio.create_task(timed([call]))
+            with server.client() as client:
+                while not any(one["cmd"] in {"blpop", "evalsha"} for one in client.client_list()):
+                    await asyncio.sleep(0.01)
+            with frozen(server):
+                [took], [error] = await waiting
+            assert isinstance(error, StoreUnavailable | TimeoutError)
+            assert took < 1.0 + SHORT + ROOM
+
+
+@pytest.mark.parametrize("awaitable", [False, True])
+async def test_a_dead_connection_is_replaced_within_the_call(start_server: Start, awaitable: bool) -> None:
+    """A connection on which nothing comes back, as behind a firewall that forgot it, costs half of a call's time and no call."""
+    server = start_server()
+    with forgetful_relay(server) as (url, forget):
+        app = Conveyor(url, timeout="3s")
+        mail = app.queue("mail")
+        async with app:
+            for n in range(2):
+                began = monotonic()
+                await (mail.apush(n) if awaitable else asyncio.to_thread(mail.push, n))
+                took = monotonic() - began
+                forget()
+            assert 1.0 <= took < 3.0
+            assert len(await mail.apull(5)) == 2
+
+
+@contextmanager
+def forgetful_relay(server: Server) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Yield the URL of a relay to *server*, and what makes it carry nothing more for the connections that it has."""
+    generation = 0
+
+    def carry(source: socket.socket, target: socket.socket, born: int) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if born == generation:
+                    target.sendall(data)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = listener.accept()
+                far = socket.socket(socket.AF_UNIX)
+                far.connect(str(server.socket))
+                ends.extend((near, far))
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=carry, args=(*pair, generation), daemon=True).start()
+
+    def forget() -> None:
+        nonlocal generation
+        generation += 1
+
+    ends: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"redis://127.0.0.1:{listener.getsockname()[1]}/0", forget
+        listener.shutdown(socket.SHUT_RDWR)
+        for end in ends:
+            end.close()
+
+
+async def test_a_push_behind_others_keeps_its_time(start_server: Start) -> None:
+    """Pushes that gather behind one in flight fail by their own time each, and what came last is tried the longest."""
+    server = start_server()
+    app = Conveyor(server.url, timeout=1.0)
+    mail = app.queue("mail")
+    async with app:
+        await mail.apush(0)
+        with frozen(server):
+            first = asyncio.create_task(timed([lambda: mail.apush(1)]))
+            await asyncio.sleep(0.7)
+            second = asyncio.create_task(timed([lambda: mail.apush(2)]))
+            [early], [error] = await first
+            [late], [other] = await second
+        assert isinstance(error, StoreUnavailable)
+        assert isinstance(other, StoreUnavailable)
+        assert 0.5 <= early < 1.0 + ROOM
+        assert 0.9 <= late < 1.0 + ROOM
+        assert await mail.apush(3)
+
+
+def test_a_buffer_takes_over_in_time(start_server: Start) -> None:
+    """With a buffer a push to a server that stands still is kept within the time, and none is lost."""
+    server = start_server()
+    app = Conveyor(server.url, timeout=SHORT, buffer=Buffer())
+    mail = app.queue("mail")
+    with app:
+        with frozen(server):
+            began = monotonic()
+            for n in range(20):
+                mail.push(n)
+            assert monotonic() - began < SHORT + ROOM
+        taken: list[int] = []
+        while len(taken) < 20:
+            taken += [message.body for message in mail.pull(20, wait="5s") if message.ack() is None]
+    assert sorted(taken) == list(range(20))
+
+
+def test_ping_says_how_long_and_who_is_away(start_server: Start) -> None:
+    """`ping` returns the seconds to the answer; its own timeout counts, the shorter and the longer."""
+    server = start_server()
+    with Conveyor(server.url, timeout="200ms") as app:
+        assert 0 < app.ping() < 5
+        with frozen(server):
+            began = monotonic()
+            with pytest.raises(StoreUnavailable):
+                app.ping(timeout="50ms")
+            assert monotonic() - began < 0.2 + ROOM
+            began = monotonic()
+            with pytest.raises(StoreUnavailable):
+                app.ping(timeout="800ms")
+            assert monotonic() - began >= 0.4
+        assert app.ping(timeout="10s") > 0
+        server.kill()
+        with pytest.raises(StoreUnavailable, match="Cannot reach"):
+            app.ping(timeout="100ms")
+
+
+@pytest.mark.parametrize("value", [0, -1, "soon", float("nan"), True, object()])
+def test_a_bad_timeout_is_refused(value: Any) -> None:
+    """A timeout that is no duration above zero is refused where the app is made, and by `ping` before anything is sent."""
+    with pytest.raises(ConfigurationError, match="timeout"):
+        Conveyor("redis://127.0.0.1:1", timeout=value)
+    with pytest.raises(ConfigurationError, match="timeout"):
+        Conveyor("redis://127.0.0.1:1").ping(timeout=value)
