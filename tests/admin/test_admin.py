@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -265,3 +266,55 @@ def test_jobs_in_no_place_are_told_and_put_back(admin: Admin, backend: Client, r
     assert admin.queue("mail").unplaced == 0
     assert backend.run(inspection.audit(backend.keys("mail"))) == []
     assert set(redis.lrange(backend.keys("mail").ready[0], 0, len(lost) - 1)) == set(lost)
+
+
+async def test_awaitable_twins_do_the_same(admin: Admin, backend: Client) -> None:
+    """Every method has an awaitable twin with its answer and its errors, and the loop goes on meanwhile."""
+    public = [name for name in vars(Admin) if not name.startswith("_") and not isinstance(vars(Admin)[name], property)]
+    assert [name for name in public if f"a{name}" not in public and name[1:] not in public] == []
+
+    def prepare() -> None:
+        push(backend, "mail", *[b"%d" % n for n in range(250)])
+        push(backend, "mail", b"late", delay_ms=60_000)
+        dead(backend, "mail", "no")
+
+    await asyncio.to_thread(prepare)
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0)
+            ticks += 1
+
+    ticking = asyncio.create_task(tick())
+    assert await admin.anames() == ["mail"]
+    assert [one.ready for one in await admin.aqueues()] == [250]
+    assert (await admin.aqueue("mail")).scheduled == 1
+    with pytest.raises(QueueNotFound):
+        await admin.aqueue("mial")
+    ids = [job.id async for job in admin.aeach_job("mail", "ready")]
+    assert len(set(ids)) == 250
+    assert [job.id async for job in admin.aeach_job("mail", "ready", offset=100, limit=120)] == ids[100:220]
+    assert [job.id for job in await admin.ajobs("mail", "ready", limit=2)] == ids[:2]
+    assert await admin.acount_jobs("mail", "ready") == 250
+    assert (await admin.ajob(ids[0])).status == "ready"
+    assert [one.outcome for one in await admin.acancel(ids[:2])] == ["cancelled"] * 2
+    assert [one.outcome for one in await admin.adelete(ids[2])] == ["deleted"]
+    assert [one.outcome for one in await admin.aretry([job.id for job in await admin.ajobs("mail", "scheduled")])] == [
+        "retried"
+    ]
+    assert await admin.aredrive("mail") == 1
+    await admin.apause("mail")
+    assert (await admin.aqueue("mail")).paused
+    await admin.aresume("mail")
+    assert await admin.apartitions("mail") == []
+    assert await admin.arepair("mail") == 0
+    assert await admin.aworkers() == []
+    with pytest.raises(ConfigurationError, match="mail"):
+        await admin.arefuse_full("mail")
+    assert await admin.apurge("mail") == 249
+    assert await admin.arepartition("mail", 1) == 1
+    assert (await admin.adoctor()).durability
+    ticking.cancel()
+    assert ticks > 100

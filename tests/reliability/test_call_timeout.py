@@ -90,6 +90,7 @@ def make(
 NAMES = list(make("redis://127.0.0.1:1")[1])
 
 
+@pytest.mark.row("C110")
 @pytest.mark.parametrize("connected", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_call_ends_in_time(start_server: Start, name: str, connected: bool) -> None:
@@ -106,6 +107,7 @@ def test_a_call_ends_in_time(start_server: Start, name: str, connected: bool) ->
             assert SHORT / 2 <= monotonic() - began < SHORT + ROOM
 
 
+@pytest.mark.row("C110")
 @pytest.mark.parametrize("connected", [False, True])
 async def test_awaited_calls_end_in_time(start_server: Start, connected: bool) -> None:
     """Awaitable calls end in time as well, also when all of them wait at once for the one connection."""
@@ -135,6 +137,7 @@ async def timed(calls: Any) -> tuple[list[float], list[object]]:
     return [took for took, _ in answers], [answer for _, answer in answers]
 
 
+@pytest.mark.row("C110")
 @pytest.mark.parametrize("kind", ["redis", "redis+cluster", "redis+sentinel"])
 async def test_a_black_hole_is_left_in_time(kind: str) -> None:
     """A port that takes connections and says nothing at all ends calls in time: one server, a cluster, sentinels."""
@@ -153,6 +156,7 @@ async def test_a_black_hole_is_left_in_time(kind: str) -> None:
     assert max(took) < SHORT + ROOM
 
 
+@pytest.mark.row("C110")
 async def test_a_wait_has_its_own_time_besides(start_server: Start) -> None:
     """`pull(wait=)` and `result(timeout=)` of a server that stops answering while they wait end after both times."""
     server = start_server()
@@ -179,6 +183,7 @@ async def test_a_wait_has_its_own_time_besides(start_server: Start) -> None:
             assert took < 1.0 + SHORT + ROOM
 
 
+@pytest.mark.row("C110")
 @pytest.mark.parametrize("awaitable", [False, True])
 async def test_a_dead_connection_is_replaced_within_the_call(start_server: Start, awaitable: bool) -> None:
     """A connection on which nothing comes back, as behind a firewall that forgot it, costs half of a call's time and no call."""
@@ -230,6 +235,7 @@ def forgetful_relay(server: Server) -> Iterator[tuple[str, Callable[[], None]]]:
             end.close()
 
 
+@pytest.mark.row("C110")
 async def test_a_push_behind_others_keeps_its_time(start_server: Start) -> None:
     """Pushes that gather behind one in flight fail by their own time each, and what came last is tried the longest."""
     server = start_server()
@@ -250,6 +256,7 @@ async def test_a_push_behind_others_keeps_its_time(start_server: Start) -> None:
         assert await mail.apush(3)
 
 
+@pytest.mark.row("C110")
 def test_a_buffer_takes_over_in_time(start_server: Start) -> None:
     """With a buffer a push to a server that stands still is kept within the time, and none is lost."""
     server = start_server()

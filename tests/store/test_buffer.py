@@ -103,8 +103,8 @@ def lose_replies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             raise TransportError("cut")
         return reply
 
-    async def aexecute(self: AsyncConnection, *command: Any, block: float = 0.0) -> Any:
-        reply = await areal(self, *command, block=block)
+    async def aexecute(self: AsyncConnection, *command: Any, **times: Any) -> Any:
+        reply = await areal(self, *command, **times)
         if losing and str(command[0]).startswith("EVAL") and not isinstance(reply, Exception):
             self.drop(ConnectionLost("cut"))
             raise ConnectionLost("cut")

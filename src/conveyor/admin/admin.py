@@ -2,18 +2,19 @@
 Reads and actions on queues, jobs and workers.
 
 The interface behind the command line and the dashboard. Everything is typed and works on any queue of one client.
-Calls block. Workers never import this module.
+Calls block, and each has an awaitable twin that runs in a thread. Workers never import this module.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial, wraps
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from conveyor.admin import doctor
 from conveyor.admin.job_search import FailureCount, JobFilter, began_at, last_failure
@@ -49,12 +50,16 @@ from conveyor.store.client.outages import FIRST_TRY
 from conveyor.store.inspection import FinishedJob, JobRow
 from conveyor.store.keys import PRIORITIES, QueueKeys
 from conveyor.store.script import Call
+from conveyor.store.transport.endpoint import in_thread
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 PAGE_SIZE = 500
 SEARCH_SIZE = 200
 """Entries that one call looks at when jobs of one task are wanted."""
+_AT_A_TIME = 100
+"""Jobs that a thread reads before an awaiting caller gets them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,27 @@ class _JobLookup:
     location: str
     row: JobRow | None
     record: bytes
+
+
+def _awaitable(
+    method: Callable[Concatenate[Admin, P], T],
+) -> Callable[Concatenate[Admin, P], Coroutine[Any, Any, T]]:
+    """Return the awaitable twin of a blocking method."""
+
+    @wraps(method)
+    async def twin(self: Admin, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await in_thread(partial(method, self, *args, **kwargs))
+
+    twin.__name__, twin.__qualname__ = f"a{method.__name__}", f"Admin.a{method.__name__}"
+    twin.__doc__ = f"Awaitable form of `{method.__name__}`."
+    return twin
+
+
+async def _pages(values: Iterator[T]) -> AsyncIterator[T]:
+    """Yield *values*, which are read in a thread, some at a time."""
+    while page := await in_thread(lambda: list(islice(values, _AT_A_TIME))):
+        for value in page:
+            yield value
 
 
 class Admin:
@@ -315,6 +341,52 @@ class Admin:
     def doctor(self) -> doctor.HealthReport:
         """Examine the server and the queues."""
         return doctor.examine(self.client, self._directory, self.durability_requests)
+
+    # -- awaitable ------------------------------------------------------------------------------------------------
+
+    # In a thread each, since a read of many queues is many calls; a caller that is cancelled does not stop it.
+    anames = _awaitable(names)
+    aqueues = _awaitable(queues)
+    aqueue = _awaitable(queue)
+    apartitions = _awaitable(partitions)
+    apause = _awaitable(pause)
+    aresume = _awaitable(resume)
+    apurge = _awaitable(purge)
+    arefuse_full = _awaitable(refuse_full)
+    arepartition = _awaitable(repartition)
+    aredrive = _awaitable(redrive)
+    arepair = _awaitable(repair)
+    aworkers = _awaitable(workers)
+    ajobs = _awaitable(jobs)
+    afailures = _awaitable(failures)
+    acount_jobs = _awaitable(count_jobs)
+    ajob = _awaitable(job)
+    aretry = _awaitable(retry)
+    acancel = _awaitable(cancel)
+    adelete = _awaitable(delete)
+    adelete_queue = _awaitable(delete_queue)
+    adoctor = _awaitable(doctor)
+
+    def aeach_job(
+        self,
+        queue: str | None = None,
+        state: str | None = None,
+        *,
+        offset: int = 0,
+        limit: int | None = None,
+        task: str | None = None,
+        error: str | None = None,
+        since: datetime | None = None,
+        older: datetime | None = None,
+    ) -> AsyncIterator[JobInfo]:
+        """Awaitable form of `each_job`."""
+        return _pages(
+            self.each_job(queue, state, offset=offset, limit=limit, task=task, error=error, since=since, older=older)
+        )
+
+    def aeach_id(self, queue: str | None, state: str | None, wanted: JobFilter) -> AsyncIterator[tuple[str, str]]:
+        """Awaitable form of `each_id`."""
+        return _pages(self.each_id(queue, state, wanted))
 
     # -- inside ---------------------------------------------------------------------------------------------------
 

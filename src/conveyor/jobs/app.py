@@ -93,16 +93,12 @@ class Conveyor:
             large: a store for large arguments and messages.
             large_above: the size above which they go there.
             max_large: the limit of those.
-            format: how values are written: ``"json"``, ``"msgpack"`` or a Format of your own. Of several the first
-                is written and all are read.
+            format: ``"json"``, ``"msgpack"`` or a Format of your own; of several the first is written and all are read.
             buffer: keeps pushes while Redis is away. None: they raise StoreUnavailable.
-            include: modules (``"shop.mail"``) or patterns (``"shop.tasks.*"``) that define tasks of this app. A worker and
-                the command line import them; a program that enqueues imports what it needs.
-            timeout: the longest a call may take before StoreUnavailable, with all connecting and repeating. A call that
-                waits for something (`pull`, `result`) has its own time beside it. Workers have no such limit. None: 5 s,
-                and 30 for a slot of a cluster that is moving.
-            blocking_in_loop: what a blocking method does in a thread whose event loop runs. ``"refuse"``: it raises
-                ConfigurationError (E06). ``"allow"``: it blocks the loop, and all that runs on it, until it is answered.
+            include: modules (``"shop.mail"``) or patterns (``"shop.tasks.*"``) that define tasks, for a worker and the
+                command line to import; a program that enqueues imports what it needs.
+            timeout: the longest a call may take, connecting and repeating included, before StoreUnavailable. None: 5 s.
+            blocking_in_loop: ``"refuse"``: a blocking method raises E06 where an event loop runs; ``"allow"``: it blocks it.
 
         """
         max_payload = size(max_payload, "max_payload")
