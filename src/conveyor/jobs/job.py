@@ -165,7 +165,7 @@ class Job(Generic[R_co]):
 
         They are kept for as long as its result is; of a job without a kept result only that it has ended. Raises JobNotFound.
         """
-        refuse_in_loop("job.info()", "await job.ainfo()")
+        refuse_in_loop(self._core.client, "job.info()", "await job.ainfo()")
         return self._details(None if self._is_buffered() else self._look_up())
 
     async def ainfo(self) -> JobDetails:
