@@ -85,8 +85,7 @@ class Conveyor:
             url: the server. None: ``CONVEYOR_URL``, else the embedded server.
             namespace: the prefix of all keys in Redis.
             lease: how long a worker may be silent before its jobs go to others.
-            keys: key id to secret. Payloads, results and errors are sealed: the first key seals, all open. A payload
-                that is not sealed is set aside.
+            keys: key id to secret: the first seals payloads, results and errors, all open them. Unsealed ones are set aside.
             encrypt: with `keys`, payloads cannot be read in Redis either.
             max_payload: the limit of one set of arguments, one message or one result; bytes, or ``"256KiB"``.
             compress: the size above which payloads are compressed. None: never.
