@@ -157,14 +157,18 @@ class SettlementWriter:
 
     def _run_record(self, attempt: Attempt, now_ms: int) -> bytes:
         """Return the JSON of a RunRecord, written by hand as most of it is known: it is a part of every kept result."""
-        envelope = attempt.envelope
-        body = attempt.body if envelope is PLAIN_ENVELOPE else envelope.body
+        envelope, name = attempt.envelope, attempt.handler.name.encode()
         started = now_ms - round((attempt.ended - attempt.started) * 1000)
-        members = [b'{"task":"%b","attempt":%d,"started":%d' % (attempt.handler.name.encode(), attempt.number, started)]
+        if envelope is PLAIN_ENVELOPE and attempt.body[:1] == b"{" and len(attempt.body) <= ARGUMENTS_KEPT:
+            return b'{"task":"%b","attempt":%d,"started":%d,"body":%b,%b' % (
+                name, attempt.number, started, attempt.body, self._worker_member,
+            )  # fmt: skip
+        members = [b'{"task":"%b","attempt":%d,"started":%d' % (name, attempt.number, started)]
         if envelope.extra.headers:
             members.append(b'"headers":%b' % to_json(envelope.extra.headers))
         if envelope.extra.version != 1:
             members.append(b'"version":%d' % envelope.extra.version)
+        body = attempt.body if envelope is PLAIN_ENVELOPE else envelope.body
         if len(body) <= ARGUMENTS_KEPT and attempt.id not in attempt.consumer.blobs:
             members.append(pack_arguments(body))
         return b",".join([*members, self._worker_member])
