@@ -15,13 +15,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from chaos import tested_app
 from chaos.run_log import RunLog
 from chaos.tested_app import CONFIRM, LEASE, SPOOL, app, mail, post
-from conveyor import ConfigurationError, ConveyorError, DurabilityNotReached, PayloadError, QueueFull
+from conveyor import ConfigurationError, ConveyorError, DurabilityNotReached, JobNotFound, PayloadError, QueueFull
 
 MIX: dict[str, float] = {
     "quick": 30, "steady": 6, "boxed": 3, "message": 10, "bulk": 0.4, "messages": 0.4, "slow": 7, "slow_steady": 2,
@@ -190,8 +191,9 @@ class Producer:
 
 def _until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    with suppress(JobNotFound):  # it was lost with its server, or ended long ago
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
 def main() -> None:

@@ -62,7 +62,8 @@ def history(text: bytes) -> tuple[int, int, int, bytes]:
 def _lease(found: dict[bytes, bytes]) -> tuple[int, dict[str, int], list[str]] | None:
     if b"\tleft" in found:
         return None
-    places = {id_.decode(): int(place) for id_, place in found.items() if not id_.startswith(b"\t")}
+    # The digits behind the point are the instant of the lease.
+    places = {id_.decode(): int(place.partition(b".")[0]) for id_, place in found.items() if not id_.startswith(b"\t")}
     return int(found[b"\tturn"]), places, found.get(b"\tcancel", b"").decode().split()
 
 

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from conveyor import Conveyor, JobFailed, Retry, current
 from conveyor.admin.admin import Admin
+from conveyor.cli import cli
 from conveyor.ids import split
 from conveyor.store import operations
 from conveyor.store.operations import Settlement, TurnReport
@@ -209,6 +211,8 @@ def test_a_fault_is_charged_to_the_executed_job(url: str, tmp_path: Path, how: s
         assert "its worker crashed 3 times while it ran; the last time, at " in shown.errors[-1].message
         with pytest.raises(JobFailed, match=re.escape(words)):
             poison.result(timeout=0)
+        told = CliRunner().invoke(cli, ["job", "show", poison.id, "--url", url, "--namespace", one.app.namespace])
+        assert re.search(rf"error\.1\tcrashed: its worker {words}.*\(\d{{4}}-.*Z, .+:\d+\)\n", told.output), told.output
 
 
 @pytest.mark.row("A8")

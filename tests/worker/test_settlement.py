@@ -18,6 +18,7 @@ from conveyor.admin.admin import Admin
 from conveyor.errors import JobCancelled, JobFailed, JobNotFound, ResultExpired
 from conveyor.jobs.app import Conveyor
 from conveyor.jobs.context import Context, current
+from conveyor.jobs.details import JobDetails
 from conveyor.messaging.retry import Retry
 from conveyor.store import inspection, operations
 from conveyor.store.client.client import Client
@@ -643,6 +644,12 @@ async def test_the_facts_about_a_job_are_kept_with_its_result(app: Conveyor) -> 
     @app.task
     async def silent(user: int) -> None: ...
 
+    seen: list[JobDetails] = []
+
+    @app.task
+    async def look() -> None:
+        seen.append(await app.job(current().job_id).ainfo())
+
     job = await pay.options(headers={"trace": "t1"}, priority=3).aenqueue(7, text="ü")
     waiting = await job.ainfo()
     assert (waiting.status, waiting.arguments, waiting.headers, waiting.attempts) == (
@@ -650,13 +657,19 @@ async def test_the_facts_about_a_job_are_kept_with_its_result(app: Conveyor) -> 
     )  # fmt: skip
     plain, long = await pay.aenqueue(8), await pay.aenqueue(9, "x" * 3000)
     dead, gone = await fail.aenqueue(1), await silent.aenqueue(2)
+    looked = await look.aenqueue()
     await drain(app)
+    [held] = seen
 
     done = await app.job(job.id).ainfo()
     assert (done.status, done.task, done.arguments, done.headers, done.attempts) == (
         "done", pay.name, {"user": 7, "text": "ü"}, {"trace": "t1"}, 2,
     )  # fmt: skip
     worker = f"{platform.node()}:{os.getpid()}"
+    assert (held.id, held.status, held.attempts, held.worker) == (looked.id, "leased", 1, worker)
+    assert held.started is not None
+    assert held.enqueued is not None
+    assert held.enqueued <= held.started
     assert done.worker == worker
     assert done.enqueued is not None
     assert done.started is not None

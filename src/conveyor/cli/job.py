@@ -22,7 +22,7 @@ from conveyor.units import span
 if TYPE_CHECKING:
     from conveyor.admin.admin import Admin
     from conveyor.admin.job_search import JobFilter
-    from conveyor.admin.views import ActionResult, JobInfo
+    from conveyor.admin.views import ActionResult, ErrorInfo, JobInfo
 
 SHOWN = 50
 """Jobs that a terminal shows unless another number is asked for."""
@@ -62,6 +62,11 @@ def list_(
     for info in jobs:
         out.line(info.id if ids_only else "\t".join(map(machine_text, _row(info))))
     say_unanswered(out, admin)
+
+
+def _crash_place(error: ErrorInfo) -> str:
+    """Return when and on which worker a crash happened, which has no traceback to show that; "" for other errors."""
+    return f" ({machine_text(error.at)}, {error.worker})" if error.type == "crashed" else ""
 
 
 def _named(wanted: JobFilter | None) -> dict[str, Any]:
@@ -126,7 +131,10 @@ def show(target: Target, out: Output, id_: str) -> None:
             ("headers", ", ".join(f"{key}={value}" for key, value in info.headers.items())),
             ("payload", info.payload),
             ("result", info.result),
-            *((f"error.{error.attempt}", f"{error.type}: {error.message}") for error in info.errors),
+            *(
+                (f"error.{error.attempt}", f"{error.type}: {error.message}{_crash_place(error)}")
+                for error in info.errors
+            ),
         ]
     )
     if info.errors and info.errors[-1].traceback and out.on_terminal:

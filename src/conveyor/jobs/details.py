@@ -22,8 +22,8 @@ class JobDetails:
 
     `arguments`: by name, as JSON values; None where they are not kept: longer than 2 KiB, sealed with a key that this program
     does not have, or of a job that ended without a kept result. `attempts`: how often it was started. `worker`: `host:pid` of
-    the last one that ended an attempt, the identity of the one that holds it. `started`: the last start, None where that is
-    not kept. `reason`: why it was cancelled.
+    the one that holds it, else of the last that ended an attempt. `started`: the last start, of a job that is held the instant
+    of its lease, None where that is not kept. `reason`: why it was cancelled.
     """
 
     id: str
@@ -48,8 +48,8 @@ def live_details(queue: str, row: JobRow, decoder: RecordDecoder) -> JobDetails:
         public(queue, row.id), queue, row.status, envelope.task,
         _value(decoder.preview(envelope.body, queue, name, row.id, call=True)),
         dict(envelope.extra.headers), row.state.starts + leased,
-        row.extra if leased else errors[-1].worker if errors else None, _instant(made_at_ms(row.id)),
-        ended=_instant(int(row.extra)) if row.status == "dead" else None,
+        _holder(row) if leased else errors[-1].worker if errors else None, _instant(made_at_ms(row.id)), _instant(row.leased_ms),
+        _instant(int(row.extra)) if row.status == "dead" else None,
     )  # fmt: skip
 
 
@@ -64,6 +64,11 @@ def ended_details(queue: str, id: str, status: Status, record: bytes, decoder: R
         public(queue, id), queue, status, run.task or None, _value(decoder.arguments(run, queue, id)), dict(run.headers),
         run.attempt, run.worker or None, enqueued, _instant(run.started), _instant(outcome.at), outcome.reason,
     )  # fmt: skip
+
+
+def _holder(row: JobRow) -> str:
+    host, pid = row.about.get("host"), row.about.get("pid")
+    return f"{host}:{pid}" if pid else row.extra
 
 
 def _value(text: str | None) -> Any:
