@@ -52,6 +52,11 @@ class Channel:
     def queue_purge(self, queue: str) -> int:
         return self.app.queue(queue).purge()
 
+    def queue_delete(self, queue: str) -> None:
+        self.app.queue(queue).purge()
+        self.app.queue(queue).purge(dead=True)
+        self.app.queue(queue).delete()
+
     def close(self) -> None:
         self.callbacks.clear()
         self.basic_recover()
@@ -78,4 +83,6 @@ if __name__ == "__main__":
     channel.basic_reject(tag, requeue=True)
     print("waiting after the requeue:", channel.queue_size("mail"))
     print("purged:", channel.queue_purge("mail"))
+    for queue in ("mail", "images"):
+        channel.queue_delete(queue)
     channel.close()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis import Redis
 
 from conveyor import Conveyor
 from support.message_fixtures import until
@@ -30,8 +31,8 @@ def _module() -> Any:
 
 
 @pytest.fixture
-def channels(url: str) -> Iterator[Any]:
-    """Make channels of one app, which are closed and whose queues are emptied when the test is over."""
+def channels(url: str, redis: Redis[bytes]) -> Iterator[Any]:
+    """Make channels of one app; when the test is over their queues are deleted and nothing of them is left."""
     app = Conveyor(url, lease="2s")
     made: list[Any] = []
 
@@ -43,9 +44,8 @@ def channels(url: str) -> Iterator[Any]:
     for channel in made:
         channel.close()
     for queue in QUEUES:
-        app.queue(queue).purge()
-        app.queue(queue).purge(dead=True)
-        assert app.queue(queue).stats().leased == 0
+        made[0].queue_delete(queue)
+    assert [key for key in redis.keys("conveyor:*") if redis.ttl(key) == -1] == []
     app.close()
 
 
@@ -125,12 +125,19 @@ def test_what_is_held_is_kept_and_given_back(channels: Any) -> None:
     assert [body for _, body in received] == [0, 2]
 
 
-def test_purge(channels: Any) -> None:
-    """A purge tells how many it removed."""
+def test_purge_and_delete(channels: Any, redis: Redis[bytes]) -> None:
+    """A purge tells how many it removed; a queue that is deleted leaves nothing, and begins anew when it is used again."""
     channel = channels()
     for number in range(5):
         channel.basic_publish(number, "reports")
     assert (channel.queue_size("reports"), channel.queue_purge("reports"), channel.queue_size("reports")) == (5, 5, 0)
+    channel.basic_publish("again", "reports")
+    channel.queue_delete("reports")
+    assert channel.queue_size("reports") == 0
+    channel.basic_publish("anew", "reports")
+    tag, body = channel.basic_get("reports")
+    assert body == "anew"
+    channel.basic_ack(tag)
 
 
 def test_the_page_shows_the_example() -> None:
