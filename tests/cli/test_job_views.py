@@ -189,7 +189,8 @@ def test_failures_are_grouped(shell: Shell, backend: Client, redis: Redis) -> No
     bury(backend, redis, "", "KeyError", LONG, ago=timedelta(days=2))
 
     screen = plain(on_terminal(shell, "queue", "show", "shop"))
-    status = plain(on_terminal(shell, "status", expected={0, 8}))
+    status = plain(on_terminal(shell, "status", expected={0, 8}, columns=80))
+    assert max(map(len, status.splitlines())) <= 80
     piped = shell.run("queue", "show", "shop").stdout
     for name in (["queue", "show", "shop"], ["status"]):
         groups = json.loads(shell.run(*name, "--json").stdout)["failures"]["groups"]
@@ -306,10 +307,11 @@ def test_the_night_takes_few_commands(shell: Shell, backend: Client, redis: Redi
     for _ in range(4):
         bury(backend, redis, "shop.pay", "ValueError", "no such card", ago=timedelta(days=1))
 
-    status = plain(on_terminal(shell, "status", expected={0, 8}))
+    status = plain(on_terminal(shell, "status", expected={0, 8}, columns=80))
+    assert max(map(len, status.splitlines())) <= 80
     assert re.search(r"37x  ConnectionError in shop\.pay +first \S.*  last \S.*  in shop", status)
     queue = plain(on_terminal(shell, "queue", "show", "shop"))
-    [command] = re.findall(r"Put the first back: conveyor (.*)\n", queue)
+    [command] = re.findall(r"Put the first back:\n    conveyor (.*)\n", queue)
     listed = shell.run("job", "list", "-q", "--error", "ConnectionError", "--task", "shop.pay").stdout.split()
     assert "Traceback" in shell.run("job", "show", listed[0], "--json").stdout
     done = shell.run(*command.split(), "--yes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from datetime import date
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from conveyor import ConfigurationError, Conveyor, JobFailed, PayloadError
 from conveyor.admin import Admin
+from conveyor.jobs.hints import APP_MEMBERS, JOB_MEMBERS, TASK_MEMBERS
 from support.running_worker import drain
 
 
@@ -79,6 +81,15 @@ def test_names_of_other_libraries_get_a_hint() -> None:
         _ = app.send_task  # type: ignore[attr-defined]
     with pytest.raises(AttributeError, match=r"job\.result\("):
         _ = app.job("x").get  # type: ignore[attr-defined]
+    for owner, members, name in (
+        (task, TASK_MEMBERS, r"\S*add"),
+        (app, APP_MEMBERS, ""),
+        (app.job("x"), JOB_MEMBERS, ""),
+    ):
+        for member, hint in members.items():
+            written = re.escape(hint).replace(r"\{name\}", name)
+            with pytest.raises(AttributeError, match=f"{member!r}\\. Write: {written}$"):
+                getattr(owner, member)
     with pytest.raises(TypeError, match=r"'bind'\. Write: current\(\)"):
         app.task(bind=True)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match=r"'retries'\. Write: retry=5"):

@@ -162,7 +162,8 @@ def show(target: Target, out: Output, name: str) -> None:
         print_failures(out, failures, most=10, queues=False)
         if failures.groups:
             out.line("")
-            out.line(click.style(f"Put the first back: {_redrive_command(name, failures.groups)}", dim=True))
+            out.line("Put the first back:")
+            out.line(click.style(f"    {_redrive_command(name, failures.groups)}", dim=True))
 
 
 def _failure_pairs(failures: FailureSummary) -> Iterator[tuple[str, object]]:

@@ -9,7 +9,7 @@ import click
 
 from conveyor.cli.command import LeafCommand
 from conveyor.cli.exit import ExitCode
-from conveyor.cli.output import MARKS, Output, quantity
+from conveyor.cli.output import MARKS, Output, quantity, terminal_width
 from conveyor.cli.queue import print_failures, print_queues, say_unanswered
 from conveyor.cli.target import Target, redis_options
 from conveyor.ids import clean, logical
@@ -44,7 +44,10 @@ def status(target: Target, out: Output) -> int:
         )  # fmt: skip
         return ExitCode.OK if report.healthy else ExitCode.UNHEALTHY
     if out.on_terminal:
-        out.line(f"{report.family.capitalize()} {report.version} at {report.url} · namespace {admin.client.namespace}")
+        server = f"{report.family.capitalize()} {report.version} at {report.url}"
+        namespace = f"namespace {admin.client.namespace}"
+        fits = len(server) + len(namespace) + 3 <= terminal_width()
+        out.line(f"{server} · {namespace}" if fits else f"{server}\n{namespace}")
         out.line("")
     if queues:
         print_queues(out, queues)

@@ -29,7 +29,9 @@ APP_MEMBERS = {
     "actor": "@app.task",
     "shared_task": "@app.task",
     "AsyncResult": "app.job(id)",
-    "autodiscover_tasks": "conveyor worker MODULE:app   with a module that imports the modules of the tasks",
+    "autodiscover_tasks": "Conveyor(include=['shop.*.tasks'])",
+    "signature": "app.enqueue('name', …)",
+    "worker_main": "async with app.worker():   or   conveyor worker MODULE:app",
     "run": "async with app.worker():   or   conveyor worker MODULE:app",
     "broker": "Conveyor('redis://…')",
     "control": "conveyor.admin.Admin(app.client)",
@@ -39,11 +41,14 @@ JOB_MEMBERS = {
     "get": "job.result(timeout='5s')",
     "wait_result": "await job.aresult(timeout='5s')",
     "return_value": "job.result()",
+    "wait": "job.result(timeout='5s')",
     "revoke": "job.cancel()",
     "state": "job.status()",
     "get_status": "job.status()",
     "ready": "job.status() in {'done', 'dead', 'cancelled'}",
     "is_finished": "job.status() == 'done'",
+    "successful": "job.status() == 'done'",
+    "failed": "job.status() == 'dead'",
     "job_id": "job.id",
     "task_id": "job.id",
 }
@@ -69,7 +74,6 @@ TASK_OPTIONS = {
     "queue_name": "queue='…'",
     "actor_name": "name='…'",
     "task_name": "name='…'",
-    "rate_limit": "limits=[Rate(100, '1s')]",
 }
 
 CALL_OPTIONS = {
@@ -91,7 +95,7 @@ def no_member(owner: str, name: str, hints: Mapping[str, str], written: str = ""
     """Return the error for a member that *owner* does not have; *written* is what the caller writes for the object."""
     hint = hints.get(name, "")
     return AttributeError(
-        f"{owner} has no attribute {name!r}." + (f" Write: {hint.format(name=written)}" if hint else "")
+        f"{owner} has no attribute {name!r}." + (f" Write: {hint.replace('{name}', written)}" if hint else "")
     )
 
 
