@@ -202,11 +202,10 @@ def test_an_interrupted_ack_is_repeated(queue, take):
         message, close = take(queue)
         with interruption:
             message.ack()
-        if not interruption.struck or message._leased.confirmed:
-            with suppress(LeaseLost):
-                message.ack()
-        else:
-            within(5.0, message.ack)
+        try:
+            within(60.0, message.ack)
+        except LeaseLost:  # the first one was confirmed, or the thread that renews has sent it since
+            assert message._leased.confirmed
         close()
         assert is_done(queue)
 
