@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from contextlib import suppress
 
 from conveyor import Conveyor, StoreUnavailable
 
@@ -36,4 +37,5 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    with suppress(KeyboardInterrupt):  # ctrl-C stops the server and the worker
+        asyncio.run(main())

@@ -265,7 +265,10 @@ class Job(Generic[R_co]):
         remaining = self._wait_for_buffer(seconds)
         if self.queue is None or self.task is None:
             self._look_up()  # the task knows the type of the result, and only a live job names its task
-        reply = self._core.result_subscriber.outcome(self._keys(), self._bare_id, remaining)
+        try:
+            reply = self._core.result_subscriber.outcome(self._keys(), self._bare_id, remaining)
+        except KeyboardInterrupt as stop:
+            raise stop.with_traceback(None) from None  # no need to show where it waited
         if reply is None:
             raise self._timeout_error(seconds, self._situation(end))
         return self._read_result(reply)

@@ -223,8 +223,10 @@ class Consumer(Generic[T]):
             if self._only_session is None:  # others may have given messages
                 self._take_back(answered_only=True)
             raise
-        except BaseException:  # what was leased has not been handed out
+        except BaseException as stop:  # what was leased has not been handed out
             self._take_back()
+            if isinstance(stop, KeyboardInterrupt):
+                raise stop.with_traceback(None) from None  # no need to show where it waited
             raise
         finally:
             self._stop_waiting()
