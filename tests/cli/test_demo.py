@@ -12,13 +12,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
+from conveyor.admin.admin import Admin
 from conveyor.cli.demo.image import decode, draw, encode, shrink
 from conveyor.cli.demo.journal import Journal, JournalEntry
 from conveyor.cli.demo.report import Kill, build_report, histories, summary_lines
+from conveyor.cli.demo.run import DemoRun
+from conveyor.store.client.client import Client
 from support.shell import Shell
 from support.supervisor_process import running, until
 
@@ -271,3 +275,18 @@ def test_live_picture_on_a_terminal(shell: Shell, temporary: dict[str, str]) -> 
     assert "✓ text.statistics" in text.replace("\x1b[32m", "").replace("\x1b[0m", "")
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
     assert "The counts add up" in text
+
+
+def test_a_reading_between_its_list_and_the_queue_is_left(url: str, redis: Any) -> None:
+    """A reading that a worker has taken off its list, and not yet into the queue, is not called lost."""
+    from conveyor.cli.demo import task
+
+    places = (task.readings.name, task.readings.keys.intake)
+    for number, place in enumerate(places):
+        redis.rpush(place, f'{{"id": {number}}}')
+    client = Client(url)
+    found = DemoRun._reading_states(None, Admin(client), task.readings.name)  # type: ignore[arg-type]
+    client.close()
+    redis.delete(*places)
+
+    assert found == {task.reading_key(0): "ready", task.reading_key(1): "ready"}

@@ -124,9 +124,10 @@ class DemoRun:
             await asyncio.gather(consuming, watching, return_exceptions=True)
         self.state.phase = "checking"
         await asyncio.to_thread(self._environment.stop_workers)
+        states = await asyncio.to_thread(self._queue_states)
+        # Afterwards: processes without their supervisor may have worked on, and the journal has to prove what is not queued.
         self._update_state()
         self._show_state()
-        states = await asyncio.to_thread(self._queue_states)
         result = report.build_report(self.pushes.accepted, states, report.histories(self._entries), self._kills)
         return replace(result, problems=[*result.problems, *self._early_end_problems()])
 
@@ -291,12 +292,14 @@ class DemoRun:
         )
 
     def _reading_states(self, admin: Admin, name: str) -> dict[str, str | None]:
-        """Return the states of readings that are still on their list or in the queue it feeds."""
+        """Return the states of readings that are still on their list, between it and the queue it feeds, or in that queue."""
         from conveyor.cli.demo import task
 
-        raw = admin.client.execute("LRANGE", name, "0", "-1")
-        assert isinstance(raw, list)
-        documents = [(bytes(entry).decode(), "ready") for entry in raw]
+        documents: list[tuple[str, str]] = []
+        for place in (name, task.readings.keys.intake):  # in the order in which an entry passes them
+            raw = admin.client.execute("LRANGE", place, "0", "-1")
+            assert isinstance(raw, list)
+            documents += [(bytes(entry).decode(), "ready") for entry in raw]
         if name in admin.client.queues():
             documents += [(job.payload or "{}", job.status) for job in admin.jobs(name, limit=1_000_000)]
         return {task.reading_key(json.loads(text)["id"]): state for text, state in documents}
