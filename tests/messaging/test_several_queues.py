@@ -374,7 +374,7 @@ class TestEnds:
     ) -> None:
         """A thread that is told to end while it connects takes no token: it would be a token for nobody."""
         keys = app.queue("a").keys
-        waiter, usual = WakeupWaiter(app.client.endpoint(keys)), Connection.open
+        waiter, usual = WakeupWaiter(app.client.endpoint(keys), app.client.timeout), Connection.open
 
         def open_late(connection: Connection) -> None:
             usual(connection)
