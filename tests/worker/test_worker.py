@@ -202,6 +202,28 @@ async def test_a_retry_in_uses_an_attempt(app: Conveyor, delay: str) -> None:
     await app.queue("default").apurge(dead=True)
 
 
+async def test_a_retry_in_is_logged_without_a_traceback(app: Conveyor, caplog: pytest.LogCaptureFixture) -> None:
+    """The traceback of a RetryIn is logged where another exception caused it, and where the job is dead."""
+
+    @app.task(retry=3)
+    async def wait(context: Context = current()) -> None:
+        if context.attempt == 2:
+            try:
+                raise ConnectionError("away")
+            except ConnectionError:
+                raise RetryIn("1ms")  # noqa: B904
+        raise RetryIn("2ms")
+
+    await wait.aenqueue()
+    await drain(app)
+
+    records = [record for record in caplog.records if "RetryIn" in record.getMessage()]
+    assert [(record.levelname, bool(record.exc_info)) for record in records] == [
+        ("WARNING", False), ("WARNING", True), ("ERROR", True),
+    ]  # fmt: skip
+    await app.queue("default").apurge(dead=True)
+
+
 @pytest.mark.parametrize("run_in", ["loop", "thread"])
 async def test_listeners_hear_of_starts_and_ends(app: Conveyor, run_in: str) -> None:
     """Each attempt is told of at its start and at its end, with its number; the worker of its own."""

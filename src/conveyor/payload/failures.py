@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
-from logging import Logger
+from logging import ERROR, Logger
 from time import monotonic
 from traceback import TracebackException
 from types import TracebackType
 from typing import Any
 
+from conveyor.errors import RetryIn
 from conveyor.payload.records import Failure
 
 MESSAGE_BYTES = 2 * 1024
@@ -90,7 +91,7 @@ class FailureLog:
     Logs failures to *logger*, a line each, with the traceback of the user's frames.
 
     Of failures that repeat (the same class from the same line) the traceback is logged once a minute, and the lines between
-    count them.
+    count them. A `RetryIn` that is retried is a line alone, unless it was raised because of another exception.
     """
 
     def __init__(self, logger: Logger, clock: Callable[[], float] = monotonic) -> None:
@@ -101,6 +102,9 @@ class FailureLog:
 
     def log(self, level: int, text: str, *arguments: Any, error: BaseException) -> None:
         """Log *error*; without the traceback when it cannot be formatted. Never raises for the sake of *error*."""
+        if type(error) is RetryIn and level < ERROR and error.__cause__ is None and error.__context__ is None:
+            self._logger.log(level, text, *arguments)
+            return
         elsewhere = _told_by_process(error)
         shown = users_frames(error.__traceback__) if elsewhere is None else None
         place = _place(shown) if elsewhere is None else (elsewhere, 0)
