@@ -353,6 +353,7 @@ class Admin:
     aresume = _awaitable(resume)
     apurge = _awaitable(purge)
     arefuse_full = _awaitable(refuse_full)
+    arefuse_in_use = _awaitable(refuse_in_use)
     arepartition = _awaitable(repartition)
     aredrive = _awaitable(redrive)
     arepair = _awaitable(repair)

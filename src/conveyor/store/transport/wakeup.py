@@ -22,7 +22,7 @@ log = logging.getLogger("conveyor.store")
 class WakeupWaiter:
     """A blocking connection that waits for tokens. One thread waits; any thread may close it."""
 
-    def __init__(self, endpoint: Endpoint, timeout: replies.CallTimeout) -> None:
+    def __init__(self, endpoint: Endpoint, timeout: replies.CallTimeout = replies.NO_TIMEOUT) -> None:
         """Wait at *endpoint*; a reply may be late by half of *timeout*, so that what follows has the other half."""
         self._connection, self._retry_for = Connection(endpoint, timeout), timeout.seconds or 0.0
         self._failures = 0
@@ -77,7 +77,7 @@ class WakeupWaiter:
 class AsyncWakeupWaiter:
     """Awaitable form of `WakeupWaiter`."""
 
-    def __init__(self, endpoint: Endpoint, timeout: replies.CallTimeout) -> None:
+    def __init__(self, endpoint: Endpoint, timeout: replies.CallTimeout = replies.NO_TIMEOUT) -> None:
         """Wait at *endpoint*, with *timeout* as in `WakeupWaiter`."""
         self._connection, self._timeout = AsyncConnection(endpoint, timeout), timeout
         self._failures = 0
