@@ -31,7 +31,7 @@ local function is_idle()
   local due, paused = redis.call('ZRANGE', KEYS[5], 0, 0, 'WITHSCORES')[2], redis.call('HGET', KEYS[3], 'paused') == '1'
   if needs_upkeep(KEYS[2], KEYS[6], KEYS[4], now, number_in(ARGV[2])) then return false end
   local waits = (due and tonumber(due) <= now) or redis.call('EXISTS', unpack(KEYS, 7)) > 0
-  return paused or not waits, due and tonumber(due) or -1
+  return paused or not waits, due and not paused and tonumber(due) or -1
 end
 
 if KEYS[5] and redis.call('HEXISTS', KEYS[1], '\tturn') == 0 then
