@@ -102,6 +102,7 @@ async def test_partitions_are_one_queue_to_the_seal(url, tmp_path):
             await failed.aresult("1s")
         assert [letter.error async for letter in queue.adead_letters()] == ["ValueError: empty"]
         await queue.apurge(dead=True)
+        queue = app.queue("post", partitions=3)
         await queue.apush_many(["a", "b" * 2000, "c"])
         taken = list(await queue.apull(n=3, wait="2s"))
         while len(taken) < 3:

@@ -132,6 +132,10 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     "wake": (lambda k: operations.wake(k.wake), set()),
     "await_result": (lambda k: operations.await_result(k, "r3", "me"), {"jobs", "dead", "waiters", "result:r3", "results:r3"}),
     "forget": (lambda k: operations.forget(k, "r1", "channel-r1"), {"waiters"}),
+    "delete": (
+        lambda k: operations.delete(k, "delete"),
+        {"jobs", "due", "dead", "workers", "conf", "outbox", "leased:w"} | {f"ready:{n}" for n in range(10)},
+    ),
     "counts": (inspection.counts, {"jobs", "due", "dead", "workers", "conf", "ready:0", "foreign", "leased:w", "outbox"}),
     "list_jobs": (lambda k: inspection.list_jobs(k, "ready", 0, 9), {"jobs", "state", "ready:0", "ready:9"}),
     "get_job": (lambda k: inspection.get_job(k, "r1"), {"jobs", "state", "due", "dead", "workers", "leased:w"}),
@@ -148,9 +152,10 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
 #: scripts that accept, so that a full server refuses them
 PUSHES = {"push", "push_plain", "list_push", "claim_partitions"}
 
-#: scripts that change nothing
+#: scripts that change nothing; of "delete" in a queue that holds something
 READS = {
     "held_ids",
+    "delete",
     "counts",
     "list_jobs",
     "get_job",
