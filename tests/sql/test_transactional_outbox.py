@@ -202,9 +202,10 @@ def test_nothing_goes_to_redis_in_a_block(database: Database) -> None:
         prepare(outbox, database)
         add = add_task(away)
         queues = [away.queue("mail", max_length=5), away.queue("orders", partitions=4), away.queue("safe", fsync=True)]
+        away.queue("adds", partitions=4)
         with closing(database.connect()) as connection, outbox.transaction(connection):
             add.enqueue(1)
-            away.enqueue_many([add.s(2), add.options(queue="orders").s(3)])
+            away.enqueue_many([add.s(2), add.options(queue="adds").s(3)])
             for queue in queues:
                 queue.push(1)
                 queue.push_many(range(10))

@@ -46,10 +46,11 @@ def test_an_outage_in_the_middle(server: Server, buffer: Buffer, caplog: pytest.
     """Of 5,000 pushes with an outage among them every one returns, and all arrive: in order, with their ids, once."""
     caplog.set_level(logging.WARNING, "conveyor.buffer")
     ids: list[str] = []
+    jobs: list[str] = []
     with Conveyor(server.url, buffer=buffer) as app:
         mail = app.queue("mail")
 
-        @app.task(queue="mail")
+        @app.task(queue="sends")
         def send(n: int) -> None: ...
 
         for n in range(3000):
@@ -58,10 +59,14 @@ def test_an_outage_in_the_middle(server: Server, buffer: Buffer, caplog: pytest.
             if n == 2500:
                 assert len(buffer) == 1500
                 server.start()
-            ids.append(mail.push(n) if n % 3 else send.enqueue(n).id)
+            if n % 3:
+                ids.append(mail.push(n))
+            else:
+                jobs.append(send.enqueue(n).id)
         ids += mail.push_many(range(1000))
-        ids += [job.id for job in app.enqueue_many([send.s(n) for n in range(1000)])]
+        jobs += [job.id for job in app.enqueue_many([send.s(n) for n in range(1000)])]
     assert line(server) == bare(ids)
+    assert line(server, "sends") == bare(jobs)
     assert len(buffer) == 0
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2, said
@@ -72,10 +77,11 @@ def test_an_outage_in_the_middle(server: Server, buffer: Buffer, caplog: pytest.
 async def test_an_outage_on_a_loop(server: Server, buffer: Buffer) -> None:
     """The same for awaitable pushes, alone, many in a tick, and in bulk."""
     ids: list[str] = []
+    jobs: list[str] = []
     async with Conveyor(server.url, buffer=buffer) as app:
         mail = app.queue("mail")
 
-        @app.task(queue="mail")
+        @app.task(queue="sends")
         async def send(n: int) -> None: ...
 
         for n in range(400):
@@ -84,11 +90,15 @@ async def test_an_outage_on_a_loop(server: Server, buffer: Buffer) -> None:
             if n == 300:
                 assert len(buffer) > 1000
                 server.start()
-            ids.append(await mail.apush(n) if n % 3 else (await send.aenqueue(n)).id)
+            if n % 3:
+                ids.append(await mail.apush(n))
+            else:
+                jobs.append((await send.aenqueue(n)).id)
             if n % 20 == 0:
                 ids += await asyncio.gather(*(mail.apush(m) for m in range(50)))
                 ids += await mail.apush_many(range(100))
     assert line(server) == bare(ids)
+    assert line(server, "sends") == bare(jobs)
 
 
 def lose_replies(monkeypatch: pytest.MonkeyPatch) -> list[int]:

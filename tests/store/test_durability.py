@@ -70,31 +70,32 @@ async def apush(app: Conveyor, value: object) -> str:
 
 def test_what_returned_is_on_the_replica(app: Conveyor, pair: ReplicaPair) -> None:
     """When a push that asked for a replica returns, a replica has it: messages and jobs, one or many."""
-    mail = app.queue("mail", wait_replicas=1)
+    mail, _ = app.queue("mail", wait_replicas=1), app.queue("sends", wait_replicas=1)
 
-    @app.task(queue="mail")
+    @app.task(queue="sends")
     def send(n: int) -> None: ...
 
     assert bare([mail.push(1)]) <= stored(pair.replica)
     assert bare([mail.push(2, priority=3, unique="two")]) <= stored(pair.replica)
     assert bare(mail.push_many(range(2500))) <= stored(pair.replica)
-    assert bare([send.enqueue(1).id]) <= stored(pair.replica)
-    assert bare([job.id for job in app.enqueue_many([send.s(n) for n in range(1500)])]) <= stored(pair.replica)
+    assert bare([send.enqueue(1).id]) <= stored(pair.replica, "sends")
+    assert bare([job.id for job in app.enqueue_many([send.s(n) for n in range(1500)])]) <= stored(pair.replica, "sends")
     other = app.queue("other")
     assert bare([other.push(1, wait_replicas=1)]) <= stored(pair.replica, "other")
 
 
 async def test_what_returned_on_a_loop_is_on_the_replica(app: Conveyor, pair: ReplicaPair) -> None:
     """The awaitable twins confirm as well, and those of one tick share one wait."""
-    mail = app.queue("mail", wait_replicas=1)
+    mail, _ = app.queue("mail", wait_replicas=1), app.queue("sends", wait_replicas=1)
 
-    @app.task(queue="mail")
+    @app.task(queue="sends")
     async def send(n: int) -> None: ...
 
     async with app:
         assert bare(await mail.apush_many(range(1200))) <= stored(pair.replica)
-        assert bare([(await send.aenqueue(1)).id]) <= stored(pair.replica)
-        assert bare([job.id for job in await app.aenqueue_many([send.s(n) for n in range(20)])]) <= stored(pair.replica)
+        assert bare([(await send.aenqueue(1)).id]) <= stored(pair.replica, "sends")
+        jobs = await app.aenqueue_many([send.s(n) for n in range(20)])
+        assert bare([job.id for job in jobs]) <= stored(pair.replica, "sends")
         with pair.primary.client() as client:
             before = client.info("commandstats")["cmdstat_wait"]["calls"]
             ids = await asyncio.gather(*(mail.apush(n) for n in range(500)))
