@@ -226,7 +226,7 @@ def test_every_word_of_a_command_is_text_or_bytes(url, monkeypatch):
     with Conveyor(url.replace("db=0", "db=3")) as app:
         mail = app.queue("mail", max_length=100)
 
-        @app.task(queue="mail")
+        @app.task(queue="sends")
         def send(n: int) -> None: ...
 
         mail.push(1, delay="1h", priority=3, expires="2h")
