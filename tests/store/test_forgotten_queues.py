@@ -184,6 +184,22 @@ def test_names_are_added_again_from_time_to_time(kept: Server, monkeypatch: pyte
         assert known(kept) == {b"mail", b"orders"}
 
 
+def test_names_of_many_queues_are_forgotten_in_their_order(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that pushes to ever new queues remembers so many names; a push to one that it has forgotten adds it again."""
+    monkeypatch.setattr(queue_index, "MOST", 3)
+    with Conveyor(url) as app:
+        index = app.client._announced
+        for n in range(5):
+            app.queue(f"client-{n}").push(n)
+        assert [f"client-{n}" in index for n in range(5)] == [False, False, True, True, True]
+        app.queue("client-0").push(5)
+        assert "client-0" in index
+        assert "client-2" not in index
+        for n in range(5):
+            app.queue(f"client-{n}").purge()
+            app.queue(f"client-{n}").delete()
+
+
 def test_pushes_go_on_while_the_node_of_the_set_is_away(cluster: ClusterOfNodes) -> None:
     """With its node away the set is left for later: pushes to queues of other nodes are stored."""
     away = cluster.owner("conveyor:queues")
