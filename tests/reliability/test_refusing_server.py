@@ -14,6 +14,7 @@ from redis import Redis, RedisError
 
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.jobs.app import Conveyor
+from conveyor.store.transport import replies
 from support.job_load import JobLoad
 from support.replica_pair import Switch
 from support.running_worker import until, working
@@ -138,8 +139,32 @@ async def test_a_script_of_others_that_hogs_the_server_is_waited_for(
                 answer = asyncio.create_task(asyncio.to_thread(client.eval, hog, 0))
                 await until(answer.done)
                 assert answer.result() == b"whole"
-            await load.more(20)
+                await load.more(20)  # so that no lease begins the next one half over
     assert (load.errors, load.lost, load.again) == ([], [], [])
+
+
+@pytest.mark.row("C9")
+async def test_a_refused_turn_is_repeated_soon_for_its_lease(
+    start_server: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pauses between tries of a turn follow its lease: after an outage it is renewed within an eighth of it."""
+    pauses: list[float] = []
+
+    def backoff(attempt: int, *, cap: float = replies.LONGEST_PAUSE) -> float:
+        pauses.append(cap)
+        return 0.01
+
+    server = start_server("--lua-time-limit", "5")
+    async with Conveyor(server.url, lease="2s") as app:
+        app.task(name="note")(lambda: None)
+        with server.client(socket_timeout=30) as client:
+            async with working(app):
+                monkeypatch.setattr(replies, "backoff", backoff)
+                while _met(client, "BUSY") == 0:
+                    hog = "local e = os.clock() + 1 while os.clock() < e do end"
+                    await asyncio.to_thread(client.eval, hog, 0)
+                monkeypatch.undo()
+    assert set(pauses) == {0.25}
 
 
 @pytest.mark.row("C13", "I20")

@@ -24,6 +24,7 @@ SNIPPETS = Path(__file__).parent / "snippet_runner.py"
 _LOOSE = (
     (re.compile(r"[0-9A-Z_a-z~]{22}"), "<id>"),
     (re.compile(r"\b\d\d:\d\d:\d\d(\.\d+)?"), "<time>"),
+    (re.compile(r"\bin \d+(\.\d+)? (d|h|m|s|ms)\b( \d+ (h|m|s)\b)?"), "in <time>"),
     (re.compile(r"\b\d+(\.\d+)?(e-\d+)? ?(ms|s|MB|kB)\b"), "<size>"),
     (re.compile(r"unix://[^\s,]+"), "<url>"),
     (re.compile(r"[^\s:]*/\.conveyor\b"), "<directory>"),

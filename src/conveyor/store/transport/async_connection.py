@@ -80,16 +80,19 @@ class AsyncConnection:
     # -- for callers ----------------------------------------------------------------------------------------------
 
     async def run(
-        self, call: Call[T] | IdempotentCommand, *, retry_for: float | None, deadline: float | None = None
-    ) -> T:
+        self, call: Call[T] | IdempotentCommand, *, retry_for: float | None, deadline: float | None = None,
+        longest_pause: float = replies.LONGEST_PAUSE,
+    ) -> T:  # fmt: skip
         """
         Carry out *call* and return its decoded reply.
 
         Transport errors and temporary refusals are retried for *retry_for* seconds (None: without limit), and at most until
-        *deadline* or the connection's timeout. Then StoreUnavailable is raised: the step may or may not have happened.
+        *deadline* or the connection's timeout; *longest_pause* bounds the seconds between two tries. Then StoreUnavailable is
+        raised: the step may or may not have happened.
         Cancelling the caller affects no other caller.
         """
         timer = self.timeout.timer(retry_for, deadline)
+        timer.longest_pause = longest_pause
         within = timer.first_try(self._reply_timeout)
         command, unsure = call.command, False
         while True:

@@ -95,6 +95,8 @@ class CallTimeout:
 
 
 NO_TIMEOUT = CallTimeout()
+LONGEST_PAUSE = 2.0
+"""Seconds between two tries, at most."""
 _LEAST = 0.001
 """Seconds that a try gets at least: 0 would mean no limit."""
 
@@ -103,14 +105,14 @@ class RetryTimer:
     """
     The time for which one step is repeated, the pauses between, and the instant at which all of it ends.
 
-    `seconds` of None: without limit. *deadline* is monotonic.
+    `seconds` of None: without limit. *deadline* is monotonic. `longest_pause` may be lowered, in seconds.
     """
 
-    __slots__ = ("_attempt", "_firm", "_since", "deadline", "seconds")
+    __slots__ = ("_attempt", "_firm", "_since", "deadline", "longest_pause", "seconds")
 
     def __init__(self, seconds: float | None, deadline: float = math.inf, *, firm: bool = False) -> None:
         self.seconds, self._since, self._attempt = seconds, time.monotonic(), 0
-        self.deadline, self._firm = deadline, firm
+        self.deadline, self._firm, self.longest_pause = deadline, firm, LONGEST_PAUSE
 
     def first_try(self, most: float) -> float:
         """Return the seconds that the first try may take: half of them all, so that a dead connection costs no call."""
@@ -125,7 +127,7 @@ class RetryTimer:
 
     def next_pause(self, text: str) -> float | None:
         """Return the seconds before the next try, None when the time is over; *text* is the error of this try."""
-        wait, seconds = backoff(self._attempt), self.seconds
+        wait, seconds = backoff(self._attempt, cap=self.longest_pause), self.seconds
         self._attempt += 1
         if seconds is None:
             return wait
@@ -227,7 +229,7 @@ def _hint(address: str, reason: str) -> str:
     return ""
 
 
-def backoff(attempt: int, *, cap: float = 2.0) -> float:
+def backoff(attempt: int, *, cap: float = LONGEST_PAUSE) -> float:
     """Return the seconds before repeat number *attempt* (from 0): full jitter, so that many clients spread out."""
     # The exponent is bounded too: after a quarter of an hour the power itself would be too large for a float.
     return random.uniform(0.005, min(cap, 0.02 * 2 ** min(attempt, 20)))  # noqa: S311  no secret

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from conveyor.errors import ConveyorError
 from conveyor.store import operations
+from conveyor.worker.leasing.membership import longest_pause
 from conveyor.worker.logs import log_repeated_error
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ class IdleTurns:
             for at, one in enumerate(consumers)
         ]
         numbers, sent_at = [one.number for one in consumers], monotonic()
-        reply = await self._connection.run(operations.idle_turn(members), retry_for=None)
+        pause = longest_pause(min(one.lease_ms for one in consumers))
+        reply = await self._connection.run(operations.idle_turn(members), retry_for=None, longest_pause=pause)
         offset = reply.now - sent_at * 1000
         answers = zip(consumers, numbers, members, reply.needs_turn, reply.next_due, strict=True)
         for consumer, number, (_, identity, _, _), needs_turn, next_due in answers:

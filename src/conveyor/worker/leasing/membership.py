@@ -19,6 +19,7 @@ from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.messaging.leases import DeadWorkerDetector
 from conveyor.store import operations
 from conveyor.store.partitions import PartitionCountMismatch
+from conveyor.store.transport.replies import LONGEST_PAUSE
 from conveyor.worker.logs import log_repeated_error
 
 if TYPE_CHECKING:
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("conveyor.worker")
 LOOK_EARLY = 0.3
 """Seconds: a look that is due so soon goes with the turn that is made anyway."""
+
+
+def longest_pause(lease_ms: int) -> float:
+    """Return the longest pause in seconds before a turn is repeated: a lease must be renewed soon after the server is well."""
+    return min(LONGEST_PAUSE, lease_ms / 8000)
 
 
 def queue_weights(app: AppCore, queues: Mapping[str, float] | None) -> dict[str, float]:

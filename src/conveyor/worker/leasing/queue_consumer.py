@@ -24,7 +24,7 @@ from conveyor.store.transport import eviction, wakeup
 from conveyor.worker.attempt import Attempt, Handler
 from conveyor.worker.leasing.capacity import JobSizeEstimate
 from conveyor.worker.leasing.list_intake import ListIntake
-from conveyor.worker.leasing.membership import Reaper, differences, register, register_again
+from conveyor.worker.leasing.membership import Reaper, differences, longest_pause, register, register_again
 from conveyor.worker.leasing.quarantine import EarlyAcks, Quarantine
 from conveyor.worker.leasing.spawn_delivery import SpawnDelivery
 from conveyor.worker.leasing.timers import DueTimer
@@ -403,7 +403,7 @@ class QueueConsumer:
     async def _recover(self, call: Call[TurnReply], report: TurnReport) -> None:
         """Repeat a turn whose reply was lost until it is answered; its number keeps it from being done twice."""
         try:
-            turn = await self.connection.run(call, retry_for=None)
+            turn = await self.connection.run(call, retry_for=None, longest_pause=longest_pause(self.lease_ms))
         except (WorkerUnregistered, StaleTurn) as error:
             await self._start_over(report, error)
             return
