@@ -133,7 +133,7 @@ class PageRunner:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("CONVEYOR_", "PYTEST"))}
         self.environment = kept | {
             "PATH": f"{programs}:{kept.get('PATH', '/usr/bin:/bin')}", "PYTHONPATH": f"{directory}:{ROOT / 'src'}",
-            "PYTHONUNBUFFERED": "1", "NO_COLOR": "1", "COLUMNS": "120", "LINES": "50", "CONVEYOR_EXAMPLES": str(ROOT / "examples"),
+            "NO_COLOR": "1", "COLUMNS": "120", "LINES": "50", "CONVEYOR_EXAMPLES": str(ROOT / "examples"),
         } | ({"CONVEYOR_URL": url} if url else {})  # fmt: skip
         self._running: list[Terminal] = []
         self._snippets: subprocess.Popen[str] | None = None

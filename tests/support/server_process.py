@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sysconfig
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import redis as redis_py
@@ -83,8 +84,9 @@ class Server:
     def kill(self) -> None:
         """End the process with SIGKILL and wait until it is gone. A second call does nothing."""
         if self.running():
-            os.kill(self.pid, signal.SIGKILL)
-            self._leash.wait(10)
+            with suppress(ProcessLookupError):  # it was killed by another just now, and the shell has yet to end
+                os.kill(self.pid, signal.SIGKILL)
+            self._leash.wait(60)
         for pipe in (self._leash.stdin, self._leash.stdout):
             if pipe is not None:
                 pipe.close()
