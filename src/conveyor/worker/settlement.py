@@ -195,8 +195,7 @@ class SettlementWriter:
         handler.failed += 1
         if isinstance(decision, retry.RetryAfter):
             handler.retried += 1
-            report.others.append(Settlement("R", attempt.id, decision.ms, state=decision.history.encode()))
-            attempt.consumer.note_retry(attempt, decision.ms)
+            self.put_off(report, attempt, decision.ms, decision.history)
             budget = attempt.envelope.extra.attempts or policy.attempts
             self.failure_log.log(
                 logging.WARNING, "✗ %s attempt %d/%d %s → retry in %s", attempt.label,
@@ -355,16 +354,14 @@ class SettlementWriter:
             state = b""
         report.others.append(Settlement("F", attempt.id, state=state))
 
-    def put_off(self, report: TurnReport, attempt: Attempt, ms: int) -> None:
-        """Schedule a job that has not started for so many ms from now. It costs no attempt."""
-        report.others.append(Settlement("R", attempt.id, ms, state=attempt.history.encode()))
+    def put_off(self, report: TurnReport, attempt: Attempt, ms: int, history: AttemptHistory) -> None:
+        """Schedule a job for so many ms from now, with that history; a burst waits for it."""
+        report.others.append(Settlement("R", attempt.id, ms, state=history.encode()))
         attempt.consumer.note_retry(attempt, ms)
 
     def _snoozed(self, report: TurnReport, attempt: Attempt, snooze: Snooze) -> None:
         ms = milliseconds(snooze.delay, name="Snooze")
-        state = retry.snoozed(attempt.history, attempt.number)
-        report.others.append(Settlement("R", attempt.id, ms, state=state.encode()))
-        attempt.consumer.note_retry(attempt, ms)
+        self.put_off(report, attempt, ms, retry.snoozed(attempt.history, attempt.number))
 
 
 def _unknown(attempt: Attempt) -> str:

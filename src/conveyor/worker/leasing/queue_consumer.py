@@ -572,7 +572,10 @@ class QueueConsumer:
         late = [one for one in self.quarantine.take_late() if self.holds(one) and one.ended == 0.0]
         for attempt in late:
             attempt.ended = monotonic()
-            self._services.settlement_writer.put_off(self.report, attempt, random.randint(*PUT_OFF_MS))  # noqa: S311
+            ms = random.randint(*PUT_OFF_MS)  # noqa: S311
+            self._services.settlement_writer.put_off(
+                self.report, attempt, ms, attempt.history
+            )  # as leased: no attempt is used
         if late:
             self.schedule()
 
