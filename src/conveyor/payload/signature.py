@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from conveyor.payload.codec import (
     typed_decoder,
 )
 from conveyor.payload.formats import JSON, MARK, Format, FormatCodec, FormatRegistry
+from conveyor.payload.key_text import member_reader
 from conveyor.payload.parameters import from_text, payload_signature, payload_type, read_parameters, signature_text
 
 _EMPTY = inspect.Parameter.empty
@@ -90,6 +92,36 @@ class TaskSignature:
     def parameters(self) -> tuple[str, ...]:
         """The names of the parameters that the payload fills."""
         return tuple(self._parameters)
+
+    def argument_reader(self, path: str, what: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+        """
+        Return a function that reads an argument of a call that fits: ``tenant``, or a part of one, ``order.customer``.
+
+        *what*, such as ``Rate(by)``, is named in errors. Raises ConfigurationError for a name that is no parameter; the
+        function raises PayloadError (E03) for a part that an argument does not have.
+        """
+        name, *steps = path.split(".")
+        if name not in self._parameters or name in {self._rest, self._others}:
+            known = [n for n in self._parameters if n not in {self._rest, self._others}]
+            filled = f" '{name}' is filled by the worker." if name in self.injected else ""
+            raise ConfigurationError(
+                f"{what} names '{name}', which is no argument of {self.name}().{filled}{_did_you_mean(name, known)}\n"
+                f"    {self.describe()}"
+            )
+        at = self._positional.index(name) if name in self._positional else sys.maxsize
+        default = self._default(name)
+        follow = member_reader(tuple(steps)) if steps else None
+
+        def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            value = args[at] if at < len(args) else kwargs.get(name, default)
+            if follow is None:
+                return value
+            try:
+                return follow(value)
+            except LookupError:
+                raise self.refusal(f"{what} names '{path}', and {name}={show(value)} has no such part.") from None
+
+        return read
 
     def encode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
         """

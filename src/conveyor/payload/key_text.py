@@ -1,0 +1,80 @@
+"""
+The text of a key: of a group, a limit, a unique key, made of any value that JSON can carry.
+
+Equal values give equal text in every process and version. Text stays as it is, a number is its digits, so that people can
+type a key as they see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from hashlib import sha256
+from typing import Any
+
+import msgspec
+
+from conveyor.errors import PayloadError
+from conveyor.payload.codec import encode_json, reason, show
+
+LONGEST_KEY = 200
+"""Characters of a key as it is stored; a longer one keeps its beginning and gets a digest."""
+LARGEST_KEY = 1024
+"""Bytes of a key as it is given; a larger one is refused."""
+_READABLE = 160
+
+
+def key_text(value: Any, what: str = "A key") -> str:
+    """
+    Return the text of a key; *what* names it in errors.
+
+    Raises PayloadError: E04 for a value that is no key (not storable, or text with control characters), E21 above 1 KB.
+    """
+    text = value if type(value) is str and value else _canonical(value, what)
+    if not text.isprintable():
+        raise PayloadError(
+            f"{what} {show(text)} holds characters that cannot be printed. Make a key of printable characters. "
+            "Nothing was stored.",
+            code="E04",
+        )
+    if len(text) <= LONGEST_KEY:
+        return text
+    data = text.encode()
+    if len(data) > LARGEST_KEY:
+        raise PayloadError(
+            f"{what} takes {len(data):,} bytes, and the limit is {LARGEST_KEY:,}. Use an id, or a digest of your own, as "
+            "the key. Nothing was stored.",
+            code="E21",
+        )
+    return f"{text[:_READABLE]}…{sha256(data).hexdigest()[:32]}"
+
+
+def _canonical(value: Any, what: str) -> str:
+    """Return the JSON of *value* with sorted members; a JSON text without its quotes, so that a UUID reads as people type it."""
+    try:
+        plain = msgspec.json.decode(encode_json(value))
+        if isinstance(plain, str) and plain:
+            return plain
+        if isinstance(plain, float) and plain.is_integer() and abs(plain) < 2**53:
+            plain = int(plain)  # 1.0 and 1 are equal, so they are one key
+        return msgspec.json.encode(plain, order="deterministic").decode()
+    except Exception as error:
+        raise PayloadError(
+            f"{what} {show(value)} cannot be a key: {reason(error)}. Nothing was stored.", code="E04"
+        ) from None
+
+
+def member_reader(steps: tuple[str, ...]) -> Callable[[Any], Any]:
+    """Return a function that follows *steps*, attributes or members of mappings, from a value; it raises LookupError."""
+
+    def read(value: Any) -> Any:
+        for step in steps:
+            if isinstance(value, dict):
+                value = value[step]
+            else:
+                try:
+                    value = getattr(value, step)
+                except AttributeError:
+                    raise KeyError(step) from None
+        return value
+
+    return read
