@@ -109,8 +109,9 @@ class History:
                 self._live.discard(public)
 
     def _take_key(self, queue: bytes, public: str, job: Job, envelope: bytes) -> None:
-        head, mark, key = envelope.split(b"\n", 1)[0].partition(b"u")
-        if not mark or b"x" in head:
+        marks, *attributes = envelope.split(b"\n", 1)[0].split(b"\t")
+        key = next((one[1:] for one in attributes if one.startswith(b"u")), None)
+        if key is None or b"x" in marks:
             return
         job.unique = key.decode()
         self._hold_key(queue, public, job, key)

@@ -158,7 +158,7 @@ WRONG: dict[str, tuple[RunBuilder, set[str]]] = {
     ),
     "a result that nobody computed": (RunBuilder().push().stored().leased().run().done(attempt=1, pid=99), {"unexpected"}),
     "one key, two holders": (
-        clean().stored("a", "uk").stored("b", "uk").leased(bare="a").leased(bare="b").done(bare="a").done(bare="b"),
+        clean().stored("a", "\tuk").stored("b", "\tuk").leased(bare="a").leased(bare="b").done(bare="a").done(bare="b"),
         {"unique key held twice"},
     ),
     "acknowledged first, its result stored later": (

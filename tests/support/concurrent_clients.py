@@ -81,7 +81,7 @@ class SimulatedClient:
         self.name, self.shared, self.rng = name, shared, random.Random(seed)
         self.client = Client(url, namespace="c", retry_for=0)
         self.lane = ProducerSequence(f"L{name}")
-        self.held: dict[str, dict[str, tuple[str | None, bool]]] = {}  # worker → id → unique key, own id
+        self.held: dict[str, dict[str, tuple[str, bool]]] = {}  # worker → id → attributes, own id
         self.turns: dict[str, int] = {}
         self.history: list[tuple[Step, Any]] = []
         self.broken: BaseException | None = None
@@ -191,9 +191,7 @@ class SimulatedClient:
         self.held[name], self.turns[name] = held or {}, 0
         self.shared.workers.append(name)
 
-    def settle(
-        self, kind: str, id_: str, marks: tuple[str | None, bool]
-    ) -> tuple[Settlement | None, tuple[str, str, Any]]:
+    def settle(self, kind: str, id_: str, marks: tuple[str, bool]) -> tuple[Settlement | None, tuple[str, str, Any]]:
         """Return what is sent (None: simply done) and what the model is told."""
         if kind == "done" and not any(marks):
             return None, ("done", id_, None)
@@ -213,7 +211,7 @@ class SimulatedClient:
         held, want, leave = self.held[name], rng.choice([0, 1, 2, 5]), rng.random() < 0.1
         pairs = [self.settle(kind, id_, held[id_]) for id_ in list(held) if (kind := rng.choice(KINDS)) != "keep"]
         if rng.random() < 0.1 and (stranger := self.some(self.shared.ids)) not in held:
-            pairs.append(self.settle(rng.choice(KINDS[2:]), stranger, (None, False)))
+            pairs.append(self.settle(rng.choice(KINDS[2:]), stranger, ("", False)))
         plain = "kept" if rng.random() < 0.5 else "done"
         done = [(plain, told[1], told[2]) for sent, told in pairs if sent is None]
         others = [(sent, told) for sent, told in pairs if sent is not None]
@@ -252,7 +250,7 @@ class SimulatedClient:
             if kind not in {"M", "K"}:
                 held.pop(id_, None)
         envelopes = map(read_envelope, reply.envelopes)
-        held |= {id_: (found.unique, found.own_id) for id_, found in zip(reply.ids, envelopes, strict=True)}
+        held |= {id_: (found.attributes, found.own_id) for id_, found in zip(reply.ids, envelopes, strict=True)}
         return True
 
     def token(self) -> None:

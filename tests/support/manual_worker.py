@@ -64,7 +64,7 @@ class ManualWorker:
 
     def _settle(self, kind: str, id: str, ms: int, record: bytes, state: bytes = b"") -> None:  # noqa: A002
         envelope = self.envelopes[id]
-        one = Settlement(kind, id, ms, record, state, envelope.unique, envelope.own_id)
+        one = Settlement(kind, id, ms, record, state, envelope.attributes, envelope.own_id)
         assert self.turn(0, one).lost == []
 
     def leave(self) -> None:

@@ -52,7 +52,7 @@ def furnish(seeded: SeededQueue) -> None:
 
 def _turn(keys: QueueKeys) -> Call[Any]:
     others = [
-        Settlement("D", "h2", ms=60_000, record=b"{}", unique="kh", own_id=True),
+        Settlement("D", "h2", ms=60_000, record=b"{}", attributes="\tukh", own_id=True),
         Settlement("R", "h3", ms=60_000, state=b"1 1 0"),
         Settlement("F", "h4", state=b"4 0 1"),
         Settlement("X", "h5", state=b"1 1 0", record=b"{}"),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from conveyor.errors import QueueFull
+from conveyor.payload.records import write_attributes
 from conveyor.store import inspection, operations
 from conveyor.store.operations import (
     Entry,
@@ -173,7 +174,7 @@ class QueueMachine(RuleBasedStateMachine):
         letter = "D" if kind == "done" else kind[0]
         after = self._after(id_, kind) if id_ in self.model.jobs else FRESH
         number = next(self.count)
-        sent = Settlement(letter, id_, 0, b"{}", b"%d %d %d%b" % after, job.unique, job.own)
+        sent = Settlement(letter, id_, 0, b"{}", b"%d %d %d%b" % after, write_attributes(job.unique), job.own)
         if letter in "DC":
             sent.ms = 600_000
         if letter != "R":

@@ -35,6 +35,9 @@ class _OutboxHead(msgspec.Struct, array_like=True):
     unique: str | None
     own_id: bool
     front: bool
+    group: str | None = None
+    limits: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
 
 
 _encode = msgspec.json.Encoder().encode
@@ -45,7 +48,7 @@ def write(queue: str, entry: Entry) -> bytes:
     """Return *entry* for *queue* as an outbox stores it: a line of JSON, then the envelope without marks."""
     head = _OutboxHead(
         queue, entry.id, entry.priority, entry.delay_ms, entry.due_at_ms, entry.expires_ms, entry.unique, entry.own_id,
-        entry.front,
+        entry.front, entry.group, entry.limits, entry.tags,
     )  # fmt: skip
     return _encode(head) + b"\n" + entry.rest
 
@@ -55,7 +58,8 @@ def read(data: bytes) -> tuple[str, Entry]:
     line, _, rest = data.partition(b"\n")
     head = _decode(line)
     return head.queue, Entry(
-        head.id, rest, head.priority, head.delay_ms, head.due_at_ms, head.expires_ms, head.unique, head.own_id, head.front
+        head.id, rest, head.priority, head.delay_ms, head.due_at_ms, head.expires_ms, head.unique, head.own_id, head.front,
+        head.group, head.limits, head.tags,
     )  # fmt: skip
 
 

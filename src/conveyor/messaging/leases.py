@@ -362,7 +362,7 @@ class LeaseSession:
                 reported[leased.id] = leased
                 if not settlement.stays:
                     ended.append(leased)
-            if settlement.kind == "D" and not (settlement.unique or settlement.own_id):
+            if settlement.kind == "D" and not (settlement.attributes or settlement.own_id):
                 report.done.append(settlement.id)  # the cheapest end: scripts need to know nothing but the id
             else:
                 report.others.append(settlement)

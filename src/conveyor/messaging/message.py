@@ -366,7 +366,7 @@ def _grouped(endings: Iterable[tuple[Settler, list[Ending]]]) -> list[tuple[Sett
 
 def _success(leased: LeasedMessage) -> Settlement:
     """Return the settlement of a message that succeeded; there is nothing to decide."""
-    return Settlement("D", leased.id, unique=leased.envelope.unique, own_id=leased.envelope.own_id)
+    return Settlement("D", leased.id, attributes=leased.envelope.attributes, own_id=leased.envelope.own_id)
 
 
 def _lease(duration: Duration) -> int:

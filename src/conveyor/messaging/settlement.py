@@ -138,4 +138,4 @@ def _settlement(
     leased: LeasedMessage, kind: str, *, ms: int = 0, record: bytes = b"", state: bytes = b""
 ) -> Settlement:
     envelope = leased.envelope
-    return Settlement(kind, leased.id, ms, record, state, unique=envelope.unique, own_id=envelope.own_id)
+    return Settlement(kind, leased.id, ms, record, state, attributes=envelope.attributes, own_id=envelope.own_id)

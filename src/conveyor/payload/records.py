@@ -3,11 +3,15 @@ The records of a job in Redis: its envelope, its state, its outcome.
 
 Envelope (written once; scripts read only its first line)::
 
-    <marks>\n<task>[\t<extra JSON>]\n<body JSON>
+    <marks><attributes>\n<task>[\t<extra JSON>]\n<body JSON>
 
-A plain job has no marks, so scripts recognise it by its first byte. Marks, separated by
-spaces: ``p<0-9>`` priority, ``e<ms>`` expiry, ``d<ms>`` first due, ``i`` the id is the caller's,
-``u<key>`` unique key (last). A stub begins with ``x``: it is a cancelled job whose entry was not reached yet.
+A plain job has neither marks nor attributes, so scripts recognise it by its first byte. Marks, separated by spaces:
+``p<0-9>`` priority, ``e<ms>`` expiry, ``d<ms>`` first due, ``i`` the id is the caller's. A stub begins with ``x``: it is a
+cancelled job whose entry was not reached yet.
+
+Attributes are texts without control characters, each behind a tab and a letter: ``u`` unique key, ``g`` group key,
+``l`` limit (``<cost>:<name>[:<key>]``, any number), ``t`` tag (any number). An older layout has the unique key among
+the marks, as the last.
 
 State (only of jobs that are not fresh)::
 
@@ -16,6 +20,7 @@ State (only of jobs that are not fresh)::
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
@@ -99,14 +104,34 @@ class Envelope(msgspec.Struct):
     expires_ms: int | None = None
     due_ms: int | None = None
     own_id: bool = False
-    unique: str | None = None
+    attributes: str = ""
     extra: EnvelopeOptions = EnvelopeOptions()
     stub: bool = False
 
     @property
     def is_plain(self) -> bool:
         """True when scripts need not read it, so that acknowledging it costs the least."""
-        return not (self.own_id or self.unique)
+        return not (self.own_id or self.attributes)
+
+    @property
+    def unique(self) -> str | None:
+        """The unique key."""
+        return next(iter(read_attribute(self.attributes, "u")), None)
+
+    @property
+    def group(self) -> str | None:
+        """The group key."""
+        return next(iter(read_attribute(self.attributes, "g")), None)
+
+    @property
+    def limits(self) -> list[str]:
+        """The limits, each as `<cost>:<name>[:<key>]`."""
+        return read_attribute(self.attributes, "l")
+
+    @property
+    def tags(self) -> list[str]:
+        """The tags."""
+        return read_attribute(self.attributes, "t")
 
 
 class AttemptHistory(msgspec.Struct):
@@ -214,9 +239,29 @@ def read_leniently(envelope: bytes, state: bytes | None) -> tuple[Envelope, Atte
     return record, history, damage
 
 
-def _read_marks(envelope: Envelope, marks: str) -> None:
-    marks, _, unique = marks.partition("u")  # the key comes last and may contain anything
-    envelope.unique = unique or None
+def write_attributes(
+    unique: str | None = None, group: str | None = None, limits: Iterable[str] = (), tags: Iterable[str] = ()
+) -> str:
+    """Return the attributes of an envelope as its first line holds them; "" for none."""
+    text = "" if unique is None else "\tu" + unique
+    if group is not None:
+        text += "\tg" + group
+    for limit in limits:
+        text += "\tl" + limit
+    for tag in tags:
+        text += "\tt" + tag
+    return text
+
+
+def read_attribute(attributes: str, letter: str) -> list[str]:
+    """Return the texts of the attributes that have this *letter*, in their order."""
+    return [one[1:] for one in attributes.split("\t") if one[:1] == letter]
+
+
+def _read_marks(envelope: Envelope, line: str) -> None:
+    marks, tab, attributes = line.partition("\t")
+    marks, _, unique = marks.partition("u")  # of an older layout, where the key comes last and may contain anything
+    envelope.attributes = write_attributes(unique) if unique else tab + attributes
     for mark in marks.split():
         kind, value = mark[:1], mark[1:]
         if kind == "p":

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 from conveyor.errors import ConfigurationError, QueueFull
 from conveyor.ids import may_arrive_later
-from conveyor.payload.records import to_json, write_envelope
+from conveyor.payload.records import to_json, write_attributes, write_envelope
 from conveyor.store.keys import QueueKeys
 from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import Argument, Call, Command, Script, WrongReply
@@ -61,6 +61,9 @@ class Entry:
     unique: str | None = None
     own_id: bool = False
     front: bool = False
+    group: str | None = None
+    limits: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
 
     @property
     def is_plain(self) -> bool:
@@ -68,6 +71,7 @@ class Entry:
         return (
             self.priority == 0 and self.delay_ms is None and self.due_at_ms is None and self.expires_ms is None
             and self.unique is None and not self.own_id and not self.front
+            and self.group is None and not self.limits and not self.tags
         )  # fmt: skip
 
 
@@ -222,7 +226,7 @@ def _special(entry: Entry) -> tuple[Argument, ...]:
     return (
         entry.id, f"p{entry.priority}" if entry.priority else "", entry.rest,
         _optional(entry.delay_ms), _optional(entry.due_at_ms), _optional(entry.expires_ms), str(entry.priority),
-        entry.unique or "",
+        write_attributes(entry.unique, entry.group, entry.limits, entry.tags),
         "1" if entry.own_id else "", "1" if entry.front else "",
     )  # fmt: skip
 
@@ -317,14 +321,14 @@ def _refused(keys: QueueKeys, words: Sequence[str]) -> NoReturn:
 
 @dataclass(slots=True)
 class Settlement:
-    """The end or continuation of one leased job; `kind` is a letter of turn.lua's header."""
+    """The end or continuation of one leased job; `kind` is a letter of turn.lua's header, `attributes` those of its envelope."""
 
     kind: str
     id: str
     ms: int = 0
     record: bytes = b""
     state: bytes = b""
-    unique: str | None = None
+    attributes: str = ""
     own_id: bool = False
 
     @property
@@ -391,7 +395,7 @@ def turn(
         args += (str(len(report.done)), *report.done, "0")
     args.append(str(len(report.others)))
     for one in report.others:
-        args += (one.kind, one.id, str(one.ms), one.record, one.state, one.unique or "", "1" if one.own_id else "")
+        args += (one.kind, one.id, str(one.ms), one.record, one.state, one.attributes, "1" if one.own_id else "")
     args.append(str(len(report.stats)))
     for counter, increment in report.stats.items():
         args += (counter, str(increment))

@@ -129,7 +129,7 @@ class SettlementWriter:
                 if spawned:
                     _add_spawned(report, attempt.id, spawned)
                 report.others.append(
-                    Settlement("D", attempt.id, keep, record, unique=envelope.unique, own_id=envelope.own_id)
+                    Settlement("D", attempt.id, keep, record, attributes=envelope.attributes, own_id=envelope.own_id)
                 )
         else:
             # A promised value that was returned and is not kept is told from none: `result` raises ResultExpired.
@@ -143,7 +143,7 @@ class SettlementWriter:
                     _add_spawned(report, attempt.id, spawned)
                 state = b"+" if promised else b""
                 report.others.append(
-                    Settlement("D", attempt.id, state=state, unique=envelope.unique, own_id=envelope.own_id)
+                    Settlement("D", attempt.id, state=state, attributes=envelope.attributes, own_id=envelope.own_id)
                 )
         if attempt.context is not None:
             end_spawning(attempt.context)  # a thread of the job that goes on gets an error if it spawns
@@ -241,7 +241,7 @@ class SettlementWriter:
         record = to_json(Outcome("dead", failure=last, reason=reason, at=now_ms))
         envelope = attempt.envelope
         report.others.append(
-            Settlement("X", attempt.id, now_ms, record, state.encode(), envelope.unique, envelope.own_id)
+            Settlement("X", attempt.id, now_ms, record, state.encode(), envelope.attributes, envelope.own_id)
         )
         seconds = max(0.0, attempt.ended - attempt.started)
         if len(report.recent) < RECENT:
@@ -339,7 +339,7 @@ class SettlementWriter:
         record = to_json(Outcome("cancelled", reason=reason, at=now_ms))
         envelope = attempt.envelope
         report.others.append(
-            Settlement("C", attempt.id, CANCELLED_KEPT_MS, record, b"", envelope.unique, envelope.own_id)
+            Settlement("C", attempt.id, CANCELLED_KEPT_MS, record, b"", envelope.attributes, envelope.own_id)
         )
         if self._app.has_listener(JobCancelledEvent):
             self._app.emit(

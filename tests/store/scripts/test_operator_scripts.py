@@ -30,7 +30,7 @@ def test_cancel_in_each_place(seeded: SeededQueue, place: str, delete: bool) -> 
         seeded.register("w")
         seeded.turn("w", 1, 1)
     if place == "dead":
-        seeded.turn("w", 2, others=[Settlement("X", "a", state=b"1 1 0", unique="k", own_id=True)])
+        seeded.turn("w", 2, others=[Settlement("X", "a", state=b"1 1 0", attributes="\tuk", own_id=True)])
     if place == "stub":
         seeded.run(operations.cancel(seeded.keys, "a"))
     before = seeded.dump()
@@ -104,7 +104,11 @@ def test_redriven_jobs_take_their_keys_again(seeded: SeededQueue, named: bool) -
     for n, id_ in enumerate("abcd"):
         seeded.push(entry(id_, unique="k" if id_ in "ab" else id_))
         seeded.turn("w", 2 * n + 1, 1)
-        seeded.turn("w", 2 * n + 2, others=[Settlement("X", id_, state=b"1 1 0", unique="k" if id_ in "ab" else id_)])
+        seeded.turn(
+            "w",
+            2 * n + 2,
+            others=[Settlement("X", id_, state=b"1 1 0", attributes="\tuk" if id_ in "ab" else f"\tu{id_}")],
+        )
         seeded.redis.zadd(seeded.keys.dead, {id_: n})
     seeded.push(entry("c2", unique="c"))
 

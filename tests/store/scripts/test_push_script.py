@@ -55,13 +55,13 @@ def test_second_push_adds_no_second_token(seeded: SeededQueue) -> None:
         ({"front": True}, {"jobs": {"x": PLAIN}, "ready:0": ["x"], "wake ~3600s": ["1"]}),
         (
             {"unique": "k u"},
-            {"jobs": {"x": " uk u" + PLAIN}, "ready:0": ["x"], "unique:k:k u": "x", "wake ~3600s": ["1"]},
+            {"jobs": {"x": ".uk u" + PLAIN}, "ready:0": ["x"], "unique:k:k u": "x", "wake ~3600s": ["1"]},
         ),
         ({"own_id": True}, {"jobs": {"x": " i" + PLAIN}, "ready:0": ["x"], "unique:i:x": "x", "wake ~3600s": ["1"]}),
         (
             {"priority": 2, "delay_ms": 60_000, "expires_ms": 120_000, "unique": "k", "own_id": True},
             {
-                "jobs": {"x": "p2 enow+120s dnow+60s i uk" + PLAIN}, "due": {"x": "now+60s"},
+                "jobs": {"x": "p2 enow+120s dnow+60s i.uk" + PLAIN}, "due": {"x": "now+60s"},
                 "unique:k:k": "x", "unique:i:x": "x", "wake ~3600s": ["1"],
             },
         ),
@@ -282,7 +282,7 @@ def test_unique_key_returns_its_holder(seeded: SeededQueue) -> None:
     assert seeded.push(entry("b", unique="k"), "c", entry("d", unique="l")) == ["a", "c", "d"]
 
     assert seeded.since(before) == {
-        "jobs": {"a": " uk" + PLAIN, "c": PLAIN, "d": " ul" + PLAIN},
+        "jobs": {"a": ".uk" + PLAIN, "c": PLAIN, "d": ".ul" + PLAIN},
         "lane:L ~7200s": "2\nok\n.a\nd",
         "ready:0": ["a", "c", "d"],
         "unique:k:l": "d",

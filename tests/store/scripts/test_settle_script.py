@@ -123,7 +123,7 @@ def test_end_gives_back_the_unique_key(seeded: SeededQueue, kind: str) -> None:
     seeded.register("w")
     seeded.turn("w", 1, 1)
 
-    seeded.turn("w", 2, others=[Settlement(kind, "a", state=b"1 1 0", unique="k", own_id=True)])
+    seeded.turn("w", 2, others=[Settlement(kind, "a", state=b"1 1 0", attributes="\tuk", own_id=True)])
 
     state = seeded.dump()
     assert "unique:k:k" not in state
@@ -138,7 +138,7 @@ def test_going_on_keeps_the_unique_key(seeded: SeededQueue, kind: str) -> None:
     seeded.turn("w", 1, 1)
     before = seeded.dump()
 
-    seeded.turn("w", 2, others=[Settlement(kind, "a", ms=60_000, state=b"1 1 0", unique="k", own_id=True)])
+    seeded.turn("w", 2, others=[Settlement(kind, "a", ms=60_000, state=b"1 1 0", attributes="\tuk", own_id=True)])
 
     changed = seeded.since(before)
     assert [key for key in changed if key.startswith("unique")] == []
@@ -152,7 +152,7 @@ def test_key_that_another_holds_is_not_given_back(seeded: SeededQueue) -> None:
     seeded.turn("w", 1, 1)
     seeded.redis.set(seeded.keys.prefix + "unique:k:k", "other")
 
-    seeded.turn("w", 2, others=[Settlement("D", "a", unique="k")])
+    seeded.turn("w", 2, others=[Settlement("D", "a", attributes="\tuk")])
 
     assert seeded.dump()["unique:k:k"] == "other"
 

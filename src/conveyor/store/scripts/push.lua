@@ -1,12 +1,12 @@
 -- Accept messages: all of them, or none.
--- needs: numbers keys tokens sequence rights
+-- needs: numbers keys tokens sequence envelope rights
 --
 -- KEYS  1 lane:<producer>  2 jobs  3 due  4 wake  5 conf  6 dead  7-16 ready:0 … ready:9  17 none
 -- ARGV  1 number of this push in its sequence, "<last> <first>" of one that stands for several
 --       2 maximum length (0: none)  3 partitions of the queue (1: none)
 --       4 number of jobs  then runs, in order:
 --       "p" count (id envelope)…
---       "s" count (id marks rest delay_ms due_at_ms expires_ms priority unique own front)…   "" where not given
+--       "s" count (id marks rest delay_ms due_at_ms expires_ms priority attributes own front)…   "" where not given
 -- returns "<number>\nok\n<id>\n<id>…"    the ids of the special jobs: the one given, or behind a tab the one that exists;
 --         "\n\t" at the end: the queue was new here
 --         "<number>\nfull\n<length>\n<maximum>", "<number>\nschema\n<found>": nothing stored
@@ -59,11 +59,12 @@ while at <= runs do
         -- A dead letter or a stub may be older than the day its id is kept for: two entries of one id must never be.
         if not holder and redis.call('HEXISTS', jobs, id) == 1 then holder = id end
       end
-      if not holder and ARGV[i + 7] ~= '' then
-        local key = 'k' .. ARGV[i + 7]
+      local unique = ARGV[i + 7] ~= '' and attributes(ARGV[i + 7], {}).unique
+      if not holder and unique then
+        local key = 'k' .. unique
         holder = claimed[key]
         if not holder then
-          holder = redis.call('GET', prefix .. 'unique:k:' .. ARGV[i + 7])
+          holder = redis.call('GET', prefix .. 'unique:k:' .. unique)
           if holder and redis.call('HEXISTS', jobs, holder) == 0 then holder = false end
         end
         claimed[key] = holder or id
@@ -109,8 +110,7 @@ local function special(i, now)
   if ARGV[i + 5] ~= '' then line = line .. ' e' .. int(now + tonumber(ARGV[i + 5])) end
   if instant and instant > now then line = line .. ' d' .. int(instant) end
   if ARGV[i + 8] == '1' then line = line .. ' i' end
-  if ARGV[i + 7] ~= '' then line = line .. ' u' .. ARGV[i + 7] end
-  redis.call('HSET', jobs, id, line .. ARGV[i + 2])
+  redis.call('HSET', jobs, id, line .. ARGV[i + 7] .. ARGV[i + 2])
   if instant and instant > now then
     redis.call('ZADD', due, instant, id)
     if redis.call('ZRANGE', due, 0, 0)[1] == id then takeable = true end
@@ -123,7 +123,8 @@ local function special(i, now)
     redis.call('SET', prefix .. 'unique:i:' .. id, id)
     redis.call('DEL', prefix .. 'result:' .. id) -- of an earlier job of this id, where that is kept for more than its day
   end
-  if ARGV[i + 7] ~= '' then redis.call('SET', prefix .. 'unique:k:' .. ARGV[i + 7], id) end
+  local unique = ARGV[i + 7] ~= '' and attributes(ARGV[i + 7], {}).unique
+  if unique then redis.call('SET', prefix .. 'unique:k:' .. unique, id) end
 end
 
 at = 5

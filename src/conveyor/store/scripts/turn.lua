@@ -7,7 +7,7 @@
 --       5 flags: k keep the lease's end, l look for overdue workers, t leave when nothing is held, e remember the ends
 --       6 count, ids of jobs that are simply done
 --       then count, and for each group of these, from the first id on, a result that is kept: ms count record…   0 ms: it is not
---       then count, and for each other settlement: kind id ms record state unique own
+--       then count, and for each other settlement: kind id ms record state attributes own
 --            D done: keep the record ms, state "+" when a value is not kept
 --            X dead: announce the record, keep the state; it died no earlier than its last error, at ms since the epoch
 --            C cancelled: keep the record ms      R again after ms, with this state

@@ -1,20 +1,38 @@
 -- The first line of an envelope. It is empty for a plain job, so a plain envelope begins with a line break (byte 10).
 
--- Read the marks of an envelope.
+-- Read attributes.
+-- text     as they stand in an envelope: each behind a tab and its letter
+-- found    a table that they are added to
+-- returns  that table: unique and group (keys), limits and tags (lists, nil when there are none)
+local function attributes(text, found)
+  for letter, value in string.gmatch(text, '\t(%a)([^\t]*)') do
+    if letter == 'u' then found.unique = value
+    elseif letter == 'g' then found.group = value
+    else
+      local name = letter == 'l' and 'limits' or 'tags'
+      local list = found[name] or {}
+      list[#list + 1] = value
+      found[name] = list
+    end
+  end
+  return found
+end
+
+-- Read the marks and the attributes of an envelope.
 -- envelope  as it is stored in jobs
--- returns   nil for a plain job, else {stub, priority, expires (ms), due (ms), own (the id is the caller's), unique (key)}
+-- returns   nil for a plain job, else {stub, priority, expires (ms), due (ms), own (the id is the caller's)} and attributes
 local function marks(envelope)
   if string.byte(envelope, 1) == 10 then return nil end
-  local line = string.match(envelope, '^[^\n]*')
-  local head, unique = string.match(line, '^([^u]*)u?(.*)$')
-  return {
+  local head, text = string.match(envelope, '^([^\t\n]*)([^\n]*)')
+  local older = string.find(head, 'u', 1, true) -- the unique key, in an older layout
+  if older then head, text = string.sub(head, 1, older - 1), '\t' .. string.sub(head, older) end
+  return attributes(text, {
     stub = string.byte(head, 1) == 120,
     priority = tonumber(string.match(head, 'p(%d)')) or 0,
     expires = tonumber(string.match(head, 'e(%d+)')),
     due = tonumber(string.match(head, 'd(%d+)')),
     own = string.find(head, 'i', 1, true) ~= nil,
-    unique = unique ~= '' and unique or nil,
-  }
+  })
 end
 
 -- Read the priority of a job.

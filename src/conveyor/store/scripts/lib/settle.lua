@@ -24,7 +24,7 @@ local function read_settlements(queue, leased, done_at, done_count, other_at, ot
       others[#others + 1] = i
       kinds[ARGV[i]] = true
       if (ARGV[i] == 'D' or ARGV[i] == 'C') and ARGV[i + 2] ~= '0' then kinds.keep = true end
-      if ARGV[i + 5] ~= '' then kinds.unique = true end
+      if ARGV[i + 5] ~= '' and attributes(ARGV[i + 5], {}).unique then kinds.unique = true end
       if ARGV[i + 6] == '1' then kinds.own = true end
     elseif ARGV[i] ~= 'S' then
       lost[#lost + 1] = ARGV[i + 1]
@@ -80,7 +80,7 @@ end
 -- returns  true when a job went back to a ready list of a priority above 0
 local function settle_other(queue, leased, i, now, asked, ended)
   local kind, id, ms, record, attempts = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4]
-  local unique, own = ARGV[i + 5] ~= '' and ARGV[i + 5] or nil, ARGV[i + 6] == '1'
+  local unique, own = ARGV[i + 5] ~= '' and attributes(ARGV[i + 5], {}).unique or nil, ARGV[i + 6] == '1'
   -- Of two settlements of one job in a report the first counts.
   local keeps = kind == 'M' or kind == 'S' or kind == 'K'
   if redis.call(keeps and 'HEXISTS' or 'HDEL', leased, id) == 0 then return false end
