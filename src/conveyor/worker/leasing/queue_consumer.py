@@ -573,9 +573,8 @@ class QueueConsumer:
         for attempt in late:
             attempt.ended = monotonic()
             ms = random.randint(*PUT_OFF_MS)  # noqa: S311
-            self._services.settlement_writer.put_off(
-                self.report, attempt, ms, attempt.history
-            )  # as leased: no attempt is used
+            # With its history as it was leased: no attempt is used.
+            self._services.settlement_writer.put_off(self.report, attempt, ms, attempt.history)
         if late:
             self.schedule()
 
