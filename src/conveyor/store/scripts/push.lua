@@ -1,5 +1,5 @@
 -- Accept messages: all of them, or none.
--- needs: numbers keys tokens sequence envelope rights
+-- needs: numbers keys tokens sequence envelope rights accept
 --
 -- KEYS  1 lane:<producer>  2 jobs  3 due  4 wake  5 conf  6 dead  7-16 ready:0 … ready:9  17 none
 -- ARGV  1 number of this push in its sequence, "<last> <first>" of one that stands for several
@@ -12,141 +12,16 @@
 --         "<number>\nfull\n<length>\n<maximum>", "<number>\nschema\n<found>": nothing stored
 --         "<number>\npartitions\n<found>": the queue has another number of them, "" none yet; nothing stored
 --         "<number>\nlate\n<last number>": a later push of this producer was answered already, or a part of this one; nothing stored
-local sequence, jobs, due, conf, dead = KEYS[1], KEYS[2], KEYS[3], KEYS[5], KEYS[6]
-local reply = answered(sequence, ARGV[1])
+local reply = answered(KEYS[1], ARGV[1])
 if reply then return reply end
 
-local conf_now = redis.call('HMGET', conf, 'max_length', 'schema', 'stubs', 'partitions')
-if (conf_now[2] or '1') ~= '1' and conf_now[2] ~= '2' then return ARGV[1] .. '\nschema\n' .. conf_now[2] end
-if (conf_now[4] or '1') ~= ARGV[3] then return ARGV[1] .. '\npartitions\n' .. (conf_now[4] or '') end
-local maximum = tonumber(conf_now[1] or ARGV[2])
-if maximum > 0 then
-  local length = redis.call('HLEN', jobs) - redis.call('ZCARD', dead) - tonumber(conf_now[3] or 0)
-  if length + tonumber(ARGV[4]) > maximum then
-    return ARGV[1] .. '\nfull\n' .. int(length) .. '\n' .. int(maximum)
-  end
-end
-
--- Read everything first: which special jobs exist already, here or earlier in this very push.
-check('HLEN', jobs)
-check('LLEN', KEYS[7])
-local prefix = string.sub(jobs, 1, -5)
-local ids, existing, claimed = {}, {}, {}
-local now, appends, prepends, schedules, owns
-local at, runs = 5, #ARGV
-while at <= runs do
-  local count = tonumber(ARGV[at + 1])
-  if ARGV[at] == 'p' then
-    at = at + 2 + 2 * count
-    appends = true
-  else
-    now = now or clock()
-    for i = at + 2, at + 2 + 10 * (count - 1), 10 do
-      local id, holder = ARGV[i], nil
-      if not string.find(ARGV[i + 6], '^%d$') then error('not a priority: ' .. ARGV[i + 6]) end
-      if ARGV[i + 6] ~= '0' then check('LLEN', KEYS[7 + tonumber(ARGV[i + 6])]) end
-      for field = i + 3, i + 5 do
-        if ARGV[field] ~= '' then number_in(ARGV[field]) end
-      end
-      if ARGV[i + 3] ~= '' or ARGV[i + 4] ~= '' then
-        redis.call('ZRANGE', due, 0, 0)
-        schedules = true
-      end
-      if ARGV[i + 8] == '1' then owns = true end
-      if ARGV[i + 9] == '1' then prepends = true else appends = true end
-      if ARGV[i + 8] == '1' then
-        holder = claimed['i' .. id] or redis.call('GET', prefix .. 'unique:i:' .. id) and id
-        -- A dead letter or a stub may be older than the day its id is kept for: two entries of one id must never be.
-        if not holder and redis.call('HEXISTS', jobs, id) == 1 then holder = id end
-      end
-      local unique = ARGV[i + 7] ~= '' and attributes(ARGV[i + 7], {}).unique
-      if not holder and unique then
-        local key = 'k' .. unique
-        holder = claimed[key]
-        if not holder then
-          holder = redis.call('GET', prefix .. 'unique:k:' .. unique)
-          if holder and redis.call('HEXISTS', jobs, holder) == 0 then holder = false end
-        end
-        claimed[key] = holder or id
-      end
-      -- Only a job that will be stored takes its id: one that is refused for its key must not block the next of that id.
-      if not holder then claimed['i' .. id] = id end
-      ids[#ids + 1] = holder and '\t' .. holder or id
-      existing[i] = holder and true or false
-    end
-    at = at + 2 + 10 * count
-  end
-end
-
--- The first write is refused when Redis is full, and the whole push with it. HSET is proven by its first use, and RPUSH too
--- when nothing but the records has to be removed again.
-local none = prefix .. 'none'
-prove(none, 'SET', 'HDEL')
-if owns then prove(none, 'DEL') end
-if prepends then prove(none, 'LPUSH') end
-if schedules then prove(none, 'ZADD') end
-if appends and (prepends or schedules) then prove(none, 'RPUSH') end
-if conf_now[2] ~= '2' then redis.call('HSET', conf, 'schema', '2') end
-
-local takeable = false
-local function append(key, ids, first, last)
-  local answer = redis.pcall('RPUSH', key, unpack(ids, first, last))
-  if type(answer) == 'number' then return end
-  in_chunks('HDEL', jobs, ids, 1, #ids)
-  error(answer.err)
-end
-
-local function plain(first, count)
-  local entries = {}
-  for i = 0, count - 1 do entries[i + 1] = ARGV[first + 2 * i] end
-  in_chunks('HSET', jobs, ARGV, first, first + 2 * count - 1)
-  for from = 1, count, 7000 do append(KEYS[7], entries, from, math.min(from + 6999, count)) end
-  takeable = true
-end
-
-local function special(i, now)
-  local id, line, delay, priority = ARGV[i], ARGV[i + 1], ARGV[i + 3], ARGV[i + 6]
-  local instant = delay ~= '' and now + tonumber(delay) or tonumber(ARGV[i + 4])
-  if ARGV[i + 5] ~= '' then line = line .. ' e' .. int(now + tonumber(ARGV[i + 5])) end
-  if instant and instant > now then line = line .. ' d' .. int(instant) end
-  if ARGV[i + 8] == '1' then line = line .. ' i' end
-  redis.call('HSET', jobs, id, line .. ARGV[i + 7] .. ARGV[i + 2])
-  if instant and instant > now then
-    redis.call('ZADD', due, instant, id)
-    if redis.call('ZRANGE', due, 0, 0)[1] == id then takeable = true end
-  else
-    local ready = KEYS[7 + tonumber(priority)]
-    if ARGV[i + 9] == '1' then redis.call('LPUSH', ready, id) else append(ready, {id}, 1, 1) end
-    takeable = true
-  end
-  if ARGV[i + 8] == '1' then
-    redis.call('SET', prefix .. 'unique:i:' .. id, id)
-    redis.call('DEL', prefix .. 'result:' .. id) -- of an earlier job of this id, where that is kept for more than its day
-  end
-  local unique = ARGV[i + 7] ~= '' and attributes(ARGV[i + 7], {}).unique
-  if unique then redis.call('SET', prefix .. 'unique:k:' .. unique, id) end
-end
-
-at = 5
-while at <= runs do
-  local count = tonumber(ARGV[at + 1])
-  if ARGV[at] == 'p' then
-    plain(at + 2, count)
-    at = at + 2 + 2 * count
-  else
-    for i = at + 2, at + 2 + 10 * (count - 1), 10 do
-      if not existing[i] then special(i, now) end
-    end
-    at = at + 2 + 10 * count
-  end
-end
-reply = ARGV[1] .. '\nok'
-if #ids > 0 then reply = reply .. '\n' .. table.concat(ids, '\n') end
-if not conf_now[2] then reply = reply .. '\n\t' end
-if string.sub(sequence, #prefix + 1, #prefix + 6) == 'inbox:' then
-  redis.call('SET', sequence, reply) -- of an outbox, which may repeat a push however late
+local refusal, store = prepare_push(KEYS, ARGV)
+if refusal then return refusal end
+reply = store()
+local name = string.sub(KEYS[1], #KEYS[2] - 3) -- behind the prefix of the queue
+if string.sub(name, 1, 6) == 'inbox:' then
+  redis.call('SET', KEYS[1], reply) -- of an outbox, which may repeat a push however late
 else
-  redis.call('SET', sequence, reply, 'PX', sequence_ms(sequence))
+  redis.call('SET', KEYS[1], reply, 'PX', sequence_ms(KEYS[1]))
 end
-if takeable then wake(KEYS[4]) end
 return reply
