@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from conveyor.jobs.hooks import CallNext, Middleware
     from conveyor.jobs.job import Job
     from conveyor.jobs.task import Task
+    from conveyor.jobs.why import Why
     from conveyor.messaging.limits import Concurrency, Debounce, Rate, Unique
     from conveyor.messaging.message import Message
     from conveyor.messaging.plain_list import PlainList
@@ -74,6 +75,7 @@ __all__ = [
     "Task",
     "Unique",
     "UnknownTask",
+    "Why",
     "current",
 ]
 
@@ -99,6 +101,7 @@ _HOME = {
     "Retry": "messaging.retry",
     "Task": "jobs.task",
     "Unique": "messaging.limits",
+    "Why": "jobs.why",
     "current": "jobs.context",
 }
 

@@ -18,6 +18,7 @@ from conveyor.units import Duration, milliseconds
 if TYPE_CHECKING:
     from conveyor.jobs.details import JobDetails
     from conveyor.jobs.results import ResultSubscriber, WaitReply
+    from conveyor.jobs.why import Why
     from conveyor.payload.codec import ValueCodec
     from conveyor.payload.formats import FormatRegistry
     from conveyor.payload.pipeline import PayloadPipeline
@@ -184,6 +185,36 @@ class Job(Generic[R_co]):
         if row is not None:
             return live_details(str(self.queue), row, decoder)
         return ended_details(str(self.queue), self._bare_id, status, record if where == "result" else b"", decoder)
+
+    def why(self) -> Why:
+        """
+        Return why the job waits, or that it does not; the text of the answer is a sentence.
+
+        It is read from the keys from which workers lease. Raises JobNotFound for a job that is not known, or not any more.
+        """
+        refuse_in_loop(self._core.client, "job.why()", "await job.awhy()")
+        if self._is_buffered():
+            return self._explain(None)
+        if self.queue is None:
+            self._look_up()
+        return self._explain(self._core.client.run(inspection.why(self._keys(), self._bare_id)))
+
+    async def awhy(self) -> Why:
+        """Awaitable form of `why`."""
+        if self._is_buffered():
+            return self._explain(None)
+        if self.queue is None:
+            await self._alook_up()
+        return self._explain(await self._core.client.arun(inspection.why(self._keys(), self._bare_id)))
+
+    def _explain(self, facts: inspection.WaitFacts | None) -> Why:
+        from conveyor.jobs.why import Why, explain
+        from conveyor.payload.sealed_records import RecordDecoder
+
+        if facts is None:
+            return Why("buffer", "waiting", str(self.queue), task=self.task or "")
+        decoder = RecordDecoder(self._core.sealing, self._core.formats)
+        return explain(self._status(facts.job), str(self.queue), facts, decoder)
 
     def _is_buffered(self) -> bool:
         buffer = self._core.client.buffer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from conveyor.store.script import Call, Script
 
 DAMAGED = "(damaged)"
 """The host of a worker whose facts cannot be read."""
-COUNTS, LIST_JOBS, GET_JOB = Script("counts"), Script("list_jobs"), Script("get_job")
+COUNTS, LIST_JOBS, GET_JOB, WHY = Script("counts"), Script("list_jobs"), Script("get_job"), Script("why")
 WORKERS, AUDIT, UNPLACED = Script("workers"), Script("audit"), Script("unplaced")
 
 
@@ -75,6 +75,34 @@ class JobRow:
     extra: str
     leased_ms: int = 0
     about: dict[str, Any] = field(default_factory=dict)
+
+
+LOOKED_AT = 10_000
+"""Entries at either end of a list among which a job is looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class WaitFacts:
+    """
+    The facts from which follows why a job waits; `job` is as `get_job` yields it, without its body. Times in ms.
+
+    `may_know`: one of the workers may know its task. `seen`: when one that did was last seen, by `seen_name`; 0: never. `ahead`:
+    how many are leased before it, None when it is not found among `LOOKED_AT` at either end. `ended`: how many attempts ended in
+    the last `window` ms.
+    """
+
+    job: tuple[str, JobRow | None, bytes]
+    now: int
+    paused: bool = False
+    workers: int = 0
+    consumers: int = 0
+    may_know: bool = True
+    seen: int = 0
+    seen_name: str = ""
+    ahead: int | None = None
+    total: int = 0
+    ended: int = 0
+    window: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +231,31 @@ def _read_finished(entry: bytes) -> FinishedJob:
 
 def get_job(keys: QueueKeys, id: str) -> Call[tuple[str, JobRow | None, bytes]]:  # noqa: A002
     """Return the call that says all about a job: (place, row, outcome record or mark); places as in get_job.lua."""
-    names = (keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.result(id), keys.result_window(id))
+    return Call(GET_JOB, _job_keys(keys, id), (id,), _read_job(id))
 
+
+def why(keys: QueueKeys, id: str) -> Call[WaitFacts]:  # noqa: A002
+    """Return the call that reads why a job waits."""
+
+    def decode(reply: list[Any]) -> WaitFacts:
+        job = _read_job(id)(reply[0])
+        if len(reply) == 2:
+            return WaitFacts(job, int(reply[1]))
+        now, paused, workers, consumers, known, seen, (ahead, total, ended, window) = reply[1:]
+        at, _, name = seen.decode(errors="replace").partition(" ")
+        return WaitFacts(
+            job, int(now), paused == 1, workers, consumers, known == 1, int(at or 0), name,
+            None if ahead < 0 else ahead, total, ended, window,
+        )  # fmt: skip
+
+    return Call(WHY, (*_job_keys(keys, id), keys.conf, *keys.ready), (id, str(LOOKED_AT)), decode)
+
+
+def _job_keys(keys: QueueKeys, id: str) -> tuple[str, ...]:  # noqa: A002
+    return (keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.result(id), keys.result_window(id))
+
+
+def _read_job(id: str) -> Callable[[list[bytes]], tuple[str, JobRow | None, bytes]]:  # noqa: A002
     def decode(reply: list[bytes]) -> tuple[str, JobRow | None, bytes]:
         place = reply[0].decode()
         if not reply[1]:
@@ -212,7 +263,7 @@ def get_job(keys: QueueKeys, id: str) -> Call[tuple[str, JobRow | None, bytes]]:
         row = _read_row(id, place, reply[1], reply[2], reply[3:], {})  # type: ignore[arg-type]
         return place, row, b""
 
-    return Call(GET_JOB, names, (id,), decode)
+    return decode
 
 
 def workers(keys: QueueKeys) -> Call[list[WorkerRow]]:

@@ -7,9 +7,10 @@ None of them talks to Redis: the runners in `transport/` do.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from hashlib import blake2b
 from math import inf
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -449,10 +450,12 @@ def _read_turn(number: int, reply: list[Any]) -> TurnReply:
 
 
 def register(
-    keys: QueueKeys, worker: str, lease_ms: int, about: bytes, *, for_work: bool = False
+    keys: QueueKeys, worker: str, lease_ms: int, about: bytes, *, tasks: Collection[str] = (), for_work: bool = False
 ) -> Call[Registration]:
     """
     Return the call that registers *worker*; *for_work*: only where there is work, else nothing is written.
+
+    *tasks*: the names of those that it runs. *about* holds their `task_set`.
 
     It tries all that the steps of a worker need, and raises ConfigurationError (E17) for what this user may not do.
     """
@@ -463,8 +466,16 @@ def register(
     # 65 bytes and more make the hash a hashtable: as a listpack of 500 a lease costs 12 times as much (design).
     return Call(
         REGISTER, names,
-        (worker, str(lease_ms), about.ljust(65), str(keys.partitions), keys.reply_channel(worker)), partial(_registered, keys),
+        (
+            worker, str(lease_ms), about.ljust(65), str(keys.partitions), keys.reply_channel(worker),
+            task_set(tasks) if tasks else "", "\n".join(sorted(tasks)),
+        ), partial(_registered, keys),
     )  # fmt: skip
+
+
+def task_set(names: Collection[str]) -> str:
+    """Return a digest of the names of tasks, by which a registration refers to them."""
+    return blake2b("\n".join(sorted(names)).encode(), digest_size=8).hexdigest()
 
 
 class Registration(NamedTuple):

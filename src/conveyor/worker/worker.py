@@ -279,6 +279,7 @@ class Worker:
         return operations.about(
             kind="worker", name=self.name, host=platform.node(), pid=os.getpid(), started=int(time() * 1000),
             concurrency=concurrency, threads=threads, weight=weight, tasks=len(self.app.definitions),
+            task_set=operations.task_set(self.app.definitions),
             timeouts={name: ms for name, task in self.app.definitions.items() if (ms := task.settings.timeout_ms)},
         )  # fmt: skip
 

@@ -1,6 +1,6 @@
 -- Read one page of jobs in a state: at most 500 entries, and about 1 MiB of them, so that a call takes a few milliseconds
 -- whatever the jobs hold. The reply says how many entries were looked at; the next page begins behind them.
--- needs: numbers leased leased_order
+-- needs: numbers leased leased_order heads
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 recent  7-16 ready:0 … ready:9
 -- ARGV  1 ready, scheduled, leased, dead, dead-oldest or done · ids for those from 6 on, in whatever state
@@ -82,23 +82,6 @@ local function is_wanted(envelope)
   if string.sub(envelope, first + 1, first + #task) ~= task then return false end
   local after = string.byte(envelope, first + #task + 1)
   return after == 10 or after == 9
-end
-
--- Cut the body off an envelope.
-local function without_body(envelope)
-  local first = string.find(envelope, '\n', 1, true) or 0
-  return string.sub(envelope, 1, string.find(envelope, '\n', first + 1, true) or first)
-end
-
--- Cut off a state all errors but the last, and the traceback of that. No text within JSON holds a bare quotation mark, so that
--- what is cut at is the member itself.
-local function with_last_error(state)
-  local first = string.find(state, '\n', 1, true)
-  if not first then return state end
-  local last, at = first, first
-  while at do last, at = at, string.find(state, '\n', at + 1, true) end
-  local cut = string.find(state, ',"traceback":"', last, true)
-  return string.sub(state, 1, first) .. (cut and string.sub(state, last + 1, cut - 1) .. '}' or string.sub(state, last + 1))
 end
 
 local reply, size = {0}, 0

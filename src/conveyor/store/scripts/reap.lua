@@ -1,5 +1,5 @@
 -- Remove a worker's registration and return the jobs that it held to the front, so that the oldest is leased first.
--- needs: numbers keys tokens envelope outcome leased_order rights
+-- needs: numbers keys listed tokens envelope outcome leased_order rights serving
 --
 -- KEYS  1 leased:<worker>  2 workers  3 jobs  4 state  5 wake  6 waiters  7-16 ready:0 … ready:9  17 none
 -- ARGV  1 worker  2 the end it was seen with (ms), or "" when its death is known or it leaves by itself
@@ -31,13 +31,13 @@ end
 local queue = {prefix = string.sub(jobs, 1, -5), state = state, waiters = KEYS[6]}
 local now = clock()
 local record = cancelled_record(now)
-local host, pid = string.match(known[4] or '', '"host":"([^"\\]*)"'), string.match(known[4] or '', '"pid":(%d+)')
-local name = host and pid and host .. ':' .. pid or ARGV[1]
+local name = name_of(known[4] or '') or ARGV[1]
 local died = int(now - number_in(ARGV[7] or '0'))
 local crash = string.format(',"at":%s,"type":"crashed","message":%s,"worker":%s}', died, cjson.encode(ARGV[6] or ''), cjson.encode(name))
 prove(queue.prefix .. 'none', 'ZREM', 'DEL', 'HSET', 'HDEL', 'SET', 'GET', 'PEXPIRE', 'HGET', 'LPUSH')
 redis.call('ZREM', workers, ARGV[1])
 redis.call('DEL', leased)
+note_seen(queue.prefix .. 'conf', known[4] or '', now)
 local function set_of(text)
   local found = {}
   for id in string.gmatch(text or '', '[^\n]+') do found[id] = true end

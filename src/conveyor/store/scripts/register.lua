@@ -1,10 +1,11 @@
 -- Register a worker under an identity that was never used before. Repeating it changes nothing.
--- needs: numbers keys look rights
+-- needs: numbers keys look rights listed serving
 --
 -- KEYS  1 leased:<worker>  2 workers  3 conf  4 none
 --       then, to register only where there is work: 5 due  6 dead  7-16 ready:0 … ready:9, and the list and intake of a plain list
 -- ARGV  1 worker  2 lease_ms  3 about (JSON, longer than 64 bytes so that the hash is a hashtable)
 --       4 partitions of the queue (1: none)  5 a channel that the worker must be able to publish to
+--       6 digest of the names of the tasks that it knows  7 the names, one a line; "" twice for a consumer of messages
 -- returns now_ms and 1 when the queue was new here, else 0; or -1 and the schema found when the layout is another version's,
 --         or -2 and the partitions found, "" none yet, when their number is another,
 --         or -3 and a command that the worker's steps need and this user may not send,
@@ -54,4 +55,8 @@ if redis.call('HEXISTS', KEYS[1], '\tturn') == 0 then
 end
 redis.call('ZADD', KEYS[2], now + tonumber(ARGV[2]), ARGV[1])
 if schema ~= '2' then redis.call('HSET', KEYS[3], 'schema', '2') end
+if ARGV[6] ~= '' then
+  note_tasks(KEYS[3], ARGV[6], ARGV[7])
+  note_seen(KEYS[3], ARGV[3], now)
+end
 return {now, schema and 0 or 1}

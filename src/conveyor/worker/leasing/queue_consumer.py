@@ -140,7 +140,8 @@ class QueueConsumer:
         if self._services.slot is not None:
             self._services.slot.set_identity(self.keys, self.identity, self.lease_ms)
         about = self._services.describe(self.group.weight / self.keys.partitions)
-        call = operations.register(self.keys, self.identity, self.lease_ms, about)
+        tasks = self._services.app.definitions
+        call = operations.register(self.keys, self.identity, self.lease_ms, about, tasks=tasks)
         now = await register(self._services.app, self.connection, self.keys, call)
         self._clock_offset = now - monotonic() * 1000
         self._sent_at = monotonic()

@@ -1,0 +1,170 @@
+"""Why a job waits: the cause that the lease meets first, as a value with a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Literal
+
+from conveyor.ids import clean
+from conveyor.payload.records import Status
+from conveyor.payload.sealed_records import RecordDecoder
+from conveyor.store.inspection import LOOKED_AT, JobRow, WaitFacts
+from conveyor.units import span
+
+Cause = Literal[
+    "queue-paused", "unknown-task", "no-worker", "scheduled", "position", "buffer", "parent", "running", "ended",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Why:
+    """
+    The cause of a job's waiting; `str` of it is a sentence.
+
+    `kind` is the first cause that a lease meets, in this order: `queue-paused` · `unknown-task`: no worker of the queue knows the
+    task · `no-worker`: nothing serves the queue · `scheduled` · `position`: others are before it. Besides: `buffer`: it is still in
+    this program · `parent`: the job that spawned it has not ended · `running` and `ended`: it does not wait. `also` holds
+    the further causes, in the same order.
+
+    `name`: of the queue, the task or the worker that the cause is about. `opens_at`: when it is over by itself. `ahead` of
+    `total` jobs are leased before it; `ahead` is at least so many where `exact` is false. `estimate`: seconds until its turn at the
+    present rate, None where nothing ended lately. `seen`, `seen_name`: when a worker that knew the task was last seen. `since`: since
+    when it runs. `error`: of its last attempt.
+    """
+
+    kind: Cause
+    status: Status
+    queue: str
+    task: str = ""
+    name: str = ""
+    opens_at: datetime | None = None
+    ahead: int | None = None
+    exact: bool = True
+    total: int | None = None
+    estimate: float | None = None
+    seen: datetime | None = None
+    seen_name: str = ""
+    since: datetime | None = None
+    error: str = ""
+    at: datetime | None = None
+    """When this was read, by the server's clock."""
+    also: tuple[Why, ...] = ()
+
+    def __str__(self) -> str:
+        return clean(_SENTENCES[self.kind](self))
+
+
+def explain(status: Status, queue: str, facts: WaitFacts, decoder: RecordDecoder) -> Why:
+    """Return why a job waits whose facts are known; of one that has left its queue that it does not."""
+    row = facts.job[1]
+    base = Why("ended", status, queue, task=row.envelope.task if row else "", at=_instant(facts.now))
+    if row is None or status == "dead":
+        return replace(base, kind="parent") if status == "waiting" else replace(base, error=_error(row, queue, decoder))
+    if status == "leased":
+        host, pid = row.about.get("host"), row.about.get("pid")
+        return replace(
+            base, kind="running", name=f"{host}:{pid}" if pid else row.extra,
+            since=_instant(row.leased_ms) if row.leased_ms else None,
+        )  # fmt: skip
+    first, *rest = _causes(base, row, facts, decoder)
+    return replace(first, also=tuple(rest))
+
+
+def _causes(base: Why, row: JobRow, facts: WaitFacts, decoder: RecordDecoder) -> Iterator[Why]:
+    """Yield all causes of the waiting of a job that is ready or scheduled, in the order of the lease."""
+    serving = facts.workers if base.task else facts.consumers
+    seen = replace(base, seen=_instant(facts.seen) if facts.seen else None, seen_name=facts.seen_name)
+    if facts.paused:
+        yield replace(base, kind="queue-paused", name=base.queue)
+    if base.task and facts.workers and not facts.may_know:
+        yield replace(seen, kind="unknown-task", name=base.task)
+    if not serving:
+        yield replace(seen, kind="no-worker", name=base.queue)
+    if row.status == "scheduled":
+        yield replace(
+            base, kind="scheduled", name=base.queue, opens_at=_instant(int(row.extra)), error=_error(row, base.queue, decoder)
+        )
+        return
+    ahead = facts.ahead
+    estimate = None
+    if facts.ended and facts.window and ahead is not None:
+        estimate = round((ahead + 1) * facts.window / facts.ended / 1000, 1)
+    yield replace(
+        base, kind="position", name=base.queue, ahead=LOOKED_AT if ahead is None else ahead, exact=ahead is not None,
+        total=facts.total, estimate=estimate,
+    )  # fmt: skip
+
+
+def _error(row: JobRow | None, queue: str, decoder: RecordDecoder) -> str:
+    failures = row.state.failures_list() if row else []
+    if row is None or not failures:
+        return ""
+    last = decoder.failure(failures[-1], queue, row.id)
+    return f"attempt {last.attempt} failed: {last.type.rpartition('.')[2]}: {last.message}"
+
+
+def _instant(ms: int) -> datetime:
+    return datetime.fromtimestamp(ms / 1000, UTC)
+
+
+def _clock(at: datetime | None, now: datetime | None) -> str:
+    """Return an instant with its distance from *now*."""
+    if at is None or now is None:
+        return "a time that is not known"
+    seconds = (at - now).total_seconds()
+    distance = f"in {span(seconds)}" if seconds > 0 else f"{span(-seconds)} ago"
+    return f"{at:%Y-%m-%d %H:%M:%S} UTC ({distance})"
+
+
+def _last_known(why: Why) -> str:
+    if why.seen is None:
+        return ""
+    by = f" by {why.seen_name}" if why.seen_name else ""
+    return f" The task {why.task!r} was last known{by}, seen at {_clock(why.seen, why.at)}."
+
+
+def _unknown_task(why: Why) -> str:
+    known = _last_known(why).strip() or "None of its last workers did."
+    return f"No worker of queue {why.queue!r} knows the task {why.task!r}. {known}"
+
+
+def _no_worker(why: Why) -> str:
+    what = "worker" if why.task else "consumer"
+    return f"No {what} serves queue {why.queue!r}.{_last_known(why)}"
+
+
+def _scheduled(why: Why) -> str:
+    after = f" ({why.error})" if why.error else ""
+    return f"It is {'tried again' if after else 'scheduled for'} {'at ' if after else ''}{_clock(why.opens_at, why.at)}{after}."
+
+
+def _position(why: Why) -> str:
+    assert why.ahead is not None
+    if not why.exact:
+        return f"More than {why.ahead:,} of {why.total:,} jobs in queue {why.queue!r} are before it."
+    rate = "" if why.estimate is None else f" At the present rate that is about {span(why.estimate)}."
+    return f"It is number {why.ahead + 1:,} of {why.total:,} in queue {why.queue!r}.{rate}"
+
+
+def _running(why: Why) -> str:
+    since = f", since {_clock(why.since, why.at)}" if why.since else ""
+    return f"It does not wait: {why.name} has it{since}."
+
+
+def _ended(why: Why) -> str:
+    return f"It does not wait: it is {why.status}{f' ({why.error})' if why.error else ''}."
+
+
+_SENTENCES = {
+    "queue-paused": lambda why: f"Queue {why.queue!r} is paused. Resume it:  conveyor queue resume {why.queue}",
+    "unknown-task": _unknown_task,
+    "no-worker": _no_worker,
+    "scheduled": _scheduled,
+    "position": _position,
+    "buffer": lambda _: "It waits in the buffer of this program until Redis answers.",
+    "parent": lambda _: "It waits until the job that spawned it has ended.",
+    "running": _running,
+    "ended": _ended,
+}
