@@ -319,3 +319,33 @@ def test_the_night_takes_few_commands(shell: Shell, backend: Client, redis: Redi
     assert (len(listed), done.stdout) == (37, "37\n")
     assert sorted(job.id for job in Admin(backend).jobs("shop", "ready", limit=99)) == sorted(listed)
     assert Admin(backend).queue("shop").dead == 4
+
+
+# -- why a job waits ----------------------------------------------------------------------------------------------
+
+
+def test_why_a_job_waits_is_a_command(shell: Shell, backend: Client) -> None:
+    """`job why` prints every cause, the first one first; `job show` has the first; documents have the fields and the sentence."""
+    backend.announce(backend.keys("shop"))
+    [waiting, running] = push(backend, "shop", b"1", b"2", task="shop.pay")
+    backend.run(operations.configure(backend.keys("shop"), "paused", "1"))
+
+    piped = [line.split("\t") for line in shell.run("job", "why", waiting).stdout.splitlines()]
+    told = json.loads(shell.run("job", "why", waiting, "--json").stdout)
+    shown = shell.run("job", "show", waiting).stdout
+    document = json.loads(shell.run("job", "show", waiting, "--json").stdout)
+
+    paused = "Queue 'shop' is paused. Resume it:  conveyor queue resume shop"
+    assert [cause for cause, _ in piped] == ["queue-paused", "no-worker", "position"]
+    assert piped[0][1] == paused
+    assert piped[1][1] == "No worker serves queue 'shop'."
+    assert (told["schema"], told["why"]["kind"], told["why"]["sentence"]) == ("conveyor/why@1", "queue-paused", paused)
+    assert [(one["kind"], one["ahead"]) for one in told["why"]["also"]] == [("no-worker", None), ("position", 0)]
+    assert f"why\t{paused}" in shown.splitlines()
+    assert document["why"]["kind"] == "queue-paused"
+
+    backend.run(operations.configure(backend.keys("shop"), "paused", ""))
+    run_worker(backend).take(2)
+    assert shell.run("job", "why", running).stdout.startswith("running\tIt does not wait: web-3:4711 has it, since 20")
+    assert json.loads(shell.run("job", "show", running, "--json").stdout)["why"] is None
+    assert shell.run("job", "why", "shop:0Q8AwEkiHuTqwTCLmeX0pl").returncode == 5

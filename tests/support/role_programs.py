@@ -143,6 +143,7 @@ def produce(app: Conveyor) -> None:
     job = double.enqueue(4)
     app.enqueue_many([double.s(1), double.s(2)])
     assert job.status() == "ready"
+    assert job.why().queue == "default"
     try:
         job.result(timeout=0.05)
     except TimeoutError:
@@ -179,6 +180,8 @@ def look(app: Conveyor) -> None:
         admin.jobs("default", state)
     assert admin.job("done").status == "done"
     admin.job("leased")
+    assert admin.why("leased").kind == "running"
+    assert admin.why("ready").status == "ready"
     try:
         admin.job("unheard-of")
     except JobNotFound:
@@ -276,7 +279,8 @@ def _die(app: Conveyor) -> None:
 def _consume(app: Conveyor) -> None:
     """Consume messages, one of them with a lease of its own."""
     orders = app.queue("orders")
-    orders.push_many([1, 2])
+    ids = orders.push_many([1, 2])
+    assert app.job(ids[1]).why().queue == "orders"
     messages = orders.pull(n=2, wait="60s")
     messages[0].extend("1m")
     for message in messages:

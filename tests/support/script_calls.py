@@ -139,6 +139,10 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     "counts": (inspection.counts, {"jobs", "due", "dead", "workers", "conf", "ready:0", "foreign", "leased:w", "outbox"}),
     "list_jobs": (lambda k: inspection.list_jobs(k, "ready", 0, 9), {"jobs", "state", "ready:0", "ready:9"}),
     "get_job": (lambda k: inspection.get_job(k, "r1"), {"jobs", "state", "due", "dead", "workers", "leased:w"}),
+    "why": (
+        lambda k: inspection.why(k, "r1"),
+        {"jobs", "state", "due", "dead", "workers", "leased:w", "conf", "ready:0", "ready:9", "stats"},
+    ),
     "workers": (inspection.workers, {"workers", "leased:w"}),
     "unplaced": (lambda k: inspection.unplaced(k, "jobs", "0"), {"jobs", "due", "dead", "workers", "leased:w"}),
     "unplaced-ready": (lambda k: inspection.unplaced(k, "5", "0"), {"ready:5"}),
@@ -159,6 +163,7 @@ READS = {
     "counts",
     "list_jobs",
     "get_job",
+    "why",
     "workers",
     "audit",
     "partitions",

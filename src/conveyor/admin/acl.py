@@ -58,7 +58,8 @@ _PRODUCER = Role(
     "pushes and enqueues, reads status and results, cancels; leases nothing",
     (
         operations.PUSH, operations.PUSH_PLAIN, operations.WITHDRAW, plain_list.LIST_PUSH, operations.AWAIT_RESULT,
-        operations.FORGET, operations.CANCEL, inspection.GET_JOB, inspection.COUNTS, partitions.CLAIM_PARTITIONS, partitions.COUNT,
+        operations.FORGET, operations.CANCEL, inspection.GET_JOB, inspection.WHY, inspection.COUNTS, partitions.CLAIM_PARTITIONS,
+        partitions.COUNT,
     ),
     (*_RUN_SCRIPT, "sadd", "smembers", "subscribe", "ping"),
     channels=True,
@@ -79,6 +80,7 @@ _DASHBOARD = Role(
         inspection.COUNTS,
         inspection.LIST_JOBS,
         inspection.GET_JOB,
+        inspection.WHY,
         inspection.WORKERS,
         inspection.AUDIT,
         partitions.COUNT,

@@ -35,13 +35,14 @@ from conveyor.admin.views import (
 )
 from conveyor.errors import ConfigurationError, JobNotFound, StoreUnavailable
 from conveyor.ids import logical, made_at_ms, public, split
+from conveyor.jobs.why import Why, explain
 from conveyor.messaging.deletion import refuse_in_use
 from conveyor.messaging.maintenance import redrive_batch
 from conveyor.messaging.partitions import refuse_full
 from conveyor.payload.codec import MAX_PAYLOAD
 from conveyor.payload.formats import JSON, FormatRegistry
 from conveyor.payload.pipeline import PayloadPipeline
-from conveyor.payload.records import read_outcome
+from conveyor.payload.records import Status, read_outcome
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store import inspection, operations
 from conveyor.store.client.client import Client
@@ -316,15 +317,28 @@ class Admin:
 
     def job(self, public_id: str) -> JobInfo:
         """Return everything known about a job. Raises JobNotFound."""
+        lookup = self._found(public_id)
+        if lookup.row is not None:
+            return live_job(lookup.keys.queue, lookup.row, self._decoder)
+        return self._ended_job(lookup)
+
+    def why(self, public_id: str) -> Why:
+        """Return why a job waits, or that it does not. Raises JobNotFound."""
+        lookup = self._found(public_id)
+        facts = self.client.run(inspection.why(lookup.keys, lookup.id))
+        where, row, record = facts.job
+        ended: Status = "cancelled" if where == "cancelled" else "done"
+        status = row.status if row else read_outcome(record).status if where == "result" else ended
+        return explain(status, lookup.keys.queue, facts, self._decoder)
+
+    def _found(self, public_id: str) -> _JobLookup:
         lookup = self._find(public_id)
         if lookup is None:
             raise JobNotFound(
                 f"No job {public_id} is known. It was never there, was purged or deleted, or ended longer ago than is remembered: "
                 "ten minutes, or as long as its result is kept."
             )
-        if lookup.row is not None:
-            return live_job(lookup.keys.queue, lookup.row, self._decoder)
-        return self._ended_job(lookup)
+        return lookup
 
     def retry(self, ids: Iterable[str]) -> list[ActionResult]:
         """Put dead jobs back with a new budget of attempts, and make scheduled ones ready now; *ids*: one or many."""
@@ -362,6 +376,7 @@ class Admin:
     afailures = _awaitable(failures)
     acount_jobs = _awaitable(count_jobs)
     ajob = _awaitable(job)
+    awhy = _awaitable(why)
     aretry = _awaitable(retry)
     acancel = _awaitable(cancel)
     adelete = _awaitable(delete)

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from dataclasses import fields as dataclass_fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from conveyor.admin.admin import Admin
     from conveyor.admin.job_search import JobFilter
     from conveyor.admin.views import ActionResult, ErrorInfo, JobInfo
+    from conveyor.jobs.why import Why
 
 SHOWN = 50
 """Jobs that a terminal shows unless another number is asked for."""
@@ -31,7 +33,7 @@ _REFUSALS_SHOWN = 20
 
 @click.group(cls=CommandGroup)
 def job() -> None:
-    """List, show, retry, cancel and delete jobs and messages."""
+    """List, show, explain, retry, cancel and delete jobs and messages."""
 
 
 @job.command("list")
@@ -102,9 +104,11 @@ def show(target: Target, out: Output, id_: str) -> None:
 
     Its payload, errors with tracebacks, and result.
     """
-    info = target.admin().job(id_)
+    admin = target.admin()
+    info = admin.job(id_)
+    why = admin.why(id_) if info.status in {"ready", "scheduled", "waiting"} else None
     if out.as_json:
-        out.document("job", job=info)
+        out.document("job", job=info, why=why and _why_document(why))
         return
     out.pairs(
         [
@@ -112,6 +116,7 @@ def show(target: Target, out: Output, id_: str) -> None:
             ("queue", info.queue),
             ("task", info.task),
             ("state", info.status),
+            ("why", None if why is None else str(why)),
             ("reason", info.reason),
             ("attempt", info.attempt),
             ("failures", info.failures),
@@ -141,6 +146,29 @@ def show(target: Target, out: Output, id_: str) -> None:
         out.line("")
         for line in info.errors[-1].traceback.rstrip().split("\n"):
             out.line(f"  {machine_text(line)}")
+
+
+@job.command()
+@click.argument("id_", metavar="ID")
+@redis_options
+def why(target: Target, out: Output, id_: str) -> None:
+    """
+    Say why a job waits.
+
+    The first line is the cause that a lease meets first. Further causes follow, in the order in which a lease would meet them.
+    """
+    found = target.admin().why(id_)
+    if out.as_json:
+        out.document("why", id=id_, why=_why_document(found))
+        return
+    for one in (found, *found.also):
+        out.line(str(one) if out.on_terminal else f"{one.kind}\t{machine_text(str(one))}")
+
+
+def _why_document(why: Why) -> dict[str, Any]:
+    """Return a cause for a document: its fields, its sentence, and the further causes."""
+    fields = {one.name: getattr(why, one.name) for one in dataclass_fields(why)}
+    return {**fields, "sentence": str(why), "also": [_why_document(one) for one in why.also]}
 
 
 @job.command()

@@ -197,7 +197,8 @@ class Job(Generic[R_co]):
             return self._explain(None)
         if self.queue is None:
             self._look_up()
-        return self._explain(self._core.client.run(inspection.why(self._keys(), self._bare_id)))
+        facts = self._core.client.run(inspection.why(self._keys(), self._bare_id))
+        return self._explain(facts)
 
     async def awhy(self) -> Why:
         """Awaitable form of `why`."""
@@ -205,7 +206,8 @@ class Job(Generic[R_co]):
             return self._explain(None)
         if self.queue is None:
             await self._alook_up()
-        return self._explain(await self._core.client.arun(inspection.why(self._keys(), self._bare_id)))
+        facts = await self._core.client.arun(inspection.why(self._keys(), self._bare_id))
+        return self._explain(facts)
 
     def _explain(self, facts: inspection.WaitFacts | None) -> Why:
         from conveyor.jobs.why import Why, explain

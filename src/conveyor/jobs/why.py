@@ -10,7 +10,8 @@ from typing import Literal
 from conveyor.ids import clean
 from conveyor.payload.records import Status
 from conveyor.payload.sealed_records import RecordDecoder
-from conveyor.store.inspection import LOOKED_AT, JobRow, WaitFacts
+from conveyor.store import inspection
+from conveyor.store.inspection import JobRow, WaitFacts
 from conveyor.units import span
 
 Cause = Literal[
@@ -30,8 +31,8 @@ class Why:
 
     `name`: of the queue, the task or the worker that the cause is about. `opens_at`: when it is over by itself. `ahead` of
     `total` jobs are leased before it; `ahead` is at least so many where `exact` is false. `estimate`: seconds until its turn at the
-    present rate, None where nothing ended lately. `seen`, `seen_name`: when a worker that knew the task was last seen. `since`: since
-    when it runs. `error`: of its last attempt.
+    present rate, None where nothing ended lately. `seen`, `seen_name`: when a worker that knew the task was last seen. `since`:
+    since when it runs. `error`: of its last attempt.
     """
 
     kind: Cause
@@ -84,7 +85,11 @@ def _causes(base: Why, row: JobRow, facts: WaitFacts, decoder: RecordDecoder) ->
         yield replace(seen, kind="no-worker", name=base.queue)
     if row.status == "scheduled":
         yield replace(
-            base, kind="scheduled", name=base.queue, opens_at=_instant(int(row.extra)), error=_error(row, base.queue, decoder)
+            base,
+            kind="scheduled",
+            name=base.queue,
+            opens_at=_instant(int(row.extra)),
+            error=_error(row, base.queue, decoder),
         )
         return
     ahead = facts.ahead
@@ -92,7 +97,7 @@ def _causes(base: Why, row: JobRow, facts: WaitFacts, decoder: RecordDecoder) ->
     if facts.ended and facts.window and ahead is not None:
         estimate = round((ahead + 1) * facts.window / facts.ended / 1000, 1)
     yield replace(
-        base, kind="position", name=base.queue, ahead=LOOKED_AT if ahead is None else ahead, exact=ahead is not None,
+        base, kind="position", name=base.queue, ahead=inspection.LOOKED_AT if ahead is None else ahead, exact=ahead is not None,
         total=facts.total, estimate=estimate,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
--- Who serves a queue, and the tasks that they know.
+-- Serving: the workers and consumers of a queue, and the tasks that they know.
 -- A worker registers with a digest of the names of its tasks. Field `task_sets` of conf lists the last 20 digests, the newest
 -- last; `tasks:<digest>` the names, one a line; `seen:<digest>` when a worker that knows them last registered or left (ms), and its name.
 

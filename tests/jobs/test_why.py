@@ -1,0 +1,199 @@
+"""Why a job waits: the first cause that a lease meets, from the keys that it reads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from conveyor import Conveyor, JobNotFound, Why
+from conveyor.jobs.job import Job
+from conveyor.payload.records import AttemptHistory, Failure, to_json
+from conveyor.store import inspection, operations
+from conveyor.store.operations import Settlement
+from support.manual_worker import ManualWorker, drain
+
+pytestmark = [pytest.mark.redis6, pytest.mark.redis7]
+
+
+class ServingWorker(ManualWorker):
+    """A registered worker that says what it is, and which tasks it knows."""
+
+    def __init__(
+        self, app: Conveyor, queue: str = "default", tasks: tuple[str, ...] = (), kind: str = "worker"
+    ) -> None:
+        super().__init__(app, queue)
+        self.client.run(operations.reap(self.keys, self.worker, crashed=False))
+        about = operations.about(kind=kind, host="web-3", pid=4711, task_set=operations.task_set(tasks))
+        self.client.run(operations.register(self.keys, self.worker, 60_000, about, tasks=tasks))
+
+
+@pytest.fixture
+def queue(app: Conveyor) -> Iterator[str]:
+    @app.task(name="mail.send", queue="mail")
+    def send(user: int) -> None: ...
+
+    yield "mail"
+    drain(app)
+
+
+def send(app: Conveyor, user: int = 1, **options: object) -> Job[object]:
+    return app.tasks["mail.send"].options(**options).enqueue(user)  # type: ignore[arg-type]
+
+
+def test_a_paused_queue_is_the_first_cause(app: Conveyor, queue: str) -> None:
+    """Of several causes the one that the lease meets first is named, and the others stand behind it in its order."""
+    job = send(app, delay="1h")
+    app.queue(queue).pause()
+
+    why = job.why()
+
+    assert (why.kind, why.name, why.status) == ("queue-paused", "mail", "scheduled")
+    assert [one.kind for one in why.also] == ["no-worker", "scheduled"]
+    assert str(why) == "Queue 'mail' is paused. Resume it:  conveyor queue resume mail"
+
+
+def test_a_queue_that_nothing_serves(app: Conveyor, queue: str) -> None:
+    """A worker makes the cause go away; a consumer of messages serves no jobs, and a worker no messages."""
+    job = send(app)
+    assert (job.why().kind, str(job.why())) == ("no-worker", "No worker serves queue 'mail'.")
+
+    consumer = ServingWorker(app, kind="consumer", queue=queue)
+    assert job.why().kind == "no-worker"
+
+    worker = ServingWorker(app, queue, ("mail.send",))
+    assert job.why().kind == "position"
+    consumer.leave()
+    message = app.queue("letters").push(1)
+    other = ServingWorker(app, "letters", ("mail.send",))
+    assert str(app.job(message).why()) == "No consumer serves queue 'letters'."
+    for one in (worker, other):
+        one.leave()
+
+
+def test_a_task_that_no_worker_knows(app: Conveyor, queue: str) -> None:
+    """The last worker that knew the task is named, with the instant at which it left; a worker that knows it ends the cause."""
+    job = send(app)
+    other = ServingWorker(app, queue, ("mail.bounce",))
+    assert str(job.why()) == "No worker of queue 'mail' knows the task 'mail.send'. None of its last workers did."
+
+    knowing = ServingWorker(app, queue, ("mail.bounce", "mail.send"))
+    assert job.why().kind == "position"
+    began = datetime.now(UTC) - timedelta(seconds=5)
+    app.client.run(operations.reap(knowing.keys, knowing.worker, crashed=False))
+
+    why = job.why()
+
+    assert (why.kind, why.name, why.seen_name) == ("unknown-task", "mail.send", "web-3:4711")
+    assert why.seen is not None
+    assert began < why.seen < datetime.now(UTC) + timedelta(seconds=5)
+    assert "was last known by web-3:4711, seen at" in str(why)
+    silent = ManualWorker(app, queue)  # of an earlier version: it has not said what it knows
+    assert job.why().kind == "position"
+    for one in (other, silent):
+        one.leave()
+
+
+def test_sets_of_tasks_are_bounded(app: Conveyor, queue: str) -> None:
+    """A queue remembers the last twenty sets of tasks; workers with the same tasks share one."""
+    for number in [*range(25), 24, 24]:
+        worker = ServingWorker(app, queue, ("mail.send", f"new.{number}"))
+        app.client.run(operations.reap(worker.keys, worker.worker, crashed=False))
+
+    conf = app.client.execute("HKEYS", app.client.keys(queue).conf, key=queue)
+    names = sorted(field.decode().partition(":")[0] for field in conf)
+
+    assert (names.count("tasks"), names.count("seen"), names.count("task_sets")) == (20, 20, 1)
+
+
+def test_a_scheduled_job_and_a_retry(app: Conveyor, queue: str) -> None:
+    """A delayed job names its instant, one that failed its error besides."""
+    worker = ServingWorker(app, queue, ("mail.send",))
+    later, failing = send(app, delay="1h"), send(app)
+    [id_] = worker.take()
+    failure = to_json(Failure(1, 5, "builtins.ValueError", "no such user"))
+    worker.turn(0, Settlement("R", id_, 60_000, state=AttemptHistory(1, 1, 0, [failure]).encode()))
+
+    why, again = later.why(), failing.why()
+
+    assert (why.kind, why.error) == (again.kind, "") == ("scheduled", "")
+    assert why.opens_at is not None
+    assert timedelta(minutes=59) < why.opens_at - datetime.now(UTC) < timedelta(minutes=61)
+    assert str(why).startswith("It is scheduled for 20")
+    assert again.error == "attempt 1 failed: ValueError: no such user"
+    assert str(again).startswith("It is tried again at 20")
+    assert str(again).endswith("(attempt 1 failed: ValueError: no such user).")
+    worker.leave()
+
+
+def test_a_position_with_an_estimate(app: Conveyor, queue: str) -> None:
+    """The position counts what is leased before, urgent jobs too; the estimate comes from the attempts that ended lately."""
+    worker = ServingWorker(app, queue, ("mail.send",))
+    first, second, urgent = send(app), send(app), send(app, priority=5)
+    assert [(one.why().ahead, one.why().total, one.why().estimate) for one in (urgent, first, second)] == [
+        (0, 3, None), (1, 3, None), (2, 3, None),
+    ]  # fmt: skip
+    assert str(second.why()) == "It is number 3 of 3 in queue 'mail'."
+
+    minute = worker.turn().now // 60_000
+    app.client.execute(
+        "HSET", f"{worker.keys.prefix}stats:{minute}", "done:mail.send", "2", "failed:x", "1", "le3:y", "9", key=queue
+    )
+    why = second.why()
+
+    assert why.estimate is not None
+    assert 0 <= why.estimate <= 61  # a job a third of the time that this minute has lasted
+    assert "At the present rate that is about" in str(why)
+    app.client.execute("DEL", f"{worker.keys.prefix}stats:{minute}", key=queue)
+    worker.leave()
+
+
+def test_a_position_is_looked_for_among_so_many(app: Conveyor, queue: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that stands further from both ends than is looked is not searched; what is said of it is at least."""
+    monkeypatch.setattr(inspection, "LOOKED_AT", 2)
+    worker = ServingWorker(app, queue, ("mail.send",))
+    jobs = [send(app, user) for user in range(7)]
+
+    found = [(job.why().ahead, job.why().exact) for job in jobs]
+
+    assert found == [(0, True), (1, True), (2, False), (2, False), (2, False), (5, True), (6, True)]
+    assert str(jobs[3].why()) == "More than 2 of 7 jobs in queue 'mail' are before it."
+    worker.leave()
+
+
+def test_a_job_that_does_not_wait(app: Conveyor, queue: str) -> None:
+    """A leased job names who has it, one that ended how; one that was never there is no answer but an error."""
+    worker = ServingWorker(app, queue, ("mail.send",))
+    job, dead = send(app), send(app)
+    [id_, other] = worker.take(2)
+
+    running = job.why()
+    worker.dead(other, Failure(1, 5, "builtins.ValueError", "no such user"))
+    worker.done(id_)
+
+    assert (running.kind, running.name, running.status) == ("running", "web-3:4711", "leased")
+    assert str(running).startswith("It does not wait: web-3:4711 has it, since 20")
+    assert str(job.why()) == "It does not wait: it is done."
+    assert str(dead.why()) == "It does not wait: it is dead (attempt 1 failed: ValueError: no such user)."
+    with pytest.raises(JobNotFound):
+        app.job("mail:nothing").why()
+    worker.leave()
+
+
+def test_the_awaitable_twin_and_an_own_id(app: Conveyor, queue: str) -> None:
+    """`awhy` says what `why` does, also of an id that does not name its queue."""
+    job = send(app, id="order-7")
+
+    async def look() -> Why:
+        try:
+            return await app.job("order-7").awhy()
+        finally:
+            await app.client.aclose()
+
+    why = asyncio.run(look())
+
+    assert isinstance(why, Why)
+    assert (why.kind, why.queue, why.task) == ("no-worker", "mail", "mail.send")
+    assert why.kind == app.job("order-7").why().kind == job.why().kind
