@@ -117,7 +117,8 @@ def test_jobs_that_run_for_long_are_chosen(shell: Shell, backend: Client) -> Non
     push(backend, "shop", b"1", b"2", task="shop.report")
     worker = ClientWorker(backend, "shop")
     [held] = worker.take()
-    place = f"8193.{int((datetime.now(UTC) - timedelta(hours=3)).timestamp() * 1000)}"
+    since = datetime.now(UTC) - timedelta(hours=3)
+    place = operations.next_turn_number(0, int(since.timestamp() * 1000)) * 8192 + 1
     backend.execute("HSET", worker.keys.leased(worker.identity), held.partition(":")[2], place, key=worker.keys.jobs)
 
     assert shell.run("job", "list", "-q", "--state", "leased", "--older", "1h").stdout == f"{held}\n"

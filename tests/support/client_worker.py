@@ -42,7 +42,7 @@ class ClientWorker:
         self._turn(0, TurnReport(others=[Settlement("X", id_, 0, record, state.encode())]))
 
     def _turn(self, want: int, report: TurnReport) -> operations.TurnReply:
-        self.number += 1
+        self.number = operations.next_turn_number(self.number, time.time_ns() // 1_000_000)
         return self.client.run(operations.turn(self.keys, self.identity, self.number, want, LEASE_MS, report))
 
 

@@ -253,8 +253,8 @@ class Model:
         member = self.members.get(name)
         if member is None or id_ not in member.leases:
             return False
-        del member.leases[id_]
-        self.members[new] = ModelWorker(0, {id_: 1}, [id_] if id_ in member.cancel else [])
+        place = member.leases.pop(id_)
+        self.members[new] = ModelWorker(0, {id_: -abs(place)}, [id_] if id_ in member.cancel else [])
         return True
 
     def cancel(self, id_: str, *, delete: bool) -> int:

@@ -63,7 +63,7 @@ def _lease(found: dict[bytes, bytes]) -> tuple[int, dict[str, int], list[str]] |
     if b"\tleft" in found:
         return None
     # The digits behind the point are the instant of the lease.
-    places = {id_.decode(): int(place.partition(b".")[0]) for id_, place in found.items() if not id_.startswith(b"\t")}
+    places = {id_.decode(): int(place) for id_, place in found.items() if not id_.startswith(b"\t")}
     return int(found[b"\tturn"]), places, found.get(b"\tcancel", b"").decode().split()
 
 

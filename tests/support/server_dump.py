@@ -3,7 +3,7 @@ The whole content of a server, by type: exactly, or with times made comparable.
 
 `exact` is for "nothing changed". `readable` is for expected states: instants are shown relative to the
 server's clock in tens of seconds ("now", "now+60s"), a TTL stands behind the key's name ("lane:L ~7200s"),
-places in a lease hash read "<turn>.<position>", with the instant of the lease only where it is not now, and the counters
+places in a lease hash read "<turn>.<position>", and the counters
 of all minutes are one sum ("stats").
 """
 
@@ -75,10 +75,9 @@ def _show(name: str, value: Any, now: int) -> Any:
 def _field(name: str, text: str) -> str:
     if not name.startswith("leased:"):
         return text
-    text = text.strip().removesuffix(".now")
-    place, point, at = text.partition(".")
-    if place.isdigit() and int(place) >= 8192 and int(place) % 8192 <= 1000:
-        return f"{int(place) // 8192}.{int(place) % 8192}{point}{at}"
+    text = text.strip()
+    if text.isdigit() and int(text) >= 8192 and int(text) % 8192 <= 1000:
+        return f"{int(text) // 8192}.{int(text) % 8192}"
     return text
 
 

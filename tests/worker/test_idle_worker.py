@@ -47,7 +47,7 @@ def _waits_prepared(worker: Worker) -> bool:
         not (one.busy or one.has_more)
         and one.wake_list in (worker.connections._listeners[one]._listening or ())
         and one._prepared is not None
-        and one._prepared.fits(one.identity, one.number + 1, one._capacity.room(one), TurnReport())
+        and one._prepared.fits(one.identity, one._capacity.room(one), TurnReport())
         for one in worker.consumers
     )
 

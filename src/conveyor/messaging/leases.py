@@ -246,6 +246,7 @@ class LeaseSession:
                     if registration.idle:
                         self._note_idle(registration)
                         return
+                    self._clock_offset = registration.now - self.clock() * 1000
                     self._new_queue = self._new_queue or registration.new_queue
                 if want and self.intake is not None and not repeated:
                     yield self.intake(want)
@@ -372,7 +373,7 @@ class LeaseSession:
             self._looking = self.detector.next_look(now) == 0
             flags += "l" if self._looking else ""
             self.renewed = now
-        self.number += 1
+        self.number = operations.next_turn_number(self.number, self.now_ms)
         self._leaving = "t" in flags
         if want and self._mean_bytes:
             want = max(1, min(want, int(MOST_BYTES / self._mean_bytes)))

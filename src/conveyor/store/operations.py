@@ -385,10 +385,19 @@ class StaleTurn(Exception):
     """A newer turn of this worker was already carried out."""
 
 
+TURN_EPOCH_MS = 1_735_689_600_000
+"""The beginning of 2025, from which the numbers of turns count; 8192 times such a number is exact in a double until 2059."""
+
+
+def next_turn_number(last: int, now_ms: int) -> int:
+    """Return the number of a worker's next turn: the instant *now_ms* of the server, always above *last*."""
+    return max(last + 1, now_ms - TURN_EPOCH_MS)
+
+
 def turn(
     keys: QueueKeys, worker: str, number: int, want: int, lease_ms: int, report: TurnReport, *, flags: str = ""
 ) -> Call[TurnReply]:
-    """Return the call that settles *report* and leases up to *want* more jobs; `flags` as in turn.lua."""
+    """Return the call that settles *report* and leases up to *want* more jobs; *number* and `flags` as in turn.lua."""
     args: list[Argument] = [worker, str(number), str(want), str(lease_ms), flags]
     if report.results:
         _add_results(args, report)
@@ -402,6 +411,11 @@ def turn(
         args += (counter, str(increment))
     args += (str(len(report.recent)), *report.recent)
     return Call(TURN, _turn_keys(keys, worker), args, partial(_read_turn, number))
+
+
+def numbered_turn(call: Call[TurnReply], number: int) -> Call[TurnReply]:
+    """Return the *call* of a turn with another *number*."""
+    return Call(TURN, call.keys, [call.args[0], str(number), *call.args[2:]], partial(_read_turn, number))
 
 
 def _add_results(args: list[Argument], report: TurnReport) -> None:

@@ -260,7 +260,7 @@ def test_a_leased_job_tells_since_when_and_where(seeded: SeededQueue) -> None:
     for worker in ("w", "v"):
         seeded.run(operations.register(seeded.keys, worker, LEASE, operations.about(host=worker, tasks="t" * 80)))
         seeded.push(*(f"{worker}{n}" for n in range(3)))
-        seeded.turn(worker, 1, 3)
+        seeded.turn(worker, operations.next_turn_number(0, seeded.now()), 3)
     ended = seeded.now()
     seeded.run(operations.extend(seeded.keys, "v", "v1", "x", LEASE, operations.about(host="x")))
 
@@ -276,8 +276,8 @@ def test_a_leased_job_tells_since_when_and_where(seeded: SeededQueue) -> None:
     assert all(began <= row.leased_ms <= ended for row in listed)
 
 
-def test_a_lease_of_an_earlier_version_has_no_instant(seeded: SeededQueue) -> None:
-    """A place without an instant, as earlier versions wrote it, is read as one, and kept so by an extension."""
+def test_a_turn_that_does_not_know_the_time_has_no_instant(seeded: SeededQueue) -> None:
+    """A place whose turn is numbered from one, since its worker did not know the time, has no instant; an extension keeps it so."""
     seeded.lease("a")
     seeded.redis.hset(seeded.keys.leased("w"), "a", 8193)
 

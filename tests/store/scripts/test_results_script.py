@@ -255,7 +255,7 @@ def test_a_turn_remembers_its_ends_in_two_commands(seeded: SeededQueue) -> None:
         assert seeded.turn(worker, 2, done=ids, flags=flags).held == 0
         counts.append(commands(seeded.redis) - before - Counter(info=1))
         assert {outcome(seeded, id_) for id_ in ids} == {("ended", b"-") if flags else ("gone", b"")}
-        assert seeded.redis.strlen(f"{seeded.keys.prefix}ended:{window}") == (16 * number if flags else 0)
+        assert seeded.redis.strlen(f"{seeded.keys.prefix}ended:{window}") == (23 * number if flags else 0)
         assert outcome(seeded, ids_of(window, 501)[500]) == ("gone", b"")
 
     assert counts[2] - counts[0] == Counter(append=1, pexpire=1)

@@ -228,7 +228,7 @@ def test_extend(seeded: SeededQueue) -> None:
 
     assert seeded.since(before) == {
         "leased:w": {".turn": "1", **WORKER, "b": "1.2"},
-        "leased:x": {".turn": "0", ".about": "{}", ".lease": "300000", "a": "1"},
+        "leased:x": {".turn": "0", ".about": "{}", ".lease": "300000", "a": "-8193"},
         "workers": {"w": "now+60s", "x": "now+300s"},
     }
     with seeded.unchanged():

@@ -1,5 +1,5 @@
 -- Move one message to an identity of its own, with its own end.
--- needs: numbers keys listed leased
+-- needs: numbers keys listed
 --
 -- KEYS  1 leased:<worker>  2 leased:<new worker>  3 workers
 -- ARGV  1 id  2 new worker  3 ms from now  4 about
@@ -12,7 +12,7 @@ local asked, now = redis.call('HGET', KEYS[1], '\tcancel'), clock()
 -- A removal first, so that a full Redis takes the rest; and each command before a write that counts (see lib/rights.lua).
 redis.call('HDEL', KEYS[1], '\t')
 redis.call('ZADD', KEYS[3], 'XX', 0, '\t')
-redis.call('HSET', KEYS[2], '\tturn', 0, '\tabout', ARGV[4], '\tlease', ARGV[3], ARGV[1], '1.' .. (leased_at(place) or '0'))
+redis.call('HSET', KEYS[2], '\tturn', 0, '\tabout', ARGV[4], '\tlease', ARGV[3], ARGV[1], int(-math.abs(tonumber(place))))
 redis.call('HDEL', KEYS[1], ARGV[1])
 -- A cancellation asked of the old identity goes with the message.
 if asked and listed(asked, '\n', ARGV[1]) then redis.call('HSET', KEYS[2], '\tcancel', ARGV[1]) end

@@ -3,7 +3,7 @@
 --
 -- KEYS  1 jobs  2 state  3 leased:<worker>  4 workers  5 due  6 wake  7 conf  8 dead  9 recent  10 waiters
 --       11-20 ready:0 … ready:9  21 none
--- ARGV  1 worker  2 number of this turn  3 how many more  4 lease_ms
+-- ARGV  1 worker  2 number of this turn: its instant (lib/leased.lua), above that of the last  3 how many more  4 lease_ms
 --       5 flags: k keep the lease's end, l look for overdue workers, t leave when nothing is held, e remember the ends
 --       6 count, ids of jobs that are simply done
 --       then count, and for each group of these, from the first id on, a result that is kept: ms count record…   0 ms: it is not
@@ -117,7 +117,7 @@ if want > 0 and leases then
   ids, envelopes, taken = take_ready(queue, want, urgent or promoted, heads, envelopes_ahead, unusual, now, missing)
 end
 if taken > 0 then
-  hold(leased, number, ids, taken, now)
+  hold(leased, number, ids, taken)
   if redis.call('EXISTS', queue.state) == 1 then states = redis.call('HMGET', queue.state, unpack(ids)) end
 end
 local held = redis.call('HLEN', leased) - 3 - (cancelled[1] and 1 or 0)

@@ -61,10 +61,16 @@ class PreparedTurn:
     call: Call[TurnReply]
     packed: bytes | None
 
-    def fits(self, identity: str, number: int, room: int, report: TurnReport) -> bool:
-        """Tell whether it is the turn with this number, which has nothing to report, and *room* for what it asks."""
-        made = (self.identity, self.number) == (identity, number)
-        return made and 0 < self.want <= room and not (report or report.stats or report.recent)
+    def fits(self, identity: str, room: int, report: TurnReport) -> bool:
+        """Tell whether it is a turn of this worker, which has nothing to report, and *room* for what it asks."""
+        return self.identity == identity and 0 < self.want <= room and not (report or report.stats or report.recent)
+
+    def numbered(self, number: int) -> tuple[Call[TurnReply], bytes | None]:
+        """Return the call and the bytes of the turn with another *number*; no bytes when it is longer."""
+        packed, made = self.packed, b"\r\n%d\r\n" % self.number
+        if packed is not None:
+            packed = packed.replace(made, b"\r\n%d\r\n" % number, 1) if len(str(number)) == len(made) - 4 else None
+        return operations.numbered_turn(self.call, number), packed
 
 
 class QueueConsumer:
@@ -349,10 +355,11 @@ class QueueConsumer:
         self._drain_counters(report)
         now = monotonic()
         self._is_looking = now >= self._reaper.due_at
-        self.number += 1
+        self.number = operations.next_turn_number(self.number, self.now_ms)
         prepared, self._prepared = self._prepared, None
-        if prepared is not None and not self._is_looking and prepared.fits(self.identity, self.number, want, report):
-            call, packed, want = prepared.call, prepared.packed, prepared.want
+        if prepared is not None and not self._is_looking and prepared.fits(self.identity, want, report):
+            want = prepared.want
+            call, packed = prepared.numbered(self.number)
         else:
             flags, packed = "el" if self._is_looking else "e", None
             call = operations.turn(self.keys, self.identity, self.number, want, self.lease_ms, report, flags=flags)
@@ -374,8 +381,8 @@ class QueueConsumer:
         """
         if self.held or self.report or self._has_more or self.is_turning or self.has_left or self._lifecycle.stopping:
             return  # the next turn has something to say, comes now, or leases nothing
-        want, number, report = self._capacity.idle_room(self), self.number + 1, TurnReport()
-        call = operations.turn(self.keys, self.identity, number, want, self.lease_ms, report)
+        want, number = self._capacity.idle_room(self), operations.next_turn_number(self.number, self.now_ms)
+        call = operations.turn(self.keys, self.identity, number, want, self.lease_ms, TurnReport())
         self._prepared = PreparedTurn(self.identity, number, want, call, self.connection.pack(call.command()))
 
     def _drain_counters(self, report: TurnReport) -> None:

@@ -9,10 +9,10 @@ local function ended_mark(prefix, id)
   if own then return string.match(own, '^\t(.)$'), true end
   if #id ~= 22 then return nil, false end
   local text = redis.call('GET', prefix .. 'ended:' .. string.sub(id, 1, 7))
-  local rest, at = string.sub(id, 8), text and 1
+  local at = text and 1
   while at do
-    at = string.find(text, rest, at, true)
-    if at and at % 16 == 1 then return string.sub(text, at + 15, at + 15), false end
+    at = string.find(text, id, at, true)
+    if at and at % 23 == 1 then return string.sub(text, at + 22, at + 22), false end
     at = at and at + 1
   end
   return nil, false

@@ -78,14 +78,13 @@ end
 
 -- Record that a worker holds jobs.
 -- leased   key leased:<worker>
--- number, now  of the turn that leases them, in ms
--- ids, taken   the jobs and their number, at least 1
+-- number   of the turn that leases them
+-- ids, taken   the jobs and their number, at least one
 -- returns  nothing
-local function hold(leased, number, ids, taken, now)
-  -- One new text for each job: a concatenation makes two.
-  local places, base, text, at = {}, number * 8192, string.format, '%.0f.' .. int(now)
+local function hold(leased, number, ids, taken)
+  local places, base = {}, number * 8192
   for i = 1, taken do
-    places[2 * i - 1], places[2 * i] = ids[i], text(at, base + i)
+    places[2 * i - 1], places[2 * i] = ids[i], base + i
   end
   redis.call('HSET', leased, unpack(places))
 end
