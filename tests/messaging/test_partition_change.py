@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import subprocess
 import sys
 import threading
@@ -203,12 +204,13 @@ class TestRepartition:
         for attempt in range(rounds(40, 6)):
             before, after = (2, 3) if attempt % 2 == 0 else (3, 2)
             old = spread(backend, before)
-            accepted, refused, stop = [], [], threading.Event()
+            accepted, refused, stop, go_on = [], [], threading.Event(), threading.Event()
 
-            def produce(old=old, accepted=accepted, refused=refused, stop=stop):
+            def produce(old=old, accepted=accepted, refused=refused, stop=stop, go_on=go_on):
                 while not stop.is_set():
                     if len(accepted) % 5 == 0:
-                        stop.wait(0.02)  # a change never meets an empty queue otherwise
+                        go_on.wait(60)  # a change never meets an empty queue otherwise
+                        go_on.clear()
                     try:
                         accepted.append(old.push(len(accepted)))
                     except ConfigurationError as error:
@@ -220,16 +222,22 @@ class TestRepartition:
             thread = threading.Thread(target=produce)
             thread.start()
             other = spread(Client(url), before)
-            deadline, codes = time.monotonic() + 20, set()
-            while not refused and time.monotonic() < deadline:
+            deadline, codes = time.monotonic() + 60, set()
+            for change in itertools.count():
                 taken += ack_all(other.pull(1000))
+                if change % 2 == 0:
+                    go_on.set()  # the producer races with this change, and waits during the next
                 try:
                     other.repartition(after)
                 except ConfigurationError as error:
                     codes.add(error.code)
                 else:
+                    go_on.set()
                     until(lambda refused=refused: refused)
+                if refused or time.monotonic() > deadline:
+                    break
             stop.set()
+            go_on.set()
             thread.join()
             assert codes <= {"E35"}
             assert sorted(taken) == list(range(len(accepted)))
