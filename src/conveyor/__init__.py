@@ -108,7 +108,11 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
-        raise AttributeError(f"module 'conveyor' has no attribute {name!r}")
+        from conveyor.jobs.hints import PACKAGE_NAMES, no_member
+
+        error = no_member("The package conveyor", name, PACKAGE_NAMES)
+        # `from conveyor import …` replaces the text of an AttributeError by its own, and lets an ImportError through.
+        raise ImportError(str(error)) if name in PACKAGE_NAMES else error
     found = getattr(import_module(f"conveyor.{_HOME.get(name, 'errors')}"), name)
     globals()[name] = found
     return found

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+import conveyor
 from conveyor import ConfigurationError, Conveyor, JobFailed, PayloadError
 from conveyor.admin import Admin
-from conveyor.jobs.hints import APP_MEMBERS, JOB_MEMBERS, TASK_MEMBERS
+from conveyor.jobs.hints import APP_MEMBERS, APP_OPTIONS, JOB_MEMBERS, PACKAGE_NAMES, TASK_MEMBERS
 from support.running_worker import drain
 
 
@@ -90,6 +91,16 @@ def test_names_of_other_libraries_get_a_hint() -> None:
             written = re.escape(hint).replace(r"\{name\}", name)
             with pytest.raises(AttributeError, match=f"{member!r}\\. Write: {written}$"):
                 getattr(owner, member)
+    for name, hint in PACKAGE_NAMES.items():
+        with pytest.raises(ImportError, match=f"{name!r}\\. Write: {re.escape(hint)}$"):
+            exec(f"from conveyor import {name}")
+    with pytest.raises(AttributeError, match=r"has no attribute 'colour'\.$"):
+        _ = conveyor.colour  # type: ignore[attr-defined]
+    for option, hint in APP_OPTIONS.items():
+        with pytest.raises(TypeError, match=f"{option!r}\\. Write: {re.escape(hint)}$"):
+            Conveyor(**{option: ""})
+    with pytest.raises(TypeError, match=r"not available yet\. Write: context\.spawn"):
+        task.s(1, 2) | task.s(3)
     with pytest.raises(TypeError, match=r"'bind'\. Write: current\(\)"):
         app.task(bind=True)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match=r"'retries'\. Write: retry=5"):

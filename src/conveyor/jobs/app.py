@@ -7,14 +7,14 @@ import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar, Unpack, cast, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, Never, ParamSpec, Self, TypeVar, Unpack, cast, get_args, overload
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.jobs.bulk import ChunkSender, add_count, chunks
 from conveyor.jobs.core import AppCore
 from conveyor.jobs.decorator import TaskDecorator, external_task, named_task, refuse_later, register, task_options
-from conveyor.jobs.hints import TASK_OPTIONS, refuse_unknown
+from conveyor.jobs.hints import APP_OPTIONS, TASK_OPTIONS, refuse_unknown
 from conveyor.jobs.hooks import Lifespan
 from conveyor.jobs.include import check_include
 from conveyor.jobs.job import Job, refuse_in_loop
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from conveyor.messaging.plain_list import PlainList
     from conveyor.messaging.queue import Queue
     from conveyor.payload.blobs import BlobStore
+    from conveyor.payload.pipeline import PayloadPipeline
     from conveyor.store.client.buffer import Buffer
     from conveyor.store.client.durability import DurabilityOptions
 
@@ -59,6 +60,11 @@ class Conveyor:
     itself again when it is used.
     """
 
+    sealing: PayloadPipeline | None
+    """The sealing, compression and store of payloads; None when there is none."""
+    tasks: Mapping[str, Task[..., Any]]
+    """The tasks by their names."""
+
     def __init__(
         self,
         url: str | None = None,
@@ -77,6 +83,7 @@ class Conveyor:
         include: Sequence[str] = (),
         timeout: Duration | None = None,
         blocking_in_loop: BlockingInLoop = "refuse",
+        **unknown: Never,
     ) -> None:
         """
         Make the app; raises ConfigurationError.
@@ -98,14 +105,15 @@ class Conveyor:
                 command line to import; a program that enqueues imports what it needs.
             timeout: the longest a call may take, connecting and repeating included, before StoreUnavailable. None: 5 s.
             blocking_in_loop: ``"refuse"``: a blocking method raises E06 where an event loop runs; ``"allow"``: it blocks it.
+            **unknown: none: a name that another library has is refused with what to write here.
 
         """
+        if unknown:
+            refuse_unknown("Conveyor()", unknown, APP_OPTIONS)
         max_payload = size(max_payload, "max_payload")
         client = make_client(url, namespace, buffer, timeout, blocking_in_loop)
         self._core = AppCore(
-            client,
-            lease_ms=positive_ms(lease, "lease"),
-            max_payload=max_payload,
+            client, lease_ms=positive_ms(lease, "lease"), max_payload=max_payload,
             sealing=make_pipeline(
                 keys=keys, encrypt=encrypt, compress=compress, large=large, large_above=large_above,
                 max_large=max_large, max_payload=max_payload,
@@ -113,12 +121,9 @@ class Conveyor:
             formats=make_registry(format), include=check_include(include),
             module=sys._getframe(1).f_globals.get("__name__", ""),  # noqa: SLF001  errors name the app by it
         )  # fmt: skip
-        self.client = client
-        self.namespace = namespace
+        self.client, self.namespace = client, namespace
         self.sealing = self._core.sealing
-        """The sealing, compression and store of payloads; None when there is none."""
-        self.tasks: Mapping[str, Task[..., Any]] = self._core.tasks
-        """The tasks by their names."""
+        self.tasks = self._core.tasks
 
     if not TYPE_CHECKING:
 

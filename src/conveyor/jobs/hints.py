@@ -35,7 +35,40 @@ APP_MEMBERS = {
     "run": "async with app.worker():   or   conveyor worker MODULE:app",
     "broker": "Conveyor('redis://…')",
     "control": "conveyor.admin.Admin(app.client)",
+    "conf": "Conveyor(lease='30s', format='msgpack', …)   or, for a task, @app.task(timeout='30s', …)",
+    "config_from_object": "Conveyor(lease='30s', …)",
 }
+
+APP_OPTIONS = {
+    "broker": "Conveyor('redis://…')",
+    "broker_url": "Conveyor('redis://…')",
+    "redis_url": "Conveyor('redis://…')",
+    "redis_settings": "Conveyor('redis://…')",
+    "connection": "Conveyor('redis://…')",
+    "backend": "keep_result='10m'   of a task: results are kept in the same Redis",
+    "result_backend": "keep_result='10m'   of a task: results are kept in the same Redis",
+    "imports": "include=['shop.mail']",
+    "functions": "include=['shop.mail']",
+    "task_serializer": "format='json'   or 'msgpack'",
+    "serializer": "format='json'   or 'msgpack'",
+    "queue_name": "app.queue('…')   and @app.task(queue='…')",
+}
+
+PACKAGE_NAMES = {
+    "Celery": "from conveyor import Conveyor",
+    "Worker": "async with app.worker():   or   conveyor worker MODULE:app",
+    "shared_task": "@app.task   of an app: app = Conveyor()",
+    "task": "@app.task   of an app: app = Conveyor()",
+    "actor": "@app.task   of an app: app = Conveyor()",
+    "group": "app.enqueue_many(add.s(i, i) for i in range(10))",
+    "signature": "app.enqueue('name', …)",
+    "current_task": "current()   in the task: its context",
+    "get_current_job": "current()   in the task: its context",
+    "Reject": "raise an exception of your own, named in @app.task(retry=Retry(give_up=(…,)))",
+}
+"""Names that other libraries have in their package → what to write."""
+
+CHAINED = "A chain of tasks is not available yet. Write: context.spawn(second.s(…))   at the end of the first task"
 
 JOB_MEMBERS = {
     "get": "job.result(timeout='5s')",

@@ -18,7 +18,7 @@ from conveyor.errors import ConfigurationError
 from conveyor.ids import new_id
 from conveyor.jobs import spawn_outbox
 from conveyor.jobs.context import Context
-from conveyor.jobs.hints import CALL_OPTIONS, TASK_MEMBERS, no_member, refuse_unknown
+from conveyor.jobs.hints import CALL_OPTIONS, CHAINED, TASK_MEMBERS, no_member, refuse_unknown
 from conveyor.jobs.job import Job, JobCore
 from conveyor.jobs.job_options import entry_of, with_options
 from conveyor.messaging.push_options import Outgoing, check_times
@@ -384,6 +384,11 @@ class TaskCall(Generic[R_co]):
 
     def __repr__(self) -> str:
         return f"<{_call_text(self.definition.name, self.args, self.kwargs)}>"
+
+    if not TYPE_CHECKING:
+
+        def __or__(self, other: object) -> Never:
+            raise TypeError(CHAINED)
 
     def follow(self) -> tuple[Job[R_co], bytes]:
         """Return the handle of the job that this call is to become, and its entry in an outbox: for `context.spawn`."""
