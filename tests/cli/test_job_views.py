@@ -350,3 +350,31 @@ def test_why_a_job_waits_is_a_command(shell: Shell, backend: Client) -> None:
     assert shell.run("job", "why", running).stdout.startswith("running\tIt does not wait: web-3:4711 has it, since 20")
     assert json.loads(shell.run("job", "show", running, "--json").stdout)["why"] is None
     assert shell.run("job", "why", "shop:0Q8AwEkiHuTqwTCLmeX0pl").returncode == 5
+
+
+def test_why_the_jobs_of_a_queue_wait(shell: Shell, backend: Client) -> None:
+    """`queue show` names each cause with the jobs that it holds up; `status` those that its table does not show."""
+    backend.announce(backend.keys("shop"))
+    push(backend, "shop", b"1", b"2", task="shop.pay")
+    push(backend, "shop", b"3", task="shop.report")
+    push(backend, "shop", b"4", task="shop.pay", delay_ms=3_600_000)
+
+    unserved = json.loads(shell.run("queue", "show", "shop", "--json").stdout)["causes"]
+    worker = ClientWorker(backend, "shop")
+    backend.run(operations.reap(worker.keys, worker.identity, crashed=False))
+    about = operations.about(kind="worker", host="web-3", pid=4711, task_set=operations.task_set(["shop.report"]))
+    backend.run(operations.register(worker.keys, worker.identity, 60_000, about, tasks=["shop.report"]))
+    served = json.loads(shell.run("queue", "show", "shop", "--json").stdout)["causes"]
+    piped = shell.run("queue", "show", "shop").stdout.splitlines()
+    on_screen = plain(on_terminal(shell, "queue", "show", "shop"))
+    status = plain(on_terminal(shell, "status"))
+
+    assert [(one["kind"], one["jobs"]) for one in unserved] == [("no-worker", 4), ("scheduled", 1)]
+    assert [(one["kind"], one["name"], one["jobs"]) for one in served] == [
+        ("unknown-task", "shop.pay", 3), ("scheduled", "shop", 1),
+    ]  # fmt: skip
+    unknown = "No worker knows the task 'shop.pay': 3 of the 4 jobs that were looked at need it."
+    assert f"why.1\t{unknown}" in piped
+    assert f"  {unknown}" in on_screen.splitlines()
+    assert f"  shop: {unknown}" in status.splitlines()
+    assert "scheduled, the first for" not in status

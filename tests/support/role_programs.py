@@ -182,6 +182,7 @@ def look(app: Conveyor) -> None:
     admin.job("leased")
     assert admin.why("leased").kind == "running"
     assert admin.why("ready").status == "ready"
+    assert isinstance(admin.causes("default"), list)
     try:
         admin.job("unheard-of")
     except JobNotFound:

@@ -143,6 +143,9 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
         lambda k: inspection.why(k, "r1"),
         {"jobs", "state", "due", "dead", "workers", "leased:w", "conf", "ready:0", "ready:9", "stats"},
     ),
+    "queue_causes": (
+        inspection.queue_causes, {"jobs", "due", "workers", "leased:w", "conf", "ready:0", "ready:9"},
+    ),
     "workers": (inspection.workers, {"workers", "leased:w"}),
     "unplaced": (lambda k: inspection.unplaced(k, "jobs", "0"), {"jobs", "due", "dead", "workers", "leased:w"}),
     "unplaced-ready": (lambda k: inspection.unplaced(k, "5", "0"), {"ready:5"}),
@@ -164,6 +167,7 @@ READS = {
     "list_jobs",
     "get_job",
     "why",
+    "queue_causes",
     "workers",
     "audit",
     "partitions",

@@ -81,6 +81,7 @@ _DASHBOARD = Role(
         inspection.LIST_JOBS,
         inspection.GET_JOB,
         inspection.WHY,
+        inspection.QUEUE_CAUSES,
         inspection.WORKERS,
         inspection.AUDIT,
         partitions.COUNT,

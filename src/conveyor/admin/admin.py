@@ -35,7 +35,7 @@ from conveyor.admin.views import (
 )
 from conveyor.errors import ConfigurationError, JobNotFound, StoreUnavailable
 from conveyor.ids import logical, made_at_ms, public, split
-from conveyor.jobs.why import Why, explain
+from conveyor.jobs.why import QueueCause, Why, explain, queue_causes
 from conveyor.messaging.deletion import refuse_in_use
 from conveyor.messaging.maintenance import redrive_batch
 from conveyor.messaging.partitions import refuse_full
@@ -138,6 +138,20 @@ class Admin:
         """Return the partitions of a queue, in order; [] without partitions. Raises QueueNotFound."""
         partitions = self._directory.partition_names(name)
         return [self._queue_info(part) for part in partitions] if len(partitions) > 1 else []
+
+    def causes(self, name: str, waiting: int | None = None) -> list[QueueCause]:
+        """
+        Return why jobs of a queue wait, in the order in which a lease meets the causes; one call for each partition.
+
+        *waiting*: how many are ready or wait, where that is known. Raises QueueNotFound.
+        """
+        if waiting is None:
+            info = self._queue_info(name)
+            waiting = info.ready + info.waiting
+        answers = [
+            self._ask(part, inspection.queue_causes(self._keys(part))) for part in self._directory.partition_names(name)
+        ]
+        return queue_causes(name, waiting, [facts for facts in answers if facts is not None])
 
     def pause(self, name: str) -> None:
         """Pause a queue: workers lease nothing more from it. Jobs that run are not affected."""
@@ -362,6 +376,7 @@ class Admin:
     anames = _awaitable(names)
     aqueues = _awaitable(queues)
     aqueue = _awaitable(queue)
+    acauses = _awaitable(causes)
     apartitions = _awaitable(partitions)
     apause = _awaitable(pause)
     aresume = _awaitable(resume)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -24,11 +25,12 @@ from conveyor.cli.target import Target, redis_options
 from conveyor.ids import clean, logical
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from conveyor.admin.admin import Admin
     from conveyor.admin.job_search import JobFilter
     from conveyor.admin.views import FailureGroup, FailureSummary, QueueInfo
+    from conveyor.jobs.why import QueueCause
 
 _HEADINGS = ("queue", "ready", "scheduled", "leased", "dead", "workers", "oldest", "state")
 _NAME = click.argument("name", metavar="QUEUE", shell_complete=complete_queues)
@@ -43,6 +45,15 @@ def print_queues(out: Output, queues: Sequence[QueueInfo]) -> None:
     partitioned = any(info.partitions > 1 for info in queues)
     headings = (*_HEADINGS, "partitions") if partitioned else _HEADINGS
     out.table(headings, [_row(info)[: len(headings)] for info in queues])
+
+
+def print_causes(out: Output, causes: Mapping[str, Sequence[QueueCause]]) -> None:
+    """Print why jobs of queues wait, a line for each cause; the name of a queue, where one is given, comes first."""
+    out.line("")
+    out.line("Why jobs wait:")
+    for name, found in causes.items():
+        for cause in found:
+            out.line(f"  {clean(name)}{': ' if name else ''}{cause}")
 
 
 def say_unanswered(out: Output, admin: Admin) -> None:
@@ -128,9 +139,10 @@ def show(target: Target, out: Output, name: str) -> None:
     """Show one queue, or one partition (orders/3), its workers, and its dead letters by what failed."""
     admin = target.admin()
     info, workers, partitions = admin.queue(name), admin.workers(name), admin.partitions(name)
-    failures = admin.failures(name)
+    failures, causes = admin.failures(name), admin.causes(name, info.ready + info.waiting)
     if out.as_json:
-        out.document("queue", queue=info, workers=workers, partitions=partitions, failures=failures)
+        causes_told = [{**asdict(cause), "sentence": str(cause)} for cause in causes]
+        out.document("queue", queue=info, workers=workers, partitions=partitions, failures=failures, causes=causes_told)
         return
     say_unanswered(out, admin)
     out.pairs(
@@ -148,9 +160,12 @@ def show(target: Target, out: Output, name: str) -> None:
             ("unplaced", info.unplaced),
             ("workers", info.workers),
             ("partitions", info.partitions),
+            *(() if out.on_terminal else ((f"why.{number}", str(one)) for number, one in enumerate(causes, 1))),
             *(() if out.on_terminal else _failure_pairs(failures)),
         ]
     )
+    if causes and out.on_terminal:
+        print_causes(out, {"": causes})
     if partitions and out.on_terminal:
         out.line("")
         print_queues(out, partitions)

@@ -10,18 +10,24 @@ import click
 from conveyor.cli.command import LeafCommand
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import MARKS, Output, quantity, terminal_width
-from conveyor.cli.queue import print_failures, print_queues, say_unanswered
+from conveyor.cli.queue import print_causes, print_failures, print_queues, say_unanswered
 from conveyor.cli.target import Target, redis_options
 from conveyor.ids import clean, logical
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from conveyor.admin.admin import Admin
     from conveyor.admin.doctor import Finding
-    from conveyor.admin.views import WorkerInfo
+    from conveyor.admin.views import QueueInfo, WorkerInfo
+    from conveyor.jobs.why import QueueCause
 
 _MAX_WORKERS = 10
 _MAX_FAILURES = 5
+_MAX_CAUSES = 20
+"""Queues of which is said why their jobs wait, each in one call."""
+_SAID = frozenset({"scheduled", "queue-paused", "no-worker"})
+"""Causes that the table of queues shows, or a finding explains."""
 _MAX_DEAD_LETTERS = 10_000
 """Dead letters that are read of each queue, the newest, so that the command stays quick."""
 
@@ -33,6 +39,7 @@ def status(target: Target, out: Output) -> int:
     admin = target.admin()
     report, queues, workers = admin.doctor(), admin.queues(), admin.workers()
     failures = admin.failures(most=_MAX_DEAD_LETTERS)
+    causes = _causes(admin, queues)
     shown = [
         finding for finding in report.findings if finding.level in {"problem", "warning"} or _is_queue_note(finding)
     ]
@@ -40,6 +47,7 @@ def status(target: Target, out: Output) -> int:
         out.document(
             "status", healthy=report.healthy, url=report.url, namespace=admin.client.namespace, family=report.family,
             version=report.version, queues=queues, workers=workers, failures=failures,
+            causes=[{**asdict(cause), "sentence": str(cause)} for found in causes.values() for cause in found],
             findings=[asdict(finding) for finding in shown],
         )  # fmt: skip
         return ExitCode.OK if report.healthy else ExitCode.UNHEALTHY
@@ -55,6 +63,8 @@ def status(target: Target, out: Output) -> int:
         out.say("There are no queues yet.")
     if out.on_terminal:
         _print_workers(out, workers)
+        if causes:
+            print_causes(out, causes)
         print_failures(out, failures, most=_MAX_FAILURES, queues=True)
     say_unanswered(out, admin)
     if shown and out.on_terminal:
@@ -62,6 +72,14 @@ def status(target: Target, out: Output) -> int:
     for finding in shown:
         print_finding(out, finding, to_stderr=True)
     return ExitCode.OK if report.healthy else ExitCode.UNHEALTHY
+
+
+def _causes(admin: Admin, queues: Sequence[QueueInfo]) -> dict[str, list[QueueCause]]:
+    """Return why jobs wait, of the first queues in which some do; without what the table and the findings say."""
+    busy = [info for info in queues if info.ready or info.waiting or info.scheduled][:_MAX_CAUSES]
+    found = {info.name: admin.causes(info.name, info.ready + info.waiting) for info in busy}
+    told = {name: [cause for cause in causes if cause.kind not in _SAID] for name, causes in found.items()}
+    return {name: causes for name, causes in told.items() if causes}
 
 
 def print_finding(out: Output, finding: Finding, *, to_stderr: bool = False) -> None:

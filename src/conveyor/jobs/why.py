@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
@@ -11,7 +11,7 @@ from conveyor.ids import clean
 from conveyor.payload.records import Status
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store import inspection
-from conveyor.store.inspection import JobRow, WaitFacts
+from conveyor.store.inspection import JobRow, QueueFacts, WaitFacts
 from conveyor.units import span
 
 Cause = Literal[
@@ -162,7 +162,7 @@ def _ended(why: Why) -> str:
     return f"It does not wait: it is {why.status}{f' ({why.error})' if why.error else ''}."
 
 
-_SENTENCES = {
+_SENTENCES: dict[str, Callable[[Why], str]] = {
     "queue-paused": lambda why: f"Queue {why.queue!r} is paused. Resume it:  conveyor queue resume {why.queue}",
     "unknown-task": _unknown_task,
     "no-worker": _no_worker,
@@ -172,4 +172,79 @@ _SENTENCES = {
     "parent": lambda _: "It waits until the job that spawned it has ended.",
     "running": _running,
     "ended": _ended,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class QueueCause:
+    """
+    A cause for which jobs of a queue wait; `str` of it is a sentence.
+
+    `kind`, `name`, `opens_at`, `seen` and `seen_name` as in `Why`. `jobs`: how many wait for it; where `looked` is not None, of
+    so many that were looked at.
+    """
+
+    kind: Cause
+    queue: str
+    name: str = ""
+    jobs: int = 0
+    looked: int | None = None
+    opens_at: datetime | None = None
+    seen: datetime | None = None
+    seen_name: str = ""
+    at: datetime | None = None
+
+    def __str__(self) -> str:
+        return clean(_QUEUE_SENTENCES[self.kind](self))
+
+
+def queue_causes(queue: str, waiting: int, parts: Sequence[QueueFacts]) -> list[QueueCause]:
+    """Return why jobs of a queue wait, of which *waiting* are not scheduled; *parts* are the facts of its partitions."""
+    if not parts:
+        return []
+    now, found = _instant(max(one.now for one in parts)), list[QueueCause]()
+    scheduled, looked = sum(one.scheduled for one in parts), sum(one.looked for one in parts)
+    messages = sum(one.messages for one in parts)
+    held_up = waiting + scheduled
+    if any(one.paused for one in parts):
+        found.append(QueueCause("queue-paused", queue, queue, held_up, at=now))
+    tasks: dict[str, tuple[int, int, str]] = {}
+    for task, jobs, seen, name in (each for one in parts for each in one.unknown):
+        before = tasks.get(task, (0, 0, ""))
+        tasks[task] = (before[0] + jobs, *max(before[1:], (seen, name)))
+    for task, (jobs, seen, name) in tasks.items():
+        found.append(
+            QueueCause("unknown-task", queue, task, jobs, looked, None, _instant(seen) if seen else None, name, now)
+        )
+    for what, serving, needed in (
+        ("worker", max(one.workers for one in parts), looked > messages),
+        ("consumer", max(one.consumers for one in parts), messages > 0),
+    ):
+        if held_up and needed and not serving:
+            found.append(QueueCause("no-worker", queue, what, held_up, at=now))
+    due = [one.first_due for one in parts if one.first_due >= 0]
+    if due:
+        found.append(QueueCause("scheduled", queue, queue, scheduled, opens_at=_instant(min(due)), at=now))
+    return found
+
+
+def _wait(cause: QueueCause) -> str:
+    return f"{cause.jobs:,} {'job waits' if cause.jobs == 1 else 'jobs wait'}"
+
+
+def _unknown_tasks(cause: QueueCause) -> str:
+    need = (
+        f"{cause.jobs:,} of the {cause.looked:,} jobs that were looked at {'needs' if cause.jobs == 1 else 'need'} it"
+    )
+    seen = f", last seen at {_clock(cause.seen, cause.at)} on {cause.seen_name or 'a worker'}" if cause.seen else ""
+    return f"No worker knows the task {cause.name!r}{seen}: {need}."
+
+
+_QUEUE_SENTENCES: dict[str, Callable[[QueueCause], str]] = {
+    "queue-paused": lambda cause: f"It is paused: {_wait(cause)}.",
+    "unknown-task": _unknown_tasks,
+    "no-worker": lambda cause: f"No {cause.name} serves it: {_wait(cause)}.",
+    "scheduled": lambda cause: (
+        f"{cause.jobs:,} {'job is' if cause.jobs == 1 else 'jobs are'} scheduled, the first for {_clock(cause.opens_at, cause.at)}."
+    ),
 }

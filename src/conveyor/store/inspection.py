@@ -17,6 +17,7 @@ DAMAGED = "(damaged)"
 """The host of a worker whose facts cannot be read."""
 COUNTS, LIST_JOBS, GET_JOB, WHY = Script("counts"), Script("list_jobs"), Script("get_job"), Script("why")
 WORKERS, AUDIT, UNPLACED = Script("workers"), Script("audit"), Script("unplaced")
+QUEUE_CAUSES = Script("queue_causes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,13 +243,49 @@ def why(keys: QueueKeys, id: str) -> Call[WaitFacts]:  # noqa: A002
         if len(reply) == 2:
             return WaitFacts(job, int(reply[1]))
         now, paused, workers, consumers, known, seen, (ahead, total, ended, window) = reply[1:]
-        at, _, name = seen.decode(errors="replace").partition(" ")
         return WaitFacts(
-            job, int(now), paused == 1, workers, consumers, known == 1, int(at or 0), name,
+            job, int(now), paused == 1, workers, consumers, known == 1, *_read_seen(seen),
             None if ahead < 0 else ahead, total, ended, window,
         )  # fmt: skip
 
     return Call(WHY, (*_job_keys(keys, id), keys.conf, *keys.ready), (id, str(LOOKED_AT)), decode)
+
+
+@dataclass(frozen=True, slots=True)
+class QueueFacts:
+    """
+    The facts from which follows why the jobs of a queue wait. Times in ms.
+
+    `unknown`: (task, jobs, when a worker that knew it was last seen, its name) of tasks that no worker knows, among the first jobs,
+    of which `looked` were looked at; `messages` of them name no task. `first_due`: of `scheduled` jobs, -1 without one.
+    """
+
+    now: int
+    paused: bool
+    workers: int
+    consumers: int
+    scheduled: int
+    first_due: int
+    unknown: tuple[tuple[str, int, int, str], ...]
+    looked: int
+    messages: int
+
+
+def queue_causes(keys: QueueKeys, count: int = 100) -> Call[QueueFacts]:
+    """Return the call that reads why the jobs of a queue wait, of the first *count* that are ready and that are scheduled."""
+
+    def decode(reply: list[Any]) -> QueueFacts:
+        (now, paused, workers, consumers, scheduled, first_due), unknown, looked, messages = reply
+        tasks = tuple((one[0].decode(), one[1], *_read_seen(one[2])) for one in unknown)
+        return QueueFacts(now, paused == 1, workers, consumers, scheduled, first_due, tasks, looked, messages)
+
+    return Call(QUEUE_CAUSES, (keys.jobs, keys.due, keys.workers, keys.conf, *keys.ready), (str(count),), decode)
+
+
+def _read_seen(data: bytes) -> tuple[int, str]:
+    """Read when a worker was last seen (ms; 0: never), and its name."""
+    at, _, name = data.decode(errors="replace").partition(" ")
+    return int(at or 0), name
 
 
 def _job_keys(keys: QueueKeys, id: str) -> tuple[str, ...]:  # noqa: A002
