@@ -10,6 +10,7 @@ import subprocess
 import sys
 import unicodedata
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from conveyor.store.client.client import Client
 from conveyor.worker.logs import SafeFormatter
 from support.client_worker import ClientWorker, dead, push
 from support.shell import Shell
-from support.terminal import on_terminal
+from support.terminal import on_terminal, plain
 
 pytestmark = pytest.mark.leaves_keys("jobs are pushed here to be looked at")
 
@@ -489,6 +490,20 @@ def plant_worker(backend: Client, facts: bytes) -> None:
     backend.announce(keys)
     backend.execute("ZADD", keys.workers, "9000000000000", "w" * 24)
     backend.execute("HSET", keys.leased("w" * 24), "\tturn", "0", "\tabout", facts, "\tlease", "1000")
+
+
+def test_status_tells_a_worker_that_is_silent(shell: Shell, backend: Client) -> None:
+    """`status` says of a worker whose leases have ended since when; of one that lives it says nothing of the kind."""
+    plant_worker(backend, json.dumps({"host": "web-3", "pid": 7}).encode())
+    assert "silent" not in on_terminal(shell, "status", expected={0, 8})
+
+    ended = int((datetime.now(UTC) - timedelta(minutes=12, seconds=30)).timestamp() * 1000)
+    keys = backend.keys("mail")
+    backend.execute("ZADD", keys.workers, str(ended), "w" * 24, key=keys.workers)
+
+    assert "web-3:7  serves mail  holds 0 jobs  silent: lease ended 12 m ago" in plain(
+        on_terminal(shell, "status", expected={0, 8})
+    )
 
 
 @pytest.mark.row("D41")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import click
 
 from conveyor.cli.command import LeafCommand
 from conveyor.cli.exit import ExitCode
-from conveyor.cli.output import MARKS, Output, quantity, terminal_width
+from conveyor.cli.output import MARKS, Output, quantity, short_time, terminal_width
 from conveyor.cli.queue import print_causes, print_failures, print_queues, say_unanswered
 from conveyor.cli.target import Target, redis_options
 from conveyor.ids import clean, logical
@@ -100,7 +101,8 @@ def _print_workers(out: Output, workers: Sequence[WorkerInfo]) -> None:
     """
     Print the worker processes, one a line.
 
-    A process has an identity for every queue that it serves.
+    A process has an identity for every queue that it serves. One whose leases have all ended has died or hangs, and its
+    jobs go to others as soon as one of them has looked twice; where none is, they wait.
     """
     from conveyor.store.inspection import DAMAGED
 
@@ -112,8 +114,10 @@ def _print_workers(out: Output, workers: Sequence[WorkerInfo]) -> None:
     for (host, pid, id_), group in list(processes.items())[:_MAX_WORKERS]:
         process = f"{host}:{pid}" if pid else f"{id_} (its registration is damaged)" if host == DAMAGED else id_
         queues = ", ".join(dict.fromkeys(logical(worker.queue) for worker in group))
-        out.line(
-            f"  {clean(process)}  serves {clean(queues)}  holds {quantity(sum(worker.held for worker in group), 'job')}"
+        held, ended = quantity(sum(worker.held for worker in group), "job"), max(worker.lease_ends for worker in group)
+        silent = (
+            "" if ended > datetime.now(UTC) else click.style(f"  silent: lease ended {short_time(ended)}", fg="red")
         )
+        out.line(f"  {clean(process)}  serves {clean(queues)}  holds {held}{silent}")
     if len(processes) > _MAX_WORKERS:
         out.line(f"  … and {len(processes) - _MAX_WORKERS} more")
