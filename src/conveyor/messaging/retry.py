@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from conveyor.errors import ConfigurationError, RetryIn
+from conveyor.ids import made_at_ms
 from conveyor.payload.records import AttemptHistory
-from conveyor.units import Duration, milliseconds
+from conveyor.units import Duration, milliseconds, span
 
 Exceptions = type[BaseException] | tuple[type[BaseException], ...]
+Backoff = Duration | Sequence[Duration] | Callable[[int, BaseException], Duration]
+"""The first pause of a policy that doubles it, all pauses in order, or a function of the attempt that failed and its error."""
+
+_log = logging.getLogger("conveyor.retry")
 
 
 @dataclass(frozen=True)
@@ -19,21 +25,24 @@ class Retry:
     """
     When and how often a job that failed runs again.
 
-    `attempts` counts the first run too. The pause doubles from `backoff` up to `cap`; `jitter` spreads
-    it by ±50 %, so that jobs which failed together do not come back together. Only exceptions of `on`
-    are retried, never those of `give_up`. A job whose worker crashed `max_crashes` times while it ran is
-    given up as poison.
+    `attempts` counts the first run too. The pause doubles from `backoff` up to `cap`. A list gives the pauses one by one,
+    and the last is used again; a function returns the pause for the attempt that failed, from 1, and its error. Neither is
+    bounded by `cap`. `jitter` spreads a pause by ±50 %, so that jobs which failed together do not come back together. No attempt
+    begins later than `within` after the job was enqueued, or was first due. Only exceptions of `on` are retried, never those of
+    `give_up`. A job whose worker crashed `max_crashes` times while it ran is given up as poison.
     """
 
     attempts: int = 5
-    backoff: Duration = "1s"
+    backoff: Backoff = "1s"
     cap: Duration = "5m"
     jitter: bool = True
     on: Exceptions = (Exception,)
     give_up: Exceptions = ()
     max_crashes: int = 3
-    backoff_ms: int = field(init=False, repr=False)
+    within: Duration | None = None
     cap_ms: int = field(init=False, repr=False)
+    within_ms: int | None = field(init=False, repr=False)
+    _pauses_ms: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, value in (("attempts", self.attempts), ("max_crashes", self.max_crashes)):
@@ -44,13 +53,58 @@ class Retry:
                 raise ConfigurationError(
                     f"Retry({name}=…) takes exception classes, such as (ConnectionError,), not {types!r}."
                 )
-        object.__setattr__(self, "backoff_ms", milliseconds(self.backoff, name="backoff"))
+        if isinstance(self.backoff, list):
+            object.__setattr__(self, "backoff", tuple(self.backoff))
+        if isinstance(self.backoff, tuple) and not self.backoff:
+            raise ConfigurationError("Retry(backoff=[]) has no pause. Give one at least, such as ['10s', '1m', '1h'].")
+        pauses = self.backoff if isinstance(self.backoff, tuple) else () if callable(self.backoff) else (self.backoff,)
+        object.__setattr__(self, "_pauses_ms", tuple(milliseconds(pause, name="backoff") for pause in pauses))
         object.__setattr__(self, "cap_ms", milliseconds(self.cap, name="cap"))
+        within = None if self.within is None else milliseconds(self.within, name="within")
+        if within == 0:
+            raise ConfigurationError("Retry(within=…) must be longer than 0. For no second attempt: attempts=1.")
+        object.__setattr__(self, "within_ms", within)
 
-    def pause_ms(self, failures: int, uniform: Callable[[float, float], float] = random.uniform) -> int:
-        """Return the pause after so many failures: ``min(cap, backoff × 2^(failures-1))``, with jitter."""
-        pause: int = min(self.cap_ms, self.backoff_ms << min(failures - 1, 62))
+    def pause_ms(
+        self,
+        failures: int,
+        error: BaseException | None = None,
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> int:
+        """
+        Return the ms until the next attempt, with jitter, after so many *failures*, the last by *error*.
+
+        A function of `backoff` that raises, or returns no duration, is logged, and the pause is that of a policy without one.
+        """
+        if callable(self.backoff):
+            try:
+                pause = milliseconds(self.backoff(failures, error or RuntimeError("refused")), name="backoff")
+            except Exception:
+                _log.exception("Retry(backoff=%r) failed; the pause doubles from one second", self.backoff)
+                pause = min(self.cap_ms, 1000 << min(failures - 1, 62))
+        elif isinstance(self.backoff, tuple):
+            pause = self._pauses_ms[min(failures, len(self._pauses_ms)) - 1]
+        else:
+            pause = min(self.cap_ms, self._pauses_ms[0] << min(failures - 1, 62))
         return round(pause * uniform(0.5, 1.5)) if self.jitter else pause
+
+    @property
+    def over_text(self) -> str:
+        """The reason of a dead letter for which `is_over` holds."""
+        return f"its next attempt would begin later than the {span((self.within_ms or 0) / 1000)} of retry.within allow"
+
+    def is_over(self, start_ms: int, id: str, due_ms: int | None, history: AttemptHistory) -> bool:  # noqa: A002
+        """
+        Tell whether an attempt at *start_ms* (since the epoch) would begin later than `within` allows.
+
+        The time counts from when *id* was made, or from *due_ms* of a job that was first due later; that of an id of the
+        caller's own counts from the oldest error that its *history* keeps.
+        """
+        if self.within_ms is None:
+            return False
+        failures = history.failures_list()
+        began = max(made_at_ms(id) or (failures[0].at if failures else start_ms), due_ms or 0)
+        return start_ms > began + self.within_ms
 
 
 def retry_policy(retry: Retry | None, max_attempts: int | None, max_crashes: int | None) -> Retry:
@@ -94,12 +148,15 @@ def after_failure(
     record: bytes,
     *,
     attempts: int | None = None,
+    now_ms: int = 0,
+    id: str = "",  # noqa: A002
+    due_ms: int | None = None,
 ) -> RetryAfter | GiveUp:
     """
     Return what follows a failed attempt: `RetryAfter` or `GiveUp`.
 
     *history* is as it was leased (before this start), *record* the stored form of the error, *attempts* an
-    override of the policy's for this one job.
+    override of the policy's for this one job. *now_ms* (since the epoch), *id* and *due_ms* serve `within`, as in `Retry.is_over`.
     """
     budget = policy.attempts if attempts is None else attempts
     failed = AttemptHistory(attempt, history.failures + 1, history.crashes, [*history.errors, record])
@@ -108,7 +165,10 @@ def after_failure(
         return GiveUp(failed, f"{type(error).__name__} is not retried")
     if failed.failures >= budget:
         return GiveUp(failed, f"all {budget} attempts failed")
-    return RetryAfter(policy.pause_ms(failed.failures) if chosen is None else chosen, failed)
+    pause = policy.pause_ms(failed.failures, error) if chosen is None else chosen
+    if policy.is_over(now_ms + pause, id, due_ms, failed):
+        return GiveUp(failed, policy.over_text)
+    return RetryAfter(pause, failed)
 
 
 def _chosen_ms(error: BaseException) -> int | None:

@@ -41,11 +41,14 @@ class SettlementPolicy:
         """Settle a message whose body raised: retry after the policy's pause, or give up."""
         if cancelled:
             return self.cancelled(leased)
-        record = failures.describe(error, leased.attempt, self.now_ms(), self.worker)
+        now, extra = self.now_ms(), leased.envelope.extra
+        record = failures.describe(error, leased.attempt, now, self.worker)
         if self.pack is not None:
             record = self.pack(leased.id, record)
-        attempts = leased.envelope.extra.attempts
-        follows = after_failure(self.retry, leased.history, leased.attempt, error, to_json(record), attempts=attempts)
+        follows = after_failure(
+            self.retry, leased.history, leased.attempt, error, to_json(record),
+            attempts=extra.attempts, now_ms=now, id=leased.id, due_ms=leased.envelope.due_ms,
+        )  # fmt: skip
         if isinstance(follows, RetryAfter):
             return _settlement(leased, "R", ms=follows.ms, state=follows.history.encode())
         return self._buried(leased, follows, record)
@@ -54,13 +57,16 @@ class SettlementPolicy:
         """Settle a refused message: retry after *delay_ms* (None: the policy's pause), or give up."""
         if cancelled:
             return self.cancelled(leased)
-        record = Failure(leased.attempt, self.now_ms(), "nack", "refused by nack()", worker=self.worker)
+        now = self.now_ms()
+        record = Failure(leased.attempt, now, "nack", "refused by nack()", worker=self.worker)
         before, attempts = leased.history, leased.envelope.extra.attempts
         state = AttemptHistory(leased.attempt, before.failures + 1, before.crashes, [*before.errors, to_json(record)])
         budget = self.retry.attempts if attempts is None else attempts
         if state.failures >= budget:
             return self._buried(leased, GiveUp(state, f"all {budget} attempts failed"), record)
         pause = self.retry.pause_ms(state.failures) if delay_ms is None else delay_ms
+        if self.retry.is_over(now + pause, leased.id, leased.envelope.due_ms, state):
+            return self._buried(leased, GiveUp(state, self.retry.over_text), record)
         return _settlement(leased, "R", ms=pause, state=state.encode())
 
     def dead(self, leased: LeasedMessage, reason: str) -> Settlement:

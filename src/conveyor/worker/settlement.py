@@ -191,6 +191,7 @@ class SettlementWriter:
         decision = retry.after_failure(
             policy, attempt.history, attempt.number, error, to_json(record),
             attempts=attempt.envelope.extra.attempts if may_retry else 1,
+            now_ms=now_ms, id=attempt.id, due_ms=attempt.envelope.due_ms,
         )  # fmt: skip
         handler.failed += 1
         if isinstance(decision, retry.RetryAfter):
