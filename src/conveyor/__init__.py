@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from conveyor.errors import (
+        BatchFailed,
         ConfigurationError,
         ConveyorError,
         Duplicate,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from conveyor.store.client.buffer import Buffer
 
 __all__ = [
+    "BatchFailed",
     "BlobStore",
     "BlobUnavailable",
     "Buffer",

@@ -20,11 +20,12 @@ Every error has a `code`, says what happened with its values, and says what to d
     └── QueueNotFound          E30  no queue of that name is known
 
 `Snooze` and `RetryIn` are not errors: a job raises them to run again later, without using an attempt and with.
+`BatchFailed` is not one of them either: a batch raises it to say which of its items failed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -192,3 +193,25 @@ class RetryIn(Exception):  # not an error: a failure that knows when to try agai
     def __init__(self, delay: float | str) -> None:
         super().__init__(delay)
         self.delay = delay
+
+
+class BatchFailed(Exception):
+    """
+    Raised by the function of a batch task when some of its items failed; the others are done.
+
+    *errors*: the error of each item that failed, by its index in the list. An item is tried again as a job is that raised
+    this error, so a `RetryIn` or a `Snooze` is one too. *results*: one result for each item of the list, if results are
+    wanted; those of failed items count for nothing.
+    """
+
+    def __init__(self, errors: Mapping[int, BaseException], *, results: Sequence[Any] | None = None) -> None:
+        if not isinstance(errors, Mapping) or not all(
+            isinstance(index, int) and index >= 0 and isinstance(error, BaseException)
+            for index, error in errors.items()
+        ):
+            raise ConfigurationError(
+                f"BatchFailed takes the errors of items by their index in the list, such as {{3: error}}, not {errors!r}."
+            )
+        super().__init__(f"{len(errors)} of the items failed: {', '.join(map(str, sorted(errors)))}")
+        self.errors = dict(errors)
+        self.results = None if results is None else list(results)

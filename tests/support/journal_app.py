@@ -31,9 +31,9 @@ POINT = os.environ.get("WORKERS_POINT", "")
 _RUNS = itertools.count()
 
 
-def write(what: str, n: int) -> None:
+def write(what: str, n: int, attempt: int | None = None) -> None:
     """Append a line in one write, so that lines of several processes do not mix: event, number, attempt, pid, instants."""
-    line = f"{what} {n} {current().attempt} {os.getpid()} {time.monotonic():.4f} {time.time():.4f}\n"
+    line = f"{what} {n} {attempt or current().attempt} {os.getpid()} {time.monotonic():.4f} {time.time():.4f}\n"
     descriptor = os.open(PLACE / "journal", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(descriptor, line.encode())
     os.close(descriptor)
@@ -90,6 +90,14 @@ async def poison(n: int, how: str) -> None:
         ctypes.string_at(0)
     else:
         os.abort()
+
+
+async def gathered(items: list[list[int]]) -> None:
+    """Write down the items (number, and what it does), and end the process for a 13."""
+    for (n, _), item in zip(items, current().items, strict=True):
+        write("start", n, item.attempt)
+    if any(does == 13 for _, does in items):
+        ctypes.string_at(0)
 
 
 async def deaf(n: int, seconds: float) -> None:
@@ -164,6 +172,8 @@ def declare(app: Conveyor) -> Any:
         clutch=app.task(name="clutch", keep_result="10m", retry=once)(clutch),
         poison=app.task(name="poison", retry=Retry(attempts=5, backoff="5ms"))(poison),
         slow=app.task(name="slow", timeout="50ms", retry=quick)(note),
+        gathered=app.batch_task(name="gathered", size=4, within="1h", retry=Retry(max_crashes=3))(gathered),
+        waiting=app.batch_task(name="waiting", size=9, within="1h", retry=Retry(max_crashes=3))(gathered),
         deaf=app.task(name="deaf", timeout="50ms", retry=once)(deaf),
         stuck=app.task(name="stuck", timeout="50ms", retry=quick)(plain),
         apart=app.task(name="apart", timeout="300ms", retry=quick, run_in="process")(plain),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Never, ParamSpec, Self, TypeVar,
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, ConveyorError
+from conveyor.jobs.batch_task import BatchDecorator, batch_plan
 from conveyor.jobs.bulk import ChunkSender, add_count, chunks
 from conveyor.jobs.core import AppCore
 from conveyor.jobs.decorator import TaskDecorator, external_task, named_task, refuse_later, register, task_options
@@ -319,6 +320,51 @@ class Conveyor:
             return register(self._core, function, name, ids.queue_name(queue), run_in, options, max_payload, format)
 
         return add if function is None else add(function)
+
+    def batch_task(
+        self,
+        *,
+        size: int,
+        within: Duration,
+        group_by: str | None = None,
+        name: str | None = None,
+        queue: str = "default",
+        timeout: Duration | None = None,
+        retry: Retry | int | None = None,
+        keep_result: Duration = "10m",
+        run_in: RunIn | None = None,
+        ack: Literal["late", "early"] = "late",
+        expires: Duration | None = None,
+        priority: int = 0,
+        max_payload: Size | None = None,
+        version: int = 1,
+        upcast: Upcast | None = None,
+        format: FormatChoice | None = None,  # noqa: A002
+        **unknown: object,
+    ) -> BatchDecorator:
+        """
+        Register a function that takes a list as a task whose jobs are enqueued one by one: ``index.enqueue(row)``.
+
+        A worker runs *size* of them in one call, or fewer as soon as *within* has passed since the first of them came.
+        `group_by` names a field of the items (``"customer.id"``: a field of a field): a batch holds items that are equal in
+        it. The function returns a list with one result per item, or None; it raises `BatchFailed` when only some items
+        failed, and any other error for all of them. Each item has its own attempts and its own result. `timeout` limits one
+        call of the function; the other options are those of `task`. Raises ConfigurationError.
+        """
+        if unknown:
+            refuse_unknown("@app.batch_task()", unknown, TASK_OPTIONS)
+        plan = batch_plan(size, within, group_by)
+        options = task_options(
+            timeout=timeout, retry=retry, keep_result=keep_result, ack=ack, expires=expires, priority=priority,
+            version=version, upcast=upcast,
+        )  # fmt: skip
+
+        def add(function: Callable[..., Any]) -> Any:
+            return register(
+                self._core, function, name, ids.queue_name(queue), run_in, options, max_payload, format, plan
+            )
+
+        return add
 
     # -- jobs -----------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -36,10 +36,13 @@ class Context:
     `job_id` is the public id, `attempt` counts from 1, `state` holds the resources of the lifespan. `enqueued_at` and
     `scheduled_for` are instants with a time zone, or None. A thread cannot be interrupted: there `cancelled` becomes
     true when the time limit has passed or the job was cancelled. Read it, or call `check()`.
+
+    In the function of a batch task it is the context of the call: id, attempt, headers and instants are those of the first
+    item, and `items` holds the context of each item of the list. A single item may be `cancelled` there.
     """
 
     __slots__ = (
-        "_deadline_hook", "_logger", "_spawned", "attempt", "cancelled", "enqueued_at", "headers", "job_id",
+        "_deadline_hook", "_items", "_logger", "_spawned", "attempt", "cancelled", "enqueued_at", "headers", "job_id",
         "queue", "scheduled_for", "state", "task", "timed_out",
     )  # fmt: skip
 
@@ -55,8 +58,24 @@ class Context:
         deadline_hook: Callable[[int], None] | None,
         enqueued_at: datetime | None = None,
         scheduled_for: datetime | None = None,
+        items: Callable[[], Iterable[Context]] | None = None,
     ) -> None:
-        """Make the context of an attempt. *deadline_hook* gets the ms from now to the new time limit; None: no limit."""
+        """
+        Make the context of an attempt.
+
+        Args:
+            job_id: the public id.
+            task: the name of the task.
+            queue: the name of the queue.
+            attempt: the number of the attempt.
+            headers: those of the job.
+            state: the resources of the lifespan.
+            deadline_hook: gets the ms from now to the new time limit; None: no limit.
+            enqueued_at: when the job was enqueued.
+            scheduled_for: the planned instant of a scheduled job.
+            items: returns the contexts of a batch's items; None: it is no batch.
+
+        """
         self.job_id = job_id
         self.task = task
         self.queue = queue
@@ -68,6 +87,7 @@ class Context:
         self.cancelled = False
         self.timed_out = False
         self._spawned: list[bytes] | None = []
+        self._items = items
         self._deadline_hook = deadline_hook
         self._logger: Logger | None = None
 
@@ -78,6 +98,11 @@ class Context:
             facts = {"job_id": self.job_id, "task": self.task, "queue": self.queue, "attempt": self.attempt}
             self._logger = logging.LoggerAdapter(_LOGGER, facts)
         return self._logger
+
+    @property
+    def items(self) -> tuple[Context, ...]:
+        """The contexts of a batch's items, in the order of the list; empty where the job is no batch."""
+        return () if self._items is None else tuple(self._items())
 
     def extend(self, duration: Duration) -> None:
         """Move the time limit of this attempt to *duration* from now."""
@@ -93,6 +118,12 @@ class Context:
         all when the attempt fails, is cancelled, or has lost its lease. Raises PayloadError for arguments that cannot
         be stored, and ConfigurationError (E44) for more than 1,000 jobs or after the end of the job.
         """
+        if self._items is not None:
+            raise ConfigurationError(
+                f"A batch of {self.task} spawned a job, which belongs to one of its items: that item may fail and the others not. "
+                "Write: current().items[0].spawn(…). Nothing was enqueued.",
+                code="E44",
+            )
         if self._spawned is None:
             raise ConfigurationError(
                 f'Job {self.job_id} spawned a job after its own end: with ack="early" a job ends before it runs, '

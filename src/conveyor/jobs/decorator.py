@@ -7,6 +7,7 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError
+from conveyor.jobs.batch_task import AsyncBatchTask, BatchPlan, SyncBatchTask, item_function
 from conveyor.jobs.core import AppCore
 from conveyor.jobs.job_options import check_priority, positive_ms
 from conveyor.jobs.task import (
@@ -78,8 +79,9 @@ def register(
     options: TaskOptions,
     max_payload: Size | None,
     format: FormatChoice | None,  # noqa: A002
+    batch: BatchPlan | None = None,
 ) -> Task[..., Any]:
-    """Make *function* a task of the app and return it; raises ConfigurationError."""
+    """Make *function* a task of the app, or with *batch* a batch task, and return it; raises ConfigurationError."""
     if isinstance(function, Task) or not callable(function):
         raise ConfigurationError(
             f"@app.task takes a function, not {function!r}. Options go by name: @app.task(queue='…')."
@@ -106,8 +108,12 @@ def register(
         max_payload=core.max_whole if limit is None else limit,
         max_result=core.max_payload if limit is None else limit,
         formats=core.formats.with_writer(format),
+        batch=batch,
+        call=None if batch is None else item_function(function, name, batch),
     )
-    task: Task[..., Any] = (AsyncTask if awaitable else SyncTask)(definition)
+    kinds: tuple[type[Task[..., Any]], type[Task[..., Any]]]
+    kinds = (SyncTask, AsyncTask) if batch is None else (SyncBatchTask, AsyncBatchTask)
+    task = kinds[awaitable](definition)
     core.definitions[name], core.tasks[name] = definition, task
     core.add_task(name, queue)
     return task

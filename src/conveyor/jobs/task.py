@@ -32,6 +32,7 @@ from conveyor.store.operations import Entry, ExistingId
 from conveyor.units import Duration
 
 if TYPE_CHECKING:
+    from conveyor.jobs.batch_task import BatchPlan
     from conveyor.jobs.hooks import Middleware
     from conveyor.store.keys import QueueKeys
 
@@ -97,8 +98,15 @@ class TaskDefinition:
         max_payload: int,
         max_result: int | None = None,
         formats: FormatRegistry = JSON,
+        batch: BatchPlan | None = None,
+        call: Callable[..., Any] | None = None,
     ) -> None:
-        """Read the function's signature; raises ConfigurationError for one whose arguments JSON cannot carry."""
+        """
+        Read the function's signature; raises ConfigurationError for one whose arguments JSON cannot carry.
+
+        *batch*: when the jobs of a batch task run; None: it is none. *call* has the signature of one job; None: that of
+        *function*.
+        """
         self.core = core
         self.function = function
         self.name = name
@@ -106,7 +114,10 @@ class TaskDefinition:
         self.is_async = is_async(function)
         self.run_in: RunIn = run_in
         self.settings = options
-        self.signature = TaskSignature(function, name, max_payload=max_payload, formats=formats, injected=_is_injected)
+        self.batch = batch
+        self.signature = TaskSignature(
+            call or function, name, max_payload=max_payload, formats=formats, injected=is_injected
+        )
         self.returns_none = self.signature.returns_none
         unannotated = self.signature.result is inspect.Signature.empty
         self.promises_result = not (unannotated or self.returns_none)
@@ -435,7 +446,8 @@ def default_name(function: Callable[..., Any]) -> str:
     return f"{module}.{name}"
 
 
-def _is_injected(parameter: inspect.Parameter) -> bool:
+def is_injected(parameter: inspect.Parameter) -> bool:
+    """Tell whether the worker fills a parameter: its default is `current()`."""
     return isinstance(parameter.default, Context)
 
 

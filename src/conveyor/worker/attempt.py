@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from conveyor.payload.signature import TaskSignature
     from conveyor.store.keys import QueueKeys
     from conveyor.store.operations import TurnReport
+    from conveyor.worker.leasing.capacity import PartitionGroup
 
 
 BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000, 3_600_000)
@@ -83,7 +84,7 @@ class Handler:
         self.name = task.name
         self.load_error: ConveyorError | None = None
         self.function = task.function
-        self.kind: str = task.run_in
+        self.kind: str = task.run_in if task.batch is None else "batch"  # the kind of a job that is gathered first
         self.decode: Decode = _decode_entry(task.signature) if raw else task.signature.decode
         self.injected = task.signature.injected
         self.timeout: float | None = None if task.settings.timeout_ms is None else task.settings.timeout_ms / 1000
@@ -138,9 +139,12 @@ class AttemptOwner(Protocol):
     report: TurnReport
     changed_handlers: set[Handler]
     blobs: dict[str, str]
+    group: PartitionGroup
 
     @property
     def now_ms(self) -> int: ...
+    def note_backlog(self, change: int) -> None: ...
+    def announce(self, attempt: Attempt) -> None: ...
     def on_started(self, attempt: Attempt) -> None: ...
     def on_abandoned(self) -> None: ...
     def on_finished(self, attempt: Attempt) -> None: ...

@@ -26,6 +26,10 @@ IN_PROCESS = 1 << 34
 Bit that is set in the cell of a job that a process of its own executes. It stays until the end of the job is settled: a
 crash of that process may not have been reported yet.
 """
+IN_BATCH = 1 << 35
+"""Bit that is set in the cell of an item of a batch that runs: above it stands the number of the batch (`batch_number`)."""
+_BATCH_SHIFT = 36
+_BATCH_NUMBERS = (1 << 26) - 1
 _USED = 1 << 32  # set in every checksum: an empty cell is 0
 
 
@@ -36,6 +40,11 @@ def id_checksum(id_: str) -> int:
     Two of the few thousand jobs that a child holds share one once in a million times.
     """
     return crc32(id_.encode()) | _USED
+
+
+def item_cell(id_: str, batch: str) -> int:
+    """Return the value of a cell that says: where *batch* runs, this item of it runs too."""
+    return id_checksum(id_) | IN_BATCH | (crc32(batch.encode()) & _BATCH_NUMBERS) << _BATCH_SHIFT
 
 
 class RunningTable:
@@ -76,9 +85,18 @@ class RunningSnapshot:
         loop, full, *rest = cells
         if full:
             return None
-        executing = frozenset({loop} | {cell ^ EXECUTING for cell in rest if cell & EXECUTING}) - {0}
-        in_process = frozenset(cell ^ IN_PROCESS for cell in rest if cell & IN_PROCESS)
-        waiting = frozenset(cell for cell in rest if cell and not cell & (EXECUTING | IN_PROCESS))
+        items: dict[int, set[int]] = {}
+        for cell in rest:
+            if cell & IN_BATCH:
+                items.setdefault(cell >> _BATCH_SHIFT, set()).add(cell & (IN_BATCH - 1))
+
+        def with_items(cells: Iterable[int]) -> frozenset[int]:
+            found = set(cells) - {0}
+            return frozenset(found.union(*(items.get(cell & _BATCH_NUMBERS, ()) for cell in found if items)))
+
+        executing = with_items({loop} | {cell ^ EXECUTING for cell in rest if cell & EXECUTING})
+        in_process = with_items(cell ^ IN_PROCESS for cell in rest if cell & IN_PROCESS)
+        waiting = with_items(cell for cell in rest if not cell & (EXECUTING | IN_PROCESS | IN_BATCH))
         return cls(executing, waiting - executing - in_process, in_process)
 
     def blame(self, ids: Iterable[str], *, fault: bool) -> tuple[list[str], list[str]]:

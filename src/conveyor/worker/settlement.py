@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
 
 from conveyor.errors import ConveyorError, PayloadError, Snooze, StoreUnavailable, UnknownTask
 from conveyor.events import JobCancelledEvent, JobDead, JobDone, JobRetried
 from conveyor.ids import clean, clean_lines, made_at_ms
+from conveyor.jobs.batch_task import BatchMisreported
 from conveyor.jobs.context import end_spawning
 from conveyor.messaging import retry
 from conveyor.payload import failures
@@ -67,6 +72,7 @@ class SettlementWriter:
         self._logged: int | None = 0 if log.isEnabledFor(logging.INFO) else None
         self._since = 0.0
         self._explained: set[str] = set()
+        self._shared: dict[int, Failure] | None = None
 
     def _log_done(self, attempt: Attempt, seconds: float) -> None:
         assert self._logged is not None
@@ -184,7 +190,8 @@ class SettlementWriter:
             self.unreadable(report, attempt, error, now_ms)
             return
         handler, queue = attempt.handler, attempt.consumer.queue
-        record = failures.describe(error, attempt.number, now_ms, self._worker)
+        may_retry = may_retry and not isinstance(error, BatchMisreported)
+        record = self._describe(error, attempt.number, now_ms)
         if self._sealing is not None:
             record = pack_failure(self._sealing, record, queue, attempt.id)
         policy = handler.task.settings.retry if may_retry else retry.Retry(attempts=1)
@@ -216,6 +223,23 @@ class SettlementWriter:
             error=error,
         )
         self.dead(report, attempt, decision.history, decision.reason, now_ms, error)
+
+    @contextmanager
+    def shared_errors(self) -> Iterator[None]:
+        """Describe an error once for all attempts that end with it: the jobs of a batch."""
+        self._shared = {}
+        try:
+            yield
+        finally:
+            self._shared = None
+
+    def _describe(self, error: BaseException, attempt: int, now_ms: int) -> Failure:
+        if self._shared is None:
+            return failures.describe(error, attempt, now_ms, self._worker)
+        record = self._shared.get(id(error))
+        if record is None:
+            record = self._shared[id(error)] = failures.describe(error, attempt, now_ms, self._worker)
+        return replace(record, attempt=attempt, at=now_ms)
 
     def unreadable(self, report: TurnReport, attempt: Attempt, error: PayloadError, now_ms: int) -> None:
         """Make a job dead whose payload cannot be read, with one line in the log: no retry could change it."""

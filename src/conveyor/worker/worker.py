@@ -21,6 +21,7 @@ from conveyor.store.client.queue_index import REFRESH
 from conveyor.store.transport import eviction
 from conveyor.worker.app_loading import find_reference
 from conveyor.worker.attempt import Attempt, error_line
+from conveyor.worker.execution.batches import Batch, End
 from conveyor.worker.execution.executor import Executor
 from conveyor.worker.execution.processes import ProcessPool, module_of
 from conveyor.worker.job_loader import JobLoader
@@ -168,7 +169,7 @@ class Worker:
         chain = [middleware for middleware in self.app.run_middlewares if wraps_runs(middleware)]
         return Executor(
             concurrency=concurrency, threads=threads, processes=processes,
-            on_finished=self.on_finished, on_stuck=self._on_stuck,
+            on_finished=self.on_finished, on_stuck=self._on_stuck, on_batch=self.on_batch_finished,
             kinds={task.run_in for task in tasks if task.run_in != "process" or processes.refusal(task) is None},
             loader=self.loader, running_table=self._running_table,
             chain=(lambda context, call: run_through(chain, context, call)) if chain else None,
@@ -227,6 +228,8 @@ class Worker:
         for consumer in self.consumers:
             consumer.hand_back()
             consumer.schedule()
+        if self.executor.gatherer is not None:
+            self.executor.gatherer.drain()
         await self._drain_monitor.wait(self.consumers, self._grace)
         await self._cut_off()
         try:
@@ -269,7 +272,9 @@ class Worker:
         self._retire_if_used_up()
 
     def _stop_if_drained(self) -> None:
-        burst = self._burst
+        burst, gatherer = self._burst, self.executor.gatherer
+        if burst is not None and gatherer is not None and not any(one.has_more for one in self.consumers):
+            gatherer.run_all()
         if burst is not None and not self.lifecycle.stopping and burst.is_over(self.consumers, self.capacity.finished):
             self.stop()
 
@@ -311,11 +316,20 @@ class Worker:
         consumer.schedule()
         self.capacity.offer()
 
+    def on_batch_finished(self, ends: list[End]) -> None:
+        """Settle the jobs of a batch, which leave with one turn."""
+        for consumer in {attempt.consumer for attempt, _, _ in ends}:
+            consumer.schedule()
+        self.capacity.note_batch(len(ends))
+        with self.settlement_writer.shared_errors():
+            for attempt, value, error in ends:
+                self.on_finished(attempt, value, error)
+
     def _on_stuck(self, attempt: Attempt) -> None:
         """Drain and be replaced, because a thread outlived its time limit. Its job is settled last."""
         if attempt in self._drain_monitor.stuck or attempt.ended != 0.0:
             return
-        self._drain_monitor.stuck.append(attempt)
+        self._drain_monitor.stuck += [attempt, *(attempt.items if isinstance(attempt, Batch) else ())]
         if self._slot is None:
             log.error(
                 "E13 Job %s timed out and its thread cannot be killed; its lease is kept until it ends.", attempt.label

@@ -15,6 +15,7 @@ from conveyor.jobs.context import CURRENT, Context
 from conveyor.payload import failures
 from conveyor.worker.attempt import PLAIN, Attempt
 from conveyor.worker.crash_attribution import IN_PROCESS, LOOP_CELL, RunningTable, id_checksum
+from conveyor.worker.execution.batches import Batch, BatchGatherer, End
 from conveyor.worker.execution.coroutines import CoroutinePool
 from conveyor.worker.execution.forked_copies import ForkGuard
 from conveyor.worker.execution.processes import ProcessPool
@@ -39,8 +40,8 @@ class Executor:
 
     def __init__(
         self, *, concurrency: int, threads: int, processes: ProcessPool, on_finished: OnFinished,
-        on_stuck: Callable[[Attempt], None], kinds: set[str], loader: JobLoader, chain: Chain | None = None,
-        running_table: RunningTable | None = None,
+        on_stuck: Callable[[Attempt], None], on_batch: Callable[[list[End]], None], kinds: set[str], loader: JobLoader,
+        chain: Chain | None = None, running_table: RunningTable | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -49,6 +50,7 @@ class Executor:
             processes: runs those of `run_in="process"`.
             on_finished: called at the end of each attempt.
             on_stuck: called with an attempt whose thread goes on beyond its time limit.
+            on_batch: called with the ends of the jobs of a batch.
             kinds: how the app's tasks run ("loop", "thread", "process").
             loader: opens sealed bodies.
             chain: calls the middlewares around a job; None without any.
@@ -58,6 +60,9 @@ class Executor:
         self._kinds = kinds
         self._loader = loader
         self._on_finished, self._on_stuck, self._chain = on_finished, on_stuck, chain
+        self._on_batch = on_batch
+        self.gatherer: BatchGatherer | None = None
+        """Gathers jobs of batch tasks; None until the first of them."""
         self._base = copy_context()
         self._loop = asyncio.get_running_loop()
         self.fork_guard = ForkGuard(self._loop)
@@ -65,7 +70,7 @@ class Executor:
             concurrency, self._begin, self._on_suspended, self._finish, self.fork_guard, running_table
         )
         self._running_table = running_table
-        self._in_processes: dict[Attempt, int] = {}
+        self._in_processes: dict[Attempt, int] = {}  # the cells
         self.threads = ThreadPool(threads, self._thread_ended, self._watch_limit, self.fork_guard, running_table)
         self._waiters = 0  # attempts on a thread while their coroutine waits for them inside the middlewares
         self.processes = processes
@@ -112,7 +117,11 @@ class Executor:
                 self._loader.begin(attempt, lambda opened: self.submit([opened]), self._finish)
                 continue
             kind = attempt.handler.kind
-            if kind == "loop" or self._chain is not None:
+            if kind == "loop":
+                backlog.append(attempt)
+            elif kind == "batch":
+                self._gather(attempt)
+            elif self._chain is not None:
                 backlog.append(attempt)
             elif kind == "thread":
                 self._start_on_thread(attempt)
@@ -123,8 +132,28 @@ class Executor:
         if len(backlog) > before:
             self.coroutines.wake()
 
+    def _gather(self, attempt: Attempt) -> None:
+        if self.gatherer is None:
+            self.gatherer = BatchGatherer(self, self._on_batch, self._running_table)
+            self._on_finished = self._batch_aware(self.gatherer, self._on_finished)
+        self.gatherer.add(attempt)
+
+    @staticmethod
+    def _batch_aware(gatherer: BatchGatherer, on_finished: OnFinished) -> OnFinished:
+        """Return what is called at an end of an attempt where some are batches: a worker without any does not ask."""
+
+        def finished(attempt: Attempt, value: Any, error: BaseException | None) -> None:
+            if isinstance(attempt, Batch):
+                gatherer.finish(attempt, value, error)
+            else:
+                on_finished(attempt, value, error)
+
+        return finished
+
     def take_back(self, attempt: Attempt) -> bool:
         """Keep an attempt that waits from starting; False when a thread has claimed it, so that it starts."""
+        if attempt.handler.kind == "batch":
+            return self.gatherer is None or self.gatherer.take_back(attempt)
         if hasattr(attempt, "unclaimed"):
             return self.threads.take_back(attempt)
         if attempt in self.coroutines.backlog:
@@ -234,6 +263,8 @@ class Executor:
         if self._running_table is not None:
             for one in [one for one in self._in_processes if not one.consumer.holds(one)]:
                 self._running_table.release_cell(self._in_processes.pop(one))
+                if isinstance(one, Batch) and self.gatherer is not None:
+                    self.gatherer.release_cells(one)
             self._in_processes[attempt] = cell = self._running_table.take_cell()
             self._running_table.cells[cell] = id_checksum(attempt.id) | IN_PROCESS
         return await self.processes.run(attempt)
@@ -279,6 +310,8 @@ class Executor:
             self.threads.take_back(attempt)  # the thread that reaches it tells the middlewares
         elif attempt.runner is not None:
             attempt.runner.cancel()
+        elif attempt.handler.kind == "batch" and self.gatherer is not None:
+            self.gatherer.on_stopped(attempt, why)
         if attempt.context is not None:
             attempt.flag_context()
 

@@ -16,13 +16,14 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextvars import Context as Variables
 from contextvars import copy_context
 from datetime import UTC, datetime
 from typing import Any
 
 from conveyor.errors import UnknownTask
+from conveyor.jobs.batch_task import ItemEnd, item_ends
 from conveyor.jobs.context import CURRENT, Context, end_spawning, spawned_entries
 from conveyor.jobs.core import core_of
 from conveyor.jobs.task import TaskDefinition
@@ -31,6 +32,7 @@ from conveyor.worker.app_loading import load
 from conveyor.worker.execution.forked_copies import ForkGuard
 from conveyor.worker.execution.process_protocol import (
     HEAD,
+    BatchReply,
     DoneReply,
     ExtendRequest,
     FailedReply,
@@ -158,14 +160,16 @@ class _Runner:
         self._loop.close()
         self._app.close()
 
-    def run(self, job: RunRequest) -> DoneReply | FailedReply:
-        """Run one job; return its result, or what it raised."""
+    def run(self, job: RunRequest) -> DoneReply | FailedReply | BatchReply:
+        """Run one job, or one batch; return its result, or what it raised."""
         try:
             task = core_of(self._app).definitions.get(job.task)
             if task is None:
                 return _reply(
                     job, UnknownTask(f"The app that the process loaded has no task {job.task!r}."), unable=True
                 )
+            if job.items:
+                return self._run_batch(job, task)
             args, kwargs = task.signature.decode(job.body)
             context = self._context(job)
             if task.settings.ack == "early":
@@ -180,6 +184,36 @@ class _Runner:
         except BaseException as error:
             return _reply(job, error)
 
+    def _run_batch(self, job: RunRequest, task: TaskDefinition) -> BatchReply | FailedReply:
+        """Run the function with the items that can be read; return how each item of the request ended."""
+        values: dict[int, Any] = {}
+        ends: dict[int, ItemEnd] = {}
+        for at, item in enumerate(job.items):
+            try:
+                values[at] = task.signature.decode(item.body)[0][0]
+            except Exception as error:
+                ends[at] = (None, error)
+        contexts = {at: self._context(job.items[at]) for at in values}
+        if task.settings.ack == "early":
+            for one in contexts.values():
+                end_spawning(one)
+        context = self._context(job, contexts.values())
+        variables = copy_context()
+        variables.run(CURRENT.set, context)
+        value: Any = None
+        raised: BaseException | None = None
+        try:
+            if values:
+                kwargs = dict.fromkeys(task.signature.injected, context)
+                value = self._call(task, [list(values.values())], kwargs, variables)
+        except BaseException as error:
+            raised = error
+        ends |= zip(values, item_ends(value, raised, len(values)), strict=True)
+        alike = ends[0][1]
+        if alike is not None and all(error is alike for _, error in ends.values()):
+            return _reply(job, alike)
+        return _batch_reply(job, task, ends, {at: spawned_entries(one) for at, one in contexts.items()})
+
     def _call(self, task: TaskDefinition, args: list[Any], kwargs: dict[str, Any], variables: Variables) -> Any:
         if not task.is_async:
             with self._fork_guard:
@@ -191,7 +225,7 @@ class _Runner:
 
         return self._loop.run(call(), context=variables)
 
-    def _context(self, job: RunRequest) -> Context:
+    def _context(self, job: RunRequest, items: Iterable[Context] | None = None) -> Context:
         return Context(
             job_id=job.id,
             task=job.task,
@@ -201,12 +235,32 @@ class _Runner:
             state=self._state,
             deadline_hook=lambda ms: self._connection.send(ExtendRequest(ms, job.id, job.attempt)),
             enqueued_at=_instant(job.enqueued_ms),
+            items=None if items is None else lambda: items,
         )
 
 
 def _reply(job: RunRequest, error: BaseException, *, unable: bool = False) -> FailedReply:
     reply = capture(error)
     reply.id, reply.attempt, reply.unable = job.id, job.attempt, unable
+    return reply
+
+
+def _batch_reply(
+    job: RunRequest, task: TaskDefinition, ends: dict[int, ItemEnd], spawned: dict[int, list[bytes]]
+) -> BatchReply:
+    reply = BatchReply(job.id, job.attempt, [None] * len(job.items), {}, {})
+    for at, (value, failure) in ends.items():
+        keep_ms = task.settings.keep_ms if job.items[at].keep_ms is None else job.items[at].keep_ms
+        try:
+            if failure is None and not (value is None or task.returns_none or not keep_ms):
+                reply.results[at] = task.results.encode(value)
+        except Exception as error:
+            reply.errors[at] = capture(error)
+        else:
+            if failure is not None:
+                reply.errors[at] = capture(failure)
+            elif spawned[at]:
+                reply.spawned[at] = spawned[at]
     return reply
 
 

@@ -39,7 +39,11 @@ class StartRequest(msgspec.Struct, tag="start"):
 
 
 class RunRequest(msgspec.Struct, tag="job"):
-    """To the process: one attempt. `body` is the arguments' raw JSON. `keep_ms` None: that of the task."""
+    """
+    To the process: one attempt. `body` is the arguments' raw JSON. `keep_ms` None: that of the task.
+
+    `items` are the jobs of a batch, whose `body` is empty.
+    """
 
     task: str
     body: bytes
@@ -49,6 +53,7 @@ class RunRequest(msgspec.Struct, tag="job"):
     headers: dict[str, str]
     keep_ms: int | None
     enqueued_ms: int | None
+    items: list[RunRequest] = []
 
 
 class ReadyReply(msgspec.Struct, tag="ready"):
@@ -96,8 +101,23 @@ class FailedReply(msgspec.Struct, tag="failed"):
     unable: bool = False
 
 
+class BatchReply(msgspec.Struct, tag="batch"):
+    """
+    From the process: how the items of a batch ended, by their index in the request: results, errors, jobs that they spawned.
+
+    `worn` as in `DoneReply`. What failed for all items alike is a `FailedReply`.
+    """
+
+    id: str
+    attempt: int
+    results: list[bytes | None]
+    errors: dict[int, FailedReply]
+    spawned: dict[int, list[bytes]]
+    worn: str = ""
+
+
 Request = StartRequest | RunRequest
-Reply = ReadyReply | ExtendRequest | DoneReply | FailedReply
+Reply = ReadyReply | ExtendRequest | DoneReply | FailedReply | BatchReply
 
 _encode = msgspec.msgpack.Encoder().encode
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

@@ -12,14 +12,16 @@ import socket
 import sys
 from asyncio.subprocess import Process, create_subprocess_exec
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import msgspec
 
 from conveyor import ids
-from conveyor.errors import ConfigurationError
+from conveyor.errors import BatchFailed, ConfigurationError
+from conveyor.worker.execution.batches import Batch
 from conveyor.worker.execution.process_protocol import (
     HEAD,
+    BatchReply,
     DoneReply,
     ExtendRequest,
     FailedReply,
@@ -118,6 +120,8 @@ class ProcessPool:
             if reply.unable:
                 raise ProcessUnavailable(reply.message)
             raise rebuild(reply, task.settings.retry)
+        if isinstance(reply, BatchReply):
+            return _batch_result(reply, cast("Batch", attempt))
         if reply.spawned:
             attempt.set_spawned(reply.spawned)
         return None if reply.result is None else task.results.decode(reply.result)
@@ -238,7 +242,7 @@ class _PoolProcess:
         if not isinstance(reply, ReadyReply):
             raise await self._crash(subject)
 
-    async def work(self, job: RunRequest, extend: Callable[[int], None]) -> DoneReply | FailedReply:
+    async def work(self, job: RunRequest, extend: Callable[[int], None]) -> DoneReply | FailedReply | BatchReply:
         """Run one job; raises ProcessCrashed, also for a report on another attempt."""
         subject = f"The process of {job.task} ({job.id}, attempt {job.attempt})"
         reply = await self._ask(job, subject)
@@ -309,18 +313,31 @@ def module_of(task: TaskDefinition) -> str:
     return getattr(task.function, "__module__", None) or ""
 
 
+def _batch_result(reply: BatchReply, batch: Batch) -> list[Any] | None:
+    """Return the results of a batch, as its function would have returned them; raises BatchFailed where some items failed."""
+    task = batch.handler.task
+    for at, entries in reply.spawned.items():
+        batch.live[at].set_spawned(entries)
+    results = [None if one is None else task.results.decode(one) for one in reply.results]
+    if reply.errors:
+        errors = {at: rebuild(failed, task.settings.retry) for at, failed in reply.errors.items()}
+        raise BatchFailed(errors, results=results)
+    return results
+
+
 def _run_request(attempt: Attempt) -> RunRequest:
     envelope = attempt.envelope
     bare_id = ids.split(attempt.public_id)[1]
     return RunRequest(
         task=attempt.handler.name,
-        body=attempt.body,
+        body=b"" if isinstance(attempt, Batch) else attempt.body,
         id=attempt.public_id,
         queue=attempt.consumer.queue,
         attempt=attempt.number,
         headers=envelope.extra.headers,
         keep_ms=envelope.extra.keep_ms,
         enqueued_ms=ids.made_at_ms(bare_id),
+        items=[_run_request(item) for item in attempt.live] if isinstance(attempt, Batch) else [],
     )
 
 

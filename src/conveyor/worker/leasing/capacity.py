@@ -74,6 +74,12 @@ class PartitionGroup:
         self.weight = weight
         self.backlog = 0
         """Attempts of its partitions that are leased and have not started."""
+        self.gathering = 0
+        """Batches that gather jobs of it."""
+        self.gathered = 0
+        """The jobs that they have. These need no slots of their own, so they are not in the backlog."""
+        self.wanted = 0
+        """The jobs that they have room for."""
         self.ready: dict[LeasingQueue, None] = {}
         """The partitions that may have work, in the order of their turns."""
         self._turns, self._since = 0, 0.0
@@ -199,8 +205,24 @@ class Capacity:
         waiting, capacity = self.backlog, self._total(saturated=group.backlog > 0)
         rivals = len(self.rivals) + (group not in self.rivals)
         room = capacity - waiting if rivals == 1 else self._share(capacity, waiting, group)
+        if group.gathering and room > 0:
+            room = self._with_batches(room, group)
         settled = len(consumer.report.done) + len(consumer.report.others)  # given back before more is taken
         return max(0, min(room, BATCH, consumer.job_size.max_jobs, MOST_HELD - len(consumer.held) + settled))
+
+    def _with_batches(self, slots: int, group: PartitionGroup) -> int:
+        """
+        Return how many jobs *group*, whose part are so many slots, may lease: what its batches want, and one for each other slot.
+
+        Each batch that gathers takes one of the slots. A job too many would begin a batch that has none: it would run as
+        it is when its time is over, and take the place of a full one.
+        """
+        room = group.wanted + max(0, slots - group.gathering)
+        return min(room, self._limits.remaining(self.taken)) if self._limits.is_limited else room
+
+    def note_batch(self, jobs: int) -> None:
+        """Note that so many jobs end together: for what is held ahead they count as one, since they took one slot."""
+        self._rated += jobs - 1
 
     def idle_room(self, consumer: LeasingQueue) -> int:
         """

@@ -615,6 +615,14 @@ class QueueConsumer:
     def on_started(self, attempt: Attempt) -> None:
         """Note that an attempt started."""
         self._capacity.note_backlog(self, -1)
+        self.announce(attempt)
+
+    def note_backlog(self, change: int) -> None:
+        """Count a batch of this queue that waits for a slot, or has one."""
+        self._capacity.note_backlog(self, change)
+
+    def announce(self, attempt: Attempt) -> None:
+        """Tell listeners that an attempt starts."""
         if self._services.app.has_listener(JobStarted):
             self._services.app.emit(JobStarted(attempt.public_id, attempt.handler.name, self.queue, attempt.number))
 
