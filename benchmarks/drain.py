@@ -24,16 +24,20 @@ class Snapshot:
 
 
 def drain(bench: Bench) -> None:
-    """Drain no-op jobs with one and with two worker processes, async and sync, and with results that are kept."""
+    """Drain no-op jobs with one and with two worker processes, async and sync, with results that are kept, and in batches."""
     from benchmarks import measured_jobs
 
     count = bench.size(100_000)
-    for task, queue in ((measured_jobs.noop, "async"), (measured_jobs.noop_sync, "sync"), (measured_jobs.echo, "kept")):
+    jobs = measured_jobs
+    for call, queue in (
+        (jobs.noop.s, "async"), (jobs.noop_sync.s, "sync"), (jobs.echo.s, "kept"),
+        (lambda number, text: jobs.batched.s((number, text)), "batched"),
+    ):  # fmt: skip
         for processes in (1, 2):
-            if queue == "kept" and processes == 2:
+            if queue in {"kept", "batched"} and processes == 2:
                 continue
             bench.flush()
-            measured_jobs.app.enqueue_many(task.s(number, TEXT) for number in range(count * processes))
+            measured_jobs.app.enqueue_many(call(number, TEXT) for number in range(count * processes))
             first, last = _drain(bench, queue, processes)
             done, seconds = first.left - last.left, last.time - first.time
             name = f"ours drain {queue} {processes}"

@@ -28,6 +28,11 @@ async def echo(number: int, text: str) -> int:
     return number
 
 
+@app.batch_task(queue="batched", timeout="30s", size=500, within="1s")
+async def batched(items: list[tuple[int, str]]) -> None:
+    """Do nothing for 500 at once."""
+
+
 @app.task(queue="stamp")
 async def stamp(number: int, sent_ns: int) -> None:
     """Note how long ago the job was enqueued."""

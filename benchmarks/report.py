@@ -63,6 +63,7 @@ GOALS = (
     Goal("drain, one process, `def`, against raw-list", "ours drain sync 1 /s", LIST, at_least=8),
     Goal("drain, one process, `def`, against raw-limit", "ours drain sync 1 /s", LIMIT, at_least=0.12),
     Goal("drain, one process, results kept, against raw-list", "ours drain kept 1 /s", LIST),
+    Goal("drain, batches of 500 against one by one", "ours drain batched 1 /s", "ours drain async 1 /s", at_least=1),
     Goal("drain, results kept against none", "ours drain kept 1 /s", "ours drain async 1 /s", at_least=0.65),
     Goal(
         "drain, two processes against one, `async def`", "ours drain async 2 /s", "ours drain async 1 /s", at_least=1.4

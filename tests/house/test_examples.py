@@ -14,6 +14,7 @@ from support.shell import Shell
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 PRINTED = {
+    "batches": ["all written: True", "fewer than ten calls: True"],
     "jobs_quickstart": ["Hello Ada.", "999000"],
     "messages_quickstart": ["urgent 100 attempt 1", "o1 1 attempt 1", "o3 3 attempt 1", "o2 2 attempt 2"],
     "partitions": ["each customer in one partition: True", "partitions used: 4", "taken in order: 36 left: 0"],

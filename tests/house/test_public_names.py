@@ -21,13 +21,13 @@ EVENTS = (ROOT / "docs" / "reference" / "events.md").read_text("utf-8")
 
 NAMES = {
     "conveyor": (
-        "BlobStore BlobUnavailable Buffer CallNext Concurrency ConfigurationError Context Conveyor ConveyorError Debounce "
+        "BatchFailed BlobStore BlobUnavailable Buffer CallNext Concurrency ConfigurationError Context Conveyor ConveyorError Debounce "
         "Duplicate DurabilityNotReached FileStore Format Job JobCancelled JobFailed JobNotFound LeaseLost Message Middleware "
         "Outgoing PayloadError PlainList Queue QueueFull Rate RateLimited ResultExpired Retry RetryIn Snooze StoreUnavailable "
         "Task Unique UnknownTask Why current"
     ),
     "conveyor.errors": (
-        "ConfigurationError ConveyorError Duplicate DurabilityNotReached JobCancelled JobFailed JobNotFound "
+        "BatchFailed ConfigurationError ConveyorError Duplicate DurabilityNotReached JobCancelled JobFailed JobNotFound "
         "LeaseLost PayloadError QueueFull QueueNotFound RateLimited ResultExpired RetryIn Snooze StoreUnavailable UnknownTask"
     ),
     "conveyor.events": (

@@ -263,6 +263,7 @@ async def test_partitions_fill_one_batch(app: Conveyor) -> None:
 # -- outcomes ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row("A181")
 @pytest.mark.leaves_keys("a dead letter stays")
 @pytest.mark.parametrize("kind", ["loop", "thread", "process"])
 async def test_only_the_items_that_failed_are_tried_again(app: Conveyor, kind: str) -> None:
@@ -386,6 +387,7 @@ async def test_a_result_of_a_wrong_type_is_that_item_s_alone(app: Conveyor) -> N
     assert [await job.astatus() for job in jobs] == ["dead", "done"]
 
 
+@pytest.mark.row("A181")
 @pytest.mark.leaves_keys("dead letters stay")
 async def test_an_item_that_cannot_be_read_is_left_out(app: Conveyor, url: str) -> None:
     """Arguments that do not fit make a dead letter of their job; the rest of the batch runs without it."""
@@ -462,6 +464,7 @@ async def _leased(app: Conveyor, count: int) -> None:
         await asyncio.sleep(0.005)
 
 
+@pytest.mark.row("A181")
 @pytest.mark.parametrize("kind", ["loop", "thread"])
 async def test_one_item_is_cancelled_while_its_batch_runs(app: Conveyor, kind: str) -> None:
     """The batch goes on and sees it in that item's context; when all of its items are cancelled, it is stopped."""
@@ -495,6 +498,7 @@ async def test_one_item_is_cancelled_while_its_batch_runs(app: Conveyor, kind: s
                 await job.aresult(timeout=PATIENCE)
 
 
+@pytest.mark.row("A181")
 async def test_an_item_that_has_expired_is_left_out(app: Conveyor) -> None:
     """Items that expire while their batch gathers do not run, and are cancelled."""
     seen: list[list[int]] = []
@@ -513,6 +517,7 @@ async def test_an_item_that_has_expired_is_left_out(app: Conveyor) -> None:
     assert seen == [[1]]
 
 
+@pytest.mark.row("A181")
 @pytest.mark.parametrize("kind", ["loop", "thread"])
 async def test_a_half_full_batch_goes_back_at_a_stop(app: Conveyor, kind: str) -> None:
     """What waits for others when the worker is told to stop goes back in its order, without an attempt."""
@@ -562,6 +567,7 @@ async def test_batches_that_wait_for_a_thread_go_back_at_a_stop(app: Conveyor) -
     assert seen == [[0, 1], [2, 3]]
 
 
+@pytest.mark.row("A181")
 async def test_what_was_acknowledged_early_runs_at_a_stop(app: Conveyor) -> None:
     """Items of ack="early" cannot go back: a half-full batch of them runs when the worker is told to stop."""
     seen: list[int] = []
@@ -578,6 +584,7 @@ async def test_what_was_acknowledged_early_runs_at_a_stop(app: Conveyor) -> None
     assert seen == [0, 1, 2]
 
 
+@pytest.mark.row("A181")
 async def test_what_outlives_the_grace_goes_back(app: Conveyor) -> None:
     """A batch that runs beyond the grace is cut off, and its items run again with the next attempt."""
     attempts: list[list[int]] = []
@@ -595,6 +602,7 @@ async def test_what_outlives_the_grace_goes_back(app: Conveyor) -> None:
     assert attempts == [[1, 1], [2, 2]]
 
 
+@pytest.mark.row("A181")
 async def test_an_item_whose_lease_is_lost_is_not_reported(app: Conveyor) -> None:
     """Jobs of a batch that another worker took over are not settled here; they run there."""
     runs: list[list[int]] = []
@@ -661,6 +669,7 @@ async def test_every_item_of_a_batch_that_runs_is_seen(app: Conveyor, slot: Chil
     await asyncio.to_thread(app.queue("default").purge)
 
 
+@pytest.mark.row("A181")
 @pytest.mark.leaves_keys("a dead letter stays")
 async def test_a_process_that_dies_is_charged_to_its_items_which_run_alone(app: Conveyor, tmp_path: Path) -> None:
     """Of a batch whose process dies each item comes back alone; only the one that ends it again is dead."""

@@ -7,16 +7,15 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Coroutine, Hashable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, Union, overload
 
 import msgspec
 
 from conveyor.errors import BatchFailed, ConfigurationError, PayloadError
 from conveyor.jobs.job_options import positive_ms
-from conveyor.jobs.task import Task, is_injected
-from conveyor.payload.codec import encode_json, show
-from conveyor.payload.key_text import member_reader
+from conveyor.jobs.task import BatchPlan, Task, is_injected
+from conveyor.payload.codec import show
 from conveyor.payload.parameters import payload_type, read_parameters
 from conveyor.store.operations import MOST_HELD
 from conveyor.units import Duration
@@ -24,8 +23,9 @@ from conveyor.units import Duration
 T = TypeVar("T")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
+F_co = TypeVar("F_co", covariant=True)
 ItemEnd = tuple[Any, BaseException | None]
-"""What one item of a batch ended with: its result, or its error."""
+"""The end of one item of a batch: its result, or its error."""
 
 _EMPTY = inspect.Parameter.empty
 _LISTS = (list, collections.abc.Sequence, collections.abc.Collection, collections.abc.Iterable)
@@ -36,58 +36,35 @@ class BatchMisreported(PayloadError):
     """The function of a batch said something of its items that does not fit them: their work is done, and not known."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class BatchPlan:
-    """When the jobs of a batch task run: `size` of them together, or fewer, `within_ms` after the first of them came."""
-
-    size: int
-    within_ms: int
-    group_by: str | None = None
-
-    def group_of(self, item: Any) -> Hashable:
-        """Return the key of the batches that *item* belongs to; None without `group_by`, or for an item without it."""
-        if self.group_by is None:
-            return None
-        try:
-            value = member_reader(tuple(self.group_by.split(".")))(item)
-        except LookupError:
-            return None
-        return value if isinstance(value, str | int | float | None) else encode_json(value)
-
-
-class BatchTask(Task[[T], R_co], Generic[T, R_co]):
-    """A task whose jobs are enqueued one by one, and whose function takes a list of them."""
+class BatchTask(Task[[T], R_co], Generic[T, R_co, F_co]):
+    """A task whose jobs are enqueued one by one, and whose function takes a list of them and returns *F_co*."""
 
     if TYPE_CHECKING:
 
-        def __call__(self, items: list[T], /) -> Any: ...  # type: ignore[override]  # it takes a list; `enqueue` takes one
-
-
-class SyncBatchTask(BatchTask[T, R_co]):
-    """A batch task whose function is a `def`."""
-
-
-class AsyncBatchTask(BatchTask[T, R_co]):
-    """A batch task whose function is an `async def`."""
+        def __call__(self, items: list[T], /) -> F_co: ...  # type: ignore[override]  # a list; `enqueue` takes one of it
 
 
 class BatchDecorator(Protocol):
-    """The decorator that `@app.batch_task(…)` with options returns."""
+    """The decorator that `@app.batch_task(…)` returns."""
 
     @overload
-    def __call__(self, function: Callable[[list[T]], Coroutine[Any, Any, list[R]]], /) -> AsyncBatchTask[T, R]: ...
+    def __call__(
+        self, function: Callable[[list[T]], Coroutine[Any, Any, list[R]]], /
+    ) -> BatchTask[T, R, Coroutine[Any, Any, list[R]]]: ...
     @overload
-    def __call__(self, function: Callable[[list[T]], Coroutine[Any, Any, None]], /) -> AsyncBatchTask[T, None]: ...
+    def __call__(
+        self, function: Callable[[list[T]], Coroutine[Any, Any, None]], /
+    ) -> BatchTask[T, None, Coroutine[Any, Any, None]]: ...
     @overload
     def __call__(
         self, function: Callable[[list[T]], Coroutine[Any, Any, list[R] | None]], /
-    ) -> AsyncBatchTask[T, R | None]: ...
+    ) -> BatchTask[T, R | None, Coroutine[Any, Any, list[R] | None]]: ...
     @overload
-    def __call__(self, function: Callable[[list[T]], list[R]], /) -> SyncBatchTask[T, R]: ...
+    def __call__(self, function: Callable[[list[T]], list[R]], /) -> BatchTask[T, R, list[R]]: ...
     @overload
-    def __call__(self, function: Callable[[list[T]], None], /) -> SyncBatchTask[T, None]: ...
+    def __call__(self, function: Callable[[list[T]], None], /) -> BatchTask[T, None, None]: ...
     @overload
-    def __call__(self, function: Callable[[list[T]], list[R] | None], /) -> SyncBatchTask[T, R | None]: ...
+    def __call__(self, function: Callable[[list[T]], list[R] | None], /) -> BatchTask[T, R | None, list[R] | None]: ...
 
 
 def batch_plan(size: object, within: Duration, group_by: object) -> BatchPlan:

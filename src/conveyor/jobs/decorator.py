@@ -7,11 +7,12 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError
-from conveyor.jobs.batch_task import AsyncBatchTask, BatchPlan, SyncBatchTask, item_function
+from conveyor.jobs.batch_task import BatchTask, item_function
 from conveyor.jobs.core import AppCore
 from conveyor.jobs.job_options import check_priority, positive_ms
 from conveyor.jobs.task import (
     AsyncTask,
+    BatchPlan,
     RunIn,
     SyncTask,
     Task,
@@ -111,9 +112,8 @@ def register(
         batch=batch,
         call=None if batch is None else item_function(function, name, batch),
     )
-    kinds: tuple[type[Task[..., Any]], type[Task[..., Any]]]
-    kinds = (SyncTask, AsyncTask) if batch is None else (SyncBatchTask, AsyncBatchTask)
-    task = kinds[awaitable](definition)
+    kind: type[Task[..., Any]] = BatchTask if batch is not None else AsyncTask if awaitable else SyncTask
+    task = kind(definition)
     core.definitions[name], core.tasks[name] = definition, task
     core.add_task(name, queue)
     return task

@@ -7,7 +7,7 @@ import functools
 import inspect
 import sys
 from asyncio import _get_running_loop
-from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Container, Coroutine, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from types import FrameType
@@ -23,8 +23,9 @@ from conveyor.jobs.job import Job, JobCore
 from conveyor.jobs.job_options import entry_of, with_options
 from conveyor.messaging.push_options import Outgoing, check_times
 from conveyor.messaging.retry import Retry
-from conveyor.payload.codec import ValueCodec, show
+from conveyor.payload.codec import ValueCodec, encode_json, show
 from conveyor.payload.formats import JSON, FormatRegistry, codec_for
+from conveyor.payload.key_text import member_reader
 from conveyor.payload.records import write_envelope
 from conveyor.payload.signature import TaskSignature
 from conveyor.store.client.durability import DurabilityRequest, durability_request
@@ -32,7 +33,6 @@ from conveyor.store.operations import Entry, ExistingId
 from conveyor.units import Duration
 
 if TYPE_CHECKING:
-    from conveyor.jobs.batch_task import BatchPlan
     from conveyor.jobs.hooks import Middleware
     from conveyor.store.keys import QueueKeys
 
@@ -76,6 +76,25 @@ class TaskOptions:
     priority: int = 0
     version: int = 1
     upcast: Upcast | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """When the jobs of a batch task run: `size` of them together, or fewer, `within_ms` after the first of them came."""
+
+    size: int
+    within_ms: int
+    group_by: str | None = None
+
+    def group_of(self, item: Any) -> Hashable:
+        """Return the key of the batches that *item* belongs to; None without `group_by`, or for an item without it."""
+        if self.group_by is None:
+            return None
+        try:
+            value = member_reader(tuple(self.group_by.split(".")))(item)
+        except LookupError:
+            return None
+        return value if isinstance(value, str | int | float | None) else encode_json(value)
 
 
 class TaskDefinition:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from conveyor.payload.signature import TaskSignature
     from conveyor.store.keys import QueueKeys
     from conveyor.store.operations import TurnReport
-    from conveyor.worker.leasing.capacity import PartitionGroup
 
 
 BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000, 3_600_000)
@@ -130,6 +129,14 @@ class Handler:
             self.retried = 0
 
 
+class GatheringGroup(Protocol):
+    """A queue, as the batches that gather jobs of it are counted: batches, jobs that they have, and jobs that they want."""
+
+    gathering: int
+    gathered: int
+    wanted: int
+
+
 class AttemptOwner(Protocol):
     """The consumer that leased an attempt, as the attempt and those that settle it use it."""
 
@@ -139,8 +146,9 @@ class AttemptOwner(Protocol):
     report: TurnReport
     changed_handlers: set[Handler]
     blobs: dict[str, str]
-    group: PartitionGroup
 
+    @property
+    def group(self) -> GatheringGroup: ...
     @property
     def now_ms(self) -> int: ...
     def note_backlog(self, change: int) -> None: ...

@@ -21,7 +21,7 @@ from conveyor.store.client.queue_index import REFRESH
 from conveyor.store.transport import eviction
 from conveyor.worker.app_loading import find_reference
 from conveyor.worker.attempt import Attempt, error_line
-from conveyor.worker.execution.batches import Batch, End
+from conveyor.worker.execution.batches import BatchAttempt, End
 from conveyor.worker.execution.executor import Executor
 from conveyor.worker.execution.processes import ProcessPool, module_of
 from conveyor.worker.job_loader import JobLoader
@@ -329,7 +329,7 @@ class Worker:
         """Drain and be replaced, because a thread outlived its time limit. Its job is settled last."""
         if attempt in self._drain_monitor.stuck or attempt.ended != 0.0:
             return
-        self._drain_monitor.stuck += [attempt, *(attempt.items if isinstance(attempt, Batch) else ())]
+        self._drain_monitor.stuck += [attempt, *(attempt.items if isinstance(attempt, BatchAttempt) else ())]
         if self._slot is None:
             log.error(
                 "E13 Job %s timed out and its thread cannot be killed; its lease is kept until it ends.", attempt.label

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, assert_type
 
 from conveyor import (
+    BatchFailed,
     CallNext,
     Concurrency,
     Context,
@@ -55,6 +56,31 @@ async def load(order: Order, at: datetime | None = None) -> list[Order]:
 
 @app.task
 def nothing() -> None: ...
+
+
+@app.batch_task(size=500, within="1s", group_by="id", retry=3)
+async def index(orders: list[Order], *, context: Context = current()) -> None:
+    raise BatchFailed({0: ValueError(context.items[0].job_id)}, results=[None] * len(orders))
+
+
+@app.batch_task(size=10, within=1, run_in="process")
+def prices(orders: list[Order]) -> list[int]:
+    return [order.total for order in orders]
+
+
+@app.batch_task(size=10, within=1)
+async def names_of(orders: list[Order]) -> list[str]:
+    return [order.id for order in orders]
+
+
+async def batches() -> None:
+    assert_type(index.enqueue(Order("o1", 3)), Job[None])
+    assert_type(await names_of.aenqueue(Order("o1", 3)), Job[str])
+    assert_type(prices.options(delay="1m").enqueue(Order("o1", 3)).result(), int)
+    assert_type(app.enqueue_many(prices.s(Order(str(n), n)) for n in range(9)), list[Job[int]])
+    assert_type(prices([Order("o1", 3)]), list[int])
+    assert_type(await names_of([Order("o1", 3)]), list[str])
+    await index([Order("o1", 3)])
 
 
 def spread() -> None:

@@ -13,18 +13,18 @@ from collections.abc import Callable, Hashable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
-from conveyor.jobs.batch_task import BatchPlan, item_ends
+from conveyor.jobs.batch_task import item_ends
 from conveyor.jobs.context import Context
+from conveyor.jobs.task import BatchPlan
 from conveyor.payload import failures
 from conveyor.payload.records import Envelope
 from conveyor.store.operations import MOST_HELD
-from conveyor.worker.attempt import PLAIN, Attempt, AttemptOwner, Handler
+from conveyor.worker.attempt import PLAIN, Attempt, AttemptOwner, GatheringGroup, Handler
 from conveyor.worker.crash_attribution import LOOP_CELL, RunningTable, id_checksum, item_cell
 
 if TYPE_CHECKING:
     from conveyor.worker.execution.coroutines import CoroutinePool
     from conveyor.worker.execution.threads import ThreadPool
-    from conveyor.worker.leasing.capacity import PartitionGroup
 
 GATHERED = MOST_HELD // 2
 """
@@ -35,8 +35,8 @@ _BATCH = Envelope("", b"")  # not PLAIN: whether its items have expired is looke
 
 End = tuple[Attempt, Any, BaseException | None]
 """A job, its result, and its error."""
-Place = tuple[str, "PartitionGroup", Hashable]
-"""What the jobs of a batch have in common: task, queue, key."""
+Place = tuple[str, GatheringGroup, Hashable]
+"""The task, queue and key that the jobs of a batch have in common."""
 
 
 class BatchHandler(Handler):
@@ -45,7 +45,7 @@ class BatchHandler(Handler):
     __slots__ = ()
 
     def __init__(self, handler: Handler) -> None:
-        """Take the handler of its single jobs."""
+        """*handler* is that of its single jobs."""
         super().__init__(handler.task)
         self.kind = handler.task.run_in
         self.decode = _as_arguments
@@ -55,7 +55,7 @@ def _as_arguments(values: Any) -> tuple[list[Any], dict[str, Any]]:
     return [values], {}
 
 
-class Batch(Attempt):
+class BatchAttempt(Attempt):
     """One call of the function of a batch task: the attempt that takes a slot. `items` are the attempts of its jobs."""
 
     __slots__ = ("cells", "is_announced", "items", "live", "phase", "place", "plan", "timer")
@@ -122,7 +122,7 @@ class Batch(Attempt):
 class BatchOwner:
     """The consumers of a batch's items, as the executor sees the consumer of an attempt."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: BatchAttempt) -> None:
         self._batch = batch
 
     @property
@@ -130,7 +130,7 @@ class BatchOwner:
         """The queue of the first item."""
         return self._batch.first.consumer.queue
 
-    def on_started(self, batch: Batch) -> None:
+    def on_started(self, batch: BatchAttempt) -> None:
         """Tell the consumers that their jobs start."""
         if not batch.is_announced:
             batch.is_announced = True
@@ -143,11 +143,11 @@ class BatchOwner:
         """Note that the batch left the backlog."""
         self._batch.first.consumer.note_backlog(-1)
 
-    def holds(self, batch: Batch) -> bool:
+    def holds(self, batch: BatchAttempt) -> bool:
         """Tell whether one of its jobs is still leased here."""
         return any(item.consumer.holds(item) for item in batch.items)
 
-    def move_deadline(self, batch: Batch, seconds: float) -> None:
+    def move_deadline(self, batch: BatchAttempt, seconds: float) -> None:
         """Set the deadline of the batch that many seconds ahead."""
         batch.first.consumer.move_deadline(batch, seconds)
 
@@ -177,8 +177,8 @@ class BatchGatherer:
         """
         self._runner, self._on_finished, self._running_table = runner, on_finished, running_table
         self._loop = asyncio.get_running_loop()
-        self._open: dict[Place, Batch] = {}
-        self._batch_of: dict[Attempt, Batch] = {}
+        self._open: dict[Place, BatchAttempt] = {}
+        self._batch_of: dict[Attempt, BatchAttempt] = {}
         self._handlers: dict[str, Handler] = {}
         self._is_draining = False
 
@@ -203,7 +203,7 @@ class BatchGatherer:
         batch = None if item.crashed_before else self._open.get(place)
         if batch is None:
             handler = self._handlers.setdefault(task.name, BatchHandler(item.handler))
-            batch = Batch(item, handler, place, plan)
+            batch = BatchAttempt(item, handler, place, plan)
         batch.items[item] = value
         self._batch_of[item] = batch
         if item.crashed_before or self._is_draining:
@@ -234,12 +234,12 @@ class BatchGatherer:
         self._is_draining = True
         self.run_all()
 
-    def _close(self, batch: Batch) -> None:
+    def _close(self, batch: BatchAttempt) -> None:
         self._leave(batch)
         self._submit(batch)
 
-    def _leave(self, batch: Batch) -> None:
-        """Take a batch from those that gather."""
+    def _leave(self, batch: BatchAttempt) -> None:
+        """Remove a batch from those that gather."""
         del self._open[batch.place]
         assert batch.timer is not None
         batch.timer.cancel()
@@ -248,7 +248,7 @@ class BatchGatherer:
         group.gathered -= len(batch.items)
         group.wanted -= batch.plan.size - len(batch.items)
 
-    def _submit(self, batch: Batch) -> None:
+    def _submit(self, batch: BatchAttempt) -> None:
         batch.phase = "submitted"
         if not batch.is_announced:
             batch.first.consumer.note_backlog(1)
@@ -262,7 +262,7 @@ class BatchGatherer:
     # -- jobs that leave ------------------------------------------------------------------------------------------
 
     def take_back(self, item: Attempt) -> bool:
-        """Take a job out of a batch that has not started; False when it has."""
+        """Remove a job from a batch that has not started; False when it has."""
         batch = self._batch_of.get(item)
         if batch is None:
             return True  # its body is on its way
@@ -287,9 +287,9 @@ class BatchGatherer:
         del batch.items[item], self._batch_of[item]
         return True
 
-    def _recall(self, batch: Batch) -> Batch:
+    def _recall(self, batch: BatchAttempt) -> BatchAttempt:
         """Return a batch in place of one that no thread had begun, of which jobs leave; what is left is submitted again."""
-        rest = Batch(batch.first, batch.handler, batch.place, batch.plan)
+        rest = BatchAttempt(batch.first, batch.handler, batch.place, batch.plan)
         rest.phase, rest.is_announced, rest.items = "recalled", True, batch.items
         self._batch_of.update(dict.fromkeys(rest.items, rest))
         batch.ended = perf_counter()  # its thread still reports it
@@ -305,7 +305,7 @@ class BatchGatherer:
 
     # -- ends -----------------------------------------------------------------------------------------------------
 
-    def finish(self, batch: Batch, value: Any, error: BaseException | None) -> None:
+    def finish(self, batch: BatchAttempt, value: Any, error: BaseException | None) -> None:
         """End the jobs of a batch that has ended."""
         ends = dict(zip(batch.live, item_ends(value, error, len(batch.live)), strict=True))
         ended: list[End] = []
@@ -321,7 +321,7 @@ class BatchGatherer:
             self.release_cells(batch)
         self._on_finished(ended)
 
-    def release_cells(self, batch: Batch) -> None:
+    def release_cells(self, batch: BatchAttempt) -> None:
         """Empty the cells of a batch's items."""
         while batch.cells and self._running_table is not None:
             self._running_table.release_cell(batch.cells.pop())

@@ -15,7 +15,7 @@ from conveyor.jobs.context import CURRENT, Context
 from conveyor.payload import failures
 from conveyor.worker.attempt import PLAIN, Attempt
 from conveyor.worker.crash_attribution import IN_PROCESS, LOOP_CELL, RunningTable, id_checksum
-from conveyor.worker.execution.batches import Batch, BatchGatherer, End
+from conveyor.worker.execution.batches import BatchAttempt, BatchGatherer, End
 from conveyor.worker.execution.coroutines import CoroutinePool
 from conveyor.worker.execution.forked_copies import ForkGuard
 from conveyor.worker.execution.processes import ProcessPool
@@ -143,7 +143,7 @@ class Executor:
         """Return what is called at an end of an attempt where some are batches: a worker without any does not ask."""
 
         def finished(attempt: Attempt, value: Any, error: BaseException | None) -> None:
-            if isinstance(attempt, Batch):
+            if isinstance(attempt, BatchAttempt):
                 gatherer.finish(attempt, value, error)
             else:
                 on_finished(attempt, value, error)
@@ -263,7 +263,7 @@ class Executor:
         if self._running_table is not None:
             for one in [one for one in self._in_processes if not one.consumer.holds(one)]:
                 self._running_table.release_cell(self._in_processes.pop(one))
-                if isinstance(one, Batch) and self.gatherer is not None:
+                if isinstance(one, BatchAttempt) and self.gatherer is not None:
                     self.gatherer.release_cells(one)
             self._in_processes[attempt] = cell = self._running_table.take_cell()
             self._running_table.cells[cell] = id_checksum(attempt.id) | IN_PROCESS

@@ -18,7 +18,7 @@ import msgspec
 
 from conveyor import ids
 from conveyor.errors import BatchFailed, ConfigurationError
-from conveyor.worker.execution.batches import Batch
+from conveyor.worker.execution.batches import BatchAttempt
 from conveyor.worker.execution.process_protocol import (
     HEAD,
     BatchReply,
@@ -121,7 +121,7 @@ class ProcessPool:
                 raise ProcessUnavailable(reply.message)
             raise rebuild(reply, task.settings.retry)
         if isinstance(reply, BatchReply):
-            return _batch_result(reply, cast("Batch", attempt))
+            return _batch_result(reply, cast("BatchAttempt", attempt))
         if reply.spawned:
             attempt.set_spawned(reply.spawned)
         return None if reply.result is None else task.results.decode(reply.result)
@@ -313,7 +313,7 @@ def module_of(task: TaskDefinition) -> str:
     return getattr(task.function, "__module__", None) or ""
 
 
-def _batch_result(reply: BatchReply, batch: Batch) -> list[Any] | None:
+def _batch_result(reply: BatchReply, batch: BatchAttempt) -> list[Any] | None:
     """Return the results of a batch, as its function would have returned them; raises BatchFailed where some items failed."""
     task = batch.handler.task
     for at, entries in reply.spawned.items():
@@ -330,14 +330,14 @@ def _run_request(attempt: Attempt) -> RunRequest:
     bare_id = ids.split(attempt.public_id)[1]
     return RunRequest(
         task=attempt.handler.name,
-        body=b"" if isinstance(attempt, Batch) else attempt.body,
+        body=b"" if isinstance(attempt, BatchAttempt) else attempt.body,
         id=attempt.public_id,
         queue=attempt.consumer.queue,
         attempt=attempt.number,
         headers=envelope.extra.headers,
         keep_ms=envelope.extra.keep_ms,
         enqueued_ms=ids.made_at_ms(bare_id),
-        items=[_run_request(item) for item in attempt.live] if isinstance(attempt, Batch) else [],
+        items=[_run_request(item) for item in attempt.live] if isinstance(attempt, BatchAttempt) else [],
     )
 
 
