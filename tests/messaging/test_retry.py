@@ -107,7 +107,7 @@ async def test_jobs_and_messages_follow_the_policy(url: str, backend: Client) ->
     await app.queue("default").apurge(dead=True)
     await app.aclose()
 
-    queue = Queue(backend, "within", retry=Retry(backoff=["1h"], within="10m"))
+    queue = Queue(backend, "within", lease_ms=2000, retry=Retry(backoff=["1h"], within="10m"))
     queue.push(1)
     [message] = queue.pull()
     message.nack()
