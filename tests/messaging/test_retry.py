@@ -83,8 +83,8 @@ def test_a_policy_that_makes_no_sense_is_refused(options: dict[str, Any]) -> Non
         Retry(**options)
 
 
-async def test_jobs_and_messages_follow_the_policy(url: str, backend: Client) -> None:
-    """A worker waits for the pauses of the list, and the time of `within` ends a job and a message that go on failing."""
+async def test_jobs_follow_the_policy(url: str) -> None:
+    """A worker waits for the pauses of the list, and the time of `within` ends a job that goes on failing."""
     app = Conveyor(url)
 
     @app.task(retry=Retry(attempts=3, backoff=["5ms", "10ms"]))
@@ -107,6 +107,9 @@ async def test_jobs_and_messages_follow_the_policy(url: str, backend: Client) ->
     await app.queue("default").apurge(dead=True)
     await app.aclose()
 
+
+def test_a_refused_message_follows_the_policy(backend: Client) -> None:
+    """A `nack()` whose pause would end later than `within` makes a dead letter at once."""
     queue = Queue(backend, "within", lease_ms=2000, retry=Retry(backoff=["1h"], within="10m"))
     queue.push(1)
     [message] = queue.pull()
