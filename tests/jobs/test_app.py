@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from conveyor.errors import ConfigurationError, PayloadError, QueueFull
 from conveyor.events import Event, JobDead, JobDone, JobEvent
 from conveyor.jobs.app import Conveyor
 from conveyor.jobs.core import core_of
+from conveyor.jobs.job import Job
 from conveyor.jobs.task import Task, TaskCall, definition_of
 from support.manual_worker import ManualWorker, arguments, eventually
 
@@ -111,6 +113,39 @@ async def test_many_without_blocking(app: Conveyor, note: Task[[int], None]) -> 
     await app.aclose()
 
     assert [await asyncio.to_thread(numbers, app), len({job.id for job in jobs})] == [list(range(1500)), 1500]
+
+
+def _instants(app: Conveyor, redis: redis_py.Redis, jobs: list[Job[None]]) -> list[int]:
+    """Return when jobs are due, in ms since the first."""
+    due = [redis.zscore(app.client.keys("default").due, job.id.partition(":")[2]) for job in jobs]
+    return [int(at - due[0]) for at in due if isinstance(at, float) and isinstance(due[0], float)]
+
+
+def test_many_are_spread_over_a_time(app: Conveyor, note: Task[[int], None], redis: redis_py.Redis) -> None:
+    """`spread` puts the starts of many calls at even distances behind what they have of a delay or an instant."""
+    at = datetime.now(UTC) + timedelta(hours=1)
+    even = app.enqueue_many([note.options(at=at).s(n) for n in range(1200)], spread="20m")
+    assert _instants(app, redis, even) == [1000 * n for n in range(1200)]
+
+    behind = app.enqueue_many((note.options(delay="1h").s(n) for n in range(3)), spread="9m", jitter="10s")
+    for n, offset in enumerate(_instants(app, redis, behind)):
+        assert abs(offset - n * 180_000) <= 10_000 + 60_000  # a pause of a busy machine between two calls
+    assert len(app.enqueue_many((note.s(n) for n in range(3)), spread=0)) == 3
+    assert app.enqueue_many([], spread="1m") == []
+    with pytest.raises(ConfigurationError, match=r"without front=True\. Nothing was enqueued"):
+        app.enqueue_many([note.options(front=True).s(1)], jitter="1s")
+    with pytest.raises(ConfigurationError, match="spread 'soon' is not a duration"):
+        app.enqueue_many([note.s(1)], spread="soon")
+    app.queue("default").purge()
+
+
+async def test_many_are_spread_without_blocking(app: Conveyor, note: Task[[int], None], redis: redis_py.Redis) -> None:
+    """The awaitable form spreads as the blocking one does."""
+    at = datetime.now(UTC) + timedelta(hours=1)
+    jobs = await app.aenqueue_many((note.options(at=at).s(n) for n in range(4)), spread="2s")
+    assert await asyncio.to_thread(_instants, app, redis, jobs) == [0, 500, 1000, 1500]
+    await app.queue("default").apurge()
+    await app.aclose()
 
 
 def test_none_are_nothing(app: Conveyor, redis: redis_py.Redis) -> None:

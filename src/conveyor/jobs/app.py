@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Never, ParamSpec, Self, TypeVar,
 from conveyor import ids
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.jobs.batch_task import BatchDecorator, batch_plan
-from conveyor.jobs.bulk import ChunkSender, add_count, chunks
+from conveyor.jobs.bulk import ChunkSender, add_count, chunks, spread_out
 from conveyor.jobs.core import AppCore
 from conveyor.jobs.decorator import TaskDecorator, external_task, named_task, refuse_later, register, task_options
 from conveyor.jobs.hints import APP_OPTIONS, TASK_OPTIONS, refuse_unknown
@@ -368,29 +368,35 @@ class Conveyor:
 
     # -- jobs -----------------------------------------------------------------------------------------------------
 
-    def enqueue_many(self, calls: Iterable[TaskCall[R]]) -> list[Job[R]]:
+    def enqueue_many(
+        self, calls: Iterable[TaskCall[R]], *, spread: Duration | None = None, jitter: Duration | None = None
+    ) -> list[Job[R]]:
         """
         Enqueue many calls (``task.s(…)``) in a few round trips, each queue's in their order; return their handles.
 
-        Each thousand for a queue is accepted whole or not at all. A call that does not fit raises PayloadError. Of a
-        list nothing is stored then; of a generator nothing is stored from that thousand on.
+        *spread* distributes their starts evenly over that time from now, and *jitter* puts each off by up to that; both add
+        to what a call has of `delay` or `at`, and a generator is taken whole first. Each thousand for a queue is accepted
+        whole or not at all. A call that does not fit raises PayloadError. Of a list nothing is stored then; of a generator
+        nothing is stored from that thousand on.
         """
         refuse_in_loop(self.client, "app.enqueue_many()", "await app.aenqueue_many(…)")
         sender = ChunkSender()
         try:
             with sender:
-                for chunk in chunks(self._core, calls):
+                for chunk in chunks(self._core, spread_out(calls, spread, jitter)):
                     sender.send(chunk)
         except ConveyorError as error:
             add_count(error, len(sender.jobs))
             raise
         return sender.jobs
 
-    async def aenqueue_many(self, calls: Iterable[TaskCall[R]]) -> list[Job[R]]:
+    async def aenqueue_many(
+        self, calls: Iterable[TaskCall[R]], *, spread: Duration | None = None, jitter: Duration | None = None
+    ) -> list[Job[R]]:
         """Awaitable form of `enqueue_many`."""
         jobs: list[Job[R]] = []
         stored = self.sealing is not None and self.sealing.store is not None
-        prepared = chunks(self._core, calls)
+        prepared = chunks(self._core, spread_out(calls, spread, jitter))
         try:
             # Large bodies are written while a chunk is prepared, which would block the loop.
             while chunk := await asyncio.to_thread(next, prepared, None) if stored else next(prepared, None):

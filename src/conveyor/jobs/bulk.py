@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from conveyor.errors import ConveyorError
+from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.ids import new_ids
 from conveyor.jobs.job import Job, note_accepted
 from conveyor.store.client.batching import BULK
 from conveyor.store.operations import Entry
+from conveyor.units import Duration, milliseconds
 
 if TYPE_CHECKING:
     from conveyor.jobs.task import TaskCall, TaskCore, TaskDefinition
@@ -159,6 +162,35 @@ def chunks(core: TaskCore, calls: Iterable[TaskCall[Any]]) -> Iterator[JobChunk]
     source = iter(calls)
     while taken := list(islice(source, BULK)):
         yield JobChunk(core, taken)
+
+
+def spread_out(
+    calls: Iterable[TaskCall[Any]], spread: Duration | None, jitter: Duration | None
+) -> Iterable[TaskCall[Any]]:
+    """
+    Return *calls* with their starts evenly over the time *spread*, each later by up to *jitter*; as they are without both.
+
+    What a call has of `delay` or `at` is added to. All calls are taken first, since their number decides. Raises
+    ConfigurationError.
+    """
+    if spread is None and jitter is None:
+        return calls
+    from conveyor.jobs.task import TaskCall
+
+    over = 0 if spread is None else milliseconds(spread, name="spread")
+    most = 0 if jitter is None else milliseconds(jitter, name="jitter")
+    taken, later = list(calls), []
+    for at, call in enumerate(taken):
+        outgoing = call.outgoing
+        if outgoing.front:
+            raise ConfigurationError("spread and jitter are for calls without front=True. Nothing was enqueued.")
+        ms = over * at // len(taken) + random.randint(0, most)  # noqa: S311  no secret
+        if outgoing.at_ms is None:
+            outgoing = replace(outgoing, delay_ms=(outgoing.delay_ms or 0) + ms)
+        else:
+            outgoing = replace(outgoing, at_ms=outgoing.at_ms + ms)
+        later.append(TaskCall(call.definition, outgoing, call.durability_request, call.args, call.kwargs))
+    return later
 
 
 def add_count(error: ConveyorError, count: int) -> None:
