@@ -179,7 +179,7 @@ def spread_out(
 
     over = 0 if spread is None else milliseconds(spread, name="spread")
     most = 0 if jitter is None else milliseconds(jitter, name="jitter")
-    taken, later = list(calls), []
+    taken, later = list(calls), list[TaskCall[Any]]()
     for at, call in enumerate(taken):
         outgoing = call.outgoing
         if outgoing.front:
