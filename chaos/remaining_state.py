@@ -56,6 +56,7 @@ def _queue(client: Any, namespace: str, queue: str, keys: list[bytes], dump: Rem
             dump.live[public] = " and ".join(places.get(id_, ["nowhere"]))
     _audit(queue, jobs, {**places, **{id_: [*places.get(id_, ()), "dead"] for id_ in dead}}, dump)
     dump.findings += [f"{queue}: a state of nobody, {id_!r}" for id_ in states.keys() - jobs.keys()]
+    tags = _audit_tags(client, prefix, queue, jobs, keys, dump)
     stubs = sum(envelope[:1] == b"x" for envelope in jobs.values())
     counted = int(client.hget(prefix + "conf", "stubs") or 0)
     if counted != stubs:
@@ -73,7 +74,7 @@ def _queue(client: Any, namespace: str, queue: str, keys: list[bytes], dump: Rem
     kept = {"jobs"} if {key.decode() for key in jobs} <= dead else set()
     if {key.decode() for key in states} <= dead:
         kept.add("state")
-    return {prefix + name for name in (*kept, "dead", "recent")}
+    return tags | {prefix + name for name in (*kept, "dead", "recent")}
 
 
 def _places(client: Any, prefix: str, keys: list[bytes], dump: RemainingState) -> dict[str, list[str]]:
@@ -101,6 +102,29 @@ def _audit(queue: str, jobs: dict[bytes, bytes], places: dict[str, list[str]], d
         if len(where) != (id_ in known):
             place = f"{' and '.join(where) or 'nowhere'}{'' if id_ in known else ', and no job'}"
             dump.findings.append(f"{queue}:{id_} is {place}")
+
+
+def _audit_tags(
+    client: Any, prefix: str, queue: str, jobs: dict[bytes, bytes], keys: list[bytes], dump: RemainingState
+) -> set[str]:
+    """Note what is found by a tag that it does not have, and what is not found by one that it has; return the keys of tags."""
+    had = {
+        (part[1:].decode(), id_.decode())
+        for id_, envelope in jobs.items()
+        if envelope[:1] != b"x"
+        for part in envelope.partition(b"\n")[0].split(b"\t")[1:]
+        if part[:1] == b"t"
+    }
+    start = f"{prefix}tag:".encode()
+    found = {
+        (key.removeprefix(start).decode(), id_.decode())
+        for key in keys
+        if key.startswith(start)
+        for id_ in client.zrange(key, 0, -1)
+    }
+    dump.findings += [f"{queue}:{id_} is gone, and found by tag {tag!r}" for tag, id_ in sorted(found - had)]
+    dump.findings += [f"{queue}:{id_} is not found by its tag {tag!r}" for tag, id_ in sorted(had - found)]
+    return {f"{prefix}tag:{tag}" for tag, _ in had}
 
 
 def _ids(fields: list[bytes]) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from binascii import b2a_base64
+from collections.abc import Iterable
 from time import time
 
 from conveyor.errors import ConfigurationError
@@ -160,6 +161,33 @@ def _escaped(match: re.Match[str]) -> str:
     return _ESCAPES.get(match[0]) or (
         f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
     )
+
+
+MOST_TAGS = 16
+"""Tags that one job may have."""
+
+
+def tag_text(tag: str) -> str:
+    """Return *tag* if it is valid: 1-200 printable characters. Raises ConfigurationError."""
+    if not isinstance(tag, str) or not 1 <= len(tag) <= 200 or not tag.isprintable():
+        raise ConfigurationError(f"A tag must be 1 to 200 printable characters: {tag!r}. Nothing was stored.")
+    return tag
+
+
+def tag_texts(tags: Iterable[str] | None) -> tuple[str, ...]:
+    """Return valid tags, each once, in their order. Raises ConfigurationError, also for more than a job may have."""
+    if tags is None:
+        return ()
+    if isinstance(tags, str | bytes) or not isinstance(tags, Iterable):
+        raise ConfigurationError(
+            f'tags takes a list of texts, such as ["order:4711"], not {tags!r}. Nothing was stored.'
+        )
+    texts = tuple(dict.fromkeys(tag_text(tag) for tag in tags))
+    if len(texts) > MOST_TAGS:
+        raise ConfigurationError(
+            f"A job has at most {MOST_TAGS} tags, and {len(texts)} were given. Nothing was stored."
+        )
+    return texts
 
 
 def unique_key(key: str) -> str:

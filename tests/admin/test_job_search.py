@@ -10,7 +10,7 @@ from redis import Redis
 
 from conveyor import Conveyor
 from conveyor.admin.admin import Admin
-from conveyor.admin.job_search import MOST_MESSAGES, OTHER_MESSAGES, JobFilter
+from conveyor.admin.job_search import MOST_MESSAGES, OTHER_MESSAGES
 from conveyor.errors import ConfigurationError
 from conveyor.ids import new_ids
 from conveyor.payload.pipeline import PayloadPipeline
@@ -18,6 +18,7 @@ from conveyor.payload.records import AttemptHistory, Failure, to_json, write_env
 from conveyor.payload.sealed_records import pack_failure
 from conveyor.payload.signing import Keyring, Sealer
 from conveyor.store.client.client import Client
+from conveyor.store.job_filter import JobFilter
 from support.client_worker import ClientWorker, push
 
 pytestmark = pytest.mark.leaves_keys("dead letters are made here to be counted")

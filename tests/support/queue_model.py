@@ -21,6 +21,7 @@ class Job:
 
     priority: int = 0
     unique: str | None = None
+    tags: tuple[str, ...] = ()
     own: bool = False
     expired: bool = False
     stub: bool = False
@@ -78,6 +79,20 @@ class Model:
     def stubs(self) -> int:
         """Return how many cancelled jobs still have an entry."""
         return sum(job.stub for job in self.jobs.values())
+
+    def tags(self) -> dict[str, list[str]]:
+        """Return the ids that each tag finds, dead letters among them, in the order of the ids."""
+        found: dict[str, list[str]] = {}
+        for id_ in sorted(self.jobs):
+            for tag in () if self.jobs[id_].stub else self.jobs[id_].tags:
+                found.setdefault(tag, []).append(id_)
+        return found
+
+    def state_of(self, id_: str) -> str:
+        """Return where a job is."""
+        if id_ in self.due:
+            return "scheduled"
+        return "dead" if id_ in self.dead else "leased" if self.holder(id_) is not None else "ready"
 
     def in_order(self) -> list[str]:
         """Return the scheduled ids, earliest first."""
@@ -375,6 +390,7 @@ class Model:
             "state": {id_: job.state for id_, job in self.jobs.items() if job.state is not None},
             "unique": dict(self.unique),
             "own": dict(self.own),
+            "tags": self.tags(),
             "results": set(self.results),
             "waiters": {id_: list(channels) for id_, channels in self.waiters.items()},
             "stubs": self.stubs(),

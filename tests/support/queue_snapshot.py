@@ -12,7 +12,7 @@ def read(client: Any, keys: QueueKeys) -> dict[str, Any]:
     names = [key.decode().removeprefix(keys.prefix) for key in client.keys(keys.prefix + "*")]
     rest = {
         kind: [name.removeprefix(kind) for name in names if name.startswith(kind)]
-        for kind in ("leased:", "unique:k:", "unique:i:", "result:", "results:")
+        for kind in ("leased:", "unique:k:", "unique:i:", "result:", "results:", "tag:")
     }
     pipeline = client.pipeline(transaction=False)
     for key in keys.ready:
@@ -27,6 +27,8 @@ def read(client: Any, keys: QueueKeys) -> dict[str, Any]:
         pipeline.pttl(f"{keys.prefix}unique:i:{key}")
     for window in rest["results:"]:
         pipeline.hkeys(f"{keys.prefix}results:{window}")
+    for tag in rest["tag:"]:
+        pipeline.zrange(keys.tag(tag), 0, -1)
     replies = iter(pipeline.execute())
 
     ready = {priority: _texts(next(replies)) for priority in range(10)}
@@ -45,6 +47,7 @@ def read(client: Any, keys: QueueKeys) -> dict[str, Any]:
         "unique": {key: next(replies).decode() for key in rest["unique:k:"]},
         "own": {id_: next(replies) >= 0 for id_ in rest["unique:i:"]},
         "results": {*rest["result:"], *(id_ for _ in rest["results:"] for id_ in _texts(next(replies)))},
+        "tags": {tag: _texts(next(replies)) for tag in rest["tag:"]},
         "waiters": {id_.decode(): text.decode().split() for id_, text in waiters.items()},
         "stubs": int(conf.get(b"stubs", 0)),
         "paused": conf.get(b"paused") == b"1",

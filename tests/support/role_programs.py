@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from conveyor.admin import acl, doctor
@@ -24,6 +24,7 @@ from conveyor.messaging.partitions import repartition
 from conveyor.messaging.retry import Retry
 from conveyor.payload.blobs import FileStore
 from conveyor.store import inspection, operations
+from conveyor.store.job_filter import Walk
 from conveyor.worker.shared_memory import ChildInfo, LeaseIdentity
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
 from support.manual_worker import ManualWorker, eventually
@@ -161,6 +162,18 @@ def produce(app: Conveyor) -> None:
     app.client.execute("PING")  # as the thread does that waits for results
     for name in ("ready", "scheduled", "leased"):
         app.job(name).cancel()
+    double.options(tags=["a"]).enqueue(5)
+    find(app)
+    assert app.count_jobs(tag="a") == app.cancel(tag="a") == 1
+
+
+def find(app: Conveyor) -> None:
+    """Find jobs on every way."""
+    for options in ({"tag": "a"}, {"state": "leased"}, {"state": "dead", "since": "1d"}, {"error": "as asked"}):
+        list(app.jobs(queue="default", **options))
+    first = Walk(states=("dead",), most=1)
+    step, _ = app.client.run(inspection.find_jobs(app.client.keys("default"), first))
+    app.client.run(inspection.find_jobs(app.client.keys("default"), replace(first, cursor=step.cursor)))
 
 
 def _ended(job: Any) -> None:
@@ -191,6 +204,7 @@ def look(app: Conveyor) -> None:
     assert report.version
     assert app.client.run(inspection.audit(app.client.keys("default"))) == []
     list(app.queue("default").dead_letters())
+    find(app)
 
 
 def operate(app: Conveyor) -> None:
@@ -241,6 +255,7 @@ async def work(app: Conveyor) -> None:
         await consumer.connection.run(operations.held_ids(consumer.keys, consumer.identity), retry_for=1.0)
         member = (consumer.keys, consumer.identity, consumer.lease_ms, True)
         await consumer.connection.run(operations.idle_turn([member]), retry_for=1.0)  # as after five seconds
+    await asyncio.to_thread(find, app)
     await asyncio.to_thread(_die, app)
     await asyncio.to_thread(_consume, app)
 

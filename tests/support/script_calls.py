@@ -7,6 +7,7 @@ from typing import Any
 
 from conveyor.jobs import spawn_outbox
 from conveyor.store import inspection, operations, partitions, plain_list
+from conveyor.store.job_filter import JobFilter, Walk
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import ProducerSequence, Settlement, TurnReport
 from conveyor.store.script import Call
@@ -18,17 +19,17 @@ KEYS = QueueKeys("c", "q", foreign="q")
 def furnish(seeded: SeededQueue) -> None:
     """Make jobs in every place and priority, a suspect, a stub, two workers, cancel requests, and processes that wait."""
     seeded.lane = ProducerSequence("L")
-    seeded.push(entry("d1", priority=3, unique="kd", own_id=True), entry("d2"))
+    seeded.push(entry("d1", priority=3, unique="kd", own_id=True, tags=("a",)), entry("d2"))
     seeded.register("w", "v")
     seeded.turn("v", 1, 2)
     dead = [Settlement("X", id_, state=b"2 2 0\n{}") for id_ in ("d1", "d2")]
     seeded.turn("v", 2, others=dead, report=TurnReport([], dead, {"t:done": 1}, [b"d1\tt\tdead\t1\t1"]))
-    seeded.push("h1", entry("h2", priority=4, unique="kh", own_id=True), "h3", "h4", "h5", "h6", "h7")
+    seeded.push("h1", entry("h2", priority=4, unique="kh", own_id=True, tags=("a", "b")), "h3", "h4", "h5", "h6", "h7")
     seeded.turn("w", 1, 7)
     seeded.push("v1", "v2")
     seeded.turn("v", 3, 2)
-    seeded.push("r1", entry("r2", priority=5), "x1", entry("r3", unique="kr", own_id=True))
-    seeded.push(entry("s1", priority=2, delay_ms=60_000, own_id=True), entry("s2", delay_ms=90_000))
+    seeded.push("r1", entry("r2", priority=5), "x1", entry("r3", unique="kr", own_id=True, tags=("b",)))
+    seeded.push(entry("s1", priority=2, delay_ms=60_000, own_id=True, tags=("a",)), entry("s2", delay_ms=90_000))
     seeded.push(entry("s3", priority=7, delay_ms=60_000))
     seeded.run(operations.cancel(seeded.keys, "x1"))
     for id_ in ("h3", "v1"):
@@ -52,7 +53,7 @@ def furnish(seeded: SeededQueue) -> None:
 
 def _turn(keys: QueueKeys) -> Call[Any]:
     others = [
-        Settlement("D", "h2", ms=60_000, record=b"{}", attributes="\tukh", own_id=True),
+        Settlement("D", "h2", ms=60_000, record=b"{}", attributes="\tukh\tta\ttb", own_id=True),
         Settlement("R", "h3", ms=60_000, state=b"1 1 0"),
         Settlement("F", "h4", state=b"4 0 1"),
         Settlement("X", "h5", state=b"1 1 0", record=b"{}"),
@@ -66,7 +67,11 @@ def _turn(keys: QueueKeys) -> Call[Any]:
 
 
 def _push(keys: QueueKeys) -> Call[Any]:
-    entries = [entry("n1"), entry("n2", priority=5, unique="kn", own_id=True), entry("n3", delay_ms=60_000)]
+    entries = [
+        entry("n1"),
+        entry("n2", priority=5, unique="kn", own_id=True, tags=("a", "n")),
+        entry("n3", delay_ms=60_000),
+    ]
     return operations.push(keys, ProducerSequence("N"), entries, max_length=100)
 
 
@@ -78,7 +83,7 @@ def _withdraw(keys: QueueKeys) -> Call[Any]:
 
 #: name → the call, and the keys whose wrong type it must notice before it writes
 CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
-    "push": (_push, {"lane:N", "jobs", "conf", "due", "dead", "ready:0", "ready:5", "unique:k:kn", "unique:i:n2"}),
+    "push": (_push, {"lane:N", "jobs", "conf", "due", "dead", "ready:0", "ready:5", "unique:k:kn", "unique:i:n2", "tag:a"}),
     "push_plain": (
         lambda k: operations.push_plain(k, ProducerSequence("N"), ["n1", REST, "n2", REST], max_length=100),
         {"lane:N", "jobs", "conf", "dead", "ready:0"},
@@ -109,10 +114,21 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     "cancel-ready": (
         lambda k: operations.cancel(k, "r1"), {"jobs", "state", "due", "dead", "workers", "conf", "waiters", "leased:w"},
     ),
+    "cancel-tagged": (
+        lambda k: operations.cancel_some(k, Walk(JobFilter(tag="a"))).then(lambda done: done.codes),
+        {"jobs", "state", "due", "dead", "workers", "conf", "waiters", "leased:w", "tag:a"},
+    ),
+    "delete-scheduled": (
+        lambda k: operations.cancel_some(k, Walk(states=("scheduled",)), delete=True).then(lambda done: done.codes),
+        {"jobs", "state", "due", "dead", "waiters"},
+    ),
     "cancel-leased": (lambda k: operations.cancel(k, "h1"), {"jobs", "due", "dead", "workers", "leased:w"}),
     "delete-dead": (lambda k: operations.cancel(k, "d1", delete=True), {"jobs", "state", "due", "dead", "waiters"}),
     "redrive": (operations.redrive, {"dead", "jobs", "state", "ready:0", "ready:3"}),
     "redrive-ids": (lambda k: operations.redrive(k, ids=["d1"]), {"dead", "jobs", "state", "ready:3"}),
+    "redrive-tagged": (
+        lambda k: operations.redrive_some(k, Walk(JobFilter(tag="a"), ("dead",))), {"dead", "jobs", "state", "ready:3", "tag:a"},
+    ),
     "promote": (lambda k: operations.promote(k, "s1"), {"due", "jobs", "ready:2"}),
     "purge-ready": (
         lambda k: operations.purge(k, "ready", 10), {"jobs", "state", "conf", "waiters"} | {f"ready:{n}" for n in range(10)},
@@ -138,6 +154,15 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     ),
     "counts": (inspection.counts, {"jobs", "due", "dead", "workers", "conf", "ready:0", "foreign", "leased:w", "outbox"}),
     "list_jobs": (lambda k: inspection.list_jobs(k, "ready", 0, 9), {"jobs", "state", "ready:0", "ready:9"}),
+    "find_jobs": (
+        lambda k: inspection.find_jobs(k, Walk()), {"jobs", "state", "due", "dead", "workers", "leased:w"},
+    ),
+    "find_jobs-tagged": (
+        lambda k: inspection.count_found(k, Walk(JobFilter(tag="a"))), {"tag:a", "jobs", "due", "dead", "workers", "leased:w"},
+    ),
+    "find_jobs-leased": (
+        lambda k: inspection.find_jobs(k, Walk(states=("leased",))), {"jobs", "state", "workers", "leased:w"},
+    ),
     "get_job": (lambda k: inspection.get_job(k, "r1"), {"jobs", "state", "due", "dead", "workers", "leased:w"}),
     "why": (
         lambda k: inspection.why(k, "r1"),
@@ -165,6 +190,9 @@ READS = {
     "delete",
     "counts",
     "list_jobs",
+    "find_jobs",
+    "find_jobs-tagged",
+    "find_jobs-leased",
     "get_job",
     "why",
     "queue_causes",

@@ -134,7 +134,9 @@ class SeededQueue:
 
     def audit(self) -> list[tuple[str, str]]:
         """Return what is inconsistent."""
-        return self.run(inspection.audit(self.keys))
+        start = f"{self.keys.prefix}tag:"
+        tags = [key.decode().removeprefix(start) for key in self.redis if key.decode().startswith(start)]
+        return self.run(inspection.audit(self.keys, tags=tags))
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from conveyor.errors import QueueFull
 from conveyor.payload.records import write_attributes
 from conveyor.store import inspection, operations
+from conveyor.store.job_filter import JobFilter, Walk
 from conveyor.store.operations import (
     Entry,
     ProducerSequence,
@@ -29,7 +31,8 @@ from support.queue_snapshot import history, read
 from support.seeded_queue import LEASE, REST, SeededQueue
 
 KINDS = ["keep", "done", "done", "D", "C", "X", "R0", "R", "F", "F-", "M", "M*", "K"]
-SPECS = ["plain", "plain", "plain", "urgent", "later", "zero", "unique", "own", "expired", "front", "all"]
+SPECS = ["plain", "plain", "plain", "urgent", "later", "zero", "unique", "own", "expired", "front", "tagged", "all"]
+STATES = ["scheduled", "ready", "leased", "dead"]
 ANY = st.integers(0, 99)
 
 
@@ -108,6 +111,8 @@ class QueueMachine(RuleBasedStateMachine):
             entry.id, entry.own_id, job.own = f"own{pick % 6}", True, True
         if kind == "expired":
             entry.expires_ms, job.expired = 0, True
+        if kind in {"tagged", "all"} or (pick % 5 == 0 and kind != "plain"):
+            entry.tags = job.tags = (("a",), ("b", "a"))[pick % 2]
         entry.front = kind == "front"
         return entry, job, rank
 
@@ -167,14 +172,16 @@ class QueueMachine(RuleBasedStateMachine):
     def _settle(self, kind: str, id_: str) -> tuple[Settlement | None, tuple[str, str, Any]]:
         """Return what is sent (None: simply done) and what the model is told."""
         job = self.model.jobs.get(id_, Job())
-        if kind == "done" and not (job.unique or job.own):
+        if kind == "done" and not (job.unique or job.own or job.tags):
             return None, ("done", id_, None)
         if kind in {"F-", "K"}:
             return Settlement(kind[0], id_), (kind[0], id_, None)
         letter = "D" if kind == "done" else kind[0]
         after = self._after(id_, kind) if id_ in self.model.jobs else FRESH
         number = next(self.count)
-        sent = Settlement(letter, id_, 0, b"{}", b"%d %d %d%b" % after, write_attributes(job.unique), job.own)
+        sent = Settlement(
+            letter, id_, 0, b"{}", b"%d %d %d%b" % after, write_attributes(job.unique, tags=job.tags), job.own
+        )
         if letter in "DC":
             sent.ms = 600_000
         if letter != "R":
@@ -317,6 +324,27 @@ class QueueMachine(RuleBasedStateMachine):
         id_ = held[pick % len(held)]
         assert self._run(operations.cancel(self.keys, id_)) == self.model.cancel(id_, delete=False)
 
+    @precondition(lambda self: self.model.tags())
+    @rule(
+        pick=ANY,
+        what=st.sampled_from(["count", "cancel", "delete", "redrive"]),
+        states=st.sets(st.sampled_from(STATES)),
+    )
+    def act_on_tagged(self, pick: int, what: str, states: set[str]) -> None:
+        """Somebody counts, cancels, deletes or puts back what has a tag, in one step."""
+        tag = sorted(self.model.tags())[pick % len(self.model.tags())]
+        walk, tagged = Walk(JobFilter(tag=tag), sorted(states)), self.model.tags()[tag]
+        ids = [id_ for id_ in tagged if not states or self.model.state_of(id_) in states]
+        if what == "count":
+            _, counted = self._run(inspection.count_found(self.keys, walk))
+            assert counted == Counter(map(self.model.state_of, ids))
+        elif what == "redrive":
+            assert self._run(operations.redrive_some(self.keys, walk)) == self.model.redrive(ids)
+        else:
+            done = self._run(operations.cancel_some(self.keys, walk, delete=what == "delete"))
+            assert done.codes == [(id_, self.model.cancel(id_, delete=what == "delete")) for id_ in ids]
+            assert done.step.ended
+
     @precondition(lambda self: self.model.dead)
     @rule(limit=st.integers(1, 9), pick=ANY, named=st.booleans())
     def redrive(self, limit: int, pick: int, named: bool) -> None:
@@ -366,7 +394,7 @@ class QueueMachine(RuleBasedStateMachine):
     def is_alike(self) -> None:
         """The queue equals the model, each id is in one place, and no worker waits while there is work."""
         assert read(self.seeded.redis, self.keys) == self.model.snapshot()
-        assert self._run(inspection.audit(self.keys)) == []
+        assert self.seeded.audit() == []
         counted, model = self._run(inspection.counts(self.keys)), self.model
         assert (len(counted), counted.leased, counted.dead) == (
             model.length() - counted.leased, sum(len(member.leases) for member in model.members.values()), len(model.dead),

@@ -55,13 +55,13 @@ class Role:
 _RUN_SCRIPT = ("evalsha", "eval")
 _PRODUCER = Role(
     "producer",
-    "pushes and enqueues, reads status and results, cancels; leases nothing",
+    "pushes and enqueues, reads status and results, finds and cancels jobs; leases nothing",
     (
         operations.PUSH, operations.PUSH_PLAIN, operations.WITHDRAW, plain_list.LIST_PUSH, operations.AWAIT_RESULT,
         operations.FORGET, operations.CANCEL, inspection.GET_JOB, inspection.WHY, inspection.COUNTS, partitions.CLAIM_PARTITIONS,
-        partitions.COUNT,
+        inspection.FIND_JOBS, partitions.COUNT,
     ),
-    (*_RUN_SCRIPT, "sadd", "smembers", "subscribe", "ping"),
+    (*_RUN_SCRIPT, "sadd", "smembers", "subscribe", "ping", "zcard"),
     channels=True,
 )  # fmt: skip
 _WORKER = Role(
@@ -79,6 +79,7 @@ _DASHBOARD = Role(
     (
         inspection.COUNTS,
         inspection.LIST_JOBS,
+        inspection.FIND_JOBS,
         inspection.GET_JOB,
         inspection.WHY,
         inspection.QUEUE_CAUSES,

@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from conveyor.admin import doctor
-from conveyor.admin.job_search import FailureCount, JobFilter, began_at, last_failure
+from conveyor.admin.job_search import FailureCount
 from conveyor.admin.queue_directory import QueueDirectory
 from conveyor.admin.views import (
     LIVE,
@@ -39,6 +39,7 @@ from conveyor.jobs.why import QueueCause, Why, explain, queue_causes
 from conveyor.messaging.deletion import refuse_in_use
 from conveyor.messaging.maintenance import redrive_batch
 from conveyor.messaging.partitions import refuse_full
+from conveyor.messaging.selection import ActionName, JobWalk, Pace, Walks, act, last_error
 from conveyor.payload.codec import MAX_PAYLOAD
 from conveyor.payload.formats import JSON, FormatRegistry
 from conveyor.payload.pipeline import PayloadPipeline
@@ -49,6 +50,7 @@ from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability
 from conveyor.store.client.outages import FIRST_TRY
 from conveyor.store.inspection import FinishedJob, JobRow
+from conveyor.store.job_filter import ANY_JOB, JobFilter, Walk
 from conveyor.store.keys import PRIORITIES, QueueKeys
 from conveyor.store.script import Call
 from conveyor.store.transport.endpoint import in_thread
@@ -86,9 +88,9 @@ def _awaitable(
     return twin
 
 
-async def _pages(values: Iterator[T]) -> AsyncIterator[T]:
+async def _pages(values: Iterator[T], at_a_time: int = _AT_A_TIME) -> AsyncIterator[T]:
     """Yield *values*, which are read in a thread, some at a time."""
-    while page := await in_thread(lambda: list(islice(values, _AT_A_TIME))):
+    while page := await in_thread(lambda: list(islice(values, at_a_time))):
         for value in page:
             yield value
 
@@ -114,6 +116,7 @@ class Admin:
         """
         self.durability_requests = durability_requests or {}
         self._decoder = RecordDecoder(sealing, formats)
+        self._seals = sealing is not None
         self.client = client
         self.plain_lists = frozenset(plain_lists)
         self._directory = QueueDirectory(client, plain_lists)
@@ -207,7 +210,7 @@ class Admin:
         for part in self._directory.partition_names(name):
             bare = [id_ for home, id_ in homes if home in {None, part}]
             for first in range(0, len(bare), PAGE_SIZE):
-                call = redrive_batch(self._directory.keys(part), ids=bare[first : first + PAGE_SIZE])
+                call = redrive_batch(self._directory.keys(part), Walk(ids=bare[first : first + PAGE_SIZE]))
                 moved += self.client.run(call)
         return moved
 
@@ -248,10 +251,13 @@ class Admin:
         error: str | None = None,
         since: datetime | None = None,
         older: datetime | None = None,
+        tag: str | None = None,
     ) -> list[JobInfo]:
         """Return a page of the jobs that `each_job` yields."""
         return list(
-            self.each_job(queue, state, offset=offset, limit=limit, task=task, error=error, since=since, older=older)
+            self.each_job(
+                queue, state, offset=offset, limit=limit, task=task, error=error, since=since, older=older, tag=tag
+            )
         )
 
     def each_job(
@@ -265,18 +271,20 @@ class Admin:
         error: str | None = None,
         since: datetime | None = None,
         older: datetime | None = None,
+        tag: str | None = None,
     ) -> Iterator[JobInfo]:
         """
         Yield jobs of a queue in a state, in the order in which they would be leased; read in pages.
 
         *queue* None: of all queues. *state* None: all states except done. *limit*: at most so many, None: all. *task*, *error*,
-        *since*, *older*: only those that a `JobFilter` of these accepts; no bodies of others are read. Dead and finished jobs
-        come newest first, partitions one after the other. While workers change the queue, a job may come twice or be missed.
+        *since*, *older*, *tag*: only those that a `JobFilter` of these accepts; no bodies of others are read. Dead and finished
+        jobs come newest first, those of a tag in the order of their ids, partitions one after the other. While workers change
+        the queue, a job may come twice or be missed.
         """
-        wanted = JobFilter(task, error, since, older)
-        is_filtered = task is not None or wanted.needs_heads
+        wanted = JobFilter(task, error, since, older, tag)
+        is_filtered = not wanted.is_empty
         remaining = sys.maxsize if limit is None else limit
-        for name, one in self._places(queue, state):
+        for name, one in self._places(queue, state, wanted):
             total = self._count_entries(self._keys(name), one)
             if not is_filtered and offset >= total:
                 offset -= total
@@ -295,7 +303,7 @@ class Admin:
 
     def each_id(self, queue: str | None, state: str | None, wanted: JobFilter) -> Iterator[tuple[str, str]]:
         """Yield (partition or queue, public id) of the jobs that `each_job` would yield for *wanted*, and read no bodies."""
-        for name, one in self._places(queue, state):
+        for name, one in self._places(queue, state, wanted):
             total = self._count_entries(self._keys(name), one)
             if one == "done":
                 chosen = self._list_finished(name, 0, total, wanted)
@@ -303,6 +311,30 @@ class Admin:
                 continue
             for row in self._heads(name, one, total, wanted):
                 yield name, public(name, row.id)
+
+    def count_chosen(self, queue: str | None, states: Collection[str], wanted: JobFilter) -> dict[str, int]:
+        """Count the jobs in *states* (none: in any that is kept) that *wanted* accepts, by state."""
+        counts, walks = Counter[str](), Walks(wanted, self._decoder, self._seals)
+        for name in self._answering(self._partition_names(queue)):
+            for some in self._walk(walks.counting(self._keys(name), states)):
+                counts.update(some)
+        return dict(counts)
+
+    def act_on_chosen(
+        self, action: ActionName, queue: str | None, state: str | None, wanted: JobFilter, *, limit: int | None = None,
+        rate: str | None = None,
+    ) -> Iterator[list[ActionResult]]:  # fmt: skip
+        """
+        Carry out *action* on the jobs that *wanted* accepts; yield what became of them, step by step.
+
+        *state* None: in all states that the action is for. Redis chooses and acts, in steps of a few milliseconds. *limit*: on at
+        most so many, None: on all. *rate*: no faster, as in ``"100/s"``. What a step has done stays done when it is not gone on
+        with, and a second run does the rest. Raises ConfigurationError.
+        """
+        made = Walks(wanted, self._decoder, self._seals)
+        walks = [made.acting(self._keys(name), action, state) for name in self._answering(self._partition_names(queue))]
+        for acted in act(self.client, walks, Pace(rate), limit):
+            yield [ActionResult(*one) for one in acted]
 
     def failures(self, queue: str | None = None, *, most: int | None = None) -> FailureSummary:
         """
@@ -390,6 +422,7 @@ class Admin:
     ajobs = _awaitable(jobs)
     afailures = _awaitable(failures)
     acount_jobs = _awaitable(count_jobs)
+    acount_chosen = _awaitable(count_chosen)
     ajob = _awaitable(job)
     awhy = _awaitable(why)
     aretry = _awaitable(retry)
@@ -409,11 +442,21 @@ class Admin:
         error: str | None = None,
         since: datetime | None = None,
         older: datetime | None = None,
+        tag: str | None = None,
     ) -> AsyncIterator[JobInfo]:
         """Awaitable form of `each_job`."""
         return _pages(
-            self.each_job(queue, state, offset=offset, limit=limit, task=task, error=error, since=since, older=older)
+            self.each_job(
+                queue, state, offset=offset, limit=limit, task=task, error=error, since=since, older=older, tag=tag
+            )
         )
+
+    def aact_on_chosen(
+        self, action: ActionName, queue: str | None, state: str | None, wanted: JobFilter, *, limit: int | None = None,
+        rate: str | None = None,
+    ) -> AsyncIterator[list[ActionResult]]:  # fmt: skip
+        """Awaitable form of `act_on_chosen`."""
+        return _pages(self.act_on_chosen(action, queue, state, wanted, limit=limit, rate=rate), 1)
 
     def aeach_id(self, queue: str | None, state: str | None, wanted: JobFilter) -> AsyncIterator[tuple[str, str]]:
         """Awaitable form of `each_id`."""
@@ -481,18 +524,24 @@ class Admin:
 
     def _count_entries(self, keys: QueueKeys, state: str) -> int:
         """Count the entries of a state in Redis, with stubs of cancelled jobs still in the list."""
+        if not state:
+            return 0
         if state == "done":
             return _integer(self.client.execute("LLEN", keys.recent, key=keys.recent))
         counts = self.client.run(inspection.counts(keys))
         stubs = _integer(self.client.execute("HGET", keys.conf, "stubs", key=keys.conf) or 0) if state == "ready" else 0
         return int(getattr(counts, state)) + stubs
 
-    def _places(self, queue: str | None, state: str | None) -> Iterator[tuple[str, str]]:
-        """Yield the partitions that answer, each with every state that is asked for."""
+    def _places(self, queue: str | None, state: str | None, wanted: JobFilter = ANY_JOB) -> Iterator[tuple[str, str]]:
+        """Yield the partitions that answer, each with every state that is asked for; of a tag once, with "" for all of them."""
         if state is not None and state not in STATES:
             raise ConfigurationError(f"There is no state {state!r} to list. Known: {', '.join(STATES)}.")
+        if wanted.tag is not None and state == "done":
+            raise ConfigurationError(
+                "A job that has ended is not found by its tag any more: give a tag, or the state done."
+            )
         for name in self._answering(self._partition_names(queue)):
-            for one in (state,) if state else LIVE:
+            for one in (state,) if state else ("",) if wanted.tag is not None else LIVE:
                 yield name, one
 
     def _list_state(
@@ -504,10 +553,10 @@ class Admin:
         keys = self._keys(queue)
         size = SEARCH_SIZE if wanted.task else max(1, min(PAGE_SIZE, limit))
         rows: Iterator[JobRow]
-        if wanted.needs_heads:
+        if wanted.needs_heads or wanted.tag is not None:
             rows = self._whole(keys, self._heads(queue, state, total, wanted))
         else:
-            rows = self._rows(keys, state, offset, total, size, wanted.task)
+            rows = self._rows(keys, state, offset, total, size, wanted)
         # The limit bounds the page when bodies are decompression bombs.
         yield from (live_job(queue, row, self._decoder, MAX_PAYLOAD) for row in rows)
 
@@ -520,28 +569,30 @@ class Admin:
                     yield finished_job(queue, entry)
 
     def _rows(
-        self, keys: QueueKeys, state: str, offset: int, total: int, size: int, task: str | None, *, heads: bool = False
+        self, keys: QueueKeys, state: str, offset: int, total: int, size: int, wanted: JobFilter, *, heads: bool = False
     ) -> Iterator[JobRow]:
         while offset < total:
-            page = self.client.run(inspection.list_jobs(keys, state, offset, size, task, heads=heads))
-            yield from (row for row in page.rows if task is None or row.envelope.task == task)
+            call = inspection.list_jobs(keys, state, offset, size, wanted, heads=heads, ignores_error=self._seals)
+            page = self.client.run(call)
+            yield from page.rows
             if not page.entries:
                 return
             offset += page.entries
 
     def _heads(self, queue: str, state: str, total: int, wanted: JobFilter) -> Iterator[JobRow]:
-        """Yield the heads of those jobs in a state that are wanted."""
-        rows = self._rows(self._keys(queue), state, 0, total, PAGE_SIZE, wanted.task, heads=True)
-        if not wanted.needs_heads:
-            yield from rows
+        """Yield the heads of those jobs in a state that are wanted; of a tag "" stands for any state."""
+        keys = self._keys(queue)
+        if wanted.tag is not None:
+            yield from self._walk(Walks(wanted, self._decoder, self._seals).finding(keys, (state,) if state else ()))
             return
-        for row in rows:
-            since = began_at(row)
-            if state == "dead" and wanted.is_over(since):
-                return
-            failure = None if wanted.error is None else last_failure(row, queue, self._decoder)
-            if wanted.accepts(since, None if failure is None else f"{failure.type}: {failure.message}"):
+        for row in self._rows(keys, state, 0, total, PAGE_SIZE, wanted, heads=True):
+            if wanted.error is None or wanted.accepts_error(last_error(row, queue, self._decoder)):
                 yield row
+
+    def _walk(self, walk: JobWalk[T]) -> Iterator[T]:
+        """Yield what each step of *walk* finds."""
+        while (call := walk.next_call()) is not None:
+            yield from self.client.run(call)
 
     def _whole(self, keys: QueueKeys, heads: Iterator[JobRow]) -> Iterator[JobRow]:
         """Yield the jobs of *heads* with their bodies and all errors; those that have ended since are left out."""
@@ -591,7 +642,13 @@ class Admin:
             errors = [error_info(self._decoder.failure(failure, queue, lookup.id))] if failure else []
             result = self._decoder.result(outcome, queue, lookup.id) if outcome.status == "done" else None
             if (run := outcome.run) is not None:
-                base |= {"task": run.task, "attempt": run.attempt, "worker": run.worker, "headers": run.headers}
+                base |= {
+                    "task": run.task,
+                    "attempt": run.attempt,
+                    "worker": run.worker,
+                    "headers": run.headers,
+                    "tags": run.tags,
+                }
                 base["payload"] = self._decoder.arguments(run, queue, lookup.id)
             return JobInfo(**base, status=outcome.status, errors=errors, result=result, reason=outcome.reason)
         if lookup.location == "cancelled":

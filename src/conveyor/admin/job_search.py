@@ -1,15 +1,13 @@
-"""Jobs chosen by their task, their last error and their time, and failures counted by what they have in common."""
+"""The last error and the time of jobs, by which they are chosen, and failures counted by what they have in common."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
 
 from conveyor.admin.views import FailureGroup, instant
-from conveyor.errors import ConfigurationError
-from conveyor.ids import made_at_ms, public
+from conveyor.ids import public
 from conveyor.payload.records import Failure
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store.inspection import JobRow
@@ -23,56 +21,10 @@ _SHOWN = 300
 _VARIABLE = re.compile(r"'[^']*'|\"[^\"]*\"|\b(?=[a-f-]*\d)[0-9a-f]{2,}(?:-[0-9a-f]+)*\b|\d+", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
-class JobFilter:
-    """
-    A choice of jobs.
-
-    *task*: of this task. *error*: whose last error, as "class: message", holds this text, in whatever case. *since*, *older*: whose
-    state began not before, or not after: they died, ended, or were leased then, else were enqueued then. A job whose id its caller
-    chose does not tell when it was enqueued, and has no such time. Raises ConfigurationError for an instant without a time zone.
-    """
-
-    task: str | None = None
-    error: str | None = None
-    since: datetime | None = None
-    older: datetime | None = None
-
-    def __post_init__(self) -> None:
-        for name, at in (("since", self.since), ("older", self.older)):
-            if at is not None and at.tzinfo is None:
-                raise ConfigurationError(f"{name}= needs a time zone: use datetime.now(UTC) or tzinfo=ZoneInfo(…)")
-
-    @property
-    def needs_heads(self) -> bool:
-        """Whether more than the task counts, so that heads of jobs are read to choose among them."""
-        return self.error is not None or self.since is not None or self.older is not None
-
-    def is_over(self, since: datetime | None) -> bool:
-        """Tell whether no job that follows one of *since* is wanted, where they come newest first."""
-        return self.since is not None and since is not None and since < self.since
-
-    def accepts(self, since: datetime | None, error: str | None) -> bool:
-        """Tell whether a job of the wanted task is wanted: *since* when its state lasts, and its last error."""
-        if self.error is not None and (error is None or self.error.casefold() not in error.casefold()):
-            return False
-        if self.since is None and self.older is None:
-            return True
-        if since is None:
-            return False
-        return (self.since is None or since >= self.since) and (self.older is None or since <= self.older)
-
-
 def last_failure(row: JobRow, queue: str, decoder: RecordDecoder) -> Failure | None:
     """Return the last error of a job, opened with the keys of *decoder*."""
     failures = row.state.failures_list()
     return decoder.failure(failures[-1], queue, row.id) if failures else None
-
-
-def began_at(row: JobRow) -> datetime | None:
-    """Return when the state of a job that is kept in its queue began, as `JobInfo.since` says."""
-    ms = int(row.extra) if row.status == "dead" and row.extra else row.leased_ms or made_at_ms(row.id)
-    return instant(ms) if ms else None
 
 
 @dataclass(slots=True)

@@ -102,6 +102,7 @@ class JobInfo:
     host: str | None = None
     pid: int | None = None
     timeout_ms: int | None = None
+    tags: list[str] = field(default_factory=list)
 
     @property
     def since(self) -> datetime | None:
@@ -198,6 +199,7 @@ def live_job(queue: str, row: JobRow, decoder: RecordDecoder, limit: int = MAX_L
         ended=instant_or_none(at) if row.status == "dead" else None,
         unique=envelope.unique,
         headers=dict(envelope.extra.headers),
+        tags=envelope.tags,
         payload=decoder.preview(envelope.body, queue, name, row.id, limit=limit, call=bool(envelope.task)),
         errors=[error_info(decoder.failure(failure, queue, row.id)) for failure in state.failures_list()],
         worker=row.extra if leased else None,

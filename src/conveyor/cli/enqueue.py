@@ -31,12 +31,14 @@ SAY_AFTER = 5.0
 @click.option("--queue", metavar="QUEUE", shell_complete=complete_queues, help="Use this queue instead of the task's.")
 @click.option("--priority", type=click.IntRange(0, 9), help="0 to 9, higher goes first.")
 @click.option("--id", "own_id", metavar="ID", help="Your own id: enqueuing it again stores nothing.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="A word by which it is found; may be repeated.")
 @click.option("--wait", is_flag=True, help="Wait for the result and print it as JSON.")
 @click.option("--timeout", metavar="5s", help="With --wait: exit 124 when it takes longer.")
 @redis_options
 def enqueue(
     target: Target, out: Output, task: str, pairs: tuple[str, ...], document: str | None, delay: str | None,
-    at: str | None, queue: str | None, priority: int | None, own_id: str | None, wait: bool, timeout: str | None,
+    at: str | None, queue: str | None, priority: int | None, own_id: str | None, tags: tuple[str, ...], wait: bool,
+    timeout: str | None,
 ) -> None:  # fmt: skip
     """
     Enqueue a job and print its id.
@@ -55,7 +57,9 @@ def enqueue(
     chosen = _find_task(app, task)
     args, kwargs = _parse_arguments(definition_of(chosen).signature, pairs, document)
     delay_seconds = None if delay is None else parse_seconds(delay, name="--in")
-    bound = chosen.options(delay=delay_seconds, at=_parse_instant(at), queue=queue, priority=priority, id=own_id)
+    bound = chosen.options(
+        delay=delay_seconds, at=_parse_instant(at), queue=queue, priority=priority, id=own_id, tags=tags
+    )
     job = bound.enqueue(*args, **kwargs)
     if not wait:
         if out.as_json:

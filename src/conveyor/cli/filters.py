@@ -15,7 +15,7 @@ from conveyor.errors import ConfigurationError
 from conveyor.units import milliseconds
 
 if TYPE_CHECKING:
-    from conveyor.admin.job_search import JobFilter
+    from conveyor.store.job_filter import JobFilter
 
 STATES = ("leased", "ready", "scheduled", "dead", "done")
 _CLOCK = re.compile(r"\d{1,2}:\d{2}|\d{2}:\d{2}:\d{2}")
@@ -57,7 +57,7 @@ def selection_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _filter(task: str | None, error: str | None, since: str | None, older: str | None) -> JobFilter:
-    from conveyor.admin.job_search import JobFilter
+    from conveyor.store.job_filter import JobFilter
 
     if error is not None and not error:
         raise ConfigurationError("--error needs a text: '' would choose every job.")

@@ -22,9 +22,9 @@ from conveyor.units import span
 
 if TYPE_CHECKING:
     from conveyor.admin.admin import Admin
-    from conveyor.admin.job_search import JobFilter
     from conveyor.admin.views import ActionResult, ErrorInfo, JobInfo
     from conveyor.jobs.why import Why
+    from conveyor.store.job_filter import JobFilter
 
 SHOWN = 50
 """Jobs that a terminal shows unless another number is asked for."""
@@ -134,6 +134,7 @@ def show(target: Target, out: Output, id_: str) -> None:
             ("leased_at", info.leased_at),
             ("timeout", _limit(info, out)),
             ("headers", ", ".join(f"{key}={value}" for key, value in info.headers.items())),
+            ("tags", ", ".join(info.tags)),
             ("payload", info.payload),
             ("result", info.result),
             *(
@@ -237,7 +238,7 @@ def _choose(
     queue: str | None, state: str | None, wanted: JobFilter | None,
 ) -> tuple[list[str], bool]:  # fmt: skip
     """Return the ids that a command acts on, and whether options chose them: jobs in *state*, else in *states*."""
-    from conveyor.admin.job_search import JobFilter
+    from conveyor.store.job_filter import JobFilter
 
     by_options = not (queue is None and state is None and wanted is None)
     if bool(ids) is by_options:

@@ -32,11 +32,12 @@ _MAX_LINE = 1 << 24
 @click.option("--id", "own_id", metavar="ID", help="Your own id: pushing it again stores nothing.")
 @click.option("--expires", metavar="1h", help="Drop it if no worker has taken it by then.")
 @click.option("--header", "headers", multiple=True, metavar="K=V", help="A header; may be repeated.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="A word by which it is found; may be repeated.")
 @click.option("--front", is_flag=True, help="Put it before the messages that wait.")
 @redis_options
 def push(
     target: Target, out: Output, queue: str, message: str | None, delay: str | None, priority: int, own_id: str | None,
-    expires: str | None, headers: tuple[str, ...], front: bool,
+    expires: str | None, headers: tuple[str, ...], tags: tuple[str, ...], front: bool,
 ) -> None:  # fmt: skip
     """
     Push one JSON message to a queue, or one per line of standard input (-).
@@ -50,7 +51,7 @@ def push(
         raise click.UsageError("--id names one message; lines from standard input get ids of their own.")
     client, app = target.client(), target.app  # in this order: `client` loads the app
     options = {
-        "id": own_id, "priority": priority, "front": front, "headers": _parse_headers(headers),
+        "id": own_id, "priority": priority, "front": front, "headers": _parse_headers(headers), "tags": tags,
         "delay": 0 if delay is None else parse_seconds(delay, name="--delay"),
         "expires": None if expires is None else parse_seconds(expires, name="--expires"),
     }  # fmt: skip

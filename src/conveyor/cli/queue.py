@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from conveyor.admin.admin import Admin
-    from conveyor.admin.job_search import JobFilter
     from conveyor.admin.views import FailureGroup, FailureSummary, QueueInfo
     from conveyor.jobs.why import QueueCause
+    from conveyor.store.job_filter import JobFilter
 
 _HEADINGS = ("queue", "ready", "scheduled", "leased", "dead", "workers", "oldest", "state")
 _NAME = click.argument("name", metavar="QUEUE", shell_complete=complete_queues)

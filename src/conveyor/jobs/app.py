@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import AbstractAsyncContextManager
+from datetime import datetime
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, Never, ParamSpec, Self, TypeVar, Unpack, cast, get_args, overload
 
@@ -33,6 +44,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from conveyor.events import Event
+    from conveyor.jobs.job_selection import CancelledJobs, JobSelection
     from conveyor.jobs.registry import QueueNames
     from conveyor.messaging.limits import Concurrency, Debounce, Rate, Unique
     from conveyor.messaging.message import Message, OnError
@@ -271,7 +283,7 @@ class Conveyor:
         max_payload: Size | None = None, unique: Unique | None = None,
         limits: Sequence[Rate | Concurrency] | None = None, group_by: str | None = None,
         debounce: Debounce | None = None, version: int = 1, upcast: Upcast | None = None,
-        format: FormatChoice | None = None,
+        format: FormatChoice | None = None, tags: Iterable[str] | None = None,
     ) -> TaskDecorator: ...  # fmt: skip
 
     def task(
@@ -296,6 +308,7 @@ class Conveyor:
         version: int = 1,
         upcast: Upcast | None = None,
         format: FormatChoice | None = None,  # noqa: A002
+        tags: Iterable[str] | None = None,
         **unknown: object,
     ) -> Any:
         """
@@ -306,14 +319,15 @@ class Conveyor:
         promise to run again after a crash. `run_in` is loop, thread or process: by default loop for an `async def`,
         thread for a `def`. `version` is the version of the payload's layout; `upcast(version, arguments)` turns the
         arguments of that version into those of the next. `format` is how arguments and results are written; None: as
-        the app says. Raises ConfigurationError, also for a function whose arguments JSON cannot carry.
+        the app says. `tags` are those of each of its jobs, besides a job's own. Raises ConfigurationError, also for a function
+        whose arguments JSON cannot carry.
         """
         if unknown:
             refuse_unknown("@app.task()", unknown, TASK_OPTIONS)
         refuse_later(unique=unique, limits=limits, group_by=group_by, debounce=debounce)
         options = task_options(
             timeout=timeout, retry=retry, keep_result=keep_result, ack=ack, expires=expires, priority=priority,
-            version=version, upcast=upcast,
+            version=version, upcast=upcast, tags=tags,
         )  # fmt: skip
 
         def add(function: Callable[..., Any]) -> Task[..., Any]:
@@ -340,6 +354,7 @@ class Conveyor:
         version: int = 1,
         upcast: Upcast | None = None,
         format: FormatChoice | None = None,  # noqa: A002
+        tags: Iterable[str] | None = None,
         **unknown: object,
     ) -> BatchDecorator:
         """
@@ -356,7 +371,7 @@ class Conveyor:
         plan = batch_plan(size, within, group_by)
         options = task_options(
             timeout=timeout, retry=retry, keep_result=keep_result, ack=ack, expires=expires, priority=priority,
-            version=version, upcast=upcast,
+            version=version, upcast=upcast, tags=tags,
         )  # fmt: skip
 
         def add(function: Callable[..., Any]) -> Any:
@@ -439,6 +454,106 @@ class Conveyor:
         """
         queue, bare = ids.split(id)
         return Job(self._core, bare, queue)
+
+    # -- jobs chosen by a filter ----------------------------------------------------------------------------------
+
+    def jobs(
+        self, *, tag: str | None = None, state: str | None = None, task: str | None = None, error: str | None = None,
+        older: datetime | Duration | None = None, since: datetime | Duration | None = None,
+        queue: str | Queue[Any] | None = None,
+    ) -> Iterator[Job[Any]]:  # fmt: skip
+        """
+        Yield handles of the jobs and messages that Redis keeps and that all the options given choose.
+
+        `tag`: with this tag. `state`: scheduled, ready, leased or dead. `error`: whose last error, as "class: message", holds
+        this text. `older`, `since`: whose state began before, or since, an instant or so long ago: they died or were leased
+        then, else were enqueued. `queue`: its name. They come in the order of their ids with a tag, the oldest first when they
+        are dead or scheduled, else in no order. Redis looks at them in steps of a few milliseconds, with a tag at those alone that
+        have it. What is there throughout is found; what comes or goes meanwhile may be. Raises ConfigurationError.
+        """
+        refuse_in_loop(self.client, "app.jobs()", "async for job in app.ajobs(…)")
+        return self._select(tag=tag, state=state, task=task, error=error, older=older, since=since, queue=queue).find()
+
+    def ajobs(
+        self, *, tag: str | None = None, state: str | None = None, task: str | None = None, error: str | None = None,
+        older: datetime | Duration | None = None, since: datetime | Duration | None = None,
+        queue: str | Queue[Any] | None = None,
+    ) -> AsyncIterator[Job[Any]]:  # fmt: skip
+        """Awaitable form of `jobs`."""
+        return self._select(tag=tag, state=state, task=task, error=error, older=older, since=since, queue=queue).afind()
+
+    def count_jobs(
+        self, *, tag: str | None = None, state: str | None = None, task: str | None = None, error: str | None = None,
+        older: datetime | Duration | None = None, since: datetime | Duration | None = None,
+        queue: str | Queue[Any] | None = None,
+    ) -> int:  # fmt: skip
+        """Count the jobs that `jobs` yields; with a tag alone in one command a queue."""
+        refuse_in_loop(self.client, "app.count_jobs()", "await app.acount_jobs(…)")
+        return self._select(tag=tag, state=state, task=task, error=error, older=older, since=since, queue=queue).count()
+
+    async def acount_jobs(
+        self, *, tag: str | None = None, state: str | None = None, task: str | None = None, error: str | None = None,
+        older: datetime | Duration | None = None, since: datetime | Duration | None = None,
+        queue: str | Queue[Any] | None = None,
+    ) -> int:  # fmt: skip
+        """Awaitable form of `count_jobs`."""
+        return await self._select(
+            tag=tag, state=state, task=task, error=error, older=older, since=since, queue=queue
+        ).acount()
+
+    def cancel(
+        self, *, tag: str | None = None, state: str | None = None, task: str | None = None, error: str | None = None,
+        older: datetime | Duration | None = None, since: datetime | Duration | None = None,
+        queue: str | Queue[Any] | None = None,
+    ) -> CancelledJobs:  # fmt: skip
+        """
+        Cancel the jobs that `jobs` yields and that have not ended; return how many.
+
+        Redis chooses and cancels them, as `Job.cancel` does one. Of those that a worker holds, `asked` of the number returned,
+        the worker is asked. Raises ConfigurationError, also without any option.
+        """
+        refuse_in_loop(self.client, "app.cancel()", "await app.acancel(…)")
+        chosen = self._select(tag=tag, state=state, task=task, error=error, older=older, since=since, queue=queue)
+        return chosen.refuse_everything().cancel()
+
+    async def acancel(
+        self, *, tag: str | None = None, state: str | None = None, task: str | None = None, error: str | None = None,
+        older: datetime | Duration | None = None, since: datetime | Duration | None = None,
+        queue: str | Queue[Any] | None = None,
+    ) -> CancelledJobs:  # fmt: skip
+        """Awaitable form of `cancel`."""
+        chosen = self._select(tag=tag, state=state, task=task, error=error, older=older, since=since, queue=queue)
+        return await chosen.refuse_everything().acancel()
+
+    def redrive(
+        self, queue: str | Queue[Any], *, tag: str | None = None, task: str | None = None, error: str | None = None,
+        older: datetime | Duration | None = None, since: datetime | Duration | None = None, rate: str | None = None,
+        limit: int | None = None,
+    ) -> int:  # fmt: skip
+        """
+        Put dead letters of a queue back, the oldest first, with all their attempts; return how many.
+
+        The options choose as those of `jobs` do. `rate` (``"100/s"``) spreads them evenly, so that the queue is not flooded.
+        A call that is interrupted leaves done what it has done, and the next one goes on. Raises ConfigurationError.
+        """
+        refuse_in_loop(self.client, "app.redrive()", "await app.aredrive(…)")
+        chosen = self._select(tag=tag, task=task, error=error, older=older, since=since, queue=queue)
+        return chosen.redrive(rate, limit)
+
+    async def aredrive(
+        self, queue: str | Queue[Any], *, tag: str | None = None, task: str | None = None, error: str | None = None,
+        older: datetime | Duration | None = None, since: datetime | Duration | None = None, rate: str | None = None,
+        limit: int | None = None,
+    ) -> int:  # fmt: skip
+        """Awaitable form of `redrive`."""
+        chosen = self._select(tag=tag, task=task, error=error, older=older, since=since, queue=queue)
+        return await chosen.aredrive(rate, limit)
+
+    def _select(self, **options: Any) -> JobSelection:
+        # An app that only enqueues never loads it.
+        from conveyor.jobs.job_selection import select
+
+        return select(self._core, **options)
 
     # -- hooks ----------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -43,7 +43,7 @@ class Context:
 
     __slots__ = (
         "_deadline_hook", "_items", "_logger", "_spawned", "attempt", "cancelled", "enqueued_at", "headers", "job_id",
-        "queue", "scheduled_for", "state", "task", "timed_out",
+        "queue", "scheduled_for", "state", "tags", "task", "timed_out",
     )  # fmt: skip
 
     def __init__(
@@ -57,6 +57,7 @@ class Context:
         state: Mapping[str, Any],
         deadline_hook: Callable[[int], None] | None,
         enqueued_at: datetime | None = None,
+        tags: Sequence[str] = (),
         scheduled_for: datetime | None = None,
         items: Callable[[], Iterable[Context]] | None = None,
     ) -> None:
@@ -72,6 +73,7 @@ class Context:
             state: the resources of the lifespan.
             deadline_hook: gets the ms from now to the new time limit; None: no limit.
             enqueued_at: when the job was enqueued.
+            tags: those of the job.
             scheduled_for: the planned instant of a scheduled job.
             items: returns the contexts of a batch's items; None: it is no batch.
 
@@ -81,6 +83,7 @@ class Context:
         self.queue = queue
         self.attempt = attempt
         self.headers = headers
+        self.tags = tags
         self.state = state
         self.enqueued_at = enqueued_at
         self.scheduled_for = scheduled_for

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from conveyor import ids
@@ -50,6 +50,7 @@ def task_options(
     priority: int,
     version: int,
     upcast: Upcast | None,
+    tags: Iterable[str] | None,
 ) -> TaskOptions:
     """Return the options of a task, checked; raises ConfigurationError."""
     return TaskOptions(
@@ -61,6 +62,7 @@ def task_options(
         priority=check_priority(priority),
         version=check_version(version, upcast, "@app.task"),
         upcast=upcast,
+        tags=ids.tag_texts(tags),
     )
 
 

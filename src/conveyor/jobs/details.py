@@ -38,6 +38,7 @@ class JobDetails:
     started: datetime | None = None
     ended: datetime | None = None
     reason: str = ""
+    tags: tuple[str, ...] = ()
 
 
 def live_details(queue: str, row: JobRow, decoder: RecordDecoder) -> JobDetails:
@@ -49,7 +50,7 @@ def live_details(queue: str, row: JobRow, decoder: RecordDecoder) -> JobDetails:
         _value(decoder.preview(envelope.body, queue, name, row.id, call=True)),
         dict(envelope.extra.headers), row.state.starts + leased,
         _holder(row) if leased else errors[-1].worker if errors else None, _instant(made_at_ms(row.id)), _instant(row.leased_ms),
-        _instant(int(row.extra)) if row.status == "dead" else None,
+        _instant(int(row.extra)) if row.status == "dead" else None, tags=tuple(envelope.tags),
     )  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def ended_details(queue: str, id: str, status: Status, record: bytes, decoder: R
     run = outcome.run or RunRecord()
     return JobDetails(
         public(queue, id), queue, status, run.task or None, _value(decoder.arguments(run, queue, id)), dict(run.headers),
-        run.attempt, run.worker or None, enqueued, _instant(run.started), _instant(outcome.at), outcome.reason,
+        run.attempt, run.worker or None, enqueued, _instant(run.started), _instant(outcome.at), outcome.reason, tuple(run.tags),
     )  # fmt: skip
 
 

@@ -162,7 +162,7 @@ class Job(Generic[R_co]):
 
     def info(self) -> JobDetails:
         """
-        Return the facts about the job: its arguments, headers, attempts, worker and start.
+        Return the facts about the job: its arguments, headers, tags, attempts, worker and start.
 
         They are kept for as long as its result is; of a job without a kept result only that it has ended. Raises JobNotFound.
         """

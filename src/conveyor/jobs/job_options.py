@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ def with_options(
     keep_result: Duration | None,
     retry: int | None,
     front: bool,
+    tags: Iterable[str] | None,
 ) -> Outgoing:
     """Return a task's *outgoing* with the options of `.options(…)`, checked; raises ConfigurationError."""
     if delay is not None and at is not None:
@@ -57,6 +58,7 @@ def with_options(
         keep_ms=None if keep_result is None else milliseconds(keep_result, name="keep_result"),
         attempts=None if retry is None else check_attempts(retry),
         front=front,
+        tags=outgoing.tags if tags is None else ids.tag_texts([*outgoing.tags, *ids.tag_texts(tags)]),
     )
 
 
@@ -88,6 +90,7 @@ def entry_of(outgoing: Outgoing, body: bytes, sealing: PayloadPipeline | None, *
         unique=outgoing.unique,
         own_id=own,
         front=outgoing.front,
+        tags=ids.tag_texts(outgoing.tags),
     )
 
 

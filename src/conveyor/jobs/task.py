@@ -7,7 +7,7 @@ import functools
 import inspect
 import sys
 from asyncio import _get_running_loop
-from collections.abc import Callable, Container, Coroutine, Hashable, Mapping, Sequence
+from collections.abc import Callable, Container, Coroutine, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from types import FrameType
@@ -76,6 +76,7 @@ class TaskOptions:
     priority: int = 0
     version: int = 1
     upcast: Upcast | None = None
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +153,17 @@ class TaskDefinition:
         """An envelope up to its body, for a job without options."""
         self.keys: QueueKeys = core.keys(queue)
         self.plain = (
-            options.priority == 0 and options.expires_ms is None and core.sealing is None and options.version == 1
+            options.priority == 0
+            and options.expires_ms is None
+            and core.sealing is None
+            and options.version == 1
+            and not options.tags
         )
         """True when a call without options is stored as a bare envelope."""
         self.outgoing = Outgoing(
-            task=name, queue=queue, priority=options.priority, expires_ms=options.expires_ms, version=options.version
-        )
+            task=name, queue=queue, priority=options.priority, expires_ms=options.expires_ms, version=options.version,
+            tags=options.tags,
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         return f"<TaskDefinition {self.signature.describe()} on {self.queue}>"
@@ -209,6 +215,7 @@ class TaskDefinition:
             outgoing.keep_ms,
             outgoing.attempts,
             outgoing.version,
+            tags=outgoing.tags,
         )
         if self.core.push_middlewares:
             for middleware in self.core.push_middlewares:
@@ -326,6 +333,7 @@ class Task(Generic[P, R_co]):
         unique: str | None = None,
         expires: Duration | None = None,
         headers: Mapping[str, str] | None = None,
+        tags: Iterable[str] | None = None,
         timeout: Duration | None = None,
         keep_result: Duration | None = None,
         retry: int | None = None,
@@ -340,13 +348,15 @@ class Task(Generic[P, R_co]):
 
         `delay` or `at` (an aware datetime) starts the job later. `expires` cancels it when it has not started by
         then. `id` is an id of your own and a unique key. `retry` is the number of attempts. `front` puts it before all
-        others of its priority. `fsync` waits until it is on disk, `wait_replicas` until so many replicas have it, each
-        for `wait_timeout`; after that comes DurabilityNotReached. Raises ConfigurationError.
+        others of its priority. `tags` are words by which it is found, besides those of the task. `fsync` waits until it is
+        on disk, `wait_replicas` until so many replicas have it, each for `wait_timeout`; after that comes
+        DurabilityNotReached. Raises ConfigurationError.
         """
         refuse_unknown("options()", unknown, CALL_OPTIONS)
         outgoing = with_options(
             self._definition.outgoing, delay=delay, at=at, priority=priority, id=id, queue=queue, unique=unique,
             expires=expires, headers=headers, timeout=timeout, keep_result=keep_result, retry=retry, front=front,
+            tags=tags,
         )  # fmt: skip
         return BoundTask(self._definition, outgoing, durability_request(fsync, wait_replicas, wait_timeout))
 

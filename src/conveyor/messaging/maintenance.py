@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,6 +20,7 @@ from conveyor.payload.records import Failure
 from conveyor.payload.sealed_records import open_failure
 from conveyor.store import inspection, operations
 from conveyor.store.inspection import JobRow, QueueCounts
+from conveyor.store.job_filter import UNLIMITED, JobFilter, Walk
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Redriven
 from conveyor.store.script import Call
@@ -80,36 +81,36 @@ def redrive(keys: QueueKeys, limit: int | None) -> CountingProgram:
     """Put back the dead letters there are now, at most *limit* (None: all), oldest first; count them."""
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
         raise ConfigurationError(f"limit must be a whole number of at least 0, not {limit!r}.")
-    counts: QueueCounts = yield inspection.counts(keys)
-    most, back, kept = counts.dead if limit is None else min(limit, counts.dead), 0, 0
-    while back < most and back + kept < counts.dead:
-        moved = yield redrive_batch(keys, limit=min(BATCH, most - back), behind=kept)
-        if not (moved or moved.kept):
+    back, walk = 0, Walk(states=("dead",))
+    while limit is None or back < limit:
+        most = UNLIMITED if limit is None else limit - back
+        moved = yield redrive_batch(keys, replace(walk, most=most))
+        back += moved
+        if moved.step.ended:
             break
-        back, kept = back + moved, kept + len(moved.kept)
+        if not walk.cursor and walk.wanted.older is None:  # those that die from now on stay
+            walk = replace(walk, wanted=JobFilter(older=datetime.fromtimestamp(moved.step.now / 1000, UTC)))
+        walk = replace(walk, cursor=moved.step.cursor)
     return back
 
 
-def redrive_batch(keys: QueueKeys, **which: Any) -> Call[Redriven]:
-    """
-    Return the call that puts back some dead letters: those that `operations.redrive` names with *which*.
+def redrive_batch(keys: QueueKeys, walk: Walk) -> Call[Redriven]:
+    """Return the call that puts back the dead letters that one step of *walk* finds, and logs those that stay dead."""
+    return operations.redrive_some(keys, walk).then(lambda redriven: note_kept(keys, redriven))
 
-    Those that stay dead, because another job holds their unique key now, are logged.
-    """
 
-    def note(redriven: Redriven) -> Redriven:
-        if redriven.kept:
-            pairs = ", ".join(
-                clean(f"{ids.public(keys.queue, one)} (held by {holder})") for one, holder in redriven.kept[:3]
-            )
-            logger.warning(
-                "Queue %s: %d dead letters stay dead, because other jobs hold their unique keys now: %s%s. "
-                "Redrive again when those have ended.",
-                keys.queue, len(redriven.kept), pairs, ", …" if len(redriven.kept) > 3 else "",
-            )  # fmt: skip
-        return redriven
-
-    return operations.redrive(keys, **which).then(note)
+def note_kept(keys: QueueKeys, redriven: Redriven) -> Redriven:
+    """Log the dead letters that stay dead, because another job holds their unique key now."""
+    if redriven.kept:
+        pairs = ", ".join(
+            clean(f"{ids.public(keys.queue, one)} (held by {holder})") for one, holder in redriven.kept[:3]
+        )
+        logger.warning(
+            "Queue %s: %d dead letters stay dead, because other jobs hold their unique keys now: %s%s. "
+            "Redrive again when those have ended.",
+            keys.queue, len(redriven.kept), pairs, ", …" if len(redriven.kept) > 3 else "",
+        )  # fmt: skip
+    return redriven
 
 
 def dead_page(

@@ -42,7 +42,7 @@ class Settler(Protocol):
 @dataclass(slots=True, eq=False, repr=False)
 class Message(Generic[T]):
     """
-    A leased message: `id`, `body`, `attempt` (from 1), `headers`.
+    A leased message: `id`, `body`, `attempt` (from 1), `headers`, `tags`.
 
     ``with message as body`` acks on success; an exception nacks with backoff, is logged, and does not leave the
     block; anything else (KeyboardInterrupt) hands the message back. The calls return when Redis confirmed them,
@@ -76,6 +76,11 @@ class Message(Generic[T]):
     def headers(self) -> dict[str, str]:
         """The headers given with the push."""
         return self._leased.envelope.extra.headers
+
+    @property
+    def tags(self) -> list[str]:
+        """The tags given with the push."""
+        return self._leased.envelope.tags
 
     @property
     def priority(self) -> int:

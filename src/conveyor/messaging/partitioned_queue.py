@@ -18,6 +18,7 @@ from conveyor.messaging.push_options import PreparedPush, PushOptions
 from conveyor.messaging.queue import Queue, whole_number
 from conveyor.store.client.client import Client
 from conveyor.store.inspection import QueueCounts, total
+from conveyor.store.job_filter import Walk
 from conveyor.store.keys import QueueKeys
 
 T = TypeVar("T")
@@ -137,7 +138,7 @@ class PartitionedQueue(Queue[T]):
         if limit is None:
             return sum(part.redrive() for part in self.parts)
         chosen = _ids_by_partition(islice(self.dead_letters(), _limit(limit)))
-        return sum(self.client.run(redrive_batch(keys, ids=ids)) for keys, ids in self._batches(chosen))
+        return sum(self.client.run(redrive_batch(keys, Walk(ids=ids))) for keys, ids in self._batches(chosen))
 
     async def aredrive(self, limit: int | None = None) -> int:
         """Awaitable form of `redrive`."""
@@ -150,7 +151,7 @@ class PartitionedQueue(Queue[T]):
                 if len(letters) == limit:
                     break
         batches = self._batches(_ids_by_partition(letters))
-        return sum([await self.client.arun(redrive_batch(keys, ids=ids)) for keys, ids in batches])
+        return sum([await self.client.arun(redrive_batch(keys, Walk(ids=ids))) for keys, ids in batches])
 
     def dead_letters(self) -> Iterator[DeadLetter]:
         """Yield the dead letters of all partitions, oldest first."""

@@ -157,5 +157,5 @@ def _refuse(options: PreparedPush) -> None:
     if options != PLAIN or options.durability_request is not None:
         raise ConfigurationError(
             "A plain list holds bare documents, so a push takes no delay, at, priority, id, unique, expires, headers, "
-            "front, fsync or wait_replicas. Nothing was stored. Use a queue for these."
+            "tags, front, fsync or wait_replicas. Nothing was stored. Use a queue for these."
         )

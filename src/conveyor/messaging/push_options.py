@@ -37,8 +37,8 @@ class Outgoing:
 
     A job has a `task`, `args` and `kwargs`. A message has a `body`, and `task` is empty. All but `task` and `version` may be
     changed, of a message `queue` neither, nor what only a job has: `timeout_ms`, `keep_ms`, `attempts`. `headers` reach the
-    job as `context.headers`, a consumer as `message.headers`. Times in ms. `id` is the caller's own, None when one will be
-    made. None elsewhere: as the task, or the queue, has it.
+    job as `context.headers`, a consumer as `message.headers`, and `tags` likewise. Times in ms. `id` is the caller's own,
+    None when one will be made. None elsewhere: as the task, or the queue, has it.
     """
 
     task: str
@@ -58,6 +58,7 @@ class Outgoing:
     attempts: int | None = None
     version: int = 1
     body: Any = None
+    tags: tuple[str, ...] = ()
 
 
 class PushMiddleware(Protocol):
@@ -86,6 +87,7 @@ class PreparedPush:
     """The key that picks the partition; not stored."""
     extra: EnvelopeOptions | None = field(default=None, compare=False)
     """The headers and the version that stand in `head`."""
+    tags: tuple[str, ...] = ()
     wraps: ClassVar[bool] = False
     """True when an entry needs its body wrapped."""
 
@@ -93,7 +95,7 @@ class PreparedPush:
     """True when a message needs nothing but its envelope, appended at the tail."""
 
     def __post_init__(self) -> None:
-        plain = not self.wraps and self._placing() == (0, None, None, None, False, None, None)
+        plain = not self.wraps and not self.tags and self._placing() == (0, None, None, None, False, None, None)
         object.__setattr__(self, "is_plain", plain)
 
     def _placing(self) -> tuple[object, ...]:
@@ -111,6 +113,7 @@ class PreparedPush:
             unique=self.unique,
             own_id=self.id is not None,
             front=self.front,
+            tags=self.tags,
         )
 
 
@@ -123,6 +126,7 @@ class PushManyOptions(TypedDict, total=False):
     group: str | None
     expires: Duration | None
     headers: Mapping[str, str] | None
+    tags: Iterable[str] | None
     fsync: bool | None
     wait_replicas: int | None
     wait_timeout: Duration | None
@@ -151,6 +155,7 @@ def prepare_push(
     unique: str | None = None,
     expires: Duration | None = None,
     headers: Mapping[str, str] | None = None,
+    tags: Iterable[str] | None = None,
     fsync: bool | None = None,
     wait_replicas: int | None = None,
     wait_timeout: Duration | None = None,
@@ -185,6 +190,7 @@ def prepare_push(
         front=bool(front),
         id=None if id is None else ident.own_id(id),
         unique=None if unique is None else ident.unique_key(unique),
+        tags=ident.tag_texts(tags),
         durability_request=durability_request(fsync, wait_replicas, wait_timeout),
     )
 
@@ -197,7 +203,7 @@ def pass_through(
     outgoing = Outgoing(
         "", queue, headers=dict(extra.headers), priority=options.priority, delay_ms=options.delay_ms,
         at_ms=options.due_at_ms, expires_ms=options.expires_ms, unique=options.unique, id=options.id, front=options.front,
-        version=extra.version, body=value,
+        version=extra.version, body=value, tags=options.tags,
     )  # fmt: skip
     for middleware in middlewares:
         middleware.push(outgoing)
@@ -218,7 +224,7 @@ def pass_through(
         options, head=write_envelope("", b"", extra_left), extra=extra_left, priority=outgoing.priority,
         delay_ms=outgoing.delay_ms or None, due_at_ms=outgoing.at_ms, expires_ms=outgoing.expires_ms,
         front=bool(outgoing.front), id=None if outgoing.id is None else ident.own_id(outgoing.id),
-        unique=None if outgoing.unique is None else ident.unique_key(outgoing.unique),
+        unique=None if outgoing.unique is None else ident.unique_key(outgoing.unique), tags=ident.tag_texts(outgoing.tags),
     )  # fmt: skip
     return outgoing.body, changed
 

@@ -230,9 +230,10 @@ class Queue(MessageSource[T]):
         Store one message and return its id.
 
         `delay` or `at` (an aware datetime) schedule it; `priority` is 0 to 9, higher first; `front` puts it before all
-        others; `expires` drops it when no consumer was handed it by then; `headers` are text. While a message with the same
-        `unique` key exists, its id is returned and nothing is stored; likewise with `id`, until a day after it ended.
-        `fsync` waits until it is on disk, `wait_replicas` until so many replicas have it, each for `wait_timeout`.
+        others; `expires` drops it when no consumer was handed it by then; `headers` are text, `tags` words by which it is
+        found. While a message with the same `unique` key exists, its id is returned and nothing is stored; likewise with
+        `id`, until a day after it ended. `fsync` waits until it is on disk, `wait_replicas` until so many replicas have it,
+        each for `wait_timeout`.
         Raises PayloadError, ConfigurationError, QueueFull: nothing was stored; StoreUnavailable: it may have been
         stored, once; DurabilityNotReached: it was stored, but not confirmed.
         """

@@ -74,6 +74,7 @@ class RunRecord(msgspec.Struct, omit_defaults=True):
     worker: str = ""
     started: int = 0
     headers: dict[str, str] = {}
+    tags: list[str] = []
     version: int = 1
     body: msgspec.Raw = msgspec.Raw(b"")
     packed: str = ""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from conveyor.ids import made_at_ms
 from conveyor.payload.records import AttemptHistory, Envelope, Status, read_envelope, read_leniently
+from conveyor.store.job_filter import ANY_JOB, JobFilter, Walk, WalkStep, read_step
 from conveyor.store.keys import QueueKeys
-from conveyor.store.script import Call, Script
+from conveyor.store.script import Call, Command, Script
 
 DAMAGED = "(damaged)"
 """The host of a worker whose facts cannot be read."""
 COUNTS, LIST_JOBS, GET_JOB, WHY = Script("counts"), Script("list_jobs"), Script("get_job"), Script("why")
+FIND_JOBS, ZCARD = Script("find_jobs"), Script("ZCARD")
 WORKERS, AUDIT, UNPLACED = Script("workers"), Script("audit"), Script("unplaced")
 QUEUE_CAUSES = Script("queue_causes")
 
@@ -157,15 +159,23 @@ def _read_counts(reply: list[Any]) -> QueueCounts:
 
 
 def list_jobs(
-    keys: QueueKeys, status: str, offset: int, count: int, task: str | None = None, *, heads: bool = False
-) -> Call[JobPage]:
+    keys: QueueKeys, status: str, offset: int, count: int, wanted: JobFilter = ANY_JOB, *, heads: bool = False,
+    ignores_error: bool = False,
+) -> Call[JobPage]:  # fmt: skip
     """
     Return the call that reads one page of the jobs in a state: ready, scheduled, leased, dead (newest first) or dead-oldest.
 
-    *task*: only its jobs; the others among *count* entries count as looked at. *heads*: jobs without their bodies, and of their
-    errors only the last, without its traceback. Large jobs make a page shorter.
+    *wanted*: only these, whatever its tag; the others among *count* entries count as looked at. *ignores_error*: as in `Walk`.
+    *heads*: jobs without their bodies, and of their errors only the last, without its traceback. Large jobs make a page shorter.
     """
-    args = (status, str(offset), str(count), task or "", "heads" if heads else "")
+    wanted = replace(wanted, tag=None)
+    args = (
+        status,
+        str(offset),
+        str(count),
+        "heads" if heads else "",
+        *Walk(wanted, ignores_error=ignores_error).filter(),
+    )
     return Call(LIST_JOBS, _list_keys(keys), args, lambda reply: JobPage(_read_rows(status, reply), reply[0]))
 
 
@@ -177,7 +187,42 @@ def whole_jobs(keys: QueueKeys, heads: Sequence[JobRow]) -> Call[JobPage]:
         rows = [replace(known[row.id], envelope=row.envelope, state=row.state) for row in _read_rows("ready", reply)]
         return JobPage(rows, reply[0])
 
-    return Call(LIST_JOBS, _list_keys(keys), ("ids", "0", "500", "", "", *known), decode)
+    return Call(LIST_JOBS, _list_keys(keys), ("ids", "0", "500", "", *Walk().filter(), *known), decode)
+
+
+class FoundJobs(NamedTuple):
+    """One step of a walk, and the heads of the jobs that it found."""
+
+    step: WalkStep
+    rows: list[JobRow]
+
+
+def find_jobs(keys: QueueKeys, walk: Walk) -> Call[FoundJobs]:
+    """Return the call that reads the heads of the jobs that one step of *walk* finds."""
+
+    def decode(reply: list[Any]) -> FoundJobs:
+        facts: dict[str, dict[str, Any]] = {}
+        rows = []
+        for at in range(5, len(reply), 5):
+            id_, envelope, state, place, extra = reply[at : at + 5]
+            rows.append(_read_row(id_.decode(), place.decode(), envelope, state, extra.split(b"\t", 2), facts))
+        return FoundJobs(read_step(reply), rows)
+
+    return Call(FIND_JOBS, (keys.jobs, keys.none), ("heads", *walk.arguments()), decode)
+
+
+def count_found(keys: QueueKeys, walk: Walk) -> Call[tuple[WalkStep, dict[str, int]]]:
+    """Return the call that counts the jobs that one step of *walk* finds, by their state."""
+
+    def decode(reply: list[Any]) -> tuple[WalkStep, dict[str, int]]:
+        return read_step(reply), {reply[at].decode(): int(reply[at + 1]) for at in range(5, len(reply), 2)}
+
+    return Call(FIND_JOBS, (keys.jobs, keys.none), ("count", *walk.arguments()), decode)
+
+
+def count_tagged(keys: QueueKeys, tag: str) -> Call[int]:
+    """Return the call that counts the jobs with a tag, in whatever state."""
+    return Command(ZCARD, (keys.tag(tag),), (), int)
 
 
 def finished(keys: QueueKeys, offset: int, count: int) -> Call[list[FinishedJob]]:
@@ -185,7 +230,7 @@ def finished(keys: QueueKeys, offset: int, count: int) -> Call[list[FinishedJob]
     return Call(
         LIST_JOBS,
         _list_keys(keys),
-        ("done", str(offset), str(count), "", ""),
+        ("done", str(offset), str(count), "", *Walk().filter()),
         lambda reply: [_read_finished(entry) for entry in reply[4::4]],
     )
 
@@ -345,12 +390,16 @@ def unplaced(keys: QueueKeys, where: str, cursor: str, count: int = 1000) -> Cal
     )
 
 
-def audit(keys: QueueKeys, *, most: int = 200_000) -> Call[list[tuple[str, str]]]:
-    """Return the call that checks that every live id is in exactly one place; it yields (problem, id) for each that is not."""
+def audit(keys: QueueKeys, *, most: int = 200_000, tags: Sequence[str] = ()) -> Call[list[tuple[str, str]]]:
+    """
+    Return the call that checks that every live id is in exactly one place, and found by its tags; it yields (problem, id).
+
+    *tags*: those that have a key. A tag is looked at without, if a live job has it.
+    """
     names = (keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.conf, *keys.ready)
     return Call(
         AUDIT,
         names,
-        (str(most),),
+        (str(most), *tags),
         lambda reply: [(reply[i].decode(), reply[i + 1].decode()) for i in range(0, len(reply), 2)],
     )

@@ -77,6 +77,10 @@ class QueueKeys:
         """Return the key of the list whose tokens wake one busy worker."""
         return f"{self.prefix}wake:{worker}"
 
+    def tag(self, tag: str) -> str:
+        """Return the key of the sorted set of the ids that have a tag."""
+        return f"{self.prefix}tag:{tag}"
+
     def lane(self, producer: str) -> str:
         """Return the key `lane:<producer>`: number and reply of the last push in a producer's sequence."""
         return f"{self.prefix}lane:{producer}"

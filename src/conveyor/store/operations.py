@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 from conveyor.errors import ConfigurationError, QueueFull
 from conveyor.ids import may_arrive_later
 from conveyor.payload.records import to_json, write_attributes, write_envelope
+from conveyor.store.job_filter import UNLIMITED, Walk, WalkStep, read_step
 from conveyor.store.keys import QueueKeys
 from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import Argument, Call, Command, Script, WrongReply
@@ -42,7 +43,8 @@ LANE_MS = 7_200_000
 DAY_MS = 86_400_000
 """The same for a sequence whose identity ends in +."""
 CANCEL_REMOVED, CANCEL_ASKED, CANCEL_RUNS, CANCEL_NOT_STARTED, CANCEL_UNKNOWN = 1, 2, 3, 4, -2
-"""Replies of cancel.lua, as its header says."""
+DELETE_LEASED = -1
+"""Codes of cancel.lua, as its header says."""
 GAVE_NO_SIGN = "its worker gave no sign until its lease ended"
 """The cause of a crash that no supervisor saw."""
 MOST_HELD = 1000
@@ -621,43 +623,73 @@ def _read_ids(reply: list[bytes]) -> list[str]:
 
 
 def cancel(keys: QueueKeys, id: str, *, delete: bool = False) -> Call[int]:  # noqa: A002
-    """Return the call that cancels or deletes a job; it yields what the header of cancel.lua says."""
-    names = (
-        keys.jobs,
-        keys.state,
-        keys.due,
-        keys.dead,
-        keys.workers,
-        keys.conf,
-        keys.waiters,
-        keys.result(id),
-        keys.result_window(id),
-        keys.none,
-    )
-    return Call(CANCEL, names, (id, "delete" if delete else "cancel"), int)
+    """Return the call that cancels or deletes a job; it yields the code that the header of cancel.lua names."""
+    return cancel_some(keys, Walk(ids=(id,)), delete=delete).then(lambda cancelled: cancelled.codes[0][1])
+
+
+class Cancelled(NamedTuple):
+    """One step of cancelling: of each job that was found the code that the header of cancel.lua names."""
+
+    step: WalkStep
+    codes: list[tuple[str, int]]
+
+
+def cancel_some(keys: QueueKeys, walk: Walk, *, delete: bool = False) -> Call[Cancelled]:
+    """Return the call that cancels or deletes the jobs that one step of *walk* finds."""
+    names = (keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.conf, keys.waiters, keys.none)
+    return Call(CANCEL, names, ("delete" if delete else "cancel", *walk.arguments()), _read_cancelled)
+
+
+def _read_cancelled(reply: list[Any]) -> Cancelled:
+    return Cancelled(read_step(reply), [(reply[at].decode(), reply[at + 1]) for at in range(5, len(reply), 2)])
 
 
 class Redriven(int):
-    """The number of dead letters put back; `kept` are the others, each with the job that holds its unique key now."""
+    """
+    The number of dead letters put back, and their `ids`.
 
+    `kept` are the others that were found, each with the job that holds its unique key now.
+    """
+
+    ids: Sequence[str] = ()
     kept: tuple[tuple[str, str], ...] = ()
+    step: WalkStep
 
 
-def redrive(keys: QueueKeys, *, limit: int = 500, behind: int = 0, ids: Sequence[str] = ()) -> Call[Redriven]:
-    """Return the call that puts back *limit* dead letters, *behind* so many of the oldest, or only those of *ids*."""
+def redrive(keys: QueueKeys, *, limit: int = UNLIMITED, ids: Sequence[str] = ()) -> Call[Redriven]:
+    """Return the call that puts back some dead letters: of the oldest at most *limit*, or those of *ids*."""
+    return redrive_some(keys, Walk(states=("dead",), most=limit, ids=ids))
+
+
+def redrive_some(keys: QueueKeys, walk: Walk) -> Call[Redriven]:
+    """Return the call that puts back the dead letters that one step of *walk* finds."""
     names = (keys.dead, keys.jobs, keys.state, keys.wake, *keys.ready, keys.none)
-    return Call(REDRIVE, names, ("0", *ids) if ids else (str(limit), str(behind)), _read_redriven)
+    return Call(REDRIVE, names, walk.arguments(), _read_redriven)
 
 
 def _read_redriven(reply: list[Any]) -> Redriven:
-    redriven = Redriven(reply[0])
-    redriven.kept = tuple((reply[at].decode(), reply[at + 1].decode()) for at in range(1, len(reply), 2))
+    moved, kept = _read_ids(reply[5]), _read_ids(reply[6])
+    redriven = Redriven(len(moved))
+    redriven.step, redriven.ids, redriven.kept = read_step(reply), moved, tuple(zip(kept[::2], kept[1::2], strict=True))
     return redriven
+
+
+class Promoted(NamedTuple):
+    """One step of promoting: the ids of the jobs that are ready now."""
+
+    step: WalkStep
+    ids: list[str]
 
 
 def promote(keys: QueueKeys, id: str) -> Call[bool]:  # noqa: A002
     """Return the call that makes a scheduled job ready now; it yields False when it is not scheduled."""
-    return Call(PROMOTE, (keys.due, keys.jobs, keys.wake, *keys.ready), (id,), bool)
+    return promote_some(keys, Walk(ids=(id,))).then(lambda promoted: bool(promoted.ids))
+
+
+def promote_some(keys: QueueKeys, walk: Walk) -> Call[Promoted]:
+    """Return the call that makes the scheduled jobs ready that one step of *walk* finds."""
+    names = (keys.due, keys.jobs, keys.wake, *keys.ready)
+    return Call(PROMOTE, names, walk.arguments(), lambda reply: Promoted(read_step(reply), _read_ids(reply[5:])))
 
 
 def purge(keys: QueueKeys, place: str, limit: int) -> Call[tuple[int, int]]:

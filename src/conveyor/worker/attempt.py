@@ -253,6 +253,7 @@ class Attempt:
                 queue=self.consumer.queue,
                 attempt=self.number,
                 headers=self.envelope.extra.headers,
+                tags=self.envelope.tags if self.envelope.attributes else (),
                 state=self.consumer.shared_state,
                 deadline_hook=self.move_deadline,
                 enqueued_at=None if made is None else datetime.fromtimestamp(made / 1000, UTC),

@@ -172,6 +172,8 @@ class SettlementWriter:
         members = [b'{"task":"%b","attempt":%d,"started":%d' % (name, attempt.number, started)]
         if envelope.extra.headers:
             members.append(b'"headers":%b' % to_json(envelope.extra.headers))
+        if tags := envelope.tags:
+            members.append(b'"tags":%b' % to_json(tags))
         if envelope.extra.version != 1:
             members.append(b'"version":%d' % envelope.extra.version)
         body = attempt.body if envelope is PLAIN_ENVELOPE else envelope.body

@@ -9,6 +9,7 @@ from conveyor.admin import Admin
 from conveyor.admin.acl import commands_of
 from conveyor.errors import ConfigurationError
 from conveyor.store import inspection, operations
+from conveyor.store.job_filter import Walk
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Settlement
 from support.script_faults import LimitedUser, Snapshot
@@ -118,7 +119,9 @@ def test_redriven_jobs_take_their_keys_again(seeded: SeededQueue, named: bool) -
     assert seeded.redis.mget(*(f"{seeded.keys.prefix}unique:k:{key}" for key in ("k", "c", "d"))) == [b"a", b"c2", b"d"]
     assert set(seeded.dump()["dead"]) == {"b", "c"}
     assert seeded.push(entry("a2", unique="k")) == ["a"]
-    assert seeded.run(operations.redrive(seeded.keys, limit=5, behind=1)).kept == (("c", "c2"),)
+    assert seeded.run(operations.redrive_some(seeded.keys, Walk(states=("dead",), most=5, cursor="1 b"))).kept == (
+        ("c", "c2"),
+    )
     assert seeded.audit() == []
 
 

@@ -10,6 +10,7 @@ from conveyor.messaging import maintenance
 from conveyor.payload.records import AttemptHistory, Failure, to_json
 from conveyor.store import inspection, operations
 from conveyor.store.inspection import FinishedJob, write_finished
+from conveyor.store.job_filter import ANY_JOB, JobFilter
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Settlement, TurnReport
 from support.script_calls import furnish
@@ -130,7 +131,9 @@ def all_pages(seeded: SeededQueue, count: int, task: str | None = None) -> list[
     """Read the dead letters page by page, each behind the one before."""
     pages, offset = [], 0
     while True:
-        page = seeded.run(inspection.list_jobs(seeded.keys, "dead-oldest", offset, count, task))
+        page = seeded.run(
+            inspection.list_jobs(seeded.keys, "dead-oldest", offset, count, JobFilter(task=task) if task else ANY_JOB)
+        )
         if not page.entries:
             return pages
         pages.append(page)

@@ -1,12 +1,12 @@
 -- Prove that every live id is in exactly one place. This reads the whole queue in one step: for tests and quiet hours.
--- needs: numbers leased
+-- needs: numbers leased envelope
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7-16 ready:0 … ready:9
--- ARGV  1 refuse above this many jobs
+-- ARGV  1 refuse above this many jobs  2… tags that have a key: no other way finds those of jobs that are gone
 -- returns (problem, id)…    or {"too-large", count}
 local count = redis.call('HLEN', KEYS[1])
 if count > tonumber(ARGV[1]) then return {'too-large', int(count)} end
-local prefix, places, problems, stubs = string.sub(KEYS[1], 1, -5), {}, {}, 0
+local prefix, places, problems, stubs, tagged = string.sub(KEYS[1], 1, -5), {}, {}, 0, {}
 local function problem(what, id)
   problems[#problems + 1], problems[#problems + 2] = what, id
 end
@@ -29,6 +29,16 @@ for i = 1, #all, 2 do
   if not places[all[i]] then problem('nowhere', all[i]) end
   if stub and places[all[i]] ~= 'ready' then problem('stub outside ready', all[i]) end
   places[all[i]] = nil
+  local found = not stub and marks(all[i + 1])
+  for _, tag in ipairs(found and found.tags or {}) do
+    tagged[tag] = (tagged[tag] or 0) + 1
+    if not redis.call('ZSCORE', prefix .. 'tag:' .. tag, all[i]) then problem('not found by tag ' .. tag, all[i]) end
+  end
+end
+for i = 2, #ARGV do tagged[ARGV[i]] = tagged[ARGV[i]] or 0 end
+for tag, count in pairs(tagged) do
+  local listed = redis.call('ZCARD', prefix .. 'tag:' .. tag)
+  if listed > count then problem('tag without a live job', tag .. ' ' .. int(listed - count)) end
 end
 for id, where in pairs(places) do problem('no envelope, but in ' .. where, id) end
 for _, id in ipairs(redis.call('HKEYS', KEYS[2])) do

@@ -1,55 +1,78 @@
--- Cancel or delete a job, wherever it is. For a leased job its worker is asked.
--- needs: numbers keys listed envelope outcome rights kept_result ended_mark
+-- Cancel or delete jobs, wherever they are. For a leased job its worker is asked. One step of a walk.
+-- needs: numbers keys listed envelope tags outcome rights kept_result ended_mark leased leased_order heads walk
 --
--- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7 waiters  8 result:<id>  9 results:<window>  10 none
--- ARGV  1 id  2 "cancel" leaves a record, "delete" leaves nothing and takes dead letters too
--- returns 1 gone · 2 asked of the worker that holds it, which has not answered · 3 asked, and it runs
+-- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7 waiters  8 none
+-- ARGV  1 "cancel" leaves a record, "delete" leaves nothing and takes dead letters too  2… as in lib/walk.lua
+-- returns {now_ms, 1 at the end, cursor, looked at, ids that may be chosen, (id, code)…}
+--         code  1 gone · 2 asked of the worker that holds it, which has not answered · 3 asked, and it runs
 --         4 gone: its worker was asked before it had started it · 0 it has ended · -1 leased (delete only)
 --         -2 not known, or no longer
-local jobs, id, cancels = KEYS[1], ARGV[1], ARGV[2] == 'cancel'
-local queue = {prefix = string.sub(jobs, 1, -5), state = KEYS[2], waiters = KEYS[7]}
-local envelope = redis.call('HGET', jobs, id)
-local found = envelope and marks(envelope) or {}
-if not envelope or found.stub then
-  local record = kept_result(KEYS[8], KEYS[9], id)
-  if record then return cancels and not found.stub and string.find(record, '"reason":"not started"', 1, true) and 4 or 0 end
-  return not envelope and ended_mark(queue.prefix, id) and 0 or -2
-end
-local buried = redis.call('ZSCORE', KEYS[4], id)
-if buried and cancels then return 0 end
+local jobs, cancels = KEYS[1], ARGV[1] == 'cancel'
+local queue, untagged = {prefix = string.sub(jobs, 1, -5), state = KEYS[2], waiters = KEYS[7]}, {}
+local walk, workers = walk_jobs(queue.prefix, 2, false, 8), nil
 
-check('HLEN', queue.state, KEYS[6], queue.waiters)
-local workers = redis.call('ZRANGE', KEYS[5], 0, -1)
-local keep, record = 0, '{"status":"cancelled"}'
-if cancels then keep, record = 600000, cancelled_record(clock()) end
+local function cancel_job(id)
+  local envelope = redis.call('HGET', jobs, id)
+  local found = envelope and marks(envelope) or {}
+  if not envelope or found.stub then
+    local record = kept_result(queue.prefix .. 'result:' .. id, queue.prefix .. 'results:' .. string.sub(id, 1, 7), id)
+    if record then return cancels and not found.stub and string.find(record, '"reason":"not started"', 1, true) and 4 or 0 end
+    return not envelope and ended_mark(queue.prefix, id) and 0 or -2
+  end
+  local buried = redis.call('ZSCORE', KEYS[4], id)
+  if buried and cancels then return 0 end
 
-prove(queue.prefix .. 'none', 'HDEL', 'ZREM', 'HEXISTS', 'HSET', 'HINCRBY', 'SET', 'GET', 'DEL', 'PEXPIRE')
-if redis.call('ZREM', KEYS[3], id) == 1 or (buried and redis.call('ZREM', KEYS[4], id) == 1) then
-  redis.call('HDEL', jobs, id)
+  if not workers then
+    check('HLEN', queue.state, KEYS[6], queue.waiters)
+    workers = redis.call('ZRANGE', KEYS[5], 0, -1)
+    prove(queue.prefix .. 'none', 'HDEL', 'ZREM', 'HEXISTS', 'HSET', 'HINCRBY', 'SET', 'GET', 'DEL', 'PEXPIRE')
+  end
+  local keep, record = 0, '{"status":"cancelled"}'
+  if cancels then keep, record = 600000, cancelled_record(clock()) end
+
+  if redis.call('ZREM', KEYS[3], id) == 1 or (buried and redis.call('ZREM', KEYS[4], id) == 1) then
+    redis.call('HDEL', jobs, id)
+    list_tags(untagged, found.tags, id)
+    finish(queue, id, keep, record, found.unique, found.own)
+    return 1
+  end
+  for _, worker in ipairs(workers) do
+    local leased = queue.prefix .. 'leased:' .. worker
+    if redis.call('HEXISTS', leased, id) == 1 then
+      if not cancels then return -1 end
+      local asked = redis.call('HGET', leased, '\tcancel')
+      local at = asked and listed(asked, '\n', id)
+      if at and listed(string.sub(asked, at + #id), '\n', id) then return 3 end
+      if not at then
+        redis.call('HDEL', leased, '\t')
+        redis.call('HSET', leased, '\tcancel', asked and asked .. '\n' .. id or id)
+        local token = queue.prefix .. 'wake:' .. worker
+        if redis.pcall('EXISTS', token) ~= 1 then redis.pcall('RPUSH', token, '1') end
+        redis.pcall('PEXPIRE', token, 60000)
+      end
+      return 2
+    end
+  end
+  -- Its entry stands in a ready list, which is never searched. A stub stays for the turn that reaches the entry. The first
+  -- write is a removal, so that a full Redis takes the stub too.
+  redis.call('HDEL', queue.state, id)
+  redis.call('HSET', jobs, id, 'x' .. string.match(envelope, '^[^\n]*') .. '\n')
+  redis.call('HINCRBY', KEYS[6], 'stubs', 1)
+  list_tags(untagged, found.tags, id)
   finish(queue, id, keep, record, found.unique, found.own)
   return 1
 end
-for _, worker in ipairs(workers) do
-  local leased = queue.prefix .. 'leased:' .. worker
-  if redis.call('HEXISTS', leased, id) == 1 then
-    if not cancels then return -1 end
-    local asked = redis.call('HGET', leased, '\tcancel')
-    local at = asked and listed(asked, '\n', id)
-    if at and listed(string.sub(asked, at + #id), '\n', id) then return 3 end
-    if not at then
-      redis.call('HDEL', leased, '\t')
-      redis.call('HSET', leased, '\tcancel', asked and asked .. '\n' .. id or id)
-      local token = queue.prefix .. 'wake:' .. worker
-      if redis.pcall('EXISTS', token) ~= 1 then redis.pcall('RPUSH', token, '1') end
-      redis.pcall('PEXPIRE', token, 60000)
-    end
-    return 2
-  end
+
+local gone, codes = {}, {}
+for _, job in ipairs(walk.found) do
+  local code = cancel_job(job.id)
+  gone[job.id] = code == 1
+  codes[#codes + 1], codes[#codes + 2] = job.id, code
 end
--- Its entry stands in a ready list, which is never searched. A stub stays for the turn that reaches the entry. The first
--- write is a removal, so that a full Redis takes the stub too.
-redis.call('HDEL', queue.state, id)
-redis.call('HSET', jobs, id, 'x' .. string.match(envelope, '^[^\n]*') .. '\n')
-redis.call('HINCRBY', KEYS[6], 'stubs', 1)
-finish(queue, id, keep, record, found.unique, found.own)
-return 1
+if ARGV[2] == 'tag' then
+  for _, id in ipairs(walk.lost) do list_tags(untagged, {ARGV[5]}, id) end
+end
+change_tags('ZREM', queue.prefix, untagged)
+local reply = reply_of(walk, gone)
+for _, one in ipairs(codes) do reply[#reply + 1] = one end
+return reply

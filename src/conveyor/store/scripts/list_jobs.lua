@@ -1,18 +1,18 @@
 -- Read one page of jobs in a state: at most 500 entries, and about 1 MiB of them, so that a call takes a few milliseconds
 -- whatever the jobs hold. The reply says how many entries were looked at; the next page begins behind them.
--- needs: numbers leased leased_order heads
+-- needs: numbers leased leased_order heads walk
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 recent  7-16 ready:0 … ready:9
--- ARGV  1 ready, scheduled, leased, dead, dead-oldest or done · ids for those from 6 on, in whatever state
---       2 offset  3 count of entries (at most 500)  4 only jobs of this task; "" all, as for done
---       5 "heads": of each job the envelope without its body, and the state with the last error alone, without its traceback
---       6… ids
--- returns {entries looked at, (id, envelope or "", state or "", extra)…}    extra: due or death in ms, the entry of a finished job, or
+-- ARGV  1 ready, scheduled, leased, dead, dead-oldest or done · ids for those from 11 on, in whatever state
+--       2 offset  3 count of entries (at most 500)
+--       4 "heads": of each job the envelope without its body, and the state with the last error alone, without its traceback
+--       5-10 a filter as in lib/walk.lua, its tag and states "", all "" for done and ids  11… ids
+-- returns {entries looked at, 0 when no later one can be wanted, (id, envelope or "", state or "", extra)…}    extra: due or death in ms, the entry of a finished job, or
 --         of a leased one, separated by tabs: its worker, since when (ms, or ""), and at the first of a worker what it said of itself
 local prefix = string.sub(KEYS[1], 1, -5)
-local offset, count, heads = tonumber(ARGV[2]), math.min(tonumber(ARGV[3]), 500), ARGV[5] == 'heads'
+local offset, count, heads = tonumber(ARGV[2]), math.min(tonumber(ARGV[3]), 500), ARGV[4] == 'heads'
 local rows, extras, stop = {}, {}, offset + count - 1
-local holders, facts = {}, {}
+local holders, facts, filter = {}, {}, read_filter(5)
 
 local function ready()
   local skip, room = offset, count
@@ -64,7 +64,7 @@ elseif ARGV[1] == 'dead' then sorted(KEYS[4], 'ZREVRANGE')
 elseif ARGV[1] == 'dead-oldest' then sorted(KEYS[4], 'ZRANGE')
 elseif ARGV[1] == 'leased' then leased()
 elseif ARGV[1] == 'ids' then
-  for i = 6, #ARGV do rows[#rows + 1] = ARGV[i] end
+  for i = 11, #ARGV do rows[#rows + 1] = ARGV[i] end
 else
   local entries = redis.call('LRANGE', KEYS[6], offset, stop)
   local reply = {#entries}
@@ -74,25 +74,24 @@ else
   return reply
 end
 
--- Tell whether a job is of the task that is asked for: it stands behind the first line, before a line break or a tab.
-local function is_wanted(envelope)
-  local task = ARGV[4]
-  if task == '' then return true end
-  local first = string.find(envelope, '\n', 1, true) or 0
-  if string.sub(envelope, first + 1, first + #task) ~= task then return false end
-  local after = string.byte(envelope, first + #task + 1)
-  return after == 10 or after == 9
-end
-
 local reply, size = {0}, 0
 for i, id in ipairs(rows) do
   if size >= 1048576 then break end
   reply[1] = i
+  local moment, place = tonumber(extras[i] or ''), ARGV[1] == 'dead-oldest' and 'dead' or ARGV[1]
+  -- They come newest first.
+  if filter.since and ARGV[1] == 'dead' and moment < filter.since then
+    reply[1] = 0
+    break
+  end
   local envelope = redis.call('HGET', KEYS[1], id)
   size = size + (envelope and #envelope or 0)
-  if envelope and string.byte(envelope) ~= 120 and is_wanted(envelope) then
-    local state = redis.call('HGET', KEYS[2], id) or ''
-    size = size + #state
+  local job = {id = id, envelope = envelope, place = place, at = moment}
+  local wanted = is_chosen(prefix, filter, job, {})
+  size = size + #(job.state or '')
+  if wanted ~= false then
+    local state = job.state or redis.call('HGET', KEYS[2], id) or ''
+    if not job.state then size = size + #state end
     if heads then envelope, state = without_body(envelope), with_last_error(state) end
     local extra, worker = extras[i] or '', holders[i]
     if worker then

@@ -1,5 +1,5 @@
 -- Remove jobs that wait, from the front, in one bounded batch. Jobs that arrive after a purge began survive it.
--- needs: numbers keys envelope outcome rights
+-- needs: numbers keys envelope tags outcome rights
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 conf  6 waiters  7-16 ready:0 … ready:9  17 none
 -- ARGV  1 "ready", "due" or "dead"  2 how many at most (at most 1,000)
@@ -25,16 +25,19 @@ else
 end
 if #ids == 0 then return {0, 0} end
 local envelopes, removed = redis.call('HMGET', jobs, unpack(ids)), 0
+local untagged = {}
 for i, id in ipairs(ids) do
   local found = envelopes[i] and marks(envelopes[i])
   if found and found.stub then
     redis.call('HINCRBY', KEYS[5], 'stubs', -1)
   elseif envelopes[i] then
     removed = removed + 1
+    list_tags(untagged, found and found.tags, id)
     if found then release(prefix, id, found.unique, found.own) end
   end
   announce(KEYS[6], id, record)
 end
 redis.call('HDEL', jobs, unpack(ids))
 redis.call('HDEL', KEYS[2], unpack(ids))
+change_tags('ZREM', prefix, untagged)
 return {#ids, removed}

@@ -1,5 +1,5 @@
 -- Remove a worker's registration and return the jobs that it held to the front, so that the oldest is leased first.
--- needs: numbers keys listed tokens envelope outcome leased_order rights serving
+-- needs: numbers keys listed tokens envelope tags outcome leased_order rights serving
 --
 -- KEYS  1 leased:<worker>  2 workers  3 jobs  4 state  5 wake  6 waiters  7-16 ready:0 … ready:9  17 none
 -- ARGV  1 worker  2 the end it was seen with (ms), or "" when its death is known or it leaves by itself
@@ -57,7 +57,7 @@ local function charge(id, attempts)
   redis.call('HSET', state, id, int(starts + 1) .. ' ' .. failures .. ' ' .. int(crashes) .. rest)
 end
 
-local returned = 0
+local returned, untagged = 0, {}
 for i = #ids, 1, -1 do
   local id = ids[i]
   if not envelopes[i] then
@@ -65,6 +65,7 @@ for i = #ids, 1, -1 do
   elseif asked[id] then
     local found = marks(envelopes[i]) or {}
     redis.call('HDEL', jobs, id)
+    list_tags(untagged, found.tags, id)
     finish(queue, id, 600000, record, found.unique, found.own)
   else
     charge(id, states[i])
@@ -72,5 +73,6 @@ for i = #ids, 1, -1 do
     returned = returned + 1
   end
 end
+change_tags('ZREM', queue.prefix, untagged)
 if returned > 0 then wake(KEYS[5]) end
 return returned

@@ -1,22 +1,26 @@
--- Put dead letters back, oldest first, with all their attempts again. Their state keeps what happened before.
--- needs: numbers keys tokens envelope rights
+-- Put dead letters back, with all their attempts again. Their state keeps what happened before. One step of a walk.
+-- needs: numbers keys tokens envelope rights leased leased_order heads walk
 --
 -- KEYS  1 dead  2 jobs  3 state  4 wake  5-14 ready:0 … ready:9  15 none
--- ARGV  1 how many at most (at most 500)  2 behind how many of the oldest      or  1 "0"  2… these ids
--- returns {number put back, (id holder)…}    behind it those that stay dead: another job holds their unique key now
-local found_ids, most = {}, tonumber(ARGV[1])
-if most > 0 then
-  local first = number_in(ARGV[2])
-  found_ids = redis.call('ZRANGE', KEYS[1], first, first + math.min(most, 500) - 1)
-else
-  local seen = {}
-  for i = 2, #ARGV do
-    if not seen[ARGV[i]] and redis.call('ZSCORE', KEYS[1], ARGV[i]) then found_ids[#found_ids + 1] = ARGV[i] end
-    seen[ARGV[i]] = true
-  end
+-- ARGV  1… as in lib/walk.lua; of those that it finds the dead ones
+-- returns {now_ms, 1 at the end, cursor, looked at, ids that may be chosen, ids put back, (id holder)…}
+--         holder: the job that holds the unique key of a dead letter now, which therefore stays dead
+local prefix, moved, kept, claimed, gone = string.sub(KEYS[2], 1, -5), {}, {}, {}, {}
+local walk = walk_jobs(prefix, 1, false, 5)
+local function answer()
+  local reply = reply_of(walk, gone)
+  reply[6], reply[7] = moved, kept
+  return reply
 end
-if #found_ids == 0 then return {0} end
-local prefix, reply, claimed = string.sub(KEYS[2], 1, -5), {0}, {}
+local found_ids = {}
+for _, job in ipairs(walk.found) do
+  if job.place == 'dead' or redis.call('ZSCORE', KEYS[1], job.id) then found_ids[#found_ids + 1] = job.id end
+end
+-- An entry without an envelope, which the server has lost, is removed.
+if ARGV[1] == 'dead' then
+  for _, id in ipairs(walk.lost) do found_ids[#found_ids + 1] = id end
+end
+if #found_ids == 0 then return answer() end
 local ids, envelopes, lists = {}, {}, {}
 for i, envelope in ipairs(redis.call('HMGET', KEYS[2], unpack(found_ids))) do
   local id, found = found_ids[i], envelope and marks(envelope)
@@ -27,19 +31,19 @@ for i, envelope in ipairs(redis.call('HMGET', KEYS[2], unpack(found_ids))) do
     claimed[found.unique] = holder or id
   end
   if holder then
-    reply[#reply + 1], reply[#reply + 2] = id, holder
+    kept[#kept + 1], kept[#kept + 2] = id, holder
   else
     local at = #ids + 1
     ids[at], envelopes[at], lists[at] = id, envelope, KEYS[5 + priority_of(envelope)]
     check('LLEN', lists[at])
   end
 end
-if #ids == 0 then return reply end
+if #ids == 0 then return answer() end
 local states = redis.call('HMGET', KEYS[3], unpack(ids))
 prove(prefix .. 'none', 'ZREM', 'HSET', 'SET', 'RPUSH')
 redis.call('ZREM', KEYS[1], unpack(ids))
-local count = 0
 for i, id in ipairs(ids) do
+  gone[id] = true
   if envelopes[i] then
     local found = marks(envelopes[i])
     local starts, rest = string.match(states[i] or '', '^(%d+) %d+ %d+w?(.*)$')
@@ -48,9 +52,8 @@ for i, id in ipairs(ids) do
     if found and found.own then redis.call('SET', prefix .. 'unique:i:' .. id, id) end
     if found and found.unique then redis.call('SET', prefix .. 'unique:k:' .. found.unique, id) end
     redis.call('RPUSH', lists[i], id)
-    count = count + 1
+    moved[#moved + 1] = id
   end
 end
-if count > 0 then wake(KEYS[4]) end
-reply[1] = count
-return reply
+if #moved > 0 then wake(KEYS[4]) end
+return answer()

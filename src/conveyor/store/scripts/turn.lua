@@ -1,5 +1,5 @@
 -- A worker's whole round trip: settle what it has finished, then lease up to N more jobs to it.
--- needs: numbers keys listed tokens envelope outcome leased_order rights ended results settle promote lease upkeep
+-- needs: numbers keys listed tokens envelope tags outcome leased_order rights ended results settle promote lease upkeep
 --
 -- KEYS  1 jobs  2 state  3 leased:<worker>  4 workers  5 due  6 wake  7 conf  8 dead  9 recent  10 waiters
 --       11-20 ready:0 … ready:9  21 none
@@ -23,6 +23,7 @@
 local queue = {
   prefix = string.sub(KEYS[1], 1, -5), jobs = KEYS[1], state = KEYS[2], due = KEYS[5], conf = KEYS[7], dead = KEYS[8],
   waiters = KEYS[10], ready = 11, -- the position in KEYS of the first ready list
+  untagged = {}, -- the ids of jobs that are gone, by their tags
 }
 local leased, workers, recent = KEYS[3], KEYS[4], KEYS[9]
 local worker, number, want, lease_ms = ARGV[1], number_in(ARGV[2]), number_in(ARGV[3]), number_in(ARGV[4])
@@ -147,4 +148,5 @@ if looks then
   overdue = find_overdue(queue, workers, now, lease_ms)
   trim_dead(queue, now)
 end
+change_tags('ZREM', queue.prefix, queue.untagged)
 return {number, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused and 1 or 0, missing, outbox}

@@ -232,6 +232,7 @@ class _Runner:
             queue=job.queue,
             attempt=job.attempt,
             headers=job.headers,
+            tags=job.tags,
             state=self._state,
             deadline_hook=lambda ms: self._connection.send(ExtendRequest(ms, job.id, job.attempt)),
             enqueued_at=_instant(job.enqueued_ms),

@@ -54,6 +54,7 @@ class RunRequest(msgspec.Struct, tag="job"):
     keep_ms: int | None
     enqueued_ms: int | None
     items: list[RunRequest] = []
+    tags: list[str] = []
 
 
 class ReadyReply(msgspec.Struct, tag="ready"):

@@ -335,6 +335,7 @@ def _run_request(attempt: Attempt) -> RunRequest:
         queue=attempt.consumer.queue,
         attempt=attempt.number,
         headers=envelope.extra.headers,
+        tags=envelope.tags,
         keep_ms=envelope.extra.keep_ms,
         enqueued_ms=ids.made_at_ms(bare_id),
         items=[_run_request(item) for item in attempt.live] if isinstance(attempt, BatchAttempt) else [],

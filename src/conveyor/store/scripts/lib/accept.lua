@@ -20,7 +20,7 @@ local function prepare_push(KEYS, ARGV)
   check('HLEN', jobs)
   check('LLEN', KEYS[7])
   local prefix = string.sub(jobs, 1, -5)
-  local ids, existing, claimed = {}, {}, {}
+  local ids, existing, claimed, tagged = {}, {}, {}, {}
   local now, appends, prepends, schedules, owns
   local at, runs = 5, #ARGV
   while at <= runs do
@@ -60,6 +60,7 @@ local function prepare_push(KEYS, ARGV)
         end
         -- Only a job that will be stored takes its id: one that is refused for its key must not block the next of that id.
         if not holder then claimed['i' .. id] = id end
+        if not holder and ARGV[i + 7] ~= '' then list_tags(tagged, attributes(ARGV[i + 7], {}).tags, id) end
         ids[#ids + 1] = holder and '\t' .. holder or id
         existing[i] = holder and true or false
       end
@@ -67,13 +68,15 @@ local function prepare_push(KEYS, ARGV)
     end
   end
 
+  for tag in pairs(tagged) do check('ZCARD', prefix .. 'tag:' .. tag) end
+
   -- The first write is refused when Redis is full, and the whole push with it. HSET is proven by its first use, and RPUSH too
   -- when nothing but the records has to be removed again.
   local none = prefix .. 'none'
   prove(none, 'SET', 'HDEL')
   if owns then prove(none, 'DEL') end
   if prepends then prove(none, 'LPUSH') end
-  if schedules then prove(none, 'ZADD') end
+  if schedules or next(tagged) then prove(none, 'ZADD') end
   if appends and (prepends or schedules) then prove(none, 'RPUSH') end
   return nil, function()
     if conf_now[2] ~= '2' then redis.call('HSET', conf, 'schema', '2') end
@@ -130,6 +133,7 @@ local function prepare_push(KEYS, ARGV)
         at = at + 2 + 10 * count
       end
     end
+    change_tags('ZADD', prefix, tagged)
     local reply = ARGV[1] .. '\nok'
     if #ids > 0 then reply = reply .. '\n' .. table.concat(ids, '\n') end
     if not conf_now[2] then reply = reply .. '\n\t' end

@@ -1,7 +1,7 @@
 -- Leasing: jobs leave the ready lists and are held by a worker.
 
 -- Decide about an entry whose job is not plain. A job that is gone, cancelled or expired is dropped here.
--- queue     fields prefix, jobs, state, conf and waiters are used
+-- queue     fields prefix, jobs, state, conf, waiters and untagged are used
 -- id        of the job
 -- envelope  as it is stored; false when there is none
 -- now       ms
@@ -21,6 +21,7 @@ local function usable(queue, id, envelope, now, missing)
   end
   if found.expires and found.expires <= now then
     redis.call('HDEL', queue.jobs, id)
+    list_tags(queue.untagged, found.tags, id)
     finish(queue, id, 600000, cancelled_record(now, 'expired'), found.unique, found.own)
     return false
   end

@@ -80,7 +80,8 @@ end
 -- returns  true when a job went back to a ready list of a priority above 0
 local function settle_other(queue, leased, i, now, asked, ended)
   local kind, id, ms, record, attempts = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4]
-  local unique, own = ARGV[i + 5] ~= '' and attributes(ARGV[i + 5], {}).unique or nil, ARGV[i + 6] == '1'
+  local has, own = ARGV[i + 5] ~= '' and attributes(ARGV[i + 5], {}) or {}, ARGV[i + 6] == '1'
+  local unique = has.unique
   -- Of two settlements of one job in a report the first counts.
   local keeps = kind == 'M' or kind == 'S' or kind == 'K'
   if redis.call(keeps and 'HEXISTS' or 'HDEL', leased, id) == 0 then return false end
@@ -89,6 +90,7 @@ local function settle_other(queue, leased, i, now, asked, ended)
   elseif kind == 'D' or kind == 'C' then
     local mark = kind == 'D' and (ms > 0 and '+' or attempts == '+' and '+' or '-') or nil
     redis.call('HDEL', queue.jobs, id)
+    list_tags(queue.untagged, has.tags, id)
     finish(queue, id, ms, ms == 0 and mark == '+' and '+' or record, unique, own, mark)
     if mark and not own and ms < 600000 then note_ended(ended, id, mark) end
   elseif kind == 'X' then
@@ -104,6 +106,7 @@ local function settle_other(queue, leased, i, now, asked, ended)
     -- Its cancellation was asked, and the worker did not know: it does not come back.
     local found = marks(redis.call('HGET', queue.jobs, id) or '\n') or {}
     redis.call('HDEL', queue.jobs, id)
+    list_tags(queue.untagged, found.tags, id)
     local record = cancelled_record(now, kind == 'F' and attempts == '' and 'not started' or nil)
     finish(queue, id, 600000, record, found.unique, found.own)
   else

@@ -20,13 +20,17 @@ local function find_overdue(queue, workers, now, lease_ms)
 end
 
 -- Remove dead letters that are older than 90 days, or the oldest of more than 100,000; at most 100 a turn.
--- queue    fields jobs, state and dead are used
+-- queue    fields jobs, state, dead and untagged are used
 -- now      ms
 -- returns  nothing
 local function trim_dead(queue, now)
   local old = redis.call('ZRANGE', queue.dead, '-inf', now - 7776000000, 'BYSCORE', 'LIMIT', 0, 100)
   if #old == 0 and redis.call('ZCARD', queue.dead) > 100000 then old = redis.call('ZRANGE', queue.dead, 0, 99) end
   if #old > 0 and type(redis.pcall('ZREM', queue.dead, unpack(old))) == 'number' then
+    for i, envelope in ipairs(redis.call('HMGET', queue.jobs, unpack(old))) do
+      local found = envelope and marks(envelope)
+      if found then list_tags(queue.untagged, found.tags, old[i]) end
+    end
     redis.call('HDEL', queue.jobs, unpack(old))
     redis.call('HDEL', queue.state, unpack(old))
   end

@@ -1,0 +1,199 @@
+"""Jobs of an app chosen by tag, state, task, error and age: found, counted, cancelled and put back."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from conveyor import ids
+from conveyor.errors import ConfigurationError
+from conveyor.jobs.job import Job
+from conveyor.messaging.selection import LIVE, Acted, ActionName, JobWalk, Pace, Walks, aact, act, since_instant
+from conveyor.payload.sealed_records import RecordDecoder
+from conveyor.store import inspection
+from conveyor.store.job_filter import JobFilter
+from conveyor.units import Duration
+
+if TYPE_CHECKING:
+    from conveyor.jobs.core import AppCore
+    from conveyor.messaging.queue import Queue
+    from conveyor.store.inspection import JobRow
+    from conveyor.store.script import Call
+
+
+class CancelledJobs(int):
+    """The number of jobs that were cancelled; `asked` of them are held by workers, which were asked to stop them."""
+
+    asked: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JobSelection:
+    """
+    The jobs of an app that *wanted* accepts, in *state* (None: any that Redis keeps whole) and in *queue* (None: all queues).
+
+    It is made by `select`. Each method yields, or returns, what the method of the app does that has its name.
+    """
+
+    core: AppCore
+    wanted: JobFilter
+    state: str | None
+    queue: str | None
+
+    # -- what is sent ---------------------------------------------------------------------------------------------
+
+    def _places(self, known: Iterable[str]) -> list[str]:
+        """Return the queues and partitions to walk through, of all that are *known*."""
+        if self.queue is None:
+            return sorted(known)
+        return sorted(name for name in known if self.queue in {name, ids.logical(name)}) or [self.queue]
+
+    @property
+    def _states(self) -> tuple[str, ...]:
+        return () if self.state is None else (self.state,)
+
+    @property
+    def _walks(self) -> Walks:
+        return Walks(self.wanted, RecordDecoder(self.core.sealing, self.core.formats), self.core.sealing is not None)
+
+    def _acting(self, action: ActionName, known: Iterable[str]) -> list[JobWalk[Acted]]:
+        walks = self._walks
+        return [walks.acting(self.core.keys(name), action, self.state) for name in self._places(known)]
+
+    def _job(self, queue: str, row: JobRow) -> Job[Any]:
+        task = row.envelope.task
+        job: Job[Any] = Job(self.core, row.id, queue, self.core.definitions.get(task))
+        job.task = task or None
+        return job
+
+    def _tag_counts(self, known: Iterable[str]) -> list[Call[int]] | None:
+        """Return the calls that count by the index alone; None where that does not tell."""
+        if self.wanted.tag is None or self.state is not None or self.wanted != JobFilter(tag=self.wanted.tag):
+            return None
+        return [inspection.count_tagged(self.core.keys(name), self.wanted.tag) for name in self._places(known)]
+
+    def refuse_everything(self) -> JobSelection:
+        """Return the choice if it leaves anything out; raises ConfigurationError for every job of every queue."""
+        if self.wanted.is_empty and self.state is None and self.queue is None:
+            raise ConfigurationError(
+                "app.cancel() without a filter would cancel every job of every queue. Give tag=, task=, error=, older=, since=, "
+                "state= or queue=. Nothing was cancelled."
+            )
+        return self
+
+    # -- blocking -------------------------------------------------------------------------------------------------
+
+    def find(self) -> Iterator[Job[Any]]:
+        """Yield the jobs."""
+        client = self.core.client
+        for name in self._places(client.queues()):
+            walk = self._walks.finding(self.core.keys(name), self._states)
+            while (call := walk.next_call()) is not None:
+                for row in client.run(call):
+                    yield self._job(name, row)
+
+    def count(self) -> int:
+        """Count the jobs."""
+        client = self.core.client
+        known = client.queues()
+        if (calls := self._tag_counts(known)) is not None:
+            return sum(client.run(call) for call in calls)
+        total = 0
+        for name in self._places(known):
+            walk = self._walks.counting(self.core.keys(name), self._states)
+            while (call := walk.next_call()) is not None:
+                total += sum(sum(counts.values()) for counts in client.run(call))
+        return total
+
+    def cancel(self) -> CancelledJobs:
+        """Cancel the jobs."""
+        client = self.core.client
+        done = asked = 0
+        for acted in act(client, self._acting("cancel", client.queues()), Pace(None)):
+            done += sum(one.outcome == "cancelled" for one in acted)
+            asked += sum(one.outcome == "asked" for one in acted)
+        return _cancelled(done, asked)
+
+    def redrive(self, rate: str | None, limit: int | None) -> int:
+        """Put the dead letters back."""
+        client, pace = self.core.client, Pace(rate)
+        steps = act(client, self._acting("redrive", client.queues()), pace, checked_limit(limit))
+        return sum(sum(one.outcome == "retried" for one in acted) for acted in steps)
+
+    # -- awaitable ------------------------------------------------------------------------------------------------
+
+    async def afind(self) -> AsyncIterator[Job[Any]]:
+        """Awaitable form of `find`."""
+        client = self.core.client
+        for name in self._places(await client.aqueues()):
+            walk = self._walks.finding(self.core.keys(name), self._states)
+            while (call := walk.next_call()) is not None:
+                for row in await client.arun(call):
+                    yield self._job(name, row)
+
+    async def acount(self) -> int:
+        """Awaitable form of `count`."""
+        client = self.core.client
+        known = await client.aqueues()
+        if (calls := self._tag_counts(known)) is not None:
+            return sum([await client.arun(call) for call in calls])
+        total = 0
+        for name in self._places(known):
+            walk = self._walks.counting(self.core.keys(name), self._states)
+            while (call := walk.next_call()) is not None:
+                total += sum(sum(counts.values()) for counts in await client.arun(call))
+        return total
+
+    async def acancel(self) -> CancelledJobs:
+        """Awaitable form of `cancel`."""
+        client = self.core.client
+        done = asked = 0
+        async for acted in aact(client, self._acting("cancel", await client.aqueues()), Pace(None)):
+            done += sum(one.outcome == "cancelled" for one in acted)
+            asked += sum(one.outcome == "asked" for one in acted)
+        return _cancelled(done, asked)
+
+    async def aredrive(self, rate: str | None, limit: int | None) -> int:
+        """Awaitable form of `redrive`."""
+        client, pace, done = self.core.client, Pace(rate), 0
+        steps = aact(client, self._acting("redrive", await client.aqueues()), pace, checked_limit(limit))
+        async for acted in steps:
+            done += sum(one.outcome == "retried" for one in acted)
+        return done
+
+
+def select(
+    core: AppCore,
+    *,
+    tag: str | None = None,
+    state: str | None = None,
+    task: str | None = None,
+    error: str | None = None,
+    older: datetime | Duration | None = None,
+    since: datetime | Duration | None = None,
+    queue: str | Queue[Any] | None = None,
+) -> JobSelection:
+    """Return a choice of jobs, checked. Raises ConfigurationError."""
+    if state is not None and state not in LIVE:
+        raise ConfigurationError(
+            f"state={state!r} cannot be chosen: a job is found while it is {', '.join(LIVE[:-1])} or {LIVE[-1]}."
+        )
+    name = queue if queue is None or isinstance(queue, str) else queue.name
+    wanted = JobFilter(task, error, since_instant("since", since), since_instant("older", older), tag)
+    known_list = name is not None and name in core.plain_lists
+    return JobSelection(core, wanted, state, name if name is None or known_list else ids.queue_name(name))
+
+
+def checked_limit(limit: int | None) -> int | None:
+    """Return a number of jobs; raises ConfigurationError."""
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
+        raise ConfigurationError(f"limit must be a whole number of at least 0, not {limit!r}.")
+    return limit
+
+
+def _cancelled(done: int, asked: int) -> CancelledJobs:
+    cancelled = CancelledJobs(done + asked)
+    cancelled.asked = asked
+    return cancelled

@@ -1,0 +1,222 @@
+-- Walking through the jobs of a queue in bounded steps, and choosing among them. Each way has a cursor that neither new entries
+-- nor removed ones disturb: a job that is there from the first step to the last, and may be found, is found.
+--
+-- ARGV from `at`, the same for each script that walks:
+--   0 way     tag: in the order of the ids      cursor: the last id there was at the first step, a tab, the last one seen
+--             dead, scheduled: earliest first   cursor: score and id of the last one seen that stays
+--             leased: worker by worker          cursor: place and worker of the last one seen
+--             all: in no order                  cursor: that of HSCAN
+--             ids: those from 10 on, whatever the filter
+--   1 cursor, "" at the first step   2 how many jobs at most
+--   3 tag  4 task  5 text of the last error, case-folded  6 since  7 older (ms)  8 states, a space between them   "" any
+
+-- Read the instant at which a generated id was made.
+-- id       of the job
+-- returns  ms since the epoch; nil for an id that its caller chose
+local function made_at(id)
+  if #id ~= 22 or string.find(id, '[^0-9A-Z_a-z~]') then return nil end
+  local digits, ms = '0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz~', 0
+  for i = 1, 8 do ms = ms * 64 + string.find(digits, string.sub(id, i, i), 1, true) - 1 end
+  return ms
+end
+
+-- Read a filter.
+-- at       where in ARGV its tag stands
+-- returns  {tag, task, error, since, older, states}    since, older, states: nil for any
+local function read_filter(at)
+  return {
+    tag = ARGV[at], task = ARGV[at + 1], error = ARGV[at + 2],
+    since = ARGV[at + 3] ~= '' and number_in(ARGV[at + 3]) or nil,
+    older = ARGV[at + 4] ~= '' and number_in(ARGV[at + 4]) or nil,
+    states = ARGV[at + 5] ~= '' and ' ' .. ARGV[at + 5] .. ' ' or nil,
+  }
+end
+
+-- Tell whether a job is of a task: its name stands behind the first line, before a line break or a tab.
+-- envelope  as it is stored in jobs
+-- task      its name
+-- returns   true or false
+local function is_of_task(envelope, task)
+  local first = string.find(envelope, '\n', 1, true) or 0
+  if string.sub(envelope, first + 1, first + #task) ~= task then return false end
+  local after = string.byte(envelope, first + #task + 1)
+  return after == 10 or after == 9
+end
+
+-- Tell whether the last error of a job, as "class: message", holds a text.
+-- state    as it is stored
+-- text     case-folded
+-- returns  true or false; nil where it may, since the error has letters that are folded otherwise than those of ASCII
+local function has_error(state, text)
+  local line = string.match(with_last_error(state), '\n(.*)$')
+  local read, failure = pcall(cjson.decode, line or '')
+  if not read or type(failure) ~= 'table' then return false end
+  local error = string.lower(tostring(failure.type) .. ': ' .. tostring(failure.message))
+  if string.find(error, text, 1, true) then return true end
+  if string.find(error, '[\128-\255]') then return nil end
+  return false
+end
+
+-- Find where a job is. What stands in no other place is ready.
+-- prefix   of the queue's keys
+-- job      its field id is used; place, at (due, death or lease in ms) and worker are filled
+-- workers  those that may hold it
+-- returns  nothing
+local function find_place(prefix, job, workers)
+  local score = redis.call('ZSCORE', prefix .. 'due', job.id)
+  if score then
+    job.place, job.at = 'scheduled', tonumber(score)
+    return
+  end
+  score = redis.call('ZSCORE', prefix .. 'dead', job.id)
+  if score then
+    job.place, job.at = 'dead', tonumber(score)
+    return
+  end
+  job.place = 'ready'
+  for _, worker in ipairs(workers) do
+    local place = redis.call('HGET', prefix .. 'leased:' .. worker, job.id)
+    if place then
+      job.place, job.at, job.worker = 'leased', tonumber(leased_at(place)), worker
+      return
+    end
+  end
+end
+
+-- Tell whether a job is chosen.
+-- prefix   of the queue's keys
+-- filter   as read_filter returns it, and: placed, true when the place must be known
+-- job      fields id and envelope are used, place, at and worker where they are known; state is filled when it is read
+-- workers  as for find_place
+-- returns  true or false; nil where has_error does
+local function is_chosen(prefix, filter, job, workers)
+  if not job.envelope or string.byte(job.envelope) == 120 then return false end
+  if filter.task ~= '' and not is_of_task(job.envelope, filter.task) then return false end
+  if not job.place and (filter.states or filter.since or filter.older or filter.placed) then find_place(prefix, job, workers) end
+  if filter.states and not string.find(filter.states, ' ' .. job.place .. ' ', 1, true) then return false end
+  if filter.since or filter.older then
+    local began = job.place ~= 'scheduled' and job.at or made_at(job.id)
+    if not began or began < (filter.since or began) or began > (filter.older or began) then return false end
+  end
+  if filter.error == '' then return true end
+  job.state = redis.call('HGET', prefix .. 'state', job.id) or ''
+  return has_error(job.state, filter.error)
+end
+
+-- Make one step of a walk: look at about 1,000 jobs and 1 MiB of them, fewer where acting on them costs more.
+-- prefix   of the queue's keys
+-- at       where in ARGV its way stands
+-- placed   true when the place of each job must be known
+-- cost     of what is done with a chosen job, where a look costs 1
+-- returns  {found: the jobs, as for is_chosen; looked: how many were looked at; ended; lost: ids that have no envelope;
+--          unsure: ids of which is_chosen returns nil; now (ms); and what reply_of uses}
+local function walk_jobs(prefix, at, placed, cost)
+  local way, cursor, most, filter = ARGV[at], ARGV[at + 1], number_in(ARGV[at + 2]), read_filter(at + 3)
+  local walk = {found = {}, looked = 0, ended = true, lost = {}, unsure = {}, now = clock(), cursor = cursor, seen = {}, scores = {}}
+  local left, size = 1000, 0
+  local workers = way ~= 'dead' and way ~= 'scheduled' and redis.call('ZRANGE', prefix .. 'workers', 0, -1) or {}
+  filter.placed = placed
+
+  local function look(id, envelope, place, moment, worker)
+    local job = {id = id, envelope = envelope or redis.call('HGET', prefix .. 'jobs', id), place = place, at = moment, worker = worker}
+    local chosen = is_chosen(prefix, filter, job, workers)
+    walk.looked = walk.looked + 1
+    if not job.envelope then walk.lost[#walk.lost + 1] = id end
+    if chosen then walk.found[#walk.found + 1] = job
+    elseif chosen == nil then walk.unsure[#walk.unsure + 1] = id end
+    size = size + #(job.envelope or '') + #(job.state or '')
+    left = left - 1 - (job.place and not place and #workers / 4 or 0) - (job.state and 1 or 0) - (chosen and cost or 0)
+  end
+  local function has_room() return left > 0 and size < 1048576 and #walk.found < most end
+
+  if way == 'ids' then
+    local named = {}
+    for i = at + 9, #ARGV do
+      local id = ARGV[i]
+      if not named[id] and placed then look(id)
+      elseif not named[id] then walk.found[#walk.found + 1] = {id = id} end
+      named[id] = true
+    end
+  elseif way == 'tag' then
+    local key = prefix .. 'tag:' .. filter.tag
+    local last, behind = string.match(cursor, '^([^\t]*)\t(.*)$')
+    last = last or redis.call('ZRANGE', key, -1, -1)[1]
+    local page = last and {last} or {}
+    while #page > 0 and has_room() do
+      page = redis.call('ZRANGE', key, behind and '(' .. behind or '-', '[' .. last, 'BYLEX', 'LIMIT', 0, 100)
+      for _, id in ipairs(page) do
+        if not has_room() then break end
+        look(id)
+        behind = id
+      end
+    end
+    walk.ended = #page == 0
+    if behind then walk.cursor = last .. '\t' .. behind end
+  elseif way == 'dead' or way == 'scheduled' then
+    local key, rank = prefix .. (way == 'dead' and 'dead' or 'due'), nil
+    local score, id = string.match(cursor, '^(%S+) (.*)$')
+    if score then
+      rank = redis.call('ZSCORE', key, id) == score and redis.call('ZRANK', key, id) + 1
+      -- It is gone: those of the same instant are looked at again.
+      rank = rank or redis.call('ZCOUNT', key, '-inf', '(' .. score)
+    else
+      rank = way == 'dead' and filter.since and redis.call('ZCOUNT', key, '-inf', '(' .. int(filter.since)) or 0
+    end
+    local page, over = {''}, false
+    while #page > 0 and not over and has_room() do
+      page = redis.call('ZRANGE', key, rank, rank + 99, 'WITHSCORES')
+      for i = 1, #page, 2 do
+        over = way == 'dead' and filter.older and tonumber(page[i + 1]) > filter.older
+        if over or not has_room() then break end
+        look(page[i], nil, way, tonumber(page[i + 1]))
+        walk.seen[walk.looked], walk.scores[walk.looked] = page[i], page[i + 1]
+        rank = rank + 1
+      end
+    end
+    walk.ended = over or #page == 0
+  elseif way == 'leased' then
+    table.sort(workers)
+    local place, name = string.match(cursor, '^(-?%d+) (.*)$')
+    walk.ended = false
+    for _, worker in ipairs(workers) do
+      if not name or worker >= name then
+        local ids, places = ids_in_order(prefix .. 'leased:' .. worker)
+        for i, id in ipairs(ids) do
+          local number = math.floor(tonumber(places[i]))
+          if worker ~= name or number > tonumber(place) then
+            if not has_room() then return walk end
+            look(id, nil, 'leased', tonumber(leased_at(places[i])), worker)
+            walk.cursor = int(number) .. ' ' .. worker
+          end
+        end
+      end
+    end
+    walk.ended = true
+  else
+    local count = 20
+    cursor = cursor == '' and '0' or cursor
+    repeat
+      local page = redis.call('HSCAN', prefix .. 'jobs', cursor, 'COUNT', count)
+      cursor = page[1]
+      for i = 1, #page[2], 2 do look(page[2][i], page[2][i + 1]) end
+      -- As many as fit beside those there were; a page is looked at whole.
+      count = math.max(10, math.min(200, math.floor(left / (1 + cost)), math.floor((1048576 - size) * walk.looked / (size + 1))))
+    until cursor == '0' or not has_room()
+    walk.cursor, walk.ended = cursor, cursor == '0'
+  end
+  return walk
+end
+
+-- Write the head of the reply to a step. The next step begins behind what stays.
+-- walk     as walk_jobs returns it
+-- gone     set of the ids that have left the way meanwhile; nil: none
+-- returns  {now_ms, 1 at the end of the walk, cursor of the next step, how many were looked at, ids that may be chosen}
+local function reply_of(walk, gone)
+  for i = #walk.seen, 1, -1 do
+    if not (gone and gone[walk.seen[i]]) then
+      walk.cursor = walk.scores[i] .. ' ' .. walk.seen[i]
+      break
+    end
+  end
+  return {walk.now, walk.ended and 1 or 0, walk.cursor, walk.looked, walk.unsure}
+end
