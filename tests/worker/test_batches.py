@@ -31,9 +31,10 @@ from conveyor import (
 from conveyor.events import Event
 from conveyor.ids import split
 from conveyor.store import inspection
+from conveyor.worker.execution import executor
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.shared_memory import ChildSlot, ChildSpec, SharedMemory
-from conveyor.worker.worker import Worker
+from conveyor.worker.worker import RETIRED, Worker
 from support import batch_app
 from support.running_worker import audit, counts, drain, until, working
 from support.time_limits import PATIENCE
@@ -600,6 +601,28 @@ async def test_what_outlives_the_grace_goes_back(app: Conveyor) -> None:
         await until(lambda: attempts)
     await drain(app)
     assert attempts == [[1, 1], [2, 2]]
+
+
+@pytest.mark.leaves_keys("dead letters stay")
+async def test_a_thread_that_does_not_end_has_timed_out(
+    app: Conveyor, slot: ChildSlot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Items of a batch whose thread outlives the limit have failed by it when the process is replaced; they do not go back."""
+    monkeypatch.setattr(executor, "AFTER_TIMEOUT", 0.02)
+    go = threading.Event()
+
+    @app.batch_task(size=2, within=LONG, timeout="20ms", retry=1)
+    def note(rows: list[int]) -> None:
+        go.wait(PATIENCE)
+
+    jobs = [await note.aenqueue(n) for n in range(2)]
+    worker = Worker(app, slot=slot, grace=PATIENCE)
+    assert await asyncio.wait_for(worker.run(), PATIENCE) == RETIRED
+    go.set()
+    assert [await job.astatus() for job in jobs] == ["dead", "dead"]
+    for job in jobs:
+        with pytest.raises(JobFailed, match="time limit"):
+            await job.aresult(timeout=PATIENCE)
 
 
 @pytest.mark.row("A181")

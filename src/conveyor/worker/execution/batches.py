@@ -105,6 +105,11 @@ class BatchAttempt(Attempt):
             self.stop_reason = "expired"
         return not live
 
+    def time_out(self) -> None:
+        """Note for its items that the time limit has passed."""
+        for item in self.items:
+            item.stop_reason = item.stop_reason or "timeout"
+
     def open(self) -> Context:
         """Return the context of the call, made at the first time."""
         if self.context is None:
@@ -312,8 +317,6 @@ class BatchGatherer:
         for item in batch.items:
             self._batch_of.pop(item, None)
             item.ended = batch.ended
-            if batch.stop_reason == "timeout" and item.stop_reason is None:
-                item.stop_reason = "timeout"
             left_out = asyncio.CancelledError() if item.stop_reason is not None else error
             result, failure = ends.get(item, (None, left_out))
             ended.append((item, result, None if failure is None else failures.safe_exception(failure)))

@@ -285,6 +285,8 @@ class Executor:
     def _expire(self, attempt: Attempt) -> None:
         if attempt.stop_reason is None:
             self.stop(attempt, "timeout")
+            if isinstance(attempt, BatchAttempt):
+                attempt.time_out()  # at once: its items may be settled before it ends
         elif attempt.runner is None or attempt.waiter is not None:
             self._on_stuck(attempt)
             return
