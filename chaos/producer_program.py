@@ -7,6 +7,7 @@ attempted or SIGTERM comes. MIX is JSON, kind → weight.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import json
 import os
@@ -27,7 +28,8 @@ from conveyor import ConfigurationError, ConveyorError, DurabilityNotReached, Jo
 MIX: dict[str, float] = {
     "quick": 30, "steady": 6, "boxed": 3, "message": 10, "bulk": 0.4, "messages": 0.4, "slow": 7, "slow_steady": 2,
     "blocking": 0.1, "flaky": 5, "delayed": 5, "unique": 3, "own": 3, "cancel": 3, "poison": 0.2, "boxed_poison": 0.3,
-    "spread": 12, "spread_message": 6, "spread_messages": 0.2, "parent": 4,
+    "spread": 12, "spread_message": 6, "spread_messages": 0.2, "parent": 4, "batched": 8, "batched_apart": 1,
+    "batched_beside": 1, "batched_poison": 0.1,
 }  # fmt: skip
 STEADFAST = {
     kind: MIX[kind]
@@ -105,6 +107,8 @@ class Producer:
             self.special(kind, ms)
         elif kind == "flaky":
             self.task(kind, tested_app.flaky, draw.randint(1, 3))
+        elif kind.startswith("batched"):
+            self.batched(kind, ms)
         elif kind == "parent":
             children, failures = draw.randint(1, 4), draw.choice((0, 0, 1))
             self.task(kind, tested_app.parent, children, failures, facts={"spawns": children})
@@ -153,6 +157,19 @@ class Producer:
             self.call(kind, lambda tokens: post.push({"token": tokens[0], "ms": ms}))
         else:
             self.call(kind, lambda tokens: mail.push({"token": tokens[0], "ms": ms}))
+
+    def batched(self, kind: str, ms: float) -> None:
+        """Enqueue an item of a batch: of one of three keys, one that fails at first, one beside others that end the process."""
+        draw = self.random
+        item = functools.partial(tested_app.Item, ms=ms)
+        if kind == "batched_poison":
+            item = functools.partial(item, how=draw.choice(["1", "SIGKILL", "SIGSEGV"]))
+        elif kind in {"batched", "batched_apart"}:
+            item = functools.partial(item, fails=draw.choice((0, 0, 0, 2)))
+        if kind == "batched":
+            item = functools.partial(item, key=draw.choice("abc"))
+        name = {"batched_beside": "batched_poison"}.get(kind, kind)
+        self.call(kind, lambda tokens: getattr(tested_app, name).enqueue(item(tokens[0])))
 
     def cancel(self, later: bool) -> None:
         """Push a job and cancel it at once: before it is due, or while it may already run."""

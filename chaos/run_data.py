@@ -12,7 +12,7 @@ from chaos.redis_history import History
 from chaos.remaining_state import RemainingState
 
 Line = dict[str, Any]
-POISONS = {"poison", "boxed_poison"}
+POISONS = {"poison", "boxed_poison", "batched_poison"}
 
 
 @dataclass

@@ -251,8 +251,21 @@ def mixed(environment: Environment) -> RunResult:
     return environment.evaluate(also=("unexplained repeats",))
 
 
+def batch(environment: Environment) -> RunResult:
+    """Items of batches, some of which fail alone and one of which ends its worker, with no other fault."""
+    _push(environment, 40, batched=6, batched_apart=1, batched_beside=2)
+    _push(environment, 1, number=1, batched_poison=1)
+    environment.wait(lambda: environment.remaining() == 41, 20)
+    environment.process_group.queues = ("default", "box")
+    environment.process_group.supervised("worker", environment.url, processes=1)
+    environment.ready(1)
+    environment.drain(10, stall=8)
+    return environment.evaluate(also=("dead by crashes",))
+
+
 CASES = {
     "zombie": Case(zombie), "kill": Case(kill), "recovery": Case(recovery, 15.0), "poison": Case(poison), "cut": Case(cut),
     "rollback": Case(rollback), "frozen": Case(frozen), "slow": Case(slow), "full": Case(full), "pickup": Case(pickup, 15.0),
     "term": Case(term, 15.0), "unique": Case(unique, 15.0), "clock": Case(clock, 15.0), "mixed": Case(mixed, 15.0),
+    "batch": Case(batch, 15.0),
 }  # fmt: skip

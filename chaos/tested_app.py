@@ -13,11 +13,12 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from chaos.run_log import RunLog
-from conveyor import Buffer, Context, Conveyor, Retry, current
+from conveyor import BatchFailed, Buffer, Context, Conveyor, Retry, current
 
 LEASE = float(os.environ.get("CHAOS_LEASE", "2"))
 NAMESPACE = "chaos"
@@ -154,6 +155,82 @@ async def bystander(token: str, ms: float, context: Context = current()) -> dict
     with noted(token, context.job_id, context.attempt):
         await asyncio.sleep(ms / 1000)
         return answer(token, context)
+
+
+@dataclass
+class Item:
+    """One item of a batch: *key* is that of the batches it may be in, *fails* how often it fails, *how* ends its process."""
+
+    token: str
+    key: str = ""
+    ms: float = 0.0
+    fails: int = 0
+    how: str = ""
+
+
+@contextmanager
+def noted_batch(items: list[Item], contexts: tuple[Context, ...]) -> Iterator[dict[int, BaseException]]:
+    """Write down that the runs of all items began, and how each ended; yield the errors of items to be filled in."""
+    if len({item.key for item in items}) != 1:
+        raise AssertionError(f"a batch of several keys: {items}")
+    facts = [
+        {"token": item.token, "id": one.job_id, "attempt": one.attempt, "pid": os.getpid()}
+        for item, one in zip(items, contexts, strict=True)
+    ]
+    for fact in facts:
+        runs().write(phase="start", **fact)
+    failed: dict[int, BaseException] = {}
+    try:
+        yield failed
+    except BaseException as error:
+        for fact in facts:
+            runs().write(phase="failed", why=type(error).__name__, **fact)
+        raise
+    for at, fact in enumerate(facts):
+        runs().write(phase="failed" if at in failed else "ok", **fact)
+
+
+def handle(items: list[Item], contexts: tuple[Context, ...], failed: dict[int, BaseException]) -> list[dict[str, Any]]:
+    """Return what each item leaves behind; end the process for an item that says so."""
+    for item in items:
+        if item.how:
+            die(item.how)
+    for at, (item, one) in enumerate(zip(items, contexts, strict=True)):
+        if one.attempt <= item.fails:
+            failed[at] = RuntimeError(f"attempt {one.attempt} of {item.token} fails")
+    return [answer(item.token, one) for item, one in zip(items, contexts, strict=True)]
+
+
+@app.batch_task(name="batched", size=8, within="100ms", group_by="key", retry=PATIENT)
+async def batched(items: list[Item], context: Context = current()) -> list[dict[str, Any]]:
+    """Do as `quick` does with several at once; some items fail at first, alone."""
+    contexts = context.items
+    with noted_batch(items, contexts) as failed:
+        await asyncio.sleep(max(item.ms for item in items) / 1000)
+        results = handle(items, contexts, failed)
+    if failed:
+        raise BatchFailed(failed, results=results)
+    return results
+
+
+@app.batch_task(name="batched_apart", queue="box", run_in="process", size=4, within="100ms", retry=PATIENT)
+def batched_apart(items: list[Item], context: Context = current()) -> list[dict[str, Any]]:
+    """Do the same in a process of its own."""
+    contexts = context.items
+    with noted_batch(items, contexts) as failed:
+        time.sleep(max(item.ms for item in items) / 1000)
+        results = handle(items, contexts, failed)
+    if failed:
+        raise BatchFailed(failed, results=results)
+    return results
+
+
+@app.batch_task(name="batched_poison", size=8, within="100ms", retry=Retry(attempts=40, max_crashes=MAX_CRASHES))
+async def batched_poison(items: list[Item], context: Context = current()) -> list[dict[str, Any]]:
+    """Run items of which one may end the process; the others must never become dead letters for it."""
+    contexts = context.items
+    with noted_batch(items, contexts) as failed:
+        return handle(items, contexts, failed)
 
 
 def die(how: str) -> None:
