@@ -122,6 +122,10 @@ class Admin:
         self._directory = QueueDirectory(client, plain_lists)
         self.unanswered: set[str] = set()
         """The queues and partitions that reads left out because their server does not answer."""
+        self.most_looked: int | None = None
+        """Jobs of one state that `each_job` looks at in a queue or partition when it searches for some; None: all."""
+        self.cut_short: set[str] = set()
+        """The queues and partitions in which a search ended for that."""
 
     def names(self) -> list[str]:
         """Return the names of all known queues, sorted. A queue with partitions is listed once."""
@@ -571,13 +575,16 @@ class Admin:
     def _rows(
         self, keys: QueueKeys, state: str, offset: int, total: int, size: int, wanted: JobFilter, *, heads: bool = False
     ) -> Iterator[JobRow]:
-        while offset < total:
+        most = total if self.most_looked is None or wanted.is_empty else min(total, self.most_looked)
+        while offset < most:
             call = inspection.list_jobs(keys, state, offset, size, wanted, heads=heads, ignores_error=self._seals)
             page = self.client.run(call)
             yield from page.rows
             if not page.entries:
                 return
             offset += page.entries
+        if offset < total:
+            self.cut_short.add(keys.queue)
 
     def _heads(self, queue: str, state: str, total: int, wanted: JobFilter) -> Iterator[JobRow]:
         """Yield the heads of those jobs in a state that are wanted; of a tag "" stands for any state."""

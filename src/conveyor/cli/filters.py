@@ -1,4 +1,4 @@
-"""The options that choose jobs: by queue, state, task, last error and time."""
+"""The options that choose jobs: by queue, state, tag, task, last error and time."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ _WHEN = "a duration (2h, 1d), a local time (02:14) or an ISO 8601 instant"
 
 
 def filter_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--task``, ``--error``, ``--since`` and ``--older``; the command gets a `JobFilter` as *wanted*, None without any."""
+    """Add ``--tag``, ``--task``, ``--error``, ``--since``, ``--older``; the command gets a `JobFilter` as *wanted*, or None."""
 
+    @click.option("--tag", metavar="TAG", help="Only jobs that have this tag.")
     @click.option("--task", metavar="TASK", shell_complete=complete_tasks, help="Only jobs of this task.")
     @click.option("--error", metavar="TEXT", help="Only jobs whose last error (class: message) holds this text.")
     @click.option(
@@ -37,11 +38,17 @@ def filter_options(function: Callable[..., Any]) -> Callable[..., Any]:
     )
     @functools.wraps(function)
     def command(
-        *args: Any, task: str | None, error: str | None, since: str | None, older: str | None, **options: Any
+        *args: Any,
+        tag: str | None,
+        task: str | None,
+        error: str | None,
+        since: str | None,
+        older: str | None,
+        **options: Any,
     ) -> Any:
         wanted = None
-        if any(one is not None for one in (task, error, since, older)):
-            wanted = _filter(task, error, since, older)
+        if any(one is not None for one in (tag, task, error, since, older)):
+            wanted = _filter(tag, task, error, since, older)
         return function(*args, wanted=wanted, **options)
 
     return command
@@ -56,12 +63,12 @@ def selection_options(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
-def _filter(task: str | None, error: str | None, since: str | None, older: str | None) -> JobFilter:
+def _filter(tag: str | None, task: str | None, error: str | None, since: str | None, older: str | None) -> JobFilter:
     from conveyor.store.job_filter import JobFilter
 
     if error is not None and not error:
         raise ConfigurationError("--error needs a text: '' would choose every job.")
-    return JobFilter(task, error, instant("--since", since), instant("--older", older))
+    return JobFilter(task, error, instant("--since", since), instant("--older", older), tag)
 
 
 def instant(name: str, text: str | None) -> datetime | None:

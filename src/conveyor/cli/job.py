@@ -15,7 +15,7 @@ import click
 from conveyor.cli.command import CommandGroup
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.filters import selection_options
-from conveyor.cli.output import Output, confirm_options, machine_text, quantity, short_time
+from conveyor.cli.output import Output, Progress, confirm_options, machine_text, quantity, short_time
 from conveyor.cli.queue import say_unanswered
 from conveyor.cli.target import Target, redis_options
 from conveyor.units import span
@@ -24,11 +24,14 @@ if TYPE_CHECKING:
     from conveyor.admin.admin import Admin
     from conveyor.admin.views import ActionResult, ErrorInfo, JobInfo
     from conveyor.jobs.why import Why
+    from conveyor.messaging.selection import ActionName
     from conveyor.store.job_filter import JobFilter
 
 SHOWN = 50
 """Jobs that a terminal shows unless another number is asked for."""
 _REFUSALS_SHOWN = 20
+SEARCHED = 200_000
+"""Jobs of a state that a terminal's list looks at in a queue when it searches for some."""
 
 
 @click.group(cls=CommandGroup)
@@ -80,6 +83,7 @@ def _show_page(
     out: Output, admin: Admin, queue: str | None, state: str | None, wanted: JobFilter | None, offset: int, limit: int,
     ids_only: bool,
 ) -> None:  # fmt: skip
+    admin.most_looked = SEARCHED
     # One more tells if that is all.
     jobs = admin.jobs(queue, state, offset=offset, limit=limit + 1, **_named(wanted))
     more, jobs = len(jobs) > limit, jobs[:limit]
@@ -90,6 +94,9 @@ def _show_page(
         _print_jobs(out, jobs)
     else:
         out.say("No jobs match.")
+    if admin.cut_short and not more:
+        where = ", ".join(sorted(admin.cut_short))
+        out.say(f"Looked at the first {SEARCHED:,} of each state in {where}. At all: in a pipe, or with --tag.")
     if more:
         of = "" if wanted else f" of {admin.count_jobs(queue, state):,}"
         out.say(f"Showing {limit}{of}. More: --limit {2 * limit}, or --offset {offset + limit}")
@@ -185,12 +192,13 @@ def retry(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run:
     says otherwise.
     """
     admin = target.admin()
-    chosen, by_options = _choose(admin, ids, ("dead",), ("dead", "scheduled"), **selection)
-    needs_confirmation = by_options or dry_run
-    return _act(
-        out, "retry", chosen, admin.retry, "Retry {}?" if needs_confirmation else "", yes=yes, dry_run=dry_run,
-        by_options=by_options,
-    )  # fmt: skip
+    action: ActionName = "promote" if selection["state"] == "scheduled" else "redrive"
+    if (chosen := _named_ids(ids, **selection)) is None:
+        possible = ("dead", "scheduled")
+        return _act_on_filter(
+            out, admin, "retry", action, "Retry {}?", possible, yes=yes, dry_run=dry_run, **selection
+        )  # fmt: skip
+    return _act(out, "retry", chosen, admin.retry, "Retry {}?" if dry_run else "", yes=yes, dry_run=dry_run)
 
 
 @job.command()
@@ -204,14 +212,11 @@ def cancel(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run
 
     A running job is stopped by its worker. Jobs are named by ids, or chosen by options.
     """
-    admin = target.admin()
-    states = ("ready", "scheduled", "leased")  # so that a job is asked for after it may have been leased
-    chosen, by_options = _choose(admin, ids, states, states, **selection)
-    needs_confirmation = by_options or len(chosen) > 1 or dry_run
-    return _act(
-        out, "cancel", chosen, admin.cancel, "Cancel {}?" if needs_confirmation else "", yes=yes, dry_run=dry_run,
-        by_options=by_options,
-    )  # fmt: skip
+    admin, question = target.admin(), "Cancel {}?"
+    if (chosen := _named_ids(ids, **selection)) is None:
+        return _act_on_filter(out, admin, "cancel", "cancel", question, yes=yes, dry_run=dry_run, **selection)
+    asks = len(chosen) > 1 or dry_run
+    return _act(out, "cancel", chosen, admin.cancel, question if asks else "", yes=yes, dry_run=dry_run)
 
 
 @job.command()
@@ -225,49 +230,89 @@ def delete(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run
 
     Jobs are named by ids, or chosen by options.
     """
-    admin = target.admin()
-    states = ("ready", "scheduled", "dead")
-    chosen, by_options = _choose(admin, ids, states, states, **selection)
-    return _act(
-        out, "delete", chosen, admin.delete, "Delete {} permanently?", yes=yes, dry_run=dry_run, by_options=by_options
-    )
+    admin, question = target.admin(), "Delete {} permanently?"
+    if (chosen := _named_ids(ids, **selection)) is None:
+        return _act_on_filter(out, admin, "delete", "delete", question, yes=yes, dry_run=dry_run, **selection)
+    return _act(out, "delete", chosen, admin.delete, question, yes=yes, dry_run=dry_run)
 
 
-def _choose(
-    admin: Admin, ids: tuple[str, ...], states: Sequence[str], possible: Sequence[str], *,
-    queue: str | None, state: str | None, wanted: JobFilter | None,
-) -> tuple[list[str], bool]:  # fmt: skip
-    """Return the ids that a command acts on, and whether options chose them: jobs in *state*, else in *states*."""
-    from conveyor.store.job_filter import JobFilter
-
+def _named_ids(
+    ids: tuple[str, ...], *, queue: str | None, state: str | None, wanted: JobFilter | None
+) -> list[str] | None:
+    """Return the ids that a command is given, None when options choose the jobs; neither or both is a wrong use."""
     by_options = not (queue is None and state is None and wanted is None)
     if bool(ids) is by_options:
         wrong = "Ids and options both choose jobs" if ids else "No jobs are chosen"
         raise click.UsageError(f"{wrong}: give ids, - for ids on standard input, or options such as --queue.")
-    if ids:
-        return _read_ids(ids), False
+    return _read_ids(ids) if ids else None
+
+
+def _act_on_filter(
+    out: Output, admin: Admin, schema: str, action: ActionName, question: str, possible: Sequence[str] = (), *,
+    queue: str | None, state: str | None, wanted: JobFilter | None, yes: bool, dry_run: bool,
+) -> int:  # fmt: skip
+    """Count the jobs that options choose, ask, and have Redis carry out *action* on them; *possible*: states that may be named."""
+    from conveyor.messaging.selection import ACTED_ON
+    from conveyor.store.job_filter import ANY_JOB
+
+    wanted, possible = wanted or ANY_JOB, possible or ACTED_ON[action]
     if state is not None and state not in possible:
         raise click.UsageError(f"Jobs that are {state} cannot be chosen here. Possible: {', '.join(possible)}.")
-    found = (
-        id_ for one in ([state] if state else states) for _, id_ in admin.each_id(queue, one, wanted or JobFilter())
-    )
-    return list(dict.fromkeys(found)), True
+    counts = admin.count_chosen(queue, (state,) if state else ACTED_ON[action], wanted)
+    total = sum(counts.values())
+    if not total:
+        out.say("No jobs match.")
+        if out.as_json:
+            out.document(schema, jobs=[])
+        return ExitCode.OK
+    by_state = ", ".join(f"{count:,} {one}" for one, count in sorted(counts.items()))
+    if not out.confirm(question.format(f"{quantity(total, 'job')} ({by_state})"), yes=yes, dry_run=dry_run):
+        return ExitCode.OK
+    kept: list[ActionResult] = []
+    outcomes = Counter[str]()
+    summary = out.on_terminal and not out.as_json
+    with Progress(out, "done", total) as progress:
+        for results in admin.act_on_chosen(action, queue, state, wanted):
+            outcomes.update(one.outcome for one in results)
+            if out.as_json:
+                kept += results
+            elif summary:
+                kept += [one for one in results if not one.done][: _REFUSALS_SHOWN - len(kept)]
+            else:
+                _print_outcomes(out, results)
+            progress.add(len(results))
+    if out.as_json:
+        out.document(schema, jobs=kept)
+    elif summary:
+        _print_outcomes(out, kept)
+        for outcome, number in outcomes.items():
+            out.line(f"{quantity(number, 'job')} {outcome}.")
+    return ExitCode.REFUSED if outcomes["refused"] else ExitCode.OK
 
 
 def _act(
     out: Output, schema: str, chosen: Sequence[str], action: Callable[[Sequence[str]], list[ActionResult]], question: str,
-    *, yes: bool, dry_run: bool, by_options: bool,
+    *, yes: bool, dry_run: bool,
 ) -> int:  # fmt: skip
-    """Carry out *action* on jobs, when there are some and *question* is answered; "": without one."""
+    """Carry out *action* on the jobs of some ids, when *question* is answered; "": without one."""
     if not chosen:
-        if by_options:
-            out.say("No jobs match.")
-            if out.as_json:
-                out.document(schema, jobs=[])
         return ExitCode.OK
     if question and not out.confirm(question.format(_describe_ids(chosen)), yes=yes, dry_run=dry_run):
         return ExitCode.OK
-    return _print_results(out, schema, action(chosen), summary=by_options)
+    results = action(chosen)
+    if out.as_json:
+        out.document(schema, jobs=results)
+    else:
+        _print_outcomes(out, results, always=True)
+    if any(one.outcome == "not found" for one in results):
+        return ExitCode.NOT_FOUND
+    return ExitCode.OK if all(one.done for one in results) else ExitCode.REFUSED
+
+
+def _print_outcomes(out: Output, results: Sequence[ActionResult], *, always: bool = False) -> None:
+    if results or always:
+        rows = [(one.id, one.outcome, one.detail) for one in results]
+        out.table(("id", "outcome", "detail"), rows, below=not always)
 
 
 def _row(info: JobInfo) -> tuple[object, ...]:
@@ -331,20 +376,3 @@ def _describe_ids(ids: Sequence[str]) -> str:
     if len(ids) == 1:
         return ids[0]
     return f"{quantity(len(ids), 'job')} ({', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})"
-
-
-def _print_results(out: Output, schema: str, results: Sequence[ActionResult], *, summary: bool) -> int:
-    if out.as_json:
-        out.document(schema, jobs=results)
-    elif summary and out.on_terminal:
-        others = [one for one in results if not one.done]
-        if others:
-            shown = [(one.id, one.outcome, one.detail) for one in others[:_REFUSALS_SHOWN]]
-            out.table(("id", "outcome", "detail"), shown, below=True)
-        for outcome, number in Counter(one.outcome for one in results).items():
-            out.line(f"{quantity(number, 'job')} {outcome}.")
-    else:
-        out.table(("id", "outcome", "detail"), [(one.id, one.outcome, one.detail) for one in results])
-    if any(one.outcome == "not found" for one in results):
-        return ExitCode.NOT_FOUND
-    return ExitCode.OK if all(one.done for one in results) else ExitCode.REFUSED

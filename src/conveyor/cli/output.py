@@ -12,13 +12,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 
 from conveyor.cli.exit import ExitCode
 from conveyor.ids import CONTROL_IN_LINES, clean, clean_lines
 from conveyor.units import span
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 _COLOURS = {
     "dead": "red", "leased": "cyan", "scheduled": "yellow", "ready": "green", "cancelled": "magenta",
@@ -101,6 +105,37 @@ class Output:
             self.say("Nothing was done.")
             raise click.exceptions.Exit(ExitCode.REFUSED)
         return True
+
+
+class Progress:
+    """A line on a terminal that says how far an action is, from its second second on; nothing where there is no terminal."""
+
+    def __init__(self, out: Output, done: str, total: int) -> None:
+        """Begin to count *total* jobs, which are *done*: "cancelled"."""
+        self._out, self._done, self._total = out, done, total
+        self._shown_at = monotonic()
+        self._shown = False
+        self.count = 0
+
+    def add(self, count: int) -> None:
+        """Count some."""
+        self.count += count
+        if sys.stderr.isatty() and monotonic() - self._shown_at >= 1:
+            self._shown_at, self._shown = monotonic(), True
+            click.echo(f"\r\x1b[K{self.count:,} of {self._total:,} {self._done}", nl=False, err=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._shown:
+            click.echo("\r\x1b[K", nl=False, err=True)
+        if kind is not None:
+            self._out.say(
+                f"Stopped: {self.count:,} of {self._total:,} {self._done}. The same command goes on with the rest."
+            )
 
 
 def confirm_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from conveyor.cli.completion import complete_queues
 from conveyor.cli.filters import filter_options
 from conveyor.cli.output import (
     Output,
+    Progress,
     clock_time,
     confirm_options,
     iso_timestamp,
@@ -134,10 +135,18 @@ def list_(target: Target, out: Output) -> None:
 
 @queue.command()
 @_NAME
+@filter_options
 @redis_options
-def show(target: Target, out: Output, name: str) -> None:
-    """Show one queue, or one partition (orders/3), its workers, and its dead letters by what failed."""
+def show(target: Target, out: Output, name: str, wanted: JobFilter | None) -> None:
+    """
+    Show one queue, or one partition (orders/3), its workers, and its dead letters by what failed.
+
+    With options that choose jobs: count these alone, by state.
+    """
     admin = target.admin()
+    if wanted is not None:
+        _show_counts(out, admin, name, wanted)
+        return
     info, workers, partitions = admin.queue(name), admin.workers(name), admin.partitions(name)
     failures, causes = admin.failures(name), admin.causes(name, info.ready + info.waiting)
     if out.as_json:
@@ -179,6 +188,18 @@ def show(target: Target, out: Output, name: str) -> None:
             out.line("")
             out.line("Put the first back:")
             out.line(click.style(f"    {_redrive_command(name, failures.groups)}", dim=True))
+
+
+def _show_counts(out: Output, admin: Admin, name: str, wanted: JobFilter) -> None:
+    admin.queue(name)  # an unknown name is an error
+    from conveyor.messaging.selection import LIVE
+
+    counts = dict.fromkeys(LIVE, 0) | admin.count_chosen(name, (), wanted)
+    say_unanswered(out, admin)
+    if out.as_json:
+        out.document("queue-counts", queue=name, counts=counts)
+    else:
+        out.pairs([("queue", name), *counts.items()])
 
 
 def _failure_pairs(failures: FailureSummary) -> Iterator[tuple[str, object]]:
@@ -244,24 +265,36 @@ def purge(target: Target, out: Output, name: str, dead: bool, yes: bool, dry_run
 @queue.command()
 @_NAME
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many, the oldest.")
+@click.option("--rate", metavar="N/s", help="No faster than this, evenly: 100/s, 5/m.")
 @filter_options
 @confirm_options
 @redis_options
 def redrive(
-    target: Target, out: Output, name: str, limit: int | None, wanted: JobFilter | None, yes: bool, dry_run: bool
-) -> None:
+    target: Target, out: Output, name: str, limit: int | None, rate: str | None, wanted: JobFilter | None, yes: bool,
+    dry_run: bool,
+) -> None:  # fmt: skip
     """
     Put dead letters back, oldest first: all, or those that the options choose.
 
-    They get a new budget of attempts.
+    They get a new budget of attempts. What is interrupted has put back what it has put back; the same command goes on.
     """
+    from conveyor.messaging.selection import Pace
+    from conveyor.store.job_filter import ANY_JOB
+
+    Pace(rate)  # a wrong one is refused before anybody is asked
     admin = target.admin()
     available = admin.queue(name).dead
-    ids = None if wanted is None else [id_ for _, id_ in admin.each_id(name, "dead", wanted)][::-1][:limit]
-    chosen = min(available if limit is None else limit, available) if ids is None else len(ids)
+    found = available if wanted is None else admin.count_chosen(name, ("dead",), wanted).get("dead", 0)
+    chosen = found if limit is None else min(limit, found)
     moved = 0
     if chosen and out.confirm(f"Put {quantity(chosen, 'dead letter')} back into {name}?", yes=yes, dry_run=dry_run):
-        moved = admin.redrive(name, limit=chosen, ids=ids or ())
+        if wanted is None and rate is None:
+            moved = admin.redrive(name, limit=limit)
+        else:
+            with Progress(out, "put back", chosen) as progress:
+                for results in admin.act_on_chosen("redrive", name, None, wanted or ANY_JOB, limit=limit, rate=rate):
+                    progress.add(sum(one.done for one in results))
+            moved = progress.count
     elif not chosen:
         out.say(f"{name} has no dead letters." if not available else "No dead letters match.")
     _print_count(out, "redrive", name, "redriven", chosen if dry_run else moved, dry_run=dry_run)

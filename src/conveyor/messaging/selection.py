@@ -61,7 +61,7 @@ class Pace:
     def note(self, acted: Iterable[Acted]) -> int:
         """Note what a step has done; return on how many jobs it has acted."""
         count = sum(one.outcome != "refused" for one in acted)
-        self._next = max(self._next, time.monotonic() - self._seconds) + count * self._seconds
+        self._next = max(self._next, time.monotonic()) + count * self._seconds
         return count
 
 

@@ -1,0 +1,114 @@
+"""Commands that choose jobs by tag and filter: what they choose, what they show, and that they may be interrupted."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conveyor.jobs.app import Conveyor
+from support.manual_worker import ManualWorker, eventually
+from support.shell import Shell
+from support.terminal import on_terminal, plain
+
+pytestmark = pytest.mark.leaves_keys("jobs are pushed here to be chosen")
+
+
+@pytest.fixture
+def app(url: str) -> Iterator[Conveyor]:
+    with Conveyor(url) as app:
+        yield app
+
+
+@pytest.fixture
+def shell(url: str, tmp_path: Path) -> Shell:
+    return Shell(tmp_path, url)
+
+
+def dead(app: Conveyor, count: int, *, tags: tuple[str, ...] = ("a",)) -> list[str]:
+    """Make dead letters of a task; return their ids."""
+    pay = app.external_task("shop.pay")
+    app.enqueue_many(pay.options(tags=tags).s(n) for n in range(count))
+    manual = ManualWorker(app)
+    ids = manual.take(count)
+    for id_ in ids:
+        manual.dead(id_, None)
+    manual.leave()
+    return ids
+
+
+def test_tags_of_pushed_messages_are_chosen(shell: Shell, app: Conveyor) -> None:
+    """`push --tag` gives tags; `job list`, `queue show`, `job cancel` and `job delete` choose by them, and show counts before they ask."""
+    one, two = (
+        shell.run("push", "orders", str(n), "--tag", "order:1", "--tag", f"n:{n}").stdout.strip() for n in (1, 2)
+    )
+    shell.run("push", "orders", "3")
+
+    listed = [shell.run("job", "list", "-q", "--tag", tag).stdout.split() for tag in ("order:1", "n:2", "order:2")]
+    shown = json.loads(shell.run("queue", "show", "orders", "--tag", "order:1", "--json").stdout)
+    dry = shell.run("job", "cancel", "--tag", "order:1", "--dry-run")
+    unasked = shell.run("job", "delete", "--tag", "n:1")
+    details = shell.run("job", "show", one).stdout
+
+    assert listed == [sorted([one, two]), [two], []]
+    assert shown["counts"] == {"leased": 0, "ready": 2, "scheduled": 0, "dead": 0}
+    assert (dry.returncode, dry.stdout, "Cancel 2 jobs (2 ready)?" in dry.stderr) == (0, "", True)
+    assert (unasked.returncode, "Delete 1 job (1 ready) permanently?" in unasked.stderr) == (6, True)
+    assert "tags\torder:1, n:1\n" in details
+    assert app.count_jobs(tag="order:1") == 2
+    assert shell.run("job", "delete", "--tag", "n:1", "--yes").stdout.split("\t")[:2] == [one, "deleted"]
+    assert "1 job cancelled." in plain(on_terminal(shell, "job", "cancel", "--tag", "order:1", "--yes"))
+    assert app.count_jobs(tag="order:1") == 0
+    assert app.count_jobs(queue="orders") == 1
+
+
+def test_jobs_of_a_tag_are_retried(shell: Shell, app: Conveyor) -> None:
+    """`job retry --tag` puts dead ones back, and makes scheduled ones ready when they are asked for."""
+    dead(app, 2)
+    orders = app.queue("orders")
+    orders.push(1, delay="1h", tags=["a"])
+
+    assert shell.run("job", "retry", "--tag", "a", "--yes").stdout.count("\tretried\t") == 2
+    assert app.count_jobs(tag="a", state="scheduled") == 1
+    assert shell.run("job", "retry", "--tag", "a", "--state", "scheduled", "--yes").stdout.count("\tretried\t") == 1
+    assert app.count_jobs(tag="a", state="ready") == 3
+
+
+def test_a_redrive_keeps_its_rate(shell: Shell, app: Conveyor) -> None:
+    """`queue redrive --rate` puts the chosen back, and pauses as long as the rate says."""
+    dead(app, 30)
+    dead(app, 1, tags=("b",))
+
+    done, waited = shell.run_waiting("queue", "redrive", "default", "--tag", "a", "--rate", "10/s", "--yes")
+
+    assert (done.returncode, done.stdout) == (0, "30\n")
+    assert 2.9 <= waited <= 3.1
+    assert (app.count_jobs(tag="a", state="ready"), app.count_jobs(tag="b", state="dead")) == (30, 1)
+    for rate in ("fast", "0/s", "10", "10/0s"):
+        refused = shell.run("queue", "redrive", "default", "--rate", rate, "--yes")
+        assert (refused.returncode, '"100/s"' in refused.stderr) == (2, True)
+
+
+def test_an_interrupted_redrive_goes_on(shell: Shell, app: Conveyor) -> None:
+    """Ctrl-C ends a redrive between two steps and says how far it was; the same command puts back the rest, none twice."""
+    ids = dead(app, 12)
+    words = ["queue", "redrive", "default", "--tag", "a", "--yes", "--rate"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "conveyor", *words, "20/m"], cwd=shell.directory, env=shell.environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as running:  # fmt: skip
+        eventually(lambda: app.count_jobs(tag="a", state="ready"))
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=60)
+    put_back = app.count_jobs(tag="a", state="ready")
+    rest = shell.run(*words, "1000/s")
+
+    assert (running.returncode, f"Stopped: {put_back} of 12 put back." in said) == (130, True)
+    assert rest.stdout == f"{12 - put_back}\n"
+    ready = [job.id for job in app.jobs(tag="a", state="ready")]
+    assert (len(ready), sorted(ready)) == (12, sorted(f"default:{id_}" for id_ in ids))
