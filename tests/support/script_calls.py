@@ -47,6 +47,7 @@ def furnish(seeded: SeededQueue) -> None:
         seeded.keys.outbox, spawn_outbox.write("other", entry("o1")), spawn_outbox.write("other", entry("o2"))
     )
     seeded.redis.hset(seeded.keys.conf, "outbox", "5 1")
+    seeded.redis.zadd(seeded.keys.room, {"channel 1 1": 1})
     problems = seeded.audit()
     assert problems == [], problems
 
@@ -145,6 +146,7 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     "find_work": (
         lambda k: operations.find_work([(k, 60_000), (k, 60_000)]), {"conf", "due"},
     ),
+    "leave_room": (lambda k: operations.leave_room(k.prefix, "channel 1 1"), {"room"}),
     "wake": (lambda k: operations.wake(k.wake), set()),
     "await_result": (lambda k: operations.await_result(k, "r3", "me"), {"jobs", "dead", "waiters", "result:r3", "results:r3"}),
     "forget": (lambda k: operations.forget(k, "r1", "channel-r1"), {"waiters"}),

@@ -524,6 +524,7 @@ class Admin:
         return QueueInfo(
             name, counts.ready, counts.scheduled, counts.waiting, counts.leased, counts.dead, counts.workers,
             oldest, counts.paused, counts.max_length, len(partitions), counts.outbox, counts.unplaced, unanswered,
+            counts.blocked, counts.dropped,
         )  # fmt: skip
 
     def _count_entries(self, keys: QueueKeys, state: str) -> int:

@@ -28,7 +28,7 @@ class QueueInfo:
     the counts are sums; `workers` is the largest number of workers in one partition. `outbox`: jobs that its jobs
     spawned and that are not delivered to their queues yet. `unplaced`: jobs that have a record and are in no place;
     `repair` puts them back. `unanswered`: the partitions, or the queue itself, that are not counted because their server
-    does not answer.
+    does not answer. `blocked`: producers that wait for room. `dropped`: jobs that were dropped for newer ones.
     """
 
     name: str
@@ -45,6 +45,8 @@ class QueueInfo:
     outbox: int = 0
     unplaced: int = 0
     unanswered: tuple[str, ...] = ()
+    blocked: int = 0
+    dropped: int = 0
 
     @property
     def stranded(self) -> bool:

@@ -165,6 +165,8 @@ def show(target: Target, out: Output, name: str, wanted: JobFilter | None) -> No
             ("oldest", None if info.oldest_age is None else timedelta(seconds=info.oldest_age)),
             ("paused", info.paused),
             ("max_length", info.max_length),
+            ("blocked", info.blocked),
+            ("dropped", info.dropped),
             ("outbox", info.outbox),
             ("unplaced", info.unplaced),
             ("workers", info.workers),

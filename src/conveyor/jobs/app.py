@@ -31,13 +31,14 @@ from conveyor.jobs.hooks import Lifespan
 from conveyor.jobs.include import check_include
 from conveyor.jobs.job import Job, refuse_in_loop
 from conveyor.jobs.job_options import positive_ms
-from conveyor.jobs.registry import Full, UpcastMessage
+from conveyor.jobs.registry import UpcastMessage
 from conveyor.jobs.task import AsyncTask, RunIn, SyncTask, Task, TaskCall, Upcast
 from conveyor.messaging.retry import Retry
 from conveyor.payload.codec import MAX_PAYLOAD, show
 from conveyor.payload.formats import FormatChoice, make_registry
 from conveyor.payload.pipeline import LARGE_ABOVE, MAX_LARGE, make_pipeline
 from conveyor.store.client.client import Client
+from conveyor.store.max_length import Full
 from conveyor.units import Duration, Size, size
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 from weakref import WeakValueDictionary
 
 from conveyor import ids
@@ -15,6 +15,7 @@ from conveyor.messaging.retry import Retry, retry_policy
 from conveyor.payload.formats import FormatChoice, FormatRegistry
 from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability, DurabilityOptions, DurabilityRequest, requested_durability
+from conveyor.store.max_length import UNBOUNDED, Full, MaxLength
 from conveyor.store.operations import Entry
 from conveyor.units import Duration
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     QueueNames = Mapping[Queue[Any] | str, float] | Mapping[str, float] | Iterable[Queue[Any] | str]
 
-Full = Literal["raise", "block", "drop-oldest"]
 MOST_SELECTIONS = 64
 """Selections of queues whose shares are remembered, at most."""
 UpcastMessage = Callable[[int, Any], Any]
@@ -95,7 +95,7 @@ class QueueRegistry:
         target = self.client.push_target(self._durability(queue), durability_request)
         if self.partitioned and not target.deferred and (partitions := self.partitioned.get(ids.logical(queue))):
             return partitions.send(queue, entries, target)
-        return target.push(self.keys(queue), entries, max_length=self._max_length(queue))
+        return self.client.push_with_room(target, self.keys(queue), entries, self._max_length(queue, entries))
 
     async def apush(
         self, queue: str, entries: Sequence[Entry], durability_request: DurabilityRequest | None = None
@@ -104,15 +104,15 @@ class QueueRegistry:
         target = self.client.push_target(self._durability(queue), durability_request)
         if self.partitioned and not target.deferred and (partitions := self.partitioned.get(ids.logical(queue))):
             return await partitions.asend(queue, entries, target)
-        return await target.apush(self.keys(queue), entries, max_length=self._max_length(queue))
+        return await self.client.apush_with_room(target, self.keys(queue), entries, self._max_length(queue, entries))
 
     def _durability(self, queue: str) -> Durability | None:
         declared = self.bounded.get(ids.logical(queue) if self.partitioned else queue)
         return None if declared is None else declared.durability
 
-    def _max_length(self, queue: str) -> int:
+    def _max_length(self, queue: str, entries: Sequence[Entry]) -> MaxLength:
         declared = self.bounded.get(queue)
-        return 0 if declared is None else declared.max_length or 0
+        return UNBOUNDED if declared is None else declared.max_length or UNBOUNDED
 
     # -- taking from several --------------------------------------------------------------------------------------
 

@@ -14,15 +14,15 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from conveyor.errors import StoreUnavailable
 from conveyor.ids import new_identity
 from conveyor.store import operations
+from conveyor.store.client.subscription import Subscription
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.keys import QueueKeys, reply_channel
-from conveyor.store.signal_safety import SignalSafeEvent
-from conveyor.store.transport.replies import backoff, unavailable
+from conveyor.store.transport.replies import unavailable
 
 if TYPE_CHECKING:
     from conveyor.store.client.client import Client
@@ -32,8 +32,6 @@ WaitReply = tuple[str, bytes]
 
 CHECK_AGAIN = 5.0
 """Seconds after which a waiter asks again, in case its message was missed."""
-PING_AFTER, PONG_WITHIN = 15.0, 5.0
-"""Seconds of silence after which a PING is sent, and seconds that its answer may take."""
 OUTAGE_LIMIT = 60.0
 """Seconds that Redis may be away while a caller waits without a time limit."""
 
@@ -62,7 +60,7 @@ class ResultSubscriber:
         self.channel = reply_channel(self._client.namespace, new_identity())
         self._lock = threading.Lock()
         self._waiters: dict[str, list[tuple[str, ResultWaiter]]] = {}
-        self._thread: SubscriptionThread | None = None
+        self._thread: Subscription | None = None
 
     # -- waiting --------------------------------------------------------------------------------------------------
 
@@ -204,7 +202,10 @@ class ResultSubscriber:
         """Wait until the channel is subscribed, at most until *deadline*; raises StoreUnavailable when that takes too long."""
         with self._lock:
             if self._thread is None:
-                self._thread = SubscriptionThread(self, self._client)
+                self._thread = Subscription(
+                    self._client.endpoint(self.channel), self.channel, on_message=self.handle_message,
+                    on_subscribed=self.wake_all,
+                )  # fmt: skip
             thread = self._thread
         most = self._client.retry_for + 1.0
         if not thread.ready.wait(most if deadline is None else min(most, deadline - time.monotonic())):
@@ -220,65 +221,6 @@ class ResultSubscriber:
     def forked(self) -> None:
         """Start with an empty table in a forked child."""
         self._reset()
-
-
-class SubscriptionThread:
-    """A thread that reads the channel. It reconnects until it is closed."""
-
-    def __init__(self, subscriber: ResultSubscriber, client: Client) -> None:
-        self.ready = SignalSafeEvent()
-        self.error: Exception | None = None
-        self._subscriber = subscriber
-        self._endpoint = client.endpoint(subscriber.channel)
-        self._closed = SignalSafeEvent()
-        self._connection: Any = None  # a redis.Connection, whose methods have no types
-        self._thread = threading.Thread(target=self._run, name="conveyor-replies", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """End the thread and wait for it."""
-        self._closed.set()
-        connection = self._connection
-        if connection is not None:
-            _shut_down(connection)
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout=10.0)
-
-    def _run(self) -> None:
-        attempt = 0
-        while not self._closed.is_set():
-            try:
-                self._read()
-            except Exception as error:
-                if self.ready.is_set():
-                    attempt = 0
-                    self.ready.clear()
-                    if not self._closed.is_set():
-                        _log.debug("lost the connection for results: %s", error)
-                self.error = error
-                self._closed.wait(backoff(attempt))
-                attempt += 1
-            finally:
-                connection, self._connection = self._connection, None
-                if connection is not None:
-                    connection.disconnect()
-
-    def _read(self) -> None:
-        connection = self._connection = self._endpoint.open(read_timeout=PONG_WITHIN)
-        if self._closed.is_set():
-            return
-        connection.send_command("SUBSCRIBE", self._subscriber.channel)
-        connection.read_response()
-        self.ready.set()
-        self._subscriber.wake_all()
-        while True:
-            if not connection.can_read(timeout=PING_AFTER):
-                connection.send_command("PING", check_health=False)  # detects a server that died silently
-                if not connection.can_read(timeout=PONG_WITHIN):
-                    raise TimeoutError("no answer")
-            message = connection.read_response()
-            if isinstance(message, list) and message[0] == b"message":
-                self._subscriber.handle_message(message[2])
 
 
 class _Deadline:
@@ -323,14 +265,3 @@ def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) 
         loop.call_soon_threadsafe(function)
     except RuntimeError:  # the loop is closed, and its waiter with it
         pass
-
-
-def _shut_down(connection: Any) -> None:
-    import socket
-
-    sock = connection._sock  # noqa: SLF001  shutting it down is what wakes a thread that reads from it
-    if sock is not None:
-        try:
-            sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass

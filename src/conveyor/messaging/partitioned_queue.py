@@ -15,11 +15,12 @@ from conveyor.messaging.maintenance import DeadLetter, redrive_batch
 from conveyor.messaging.partitions import Partitions
 from conveyor.messaging.publisher import PartitionedPublisher, Publisher
 from conveyor.messaging.push_options import PreparedPush, PushOptions
-from conveyor.messaging.queue import Queue, whole_number
+from conveyor.messaging.queue import Queue, checked_full, whole_number
 from conveyor.store.client.client import Client
 from conveyor.store.inspection import QueueCounts, total
 from conveyor.store.job_filter import Walk
 from conveyor.store.keys import QueueKeys
+from conveyor.store.max_length import Full, MaxLength
 
 T = TypeVar("T")
 PAGE = 500
@@ -62,17 +63,17 @@ class PartitionedQueue(Queue[T]):
         partitions: int,
         lease_ms: int,
         max_length: int | None = None,
+        full: Full = "raise",
         **options: Any,
     ) -> None:
         """Declare the queue, with the other *options* of one; nothing is sent. Raises ConfigurationError."""
-        if max_length is not None:
-            whole_number("max_length", max_length, 1)
-        self.partitions = Partitions(client, queue_name(name), partitions, max_length)
+        whole = None if max_length is None else MaxLength(whole_number("max_length", max_length, 1), checked_full(full))
+        self.partitions = Partitions(client, queue_name(name), partitions, whole)
         self.parts: tuple[Queue[T], ...] = tuple(
-            PartitionQueue(client, keys, type, lease_ms=lease_ms, max_length=self.partitions.max_length, **options)
+            PartitionQueue(client, keys, type, lease_ms=lease_ms, max_length=self.partitions.max_length, full=full, **options)
             for keys in self.partitions.keys
         )
-        super().__init__(client, name, type, lease_ms=lease_ms, max_length=max_length, **options)
+        super().__init__(client, name, type, lease_ms=lease_ms, max_length=max_length, full=full, **options)
 
     def _make_publisher(self) -> Publisher[T]:
         target = self.client.redis_target(self.durability)

@@ -33,6 +33,7 @@ from conveyor.store.client.batching import PushTarget
 from conveyor.store.client.client import Client
 from conveyor.store.client.programs import adrive, drive
 from conveyor.store.keys import QueueKeys, known_queues
+from conveyor.store.max_length import UNBOUNDED, MaxLength
 from conveyor.store.operations import Entry
 from conveyor.store.partitions import PartitionCountMismatch, partition_of
 from conveyor.store.script import Argument, Call
@@ -71,14 +72,14 @@ def agree(client: Client, queue: str, partitions: Partitions | None) -> None:
         raise PartitionCountMismatch(keys, str(number))
 
 
-def _max_length_share(max_length: int | None, partitions: int) -> int | None:
+def _max_length_share(max_length: MaxLength | None, partitions: int) -> MaxLength | None:
     """Return the maximum length of each partition (None: no limit). Raises ConfigurationError."""
     if max_length is not None and max_length < partitions:
         raise ConfigurationError(
             f"max_length={max_length} is less than partitions={partitions}: it is split, and each partition must take "
             "at least one message. Raise it, or declare fewer partitions."
         )
-    return None if max_length is None else max_length // partitions
+    return None if max_length is None else max_length.part(partitions)
 
 
 class Partitions:
@@ -89,7 +90,7 @@ class Partitions:
     of each partition (None: no limit), an equal share of the queue's.
     """
 
-    def __init__(self, client: Client, name: str, number: int, max_length: int | None = None) -> None:
+    def __init__(self, client: Client, name: str, number: int, max_length: MaxLength | None = None) -> None:
         self.client, self.name, self.count = client, name, checked_count(number)
         self.max_length = _max_length_share(max_length, number)
         self.keys = tuple(
@@ -346,21 +347,29 @@ class Partitions:
 
     # -- pushing jobs ---------------------------------------------------------------------------------------------
 
-    def send(self, partition: str, entries: Sequence[Entry], target: PushTarget | None = None) -> list[str]:
+    def send(
+        self, partition: str, entries: Sequence[Entry], target: PushTarget | None = None
+    ) -> list[str]:
         """Push jobs to *partition* through *target* (None: the client) and return their ids."""
         target = target or self.client
-        keys, most = self.keys[self._number_of[partition]], self.max_length or 0
-        if all(entry.is_plain for entry in entries):
+        keys, most = self.keys[self._number_of[partition]], self.max_length or UNBOUNDED
+        if most.full == "raise" and all(entry.is_plain for entry in entries):
             pairs: list[Argument] = [part for entry in entries for part in (entry.id, entry.rest)]
             self.run_agreed(lambda: target.push_plain(keys, pairs, max_length=most), keys)
             return [entry.id for entry in entries]
-        return self.run_agreed(lambda: target.push(keys, entries, max_length=most), keys)
+        return self.run_agreed(
+            lambda: self.client.push_with_room(target, keys, entries, most), keys
+        )
 
-    async def asend(self, partition: str, entries: Sequence[Entry], target: PushTarget | None = None) -> list[str]:
+    async def asend(
+        self, partition: str, entries: Sequence[Entry], target: PushTarget | None = None
+    ) -> list[str]:
         """Awaitable form of `send`."""
         target = target or self.client
-        keys, most = self.keys[self._number_of[partition]], self.max_length or 0
-        return await self.arun_agreed(lambda: target.apush(keys, entries, max_length=most), keys)
+        keys, most = self.keys[self._number_of[partition]], self.max_length or UNBOUNDED
+        return await self.arun_agreed(
+            lambda: self.client.apush_with_room(target, keys, entries, most), keys
+        )
 
 
 def partition_count(client: Client, queue: str) -> int:

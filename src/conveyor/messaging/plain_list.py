@@ -108,8 +108,7 @@ class ListPublisher(Publisher[T]):
     def __init__(
         self, client: Client, keys: QueueKeys, codec: ValueCodec[T], middlewares: Sequence[PushMiddleware]
     ) -> None:
-        super().__init__(client, keys, codec, None, middlewares)
-        self._client = client
+        super().__init__(client, client, keys, codec, None, middlewares)
         self._sequences = plain_list.SequencePool()
 
     def push(self, value: T, options: PreparedPush) -> str:

@@ -31,9 +31,11 @@ from conveyor.messaging.push_options import (
 )
 from conveyor.payload.codec import ValueCodec
 from conveyor.store.client.batching import BULK, PushTarget
+from conveyor.store.client.client import Client
 from conveyor.store.client.durability import after_partial_push
 from conveyor.store.client.programs import adrive, drive
 from conveyor.store.keys import QueueKeys
+from conveyor.store.max_length import UNBOUNDED, MaxLength
 
 T = TypeVar("T")
 WINDOW = 100_000
@@ -60,8 +62,7 @@ class PlannedPush(NamedTuple):
     ids: Sequence[str]
     envelopes: Sequence[bytes]
     options: PreparedPush
-    max_length: int = 0
-    """0: no limit."""
+    max_length: MaxLength = UNBOUNDED
     whole: bool = False
     own: Sequence[PreparedPush] = ()
     """The options of each message, where middlewares have seen them; empty: *options* are those of all."""
@@ -75,14 +76,14 @@ class Publisher(Generic[T]):
     """Pushes values to one queue, through *middlewares*. `max_length` bounds the queue; None does not."""
 
     def __init__(
-        self, target: PushTarget, keys: QueueKeys, codec: ValueCodec[T], max_length: int | None,
+        self, client: Client, target: PushTarget, keys: QueueKeys, codec: ValueCodec[T], max_length: MaxLength | None,
         middlewares: Sequence[PushMiddleware] = (),
     ) -> None:  # fmt: skip
-        self._target = target
+        self._client, self._target = client, target
         self._middlewares = middlewares
         self._keys = keys
         self._codec = codec
-        self._max_length = max_length or 0
+        self._max_length = max_length or UNBOUNDED
 
     def through(self, target: PushTarget) -> Publisher[T]:
         """Return the same with another push target."""
@@ -136,18 +137,20 @@ class Publisher(Generic[T]):
 
     def _send(self, push: PlannedPush) -> Sequence[str]:
         keys, ids, envelopes, options, max_length, whole, own = push
-        if all(one.is_plain for one in own) if own else options.is_plain:
+        if max_length.full == "raise" and (all(one.is_plain for one in own) if own else options.is_plain):
             pairs: list[str | bytes] = [b""] * (2 * len(ids))
             pairs[::2], pairs[1::2] = ids, envelopes
             self._target.push_plain(keys, pairs, max_length=max_length)
             return ids
         entries = make_entries(options, own, ids, envelopes)
-        return self._target.push(keys, entries, max_length=max_length, whole=whole)
+        return self._client.push_with_room(self._target, keys, entries, max_length, whole=whole)
 
     async def _asend(self, push: PlannedPush) -> Sequence[str]:
         keys, ids, envelopes, options, max_length, whole, own = push
         entries = await amake_entries(options, own, ids, envelopes)
-        return await self._target.apush(keys, entries, max_length=max_length, whole=whole and max_length > 0)
+        return await self._client.apush_with_room(
+            self._target, keys, entries, max_length, whole=whole and max_length > 0
+        )
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -162,6 +165,16 @@ class Publisher(Generic[T]):
     def _windows(self, values: Iterable[T], options: PreparedPush, stored: list[str]) -> Iterator[Window]:
         """Yield messages that are checked together. *stored* are the messages before, for errors."""
         rest = iter(values)
+        if self._max_length.full == "block":
+            most = min(WINDOW, self._max_length)
+            window = self._encode(islice(rest, most + 1), options, stored)
+            while window.envelopes:
+                # Accepted whole, unless it is more than the queue ever takes: then in small parts, as room comes.
+                size = len(window.envelopes) if not stored and len(window.envelopes) <= most else max(1, most // 4)
+                for first in range(0, len(window.envelopes), size):
+                    yield window.part(slice(first, first + size))
+                window = self._encode(islice(rest, most), options, stored)
+            return
         if self._max_length:
             window = self._encode(islice(rest, WINDOW + 1), options, stored)
             if len(window.envelopes) > WINDOW:
@@ -215,7 +228,9 @@ class PartitionedPublisher(Publisher[T]):
         codec: ValueCodec[T],
         middlewares: Sequence[PushMiddleware] = (),
     ) -> None:
-        super().__init__(target, partitions.queue_keys, codec, partitions.max_length, middlewares)
+        super().__init__(
+            partitions.client, target, partitions.queue_keys, codec, partitions.max_length, middlewares
+        )
         self._partitions = partitions
 
     def through(self, target: PushTarget) -> PartitionedPublisher[T]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from itertools import repeat
+from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict
 
 from conveyor import ids as ident
@@ -85,6 +86,8 @@ class PreparedPush:
     """The confirmation asked of the store; not stored."""
     group: str | None = field(default=None, compare=False)
     """The key that picks the partition; not stored."""
+    deadline: float | None = field(default=None, compare=False)
+    """Until when the push waits for room in a full queue (monotonic); not stored."""
     extra: EnvelopeOptions | None = field(default=None, compare=False)
     """The headers and the version that stand in `head`."""
     tags: tuple[str, ...] = ()
@@ -114,6 +117,7 @@ class PreparedPush:
             own_id=self.id is not None,
             front=self.front,
             tags=self.tags,
+            deadline=self.deadline,
         )
 
 
@@ -166,8 +170,6 @@ def prepare_push(
     """Check the options of a push and return them. Raises ConfigurationError, PayloadError."""
     if group is not None:
         raise not_yet("group")
-    if timeout is not None:
-        raise not_yet("timeout", "It belongs to full='block'.")
     delay_ms = milliseconds(delay, name="delay")
     if at is not None and delay_ms:
         raise ConfigurationError("Give delay or at, not both. Nothing was stored.")
@@ -192,6 +194,7 @@ def prepare_push(
         unique=None if unique is None else ident.unique_key(unique),
         tags=ident.tag_texts(tags),
         durability_request=durability_request(fsync, wait_replicas, wait_timeout),
+        deadline=None if timeout is None else monotonic() + milliseconds(timeout, name="timeout") / 1000,
     )
 
 

@@ -45,13 +45,13 @@ from conveyor.store.client.durability import Durability
 from conveyor.store.client.programs import adrive, arun_once, drive, run_once
 from conveyor.store.inspection import QueueCounts
 from conveyor.store.keys import QueueKeys
+from conveyor.store.max_length import Full, MaxLength
 from conveyor.store.operations import MOST_HELD
 from conveyor.store.script import Call
 from conveyor.units import Duration, milliseconds
 
 T = TypeVar("T")
 V = TypeVar("V")
-Full = Literal["raise", "block", "drop-oldest"]
 SHORTEST_LEASE_MS = 100
 
 
@@ -178,12 +178,11 @@ class Queue(MessageSource[T]):
             type, formats=formats, max_payload=max_payload, what=f"A message of queue '{name}'"
         )
         self.lease_ms = whole_number("lease_ms", lease_ms, SHORTEST_LEASE_MS)
-        self.max_length = None if max_length is None else whole_number("max_length", max_length, 1)
+        checked_full(full)
+        self.max_length = None if max_length is None else MaxLength(whole_number("max_length", max_length, 1), full)
         self.retry = retry_policy(retry, max_attempts, max_crashes)
-        if full not in get_args(Full):
-            raise ConfigurationError(f"full must be one of {', '.join(get_args(Full))}, not {full!r}.")
-        if full != "raise":
-            raise not_yet("full", f"Only 'raise' works yet, not {full!r}.")
+        if full != "raise" and max_length is None:
+            raise ConfigurationError(f"full={full!r} says what a push beyond max_length does: give max_length too.")
         if partitions != 1:
             raise ConfigurationError(
                 "A Queue has one partition; app.queue(…, partitions=…) makes a queue with several."
@@ -210,7 +209,7 @@ class Queue(MessageSource[T]):
 
     def _make_publisher(self) -> Publisher[T]:
         target = self.client.redis_target(self.durability)
-        return Publisher(target, self.keys, self.codec, self.max_length, self._middlewares)
+        return Publisher(self.client, target, self.keys, self.codec, self.max_length, self._middlewares)
 
     def _intake(self) -> Callable[[int], Call[int]] | None:
         return None
@@ -266,6 +265,11 @@ class Queue(MessageSource[T]):
             return PLAIN
         if unknown := options.keys() - PushOptions.__annotations__.keys():
             raise TypeError(f"push() got an unexpected keyword argument {min(unknown)!r}")
+        if options.get("timeout") is not None and (self.max_length is None or self.max_length.full != "block"):
+            raise ConfigurationError(
+                f"timeout= is how long a push waits for room, and queue '{self.name}' does not wait: declare it with "
+                "max_length= and full='block'. Nothing was stored."
+            )
         return with_sealing(prepare_push(**options, version=self.version), self._sealing, self.name, self.version)
 
     def _prepared_many(self, options: PushManyOptions) -> PreparedPush:
@@ -433,6 +437,12 @@ class Queue(MessageSource[T]):
 def checked_on_error(value: OnError) -> OnError:
     if value not in get_args(OnError):
         raise ConfigurationError(f"on_error must be 'log' or 'raise', not {value!r}.")
+    return value
+
+
+def checked_full(value: Full) -> Full:
+    if value not in get_args(Full):
+        raise ConfigurationError(f"full must be one of {', '.join(get_args(Full))}, not {value!r}.")
     return value
 
 

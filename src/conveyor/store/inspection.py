@@ -29,6 +29,7 @@ class QueueCounts:
 
     `oldest_age`: seconds since the oldest ready job could have started, None when none is ready. `outbox`: jobs that its
     jobs spawned and that are not delivered to their queues yet. `unplaced`: jobs that have a record and are in no place.
+    `blocked`: producers that wait for room. `dropped`: jobs that were dropped for newer ones (full="drop-oldest").
     """
 
     ready: int
@@ -42,6 +43,8 @@ class QueueCounts:
     max_length: int | None = None
     outbox: int = 0
     unplaced: int = 0
+    blocked: int = 0
+    dropped: int = 0
 
     def __len__(self) -> int:
         return self.ready + self.scheduled + self.waiting
@@ -59,7 +62,8 @@ def total(parts: Sequence[QueueCounts]) -> QueueCounts:
         sum(part.ready for part in parts), sum(part.scheduled for part in parts), sum(part.waiting for part in parts),
         sum(part.leased for part in parts), sum(part.dead for part in parts), max(ages, default=None),
         any(part.paused for part in parts), max(part.workers for part in parts), sum(limits) if limits else None,
-        sum(part.outbox for part in parts), sum(part.unplaced for part in parts),
+        sum(part.outbox for part in parts), sum(part.unplaced for part in parts), sum(part.blocked for part in parts),
+        sum(part.dropped for part in parts),
     )  # fmt: skip
 
 
@@ -146,7 +150,7 @@ def counts(keys: QueueKeys) -> Call[QueueCounts]:
 
 
 def _read_counts(reply: list[Any]) -> QueueCounts:
-    ready, scheduled, leased, dead, workers, paused, now, oldest, marks, max_length, foreign, outbox, unplaced = reply
+    ready, scheduled, leased, dead, workers, paused, now, oldest, marks, max_length, foreign, outbox, unplaced, *more = reply
     age = None
     if oldest:
         envelope = read_envelope(marks + b"\n\n")
@@ -154,7 +158,7 @@ def _read_counts(reply: list[Any]) -> QueueCounts:
         age = max(0.0, (now - since) / 1000) if since else 0.0
     limit = int(max_length) if max_length else None
     return QueueCounts(
-        ready + foreign, scheduled, 0, leased, dead, age, paused == 1, workers, limit, outbox, max(0, unplaced)
+        ready + foreign, scheduled, 0, leased, dead, age, paused == 1, workers, limit, outbox, max(0, unplaced), *more
     )
 
 

@@ -44,7 +44,7 @@ class QueueKeys:
 
     __slots__ = (
         "conf", "dead", "due", "foreign", "intake", "jobs", "none", "outbox", "partitions", "prefix", "queue",
-        "ready", "recent", "state", "upkeep", "waiters", "wake", "workers",
+        "ready", "recent", "room", "state", "upkeep", "waiters", "wake", "workers",
     )  # fmt: skip
 
     def __init__(self, namespace: str, queue: str, *, foreign: str | None = None, partitions: int = 1) -> None:
@@ -64,6 +64,7 @@ class QueueKeys:
         self.intake = prefix + "intake"
         self.outbox = prefix + "outbox"
         self.upkeep = prefix + "upkeep"
+        self.room = prefix + "room"
         # Never exists. A script that touches keys which its call does not name, names this one besides: while the slot moves to
         # another node of a cluster, the server then refuses the whole call (TRYAGAIN), and not a command amid the script.
         self.none = prefix + "none"

@@ -19,6 +19,7 @@ from conveyor.ids import may_arrive_later
 from conveyor.payload.records import to_json, write_attributes, write_envelope
 from conveyor.store.job_filter import UNLIMITED, Walk, WalkStep, read_step
 from conveyor.store.keys import QueueKeys
+from conveyor.store.max_length import argument_of
 from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import Argument, Call, Command, Script, WrongReply
 
@@ -34,7 +35,7 @@ EXTEND, HELD_IDS, CANCEL, REDRIVE = Script("extend"), Script("held_ids"), Script
 PROMOTE, PURGE, CONFIGURE, LIST_INTAKE = Script("promote"), Script("purge"), Script("configure"), Script("list_intake")
 AWAIT_RESULT, FORGET, WITHDRAW = Script("await_result"), Script("forget"), Script("withdraw")
 WAKE, IDLE_TURN, FIND_WORK = Script("wake"), Script("idle_turn"), Script("find_work")
-REPAIR = Script("repair")
+REPAIR, LEAVE_ROOM = Script("repair"), Script("leave_room")
 DELETE, SMEMBERS = Script("delete"), Script("SMEMBERS")
 SADD, SREM, SET, DEL, EXISTS = Script("SADD"), Script("SREM"), Script("SET"), Script("DEL"), Script("EXISTS")
 
@@ -67,6 +68,8 @@ class Entry:
     group: str | None = None
     limits: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
+    deadline: float | None = None
+    """Until when its producer waits for room (monotonic); not stored."""
 
     @property
     def is_plain(self) -> bool:
@@ -106,6 +109,14 @@ class ProducerSequence:
 
 class StalePush(Exception):
     """A newer push of this sequence was already answered."""
+
+
+class InLine(QueueFull):
+    """A queue is full, and the producer stands in the line of those that wait for room, `since` then (µs)."""
+
+    def __init__(self, message: str, since: str) -> None:
+        super().__init__(message)
+        self.since = since
 
 
 class WithdrawnPush(Exception):
@@ -154,7 +165,7 @@ def push_plain(
         names = (keys.lane(sequence.identity), keys.jobs, keys.ready[0], keys.wake, keys.conf, keys.dead)
         sequence.key_names[keys.prefix] = names
     number = str(sequence.next())
-    args = (number, str(max_length), str(keys.partitions), *pairs)
+    args = (number, argument_of(max_length), str(keys.partitions), *pairs)
     return Call(
         PUSH_PLAIN, names, args, partial(_pushed_plain, keys, number), None if sequence.resends_refused else WITHDRAW
     )
@@ -194,7 +205,7 @@ def _push_args(
     number: str, keys: QueueKeys, entries: Iterable[Entry], max_length: int
 ) -> tuple[list[Argument], list[str | None]]:
     """Return the arguments of a push, and the id of each entry, None for one that the reply will name."""
-    args: list[Argument] = [number, str(max_length), str(keys.partitions), "0"]
+    args: list[Argument] = [number, argument_of(max_length), str(keys.partitions), "0"]
     ids: list[str | None] = []
     run: list[Argument] = []
     plain_run = True
@@ -307,12 +318,13 @@ def _accepted(answer: str) -> str:
 def _refused(keys: QueueKeys, words: Sequence[str]) -> NoReturn:
     status, *rest = words
     queue = keys.queue
-    if status == "full":
+    if status in {"full", "wait"}:
         part = ", its part of the whole queue's max_length" if keys.partitions > 1 else ""
-        raise QueueFull(
+        message = (
             f"Queue '{queue}' holds {rest[0]} jobs and takes at most {rest[1]}{part}. Nothing was enqueued. "
             "Add workers, raise max_length, or try again later."
         )
+        raise QueueFull(message) if status == "full" else InLine(message, rest[2])
     if status == "schema":
         raise ConfigurationError(
             f"Queue '{queue}' was written by another version (layout {rest[0]}; this one knows 1 and 2). Upgrade this program."
@@ -727,6 +739,12 @@ def delete(
     return Call(
         DELETE, names, (how, token, *beside), lambda reply: None if reply[0] == -1 else Remains(*map(int, reply[1:]))
     )
+
+
+def leave_room(prefix: str, entry: str) -> Call[bool]:
+    """Return the call that takes the *entry* of a producer out of the line of the queue whose keys begin with *prefix*."""
+    names = tuple(prefix + name for name in ("room", "conf", "jobs", "dead", "none"))
+    return Call(LEAVE_ROOM, names, (entry,), bool)
 
 
 def repair(keys: QueueKeys, ids: Sequence[str]) -> Call[tuple[int, int]]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
 from conveyor.ids import new_identity
 from conveyor.store import operations
+from conveyor.store.max_length import MaxLength, declared_length
 from conveyor.store.operations import Entry, ProducerSequence
 from conveyor.store.script import Call
 from conveyor.store.transport.async_connection import AsyncConnection
@@ -60,8 +61,13 @@ class PushTargetResolver(Protocol):
 
 
 ResultFuture = asyncio.Future[Any]
-PendingPush = tuple[str, bytes, ResultFuture, float] | tuple[Sequence[Entry], None, ResultFuture, float]
-"""A plain message (id, envelope), or entries; the future of its caller; and since when it waits (the loop's time)."""
+PendingPush = (
+    tuple[str, bytes, ResultFuture, float, None] | tuple[Sequence[Entry], None, ResultFuture, float, MaxLength | None]
+)
+"""
+A plain message (id, envelope), or entries; the future of its caller; since when it waits (the loop's time); and the maximum
+length with its place in the line of those that wait for room, None without one: it is pushed from there when it is sent alone.
+"""
 
 
 class LoopConnections:
@@ -89,6 +95,7 @@ class LoopConnections:
 
     def batcher(self, keys: QueueKeys, max_length: int) -> PushBatcher:
         """Return the batcher for *keys*."""
+        max_length = declared_length(max_length)
         key = (keys.prefix, max_length, keys.partitions)
         batcher = self._batchers.get(key)
         if batcher is None:
@@ -145,15 +152,16 @@ class PushBatcher:
     def put(self, id: str, envelope: bytes) -> asyncio.Future[None]:  # noqa: A002
         """Push one plain message."""
         future: asyncio.Future[None] = self._loop.create_future()
-        self._waiting.append((id, envelope, future, self._loop.time()))
+        self._waiting.append((id, envelope, future, self._loop.time(), None))
         if self._sender is None:
             self._start()
         return future
 
-    def push(self, entries: Sequence[Entry]) -> asyncio.Future[list[str]]:
-        """Push *entries*; the future yields an id for each."""
+    def push(self, entries: Sequence[Entry], max_length: int = 0) -> asyncio.Future[list[str]]:
+        """Push *entries*; the future yields an id for each. *max_length* may have a place in the line for room."""
         future: asyncio.Future[list[str]] = self._loop.create_future()
-        self._waiting.append((entries, None, future, self._loop.time()))
+        place = max_length if isinstance(max_length, MaxLength) and max_length.place else None
+        self._waiting.append((entries, None, future, self._loop.time(), place))
         if self._sender is None:
             self._start()
         return future
@@ -206,7 +214,8 @@ class PushBatcher:
                 await self._on_new_queue(self._keys)
             return []
         entries = entries_of(batch)
-        ids = await self.run(operations.push(self._keys, self._sequence, entries, max_length=self._max_length))
+        max_length = batch[0][4] or self._max_length if len(batch) == 1 else self._max_length
+        ids = await self.run(operations.push(self._keys, self._sequence, entries, max_length=max_length))
         if isinstance(ids, operations.NewQueueIds) and self._on_new_queue is not None:
             await self._on_new_queue(self._keys)
         return ids
@@ -250,6 +259,13 @@ def chunks(entries: Sequence[Entry], whole: bool) -> list[Sequence[Entry]]:
     return [entries[first : first + step] for first in range(0, len(entries), step)]
 
 
+def partly_full(full: QueueFull, stored: int) -> QueueFull:
+    """Return the error of a push in parts of which *stored* jobs were stored before."""
+    if not stored:
+        return full
+    return QueueFull(f"{str(full).replace('Nothing was enqueued. ', '')}\nThe first {stored:,} jobs were stored, the rest was not.")
+
+
 def entries_of(batch: list[PendingPush]) -> list[Entry]:
     """Return all entries of a batch, in order."""
     return [entry for one in batch for entry in _entries(one)]
@@ -261,7 +277,7 @@ def _entries(one: PendingPush) -> Sequence[Entry]:
 
 def _answer(batch: list[PendingPush], ids: list[str]) -> None:
     at = 0
-    for first, envelope, future, _ in batch:
+    for first, envelope, future, *_ in batch:
         if envelope is not None:
             at += 1
             if not future.done():
@@ -274,6 +290,6 @@ def _answer(batch: list[PendingPush], ids: list[str]) -> None:
 
 def _fail(batch: list[PendingPush], error: BaseException) -> None:
     cause = StoreUnavailable(str(error)) if not isinstance(error, Exception) else error
-    for _, _, future, _ in batch:
+    for _, _, future, *_ in batch:
         if not future.done():
             future.set_exception(cause)

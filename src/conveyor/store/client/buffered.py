@@ -120,12 +120,13 @@ class BufferedClient(Client):
     ) -> list[str]:
         """Put a push into the buffer: *content* is entries, or id, envelope, id, envelope, …"""
         entries = list(content) if content and isinstance(content[0], Entry) else operations.plain_entries(content)
+        entries = [replace(one, deadline=None) if one.deadline is not None else one for one in entries]  # of this process
         if max_length and len(entries) > max_length:
             raise QueueFull(
                 f"Queue '{keys.queue}' takes at most {max_length} jobs, and this push has {len(entries)}. Nothing was stored."
             )
         record = SpooledPush(
-            self.namespace, keys.queue, entries, time.time(), max_length, keys.partitions, foreign=keys.foreign
+            self.namespace, keys.queue, entries, time.time(), int(max_length), keys.partitions, foreign=keys.foreign
         )
         if sequence is not None:
             record.lane, record.number = sequence.identity, sequence.number
@@ -150,7 +151,7 @@ class BufferedClient(Client):
         sequence = self.loop_connections().batcher(keys, max_length)
         ids: list[str] = []
         for part in chunks(entries, whole):
-            ids += await sequence.push(part)
+            ids += await sequence.push(part, max_length)
         return ids
 
     # -- end ----------------------------------------------------------------------------------------------------------

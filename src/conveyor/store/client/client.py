@@ -21,16 +21,17 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
+from conveyor.errors import ConfigurationError, ConveyorError, QueueFull, StoreUnavailable
 from conveyor.ids import new_identity
 from conveyor.store import operations
-from conveyor.store.client.batching import LoopConnections, PushBatcher, chunks
+from conveyor.store.client.batching import LoopConnections, PushBatcher, chunks, partly_full
 from conveyor.store.client.confirmed import ConfirmedConnections, ConfirmedTarget
 from conveyor.store.client.durability import Durability, DurabilityRequest
 from conveyor.store.client.outages import ServerOutages
 from conveyor.store.client.queue_index import QueueIndex
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.keys import QueueKeys, check_namespace, known_queues
+from conveyor.store.max_length import MaxLength
 from conveyor.store.operations import Entry, ProducerSequence
 from conveyor.store.script import Argument, Call
 from conveyor.store.transport.async_connection import AsyncConnection
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
     from conveyor.store.client.batching import PushTarget, PushTargetResolver
     from conveyor.store.client.buffer import Buffer
+    from conveyor.store.client.room import RoomLine
     from conveyor.store.embedded.server import ServerHandle
     from conveyor.store.transport.endpoint import Endpoint, Topology
 
@@ -99,6 +101,7 @@ class Client:
         self._announced = QueueIndex()
         self.outages = ServerOutages()
         self._confirmed_connections: ConfirmedConnections | None = None
+        self._room: RoomLine | None = None
         self.push_target_resolver: PushTargetResolver | None = None
         self.buffer: Buffer | None = None  # a client with a buffer replaces these three
         self.new_sequence: Callable[[], ProducerSequence] = _new_sequence
@@ -222,6 +225,34 @@ class Client:
             producer.free_list.append(producer)
         if is_new:
             self.announce_again(keys)
+
+    def push_with_room(
+        self, target: PushTarget, keys: QueueKeys, entries: Sequence[Entry], max_length: MaxLength, *, whole: bool = False
+    ) -> list[str]:
+        """
+        Push to *target*; wait for room in a full queue where its maximum length says so, as long as the entries do.
+
+        All are stored or none, more than the queue ever takes in parts. A push that is stored elsewhere meanwhile does not wait.
+        """
+        if target.deferred or max_length.full != "block":
+            return target.push(keys, entries, max_length=max_length, whole=whole)
+        ids: list[str] = []
+        for part in max_length.parts(entries):
+            try:
+                ids += self.room.push(keys, max_length, part, partial(target.push, keys, part, whole=True))
+            except QueueFull as full:
+                raise partly_full(full, len(ids)) from None
+        return ids
+
+    @property
+    def room(self) -> RoomLine:
+        """The producers of this client that wait for room in full queues."""
+        if self._room is None:
+            from conveyor.store.client.room import RoomLine
+
+            with self._lock:
+                self._room = self._room or RoomLine(self)
+        return self._room
 
     def start_push_plain(self, keys: QueueKeys, pairs: Sequence[Argument]) -> Callable[[], None]:
         """
@@ -370,7 +401,21 @@ class Client:
         sequence = self.loop_connections().batcher(keys, max_length)
         ids: list[str] = []
         for part in chunks(entries, whole):
-            ids += await sequence.push(part)
+            ids += await sequence.push(part, max_length)
+        return ids
+
+    async def apush_with_room(
+        self, target: PushTarget, keys: QueueKeys, entries: Sequence[Entry], max_length: MaxLength, *, whole: bool = False
+    ) -> list[str]:
+        """Awaitable form of `push_with_room`."""
+        if target.deferred or max_length.full != "block":
+            return await target.apush(keys, entries, max_length=max_length, whole=whole)
+        ids: list[str] = []
+        for part in max_length.parts(entries):
+            try:
+                ids += await self.room.apush(keys, max_length, part, partial(target.apush, keys, part, whole=True))
+            except QueueFull as full:
+                raise partly_full(full, len(ids)) from None
         return ids
 
     def push_target(
@@ -476,6 +521,8 @@ class Client:
     def close(self) -> None:
         """Close all blocking connections and release the embedded server."""
         self.outages.close()
+        if self._room is not None:
+            self._room.close()
         if self._confirmed_connections is not None:
             self._confirmed_connections.close()
         for free in (self._free, *self._free_at.values()):

@@ -30,6 +30,7 @@ from conveyor.store.client.durability import (
     decide_fsync_method,
 )
 from conveyor.store.fork_safety import on_fork
+from conveyor.store.max_length import declared_length
 from conveyor.store.operations import Entry, ProducerSequence
 from conveyor.store.script import Argument, Call
 from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
@@ -106,7 +107,7 @@ class ConfirmedTarget:
         ids: list[str] = []
         for part in chunks(entries, whole):
             try:
-                ids += await sequence.push(part)
+                ids += await sequence.push(part, max_length)
             except DurabilityNotReached as error:
                 if len(part) == len(entries):
                     raise
@@ -157,6 +158,7 @@ class ConfirmedConnections:
         state = self._loops.get(loop)
         if state is None:
             state = self._loops[loop] = _LoopState()
+        max_length = declared_length(max_length)
         batcher = state.batchers.get((keys.prefix, max_length, durability))
         if batcher is None:
             endpoint = self.client.endpoint(keys)
@@ -226,7 +228,7 @@ class ConfirmedBatcher(PushBatcher):
             super().resolve(batch, ids)
             return
         at = 0
-        for first, _, future, _ in batch:
+        for first, _, future, *_ in batch:
             own = ids[at : at + len(first)]
             at += len(first)
             if not future.done():

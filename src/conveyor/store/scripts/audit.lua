@@ -1,5 +1,5 @@
 -- Prove that every live id is in exactly one place. This reads the whole queue in one step: for tests and quiet hours.
--- needs: numbers leased envelope
+-- needs: numbers leased envelope room
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7-16 ready:0 … ready:9
 -- ARGV  1 refuse above this many jobs  2… tags that have a key: no other way finds those of jobs that are gone
@@ -45,4 +45,5 @@ for _, id in ipairs(redis.call('HKEYS', KEYS[2])) do
   if redis.call('HEXISTS', KEYS[1], id) == 0 then problem('state without a job', id) end
 end
 if stubs ~= tonumber(redis.call('HGET', KEYS[6], 'stubs') or 0) then problem('wrong count of stubs', int(stubs)) end
+audit_line(prefix, problem)
 return problems

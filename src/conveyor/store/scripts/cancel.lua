@@ -1,5 +1,5 @@
 -- Cancel or delete jobs, wherever they are. For a leased job its worker is asked. One step of a walk.
--- needs: numbers keys listed envelope tags outcome rights kept_result ended_mark leased leased_order heads walk
+-- needs: numbers keys listed envelope tags outcome rights kept_result ended_mark leased leased_order heads walk room
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7 waiters  8 none
 -- ARGV  1 "cancel" leaves a record, "delete" leaves nothing and takes dead letters too  2… as in lib/walk.lua
@@ -9,7 +9,7 @@
 --         -2 not known, or no longer
 local jobs, cancels = KEYS[1], ARGV[1] == 'cancel'
 local queue, untagged = {prefix = string.sub(jobs, 1, -5), state = KEYS[2], waiters = KEYS[7]}, {}
-local walk, workers = walk_jobs(queue.prefix, 2, false, 8), nil
+local walk, workers, line = walk_jobs(queue.prefix, 2, false, 8), nil, nil
 
 local function cancel_job(id)
   local envelope = redis.call('HGET', jobs, id)
@@ -23,7 +23,8 @@ local function cancel_job(id)
   if buried and cancels then return 0 end
 
   if not workers then
-    check('HLEN', queue.state, KEYS[6], queue.waiters)
+    check('HLEN', queue.state, queue.waiters)
+    line = redis.call('HGET', KEYS[6], 'line')
     workers = redis.call('ZRANGE', KEYS[5], 0, -1)
     prove(queue.prefix .. 'none', 'HDEL', 'ZREM', 'HEXISTS', 'HSET', 'HINCRBY', 'SET', 'GET', 'DEL', 'PEXPIRE')
   end
@@ -73,6 +74,7 @@ if ARGV[2] == 'tag' then
   for _, id in ipairs(walk.lost) do list_tags(untagged, {ARGV[5]}, id) end
 end
 change_tags('ZREM', queue.prefix, untagged)
+if line then call_next(queue.prefix) end
 local reply = reply_of(walk, gone)
 for _, one in ipairs(codes) do reply[#reply + 1] = one end
 return reply

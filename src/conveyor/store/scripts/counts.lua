@@ -5,7 +5,8 @@
 --       then, for a plain list, the list and its intake
 -- ARGV  none
 -- returns {ready, scheduled, leased, dead, workers, paused, now_ms, oldest ready id or "", its envelope's marks, max_length or "",
---         entries of the plain list and its intake, entries of the outbox, records more than there are places}
+--         entries of the plain list and its intake, entries of the outbox, records more than there are places,
+--         producers that wait for room, jobs that full="drop-oldest" has dropped}
 local prefix = string.sub(KEYS[1], 1, -5)
 local ready, oldest = 0, ''
 for i = 6, 15 do
@@ -21,8 +22,9 @@ for _, worker in ipairs(workers) do leased = leased + count_held(prefix .. 'leas
 local scheduled, dead = redis.call('ZCARD', KEYS[2]), redis.call('ZCARD', KEYS[3])
 -- Not known where there are more workers than were asked.
 local unplaced = #workers < 1000 and redis.call('HLEN', KEYS[1]) - ready - scheduled - leased - dead or 0
-local conf = redis.call('HMGET', KEYS[5], 'stubs', 'paused', 'max_length')
+local conf = redis.call('HMGET', KEYS[5], 'stubs', 'paused', 'max_length', 'bound', 'line', 'dropped')
 local line = oldest ~= '' and string.match(redis.call('HGET', KEYS[1], oldest) or '', '^[^\n]*') or ''
 return {ready - tonumber(conf[1] or 0), scheduled, leased, dead, #workers,
-  conf[2] == '1' and 1 or 0, clock(), oldest, line, conf[3] or '', foreign,
-  redis.call('LLEN', KEYS[16]), unplaced}
+  conf[2] == '1' and 1 or 0, clock(), oldest, line, conf[3] or string.match(conf[4] or '', '^%d+') or '',
+  foreign, redis.call('LLEN', KEYS[16]), unplaced, conf[5] and redis.call('ZCARD', prefix .. 'room') or 0,
+  tonumber(conf[6] or 0)}

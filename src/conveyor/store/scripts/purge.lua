@@ -1,5 +1,5 @@
 -- Remove jobs that wait, from the front, in one bounded batch. Jobs that arrive after a purge began survive it.
--- needs: numbers keys envelope tags outcome rights
+-- needs: numbers keys envelope tags outcome rights room
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 conf  6 waiters  7-16 ready:0 … ready:9  17 none
 -- ARGV  1 "ready", "due" or "dead"  2 how many at most (at most 1,000)
@@ -8,7 +8,8 @@ local jobs, limit = KEYS[1], math.min(tonumber(ARGV[2]), 1000)
 if limit < 1 then return {0, 0} end
 local prefix = string.sub(jobs, 1, -5)
 local ids = {}
-check('HLEN', KEYS[2], KEYS[5], KEYS[6])
+check('HLEN', KEYS[2], KEYS[6])
+local line = redis.call('HGET', KEYS[5], 'line')
 check('LLEN', unpack(KEYS, 7, 16))
 local record = cancelled_record(clock(), 'purged')
 redis.call('HDEL', jobs, '\t')
@@ -40,4 +41,5 @@ end
 redis.call('HDEL', jobs, unpack(ids))
 redis.call('HDEL', KEYS[2], unpack(ids))
 change_tags('ZREM', prefix, untagged)
+if line then call_next(prefix) end
 return {#ids, removed}

@@ -7,7 +7,7 @@
 -- returns as push.lua: "<number>\nok", "<number>\nok\n\t", "<number>\nfull\n<length>\n<maximum>", "<number>\nschema\n<found>",
 --         "<number>\npartitions\n<found>", "<number>\nlate"
 local number = ARGV[1]
-local conf = redis.call('HMGET', KEYS[5], 'schema', 'max_length', 'stubs', 'partitions')
+local conf = redis.call('HMGET', KEYS[5], 'schema', 'max_length', 'stubs', 'partitions', 'line', 'bound')
 if (conf[1] or '1') ~= '1' and conf[1] ~= '2' then return number .. '\nschema\n' .. conf[1] end
 local function repeated()
   local seen = redis.call('GET', KEYS[1])
@@ -18,7 +18,7 @@ local last_argument = #ARGV
 local maximum = tonumber(conf[2] or ARGV[2])
 if maximum > 0 then
   local length = redis.call('HLEN', KEYS[2]) - redis.call('ZCARD', KEYS[6]) - tonumber(conf[3] or 0)
-  if length + (last_argument - 3) / 2 > maximum then
+  if length + (last_argument - 3) / 2 > maximum or (conf[5] and redis.call('EXISTS', string.sub(KEYS[5], 1, -5) .. 'room') == 1) then
     return repeated() or string.format('%s\nfull\n%.0f\n%.0f', number, length, maximum)
   end
 end
@@ -70,6 +70,7 @@ else
   end
 end
 if conf[1] ~= '2' then redis.call('HSET', KEYS[5], 'schema', '2') end
+if ARGV[2] ~= '0' and ARGV[2] ~= conf[6] then redis.call('HSET', KEYS[5], 'bound', ARGV[2]) end
 if redis.pcall('EXISTS', KEYS[4]) ~= 1 then
   redis.pcall('RPUSH', KEYS[4], '1')
   redis.pcall('PEXPIRE', KEYS[4], '3600000')

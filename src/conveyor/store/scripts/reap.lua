@@ -1,5 +1,5 @@
 -- Remove a worker's registration and return the jobs that it held to the front, so that the oldest is leased first.
--- needs: numbers keys listed tokens envelope tags outcome leased_order rights serving
+-- needs: numbers keys listed tokens envelope tags outcome leased_order rights serving room
 --
 -- KEYS  1 leased:<worker>  2 workers  3 jobs  4 state  5 wake  6 waiters  7-16 ready:0 … ready:9  17 none
 -- ARGV  1 worker  2 the end it was seen with (ms), or "" when its death is known or it leaves by itself
@@ -23,6 +23,7 @@ local envelopes = #ids > 0 and redis.call('HMGET', jobs, unpack(ids)) or {}
 local states = #ids > 0 and redis.call('HMGET', state, unpack(ids)) or {}
 local lists = {}
 check('HLEN', KEYS[6])
+local line = known[3] and redis.call('HGET', string.sub(jobs, 1, -5) .. 'conf', 'line')
 for i in ipairs(ids) do
   lists[i] = KEYS[7 + priority_of(envelopes[i])]
   check('LLEN', lists[i])
@@ -75,4 +76,5 @@ for i = #ids, 1, -1 do
 end
 change_tags('ZREM', queue.prefix, untagged)
 if returned > 0 then wake(KEYS[5]) end
+if line then call_next(queue.prefix) end
 return returned

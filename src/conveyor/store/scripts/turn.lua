@@ -1,5 +1,5 @@
 -- A worker's whole round trip: settle what it has finished, then lease up to N more jobs to it.
--- needs: numbers keys listed tokens envelope tags outcome leased_order rights ended results settle promote lease upkeep
+-- needs: numbers keys listed tokens envelope tags outcome leased_order rights ended results settle promote lease upkeep room
 --
 -- KEYS  1 jobs  2 state  3 leased:<worker>  4 workers  5 due  6 wake  7 conf  8 dead  9 recent  10 waiters
 --       11-20 ready:0 … ready:9  21 none
@@ -37,7 +37,8 @@ local last = tonumber(about[1])
 -- A worker that has left only gets its last reply again: its hash expires, and new leases would expire with it.
 if not last or (about[3] and number ~= last) then return {0} end
 if number < last then return {-1} end
-local paused = redis.call('HGET', queue.conf, 'paused') == '1'
+local conf = redis.call('HMGET', queue.conf, 'paused', 'line')
+local paused, line = conf[1] == '1', conf[2]
 
 -- The same turn again: its first reply was lost, and nothing is settled or leased twice.
 if number == last then
@@ -148,5 +149,6 @@ if looks then
   overdue = find_overdue(queue, workers, now, lease_ms)
   trim_dead(queue, now)
 end
+if line then call_next(queue.prefix) end
 change_tags('ZREM', queue.prefix, queue.untagged)
 return {number, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused and 1 or 0, missing, outbox}

@@ -5,14 +5,17 @@
 -- returns     the reply of a push that is refused; or nil, and the function that stores everything and returns the reply
 local function prepare_push(KEYS, ARGV)
   local jobs, due, conf, dead = KEYS[2], KEYS[3], KEYS[5], KEYS[6]
-  local conf_now = redis.call('HMGET', conf, 'max_length', 'schema', 'stubs', 'partitions')
+  local conf_now = redis.call('HMGET', conf, 'max_length', 'schema', 'stubs', 'partitions', 'line', 'bound')
   if (conf_now[2] or '1') ~= '1' and conf_now[2] ~= '2' then return ARGV[1] .. '\nschema\n' .. conf_now[2] end
   if (conf_now[4] or '1') ~= ARGV[3] then return ARGV[1] .. '\npartitions\n' .. (conf_now[4] or '') end
-  local maximum = tonumber(conf_now[1] or ARGV[2])
+  local prefix, bound = string.sub(jobs, 1, -5), string.match(ARGV[2], '^%d+ ?%S*')
+  local maximum, leaves = tonumber(conf_now[1] or string.match(bound, '^%d+')), nil
   if maximum > 0 then
     local length = redis.call('HLEN', jobs) - redis.call('ZCARD', dead) - tonumber(conf_now[3] or 0)
-    if length + tonumber(ARGV[4]) > maximum then
-      return ARGV[1] .. '\nfull\n' .. int(length) .. '\n' .. int(maximum)
+    if conf_now[5] or length + tonumber(ARGV[4]) > maximum then
+      local refusal
+      refusal, leaves = admit(prefix, ARGV[2], conf_now[5], length, maximum, tonumber(ARGV[4]))
+      if refusal then return ARGV[1] .. '\n' .. refusal end
     end
   end
 
@@ -80,6 +83,7 @@ local function prepare_push(KEYS, ARGV)
   if appends and (prepends or schedules) then prove(none, 'RPUSH') end
   return nil, function()
     if conf_now[2] ~= '2' then redis.call('HSET', conf, 'schema', '2') end
+    if bound ~= '0' and bound ~= conf_now[6] then redis.call('HSET', conf, 'bound', bound) end
 
     local takeable = false
     local function append(key, ids, first, last)
@@ -138,6 +142,8 @@ local function prepare_push(KEYS, ARGV)
     if #ids > 0 then reply = reply .. '\n' .. table.concat(ids, '\n') end
     if not conf_now[2] then reply = reply .. '\n\t' end
     if takeable then wake(KEYS[4]) end
+    if leaves then redis.call('ZREM', prefix .. 'room', leaves) end
+    if conf_now[5] then call_next(prefix) end
     return reply
   end
 end

@@ -33,7 +33,7 @@ local function read_settlements(queue, leased, done_at, done_count, other_at, ot
   return done, others, lost, kinds
 end
 
--- Prove that this user may settle, beside the HDEL, HSET, ZADD, HGET and HEXISTS that every turn proves.
+-- Prove that this user may settle, beside the HDEL, HSET, ZADD and HEXISTS that every turn proves.
 -- none     the key that never exists
 -- kinds    as read_settlements returns them
 -- results  as plan_results returns them; false when there are none
@@ -45,6 +45,7 @@ local function prove_settlements(none, kinds, results, asked)
   if results and #results.own > 0 or kinds.keep or kinds.own then prove(none, 'SET') end
   if kinds.unique then prove(none, 'GET', 'DEL') end
   if kinds.S then prove(none, 'RPUSH') end
+  if next(kinds) then prove(none, 'HGET') end
   if kinds.F then prove(none, 'LPUSH') end
 end
 

@@ -1,0 +1,352 @@
+"""Producers that wait for room in a full queue: in order, each woken once, none stranded, none polling."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import Counter
+
+import pytest
+
+from conveyor.errors import ConfigurationError, QueueFull
+from conveyor.messaging.queue import Queue
+from conveyor.store import inspection, operations
+from conveyor.store.client.client import Client
+from support.message_fixtures import until
+
+@pytest.fixture
+def backend(url):
+    """The app's access to the emptied server."""
+    backend = Client(url)
+    yield backend
+    backend.close()
+
+
+def bounded(backend, most=3, name="small", **options):
+    return Queue(backend, name, int, lease_ms=2000, max_length=most, full="block", **options)
+
+
+@pytest.fixture
+def queue(backend, redis):
+    """A queue that takes three messages; nobody stands in its line when the test is over, and the audit finds nothing."""
+    queue = bounded(backend)
+    yield queue
+    queue.purge()
+    assert backend.run(inspection.audit(queue.keys)) == []
+    until(lambda: not redis.exists(queue.keys.room))
+    assert redis.hget(queue.keys.conf, "line") is None
+
+
+def in_line(redis, queue):
+    """Return how many producers stand in the line, those that were called included."""
+    return redis.zcard(queue.keys.room)
+
+
+class Producers:
+    """Threads that push one number each, begun one behind the other, so that their order in the line is that of the numbers."""
+
+    def __init__(self, redis, queue):
+        self.redis, self.queue = redis, queue
+        self.threads, self.errors = [], []
+
+    def begin(self, *numbers, **options):
+        for number in numbers:
+            before = in_line(self.redis, self.queue)
+            thread = threading.Thread(target=self._push, args=(number, options), daemon=True)
+            thread.start()
+            self.threads.append(thread)
+            until(lambda before=before: in_line(self.redis, self.queue) > before)
+
+    def _push(self, number, options):
+        try:
+            self.queue.push(number, **options)
+        except Exception as error:
+            self.errors.append(error)
+
+    def join(self):
+        for thread in self.threads:
+            thread.join(60)
+            assert not thread.is_alive()
+
+
+def take(queue, count):
+    """Take and acknowledge so many messages, one at a time; return their bodies."""
+    bodies = []
+    while len(bodies) < count:
+        for message in queue.pull(wait="20s"):
+            bodies.append(message.body)
+            message.ack()
+    return bodies
+
+
+def scripts_sent(redis):
+    """Return how many scripts clients have sent since the statistics were reset."""
+    return redis.info("commandstats").get("cmdstat_evalsha", {"calls": 0})["calls"]
+
+
+class TestThreads:
+    def test_a_full_queue_makes_the_push_wait(self, queue, redis):
+        """A push to a full queue returns when a message was acknowledged, and not when it was only leased."""
+        queue.push_many([1, 2, 3])
+        producers = Producers(redis, queue)
+        producers.begin(4)
+        [message] = queue.pull()
+        assert in_line(redis, queue) == 1
+        message.ack()
+        producers.join()
+        assert take(queue, 3) == [2, 3, 4]
+        assert producers.errors == []
+
+    def test_in_order_and_each_woken_once(self, queue, redis, monkeypatch):
+        """Producers are woken in the order in which they came, and each pushes exactly twice: refused, then accepted."""
+        queue.push_many([1, 2, 3])
+        producers = Producers(redis, queue)
+        producers.begin(4)  # so that the process is subscribed
+        attempts, push = [], queue.client.push
+
+        def counted(keys, entries, **options):
+            attempts.extend(int(entry.rest.rpartition(b"\n")[2]) for entry in entries)
+            return push(keys, entries, **options)
+
+        monkeypatch.setattr(queue.client, "push", counted)
+        redis.config_resetstat()
+        producers.begin(*range(5, 25))
+        assert scripts_sent(redis) == 20
+        assert queue.purge() == 3
+        assert take(queue, 21) == list(range(4, 25))
+        producers.join()
+        assert producers.errors == []
+        assert Counter(attempts) == dict.fromkeys(range(5, 25), 2)
+
+    def test_nobody_overtakes_the_line(self, queue, redis):
+        """A push that comes while others wait stands behind them, one with timeout=0 is refused."""
+        queue.push_many([1, 2, 3])
+        producers = Producers(redis, queue)
+        producers.begin(4, 5)
+        with pytest.raises(QueueFull):
+            queue.push(0, timeout=0)
+        other = Queue(queue.client, "small", int, lease_ms=2000, max_length=3)
+        with pytest.raises(QueueFull):
+            other.push(0)
+        assert take(queue, 5) == [1, 2, 3, 4, 5]
+        producers.join()
+
+    def test_the_timeout_ends_in_queue_full(self, queue, redis):
+        """After its timeout a push raises QueueFull, has stored nothing, and has left the line."""
+        queue.push_many([1, 2, 3])
+        began = time.monotonic()
+        with pytest.raises(QueueFull, match="waited .* for room"):
+            queue.push(4, timeout="200ms")
+        assert time.monotonic() - began >= 0.2
+        assert in_line(redis, queue) == 0
+        assert take(queue, 3) == [1, 2, 3]
+        assert len(queue) == 0
+
+    def test_a_waiter_that_gives_up_does_not_hold_the_next(self, queue, redis):
+        """When the first of the line gives up, the second is the next."""
+        queue.push_many([1, 2, 3])
+        producers = Producers(redis, queue)
+        producers.begin(4, timeout="300ms")
+        producers.begin(5)
+        until(lambda: producers.errors)
+        assert take(queue, 4) == [1, 2, 3, 5]
+        producers.join()
+
+    def test_push_many_is_accepted_whole_and_keeps_its_place(self, queue, redis):
+        """A bulk push waits until all of it fits; those behind it wait too, though they would fit."""
+        queue.push_many([1, 2, 3])
+        bulk = threading.Thread(target=queue.push_many, args=([4, 5],))
+        bulk.start()
+        until(lambda: in_line(redis, queue) == 1)
+        producers = Producers(redis, queue)
+        producers.begin(6)
+        assert take(queue, 1) == [1]
+        assert (len(queue), in_line(redis, queue)) == (2, 2)
+        assert take(queue, 5) == [2, 3, 4, 5, 6]
+        bulk.join()
+        producers.join()
+
+    def test_push_many_of_more_than_the_queue_takes_comes_in_parts(self, queue):
+        """A bulk push of more than max_length is stored in parts, as room comes, in its order."""
+        bulk = threading.Thread(target=queue.push_many, args=(iter(range(40)),))
+        bulk.start()
+        assert take(queue, 40) == list(range(40))
+        bulk.join()
+
+    def test_a_bulk_push_that_runs_out_of_time_says_what_it_stored(self, queue):
+        """At its timeout a push in parts raises QueueFull with the number that was stored."""
+        with pytest.raises(QueueFull, match="The first 3 messages were stored"):
+            queue.push_many(list(range(9)), timeout="200ms")
+        assert take(queue, 3) == [0, 1, 2]
+
+
+class TestRoom:
+    """Everything that makes room wakes the next producer."""
+
+    @pytest.fixture
+    def waiting(self, queue, redis):
+        queue.push_many([1, 2, 3])
+        producers = Producers(redis, queue)
+        producers.begin(4)
+        yield queue
+        producers.join()
+        assert producers.errors == []
+
+    def test_dead(self, waiting):
+        """A dead letter takes no place."""
+        [message] = waiting.pull()
+        message.dead("broken")
+        until(lambda: len(waiting) == 3)
+        assert waiting.purge(dead=True) == 1
+
+    def test_purge(self, waiting):
+        """A purge makes room."""
+        assert waiting.purge() == 3
+
+    def test_cancel(self, waiting):
+        """A cancelled message makes room, though its entry stays in the list for a while."""
+        [id_] = waiting.client.run(inspection.list_jobs(waiting.keys, "ready", 0, 1)).rows
+        assert waiting.client.run(operations.cancel(waiting.keys, id_.id)) == 1
+
+    def test_expiry(self, waiting, redis):
+        """A message that expires makes room when a turn drops it."""
+        first = redis.lindex(waiting.keys.ready[0], 0)
+        redis.hset(waiting.keys.jobs, first, b" e1\n\n1")
+        assert take(waiting, 1) == [2]
+
+    def test_a_raised_maximum(self, waiting):
+        """An operator's higher maximum makes room."""
+        waiting.client.run(operations.configure(waiting.keys, "max_length", "10"))
+        until(lambda: len(waiting) == 4)
+
+    def test_deleted_and_emptied(self, waiting, redis):
+        """A job that is deleted while it waits makes room."""
+        [row] = waiting.client.run(inspection.list_jobs(waiting.keys, "ready", 0, 1)).rows
+        assert waiting.client.run(operations.cancel(waiting.keys, row.id, delete=True)) == 1
+
+
+class TestLostProducers:
+    def test_a_killed_producer_is_passed_over(self, queue, redis, url):
+        """A process that died in the line, as a closed connection tells, gets no place: the next one is called at once."""
+        queue.push_many([1, 2, 3])
+        other = Client(url)
+        dead = Producers(redis, bounded(other))
+        dead.begin(4, 5, timeout="60s")
+        producers = Producers(redis, queue)
+        producers.begin(6)
+        for subscription in other.room._subscriptions.values():
+            subscription.close()
+        until(lambda: all(count == 0 for _, count in redis.pubsub_numsub(other.room._channel)))
+        assert take(queue, 4) == [1, 2, 3, 6]
+        producers.join()
+        other.room._wake_all(next(iter(other.room._subscriptions)))  # so that its threads end: they push, as they live still
+        dead.join()
+        assert sorted(take(queue, 2)) == [4, 5]
+        other.close()
+
+    def test_a_call_without_an_answer_lapses(self, queue, redis):
+        """Places that were kept for a producer which does not come are given to the next."""
+        queue.push_many([1, 2, 3])
+        redis.zadd(queue.keys.room, {"nowhere 1 1": -1})
+        redis.hset(queue.keys.conf, "line", "1")
+        producers = Producers(redis, queue)
+        redis.hset(queue.keys.conf, "line", "1")
+        thread = threading.Thread(target=queue.push, args=(4,))
+        thread.start()
+        assert take(queue, 4) == [1, 2, 3, 4]
+        thread.join()
+        producers.join()
+
+    def test_a_call_to_a_push_that_was_given_up_is_handed_on(self, queue, redis):
+        """A producer that is called after its caller has gone gives its place to the next."""
+        queue.push_many([1, 2, 3])
+        producers = Producers(redis, queue)
+        producers.begin(4)
+        room = queue.client.room
+        gone = f"{room._channel} 99 1"
+        redis.zadd(queue.keys.room, {gone: 1})  # before the other
+        assert take(queue, 4) == [1, 2, 3, 4]
+        producers.join()
+        until(lambda: in_line(redis, queue) == 0)
+
+    def test_a_lost_connection_strands_nobody(self, queue, redis):
+        """After their connection was cut, producers push when there is room."""
+        queue.push_many([1, 2, 3])
+        producers = Producers(redis, queue)
+        producers.begin(4, 5)
+        redis.client_kill_filter(_type="pubsub")
+        assert sorted(take(queue, 5)) == [1, 2, 3, 4, 5]
+        producers.join()
+        assert producers.errors == []
+
+
+class TestAsync:
+    def test_tasks_wait_without_a_thread(self, queue, redis, url):
+        """Pushes of one event loop wait in order, in one connection, and those of one tick that fit are stored at once."""
+
+        async def main():
+            client = Client(url)
+            mine = bounded(client)
+            tasks = [asyncio.create_task(mine.apush(number)) for number in range(13)]
+            while in_line(redis, queue) < 10:
+                await asyncio.sleep(0.005)
+            taken = await asyncio.to_thread(take, queue, 13)
+            await asyncio.gather(*tasks)
+            await client.aclose()
+            return taken
+
+        assert sorted(asyncio.run(main())) == list(range(13))
+
+    def test_a_cancelled_push_leaves_the_line(self, queue, redis, url):
+        """A cancelled push leaves the line, also when it was called at the same moment, and the next gets its place."""
+
+        async def main():
+            client = Client(url)
+            mine = bounded(client)
+            await mine.apush_many([1, 2, 3])
+            given_up = asyncio.create_task(mine.apush(4))
+            while in_line(redis, queue) < 1:
+                await asyncio.sleep(0.005)
+            stays = asyncio.create_task(mine.apush(5))
+            while in_line(redis, queue) < 2:
+                await asyncio.sleep(0.005)
+            given_up.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await given_up
+            while in_line(redis, queue) > 1:
+                await asyncio.sleep(0.005)
+            taken = await asyncio.to_thread(take, queue, 4)
+            await stays
+            await client.aclose()
+            return taken
+
+        assert asyncio.run(main()) == [1, 2, 3, 5]
+
+    def test_the_timeout_of_an_awaited_push(self, queue, redis, url):
+        """After its timeout an awaited push raises QueueFull and has left the line."""
+
+        async def main():
+            client = Client(url)
+            mine = bounded(client)
+            await mine.apush_many([1, 2, 3])
+            with pytest.raises(QueueFull):
+                await mine.apush(4, timeout="100ms")
+            await client.aclose()
+
+        asyncio.run(main())
+        assert in_line(redis, queue) == 0
+
+
+class TestBadInput:
+    def test_declarations(self, backend):
+        """full= without max_length=, an unknown word, and a timeout for a queue that does not wait are refused."""
+        with pytest.raises(ConfigurationError, match="give max_length too"):
+            Queue(backend, "q", lease_ms=2000, full="block")
+        with pytest.raises(ConfigurationError, match="full must be one of"):
+            Queue(backend, "q", lease_ms=2000, max_length=3, full="wait")
+        plain = Queue(backend, "q", lease_ms=2000, max_length=3)
+        with pytest.raises(ConfigurationError, match="does not wait"):
+            plain.push(1, timeout="1s")
+        assert len(plain) == 0
