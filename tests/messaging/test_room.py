@@ -16,6 +16,7 @@ from conveyor.store import inspection, operations
 from conveyor.store.client.client import Client
 from support.message_fixtures import until
 
+
 @pytest.fixture
 def backend(url):
     """The app's access to the emptied server."""
@@ -54,7 +55,7 @@ class Producers:
     def begin(self, *numbers, **options):
         for number in numbers:
             before = in_line(self.redis, self.queue)
-            thread = threading.Thread(target=self._push, args=(number, options), daemon=True)
+            thread = threading.Thread(daemon=True, target=self._push, args=(number, options))
             thread.start()
             self.threads.append(thread)
             until(lambda before=before: in_line(self.redis, self.queue) > before)
@@ -137,7 +138,7 @@ class TestThreads:
         """After its timeout a push raises QueueFull, has stored nothing, and has left the line."""
         queue.push_many([1, 2, 3])
         began = time.monotonic()
-        with pytest.raises(QueueFull, match="waited .* for room"):
+        with pytest.raises(QueueFull, match=r"waited .* for room"):
             queue.push(4, timeout="200ms")
         assert time.monotonic() - began >= 0.2
         assert in_line(redis, queue) == 0
@@ -157,7 +158,7 @@ class TestThreads:
     def test_push_many_is_accepted_whole_and_keeps_its_place(self, queue, redis):
         """A bulk push waits until all of it fits; those behind it wait too, though they would fit."""
         queue.push_many([1, 2, 3])
-        bulk = threading.Thread(target=queue.push_many, args=([4, 5],))
+        bulk = threading.Thread(daemon=True, target=queue.push_many, args=([4, 5],))
         bulk.start()
         until(lambda: in_line(redis, queue) == 1)
         producers = Producers(redis, queue)
@@ -170,7 +171,7 @@ class TestThreads:
 
     def test_push_many_of_more_than_the_queue_takes_comes_in_parts(self, queue):
         """A bulk push of more than max_length is stored in parts, as room comes, in its order."""
-        bulk = threading.Thread(target=queue.push_many, args=(iter(range(40)),))
+        bulk = threading.Thread(daemon=True, target=queue.push_many, args=(iter(range(40)),))
         bulk.start()
         assert take(queue, 40) == list(range(40))
         bulk.join()
@@ -241,7 +242,9 @@ class TestLostProducers:
         until(lambda: all(count == 0 for _, count in redis.pubsub_numsub(other.room._channel)))
         assert take(queue, 4) == [1, 2, 3, 6]
         producers.join()
-        other.room._wake_all(next(iter(other.room._subscriptions)))  # so that its threads end: they push, as they live still
+        other.room._wake_all(
+            next(iter(other.room._subscriptions))
+        )  # so that its threads end: they push, as they live still
         dead.join()
         assert sorted(take(queue, 2)) == [4, 5]
         other.close()
@@ -253,7 +256,7 @@ class TestLostProducers:
         redis.hset(queue.keys.conf, "line", "1")
         producers = Producers(redis, queue)
         redis.hset(queue.keys.conf, "line", "1")
-        thread = threading.Thread(target=queue.push, args=(4,))
+        thread = threading.Thread(daemon=True, target=queue.push, args=(4,))
         thread.start()
         assert take(queue, 4) == [1, 2, 3, 4]
         thread.join()
@@ -337,6 +340,38 @@ class TestAsync:
 
         asyncio.run(main())
         assert in_line(redis, queue) == 0
+
+
+class TestHandlers:
+    def test_a_handler_does_not_wait_for_its_own_queue(self, queue):
+        """Code that handles a message of the queue is refused at once, with the reason; behind the block a push waits again."""
+        queue.push_many([1, 2, 3])
+        for message in queue.pull():
+            with message, pytest.raises(QueueFull, match="handles a job or a message of queue 'small'"):
+                queue.push(4)
+        queue.push(4)
+        for message in queue.pull(4):
+            with message as number:
+                queue.push(number + 10)
+                if number == 2:
+                    message.ack()
+
+    def test_a_handler_waits_for_another_queue(self, queue, backend, redis):
+        """Code that handles a message of one queue waits for room in another."""
+        first = Queue(backend, "first", int, lease_ms=2000)
+        first.push(9)
+        queue.push_many([1, 2, 3])
+
+        def forward():
+            for message in first.pull():
+                with message as number:
+                    queue.push(number)
+
+        thread = threading.Thread(daemon=True, target=forward)
+        thread.start()
+        until(lambda: in_line(redis, queue) == 1)
+        assert take(queue, 4) == [1, 2, 3, 9]
+        thread.join()
 
 
 class TestBadInput:

@@ -14,6 +14,7 @@ import pytest
 from conveyor import Conveyor
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
 from conveyor.jobs import results
+from conveyor.store.client import subscription
 from conveyor.store import inspection
 from conveyor.store.client.client import Client
 from conveyor.store.transport.endpoint import Endpoint
@@ -185,17 +186,18 @@ def test_subscriber_notices_a_server_that_fell_silent(
     start_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connection for results, which only listens, is opened anew when its server says nothing to a ping either."""
-    monkeypatch.setattr(results, "PING_AFTER", 0.1)
     server = start_server()
     backend = Client(server.url)
     replies = results.ResultSubscriber(backend)
-    listener = results.SubscriptionThread(replies, backend)
+    listener = subscription.Subscription(
+        backend.endpoint(""), replies.channel, on_message=replies.handle_message, on_subscribed=replies.wake_all, ping_after=0.1
+    )
     try:
         assert listener.ready.wait(60)
         with server.client() as client:
             wait_for(lambda: int(client.info("commandstats")["cmdstat_ping"]["calls"]) > 2)  # and its pongs were heard
         assert listener.ready.is_set()
-        monkeypatch.setattr(results, "PONG_WITHIN", 0.2)
+        monkeypatch.setattr(subscription, "PONG_WITHIN", 0.2)
         os.kill(server.pid, signal.SIGSTOP)
         wait_for(lambda: not listener.ready.is_set(), what="the silence went unnoticed")
         os.kill(server.pid, signal.SIGCONT)

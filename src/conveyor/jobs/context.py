@@ -205,6 +205,12 @@ def _context(source: Context | ContextSource) -> Context:
     return source if isinstance(source, Context) else source.open()
 
 
+def queue_of_job() -> str | None:
+    """Return the queue of the job that runs here, None outside a job."""
+    source = CURRENT.get()
+    return None if source is None else _context(source).queue
+
+
 def spawned_entries(context: Context) -> list[bytes]:
     """Return what an attempt spawned so far: entries of an outbox."""
     return context._spawned or []  # noqa: SLF001

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from conveyor.jobs.context import queue_of_job
 from conveyor.jobs.hooks import Hooks
 from conveyor.jobs.registry import QueueRegistry
 from conveyor.jobs.results import ResultSubscriber
@@ -53,6 +54,7 @@ class AppCore(QueueRegistry, Hooks):
             push_middlewares=self.push_middlewares,
         )  # fmt: skip
         self.namespace = client.namespace
+        client.queue_of_job = queue_of_job
         self.include = include
         """The modules that a worker and the command line import, so that their tasks are known."""
         self._module = module  # which made the app

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from datetime import datetime
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from conveyor import ids
@@ -35,6 +36,7 @@ def with_options(
     retry: int | None,
     front: bool,
     tags: Iterable[str] | None,
+    room_timeout: Duration | None,
 ) -> Outgoing:
     """Return a task's *outgoing* with the options of `.options(…)`, checked; raises ConfigurationError."""
     if delay is not None and at is not None:
@@ -59,6 +61,7 @@ def with_options(
         attempts=None if retry is None else check_attempts(retry),
         front=front,
         tags=outgoing.tags if tags is None else ids.tag_texts([*outgoing.tags, *ids.tag_texts(tags)]),
+        room_timeout_ms=None if room_timeout is None else milliseconds(room_timeout, name="room_timeout"),
     )
 
 
@@ -91,6 +94,7 @@ def entry_of(outgoing: Outgoing, body: bytes, sealing: PayloadPipeline | None, *
         own_id=own,
         front=outgoing.front,
         tags=ids.tag_texts(outgoing.tags),
+        deadline=None if outgoing.room_timeout_ms is None else monotonic() + outgoing.room_timeout_ms / 1000,
     )
 
 

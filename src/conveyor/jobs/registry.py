@@ -94,6 +94,7 @@ class QueueRegistry:
         """Push prepared entries whose place is known; return the id of each: its own, or that of a job that existed."""
         target = self.client.push_target(self._durability(queue), durability_request)
         if self.partitioned and not target.deferred and (partitions := self.partitioned.get(ids.logical(queue))):
+            self._max_length(ids.logical(queue), entries)
             return partitions.send(queue, entries, target)
         return self.client.push_with_room(target, self.keys(queue), entries, self._max_length(queue, entries))
 
@@ -103,6 +104,7 @@ class QueueRegistry:
         """Awaitable form of `push`."""
         target = self.client.push_target(self._durability(queue), durability_request)
         if self.partitioned and not target.deferred and (partitions := self.partitioned.get(ids.logical(queue))):
+            self._max_length(ids.logical(queue), entries)
             return await partitions.asend(queue, entries, target)
         return await self.client.apush_with_room(target, self.keys(queue), entries, self._max_length(queue, entries))
 
@@ -112,7 +114,10 @@ class QueueRegistry:
 
     def _max_length(self, queue: str, entries: Sequence[Entry]) -> MaxLength:
         declared = self.bounded.get(queue)
-        return UNBOUNDED if declared is None else declared.max_length or UNBOUNDED
+        found = UNBOUNDED if declared is None else declared.max_length or UNBOUNDED
+        if found.full != "block" and any(entry.deadline is not None for entry in entries):
+            raise no_room_timeout(queue)
+        return found
 
     # -- taking from several --------------------------------------------------------------------------------------
 
@@ -297,6 +302,14 @@ class QueueRegistry:
         """Return the lease of *queue* in ms."""
         declared = self.queues.get(queue, self.plain_lists.get(queue))
         return self.lease_ms if declared is None else declared.lease_ms
+
+
+def no_room_timeout(queue: str) -> ConfigurationError:
+    """Return the error for an enqueue that is to wait for room where nothing waits."""
+    return ConfigurationError(
+        f"options(room_timeout=…) is how long an enqueue waits for room, and queue '{queue}' does not wait: declare it with "
+        f"app.queue({queue!r}, max_length=…, full='block'). Nothing was enqueued."
+    )
 
 
 def _weights(queues: QueueNames, call: str) -> dict[Queue[Any] | str, float]:

@@ -216,6 +216,7 @@ class TaskDefinition:
             outgoing.attempts,
             outgoing.version,
             tags=outgoing.tags,
+            room_timeout_ms=outgoing.room_timeout_ms,
         )
         if self.core.push_middlewares:
             for middleware in self.core.push_middlewares:
@@ -341,6 +342,7 @@ class Task(Generic[P, R_co]):
         fsync: bool | None = None,
         wait_replicas: int | None = None,
         wait_timeout: Duration | None = None,
+        room_timeout: Duration | None = None,
         **unknown: Never,
     ) -> BoundTask[P, R_co]:
         """
@@ -350,13 +352,15 @@ class Task(Generic[P, R_co]):
         then. `id` is an id of your own and a unique key. `retry` is the number of attempts. `front` puts it before all
         others of its priority. `tags` are words by which it is found, besides those of the task. `fsync` waits until it is
         on disk, `wait_replicas` until so many replicas have it, each for `wait_timeout`; after that comes
-        DurabilityNotReached. Raises ConfigurationError.
+        DurabilityNotReached. `room_timeout` is how long it waits for room in a full queue with ``full="block"``.
+        Raises ConfigurationError.
         """
         refuse_unknown("options()", unknown, CALL_OPTIONS)
         outgoing = with_options(
             self._definition.outgoing, delay=delay, at=at, priority=priority, id=id, queue=queue, unique=unique,
             expires=expires, headers=headers, timeout=timeout, keep_result=keep_result, retry=retry, front=front,
             tags=tags,
+            room_timeout=room_timeout,
         )  # fmt: skip
         return BoundTask(self._definition, outgoing, durability_request(fsync, wait_replicas, wait_timeout))
 

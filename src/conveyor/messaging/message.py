@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Generic, Literal, Protocol, TypeVar
@@ -14,6 +14,7 @@ from conveyor.ids import clean, logical, public
 from conveyor.messaging.leases import LeasedMessage
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.payload import failures
+from conveyor.store.client.handling import begin_handling, end_handling
 from conveyor.store.operations import Settlement
 from conveyor.units import Duration, milliseconds
 
@@ -55,6 +56,8 @@ class Message(Generic[T]):
     body: T
     _leased: LeasedMessage
     _settler: Settler
+    _outer: str | None = field(default=None, init=False)
+    """The queue whose message was handled when the block of this one began."""
 
     @property
     def id(self) -> str:
@@ -176,22 +179,26 @@ class Message(Generic[T]):
 
     def __enter__(self) -> T:
         self.start()
+        self._outer = begin_handling(self._leased.session.keys.queue)
         return self.body
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
+        end_handling(self._outer)
         if endings := self._endings(error):
             self._settler.settle_soon(endings)
         return self._stops(error)
 
     async def __aenter__(self) -> T:
         await self.astart()
+        self._outer = begin_handling(self._leased.session.keys.queue)
         return self.body
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
+        end_handling(self._outer)
         if endings := self._endings(error):
             await self._settler.asettle_soon(endings)
         return self._stops(error)
@@ -331,24 +338,36 @@ class Batch(list[Message[T]]):
             await settler.asettle(endings)
 
     def __enter__(self) -> list[T]:
+        self._begin_handling()
         return self.bodies
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
+        self._end_handling()
         for settler, endings in self._endings(error):
             settler.settle_soon(endings)
         return bool(self) and self[0]._stops(error)  # noqa: SLF001
 
     async def __aenter__(self) -> list[T]:
+        self._begin_handling()
         return self.bodies
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
+        self._end_handling()
         for settler, endings in self._endings(error):
             await settler.asettle_soon(endings)
         return bool(self) and self[0]._stops(error)  # noqa: SLF001
+
+    def _begin_handling(self) -> None:
+        if self:
+            self[0]._outer = begin_handling(self[0]._leased.session.keys.queue)  # noqa: SLF001
+
+    def _end_handling(self) -> None:
+        if self:
+            end_handling(self[0]._outer)  # noqa: SLF001
 
     def _open(self) -> list[Message[T]]:
         return [one for one in self if not one._leased.settled or one._unconfirmed()]  # noqa: SLF001

@@ -39,7 +39,8 @@ class Outgoing:
     A job has a `task`, `args` and `kwargs`. A message has a `body`, and `task` is empty. All but `task` and `version` may be
     changed, of a message `queue` neither, nor what only a job has: `timeout_ms`, `keep_ms`, `attempts`. `headers` reach the
     job as `context.headers`, a consumer as `message.headers`, and `tags` likewise. Times in ms. `id` is the caller's own,
-    None when one will be made. None elsewhere: as the task, or the queue, has it.
+    None when one will be made. None elsewhere: as the task, or the queue, has it. `room_timeout_ms`: how long its
+    producer waits for room in a full queue.
     """
 
     task: str
@@ -60,6 +61,7 @@ class Outgoing:
     version: int = 1
     body: Any = None
     tags: tuple[str, ...] = ()
+    room_timeout_ms: int | None = None
 
 
 class PushMiddleware(Protocol):
@@ -212,7 +214,7 @@ def pass_through(
         middleware.push(outgoing)
     for name, fixed in (
         ("task", ""), ("queue", queue), ("version", extra.version), ("args", ()), ("kwargs", {}), ("timeout_ms", None),
-        ("keep_ms", None), ("attempts", None),
+        ("keep_ms", None), ("attempts", None), ("room_timeout_ms", None),
     ):  # fmt: skip
         if (given := getattr(outgoing, name)) != fixed:
             raise ConfigurationError(

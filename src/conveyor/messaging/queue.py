@@ -7,7 +7,7 @@ import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Any, Generic, Literal, TypeVar, Unpack, cast, get_args
+from typing import Any, Generic, TypeVar, Unpack, cast, get_args
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, ConveyorError

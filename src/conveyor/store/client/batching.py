@@ -263,7 +263,9 @@ def partly_full(full: QueueFull, stored: int) -> QueueFull:
     """Return the error of a push in parts of which *stored* jobs were stored before."""
     if not stored:
         return full
-    return QueueFull(f"{str(full).replace('Nothing was enqueued. ', '')}\nThe first {stored:,} jobs were stored, the rest was not.")
+    return QueueFull(
+        f"{str(full).replace('Nothing was enqueued. ', '')}\nThe first {stored:,} jobs were stored, the rest was not."
+    )
 
 
 def entries_of(batch: list[PendingPush]) -> list[Entry]:

@@ -120,7 +120,9 @@ class BufferedClient(Client):
     ) -> list[str]:
         """Put a push into the buffer: *content* is entries, or id, envelope, id, envelope, …"""
         entries = list(content) if content and isinstance(content[0], Entry) else operations.plain_entries(content)
-        entries = [replace(one, deadline=None) if one.deadline is not None else one for one in entries]  # of this process
+        entries = [
+            replace(one, deadline=None) if one.deadline is not None else one for one in entries
+        ]  # of this process
         if max_length and len(entries) > max_length:
             raise QueueFull(
                 f"Queue '{keys.queue}' takes at most {max_length} jobs, and this push has {len(entries)}. Nothing was stored."

@@ -102,6 +102,8 @@ class Client:
         self.outages = ServerOutages()
         self._confirmed_connections: ConfirmedConnections | None = None
         self._room: RoomLine | None = None
+        self.queue_of_job: Callable[[], str | None] = _no_job
+        """Returns the queue of the job that runs here, None outside; set by the app."""
         self.push_target_resolver: PushTargetResolver | None = None
         self.buffer: Buffer | None = None  # a client with a buffer replaces these three
         self.new_sequence: Callable[[], ProducerSequence] = _new_sequence
@@ -227,7 +229,13 @@ class Client:
             self.announce_again(keys)
 
     def push_with_room(
-        self, target: PushTarget, keys: QueueKeys, entries: Sequence[Entry], max_length: MaxLength, *, whole: bool = False
+        self,
+        target: PushTarget,
+        keys: QueueKeys,
+        entries: Sequence[Entry],
+        max_length: MaxLength,
+        *,
+        whole: bool = False,
     ) -> list[str]:
         """
         Push to *target*; wait for room in a full queue where its maximum length says so, as long as the entries do.
@@ -405,7 +413,13 @@ class Client:
         return ids
 
     async def apush_with_room(
-        self, target: PushTarget, keys: QueueKeys, entries: Sequence[Entry], max_length: MaxLength, *, whole: bool = False
+        self,
+        target: PushTarget,
+        keys: QueueKeys,
+        entries: Sequence[Entry],
+        max_length: MaxLength,
+        *,
+        whole: bool = False,
     ) -> list[str]:
         """Awaitable form of `push_with_room`."""
         if target.deferred or max_length.full != "block":
@@ -565,6 +579,9 @@ class PushConnection:
 
 def _new_sequence() -> ProducerSequence:
     return ProducerSequence(new_identity())
+
+
+def _no_job() -> None: ...
 
 
 def _names(members: object) -> list[str]:

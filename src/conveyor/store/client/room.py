@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Generator, Hashable, Sequence
 from contextlib import suppress
-from contextvars import ContextVar
 from functools import partial
 from itertools import count
 from random import uniform
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 from conveyor.errors import ConveyorError, QueueFull
 from conveyor.ids import logical, new_identity
 from conveyor.store import operations
+from conveyor.store.client.handling import handled_queue
 from conveyor.store.client.subscription import Subscription
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.keys import reply_channel
@@ -40,8 +40,6 @@ LOOK_AGAIN = 240.0, 300.0
 """Seconds after which a producer looks by itself, at random between these: 200 of them send less than one command a second."""
 OUTAGE_LIMIT = 60.0
 """Seconds that Redis may be away while a producer waits."""
-HANDLED: ContextVar[str | None] = ContextVar("conveyor_handled", default=None)
-"""The queue whose job or message the caller handles: it holds one of its places until it returns."""
 _log = logging.getLogger("conveyor.store")
 
 
@@ -106,9 +104,7 @@ class RoomLine:
 
     # -- pushing --------------------------------------------------------------------------------------------------
 
-    def push(
-        self, keys: QueueKeys, max_length: MaxLength, entries: Sequence[Entry], attempt: PushAttempt
-    ) -> list[str]:
+    def push(self, keys: QueueKeys, max_length: MaxLength, entries: Sequence[Entry], attempt: PushAttempt) -> list[str]:
         """Carry out *attempt*, a push of *entries*, when there is room; raises QueueFull at their deadline."""
         lock = threading.Lock()
         lock.acquire()
@@ -166,7 +162,8 @@ class RoomLine:
         """Plan a push. The QueueFull of an attempt is thrown in; it is raised when nothing more is to be tried."""
         deadline = min((entry.deadline for entry in entries if entry.deadline is not None), default=None)
         began = time.monotonic()
-        is_inside = HANDLED.get() == logical(keys.queue)
+        inside = handled_queue() or self._client.queue_of_job()
+        is_inside = inside is not None and logical(inside) == logical(keys.queue)
         known = self._subscriptions.get(waiting.server)
         if is_inside or _is_over(deadline) or known is None or not known.ready.is_set():
             try:
@@ -268,7 +265,9 @@ def _refused_inside(keys: QueueKeys, full: QueueFull) -> QueueFull:
 def _given_up(full: QueueFull, waiting: WaitingProducer, max_length: MaxLength, seconds: float) -> QueueFull:
     places = int(waiting.entry.rpartition(" ")[2])
     if places > max_length:
-        return QueueFull(f"{full}\nThis push has {places:,} jobs, which is more than the queue ever takes: push them in parts.")
+        return QueueFull(
+            f"{full}\nThis push has {places:,} jobs, which is more than the queue ever takes: push them in parts."
+        )
     return QueueFull(f"{full}\nThe push waited {span(seconds)} for room.")
 
 
