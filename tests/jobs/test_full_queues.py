@@ -61,7 +61,9 @@ class TestEnqueue:
         """enqueue_many of more than max_length streams through the queue, in parts, and every job gets its handle."""
         double = declared(app)
         jobs = []
-        producer = threading.Thread(daemon=True, target=lambda: jobs.extend(app.enqueue_many(double.s(number) for number in range(20))))
+        producer = threading.Thread(
+            daemon=True, target=lambda: jobs.extend(app.enqueue_many(double.s(number) for number in range(20)))
+        )
         producer.start()
         drain(app, redis, 20)
         producer.join()

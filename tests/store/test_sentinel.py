@@ -14,8 +14,8 @@ import pytest
 from conveyor import Conveyor
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
 from conveyor.jobs import results
-from conveyor.store.client import subscription
 from conveyor.store import inspection
+from conveyor.store.client import subscription
 from conveyor.store.client.client import Client
 from conveyor.store.transport.endpoint import Endpoint
 from conveyor.store.transport.url import redact
@@ -190,7 +190,11 @@ def test_subscriber_notices_a_server_that_fell_silent(
     backend = Client(server.url)
     replies = results.ResultSubscriber(backend)
     listener = subscription.Subscription(
-        backend.endpoint(""), replies.channel, on_message=replies.handle_message, on_subscribed=replies.wake_all, ping_after=0.1
+        backend.endpoint(""),
+        replies.channel,
+        on_message=replies.handle_message,
+        on_subscribed=replies.wake_all,
+        ping_after=0.1,
     )
     try:
         assert listener.ready.wait(60)

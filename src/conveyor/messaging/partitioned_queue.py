@@ -70,7 +70,9 @@ class PartitionedQueue(Queue[T]):
         whole = None if max_length is None else MaxLength(whole_number("max_length", max_length, 1), checked_full(full))
         self.partitions = Partitions(client, queue_name(name), partitions, whole)
         self.parts: tuple[Queue[T], ...] = tuple(
-            PartitionQueue(client, keys, type, lease_ms=lease_ms, max_length=self.partitions.max_length, full=full, **options)
+            PartitionQueue(
+                client, keys, type, lease_ms=lease_ms, max_length=self.partitions.max_length, full=full, **options
+            )
             for keys in self.partitions.keys
         )
         super().__init__(client, name, type, lease_ms=lease_ms, max_length=max_length, full=full, **options)

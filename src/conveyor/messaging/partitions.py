@@ -347,9 +347,7 @@ class Partitions:
 
     # -- pushing jobs ---------------------------------------------------------------------------------------------
 
-    def send(
-        self, partition: str, entries: Sequence[Entry], target: PushTarget | None = None
-    ) -> list[str]:
+    def send(self, partition: str, entries: Sequence[Entry], target: PushTarget | None = None) -> list[str]:
         """Push jobs to *partition* through *target* (None: the client) and return their ids."""
         target = target or self.client
         keys, most = self.keys[self._number_of[partition]], self.max_length or UNBOUNDED
@@ -357,19 +355,13 @@ class Partitions:
             pairs: list[Argument] = [part for entry in entries for part in (entry.id, entry.rest)]
             self.run_agreed(lambda: target.push_plain(keys, pairs, max_length=most), keys)
             return [entry.id for entry in entries]
-        return self.run_agreed(
-            lambda: self.client.push_with_room(target, keys, entries, most), keys
-        )
+        return self.run_agreed(lambda: self.client.push_with_room(target, keys, entries, most), keys)
 
-    async def asend(
-        self, partition: str, entries: Sequence[Entry], target: PushTarget | None = None
-    ) -> list[str]:
+    async def asend(self, partition: str, entries: Sequence[Entry], target: PushTarget | None = None) -> list[str]:
         """Awaitable form of `send`."""
         target = target or self.client
         keys, most = self.keys[self._number_of[partition]], self.max_length or UNBOUNDED
-        return await self.arun_agreed(
-            lambda: self.client.apush_with_room(target, keys, entries, most), keys
-        )
+        return await self.arun_agreed(lambda: self.client.apush_with_room(target, keys, entries, most), keys)
 
 
 def partition_count(client: Client, queue: str) -> int:

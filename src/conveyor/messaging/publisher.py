@@ -228,9 +228,7 @@ class PartitionedPublisher(Publisher[T]):
         codec: ValueCodec[T],
         middlewares: Sequence[PushMiddleware] = (),
     ) -> None:
-        super().__init__(
-            partitions.client, target, partitions.queue_keys, codec, partitions.max_length, middlewares
-        )
+        super().__init__(partitions.client, target, partitions.queue_keys, codec, partitions.max_length, middlewares)
         self._partitions = partitions
 
     def through(self, target: PushTarget) -> PartitionedPublisher[T]:

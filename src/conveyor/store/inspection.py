@@ -150,7 +150,22 @@ def counts(keys: QueueKeys) -> Call[QueueCounts]:
 
 
 def _read_counts(reply: list[Any]) -> QueueCounts:
-    ready, scheduled, leased, dead, workers, paused, now, oldest, marks, max_length, foreign, outbox, unplaced, *more = reply
+    (
+        ready,
+        scheduled,
+        leased,
+        dead,
+        workers,
+        paused,
+        now,
+        oldest,
+        marks,
+        max_length,
+        foreign,
+        outbox,
+        unplaced,
+        *more,
+    ) = reply
     age = None
     if oldest:
         envelope = read_envelope(marks + b"\n\n")

@@ -8,7 +8,7 @@
 local function needs_upkeep(workers, dead, outbox, now, lease_ms)
   return redis.call('ZCOUNT', workers, '-inf', now + lease_ms / 2) > 0
     or redis.call('ZCOUNT', workers, now + 1.5 * lease_ms, '+inf') > 0
-    or redis.call('EXISTS', outbox, string.sub(outbox, 1, -7) .. 'room') > 0
+    or redis.call('EXISTS', outbox, string.sub(workers, 1, -8) .. 'room') > 0
     or redis.call('ZCARD', dead) > 100000
     or redis.call('ZCOUNT', dead, '-inf', now - 7776000000) > 0
 end
