@@ -57,7 +57,8 @@ _PRODUCER = Role(
     "producer",
     "pushes and enqueues, reads status and results, finds and cancels jobs; leases nothing",
     (
-        operations.PUSH, operations.PUSH_PLAIN, operations.WITHDRAW, operations.LEAVE_ROOM, plain_list.LIST_PUSH, operations.AWAIT_RESULT,
+        operations.PUSH, operations.PUSH_PLAIN, operations.WITHDRAW, operations.LEAVE_ROOM, plain_list.LIST_PUSH,
+        operations.AWAIT_RESULT,
         operations.FORGET, operations.CANCEL, inspection.GET_JOB, inspection.WHY, inspection.COUNTS, partitions.CLAIM_PARTITIONS,
         inspection.FIND_JOBS, partitions.COUNT,
     ),
