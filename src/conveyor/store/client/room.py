@@ -31,16 +31,32 @@ from conveyor.store.transport.replies import unavailable
 from conveyor.units import span
 
 if TYPE_CHECKING:
-    from conveyor.store.client.client import Client
     from conveyor.store.keys import QueueKeys
     from conveyor.store.max_length import MaxLength
     from conveyor.store.operations import Entry
+    from conveyor.store.script import Call
+    from conveyor.store.transport.async_connection import AsyncConnection
+    from conveyor.store.transport.endpoint import Endpoint, Topology
 
 LOOK_AGAIN = 240.0, 300.0
 """Seconds after which a producer looks by itself, at random between these: 200 of them send less than one command a second."""
 OUTAGE_LIMIT = 60.0
 """Seconds that Redis may be away while a producer waits."""
 _log = logging.getLogger("conveyor.store")
+
+
+class ClientProtocol(Protocol):
+    """The part of a client that waiting producers use."""
+
+    namespace: str
+    retry_for: float
+    queue_of_job: Callable[[], str | None]
+
+    @property
+    def address(self) -> Topology: ...
+    def endpoint(self, keys: QueueKeys) -> Endpoint: ...
+    def run(self, call: Call[bool], *, retry_for: float | None = None) -> bool: ...
+    def async_connection(self, keys: QueueKeys) -> AsyncConnection: ...
 
 
 class WaitingProducer:
@@ -82,7 +98,7 @@ Steps = Generator[str | float, None, None]
 class RoomLine:
     """The producers of one app in this process that wait for room, and the threads that wake them."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: ClientProtocol) -> None:
         self._client = client
         self.forked()
         on_fork(self)
