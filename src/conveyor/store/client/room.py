@@ -45,7 +45,7 @@ OUTAGE_LIMIT = 60.0
 _log = logging.getLogger("conveyor.store")
 
 
-class ClientProtocol(Protocol):
+class RoomClient(Protocol):
     """The part of a client that waiting producers use."""
 
     namespace: str
@@ -98,7 +98,7 @@ Steps = Generator[str | float, None, None]
 class RoomLine:
     """The producers of one app in this process that wait for room, and the threads that wake them."""
 
-    def __init__(self, client: ClientProtocol) -> None:
+    def __init__(self, client: RoomClient) -> None:
         self._client = client
         self.forked()
         on_fork(self)
