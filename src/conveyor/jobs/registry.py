@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Unpack
 from weakref import WeakValueDictionary
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from conveyor.messaging.plain_list import PlainList
     from conveyor.messaging.push_options import PushMiddleware
     from conveyor.messaging.queue import Queue, QueueSelection
+    from conveyor.messaging.topic import Topic, TopicDirectory
     from conveyor.payload.pipeline import PayloadPipeline
     from conveyor.store.keys import QueueKeys
 
@@ -146,6 +147,28 @@ class QueueRegistry:
                 formats=self.formats,
             )  # fmt: skip
         return known
+
+    # -- topics ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def topics(self) -> TopicDirectory:
+        """What all topics share."""
+        from conveyor.messaging.topic import TopicDirectory
+
+        return TopicDirectory(self)
+
+    def topic(self, name: str, type: Any, *, version: int, format: FormatChoice | None) -> Topic[Any]:  # noqa: A002
+        """Return a topic. Raises ConfigurationError."""
+        from conveyor.messaging.topic import Topic
+        from conveyor.payload.formats import codec_for
+        from conveyor.payload.versions import check_version
+        from conveyor.store.topics import checked_pattern
+
+        check_version(version, None, f"topic({checked_pattern(name)!r})")
+        codec = codec_for(
+            type, formats=self.formats.with_writer(format), max_payload=self.max_whole, what=f"A message of topic '{name}'"
+        )
+        return Topic(name, self.topics, codec, version, self._push_middlewares)
 
     # -- messages or jobs -----------------------------------------------------------------------------------------
 
