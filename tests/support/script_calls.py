@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from conveyor.jobs import spawn_outbox
+from conveyor.messaging import outbox
 from conveyor.store import inspection, operations, partitions, plain_list
 from conveyor.store.job_filter import JobFilter, Walk
 from conveyor.store.keys import QueueKeys
@@ -43,9 +43,7 @@ def furnish(seeded: SeededQueue) -> None:
     seeded.redis.rpush(seeded.keys.intake, "1", "2")
     seeded.redis.rpush("q", "3", "4")
     seeded.redis.zadd(seeded.keys.due, {"s3": 1})
-    seeded.redis.rpush(
-        seeded.keys.outbox, spawn_outbox.write("other", entry("o1")), spawn_outbox.write("other", entry("o2"))
-    )
+    seeded.redis.rpush(seeded.keys.outbox, outbox.write("other", entry("o1")), outbox.write("other", entry("o2")))
     seeded.redis.hset(seeded.keys.conf, "outbox", "5 1")
     seeded.redis.zadd(seeded.keys.room, {"channel 1 1": 1})
     problems = seeded.audit()
@@ -136,8 +134,8 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     ),
     "purge-due": (lambda k: operations.purge(k, "due", 10), {"jobs", "state", "due", "waiters"}),
     "purge-dead": (lambda k: operations.purge(k, "dead", 10), {"jobs", "state", "dead", "waiters"}),
-    "outbox_take": (lambda k: spawn_outbox.take(k, replacing=5, least=9), {"outbox", "conf"}),
-    "outbox_trim": (lambda k: spawn_outbox.trim(k, 5), {"outbox", "conf"}),
+    "outbox_take": (lambda k: outbox.take(k, replacing=5, least=9), {"outbox", "conf"}),
+    "outbox_trim": (lambda k: outbox.trim(k, 5), {"outbox", "conf"}),
     "claim_partitions": (lambda k: partitions.claim_partitions(k, 3, whole=False), {"conf"}),
     "repartition": (lambda k: partitions.repartition(k, "begin", "change", 3), {"conf", "jobs", "workers", "outbox"}),
     "partitions": (partitions.count, {"conf"}),

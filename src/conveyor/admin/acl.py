@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from conveyor.errors import ConfigurationError
-from conveyor.jobs import spawn_outbox
+from conveyor.messaging import outbox
 from conveyor.store import inspection, operations, partitions, plain_list
 from conveyor.store.keys import check_namespace
 from conveyor.store.script import Script
@@ -70,7 +70,7 @@ _WORKER = Role(
     "runs jobs and consumes messages, and may push and enqueue as a producer",
     (
         operations.TURN, operations.REGISTER, operations.HEARTBEAT, operations.REAP, operations.EXTEND, operations.HELD_IDS,
-        operations.IDLE_TURN, operations.FIND_WORK, operations.LIST_INTAKE, operations.WAKE, spawn_outbox.TAKE, spawn_outbox.TRIM,
+        operations.IDLE_TURN, operations.FIND_WORK, operations.LIST_INTAKE, operations.WAKE, outbox.TAKE, outbox.TRIM,
     ),
     ("blpop", "blmove", "info"),
 ).combined_with(_PRODUCER)  # fmt: skip

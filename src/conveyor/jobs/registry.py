@@ -166,7 +166,10 @@ class QueueRegistry:
 
         check_version(version, None, f"topic({checked_pattern(name)!r})")
         codec = codec_for(
-            type, formats=self.formats.with_writer(format), max_payload=self.max_whole, what=f"A message of topic '{name}'"
+            type,
+            formats=self.formats.with_writer(format),
+            max_payload=self.max_whole,
+            what=f"A message of topic '{name}'",
         )
         return Topic(name, self.topics, codec, version, self._push_middlewares)
 
@@ -270,10 +273,14 @@ class QueueRegistry:
         from conveyor.messaging.queue import Queue
 
         if partitions == 1 and isinstance(partitions, int) and not isinstance(partitions, bool):
-            return Queue(self.client, name, type, **options)
+            single: Queue[Any] = Queue(self.client, name, type, **options)
+            single.directory = self
+            return single
         from conveyor.messaging.partitioned_queue import PartitionedQueue
 
         queue: PartitionedQueue[Any] = PartitionedQueue(self.client, name, type, partitions=partitions, **options)
+        for part in queue.parts:
+            part.directory = self
         self.partitioned[name] = queue.partitions
         self._keys.update((keys.queue, keys) for keys in queue.partitions.keys)
         return queue

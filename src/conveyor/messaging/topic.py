@@ -9,17 +9,19 @@ meanwhile gets its copy, and one that has left gets none.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, Unpack, cast
 
 from conveyor import ids
-from conveyor.errors import ConfigurationError, ConveyorError, PayloadError
+from conveyor.errors import ConfigurationError, ConveyorError, PayloadError, StoreUnavailable
 from conveyor.ids import new_identity, new_ids, public
+from conveyor.messaging import outbox
 from conveyor.messaging.partitions import RETRY_PAUSE, Partitions
 from conveyor.messaging.push_options import (
     PreparedPush,
@@ -34,24 +36,24 @@ from conveyor.messaging.push_options import (
     with_sealing,
 )
 from conveyor.payload.codec import show
+from conveyor.store import inspection, operations, topics
 from conveyor.store import partitions as partitioning
-from conveyor.store import topics
-from conveyor.store.client.client import Client
-from conveyor.store.client.programs import adrive, drive
+from conveyor.store.client.outages import FIRST_TRY
+from conveyor.store.client.programs import Step, StepProgram, adrive_steps, drive_steps
 from conveyor.store.operations import Entry, NewQueueIds, ProducerSequence
 from conveyor.store.partitions import PartitionCountMismatch
-from conveyor.store.topics import Subscribers, SubscribersChanged, TopicCopies, TopicKeys, checked_pattern, is_pattern
+from conveyor.store.topics import Subscribers, SubscribersChanged, TopicCopies, TopicKeys, is_pattern
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from conveyor.messaging.queue import Queue
     from conveyor.payload.formats import FormatCodec
     from conveyor.payload.pipeline import PayloadPipeline
     from conveyor.store.keys import QueueKeys
 
 T = TypeVar("T")
-Step = tuple[Callable[[], Any], Callable[[], Awaitable[Any]]]
-"""One step of a program: as it blocks, and as it is awaited."""
-Program = Generator[Step, Any, Any]
+logger = logging.getLogger("conveyor.queue")
 CHUNK = 1000
 """Messages that one step publishes, at most."""
 CHUNK_BYTES = 8_000_000
@@ -59,19 +61,13 @@ MOST_TOPICS = 10_000
 """Topics whose subscribers a program remembers, at most."""
 
 
-class DeclaredQueues(Protocol):
+class DeclaredQueues(outbox.QueueDirectory, Protocol):
     """What an app knows of its queues."""
 
     @property
-    def client(self) -> Client: ...
-    @property
     def sealing(self) -> PayloadPipeline | None: ...
     @property
-    def partitioned(self) -> dict[str, Partitions]: ...
-    @property
-    def bounded(self) -> dict[str, Queue[Any]]: ...
-    @property
-    def plain_lists(self) -> Any: ...
+    def bounded(self) -> Mapping[str, Queue[Any]]: ...
     def admit_message(self, queue: str) -> None: ...
 
 
@@ -108,13 +104,13 @@ class TopicDirectory:
 
     def read_all(self) -> list[TopicInfo]:
         """Return every name that queues subscribe to and every topic that was published to, sorted."""
-        return cast("list[TopicInfo]", drive(self._read_all(), _blocking))
+        return cast("list[TopicInfo]", drive_steps(self._read_all()))
 
     async def aread_all(self) -> list[TopicInfo]:
         """Awaitable form of `read_all`."""
-        return cast("list[TopicInfo]", await adrive(self._read_all(), _awaited))
+        return cast("list[TopicInfo]", await adrive_steps(self._read_all()))
 
-    def _read_all(self) -> Program:
+    def _read_all(self) -> StepProgram:
         found = yield self.run(topics.patterns(self.keys))
         counts = yield self.run(topics.counts(self.keys))
         return [
@@ -132,22 +128,11 @@ class TopicDirectory:
         if len(self._subscribers) > MOST_TOPICS:
             del self._subscribers[next(iter(self._subscribers))]
 
-    def take_sequence(self) -> ProducerSequence:
-        """Return a sequence that nothing is in flight of; it is given back when its publish was answered."""
-        try:
-            return self._sequences.pop()
-        except IndexError:
-            return ProducerSequence(new_identity())
-
-    def give_back(self, sequence: ProducerSequence) -> None:
-        """Take a sequence back. One whose publish had no answer is not: a late copy would take its next number."""
-        self._sequences.append(sequence)
-
     def partitions(self, queue: str) -> Partitions | None:
         """Return the partitions of a queue: as it is declared here, else as Redis has said."""
         return self.queues.partitioned.get(queue) or self._found.get(queue)
 
-    def look_up(self, queue: str) -> Program:
+    def look_up(self, queue: str) -> StepProgram:
         """Ask Redis for the number of partitions of a queue that was not declared here, or agree on that of one that was."""
         declared = self.queues.partitioned.get(queue)
         if declared is not None:
@@ -168,48 +153,140 @@ class TopicDirectory:
 
     # -- publishing ---------------------------------------------------------------------------------------------------
 
-    def store(self, topic: str, bodies: Sequence[bytes], options: Sequence[PreparedPush], version: int) -> Program:
+    def store(self, topic: str, bodies: Sequence[bytes], options: Sequence[PreparedPush], version: int) -> StepProgram:
         """Publish messages with an option each in one step, and return the public ids of each one's copies."""
-        own = options[0].id
+        own, counted, mismatches = options[0].id, 0, 0
         message_ids = [own] if own is not None else new_ids(len(bodies))
-        mismatches = 0
+        at_once = self.client.has_one_endpoint
         while True:
+            if not at_once:
+                now = yield self.run(topics.subscribers(self.keys, topic, len(bodies) - counted))
+                self.note(topic, now)
+                counted = len(bodies)
+                if not now.queues:
+                    return [[] for _ in bodies]
             known = self.known(topic)
-            copies: list[TopicCopies] = []
-            shared: list[Entry] | None = None
-            for queue in known.queues:
-                keys, most = yield from self._place(queue, options[0])
-                if self.queues.sealing is not None or shared is None:
-                    each = [with_sealing(one, self.queues.sealing, queue, version) for one in options]
-                    make = (each[0], each, message_ids, bodies)
-                    shared = yield partial(make_entries, *make), partial(amake_entries, *make)
-                copies.append(TopicCopies(keys, shared, most))
-            places = [one.keys for one in copies]
-            if places:
-                yield partial(self.client.announce, *places), partial(self.client.aannounce, *places)
-            sequence = self.take_sequence()
-            call = topics.publish(self.keys, sequence, topic, known.version, len(bodies), copies)
+            copies = yield from self._copies(known.queues, message_ids, bodies, options, version)
             try:
-                stored = yield self.run(call)
+                if at_once:
+                    stored = yield from self._store_in_all(topic, known, len(bodies), copies)
+                else:
+                    stored = yield from self._store_in_first(topic, copies)
             except SubscribersChanged as changed:
-                self.give_back(sequence)
                 self.note(topic, changed.now)
                 continue
             except PartitionCountMismatch as error:
-                self.give_back(sequence)
                 mismatches += 1
                 if mismatches > len(known.queues) + 10:
                     raise
                 yield from self.look_up(error.queue)
                 continue
-            self.give_back(sequence)
-            new = [keys for keys, answer in zip(places, stored, strict=True) if isinstance(answer, NewQueueIds)]
-            if new:
-                yield partial(self.client.announce_again, *new), partial(self.client.aannounce_again, *new)
             return [
-                [public(keys.queue, answer[at]) for keys, answer in zip(places, stored, strict=True)]
+                [public(one.keys.queue, answer[at]) for one, answer in zip(copies, stored, strict=True)]
                 for at in range(len(bodies))
             ]
+
+    def _copies(
+        self, queues: Sequence[str], message_ids: Sequence[str], bodies: Sequence[bytes], options: Sequence[PreparedPush],
+        version: int,
+    ) -> Generator[Step, Any, list[TopicCopies]]:  # fmt: skip
+        """Return the copies for each queue: the same entries for all, unless each queue has a seal of its own."""
+        copies: list[TopicCopies] = []
+        entries: list[Entry] | None = None
+        sealing = self.queues.sealing
+        for queue in queues:
+            keys, most = yield from self._place(queue, options[0])
+            if sealing is not None or entries is None:
+                each = [with_sealing(one, sealing, queue, version) for one in options]
+                make = (each[0], each, message_ids, bodies)
+                entries = yield partial(make_entries, *make), partial(amake_entries, *make)
+            assert entries is not None
+            copies.append(TopicCopies(keys, entries, most))
+        if copies:
+            places = [one.keys for one in copies]
+            yield partial(self.client.announce, *places), partial(self.client.aannounce, *places)
+        return copies
+
+    def _store_in_all(
+        self, topic: str, known: Subscribers, count: int, copies: Sequence[TopicCopies]
+    ) -> Generator[Step, Any, list[list[str]]]:
+        """Store all copies in one step of a single server."""
+        sequence = self._take_sequence()
+        try:
+            stored: list[list[str]] = yield self.run(
+                topics.publish(self.keys, sequence, topic, known.version, count, copies)
+            )
+        except (SubscribersChanged, PartitionCountMismatch):
+            self._sequences.append(sequence)
+            raise
+        self._sequences.append(sequence)
+        yield from self._announce_new(copies, stored)
+        return stored
+
+    def _store_in_first(self, topic: str, copies: Sequence[TopicCopies]) -> Generator[Step, Any, list[list[str]]]:
+        """
+        Store the copies of one queue, and the others in its outbox, from where they are delivered at once.
+
+        It is the first queue whose server is not away. What cannot be delivered now stays in the outbox: the next publish, or
+        whoever serves that queue, delivers it.
+        """
+        for one in copies:
+            if one.max_length and len(copies) > 1:
+                yield from self._refuse_full(one)
+        first = next((one for one in copies if not self.client.is_away(one.keys)), copies[0])
+        others = [one for one in copies if one is not first]
+        written = [outbox.write(one.keys.queue, entry, accepted=True) for one in others for entry in one.entries]
+        sequence = self._take_sequence()
+        try:
+            [stored] = yield self.run(topics.publish_from(sequence, topic, first, written))
+        except PartitionCountMismatch:
+            self._sequences.append(sequence)
+            raise
+        except StoreUnavailable:
+            self.client.note_away(first.keys)
+            raise
+        self._sequences.append(sequence)
+        yield from self._announce_new([first], [stored])
+        if written:
+            yield from self._deliver(first.keys, len(written) // outbox.MOST_TAKEN + 2)
+        return [stored if one is first else [entry.id for entry in one.entries] for one in copies]
+
+    def _deliver(self, keys: QueueKeys, batches: int) -> StepProgram:
+        """Deliver up to so many *batches* of an outbox."""
+        try:
+            for _ in range(batches):
+                if not (yield from outbox.deliver(self.queues, keys, retry_for=FIRST_TRY)):
+                    break
+        except ConveyorError as error:
+            logger.warning(
+                "queue %s: copies of published messages are not delivered yet, and stay in its outbox: %s",
+                keys.queue,
+                error,
+            )
+
+    def _refuse_full(self, copies: TopicCopies) -> StepProgram:
+        """Raise QueueFull for a queue, declared here with a maximum length, that has no room. It bounds what is accepted."""
+        counts = yield self.run(inspection.counts(copies.keys))
+        held = len(counts) + counts.leased
+        if held + len(copies.entries) > copies.max_length:
+            operations.refused(copies.keys, ["full", str(held), str(copies.max_length)])
+
+    def _announce_new(self, copies: Sequence[TopicCopies], stored: Sequence[list[str]]) -> StepProgram:
+        """Make the queues known that were new in Redis."""
+        new = [one.keys for one, answer in zip(copies, stored, strict=True) if isinstance(answer, NewQueueIds)]
+        if new:
+            yield partial(self.client.announce_again, *new), partial(self.client.aannounce_again, *new)
+
+    def _take_sequence(self) -> ProducerSequence:
+        """
+        Return a sequence that nothing is in flight of; it goes back when its publish was answered.
+
+        One whose publish had no answer does not: a late copy would take its next number.
+        """
+        try:
+            return self._sequences.pop()
+        except IndexError:
+            return ProducerSequence(new_identity())
 
     def _place(self, queue: str, options: PreparedPush) -> Generator[Step, Any, tuple[QueueKeys, int]]:
         """Return where the copies for *queue* go, and the maximum length there (0: none is known here)."""
@@ -246,7 +323,7 @@ class Topic(Generic[T]):
         It is stored in Redis and holds until `unsubscribe`, or until the queue is deleted; so a program may say it each time
         it starts. Raises ConfigurationError, with nothing stored, for a queue that is known to hold jobs, and a plain list.
         """
-        return cast("int", drive(self._subscribe(queues), _blocking))
+        return cast("int", drive_steps(self._subscribe(queues)))
 
     def unsubscribe(self, *queues: str | Queue[Any]) -> int:
         """End subscriptions to exactly this name, and return how many there were. Copies that are queued stay."""
@@ -255,11 +332,11 @@ class Topic(Generic[T]):
 
     def subscribers(self) -> list[str]:
         """Return the queues that get what is published here, patterns included; of a pattern those that subscribe to it."""
-        return cast("list[str]", drive(self._subscribers(), _blocking))
+        return cast("list[str]", drive_steps(self._subscribers()))
 
     async def asubscribe(self, *queues: str | Queue[Any]) -> int:
         """Awaitable form of `subscribe`."""
-        return cast("int", await adrive(self._subscribe(queues), _awaited))
+        return cast("int", await adrive_steps(self._subscribe(queues)))
 
     async def aunsubscribe(self, *queues: str | Queue[Any]) -> int:
         """Awaitable form of `unsubscribe`."""
@@ -268,9 +345,9 @@ class Topic(Generic[T]):
 
     async def asubscribers(self) -> list[str]:
         """Awaitable form of `subscribers`."""
-        return cast("list[str]", await adrive(self._subscribers(), _awaited))
+        return cast("list[str]", await adrive_steps(self._subscribers()))
 
-    def _subscribe(self, queues: Sequence[str | Queue[Any]]) -> Program:
+    def _subscribe(self, queues: Sequence[str | Queue[Any]]) -> StepProgram:
         directory = self._directory
         names = [self._queue_name(queue) for queue in self._given(queues)]
         for name in names:
@@ -280,7 +357,7 @@ class Topic(Generic[T]):
                 yield declared.agree, declared.aagree
         return (yield directory.run(topics.subscribe(directory.keys, self.name, names)))
 
-    def _subscribers(self) -> Program:
+    def _subscribers(self) -> StepProgram:
         directory = self._directory
         if is_pattern(self.name):
             found = yield directory.run(topics.patterns(directory.keys))
@@ -321,7 +398,7 @@ class Topic(Generic[T]):
         refuses what it has no room for is full, PayloadError, ConfigurationError; StoreUnavailable: it may have been stored,
         once.
         """
-        return cast("list[list[str]]", drive(self._publish([value], options), _blocking))[0]
+        return cast("list[list[str]]", drive_steps(self._publish([value], options)))[0]
 
     def publish_many(self, values: Iterable[T], **options: Unpack[TopicManyOptions]) -> list[list[str]]:
         """
@@ -330,15 +407,15 @@ class Topic(Generic[T]):
         They are stored in parts of at most 1,000 messages, each whole or not at all.
         """
         self._directory.client.refuse_in_loop()  # before a generator of values is begun
-        return cast("list[list[str]]", drive(self._publish(values, self._for_many(options)), _blocking))
+        return cast("list[list[str]]", drive_steps(self._publish(values, self._for_many(options))))
 
     async def apublish(self, value: T, **options: Unpack[TopicOptions]) -> list[str]:
         """Awaitable form of `publish`."""
-        return cast("list[list[str]]", await adrive(self._publish([value], options), _awaited))[0]
+        return cast("list[list[str]]", await adrive_steps(self._publish([value], options)))[0]
 
     async def apublish_many(self, values: Iterable[T], **options: Unpack[TopicManyOptions]) -> list[list[str]]:
         """Awaitable form of `publish_many`."""
-        return cast("list[list[str]]", await adrive(self._publish(values, self._for_many(options)), _awaited))
+        return cast("list[list[str]]", await adrive_steps(self._publish(values, self._for_many(options))))
 
     def _for_many(self, options: TopicManyOptions) -> TopicOptions:
         if alone := {"id", "unique"} & options.keys():
@@ -347,7 +424,7 @@ class Topic(Generic[T]):
             )
         return cast("TopicOptions", options)
 
-    def _publish(self, values: Iterable[T], options: TopicOptions) -> Program:
+    def _publish(self, values: Iterable[T], options: TopicOptions) -> StepProgram:
         prepared = self._prepared(options)
         rest, published = iter(values), list[list[str]]()
         while True:
@@ -399,14 +476,3 @@ class Topic(Generic[T]):
         if unknown := options.keys() - known.keys():
             raise TypeError(f"publish() got an unexpected keyword argument {min(unknown)!r}")
         return prepare_push(**options, version=self._version)
-
-
-def _blocking(step: Step) -> Any:
-    return step[0]()
-
-
-async def _awaited(step: Step) -> Any:
-    return await step[1]()
-
-
-__all__ = ["Topic", "TopicDirectory", "TopicInfo", "checked_pattern"]

@@ -172,8 +172,7 @@ def _published(number: str, queues: list[QueueKeys], ids: list[list[str | None]]
     status, *words = operations.status_of(number, first)
     if status == "ok":
         return [
-            operations.accepted_ids(answer.decode().split("\n")[1:], own)
-            for answer, own in zip(rest, ids, strict=True)
+            operations.accepted_ids(answer.decode().split("\n")[1:], own) for answer, own in zip(rest, ids, strict=True)
         ]
     if status == "changed":
         raise SubscribersChanged(Subscribers(words[0], tuple(filter(None, words[1:]))))
