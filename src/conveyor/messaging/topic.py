@@ -117,10 +117,6 @@ class TopicDirectory:
             TopicInfo(name, tuple(found.get(name, ())), *counts.get(name, (0, 0))) for name in sorted({*found, *counts})
         ]
 
-    def known(self, topic: str) -> Subscribers:
-        """Return the subscribers of *topic* as far as they are known here."""
-        return self._subscribers.get(topic) or Subscribers()
-
     def note(self, topic: str, now: Subscribers) -> None:
         """Note the subscribers of *topic*."""
         self._subscribers.pop(topic, None)
@@ -159,13 +155,16 @@ class TopicDirectory:
         message_ids = [own] if own is not None else new_ids(len(bodies))
         at_once = self.client.has_one_endpoint
         while True:
-            if not at_once:
-                now = yield self.run(topics.subscribers(self.keys, topic, len(bodies) - counted))
-                self.note(topic, now)
-                counted = len(bodies)
-                if not now.queues:
-                    return [[] for _ in bodies]
-            known = self.known(topic)
+            known = self._subscribers.get(topic) if at_once else None
+            # Also before a name is made known: what is remembered may name a queue that was deleted.
+            if known is None or not all(self.client.is_announced(self.client.keys(queue)) for queue in known.queues):
+                counts = 0 if at_once else len(bodies) - counted
+                known = yield self.run(topics.subscribers(self.keys, topic, counts))
+                assert known is not None
+                self.note(topic, known)
+                counted += counts
+            if not (known.queues or at_once):
+                return [[] for _ in bodies]
             copies = yield from self._copies(known.queues, message_ids, bodies, options, version)
             try:
                 if at_once:
