@@ -211,6 +211,7 @@ def test_typed_payload(app: Conveyor) -> None:
     message.ack()
 
 
+@pytest.mark.row("D281")
 def test_a_full_subscriber_refuses_the_whole_publish(app: Conveyor, other: Conveyor) -> None:
     """While one queue has no room, no queue gets a copy; with room each gets it once. Nothing is dropped behind one's back."""
     topic = app.topic(TOPIC)
@@ -396,7 +397,7 @@ class Cut:
         patch.setattr(Connection, "execute", execute)
 
 
-@pytest.mark.row("A2", "D281")
+@pytest.mark.row("D281")
 @pytest.mark.parametrize("sent", [False, True], ids=["not sent", "reply lost"])
 def test_a_publish_whose_answer_is_lost_is_stored_once(
     app: Conveyor, other: Conveyor, monkeypatch: pytest.MonkeyPatch, sent: bool
@@ -474,6 +475,7 @@ def test_a_full_server_takes_a_publish_whole_or_not(start_server: Callable[..., 
         client.flushall()
 
 
+@pytest.mark.row("D281")
 def test_random_changes_against_a_model(app: Conveyor, other: Conveyor, rounds: Callable[[int, int], int]) -> None:
     """Two programs subscribe, unsubscribe, publish, delete and take at random: each queue holds what a simple model says."""
     seed = random.randrange(2**32)

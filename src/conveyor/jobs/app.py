@@ -261,7 +261,7 @@ class Conveyor:
         stands for one word, `#` at the end for any number of words, also none. *type*, `version` and `format` say how messages
         are written, as for a queue. Nothing is sent. Raises ConfigurationError.
         """
-        return self._core.topic(name, type, version=version, format=format)
+        return self._core.topics.make(name, type, version=version, format=format)
 
     def topics(self) -> list[TopicInfo]:
         """Return every name that queues subscribe to and every topic that was published to, with its counts, sorted."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from conveyor.messaging.plain_list import PlainList
     from conveyor.messaging.push_options import PushMiddleware
     from conveyor.messaging.queue import Queue, QueueSelection
-    from conveyor.messaging.topic import Topic, TopicDirectory
+    from conveyor.messaging.topic import TopicDirectory
     from conveyor.payload.pipeline import PayloadPipeline
     from conveyor.store.keys import QueueKeys
 
@@ -152,26 +152,10 @@ class QueueRegistry:
 
     @cached_property
     def topics(self) -> TopicDirectory:
-        """What all topics share."""
+        """The part that all topics share."""
         from conveyor.messaging.topic import TopicDirectory
 
-        return TopicDirectory(self)
-
-    def topic(self, name: str, type: Any, *, version: int, format: FormatChoice | None) -> Topic[Any]:  # noqa: A002
-        """Return a topic. Raises ConfigurationError."""
-        from conveyor.messaging.topic import Topic
-        from conveyor.payload.formats import codec_for
-        from conveyor.payload.versions import check_version
-        from conveyor.store.topics import checked_pattern
-
-        check_version(version, None, f"topic({checked_pattern(name)!r})")
-        codec = codec_for(
-            type,
-            formats=self.formats.with_writer(format),
-            max_payload=self.max_whole,
-            what=f"A message of topic '{name}'",
-        )
-        return Topic(name, self.topics, codec, version, self._push_middlewares)
+        return TopicDirectory(self, self._push_middlewares)
 
     # -- messages or jobs -----------------------------------------------------------------------------------------
 

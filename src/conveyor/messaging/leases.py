@@ -22,7 +22,7 @@ from conveyor.store.operations import Registration, Settlement, StaleTurn, TurnR
 from conveyor.store.script import Call
 
 if TYPE_CHECKING:
-    from conveyor.messaging.outbox import QueueDirectory
+    from conveyor.messaging.outbox import OutboxRoutes
 
 LONGEST_WAIT = 5.0
 """Seconds an idle consumer blocks at most: what a lost wake-up token costs."""
@@ -179,7 +179,7 @@ class LeaseSession:
     _mean_bytes: float = 0.0
     _clock_offset: float = 0.0  # server ms minus ours
     _looking: bool = False
-    directory: QueueDirectory | None = None
+    directory: OutboxRoutes | None = None
     """The queues of the app, to which the outbox of this one is delivered; None: it is left to others."""
     _new_queue: bool = False
     _outbox: bool = False

@@ -161,8 +161,8 @@ def trim(keys: QueueKeys, number: int) -> Call[int]:
 # -- delivering -----------------------------------------------------------------------------------------------------------
 
 
-class QueueDirectory(Protocol):
-    """What an app knows of its queues: where entries for them go."""
+class OutboxRoutes(Protocol):
+    """Where the entries for each queue go, as an app knows it."""
 
     @property
     def client(self) -> Client: ...
@@ -204,7 +204,7 @@ class _Part:
         )
 
 
-def deliver(directory: QueueDirectory, keys: QueueKeys, *, retry_for: float = RETRY_FOR) -> StepProgram:
+def deliver(directory: OutboxRoutes, keys: QueueKeys, *, retry_for: float = RETRY_FOR) -> StepProgram:
     """
     Deliver one batch of an outbox; return whether there was one. Raises what the pushes raise; then the batch stays.
 
@@ -241,7 +241,7 @@ def _run(client: Client, retry_for: float, call: Call[Any]) -> Any:
     return partial(client.run, call, retry_for=retry_for), partial(client.arun, call, retry_for=retry_for)
 
 
-def _deliver_part(directory: QueueDirectory, part: _Part, retry_for: float) -> StepProgram:
+def _deliver_part(directory: OutboxRoutes, part: _Part, retry_for: float) -> StepProgram:
     """Push a part of a batch. Where this program does not declare the queue, Redis tells its number of partitions."""
     client, logical = directory.client, ids.logical(part.queue)
     if retry_for < RETRY_FOR and client.is_away(client.keys(part.queue)):
@@ -258,7 +258,7 @@ def _deliver_part(directory: QueueDirectory, part: _Part, retry_for: float) -> S
         yield from _push_calls(directory, part, retry_for)
 
 
-def _push_calls(directory: QueueDirectory, part: _Part, retry_for: float) -> StepProgram:
+def _push_calls(directory: OutboxRoutes, part: _Part, retry_for: float) -> StepProgram:
     for call in (yield from _calls(directory, part, retry_for)):
         client, partitions = directory.client, part.partitions
         step = _run(client, retry_for, call)
@@ -273,7 +273,7 @@ def _push_calls(directory: QueueDirectory, part: _Part, retry_for: float) -> Ste
             yield partial(client.announce_again, new), partial(client.aannounce_again, new)
 
 
-def _calls(directory: QueueDirectory, part: _Part, retry_for: float) -> Generator[Any, Any, list[Call[list[str]]]]:
+def _calls(directory: OutboxRoutes, part: _Part, retry_for: float) -> Generator[Any, Any, list[Call[list[str]]]]:
     """Return the pushes of a part: one, unless it was written for a partition that does not exist (any more, or yet)."""
     client, queue, partitions = directory.client, part.queue, part.partitions
     if partitions is None:

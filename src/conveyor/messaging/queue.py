@@ -21,7 +21,7 @@ from conveyor.messaging.decoder import MessageDecoder
 from conveyor.messaging.leases import DeadWorkerDetector, LeaseSession
 from conveyor.messaging.maintenance import DeadLetter
 from conveyor.messaging.message import Batch, Message, OnError
-from conveyor.messaging.outbox import QueueDirectory
+from conveyor.messaging.outbox import OutboxRoutes
 from conveyor.messaging.publisher import Publisher
 from conveyor.messaging.push_options import (
     PLAIN,
@@ -197,7 +197,7 @@ class Queue(MessageSource[T]):
         self._decoder: MessageDecoder[T] = MessageDecoder(name, self.codec, sealing, version, upcast)
         self._detector = DeadWorkerDetector(self.lease_ms)
         self._publisher: Publisher[T] = self._make_publisher()
-        self.directory: QueueDirectory | None = None
+        self.directory: OutboxRoutes | None = None
         """The queues of the app; None until it has declared this one."""
         self.admit: Callable[[], None] | None = None
         """Called before a push, while the app has not told that the queue holds messages: it raises where it holds jobs."""

@@ -36,19 +36,21 @@ from conveyor.messaging.push_options import (
     with_sealing,
 )
 from conveyor.payload.codec import show
+from conveyor.payload.formats import codec_for
+from conveyor.payload.versions import check_version
 from conveyor.store import inspection, operations, topics
 from conveyor.store import partitions as partitioning
 from conveyor.store.client.outages import FIRST_TRY
 from conveyor.store.client.programs import Step, StepProgram, adrive_steps, drive_steps
 from conveyor.store.operations import Entry, NewQueueIds, ProducerSequence
 from conveyor.store.partitions import PartitionCountMismatch
-from conveyor.store.topics import Subscribers, SubscribersChanged, TopicCopies, TopicKeys, is_pattern
+from conveyor.store.topics import Subscribers, SubscribersChanged, TopicCopies, TopicKeys, checked_pattern, is_pattern
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from conveyor.messaging.queue import Queue
-    from conveyor.payload.formats import FormatCodec
+    from conveyor.payload.formats import FormatChoice, FormatCodec, FormatRegistry
     from conveyor.payload.pipeline import PayloadPipeline
     from conveyor.store.keys import QueueKeys
 
@@ -61,11 +63,15 @@ MOST_TOPICS = 10_000
 """Topics whose subscribers a program remembers, at most."""
 
 
-class DeclaredQueues(outbox.QueueDirectory, Protocol):
-    """What an app knows of its queues."""
+class DeclaredQueues(outbox.OutboxRoutes, Protocol):
+    """The queues of an app, as it has declared them."""
 
     @property
     def sealing(self) -> PayloadPipeline | None: ...
+    @property
+    def formats(self) -> FormatRegistry: ...
+    @property
+    def max_whole(self) -> int: ...
     @property
     def bounded(self) -> Mapping[str, Queue[Any]]: ...
     def admit_message(self, queue: str) -> None: ...
@@ -87,10 +93,10 @@ class TopicInfo:
 
 
 class TopicDirectory:
-    """What all topics of one app share: who subscribes, as far as it is known here, and the sequences of its publishes."""
+    """The part that all topics of one app share: who subscribes, as far as it is known here, and the sequences of its publishes."""
 
-    def __init__(self, queues: DeclaredQueues) -> None:
-        self.queues, self.client = queues, queues.client
+    def __init__(self, queues: DeclaredQueues, middlewares: Sequence[PushMiddleware] = ()) -> None:
+        self.queues, self.client, self.middlewares = queues, queues.client, middlewares
         self.keys = TopicKeys(queues.client.namespace)
         self._subscribers: dict[str, Subscribers] = {}
         self._found: dict[str, Partitions | None] = {}
@@ -101,6 +107,15 @@ class TopicDirectory:
     def run(self, call: Any) -> Step:
         """Return the step that carries out *call*."""
         return partial(self.client.run, call), partial(self.client.arun, call)
+
+    def make(self, name: str, type: Any, *, version: int, format: FormatChoice | None) -> Topic[Any]:  # noqa: A002
+        """Return a topic or a pattern. Raises ConfigurationError."""
+        check_version(version, None, f"topic({checked_pattern(name)!r})")
+        codec: FormatCodec[Any] = codec_for(
+            type, formats=self.queues.formats.with_writer(format), max_payload=self.queues.max_whole,
+            what=f"A message of topic '{name}'",
+        )  # fmt: skip
+        return Topic(name, self, codec, version)
 
     def read_all(self) -> list[TopicInfo]:
         """Return every name that queues subscribe to and every topic that was published to, sorted."""
@@ -311,7 +326,6 @@ class Topic(Generic[T]):
     _directory: TopicDirectory = field(repr=False)
     _codec: FormatCodec[T] = field(repr=False)
     _version: int = field(default=1, repr=False)
-    _middlewares: Sequence[PushMiddleware] = field(default=(), repr=False)
 
     # -- subscriptions ------------------------------------------------------------------------------------------------
 
@@ -449,8 +463,8 @@ class Topic(Generic[T]):
     def _encode(self, value: T, options: PreparedPush, at: int) -> tuple[bytes, PreparedPush]:
         """Return the envelope of one message and its options, as the middlewares leave them."""
         passed: Any = value
-        if self._middlewares:
-            passed, options = pass_through(self._middlewares, "", value, options, topic=self.name)
+        if middlewares := self._directory.middlewares:
+            passed, options = pass_through(middlewares, "", value, options, topic=self.name)
         options = for_topic(options, self.name)
         try:
             return options.head + self._codec.encode(passed), options
