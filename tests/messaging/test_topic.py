@@ -82,7 +82,8 @@ def test_options_hold_for_every_copy(app: Conveyor) -> None:
     one, two = (topic.publish(number, unique="key") for number in (1, 2))
     assert one == two
     assert [taken(app, queue) for queue in ("a", "b", "c")] == [[1], [1], [1]]
-    topic.publish("back")
+    topic.publish("back", tags=["order:1"])
+    assert {one.queue for one in app.jobs(tag="order:1")} == {"a", "b", "c"}
     topic.publish("front", front=True)
     assert taken(app, "a") == ["front", "back"]
     for queue in ("a", "b", "c"):

@@ -220,7 +220,7 @@ def test_a_consumer_delivers_the_outbox_of_its_queue(
         ended = threading.Event()
         thread = threading.Thread(target=_BY[consume], args=(cluster.url, found, ended))
         thread.start()
-        until(lambda: all(app.queue(queue).stats().ready == 1 for queue in QUEUES[1:]))
+        until(lambda: all(app.queue(queue).stats().ready == 1 for queue in QUEUES[1:]) and found == [1])
         ended.set()
         app.queue("a").push("end")
         thread.join()

@@ -83,10 +83,11 @@ def unsubscribe(target: Target, out: Output, name: str, queues: tuple[str, ...])
 @click.option("--id", "own_id", metavar="ID", help="Your own id: a queue that has it stores nothing.")
 @click.option("--expires", metavar="1h", help="Drop it where no consumer has taken it by then.")
 @click.option("--header", "headers", multiple=True, metavar="K=V", help="A header; may be repeated.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="A word by which it is found; may be repeated.")
 @redis_options
 def publish(
     target: Target, out: Output, name: str, message: str | None, delay: str | None, priority: int, own_id: str | None,
-    expires: str | None, headers: tuple[str, ...],
+    expires: str | None, headers: tuple[str, ...], tags: tuple[str, ...],
 ) -> None:  # fmt: skip
     """
     Publish one JSON message, or one per line of standard input (-).
@@ -100,7 +101,7 @@ def publish(
         raise click.UsageError("--id names one message; lines from standard input get ids of their own.")
     chosen = _topic(target, name)
     options: dict[str, Any] = {
-        "priority": priority, "headers": parse_headers(headers),
+        "priority": priority, "headers": parse_headers(headers), "tags": tags,
         "delay": 0 if delay is None else parse_seconds(delay, name="--delay"),
         "expires": None if expires is None else parse_seconds(expires, name="--expires"),
     }  # fmt: skip

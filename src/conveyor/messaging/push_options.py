@@ -160,6 +160,7 @@ class TopicManyOptions(TypedDict, total=False):
     expires: Duration | None
     headers: Mapping[str, str] | None
     front: bool
+    tags: Iterable[str] | None
 
 
 class TopicOptions(TopicManyOptions, total=False):
