@@ -219,13 +219,25 @@ def test_a_full_subscriber_refuses_the_whole_publish(app: Conveyor, other: Conve
     app.queue("small", max_length=2)
     topic.subscribe("big", "small")
     topic.publish_many([1, 2])
-    for publish in (topic.publish, lambda value: topic.publish_many([value])):
+    for publish in (topic.publish, other.topic(TOPIC).publish, lambda value: topic.publish_many([value])):
         with pytest.raises(QueueFull, match="'small' holds 2 jobs and takes at most 2"):
             publish(3)
     assert app.topics() == [TopicInfo(TOPIC, ("big", "small"), 2, 0)]
     assert taken(other, "small") == [1, 2]
     topic.publish(4)
     assert [taken(other, queue) for queue in ("big", "small")] == [[1, 2, 4], [4]]
+
+
+def test_a_subscriber_whose_producers_wait_for_room_refuses_at_once(app: Conveyor, other: Conveyor) -> None:
+    """A publish waits for no queue: one that blocks its producers when full refuses the publish, whole, as one that raises."""
+    small = app.queue("small", max_length=1, full="block")
+    app.topic(TOPIC).subscribe("big", small)
+    app.topic(TOPIC).publish(1)
+    for program in (app, other):
+        with pytest.raises(QueueFull, match="'small' holds 1 jobs and takes at most 1"):
+            program.topic(TOPIC).publish(2)
+    assert [taken(other, queue) for queue in ("big", "small")] == [[1], [1]]
+    assert small.stats().blocked == 0
 
 
 def test_counts(app: Conveyor, redis: redis_py.Redis) -> None:

@@ -21,6 +21,7 @@ from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.messaging.partitions import Partitions
 from conveyor.store import operations
 from conveyor.store import partitions as partitioning
+from conveyor.store.max_length import NO_LIMIT
 from conveyor.store.operations import Entry, NewQueueIds, ProducerSequence, StalePush
 from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import Call, Script
@@ -38,8 +39,6 @@ RETRY_FOR = 5.0
 """Seconds for which a step of a delivery is repeated."""
 MOST_TAKEN = 100
 """Entries of one batch, at most, as outbox_take.lua takes them."""
-NO_LIMIT = -1
-"""The maximum length for a push that no maximum refuses."""
 
 
 class _OutboxHead(msgspec.Struct, array_like=True):

@@ -42,6 +42,7 @@ from conveyor.store import inspection, operations, topics
 from conveyor.store import partitions as partitioning
 from conveyor.store.client.outages import FIRST_TRY
 from conveyor.store.client.programs import Step, StepProgram, adrive_steps, drive_steps
+from conveyor.store.max_length import AS_DECLARED
 from conveyor.store.operations import Entry, NewQueueIds, ProducerSequence
 from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.topics import Subscribers, SubscribersChanged, TopicCopies, TopicKeys, checked_pattern, is_pattern
@@ -245,7 +246,7 @@ class TopicDirectory:
         whoever serves that queue, delivers it.
         """
         for one in copies:
-            if one.max_length and len(copies) > 1:
+            if one.max_length > 0 and len(copies) > 1:
                 yield from self._refuse_full(one)
         first = next((one for one in copies if not self.client.is_away(one.keys)), copies[0])
         others = [one for one in copies if one is not first]
@@ -303,14 +304,14 @@ class TopicDirectory:
             return ProducerSequence(new_identity())
 
     def _place(self, queue: str, options: PreparedPush) -> Generator[Step, Any, tuple[QueueKeys, int]]:
-        """Return where the copies for *queue* go, and the maximum length there (0: none is known here)."""
+        """Return where the copies for *queue* go, and the maximum length there."""
         partitions = self.partitions(queue)
         declared = self.queues.bounded.get(queue)
         if partitions is None:
-            return self.client.keys(queue), declared.max_length or 0 if declared is not None else 0
+            return self.client.keys(queue), (declared and declared.max_length) or AS_DECLARED
         yield partitions.agree, partitions.aagree
         at = partitions.place(group=options.group, unique=options.unique, id=options.id)
-        return partitions.keys[at], partitions.max_length or 0
+        return partitions.keys[at], partitions.max_length or AS_DECLARED
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from conveyor.errors import ConfigurationError
 from conveyor.ids import new_identity
 from conveyor.store import operations
 from conveyor.store.keys import QueueKeys
+from conveyor.store.max_length import AS_DECLARED, argument_of
 from conveyor.store.operations import Entry, ProducerSequence
 from conveyor.store.script import Argument, Call, Command, Script
 
@@ -66,7 +67,7 @@ class TopicCopies:
 
     keys: QueueKeys
     entries: list[Entry]
-    max_length: int = 0
+    max_length: int = AS_DECLARED
 
 
 def subscribe(keys: TopicKeys, pattern: str, queues: Sequence[str]) -> Call[int]:
@@ -160,7 +161,7 @@ def _publish(
             arguments, found = operations.push_arguments("", one.keys, one.entries, 0)
             block = blocks[id(one.entries)] = (len(blocks) + 1, found)
             texts += (str(len(arguments) - 3), *arguments[3:])
-        queues += (str(one.max_length), str(one.keys.partitions), str(block[0]))
+        queues += (argument_of(one.max_length), str(one.keys.partitions), str(block[0]))
         ids.append(block[1])
     args = (number, *about, str(len(blocks)), *texts, *queues, *others)
     decode = partial(_published, number, [one.keys for one in copies], ids)
