@@ -125,7 +125,7 @@ class SeededQueue:
         return {
             key: value
             for key, value in whole.items()
-            if key.partition(":")[0] not in {"stats", "recent", "wake", "upkeep", "counts"}
+            if key.partition(":")[0] not in {"stats", "recent", "wake", "upkeep"}
         }
 
     def since(self, before: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class SeededQueue:
     def audit(self) -> list[tuple[str, str]]:
         """Return what is inconsistent."""
         start = f"{self.keys.prefix}tag:"
-        tags = [key.decode().removeprefix(start) for key in self.redis if key.decode().startswith(start)]
+        tags = [key.decode().removeprefix(start) for key in self.redis.scan_iter(f"{start}*")]
         return self.run(inspection.audit(self.keys, tags=tags))
 
     @contextmanager

@@ -113,8 +113,9 @@ def test_full_server_refuses_a_push_whole(seeded: SeededQueue, name: str) -> Non
         seeded.run(call)
 
     seeded.run(call)
-    changed = {"list_push": "q", "claim_partitions": "conf", "subscribe": "registry"}.get(name, "jobs")
-    assert changed in seeded.since(before)
+    assert {"list_push": "q", "push": "jobs", "push_plain": "jobs", "claim_partitions": "conf"}[name] in seeded.since(
+        before
+    )
     assert seeded.audit() == []
 
 
