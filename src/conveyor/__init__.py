@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from conveyor.messaging.push_options import Outgoing
     from conveyor.messaging.queue import Queue
     from conveyor.messaging.retry import Retry
+    from conveyor.messaging.topic import Topic, TopicInfo
     from conveyor.payload.blobs import BlobStore, BlobUnavailable, FileStore
     from conveyor.payload.formats import Format
     from conveyor.store.client.buffer import Buffer
@@ -75,6 +76,8 @@ __all__ = [
     "Snooze",
     "StoreUnavailable",
     "Task",
+    "Topic",
+    "TopicInfo",
     "Unique",
     "UnknownTask",
     "Why",
@@ -102,6 +105,8 @@ _HOME = {
     "Rate": "messaging.limits",
     "Retry": "messaging.retry",
     "Task": "jobs.task",
+    "Topic": "messaging.topic",
+    "TopicInfo": "messaging.topic",
     "Unique": "messaging.limits",
     "Why": "jobs.why",
     "current": "jobs.context",

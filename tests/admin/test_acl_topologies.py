@@ -69,3 +69,6 @@ def lead(url: str) -> None:
         app.tasks["shop.double"].options(id="kept").enqueue(1)
         assert app.job("kept").status() == "ready"
         assert app.job("kept").cancel()
+        app.topic("order.created").subscribe("a", "b", "c")
+        assert len(app.topic("order.created").publish(1)) == 3
+        assert app.queue("a").stats().ready == app.queue("c").stats().ready == 1

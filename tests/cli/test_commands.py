@@ -549,3 +549,55 @@ def test_a_worker_whose_record_is_damaged(shell: Shell, backend: Client, damaged
     assert result.exit_code in {0, 8}, result.output
     if damaged == b"{":
         assert "wwww (its registration is damaged)  serves mail" in on_terminal(shell, "status", expected={0, 8})
+
+
+# -- topics -------------------------------------------------------------------------------------------------------
+
+
+def test_topics_from_the_command_line(shell: Shell, backend: Client) -> None:
+    """Queues subscribe and unsubscribe, messages are published with the ids of their copies, and the list counts all of it."""
+    assert shell.run("topic", "list").stdout == ""
+    assert shell.run("topic", "subscribe", "user.created", "emails", "audit").stdout == "2\n"
+    assert shell.run("topic", "subscribe", "user.*", "all", "--json").stdout == (
+        '{"schema": "conveyor/topic-subscribed@1", "topic": "user.*", "subscribed": 1}\n'
+    )
+    done = shell.run("topic", "publish", "user.created", '{"id": 7}', "--header", "a=b", "--priority", "3")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [one.partition(":")[0] for one in done.stdout.split(" ")] == ["all", "audit", "emails"]
+    job = Admin(backend).job(done.stdout.split()[2])
+    assert (job.payload, job.headers, job.priority) == ('{"id":7}', {"a": "b"}, 3)
+    lines = shell.run("topic", "publish", "user.created", "-", stdin='1\n\n"two"\n').stdout.splitlines()
+    assert [len(line.split()) for line in lines] == [3, 3]
+    assert shell.run("topic", "publish", "order.created", "1").stdout == "\n"
+    assert shell.run("topic", "publish", "order.created", "1", "--id", "own").returncode == 0
+    assert shell.run("topic", "list").stdout.splitlines() == [
+        "order.created\t\t2\t2", "user.*\tall\t0\t0", "user.created\taudit emails\t3\t0",
+    ]  # fmt: skip
+    listed = json.loads(shell.run("topic", "list", "--json").stdout)
+    assert listed["schema"] == "conveyor/topics@1"
+    assert listed["topics"][2] == {
+        "name": "user.created", "subscribers": ["audit", "emails"], "published": 3, "nobody": 0,
+    }  # fmt: skip
+    assert shell.run("topic", "unsubscribe", "user.created", "emails", "nobody").stdout == "1\n"
+    for queue in ("all", "audit", "emails"):
+        assert Admin(backend).purge(queue) == 3
+    assert shell.run("queue", "delete", "all", "--yes").returncode == 0
+    assert "user.*" not in shell.run("topic", "list").stdout
+
+
+def test_bad_topics_from_the_command_line(shell: Shell, backend: Client) -> None:
+    """Names, patterns, values and options that do not fit end with 2 and say why, and nothing is stored."""
+    for words, text in (
+        (("subscribe", "a..b", "q"), "words"),
+        (("subscribe", "a.b", "no queue"), "Invalid queue name"),
+        (("subscribe", "a.b"), "QUEUE"),
+        (("publish", "a.*", "1"), "is a pattern"),
+        (("publish", "a.b", "{bad"), "not JSON"),
+        (("publish", "a.b", "1", "--delay", "soon"), "--delay"),
+        (("publish", "a.b", "-", "--id", "x"), "--id"),
+    ):
+        done = shell.run("topic", *words)
+        assert (done.returncode, done.stdout) == (2, ""), words
+        assert text in done.stderr, words
+    assert shell.run("topic", "list").stdout == ""
+    assert backend.queues() == []

@@ -21,6 +21,13 @@ PRINTED = {
     "partitions": ["each customer in one partition: True", "partitions used: 4", "taken in order: 36 left: 0"],
     "retries": ["ada served at attempt 3", "patient ran 3 times", "PermissionError: not for eve"],
     "rpc": ["0.25", "ZeroDivisionError: float division by zero", "the worker ended with 0"],
+    "topics": [
+        "welcome-mails user.created {'id': 1, 'name': 'Ada'}",
+        "user-audit user.deleted {'id': 1}",
+        "newsletter user.created {'id': 2, 'name': 'Grace'}",
+        "user.* published 0 subscribers user-audit",
+        "user.created published 2",
+    ],
     "transactions": ["delivered: 1", "('o1', 1)"],
     "virtual_transport": ["received to mail", "received to images", "waiting after the requeue: 1", "purged: 1"],
     "lifespan_and_middleware": ["opened", "name t1", "Ada", "closed"],

@@ -14,8 +14,8 @@ from conveyor.admin import blob_sweep
 from conveyor.admin.admin import Admin
 from conveyor.admin.blob_sweep import sweep
 from conveyor.errors import ConfigurationError, JobFailed, PayloadError, StoreUnavailable
-from conveyor.jobs import spawn_outbox
 from conveyor.jobs.app import Conveyor
+from conveyor.messaging import outbox
 from conveyor.messaging.retry import Retry
 from conveyor.store.operations import Entry
 from support.running_worker import drain, until, working
@@ -268,15 +268,15 @@ async def test_sweep_keeps_bodies_of_jobs_on_their_way(app, store, redis):
     await length(app).options(delay="1h").aenqueue(BIG)
     keys = app.client.keys("default")
     [(id_, data)] = redis.hgetall(keys.jobs).items()
-    outbox = app.client.keys("spawning").outbox
-    redis.rpush(outbox, spawn_outbox.write("default", Entry(id_.decode(), data)))
+    key = app.client.keys("spawning").outbox
+    redis.rpush(key, outbox.write("default", Entry(id_.decode(), data)))
     redis.delete(keys.jobs, "conveyor:queues")
     assert await asyncio.to_thread(sweep, app) == 0
-    redis.rpush(outbox, "of a later version")
+    redis.rpush(key, "of a later version")
     with pytest.raises(PayloadError, match="Nothing was removed"):
         await asyncio.to_thread(sweep, app)
     assert len(store.data) == 1
-    redis.delete(outbox)
+    redis.delete(key)
 
 
 @pytest.mark.row("D46")

@@ -12,6 +12,8 @@ CONSTANT = (
     "*:conf",  # what is declared of a queue, and whether it is paused
     "*:wake",  # at most one token, for whoever looks next
     "*:recent",  # the last finished jobs, capped
+    "*:{/topics}:registry",  # the queues that subscribe to topics
+    "*:{/topics}:counts",  # what was published to topics, of the first 10,000 by name
     "*:inbox:*",  # what the outbox of another queue delivered last: one for each pair
 )
 

@@ -139,6 +139,11 @@ def produce(app: Conveyor) -> None:
     orders.push(1, id="mine", front=True)
     core_of(app).plain_lists[LIST].push({"n": 1})
     app.queue("spread", partitions=2).push_many([1, 2])
+    topic = app.topic("order.created")
+    topic.subscribe(orders, "audit")
+    assert len(topic.publish(1)) == 2
+    assert [one.published for one in app.topics()] == [1]
+    topic.unsubscribe(orders, "audit")
     assert len(orders) >= 5
     assert orders.stats().ready >= 5
     job = double.enqueue(4)
@@ -205,6 +210,7 @@ def look(app: Conveyor) -> None:
     assert app.client.run(inspection.audit(app.client.keys("default"))) == []
     list(app.queue("default").dead_letters())
     find(app)
+    assert app.topics() == []
 
 
 def operate(app: Conveyor) -> None:
@@ -216,6 +222,8 @@ def operate(app: Conveyor) -> None:
     line = app.client.keys("default").ready[0]
     assert app.client.execute("LPOP", line, key=line)
     assert admin.repair("default") == 1
+    app.topic("order.created").subscribe("audit")
+    assert app.topic("order.created").unsubscribe("audit") == 1
     acted = [admin.retry(["scheduled"]), admin.cancel(["leased", "ready"])]
     assert [one.outcome for pair in acted for one in pair] == ["retried", "asked", "cancelled"]
     assert admin.redrive("default", limit=1) == 1

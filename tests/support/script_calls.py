@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from conveyor.jobs import spawn_outbox
-from conveyor.store import inspection, operations, partitions, plain_list
+from conveyor.messaging import outbox
+from conveyor.store import inspection, operations, partitions, plain_list, topics
 from conveyor.store.job_filter import JobFilter, Walk
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import ProducerSequence, Settlement, TurnReport
 from conveyor.store.script import Call
+from conveyor.store.topics import TopicCopies, TopicKeys
 from support.seeded_queue import REST, SeededQueue, entry
 
 KEYS = QueueKeys("c", "q", foreign="q")
+TOPICS = TopicKeys("c")
+# In the slot of the queue, so that one slot can be opened for all.
+TOPICS.prefix, TOPICS.registry, TOPICS.counts = KEYS.prefix, KEYS.prefix + "registry", KEYS.prefix + "counts"
 
 
 def furnish(seeded: SeededQueue) -> None:
@@ -43,11 +48,11 @@ def furnish(seeded: SeededQueue) -> None:
     seeded.redis.rpush(seeded.keys.intake, "1", "2")
     seeded.redis.rpush("q", "3", "4")
     seeded.redis.zadd(seeded.keys.due, {"s3": 1})
-    seeded.redis.rpush(
-        seeded.keys.outbox, spawn_outbox.write("other", entry("o1")), spawn_outbox.write("other", entry("o2"))
-    )
+    seeded.redis.rpush(seeded.keys.outbox, outbox.write("other", entry("o1")), outbox.write("other", entry("o2")))
     seeded.redis.hset(seeded.keys.conf, "outbox", "5 1")
     seeded.redis.zadd(seeded.keys.room, {"channel 1 1": 1})
+    seeded.redis.hset(TOPICS.registry, mapping={"version": "v", "shapes": "a.*", "=t.*": "q other", "=t.x": "q"})
+    seeded.redis.hset(TOPICS.counts, "+t.x", 1)
     problems = seeded.audit()
     assert problems == [], problems
 
@@ -76,6 +81,24 @@ def _push(keys: QueueKeys) -> Call[Any]:
     return operations.push(keys, ProducerSequence("N"), entries, max_length=100)
 
 
+def _copies(keys: QueueKeys) -> TopicCopies:
+    entries = [entry("n1"), entry("n2", priority=5, unique="kn", own_id=True), entry("n3", delay_ms=60_000)]
+    return TopicCopies(keys, entries, 100)
+
+
+def _publish(keys: QueueKeys) -> Call[Any]:
+    return topics.publish(TOPICS, ProducerSequence("N"), "t.x", "v", 3, [_copies(keys)])
+
+
+def _unversioned(call: Call[Any]) -> Call[Any]:
+    """Return a change of subscriptions with a version that is the same each time."""
+    return replace(call, args=(*call.args[:2], "w", *call.args[3:]))
+
+
+def _publish_from(keys: QueueKeys) -> Call[Any]:
+    return topics.publish_from(ProducerSequence("N"), "t.x", _copies(keys), [outbox.write("other", entry("o1"))])
+
+
 def _withdraw(keys: QueueKeys) -> Call[Any]:
     withdrawal = _push(keys).withdrawal()
     assert withdrawal is not None
@@ -89,6 +112,18 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
         lambda k: operations.push_plain(k, ProducerSequence("N"), ["n1", REST, "n2", REST], max_length=100),
         {"lane:N", "jobs", "conf", "dead", "ready:0"},
     ),
+    "publish": (
+        _publish, {"jobs", "conf", "due", "dead", "ready:0", "ready:5", "unique:k:kn", "unique:i:n2"}
+        | {"lane:N", "registry"},
+    ),
+    "publish-from": (
+        _publish_from,
+        {"lane:N", "jobs", "conf", "due", "dead", "outbox", "ready:0", "ready:5", "unique:k:kn", "unique:i:n2"},
+    ),
+    "subscribe": (lambda _: topics.subscribe(TOPICS, "a.*", ["q", "p"]), {"registry"}),
+    "unsubscribe": (lambda _: _unversioned(topics.unsubscribe(TOPICS, "t.*", ["q"])), {"registry"}),
+    "leave-topics": (lambda _: _unversioned(topics.leave(TOPICS, "q")), {"registry"}),
+    "subscribers": (lambda _: topics.subscribers(TOPICS, "t.x"), {"registry"}),
     "list_push": (lambda k: plain_list.push(k, ProducerSequence("N"), [b"1", b"2"]), {"lane:N", "foreign"}),
     "withdraw": (_withdraw, {"lane:N"}),
     "turn": (
@@ -136,8 +171,8 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     ),
     "purge-due": (lambda k: operations.purge(k, "due", 10), {"jobs", "state", "due", "waiters"}),
     "purge-dead": (lambda k: operations.purge(k, "dead", 10), {"jobs", "state", "dead", "waiters"}),
-    "outbox_take": (lambda k: spawn_outbox.take(k, replacing=5, least=9), {"outbox", "conf"}),
-    "outbox_trim": (lambda k: spawn_outbox.trim(k, 5), {"outbox", "conf"}),
+    "outbox_take": (lambda k: outbox.take(k, replacing=5, least=9), {"outbox", "conf"}),
+    "outbox_trim": (lambda k: outbox.trim(k, 5), {"outbox", "conf"}),
     "claim_partitions": (lambda k: partitions.claim_partitions(k, 3, whole=False), {"conf"}),
     "repartition": (lambda k: partitions.repartition(k, "begin", "change", 3), {"conf", "jobs", "workers", "outbox"}),
     "partitions": (partitions.count, {"conf"}),
@@ -184,7 +219,7 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
 }  # fmt: skip
 
 #: scripts that accept, so that a full server refuses them
-PUSHES = {"push", "push_plain", "list_push", "claim_partitions"}
+PUSHES = {"push", "push_plain", "publish", "publish-from", "subscribe", "list_push", "claim_partitions"}
 
 #: scripts that change nothing; of "delete" in a queue that holds something
 READS = {
@@ -204,6 +239,7 @@ READS = {
     "unplaced",
     "unplaced-ready",
     "find_work",
+    "subscribers",
 }
 
 

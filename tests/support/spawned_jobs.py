@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from conveyor import Conveyor
-from conveyor.jobs import spawn_outbox
 from conveyor.jobs.core import core_of
+from conveyor.messaging import outbox
 from conveyor.store import operations
 from conveyor.store.operations import Settlement
 from conveyor.worker.leasing.spawn_delivery import deliver
@@ -13,9 +13,9 @@ from support.manual_worker import ManualWorker
 
 def entry(app: Conveyor, queue: str, n: int) -> bytes:
     """Return what an outbox keeps of a follower, here one that leaves no trace of its id when it has ended."""
-    _, prepared = spawn_outbox.read(app.tasks["family.follower"].s(n).follow()[1])
+    _, prepared = outbox.read(app.tasks["family.follower"].s(n).follow()[1])
     prepared.own_id = False
-    return spawn_outbox.write(queue, prepared)
+    return outbox.write(queue, prepared)
 
 
 def settle(app: Conveyor, followers: list[tuple[str, int]], *, reaped: bool = False) -> ManualWorker:

@@ -13,8 +13,8 @@ import redis as redis_py
 from conveyor import Conveyor, current
 from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError, QueueFull
-from conveyor.jobs import spawn_outbox
 from conveyor.jobs.core import core_of
+from conveyor.messaging import outbox
 from conveyor.store import inspection, operations, partitions
 from conveyor.store.operations import Settlement
 from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
@@ -46,7 +46,7 @@ def test_one_refused_end_takes_its_followers_along(family: Conveyor, redis: redi
     ]
 
     assert manual.turn(0, *ends).lost == [gone]
-    assert [spawn_outbox.read(one)[0] for one in redis.lrange(manual.keys.outbox, 0, -1)] == ["two"]
+    assert [outbox.read(one)[0] for one in redis.lrange(manual.keys.outbox, 0, -1)] == ["two"]
     app.client.run(operations.reap(manual.keys, "other"))
     manual.leave()
     assert asyncio.run(emptied(app)) == 1
@@ -198,18 +198,18 @@ def test_late_deliverer_changes_nothing(family: Conveyor, redis: redis_py.Redis)
     app = family
     keys, client = app.client.keys("default"), app.client
     settle(app, [("two", 1)])
-    old = client.run(spawn_outbox.take(keys))
+    old = client.run(outbox.take(keys))
     assert old is not None
     asyncio.run(emptied(app))
     settle(app, [("two", 2)])
-    now = client.run(spawn_outbox.take(keys))
+    now = client.run(outbox.take(keys))
     assert now is not None
-    client.run(spawn_outbox.deliver(keys, app.client.keys("two"), now.number, now.parts["two"]))
+    client.run(outbox.push_part(keys, app.client.keys("two"), now.number, now.parts["two"]))
 
     with pytest.raises(operations.StalePush):
-        client.run(spawn_outbox.deliver(keys, app.client.keys("two"), old.number, old.parts["two"]))
-    assert client.run(spawn_outbox.trim(keys, old.number)) == -1
-    again = client.run(spawn_outbox.take(keys, replacing=old.number, least=now.number + 99))
+        client.run(outbox.push_part(keys, app.client.keys("two"), old.number, old.parts["two"]))
+    assert client.run(outbox.trim(keys, old.number)) == -1
+    again = client.run(outbox.take(keys, replacing=old.number, least=now.number + 99))
     assert again is not None
     assert again.number == now.number
     asyncio.run(emptied(app))
@@ -224,9 +224,9 @@ def test_large_entries_travel_in_small_batches(family: Conveyor, redis: redis_py
         keys.outbox, *(b'["two","%d",0,null,null,null,null,false,false]\n' % n + b"x" * 400_000 for n in range(5))
     )
     sizes = []
-    while batch := app.client.run(spawn_outbox.take(keys)):
+    while batch := app.client.run(outbox.take(keys)):
         sizes.append(len(batch.parts["two"]))
-        app.client.run(spawn_outbox.trim(keys, batch.number))
+        app.client.run(outbox.trim(keys, batch.number))
     assert sizes == [2, 2, 1]
 
 
@@ -269,13 +269,13 @@ async def test_a_partition_that_is_gone(url: str) -> None:
     app.queue("into", partitions=2)
     app.task(name="family.follower", queue="into")(_nothing)
     keys, client = app.client.keys("default"), app.client
-    prepared = [spawn_outbox.read(app.tasks["family.follower"].s().follow()[1])[1] for _ in range(20)]
-    written = [spawn_outbox.write("into", one) for one in prepared[:10]]
+    prepared = [outbox.read(app.tasks["family.follower"].s().follow()[1])[1] for _ in range(20)]
+    written = [outbox.write("into", one) for one in prepared[:10]]
     await client.aexecute("RPUSH", keys.outbox, *written, key=keys.outbox)
     await client.aexecute(
-        "RPUSH", keys.outbox, *[spawn_outbox.write("into/7", one) for one in prepared[10:]], key=keys.outbox
+        "RPUSH", keys.outbox, *[outbox.write("into/7", one) for one in prepared[10:]], key=keys.outbox
     )
-    batch = await client.arun(spawn_outbox.take(keys))
+    batch = await client.arun(outbox.take(keys))
     assert batch is not None
     for _ in range(2):
         assert await deliver(keys, core_of(app))
@@ -348,10 +348,10 @@ async def test_a_queue_that_is_in_one_piece_now(url: str) -> None:
     async with Conveyor(url) as app:
         app.task(name="family.follower", queue="into")(_nothing)
         keys, client = app.client.keys("default"), app.client
-        prepared = [spawn_outbox.read(app.tasks["family.follower"].s().follow()[1])[1] for _ in range(30)]
-        written = [spawn_outbox.write(f"into/{n % 3}", one) for n, one in enumerate(prepared)]
+        prepared = [outbox.read(app.tasks["family.follower"].s().follow()[1])[1] for _ in range(30)]
+        written = [outbox.write(f"into/{n % 3}", one) for n, one in enumerate(prepared)]
         await client.aexecute("RPUSH", keys.outbox, *written, key=keys.outbox)
-        batch = await client.arun(spawn_outbox.take(keys))
+        batch = await client.arun(outbox.take(keys))
         assert batch is not None
         accepted = client.keys("into/0").inbox("default")
         await client.aexecute("SET", accepted, f"{batch.number}\nok", key=accepted)

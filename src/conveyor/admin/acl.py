@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from conveyor.errors import ConfigurationError
-from conveyor.jobs import spawn_outbox
-from conveyor.store import inspection, operations, partitions, plain_list
+from conveyor.messaging import outbox
+from conveyor.store import inspection, operations, partitions, plain_list, topics
 from conveyor.store.keys import check_namespace
 from conveyor.store.script import Script
 
@@ -60,9 +60,9 @@ _PRODUCER = Role(
         operations.PUSH, operations.PUSH_PLAIN, operations.WITHDRAW, operations.LEAVE_ROOM, plain_list.LIST_PUSH,
         operations.AWAIT_RESULT,
         operations.FORGET, operations.CANCEL, inspection.GET_JOB, inspection.WHY, inspection.COUNTS, partitions.CLAIM_PARTITIONS,
-        inspection.FIND_JOBS, partitions.COUNT,
+        inspection.FIND_JOBS, partitions.COUNT, topics.PUBLISH, topics.SUBSCRIBE, topics.SUBSCRIBERS,
     ),
-    (*_RUN_SCRIPT, "sadd", "smembers", "subscribe", "ping", "zcard"),
+    (*_RUN_SCRIPT, "hgetall", "sadd", "smembers", "subscribe", "ping", "zcard"),
     channels=True,
 )  # fmt: skip
 _WORKER = Role(
@@ -70,7 +70,7 @@ _WORKER = Role(
     "runs jobs and consumes messages, and may push and enqueue as a producer",
     (
         operations.TURN, operations.REGISTER, operations.HEARTBEAT, operations.REAP, operations.EXTEND, operations.HELD_IDS,
-        operations.IDLE_TURN, operations.FIND_WORK, operations.LIST_INTAKE, operations.WAKE, spawn_outbox.TAKE, spawn_outbox.TRIM,
+        operations.IDLE_TURN, operations.FIND_WORK, operations.LIST_INTAKE, operations.WAKE, outbox.TAKE, outbox.TRIM,
     ),
     ("blpop", "blmove", "info"),
 ).combined_with(_PRODUCER)  # fmt: skip
@@ -88,7 +88,7 @@ _DASHBOARD = Role(
         inspection.AUDIT,
         partitions.COUNT,
     ),
-    (*_RUN_SCRIPT, "smembers", "llen", "hget", "ping", "info", "time"),
+    (*_RUN_SCRIPT, "hgetall", "smembers", "llen", "hget", "ping", "info", "time"),
 )
 _OPERATOR = Role(
     "operator",
@@ -96,7 +96,7 @@ _OPERATOR = Role(
     (
         operations.CONFIGURE, operations.PURGE, operations.LIST_INTAKE, operations.REDRIVE, operations.PROMOTE,
         operations.CANCEL, partitions.CLAIM_PARTITIONS, partitions.REPARTITION, inspection.UNPLACED, operations.REPAIR,
-        operations.DELETE,
+        operations.DELETE, topics.SUBSCRIBE,
     ),
     ("sadd", "srem", "hscan", "scan", "exists", "del"),
     channels=True,
@@ -172,6 +172,10 @@ def rules(
     names = {command for script in definition.scripts for command in commands_of(script)} | set(definition.commands)
     if definition is _SENTINEL:
         return AclRules(role, user, (), (), tuple(sorted(names | _connection_commands(server, TOPOLOGIES[0], 0))))
+    if (
+        topology == "cluster" and definition is _PRODUCER
+    ):  # which delivers the copies of what it publishes over the nodes
+        names |= commands_of(outbox.TAKE) | commands_of(outbox.TRIM)
     names |= _connection_commands(server, topology, database)
     if durable:
         # A client reads the settings to learn whether a reply, or WAITAOF, proves that data is on disk.

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from conveyor.errors import ConfigurationError, PayloadError, StoreUnavailable
-from conveyor.jobs import spawn_outbox
 from conveyor.jobs.core import core_of
+from conveyor.messaging import outbox
 from conveyor.payload.pipeline import PayloadPipeline
 from conveyor.payload.records import read_leniently
 from conveyor.payload.versions import sealed_name
@@ -107,16 +107,16 @@ def _jobs_of_databases(app: Conveyor) -> Iterator[tuple[str, str, bytes]]:
     outboxes = core_of(app).outboxes
     key = database_outboxes(app.namespace)
     recorded: Any = app.client.execute("SMEMBERS", key, key=key)
-    unknown = {name.decode() for name in recorded} - {outbox.table for outbox in outboxes}
+    unknown = {name.decode() for name in recorded} - {one.table for one in outboxes}
     if unknown:
         raise ConfigurationError(
             f"The database outbox {', '.join(sorted(unknown))} delivers to namespace {app.namespace!r}, and this program "
             "does not know it: bodies of its rows would be removed. Nothing was removed. Import the module that makes "
             f"Outbox(app, connect) before sweep(). If that outbox is gone for good: SREM {key} {min(unknown)}"
         )
-    for outbox in outboxes:
-        for entry in outbox.entries():
-            yield _read_entry(entry, f"A row of {outbox.table}")
+    for table in outboxes:
+        for entry in table.entries():
+            yield _read_entry(entry, f"A row of {table.table}")
 
 
 def _jobs_of_outboxes(node: ServerClient) -> Iterator[tuple[str, str, bytes]]:
@@ -146,7 +146,7 @@ def _jobs_of_queues(nodes: list[ServerClient]) -> Iterator[tuple[str, str, bytes
 
 def _read_entry(data: bytes, where: str) -> tuple[str, str, bytes]:
     try:
-        queue, entry = spawn_outbox.read(data)
+        queue, entry = outbox.read(data)
     except (msgspec.DecodeError, ValueError) as error:
         raise PayloadError(f"{where} cannot be read, so its body is not known. Nothing was removed. {error}") from None
     return queue, entry.id, entry.rest

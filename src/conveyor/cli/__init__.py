@@ -41,6 +41,7 @@ COMMANDS: dict[str, CommandEntry] = {
     "enqueue": CommandEntry(
         "conveyor.cli.enqueue:enqueue", "Enqueue a job of an app, and wait for it with --wait.", "Send"
     ),
+    "topic": CommandEntry("conveyor.cli.topic:topic", "List topics, subscribe queues to them, publish.", "Send"),
     "status": CommandEntry("conveyor.cli.status:status", "Show queues, workers and problems on one screen.", "Look"),
     "queue": CommandEntry("conveyor.cli.queue:queue", "List, pause, purge and redrive queues.", "Look"),
     "job": CommandEntry("conveyor.cli.job:job", "List, show, explain, retry, cancel and delete jobs.", "Look"),

@@ -51,7 +51,7 @@ def push(
         raise click.UsageError("--id names one message; lines from standard input get ids of their own.")
     client, app = target.client(), target.app  # in this order: `client` loads the app
     options = {
-        "id": own_id, "priority": priority, "front": front, "headers": _parse_headers(headers), "tags": tags,
+        "id": own_id, "priority": priority, "front": front, "headers": parse_headers(headers), "tags": tags,
         "delay": 0 if delay is None else parse_seconds(delay, name="--delay"),
         "expires": None if expires is None else parse_seconds(expires, name="--expires"),
     }  # fmt: skip
@@ -131,6 +131,29 @@ def _print_ids(out: Output, ids: list[str]) -> None:
         sys.stdout.flush()
 
 
+def read_bodies(message: str | None) -> Iterator[list[Any]]:
+    """
+    Yield the values of one JSON *message*, or of the lines of standard input (None), in lists.
+
+    A file is checked as a whole first, so that a bad line stores nothing.
+    """
+    import msgspec
+
+    if message is not None:
+        yield [msgspec.json.decode(_checked_body(message.encode("utf-8", "surrogateescape"), ""))]
+        return
+    if sys.stdin.seekable():
+        start = sys.stdin.buffer.tell()
+        for bodies in _read_lines(sys.stdin.buffer):
+            for number, line in bodies:
+                _checked_body(line, _line_position(number, 0))
+        sys.stdin.buffer.seek(start)
+    stored = 0
+    for bodies in _read_lines(sys.stdin.buffer):
+        yield [msgspec.json.decode(_checked_body(line, _line_position(number, stored))) for number, line in bodies]
+        stored += len(bodies)
+
+
 def _line_position(number: int, stored: int) -> str:
     before = f" (after {quantity(stored, 'message')} that {'was' if stored == 1 else 'were'} stored)" if stored else ""
     return f" in line {number} of standard input{before}"
@@ -177,7 +200,7 @@ def _checked_body(raw: bytes, where: str) -> bytes:
     return body
 
 
-def _parse_headers(given: tuple[str, ...]) -> dict[str, str]:
+def parse_headers(given: tuple[str, ...]) -> dict[str, str]:
     from conveyor.errors import ConfigurationError
 
     headers = {}

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from conveyor.messaging.message import Message, OnError
     from conveyor.messaging.plain_list import PlainList
     from conveyor.messaging.queue import Queue
+    from conveyor.messaging.topic import Topic, TopicInfo
     from conveyor.payload.blobs import BlobStore
     from conveyor.payload.pipeline import PayloadPipeline
     from conveyor.store.client.buffer import Buffer
@@ -235,6 +236,40 @@ class Conveyor:
         return self._core.declare_plain_list(
             name, type, task=task_name, lease=lease, max_attempts=max_attempts, sealed=sealed
         )
+
+    @overload
+    def topic(self, name: str, *, version: int = 1, format: FormatChoice | None = None) -> Topic[Any]: ...
+    @overload
+    def topic(
+        self, name: str, type: type[T], *, version: int = 1, format: FormatChoice | None = None
+    ) -> Topic[T]: ...  # fmt: skip
+    @overload
+    def topic(self, name: str, type: Any, *, version: int = 1, format: FormatChoice | None = None) -> Topic[Any]: ...
+
+    def topic(
+        self,
+        name: str,
+        type: Any = Any,  # noqa: A002  the contract's name
+        *,
+        version: int = 1,
+        format: FormatChoice | None = None,  # noqa: A002
+    ) -> Topic[Any]:
+        """
+        Return a topic: a message published to it reaches every queue that subscribes.
+
+        *name* is words with points between them, ``"user.created"``. A pattern such as ``"user.*"`` is for subscriptions: `*`
+        stands for one word, `#` at the end for any number of words, also none. *type*, `version` and `format` say how messages
+        are written, as for a queue. Nothing is sent. Raises ConfigurationError.
+        """
+        return self._core.topics.make(name, type, version=version, format=format)
+
+    def topics(self) -> list[TopicInfo]:
+        """Return every name that queues subscribe to and every topic that was published to, with its counts, sorted."""
+        return self._core.topics.read_all()
+
+    async def atopics(self) -> list[TopicInfo]:
+        """Awaitable form of `topics`."""
+        return await self._core.topics.aread_all()
 
     def pull(self, queues: QueueNames, n: int = 1, wait: Duration = 0, *, renew: bool = False) -> list[Message[Any]]:
         """

@@ -26,7 +26,7 @@ class DatabaseOutbox(Protocol):
     def table(self) -> str: ...
 
     def entries(self) -> Iterator[bytes]:
-        """Yield all rows that are committed and not delivered, as `spawn_outbox.write` wrote them."""
+        """Yield all rows that are committed and not delivered, as `outbox.write` wrote them."""
         ...
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Unpack
 from weakref import WeakValueDictionary
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from conveyor.messaging.plain_list import PlainList
     from conveyor.messaging.push_options import PushMiddleware
     from conveyor.messaging.queue import Queue, QueueSelection
+    from conveyor.messaging.topic import TopicDirectory
     from conveyor.payload.pipeline import PayloadPipeline
     from conveyor.store.keys import QueueKeys
 
@@ -147,6 +148,15 @@ class QueueRegistry:
             )  # fmt: skip
         return known
 
+    # -- topics ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def topics(self) -> TopicDirectory:
+        """The part that all topics share."""
+        from conveyor.messaging.topic import TopicDirectory
+
+        return TopicDirectory(self, self._push_middlewares)
+
     # -- messages or jobs -----------------------------------------------------------------------------------------
 
     def add_task(self, task: str, queue: str) -> None:
@@ -247,10 +257,14 @@ class QueueRegistry:
         from conveyor.messaging.queue import Queue
 
         if partitions == 1 and isinstance(partitions, int) and not isinstance(partitions, bool):
-            return Queue(self.client, name, type, **options)
+            single: Queue[Any] = Queue(self.client, name, type, **options)
+            single.directory = self
+            return single
         from conveyor.messaging.partitioned_queue import PartitionedQueue
 
         queue: PartitionedQueue[Any] = PartitionedQueue(self.client, name, type, partitions=partitions, **options)
+        for part in queue.parts:
+            part.directory = self
         self.partitioned[name] = queue.partitions
         self._keys.update((keys.queue, keys) for keys in queue.partitions.keys)
         return queue

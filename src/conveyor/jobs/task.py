@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Never, ParamSpec, Proto
 from conveyor import ids
 from conveyor.errors import ConfigurationError
 from conveyor.ids import new_id
-from conveyor.jobs import spawn_outbox
 from conveyor.jobs.context import Context
 from conveyor.jobs.hints import CALL_OPTIONS, CHAINED, TASK_MEMBERS, no_member, refuse_unknown
 from conveyor.jobs.job import Job, JobCore
 from conveyor.jobs.job_options import entry_of, with_options
+from conveyor.messaging import outbox
 from conveyor.messaging.push_options import Outgoing, check_times
 from conveyor.messaging.retry import Retry
 from conveyor.payload.codec import ValueCodec, encode_json, show
@@ -251,7 +251,7 @@ class TaskDefinition:
         if outgoing.id is None:
             outgoing = replace(outgoing, id=ids.new_spawned_id())
         queue, entry = self.prepare(outgoing, args, kwargs)
-        return Job(self.core, entry.id, queue, self), spawn_outbox.write(queue, entry)
+        return Job(self.core, entry.id, queue, self), outbox.write(queue, entry)
 
 
 class Task(Generic[P, R_co]):

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError
-from conveyor.store import operations
+from conveyor.store import operations, topics
 from conveyor.store import partitions as partitioning
 from conveyor.store.client.client import Client
 from conveyor.store.client.programs import adrive, drive
@@ -142,6 +142,8 @@ def _delete(client: Client, keys: QueueKeys, found: _Keys) -> Calls:
     known = {place.queue for place in places}
     gone = [name for name in names if name not in known and ids.logical(name) == keys.queue and keys.foreign is None]
     yield from withdraw(client, [*places, *map(client.keys, gone)])
+    if keys.foreign is None:
+        yield topics.leave(topics.TopicKeys(client.namespace), keys.queue)
 
 
 def _shut(keys: QueueKeys, parts: Sequence[QueueKeys], token: str) -> Calls:

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from conveyor.ids import new_identity
 from conveyor.payload.records import AttemptHistory, Envelope, read_leniently
@@ -20,6 +20,9 @@ from conveyor.store import inspection, operations
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Registration, Settlement, StaleTurn, TurnReply, TurnReport, WorkerUnregistered
 from conveyor.store.script import Call
+
+if TYPE_CHECKING:
+    from conveyor.messaging.outbox import OutboxRoutes
 
 LONGEST_WAIT = 5.0
 """Seconds an idle consumer blocks at most: what a lost wake-up token costs."""
@@ -176,7 +179,10 @@ class LeaseSession:
     _mean_bytes: float = 0.0
     _clock_offset: float = 0.0  # server ms minus ours
     _looking: bool = False
+    directory: OutboxRoutes | None = None
+    """The queues of the app, to which the outbox of this one is delivered; None: it is left to others."""
     _new_queue: bool = False
+    _outbox: bool = False
     _leaving: bool = False
 
     def settle(self, leased: LeasedMessage, settlement: Settlement) -> None:
@@ -288,6 +294,11 @@ class LeaseSession:
         new, self._new_queue = self._new_queue, False
         return new
 
+    def take_outbox(self) -> bool:
+        """Tell, once, whether a turn has found something in the outbox of the queue."""
+        found, self._outbox = self._outbox, False
+        return found
+
     def hand_back(self, leased: Iterable[LeasedMessage], histories: Callable[[LeasedMessage], bytes]) -> None:
         """Give *leased* back to the front, in their order, with the given histories (b"" as it was)."""
         for one in reversed(list(leased)):
@@ -396,6 +407,7 @@ class LeaseSession:
     def _absorb(self, reply: TurnReply) -> bool:
         """Enter a reply; return False when Redis says we hold another number of messages."""
         self.missing += reply.missing
+        self._outbox = self._outbox or reply.outbox
         for id_ in reply.lost:
             leased = self._reported.get(id_)
             if leased is not None:

@@ -86,6 +86,11 @@ class Message(Generic[T]):
         return self._leased.envelope.tags
 
     @property
+    def topic(self) -> str:
+        """The topic that it was published to; "" for one that was pushed to the queue itself."""
+        return self._leased.envelope.extra.topic
+
+    @property
     def priority(self) -> int:
         """The priority given with the push, 0 to 9."""
         return self._leased.envelope.priority

@@ -14,6 +14,8 @@ from itertools import repeat
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict
 
+import msgspec
+
 from conveyor import ids as ident
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.payload.pipeline import PayloadPipeline
@@ -36,11 +38,11 @@ class Outgoing:
     """
     A job or a message that is about to be stored, as a middleware's `push` sees it.
 
-    A job has a `task`, `args` and `kwargs`. A message has a `body`, and `task` is empty. All but `task` and `version` may be
-    changed, of a message `queue` neither, nor what only a job has: `timeout_ms`, `keep_ms`, `attempts`. `headers` reach the
-    job as `context.headers`, a consumer as `message.headers`, and `tags` likewise. Times in ms. `id` is the caller's own,
-    None when one will be made. None elsewhere: as the task, or the queue, has it. `room_timeout_ms`: how long its
-    producer waits for room in a full queue.
+    A job has a `task`, `args` and `kwargs`. A message has a `body`, and `task` is empty; one that is published has a `topic`,
+    and `queue` is empty. All but `task`, `topic` and `version` may be changed, of a message `queue` neither, nor what only a
+    job has: `timeout_ms`, `keep_ms`, `attempts`. `headers` reach the job as `context.headers`, a consumer as
+    `message.headers`, and `tags` likewise. Times in ms. `id` is the caller's own, None when one will be made. None elsewhere:
+    as the task, or the queue, has it. `room_timeout_ms`: how long its producer waits for room in a full queue.
     """
 
     task: str
@@ -62,6 +64,7 @@ class Outgoing:
     body: Any = None
     tags: tuple[str, ...] = ()
     room_timeout_ms: int | None = None
+    topic: str = ""
 
 
 class PushMiddleware(Protocol):
@@ -147,6 +150,26 @@ class PushOptions(PushManyOptions, total=False):
     unique: str | None
 
 
+class TopicManyOptions(TypedDict, total=False):
+    """The options of `publish_many`."""
+
+    delay: Duration
+    at: datetime | None
+    priority: int
+    group: str | None
+    expires: Duration | None
+    headers: Mapping[str, str] | None
+    front: bool
+    tags: Iterable[str] | None
+
+
+class TopicOptions(TopicManyOptions, total=False):
+    """The options of `publish`."""
+
+    id: str | None
+    unique: str | None
+
+
 PLAIN = PreparedPush(write_envelope("", b""))
 """A push without options."""
 
@@ -201,20 +224,20 @@ def prepare_push(
 
 
 def pass_through(
-    middlewares: Iterable[PushMiddleware], queue: str, value: Any, options: PreparedPush
+    middlewares: Iterable[PushMiddleware], queue: str, value: Any, options: PreparedPush, *, topic: str = ""
 ) -> tuple[Any, PreparedPush]:
     """Return a message and its options as *middlewares* leave them; raises ConfigurationError, PayloadError."""
     extra = options.extra or EnvelopeOptions()
     outgoing = Outgoing(
         "", queue, headers=dict(extra.headers), priority=options.priority, delay_ms=options.delay_ms,
         at_ms=options.due_at_ms, expires_ms=options.expires_ms, unique=options.unique, id=options.id, front=options.front,
-        version=extra.version, body=value, tags=options.tags,
+        version=extra.version, body=value, tags=options.tags, topic=topic,
     )  # fmt: skip
     for middleware in middlewares:
         middleware.push(outgoing)
     for name, fixed in (
         ("task", ""), ("queue", queue), ("version", extra.version), ("args", ()), ("kwargs", {}), ("timeout_ms", None),
-        ("keep_ms", None), ("attempts", None), ("room_timeout_ms", None),
+        ("keep_ms", None), ("attempts", None), ("room_timeout_ms", None), ("topic", topic),
     ):  # fmt: skip
         if (given := getattr(outgoing, name)) != fixed:
             raise ConfigurationError(
@@ -232,6 +255,12 @@ def pass_through(
         unique=None if outgoing.unique is None else ident.unique_key(outgoing.unique), tags=ident.tag_texts(outgoing.tags),
     )  # fmt: skip
     return outgoing.body, changed
+
+
+def for_topic(options: PreparedPush, topic: str) -> PreparedPush:
+    """Return *options* for a message that was published to *topic*, which the envelope names."""
+    extra = msgspec.structs.replace(options.extra or EnvelopeOptions(), topic=topic)
+    return replace(options, head=write_envelope("", b"", extra), extra=extra)
 
 
 def check_times(outgoing: Outgoing) -> None:

@@ -21,6 +21,7 @@ from conveyor.messaging.decoder import MessageDecoder
 from conveyor.messaging.leases import DeadWorkerDetector, LeaseSession
 from conveyor.messaging.maintenance import DeadLetter
 from conveyor.messaging.message import Batch, Message, OnError
+from conveyor.messaging.outbox import OutboxRoutes
 from conveyor.messaging.publisher import Publisher
 from conveyor.messaging.push_options import (
     PLAIN,
@@ -196,6 +197,8 @@ class Queue(MessageSource[T]):
         self._decoder: MessageDecoder[T] = MessageDecoder(name, self.codec, sealing, version, upcast)
         self._detector = DeadWorkerDetector(self.lease_ms)
         self._publisher: Publisher[T] = self._make_publisher()
+        self.directory: OutboxRoutes | None = None
+        """The queues of the app; None until it has declared this one."""
         self.admit: Callable[[], None] | None = None
         """Called before a push, while the app has not told that the queue holds messages: it raises where it holds jobs."""
 
@@ -296,6 +299,7 @@ class Queue(MessageSource[T]):
         detector = self._detector if transient else DeadWorkerDetector(self.lease_ms)
         session = LeaseSession(self.keys, self.lease_ms, about, detector, intake=self._intake(), transient=transient)
         session.bodies = self._decoder if self._decoder.fetches else None
+        session.directory = self.directory
         return PartitionSource(session, self._policy(session), self._decoder)
 
     def _policy(self, session: LeaseSession) -> SettlementPolicy:

@@ -40,13 +40,14 @@ ERRORS_KEPT = 20
 class EnvelopeOptions(
     msgspec.Struct, frozen=True, omit_defaults=True, rename={"timeout_ms": "timeout", "keep_ms": "keep"}
 ):
-    """The rarely used part of an envelope: headers, and options given for this one job."""
+    """The rarely used part of an envelope: headers, options given for this one job, and the topic that a message is of."""
 
     headers: dict[str, str] = {}
     timeout_ms: int | None = None
     keep_ms: int | None = None
     attempts: int | None = None
     version: int = 1
+    topic: str = ""
 
 
 class Failure(msgspec.Struct, omit_defaults=True):

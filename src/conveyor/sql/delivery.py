@@ -23,7 +23,7 @@ import msgspec
 from conveyor import ids
 from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
 from conveyor.ids import new_identity
-from conveyor.jobs import spawn_outbox
+from conveyor.messaging import outbox
 from conveyor.sql.transaction import explain_missing_table
 from conveyor.store import operations
 from conveyor.store.client.spool import DAY_SUFFIX, MAX_BYTES, MAX_JOBS, SpooledPush
@@ -164,7 +164,7 @@ class OutboxDelivery:
         batch, now = DeliveryBatch(name, queue, [], []), time.time()
         for _, _, seq, created_ms, data in rows:
             try:
-                _, entry = spawn_outbox.read(bytes(data))
+                _, entry = outbox.read(bytes(data))
             except (msgspec.DecodeError, ValueError) as error:
                 self._set_aside(db, batch, seq, error)
                 continue

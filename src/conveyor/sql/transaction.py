@@ -10,7 +10,7 @@ from time import time
 from typing import TYPE_CHECKING, Any, Self
 
 from conveyor.errors import ConfigurationError
-from conveyor.jobs import spawn_outbox
+from conveyor.messaging import outbox
 from conveyor.sql.drivers import (
     AsyncDbapiConnection,
     AsyncDbConnection,
@@ -174,9 +174,7 @@ class OutboxTransaction:
         now = int(time() * 1000)
         shared = (self._client.namespace, keys.queue, now)
         return list(
-            insert_statements(
-                self._table.fill(INSERT), [(*shared, spawn_outbox.write(keys.queue, one)) for one in entries]
-            )
+            insert_statements(self._table.fill(INSERT), [(*shared, outbox.write(keys.queue, one)) for one in entries])
         )
 
 

@@ -46,6 +46,11 @@ class MaxLength(int):
 
 
 UNBOUNDED = MaxLength(0)
+AS_DECLARED = -1
+"""For a push by a program that declares no maximum length: the one that other producers have declared."""
+NO_LIMIT = -2
+"""For a push that no maximum length refuses, an operator's neither."""
+_WORDS = {AS_DECLARED: "?", NO_LIMIT: "!"}
 
 
 def declared_length(max_length: int) -> int:
@@ -55,4 +60,4 @@ def declared_length(max_length: int) -> int:
 
 def argument_of(max_length: int) -> str:
     """Return the argument of push.lua for a maximum length."""
-    return max_length.argument if isinstance(max_length, MaxLength) else str(max_length)
+    return max_length.argument if isinstance(max_length, MaxLength) else _WORDS.get(max_length) or str(max_length)

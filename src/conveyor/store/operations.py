@@ -180,7 +180,7 @@ def push(
     The ids are `NewQueueIds` when the queue was new in Redis.
     """
     number = str(sequence.next())
-    args, ids = _push_args(number, keys, entries, max_length)
+    args, ids = push_arguments(number, keys, entries, max_length)
     return Call(
         PUSH, _push_keys(keys, sequence.identity), args, _pushed(keys, number, ids),
         None if sequence.resends_refused else WITHDRAW,
@@ -197,11 +197,11 @@ def push_numbered(
     `NewQueueNumber` when the queue was new in Redis. Entries may be
     numbered one by one and pushed in any portions, however often: each is stored once. Raises WithdrawnPush.
     """
-    args, _ = _push_args(f"{numbers[-1]} {numbers[0]}", keys, entries, max_length)
+    args, _ = push_arguments(f"{numbers[-1]} {numbers[0]}", keys, entries, max_length)
     return Call(PUSH, _push_keys(keys, identity), args, partial(_pushed_numbered, keys, numbers[-1]))
 
 
-def _push_args(
+def push_arguments(
     number: str, keys: QueueKeys, entries: Iterable[Entry], max_length: int
 ) -> tuple[list[Argument], list[str | None]]:
     """Return the arguments of a push, and the id of each entry, None for one that the reply will name."""
@@ -278,7 +278,7 @@ def _pushed_plain(keys: QueueKeys, number: str, reply: bytes) -> bool:
         return False
     status = status_of(number, reply)
     if status != ["ok", _NEW_QUEUE]:
-        _refused(keys, status)
+        refused(keys, status)
     return True
 
 
@@ -286,12 +286,17 @@ def _pushed(keys: QueueKeys, number: str, ids: list[str | None]) -> Any:
     def decode(reply: bytes) -> list[str]:
         status, *special = status_of(number, reply)
         if status != "ok":
-            _refused(keys, [status, *special])
-        answers = iter(special)
-        whole = [id_ if id_ is not None else _accepted(next(answers)) for id_ in ids]
-        return NewQueueIds(whole) if special[-1:] == [_NEW_QUEUE] else whole
+            refused(keys, [status, *special])
+        return accepted_ids(special, ids)
 
     return decode
+
+
+def accepted_ids(special: Sequence[str], ids: Sequence[str | None]) -> list[str]:
+    """Return the id of each entry of a push that was accepted: those of *ids*, and where it is None the next of the reply."""
+    answers = iter(special)
+    whole = [id_ if id_ is not None else _accepted(next(answers)) for id_ in ids]
+    return NewQueueIds(whole) if special[-1:] == [_NEW_QUEUE] else whole
 
 
 def _pushed_numbered(keys: QueueKeys, number: int, reply: bytes) -> int:
@@ -299,7 +304,7 @@ def _pushed_numbered(keys: QueueKeys, number: int, reply: bytes) -> int:
     if status == "withdrawn":
         raise WithdrawnPush
     if status not in {"ok", "late"}:
-        _refused(keys, [status, *rest])
+        refused(keys, [status, *rest])
     if status == "late":
         return int(rest[0])
     return NewQueueNumber(number) if rest[-1:] == [_NEW_QUEUE] else number
@@ -315,7 +320,8 @@ def _accepted(answer: str) -> str:
     return ExistingId(answer[1:]) if answer.startswith("\t") else answer
 
 
-def _refused(keys: QueueKeys, words: Sequence[str]) -> NoReturn:
+def refused(keys: QueueKeys, words: Sequence[str]) -> NoReturn:
+    """Raise the error of a push that was refused with *words*: the status, and what follows."""
     status, *rest = words
     queue = keys.queue
     if status in {"full", "wait"}:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from conveyor.jobs import spawn_outbox
+from conveyor.messaging import outbox
 from conveyor.store import operations
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Settlement
@@ -75,7 +75,7 @@ def _ahead(seeded: SeededQueue) -> None:
 
 
 def _outbox(seeded: SeededQueue) -> None:
-    seeded.redis.rpush(seeded.keys.outbox, spawn_outbox.write("other", entry("o")))
+    seeded.redis.rpush(seeded.keys.outbox, outbox.write("other", entry("o")))
 
 
 def _old_letters(seeded: SeededQueue) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from conveyor.admin.acl import commands_of
 from conveyor.errors import ConfigurationError
-from conveyor.jobs import spawn_outbox
+from conveyor.messaging import outbox
 from conveyor.payload.records import AttemptHistory, read_failure
 from conveyor.store import operations
 from support.script_faults import LimitedUser
@@ -302,7 +302,7 @@ def test_register_names_the_right_that_is_missing(seeded: SeededQueue, url: str)
     """Whoever registers without a right that a worker's steps need is refused with its name, and nothing is left on the server."""
     steps = (
         operations.TURN, operations.IDLE_TURN, operations.HEARTBEAT, operations.REAP, operations.EXTEND, operations.HELD_IDS,
-        operations.WAKE, spawn_outbox.TAKE, spawn_outbox.TRIM,
+        operations.WAKE, outbox.TAKE, outbox.TRIM,
     )  # fmt: skip
     needed = {command.upper() for script in steps for command in commands_of(script)}
     assert needed <= {command.upper() for command in commands_of(operations.REGISTER)}

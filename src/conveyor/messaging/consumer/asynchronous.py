@@ -29,7 +29,7 @@ from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.store import operations
 from conveyor.store.client.client import Client
 from conveyor.store.client.outages import FIRST_TRY
-from conveyor.store.client.programs import AsyncRun, adrive, arun_once
+from conveyor.store.client.programs import AsyncRun, adrive, adrive_steps, arun_once
 from conveyor.store.script import Call
 from conveyor.store.transport.wakeup import AsyncWakeupWaiter
 
@@ -111,6 +111,7 @@ class AsyncSettler(SettlerState):
             if self.session.take_new_queue():
                 await self.client.aannounce_again(self.session.keys)
             self._has_left = leave and not self.session.transient and not self.session.held
+        await adrive_steps(self.deliver_outbox())
         if self.session.bodies is not None:
             await self.session.bodies.fetch(self.session.waiting)
 

@@ -31,7 +31,7 @@ from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.store import operations
 from conveyor.store.client.client import Client
 from conveyor.store.client.outages import FIRST_TRY
-from conveyor.store.client.programs import Run, drive, run_once
+from conveyor.store.client.programs import Run, drive, drive_steps, run_once
 from conveyor.store.script import Call
 from conveyor.store.signal_safety import SignalSafeEvent
 from conveyor.store.transport.connection import Connection
@@ -96,6 +96,7 @@ class BlockingSettler(SettlerState):
             if self.session.take_new_queue():
                 self.client.announce_again(self.session.keys)
             self._has_left = leave and not self.session.transient and not self.session.held
+        drive_steps(self.deliver_outbox())
         return True
 
     def flush(self) -> bool:

@@ -10,7 +10,8 @@ from random import randrange
 from typing import Any, Generic, TypeVar
 
 from conveyor import ids
-from conveyor.errors import StoreUnavailable
+from conveyor.errors import ConveyorError, StoreUnavailable
+from conveyor.messaging import outbox
 from conveyor.messaging.consumer.partition_steps import PartitionRoundRobin, QueueShares
 from conveyor.messaging.consumer.steps import ConsumerSteps
 from conveyor.messaging.decoder import MessageDecoder
@@ -21,6 +22,8 @@ from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.payload.failures import FailureLog
 from conveyor.store import operations
 from conveyor.store.client.client import Client
+from conveyor.store.client.outages import FIRST_TRY
+from conveyor.store.client.programs import StepProgram
 from conveyor.store.script import Call
 from conveyor.store.transport import eviction
 
@@ -125,6 +128,17 @@ class SettlerState:
         """Raise StoreUnavailable while the server is away."""
         if self.is_away:
             raise StoreUnavailable(f"The server of '{self.session.keys.queue}' does not answer.")
+
+    def deliver_outbox(self) -> StepProgram:
+        """Deliver what a turn has found in the outbox of the queue: copies of published messages, for other queues."""
+        directory, keys = self.session.directory, self.session.keys
+        if not self.session.take_outbox() or directory is None:
+            return
+        try:
+            while (yield from outbox.deliver(directory, keys, retry_for=FIRST_TRY)):
+                pass
+        except ConveyorError as error:
+            logger.warning("Queue %s: its outbox is not delivered yet, trying again: %s", keys.queue, error)
 
     def note_not_handed_out(self) -> None:
         """Note that no message that is held was handed out, so that it goes back as if it had not been leased."""

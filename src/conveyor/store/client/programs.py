@@ -1,7 +1,8 @@
 """
 Programs of calls: generators that yield calls, receive the decoded replies, and return a value.
 
-A program does no input or output, so a blocking and an awaitable driver carry out the same one.
+A program does no input or output, so a blocking and an awaitable driver carry out the same one. Where a step is more than a
+call, it is a pair: what blocks, and what is awaited.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ C = TypeVar("C")
 V = TypeVar("V")
 Run = Callable[..., Any]
 """Carries out a call; takes `deadline` (monotonic) too, the end of its time."""
+Step = tuple[Callable[[], Any], Callable[[], Awaitable[Any]]]
+"""A step as it blocks, and as it is awaited."""
+StepProgram = Generator[Step, Any, Any]
 AsyncRun = Callable[..., Awaitable[Any]]
 
 
@@ -70,3 +74,13 @@ async def adrive(program: Generator[C, Any, V], run: Callable[[C], Awaitable[Any
                 call = program.send(reply)
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]
+
+
+def drive_steps(program: Generator[Step, Any, V]) -> V:
+    """Carry out a program of steps, blocking."""
+    return drive(program, lambda step: step[0]())
+
+
+async def adrive_steps(program: Generator[Step, Any, V]) -> V:
+    """Awaitable form of `drive_steps`."""
+    return await adrive(program, lambda step: step[1]())

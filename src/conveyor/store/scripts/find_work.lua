@@ -12,7 +12,8 @@ for queue = 1, #KEYS / 17 do
   local paused = redis.call('HGET', KEYS[at + 2], 'paused') == '1'
   local due = not paused and tonumber(redis.call('ZRANGE', KEYS[at + 4], 0, 0, 'WITHSCORES')[2])
   local waits = not paused and ((due and due <= now) or redis.call('EXISTS', unpack(KEYS, at + 6, at + 17)) > 0)
-  if waits or needs_upkeep(KEYS[at + 1], KEYS[at + 5], KEYS[at + 3], now, number_in(ARGV[queue])) then
+  local outbox = string.sub(KEYS[at + 2], 1, -5) .. 'outbox'
+  if waits or needs_upkeep(KEYS[at + 1], KEYS[at + 5], outbox, now, number_in(ARGV[queue])) then
     answers[queue] = -2
   else
     answers[queue] = due and due - now or -1

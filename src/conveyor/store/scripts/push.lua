@@ -3,7 +3,7 @@
 --
 -- KEYS  1 lane:<producer>  2 jobs  3 due  4 wake  5 conf  6 dead  7-16 ready:0 … ready:9  17 none
 -- ARGV  1 number of this push in its sequence, "<last> <first>" of one that stands for several
---       2 maximum length (0: none) and what is done beyond it, as lib/admission.lua says  3 partitions of the queue (1: none)
+--       2 maximum length (0: none) and what is done beyond it, as lib/admission.lua says; ! nothing refuses it  3 partitions of the queue (1: none)
 --       4 number of jobs  then runs, in order:
 --       "p" count (id envelope)…
 --       "s" count (id marks rest delay_ms due_at_ms expires_ms priority attributes own front)…   "" where not given

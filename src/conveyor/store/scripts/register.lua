@@ -30,7 +30,8 @@ local now = clock()
 -- Tell whether a turn would find nothing to lease and nothing to care for. When the next job is due comes with it.
 local function is_idle()
   local due, paused = redis.call('ZRANGE', KEYS[5], 0, 0, 'WITHSCORES')[2], redis.call('HGET', KEYS[3], 'paused') == '1'
-  if needs_upkeep(KEYS[2], KEYS[6], KEYS[4], now, number_in(ARGV[2])) then return false end
+  local outbox = string.sub(KEYS[3], 1, -5) .. 'outbox'
+  if needs_upkeep(KEYS[2], KEYS[6], outbox, now, number_in(ARGV[2])) then return false end
   local waits = (due and tonumber(due) <= now) or redis.call('EXISTS', unpack(KEYS, 7)) > 0
   return paused or not waits, due and not paused and tonumber(due) or -1
 end

@@ -8,8 +8,9 @@ local function prepare_push(KEYS, ARGV)
   local conf_now = redis.call('HMGET', conf, 'max_length', 'schema', 'stubs', 'partitions', 'line', 'bound')
   if (conf_now[2] or '1') ~= '1' and conf_now[2] ~= '2' then return ARGV[1] .. '\nschema\n' .. conf_now[2] end
   if (conf_now[4] or '1') ~= ARGV[3] then return ARGV[1] .. '\npartitions\n' .. (conf_now[4] or '') end
-  local prefix, bound = string.sub(jobs, 1, -5), string.match(ARGV[2], '^%d+ ?%S*')
-  local maximum, leaves = tonumber(conf_now[1] or string.match(bound, '^%d+')), nil
+  -- "?" leaves the maximum to what producers have declared, "!" to nobody.
+  local prefix, bound = string.sub(jobs, 1, -5), string.match(ARGV[2], '^%d+ ?%S*') or (ARGV[2] == '?' and conf_now[6]) or '0'
+  local maximum, leaves = ARGV[2] ~= '!' and tonumber(conf_now[1] or string.match(bound, '^%d+')) or 0, nil
   if maximum > 0 then
     local length = redis.call('HLEN', jobs) - redis.call('ZCARD', dead) - tonumber(conf_now[3] or 0)
     if conf_now[5] or length + tonumber(ARGV[4]) > maximum then

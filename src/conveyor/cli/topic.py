@@ -1,0 +1,152 @@
+"""`conveyor topic`: list topics, change who subscribes, publish."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from conveyor.cli.command import CommandGroup
+from conveyor.cli.completion import complete_queues
+from conveyor.cli.output import Output, parse_seconds, quantity
+from conveyor.cli.push import parse_headers, read_bodies
+from conveyor.cli.target import Target, redis_options
+
+if TYPE_CHECKING:
+    from conveyor.messaging.topic import Topic, TopicDirectory
+
+_NAME = click.argument("name", metavar="TOPIC")
+_QUEUES = click.argument("queues", metavar="QUEUE...", nargs=-1, required=True, shell_complete=complete_queues)
+
+
+@click.group(cls=CommandGroup)
+def topic() -> None:
+    """List topics, subscribe queues to them, and publish."""
+
+
+@topic.command("list")
+@redis_options
+def list_(target: Target, out: Output) -> None:
+    """List every name that queues subscribe to and every topic that was published to."""
+    infos = _directory(target).read_all()
+    if out.as_json:
+        out.document("topics", topics=infos)
+    elif infos:
+        rows = [
+            (
+                one.name or "(all others)" if out.on_terminal else one.name,
+                " ".join(one.subscribers),
+                one.published,
+                one.nobody,
+            )
+            for one in infos
+        ]
+        out.table(("topic", "subscribers", "published", "to nobody"), rows)
+    else:
+        out.say("No queue subscribes to anything, and nothing was published.")
+
+
+@topic.command()
+@_NAME
+@_QUEUES
+@redis_options
+def subscribe(target: Target, out: Output, name: str, queues: tuple[str, ...]) -> None:
+    """
+    Subscribe queues: each gets a copy of every message that is published from now on.
+
+    TOPIC may be a pattern, in quotes: `*` stands for one word, `#` as the last for any number of words.
+    """
+    changed = _topic(target, name).subscribe(*queues)
+    _print_changed(out, "topic-subscribed", name, "subscribed", changed)
+
+
+@topic.command()
+@_NAME
+@_QUEUES
+@redis_options
+def unsubscribe(target: Target, out: Output, name: str, queues: tuple[str, ...]) -> None:
+    """
+    End subscriptions to exactly this name.
+
+    Messages that are queued stay.
+    """
+    changed = _topic(target, name).unsubscribe(*queues)
+    _print_changed(out, "topic-unsubscribed", name, "unsubscribed", changed)
+
+
+@topic.command()
+@_NAME
+@click.argument("message", required=False, metavar="[JSON | -]")
+@click.option("--delay", metavar="5m", help="Deliver it after this delay.")
+@click.option("--priority", type=click.IntRange(0, 9), default=0, help="0 to 9, higher goes first.")
+@click.option("--id", "own_id", metavar="ID", help="Your own id: a queue that has it stores nothing.")
+@click.option("--expires", metavar="1h", help="Drop it where no consumer has taken it by then.")
+@click.option("--header", "headers", multiple=True, metavar="K=V", help="A header; may be repeated.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="A word by which it is found; may be repeated.")
+@redis_options
+def publish(
+    target: Target, out: Output, name: str, message: str | None, delay: str | None, priority: int, own_id: str | None,
+    expires: str | None, headers: tuple[str, ...], tags: tuple[str, ...],
+) -> None:  # fmt: skip
+    """
+    Publish one JSON message, or one per line of standard input (-).
+
+    Prints the ids of the copies, those of one message on one line.
+    """
+    from_stdin = message == "-" or (message is None and not sys.stdin.isatty())
+    if message is None and not from_stdin:
+        raise click.UsageError("Nothing to publish: give JSON, or - to read one message per line.")
+    if from_stdin and own_id:
+        raise click.UsageError("--id names one message; lines from standard input get ids of their own.")
+    chosen = _topic(target, name)
+    options: dict[str, Any] = {
+        "priority": priority, "headers": parse_headers(headers), "tags": tags,
+        "delay": 0 if delay is None else parse_seconds(delay, name="--delay"),
+        "expires": None if expires is None else parse_seconds(expires, name="--expires"),
+    }  # fmt: skip
+    ids: list[list[str]] = []
+    for values in read_bodies(None if from_stdin else message):
+        copies = [chosen.publish(values[0], id=own_id, **options)] if own_id else chosen.publish_many(values, **options)
+        ids += copies
+        if not out.as_json:
+            for one in copies:
+                out.line(" ".join(one))
+            sys.stdout.flush()
+    if out.as_json:
+        out.document("published", topic=name, ids=ids)
+    elif (nobody := sum(not copies for copies in ids)) and out.on_terminal:
+        out.say(f"Nobody subscribes to {name}: {quantity(nobody, 'message')} reached no queue, and are counted.")
+
+
+def _directory(target: Target) -> TopicDirectory:
+    """Return the topics of the app that the command names, or of one that declares nothing."""
+    from conveyor.jobs.core import AppCore, core_of
+    from conveyor.payload.codec import MAX_PAYLOAD
+    from conveyor.payload.formats import JSON
+
+    client, app = target.client(), target.app  # in this order: `client` loads the app
+    if app is not None and app.client is client:
+        return core_of(app).topics
+    known = None if app is None else core_of(app)
+    return AppCore(
+        client,
+        lease_ms=15_000,
+        max_payload=MAX_PAYLOAD if known is None else known.max_payload,
+        sealing=None if known is None else known.sealing,
+        formats=JSON if known is None else known.formats,
+    ).topics
+
+
+def _topic(target: Target, name: str) -> Topic[Any]:
+    directory = _directory(target)
+    return directory.make(name, Any, version=1, format=None)
+
+
+def _print_changed(out: Output, schema: str, name: str, word: str, number: int) -> None:
+    if out.as_json:
+        out.document(schema, topic=name, **{word: number})
+    elif not out.on_terminal:
+        out.line(str(number))
+    else:
+        out.say(f"{quantity(number, 'queue')} {word}.")
