@@ -23,7 +23,7 @@ from conveyor.jobs.core import core_of
 from conveyor.messaging.partitions import repartition
 from conveyor.messaging.retry import Retry
 from conveyor.payload.blobs import FileStore
-from conveyor.store import inspection, operations
+from conveyor.store import inspection, limits, operations
 from conveyor.store.job_filter import Walk
 from conveyor.worker.shared_memory import ChildInfo, LeaseIdentity
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
@@ -122,14 +122,42 @@ def furnish(app: Conveyor) -> ManualWorker:
             manual.done(id_, 2)
         elif end:
             manual.dead(id_, None)
+    level(app, lease=True)
     double.options(unique="held", id="ready").enqueue(1)
     double.options(delay="1h", id="scheduled").enqueue(1)
     app.client.run(operations.await_result(app.client.keys("default"), "ready", f"{NAMESPACE}:replies:nobody"))
     return manual
 
 
+def level(app: Conveyor, *, lease: bool) -> None:
+    """Push jobs with a group and with a limit; lease what may start, so that the others wait."""
+    keys, lane = app.client.keys("levelled"), operations.ProducerSequence(new_identity())
+    for number in (1, 2):
+        app.client.run(limits.declare_limits(keys, {"hourly": f"r {number} 3600000 0 -"}, replace=True))
+    entries = [operations.Entry(new_identity(), b"\n\n1", limits=("1:hourly",)) for _ in range(4)]
+    entries += [operations.Entry(new_identity(), b"\n\n1", group="g", front=True) for _ in range(2)]
+    app.client.run(operations.push(keys, lane, entries))
+    assert app.client.run(inspection.counts(keys)).waiting >= 6
+    if lease:
+        worker = new_identity()
+        app.client.run(operations.register(keys, worker, 60_000, b"{}"))
+        reply = app.client.run(operations.turn(keys, worker, 1, 9, 60_000, operations.TurnReport()))
+        assert len(reply.ids) == 3
+
+
+def look_at_limits(app: Conveyor) -> None:
+    """Show limits, groups, and what waits at them."""
+    keys = app.client.keys("levelled")
+    assert app.client.run(limits.list_limits(keys))[0].waiting == 1
+    assert app.client.run(limits.list_groups(keys))
+    assert app.client.run(inspection.counts(keys)).waiting == 3
+    assert app.client.run(inspection.list_jobs(keys, "waiting", 0, 9)).rows
+    assert app.client.run(inspection.audit(keys)) == []
+
+
 def produce(app: Conveyor) -> None:
     """Push and enqueue in every way, and ask for it."""
+    level(app, lease=False)
     orders, double = app.queue("orders"), app.tasks["shop.double"]
     orders.push({"n": 1})
     orders.push_many([1, 2, 3], priority=3)
@@ -205,6 +233,7 @@ def look(app: Conveyor) -> None:
         admin.job("unheard-of")
     except JobNotFound:
         pass
+    look_at_limits(app)
     report = admin.doctor()
     assert report.version
     assert app.client.run(inspection.audit(app.client.keys("default"))) == []
@@ -217,6 +246,7 @@ def operate(app: Conveyor) -> None:
     """Do all that an operator does to queues and jobs."""
     look(app)
     admin = Admin(app.client, plain_lists=core_of(app).plain_lists)
+    app.client.run(limits.set_limit(app.client.keys("levelled"), "hourly", None, "r 3 3600000 0"))
     admin.pause("default")
     admin.resume("default")
     line = app.client.keys("default").ready[0]
@@ -264,6 +294,7 @@ async def work(app: Conveyor) -> None:
         member = (consumer.keys, consumer.identity, consumer.lease_ms, True)
         await consumer.connection.run(operations.idle_turn([member]), retry_for=1.0)  # as after five seconds
     await asyncio.to_thread(find, app)
+    await asyncio.to_thread(level, app, lease=True)
     await asyncio.to_thread(_die, app)
     await asyncio.to_thread(_consume, app)
 

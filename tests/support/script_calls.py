@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from conveyor.messaging import outbox
-from conveyor.store import inspection, operations, partitions, plain_list, topics
+from conveyor.store import inspection, limits, operations, partitions, plain_list, topics
 from conveyor.store.job_filter import JobFilter, Walk
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import ProducerSequence, Settlement, TurnReport
@@ -177,6 +177,9 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     "repartition": (lambda k: partitions.repartition(k, "begin", "change", 3), {"conf", "jobs", "workers", "outbox"}),
     "partitions": (partitions.count, {"conf"}),
     "configure": (lambda k: operations.configure(k, "paused", "1"), {"conf"}),
+    "declare_limits": (lambda k: limits.declare_limits(k, {"l": "c 2 -", "m": "r 5 1000 0 -"}, replace=True), {"conf"}),
+    "set_limits": (lambda k: limits.set_limit(k, "l", None, "c 3"), {"conf"}),
+    "list_limits": (limits.list_limits, {"conf", "due"}),
     "list_intake": (lambda k: operations.list_intake(k, 3, "stem"), {"jobs", "ready:0", "intake", "foreign"}),
     "find_work": (
         lambda k: operations.find_work([(k, 60_000), (k, 60_000)]), {"conf", "due"},
@@ -240,6 +243,7 @@ READS = {
     "unplaced-ready",
     "find_work",
     "subscribers",
+    "list_limits",
 }
 
 

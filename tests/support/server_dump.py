@@ -64,7 +64,8 @@ def _show(name: str, value: Any, now: int) -> Any:
     if isinstance(value, dict):
         return {_text(field, now): _field(name, _text(item, now)) for field, item in value.items()}
     if isinstance(value, list) and value and isinstance(value[0], tuple):
-        return {_text(member, now): _relative(int(score), now) for member, score in value}
+        instants = not name.startswith("limit:")  # where a score is a place
+        return {_text(member, now): _relative(int(score), now) if instants else int(score) for member, score in value}
     if isinstance(value, list):
         return [_text(item, now) for item in value]
     if isinstance(value, set):

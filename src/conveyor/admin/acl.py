@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from conveyor.errors import ConfigurationError
 from conveyor.messaging import outbox
-from conveyor.store import inspection, operations, partitions, plain_list, topics
+from conveyor.store import inspection, limits, operations, partitions, plain_list, topics
 from conveyor.store.keys import check_namespace
 from conveyor.store.script import Script
 
@@ -61,6 +61,7 @@ _PRODUCER = Role(
         operations.AWAIT_RESULT,
         operations.FORGET, operations.CANCEL, inspection.GET_JOB, inspection.WHY, inspection.COUNTS, partitions.CLAIM_PARTITIONS,
         inspection.FIND_JOBS, partitions.COUNT, topics.PUBLISH, topics.SUBSCRIBE, topics.SUBSCRIBERS,
+        limits.DECLARE_LIMITS,
     ),
     (*_RUN_SCRIPT, "hgetall", "sadd", "smembers", "subscribe", "ping", "zcard"),
     channels=True,
@@ -87,6 +88,7 @@ _DASHBOARD = Role(
         inspection.WORKERS,
         inspection.AUDIT,
         partitions.COUNT,
+        limits.LIST_LIMITS,
     ),
     (*_RUN_SCRIPT, "hgetall", "smembers", "llen", "hget", "ping", "info", "time"),
 )
@@ -96,7 +98,7 @@ _OPERATOR = Role(
     (
         operations.CONFIGURE, operations.PURGE, operations.LIST_INTAKE, operations.REDRIVE, operations.PROMOTE,
         operations.CANCEL, partitions.CLAIM_PARTITIONS, partitions.REPARTITION, inspection.UNPLACED, operations.REPAIR,
-        operations.DELETE, topics.SUBSCRIBE,
+        operations.DELETE, topics.SUBSCRIBE, limits.SET_LIMITS,
     ),
     ("sadd", "srem", "hscan", "scan", "exists", "del"),
     channels=True,

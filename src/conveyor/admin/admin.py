@@ -496,8 +496,8 @@ class Admin:
     def _repair(self, keys: QueueKeys) -> int:
         suspects = set(self._page_ids(keys, "jobs"))
         ready = 0
-        for priority in range(PRIORITIES if suspects else 0):
-            for id_ in self._page_ids(keys, str(priority)):
+        for where in [*map(str, range(PRIORITIES)), "waits"] if suspects else []:
+            for id_ in self._page_ids(keys, where):
                 suspects.discard(id_)
                 ready += 1
         # A step searches the ready lists for each of its ids: it stays short with long lists, too.

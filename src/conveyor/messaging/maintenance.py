@@ -56,7 +56,7 @@ def purge_waiting(keys: QueueKeys) -> CountingProgram:
     """Remove the ready and scheduled messages there are now, from the front; count them."""
     counts: QueueCounts = yield inspection.counts(keys)
     removed = 0
-    for where, count in (("ready", counts.ready), ("due", counts.scheduled)):
+    for where, count in (("ready", counts.ready + counts.waiting), ("due", counts.scheduled)):
         removed += yield from _purge(keys, where, count)
     return removed
 

@@ -112,8 +112,8 @@ class Envelope(msgspec.Struct):
 
     @property
     def is_plain(self) -> bool:
-        """True when scripts need not read it, so that acknowledging it costs the least."""
-        return not (self.own_id or self.attributes)
+        """True when scripts need to know nothing but its id, so that acknowledging it costs the least."""
+        return not self.own_id and (not self.attributes or ends_by_id(self.attributes))
 
     @property
     def unique(self) -> str | None:
@@ -253,6 +253,11 @@ def write_attributes(
     for tag in tags:
         text += "\tt" + tag
     return text
+
+
+def ends_by_id(attributes: str) -> bool:
+    """Tell whether a job with these *attributes* leaves nothing behind that its id does not tell: group and limits alone."""
+    return all(one[:1] in {"g", "l", ""} for one in attributes.split("\t"))
 
 
 def read_attribute(attributes: str, letter: str) -> list[str]:

@@ -164,6 +164,7 @@ def _read_counts(reply: list[Any]) -> QueueCounts:
         foreign,
         outbox,
         unplaced,
+        waiting,
         *more,
     ) = reply
     age = None
@@ -173,7 +174,18 @@ def _read_counts(reply: list[Any]) -> QueueCounts:
         age = max(0.0, (now - since) / 1000) if since else 0.0
     limit = int(max_length) if max_length else None
     return QueueCounts(
-        ready + foreign, scheduled, 0, leased, dead, age, paused == 1, workers, limit, outbox, max(0, unplaced), *more
+        ready + foreign,
+        scheduled,
+        waiting,
+        leased,
+        dead,
+        age,
+        paused == 1,
+        workers,
+        limit,
+        outbox,
+        max(0, unplaced),
+        *more,
     )
 
 

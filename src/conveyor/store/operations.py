@@ -367,6 +367,7 @@ class TurnReport:
     stats: dict[str, int] = field(default_factory=dict)
     recent: list[bytes] = field(default_factory=list)
     spawned: bool = False  # some settlements put entries into the outbox
+    frees: bool = False  # some may let another job of a group or at a limit start
     results: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     """Of jobs in `done`: for how long (ms) which record is kept; (0, b"") of a value that is not kept."""
 
@@ -618,7 +619,10 @@ def reap(
     may have ended it): only these are charged, the second ones only with a possible crash. None: all jobs are charged. Each
     crash leaves an error in the history of its job: *cause* in words ("": no error), so many seconds *ago*.
     """
-    names = (keys.leased(worker), keys.workers, keys.jobs, keys.state, keys.wake, keys.waiters, *keys.ready, keys.none)
+    names = (
+        keys.leased(worker), keys.workers, keys.jobs, keys.state, keys.wake, keys.waiters, *keys.ready, keys.none, keys.due,
+        keys.conf,
+    )  # fmt: skip
     if not crashed:
         return Call(REAP, names, (worker, _optional(end), "leave"), int)
     how, ids = ("crash", ("", "")) if blame is None else ("blame", tuple("\n".join(ids) for ids in blame))
@@ -654,7 +658,9 @@ class Cancelled(NamedTuple):
 
 def cancel_some(keys: QueueKeys, walk: Walk, *, delete: bool = False) -> Call[Cancelled]:
     """Return the call that cancels or deletes the jobs that one step of *walk* finds."""
-    names = (keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.conf, keys.waiters, keys.none)
+    names = (
+        keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.conf, keys.waiters, keys.none, keys.wake,
+    )  # fmt: skip
     return Call(CANCEL, names, ("delete" if delete else "cancel", *walk.arguments()), _read_cancelled)
 
 
@@ -681,7 +687,7 @@ def redrive(keys: QueueKeys, *, limit: int = UNLIMITED, ids: Sequence[str] = ())
 
 def redrive_some(keys: QueueKeys, walk: Walk) -> Call[Redriven]:
     """Return the call that puts back the dead letters that one step of *walk* finds."""
-    names = (keys.dead, keys.jobs, keys.state, keys.wake, *keys.ready, keys.none)
+    names = (keys.dead, keys.jobs, keys.state, keys.wake, *keys.ready, keys.none, keys.conf)
     return Call(REDRIVE, names, walk.arguments(), _read_redriven)
 
 
@@ -706,13 +712,15 @@ def promote(keys: QueueKeys, id: str) -> Call[bool]:  # noqa: A002
 
 def promote_some(keys: QueueKeys, walk: Walk) -> Call[Promoted]:
     """Return the call that makes the scheduled jobs ready that one step of *walk* finds."""
-    names = (keys.due, keys.jobs, keys.wake, *keys.ready)
+    names = (keys.due, keys.jobs, keys.wake, *keys.ready, keys.conf, keys.none)
     return Call(PROMOTE, names, walk.arguments(), lambda reply: Promoted(read_step(reply), _read_ids(reply[5:])))
 
 
 def purge(keys: QueueKeys, place: str, limit: int) -> Call[tuple[int, int]]:
     """Return the call that removes one batch from `ready`, `due` or `dead`; it yields (entries taken, jobs removed)."""
-    names = (keys.jobs, keys.state, keys.due, keys.dead, keys.conf, keys.waiters, *keys.ready, keys.none)
+    names = (
+        keys.jobs, keys.state, keys.due, keys.dead, keys.conf, keys.waiters, *keys.ready, keys.none, keys.wake,
+    )  # fmt: skip
     return Call(PURGE, names, (place, str(limit)), lambda reply: (int(reply[0]), int(reply[1])))
 
 

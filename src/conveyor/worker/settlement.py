@@ -151,6 +151,8 @@ class SettlementWriter:
                 report.others.append(
                     Settlement("D", attempt.id, state=state, attributes=envelope.attributes, own_id=envelope.own_id)
                 )
+        if envelope.attributes:
+            report.frees = True
         if attempt.context is not None:
             end_spawning(attempt.context)  # a thread of the job that goes on gets an error if it spawns
         handler.count_done(seconds)
@@ -270,6 +272,8 @@ class SettlementWriter:
         report.others.append(
             Settlement("X", attempt.id, now_ms, record, state.encode(), envelope.attributes, envelope.own_id)
         )
+        if envelope.attributes:
+            report.frees = True
         seconds = max(0.0, attempt.ended - attempt.started)
         if len(report.recent) < RECENT:
             report.recent.append(

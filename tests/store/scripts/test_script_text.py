@@ -136,13 +136,17 @@ def test_digests_are_stable() -> None:
 
 
 def test_texts_stay_small() -> None:
-    """Print the size of each text. A server that does not know a script gets the whole text with the call."""
+    """
+    Print the size of each text. A server that does not know a script gets the whole text with the call.
+
+    The turn is the largest: groups and limits are most of it.
+    """
     sizes = {name: (len(Script(name).text.encode()), Script(name).text.count("\n")) for name in FILES}
     for name, (size, lines) in sorted(sizes.items(), key=lambda item: -item[1][0]):
         print(f"{name:16} {size:6} bytes {lines:4} lines   {Script(name).sha}   {' '.join(needs(FILES[name]))}")
 
-    assert max(size for size, _ in sizes.values()) < 32 * 1024
-    assert sum(size for size, _ in sizes.values()) < 224 * 1024
+    assert max(size for size, _ in sizes.values()) < 64 * 1024
+    assert sum(size for size, _ in sizes.values()) < 512 * 1024
 
 
 def test_a_publish_has_the_parts_of_a_push() -> None:

@@ -1,5 +1,6 @@
--- Prove that every live id is in exactly one place. This reads the whole queue in one step: for tests and quiet hours.
--- needs: numbers leased envelope room
+-- Prove that every live id is in exactly one place, every group has exactly one ticket, every slot a holder, and no ticket waits
+-- at a limit that has room. This reads the whole queue in one step: for tests and quiet hours.
+-- needs: numbers keys leased envelope rights limits groups room
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7-16 ready:0 … ready:9
 -- ARGV  1 refuse above this many jobs  2… tags that have a key: no other way finds those of jobs that are gone
@@ -7,6 +8,8 @@
 local count = redis.call('HLEN', KEYS[1])
 if count > tonumber(ARGV[1]) then return {'too-large', int(count)} end
 local prefix, places, problems, stubs, tagged = string.sub(KEYS[1], 1, -5), {}, {}, 0, {}
+local queue, now = {prefix = prefix, jobs = KEYS[1], due = KEYS[3], conf = KEYS[6]}, clock()
+begin_groups(queue)
 local function problem(what, id)
   problems[#problems + 1], problems[#problems + 2] = what, id
 end
@@ -14,20 +17,105 @@ local function place(id, where)
   if places[id] then problem('in ' .. places[id] .. ' and ' .. where, id) end
   places[id] = where
 end
-for i = 7, 16 do
-  for _, id in ipairs(redis.call('LRANGE', KEYS[i], 0, -1)) do place(id, 'ready') end
+local conf = redis.call('HMGET', KEYS[6], 'stubs', 'waiting', 'waiting_stubs', 'alarms')
+
+-- Tickets in ready lists and at limits, and the jobs of their groups.
+local tickets, registered, waits, alarms, waiting, waiting_stubs = {}, {}, {}, 0, 0, 0
+local used = {} -- limits that the first job of a group with a ticket in ready uses
+local function first_limits(member, jobs)
+  local found = jobs[1] and marks(redis.call('HGET', KEYS[1], jobs[1]) or '\n')
+  return found and (limits_of(found, string.sub(member, 2))) or {}, found
 end
-for _, id in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do place(id, 'scheduled') end
+local function group(member, ready)
+  local jobs = redis.call('LRANGE', prefix .. 'group:' .. string.sub(member, 1, 1) .. ':' .. string.sub(member, 2), 0, -1)
+  if tickets[member] then return problem('ticket doubled', member) end
+  tickets[member] = true
+  if #jobs == 0 then problem('ticket without jobs', member) end
+  waiting = waiting + #jobs
+  for _, id in ipairs(jobs) do place(id, 'a group') end
+  for _, name in ipairs(ready and first_limits(member, jobs) or {}) do used[name] = true end
+end
+for i = 7, 16 do
+  for _, entry in ipairs(redis.call('LRANGE', KEYS[i], 0, -1)) do
+    if string.byte(entry) == 9 then group(i - 7 .. string.sub(entry, 2), true) else place(entry, 'ready') end
+  end
+end
+if conf[2] then
+  for _, member in ipairs(redis.call('SMEMBERS', prefix .. 'tickets')) do
+    registered[member] = true
+    if not tickets[member] then problem('its ticket is not in ready', member) end
+  end
+  for member in pairs(tickets) do
+    if not registered[member] then problem('ticket that is not registered', member) end
+  end
+  local all = redis.call('HGETALL', prefix .. 'waits')
+  for i = 1, #all, 2 do
+    local member, name = all[i], all[i + 1]
+    group(member, false)
+    if not redis.call('ZSCORE', prefix .. 'limit:' .. name, member) then problem('its ticket does not wait', member) end
+    if not waits[name] then waits[#waits + 1], waits[name] = name, 0 end
+    waits[name] = waits[name] + 1
+  end
+end
+for _, id in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
+  if string.byte(id) == 9 then alarms = alarms + 1 else place(id, 'scheduled') end
+end
 for _, id in ipairs(redis.call('ZRANGE', KEYS[4], 0, -1)) do place(id, 'dead') end
 for _, worker in ipairs(redis.call('ZRANGE', KEYS[5], 0, -1)) do
   for _, id in ipairs(ids_held(prefix .. 'leased:' .. worker)) do place(id, 'leased') end
 end
+
+-- Slots: each of a leased job, or the one that a job keeps for its key while it waits for a retry; and their counts.
+local function check_slots()
+  local slots, held = redis.call('HGETALL', prefix .. 'slots'), {}
+  for i = 1, #slots, 2 do
+    local where = places[slots[i]]
+    for name in string.gmatch(slots[i + 1], '[^\t]+') do
+      held[name] = (held[name] or 0) + 1
+      if where ~= 'leased' and not (where == 'scheduled' and string.byte(name) == 58) then problem('slot of a job that is not leased', slots[i]) end
+    end
+  end
+  local counts = redis.call('HGETALL', prefix .. 'limits')
+  for i = 1, #counts, 2 do
+    local name = counts[i]
+    if string.byte(name) ~= 9 then
+      if tonumber(counts[i + 1]) ~= (held[name] or 0) then problem('wrong count of slots', name) end
+      held[name] = nil
+    end
+  end
+  for name in pairs(held) do problem('slots that are not counted', name) end
+end
+
+-- Limits at which tickets wait: one with room must have a ticket in ready that uses it, one that time opens an alarm.
+local function check_limits()
+  load_limits(queue, waits)
+  for _, name in ipairs(waits) do
+    local members = redis.call('ZRANGE', prefix .. 'limit:' .. name, 0, -1)
+    if #members ~= waits[name] then problem('wrong tickets at limit', name) end
+    local s = queue.limits[name]
+    local cost = members[1] and s.kind == 'r' and math.min(first_cost(queue, members[1], name), s.n) or 1
+    local room = members[1] and room_of(queue, s, now, string.byte(members[1], 2) == 103) or 0
+    local alarm = redis.call('ZSCORE', KEYS[3], '\t' .. name)
+    if room >= cost then
+      if not used[name] and not alarm then problem('ticket at a limit with room', name) end
+    elseif (s.kind == 'r' or s.held > now) and not alarm and not used[name] then
+      problem('tickets at a limit without an alarm', name)
+    end
+  end
+end
+if conf[2] then
+  check_slots()
+  check_limits()
+end
+
 local all = redis.call('HGETALL', KEYS[1])
 for i = 1, #all, 2 do
   local stub = string.byte(all[i + 1]) == 120
+  local where = places[all[i]]
   if stub then stubs = stubs + 1 end
-  if not places[all[i]] then problem('nowhere', all[i]) end
-  if stub and places[all[i]] ~= 'ready' then problem('stub outside ready', all[i]) end
+  if stub and where == 'a group' then waiting_stubs = waiting_stubs + 1 end
+  if not where then problem('nowhere', all[i]) end
+  if stub and where and where ~= 'ready' and where ~= 'a group' then problem('stub outside ready', all[i]) end
   places[all[i]] = nil
   local found = not stub and marks(all[i + 1])
   for _, tag in ipairs(found and found.tags or {}) do
@@ -44,6 +132,9 @@ for id, where in pairs(places) do problem('no envelope, but in ' .. where, id) e
 for _, id in ipairs(redis.call('HKEYS', KEYS[2])) do
   if redis.call('HEXISTS', KEYS[1], id) == 0 then problem('state without a job', id) end
 end
-if stubs ~= tonumber(redis.call('HGET', KEYS[6], 'stubs') or 0) then problem('wrong count of stubs', int(stubs)) end
+if stubs ~= tonumber(conf[1] or 0) then problem('wrong count of stubs', int(stubs)) end
+if waiting ~= tonumber(conf[2] or 0) then problem('wrong count of waiting jobs', int(waiting)) end
+if waiting_stubs ~= tonumber(conf[3] or 0) then problem('wrong count of waiting stubs', int(waiting_stubs)) end
+if alarms ~= tonumber(conf[4] or 0) then problem('wrong count of alarms', int(alarms)) end
 audit_line(prefix, problem)
 return problems

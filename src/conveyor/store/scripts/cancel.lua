@@ -1,15 +1,27 @@
 -- Cancel or delete jobs, wherever they are. For a leased job its worker is asked. One step of a walk.
--- needs: numbers keys listed envelope tags outcome rights kept_result ended_mark leased leased_order heads walk room
+-- needs: numbers keys tokens listed envelope tags outcome rights limits groups kept_result ended_mark leased leased_order heads walk room
 --
--- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7 waiters  8 none
+-- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7 waiters  8 none  9 wake
 -- ARGV  1 "cancel" leaves a record, "delete" leaves nothing and takes dead letters too  2… as in lib/walk.lua
 -- returns {now_ms, 1 at the end, cursor, looked at, ids that may be chosen, (id, code)…}
 --         code  1 gone · 2 asked of the worker that holds it, which has not answered · 3 asked, and it runs
 --         4 gone: its worker was asked before it had started it · 0 it has ended · -1 leased (delete only)
 --         -2 not known, or no longer
 local jobs, cancels = KEYS[1], ARGV[1] == 'cancel'
-local queue, untagged = {prefix = string.sub(jobs, 1, -5), state = KEYS[2], waiters = KEYS[7]}, {}
+local queue, untagged = {
+  prefix = string.sub(jobs, 1, -5), jobs = jobs, state = KEYS[2], waiters = KEYS[7], due = KEYS[3], conf = KEYS[6],
+}, {}
 local walk, workers, line = walk_jobs(queue.prefix, 2, false, 8), nil, nil
+
+-- Tell whether a job is in a group. The first that is costs the proof of what leaving a group needs.
+local function is_grouped(found)
+  local group = group_of(found)
+  if group and not queue.limits then
+    begin_groups(queue)
+    prove_groups(queue.prefix .. 'none')
+  end
+  return group
+end
 
 local function cancel_job(id)
   local envelope = redis.call('HGET', jobs, id)
@@ -28,6 +40,7 @@ local function cancel_job(id)
     workers = redis.call('ZRANGE', KEYS[5], 0, -1)
     prove(queue.prefix .. 'none', 'HDEL', 'ZREM', 'HEXISTS', 'HSET', 'HINCRBY', 'SET', 'GET', 'DEL', 'PEXPIRE')
   end
+  local group = is_grouped(found)
   local keep, record = 0, '{"status":"cancelled"}'
   if cancels then keep, record = 600000, cancelled_record(clock()) end
 
@@ -35,6 +48,7 @@ local function cancel_job(id)
     redis.call('HDEL', jobs, id)
     list_tags(untagged, found.tags, id)
     finish(queue, id, keep, record, found.unique, found.own)
+    if group then give_back(queue, {id}) end
     return 1
   end
   for _, worker in ipairs(workers) do
@@ -61,6 +75,13 @@ local function cancel_job(id)
   redis.call('HINCRBY', KEYS[6], 'stubs', 1)
   list_tags(untagged, found.tags, id)
   finish(queue, id, keep, record, found.unique, found.own)
+  if group then
+    queue.counters.waiting_stubs = queue.counters.waiting_stubs + 1
+    -- A group whose first job this was may have one behind it that need not wait.
+    if redis.call('LINDEX', queue.prefix .. 'group:' .. found.priority .. ':' .. group, 0) == id then
+      readmit(queue, found.priority .. group)
+    end
+  end
   return 1
 end
 
@@ -74,6 +95,11 @@ if ARGV[2] == 'tag' then
   for _, id in ipairs(walk.lost) do list_tags(untagged, {ARGV[5]}, id) end
 end
 change_tags('ZREM', queue.prefix, untagged)
+if queue.limits then
+  pass_on(queue, clock(), 1)
+  write_counters(queue)
+  if queue.moved or queue.counters.alarms > 0 then wake(KEYS[9]) end
+end
 if line then call_next(queue.prefix) end
 local reply = reply_of(walk, gone)
 for _, one in ipairs(codes) do reply[#reply + 1] = one end

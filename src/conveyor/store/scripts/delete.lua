@@ -9,7 +9,7 @@
 -- returns {1} nothing is in it, and it was deleted · {0, ready, scheduled, leased, dead, jobs in the outbox, jobs in no place, workers}
 --         · {-1} it has another number of partitions, or is being changed; then nothing was deleted
 local now, prefix = clock(), string.sub(KEYS[1], 1, -5)
-local conf = redis.call('HMGET', KEYS[5], 'stubs', 'partitions', 'switch')
+local conf = redis.call('HMGET', KEYS[5], 'stubs', 'partitions', 'switch', 'waiting', 'waiting_stubs', 'alarms')
 if ARGV[2] ~= '' then
   if not conf[3] or string.match(conf[3], '%S+$') ~= ARGV[2] then return {-1} end
 elseif ARGV[1] == 'delete' and (conf[2] or '1') ~= '1' then
@@ -29,7 +29,12 @@ for _, worker in ipairs(redis.call('ZRANGE', KEYS[4], 0, -1)) do
   if tonumber(redis.call('ZSCORE', KEYS[4], worker)) > now then serving = serving + 1 end
   gone[#gone + 1], gone[#gone + 2] = prefix .. 'leased:' .. worker, prefix .. 'wake:' .. worker
 end
-local scheduled, dead, outbox = redis.call('ZCARD', KEYS[2]), redis.call('ZCARD', KEYS[3]), redis.call('LLEN', KEYS[16])
+if conf[4] then
+  -- Jobs in groups count as ready; tickets are no jobs. What limits remember of a queue without jobs goes with it.
+  entries = entries - redis.call('SCARD', prefix .. 'tickets') + tonumber(conf[4])
+  for _, name in ipairs({'tickets', 'waits', 'limits', 'slots'}) do gone[#gone + 1] = prefix .. name end
+end
+local scheduled, dead, outbox = redis.call('ZCARD', KEYS[2]) - tonumber(conf[6] or 0), redis.call('ZCARD', KEYS[3]), redis.call('LLEN', KEYS[16])
 local unplaced = math.max(0, redis.call('HLEN', KEYS[1]) - entries - scheduled - leased - dead)
 local ready = math.max(0, entries - stubs) + listed
 if ready + scheduled + leased + dead + outbox + unplaced + serving > 0 then

@@ -1,9 +1,10 @@
 -- Read all that is known of one job.
--- needs: numbers kept_result ended_mark leased job_place
+-- needs: numbers envelope kept_result ended_mark leased job_place
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 result:<id>  7 results:<window>
 -- ARGV  1 id
--- returns {place, envelope or "", state or "", extra}    place: ready scheduled leased dead result ended cancelled none
+-- returns {place, envelope or "", state or "", extra}    place: ready waiting (in a group) scheduled leased dead result
+--         ended cancelled none
 --         ended: well, and no record is kept · cancelled: a stub without a record · none: not known, or no longer
 --         extra: due or death in ms, the worker that holds it, the record of its outcome, the mark of an end (lib/ended.lua),
 --         or "1" for an own id that was here within a day

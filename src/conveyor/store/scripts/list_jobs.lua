@@ -1,9 +1,9 @@
 -- Read one page of jobs in a state: at most 500 entries, and about 1 MiB of them, so that a call takes a few milliseconds
 -- whatever the jobs hold. The reply says how many entries were looked at; the next page begins behind them.
--- needs: numbers leased leased_order heads walk
+-- needs: numbers envelope leased leased_order heads walk
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 recent  7-16 ready:0 … ready:9
--- ARGV  1 ready, scheduled, leased, dead, dead-oldest or done · ids for those from 11 on, in whatever state
+-- ARGV  1 ready, waiting, scheduled, leased, dead, dead-oldest or done · ids for those from 11 on, in whatever state
 --       2 offset  3 count of entries (at most 500)
 --       4 "heads": of each job the envelope without its body, and the state with the last error alone, without its traceback
 --       5-10 a filter as in lib/walk.lua, its tag and states "", all "" for done and ids  11… ids
@@ -20,6 +20,25 @@ local function ready()
     local length = redis.call('LLEN', KEYS[i])
     if room > 0 and skip < length then
       for _, id in ipairs(redis.call('LRANGE', KEYS[i], skip, skip + room - 1)) do rows[#rows + 1] = id end
+      room = count - #rows
+      skip = 0
+    else
+      skip = skip - length
+    end
+  end
+end
+
+-- Those in groups, in the order of the groups' names.
+local function waiting()
+  local members, skip, room = redis.call('SMEMBERS', prefix .. 'tickets'), offset, count
+  for _, member in ipairs(redis.call('HKEYS', prefix .. 'waits')) do members[#members + 1] = member end
+  table.sort(members)
+  for _, member in ipairs(members) do
+    if room <= 0 then return end
+    local key = prefix .. 'group:' .. string.sub(member, 1, 1) .. ':' .. string.sub(member, 2)
+    local length = redis.call('LLEN', key)
+    if skip < length then
+      for _, id in ipairs(redis.call('LRANGE', key, skip, skip + room - 1)) do rows[#rows + 1] = id end
       room = count - #rows
       skip = 0
     else
@@ -59,6 +78,7 @@ local function leased()
 end
 
 if ARGV[1] == 'ready' then ready()
+elseif ARGV[1] == 'waiting' then waiting()
 elseif ARGV[1] == 'scheduled' then sorted(KEYS[3], 'ZRANGE')
 elseif ARGV[1] == 'dead' then sorted(KEYS[4], 'ZREVRANGE')
 elseif ARGV[1] == 'dead-oldest' then sorted(KEYS[4], 'ZRANGE')

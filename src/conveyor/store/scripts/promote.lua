@@ -1,22 +1,38 @@
 -- Make scheduled jobs ready now. One step of a walk.
--- needs: numbers keys tokens envelope rights leased leased_order heads walk
+-- needs: numbers keys tokens envelope rights limits groups leased leased_order heads walk
 --
--- KEYS  1 due  2 jobs  3 wake  4-13 ready:0 … ready:9
+-- KEYS  1 due  2 jobs  3 wake  4-13 ready:0 … ready:9  14 conf  15 none
 -- ARGV  1… as in lib/walk.lua; of those that it finds the scheduled ones
 -- returns {now_ms, 1 at the end, cursor, looked at, ids that may be chosen, ids that are ready now…}
 local prefix, moved, gone = string.sub(KEYS[2], 1, -5), {}, {}
 local walk = walk_jobs(prefix, 1, false, 4)
-local envelopes = {}
+local queue = {prefix = prefix, jobs = KEYS[2], due = KEYS[1], conf = KEYS[14]}
+local envelopes, grouped, joining = {}, {}, false
 for i, job in ipairs(walk.found) do
   envelopes[i] = redis.call('HGET', KEYS[2], job.id)
   check('LLEN', KEYS[4 + priority_of(envelopes[i])])
+  local found = envelopes[i] and marks(envelopes[i])
+  local group = found and group_of(found)
+  if group then
+    check('LLEN', prefix .. 'group:' .. found.priority .. ':' .. group)
+    grouped[i], joining = {job.id, found.priority, group}, true
+  end
 end
 if #walk.found > 0 then prove(prefix .. 'none', 'ZREM', 'RPUSH') end
+if joining then
+  begin_groups(queue)
+  prove_groups(prefix .. 'none')
+end
 for i, job in ipairs(walk.found) do
-  if redis.call('ZREM', KEYS[1], job.id) == 1 and envelopes[i] then
-    redis.call('RPUSH', KEYS[4 + priority_of(envelopes[i])], job.id)
+  -- An alarm, whose name begins with a tab, has no envelope.
+  if envelopes[i] and redis.call('ZREM', KEYS[1], job.id) == 1 then
+    if grouped[i] then rejoin(queue, {grouped[i]}) else redis.call('RPUSH', KEYS[4 + priority_of(envelopes[i])], job.id) end
     moved[#moved + 1], gone[job.id] = job.id, true
   end
+end
+if joining then
+  pass_on(queue, clock(), 1)
+  write_counters(queue)
 end
 if #moved > 0 then wake(KEYS[3]) end
 local reply = reply_of(walk, gone)

@@ -1,24 +1,71 @@
 -- Remove jobs that wait, from the front, in one bounded batch. Jobs that arrive after a purge began survive it.
--- needs: numbers keys envelope tags outcome rights room
+-- needs: numbers keys tokens envelope tags outcome rights limits groups room
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 conf  6 waiters  7-16 ready:0 … ready:9  17 none
+--       18 wake
 -- ARGV  1 "ready", "due" or "dead"  2 how many at most (at most 1,000)
 -- returns {entries taken, jobs removed}
 local jobs, limit = KEYS[1], math.min(tonumber(ARGV[2]), 1000)
 if limit < 1 then return {0, 0} end
-local prefix = string.sub(jobs, 1, -5)
-local ids = {}
+local prefix, now = string.sub(jobs, 1, -5), clock()
+local queue = {prefix = prefix, jobs = jobs, due = KEYS[3], conf = KEYS[5]}
+begin_groups(queue)
+local ids, groups = {}, {} -- the group of each id that was taken from one
 check('HLEN', KEYS[2], KEYS[6])
 local line = redis.call('HGET', KEYS[5], 'line')
 check('LLEN', unpack(KEYS, 7, 16))
-local record = cancelled_record(clock(), 'purged')
+local record = cancelled_record(now, 'purged')
 redis.call('HDEL', jobs, '\t')
 prove(prefix .. 'none', 'LPOP', 'ZREM', 'HMGET', 'HINCRBY', 'GET', 'DEL', 'PEXPIRE', 'HGET')
+local grouped = redis.call('HGET', KEYS[5], 'waiting')
+if grouped then
+  prove_groups(prefix .. 'none')
+  prove(prefix .. 'none', 'SREM')
+end
+
+-- Remove jobs from a group, and tell whether it is empty then.
+local function take_group(priority, group)
+  local key = prefix .. 'group:' .. priority .. ':' .. group
+  for _, id in ipairs(redis.call('LPOP', key, limit - #ids) or {}) do
+    ids[#ids + 1] = id
+    groups[#ids] = group
+    queue.counters.waiting = queue.counters.waiting - 1
+  end
+  return redis.call('EXISTS', key) == 0
+end
+
+local function take_list(priority)
+  local back = {}
+  for _, entry in ipairs(redis.call('LPOP', KEYS[7 + priority], limit - #ids) or {}) do
+    if #ids >= limit then back[#back + 1] = entry
+    elseif string.byte(entry) ~= 9 then ids[#ids + 1] = entry
+    elseif take_group(priority, string.sub(entry, 2)) then redis.call('SREM', prefix .. 'tickets', priority .. string.sub(entry, 2))
+    else back[#back + 1] = entry end
+  end
+  for i = #back, 1, -1 do redis.call('LPUSH', KEYS[7 + priority], back[i]) end
+end
+
+local function take_waiting()
+  local waits = redis.call('HSCAN', prefix .. 'waits', '0', 'COUNT', limit)[2]
+  local members = {}
+  for i = 1, #waits, 2 do members[#members + 1] = {waits[i], waits[i + 1]} end
+  table.sort(members, function(a, b) return a[1] < b[1] end)
+  for _, one in ipairs(members) do
+    if #ids >= limit then break end
+    if take_group(string.sub(one[1], 1, 1), string.sub(one[1], 2)) then
+      redis.call('ZREM', prefix .. 'limit:' .. one[2], one[1])
+      redis.call('HDEL', prefix .. 'waits', one[1])
+    else
+      readmit(queue, one[1])
+    end
+  end
+end
+
 if ARGV[1] == 'ready' then
   for priority = 9, 0, -1 do
-    local popped = limit > #ids and redis.call('LPOP', KEYS[7 + priority], limit - #ids)
-    for _, id in ipairs(popped or {}) do ids[#ids + 1] = id end
+    if limit > #ids then take_list(priority) end
   end
+  if grouped and limit > #ids then take_waiting() end
 else
   local from = ARGV[1] == 'due' and KEYS[3] or KEYS[4]
   ids = redis.call('ZRANGE', from, 0, limit - 1)
@@ -29,8 +76,10 @@ local envelopes, removed = redis.call('HMGET', jobs, unpack(ids)), 0
 local untagged = {}
 for i, id in ipairs(ids) do
   local found = envelopes[i] and marks(envelopes[i])
+  if groups[i] and found then touch(queue, (limits_of(found, groups[i]))) end
   if found and found.stub then
     redis.call('HINCRBY', KEYS[5], 'stubs', -1)
+    if groups[i] then queue.counters.waiting_stubs = queue.counters.waiting_stubs - 1 end
   elseif envelopes[i] then
     removed = removed + 1
     list_tags(untagged, found and found.tags, id)
@@ -41,5 +90,18 @@ end
 redis.call('HDEL', jobs, unpack(ids))
 redis.call('HDEL', KEYS[2], unpack(ids))
 change_tags('ZREM', prefix, untagged)
+if grouped then
+  if ARGV[1] == 'due' then
+    local alarms = {}
+    for i, id in ipairs(ids) do
+      if string.byte(id) == 9 then alarms[#alarms + 1] = string.sub(id, 2) end
+    end
+    if #alarms > 0 then ring(queue, alarms, now) end
+    give_back(queue, ids)
+  end
+  pass_on(queue, now, 1)
+  write_counters(queue)
+  if queue.moved or queue.counters.alarms > 0 then wake(KEYS[18]) end
+end
 if line then call_next(prefix) end
 return {#ids, removed}

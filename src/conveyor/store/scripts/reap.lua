@@ -1,7 +1,8 @@
 -- Remove a worker's registration and return the jobs that it held to the front, so that the oldest is leased first.
--- needs: numbers keys listed tokens envelope tags outcome leased_order rights serving room
+-- needs: numbers keys listed tokens envelope tags outcome leased_order rights limits groups serving room
 --
 -- KEYS  1 leased:<worker>  2 workers  3 jobs  4 state  5 wake  6 waiters  7-16 ready:0 … ready:9  17 none
+--       18 due  19 conf
 -- ARGV  1 worker  2 the end it was seen with (ms), or "" when its death is known or it leaves by itself
 --       3 "crash": each job counts a start, and its first crash · "leave": a start only, since it may have begun
 --         "blame": a start, and a crash of those in 4, ids by newline, which ended the worker, and in 5, which may have
@@ -21,21 +22,32 @@ end
 local ids = ids_in_order(leased)
 local envelopes = #ids > 0 and redis.call('HMGET', jobs, unpack(ids)) or {}
 local states = #ids > 0 and redis.call('HMGET', state, unpack(ids)) or {}
-local lists = {}
+local queue = {
+  prefix = string.sub(jobs, 1, -5), jobs = jobs, state = state, waiters = KEYS[6], due = KEYS[18], conf = KEYS[19],
+}
+local lists, groups, grouped = {}, {}, {}
 check('HLEN', KEYS[6])
 local line = known[3] and redis.call('HGET', string.sub(jobs, 1, -5) .. 'conf', 'line')
-for i in ipairs(ids) do
-  lists[i] = KEYS[7 + priority_of(envelopes[i])]
+for i, id in ipairs(ids) do
+  local found = envelopes[i] and marks(envelopes[i])
+  local priority, group = found and found.priority or 0, found and group_of(found)
+  lists[i] = KEYS[7 + priority]
   check('LLEN', lists[i])
+  if group then
+    groups[i], grouped[#grouped + 1] = {priority, group}, id
+    check('LLEN', queue.prefix .. 'group:' .. priority .. ':' .. group)
+  elseif not envelopes[i] then
+    grouped[#grouped + 1] = id -- lost by the server, with slots perhaps
+  end
 end
-
-local queue = {prefix = string.sub(jobs, 1, -5), state = state, waiters = KEYS[6]}
+if #grouped > 0 then begin_groups(queue) end
 local now = clock()
 local record = cancelled_record(now)
 local name = name_of(known[4] or '') or ARGV[1]
 local died = int(now - number_in(ARGV[7] or '0'))
 local crash = string.format(',"at":%s,"type":"crashed","message":%s,"worker":%s}', died, cjson.encode(ARGV[6] or ''), cjson.encode(name))
 prove(queue.prefix .. 'none', 'ZREM', 'DEL', 'HSET', 'HDEL', 'SET', 'GET', 'PEXPIRE', 'HGET', 'LPUSH')
+if #grouped > 0 then prove_groups(queue.prefix .. 'none') end
 redis.call('ZREM', workers, ARGV[1])
 redis.call('DEL', leased)
 note_seen(queue.prefix .. 'conf', known[4] or '', now)
@@ -70,11 +82,17 @@ for i = #ids, 1, -1 do
     finish(queue, id, 600000, record, found.unique, found.own)
   else
     charge(id, states[i])
-    redis.call('LPUSH', lists[i], id)
+    if groups[i] then join_group(queue, groups[i][1], groups[i][2], id, true)
+    else redis.call('LPUSH', lists[i], id) end
     returned = returned + 1
   end
 end
 change_tags('ZREM', queue.prefix, untagged)
-if returned > 0 then wake(KEYS[5]) end
+if #grouped > 0 then
+  give_back(queue, grouped)
+  pass_on(queue, now, 1)
+  write_counters(queue)
+end
+if returned > 0 or queue.moved then wake(KEYS[5]) end
 if line then call_next(queue.prefix) end
 return returned

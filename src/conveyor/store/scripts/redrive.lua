@@ -1,7 +1,7 @@
 -- Put dead letters back, with all their attempts again. Their state keeps what happened before. One step of a walk.
--- needs: numbers keys tokens envelope rights leased leased_order heads walk
+-- needs: numbers keys tokens envelope rights limits groups leased leased_order heads walk
 --
--- KEYS  1 dead  2 jobs  3 state  4 wake  5-14 ready:0 … ready:9  15 none
+-- KEYS  1 dead  2 jobs  3 state  4 wake  5-14 ready:0 … ready:9  15 none  16 conf
 -- ARGV  1… as in lib/walk.lua; of those that it finds the dead ones
 -- returns {now_ms, 1 at the end, cursor, looked at, ids that may be chosen, ids put back, (id holder)…}
 --         holder: the job that holds the unique key of a dead letter now, which therefore stays dead
@@ -21,7 +21,8 @@ if ARGV[1] == 'dead' then
   for _, id in ipairs(walk.lost) do found_ids[#found_ids + 1] = id end
 end
 if #found_ids == 0 then return answer() end
-local ids, envelopes, lists = {}, {}, {}
+local ids, envelopes, lists, grouped = {}, {}, {}, false
+local queue = {prefix = prefix, jobs = KEYS[2], conf = KEYS[16]}
 for i, envelope in ipairs(redis.call('HMGET', KEYS[2], unpack(found_ids))) do
   local id, found = found_ids[i], envelope and marks(envelope)
   local holder = nil
@@ -36,11 +37,20 @@ for i, envelope in ipairs(redis.call('HMGET', KEYS[2], unpack(found_ids))) do
     local at = #ids + 1
     ids[at], envelopes[at], lists[at] = id, envelope, KEYS[5 + priority_of(envelope)]
     check('LLEN', lists[at])
+    local group = found and group_of(found)
+    if group then
+      check('LLEN', prefix .. 'group:' .. found.priority .. ':' .. group)
+      grouped = true
+    end
   end
 end
 if #ids == 0 then return answer() end
 local states = redis.call('HMGET', KEYS[3], unpack(ids))
 prove(prefix .. 'none', 'ZREM', 'HSET', 'SET', 'RPUSH')
+if grouped then
+  begin_groups(queue)
+  prove(prefix .. 'none', 'SADD', 'HINCRBY')
+end
 redis.call('ZREM', KEYS[1], unpack(ids))
 for i, id in ipairs(ids) do
   gone[id] = true
@@ -51,9 +61,11 @@ for i, id in ipairs(ids) do
     -- The job lives again, so its own id is taken until a day after it ends, and its unique key until it ends.
     if found and found.own then redis.call('SET', prefix .. 'unique:i:' .. id, id) end
     if found and found.unique then redis.call('SET', prefix .. 'unique:k:' .. found.unique, id) end
-    redis.call('RPUSH', lists[i], id)
+    local group = found and group_of(found)
+    if group then join_group(queue, found.priority, group, id) else redis.call('RPUSH', lists[i], id) end
     moved[#moved + 1] = id
   end
 end
+if grouped then write_counters(queue) end
 if #moved > 0 then wake(KEYS[4]) end
 return answer()

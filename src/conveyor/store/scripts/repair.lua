@@ -1,5 +1,6 @@
--- Put jobs back that have a record and are in no place: neither ready, scheduled, dead nor leased. Others are left alone.
--- needs: numbers keys tokens envelope rights
+-- Put jobs back that have a record and are in no place: neither ready, in a group, scheduled, dead nor leased. Others are left
+-- alone. A group whose ticket is lost gets a new one.
+-- needs: numbers keys tokens envelope rights limits groups
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7 wake  8-17 ready:0 … ready:9  18 none
 -- ARGV  ids, the newest first: each is put before the one that came before it
@@ -10,7 +11,27 @@ check('HLEN', state, KEYS[6])
 local workers, envelopes = redis.call('ZRANGE', KEYS[5], 0, -1), redis.call('HMGET', jobs, unpack(ARGV))
 local states = redis.call('HMGET', state, unpack(ARGV))
 
-local function is_placed(id)
+local queue, grouped = {prefix = prefix, jobs = jobs, due = due, conf = KEYS[6]}, {}
+begin_groups(queue)
+
+-- Make the ticket of a group that has jobs and none. Of what is lost, nothing else tells it.
+local function mend_ticket(priority, group)
+  local member, ready = priority .. group, KEYS[8 + priority]
+  local limit = redis.call('HGET', prefix .. 'waits', member)
+  if limit and redis.call('ZSCORE', prefix .. 'limit:' .. limit, member) or redis.call('LPOS', ready, '\t' .. group) then return end
+  if redis.call('LLEN', prefix .. 'group:' .. priority .. ':' .. group) == 0 then return end
+  redis.call('HDEL', prefix .. 'waits', member)
+  redis.call('SADD', prefix .. 'tickets', member)
+  redis.call('LPUSH', ready, '\t' .. group)
+  queue.moved = priority
+end
+
+local function is_placed(id, found)
+  local group = found and group_of(found)
+  if group then
+    grouped[#grouped + 1] = {found.priority, group}
+    if redis.call('LPOS', prefix .. 'group:' .. found.priority .. ':' .. group, id) then return true end
+  end
   if redis.call('ZSCORE', due, id) or redis.call('ZSCORE', KEYS[4], id) then return true end
   for _, worker in ipairs(workers) do
     if redis.call('HEXISTS', prefix .. 'leased:' .. worker, id) == 1 then return true end
@@ -23,10 +44,11 @@ end
 
 local lost = {}
 for i, id in ipairs(ARGV) do
-  if envelopes[i] and not is_placed(id) then lost[#lost + 1] = i end
+  if envelopes[i] and not is_placed(id, marks(envelopes[i])) then lost[#lost + 1] = i end
 end
-if #lost == 0 then return {0, 0} end
+if #lost == 0 and #grouped == 0 then return {0, 0} end
 prove(KEYS[18], 'HDEL', 'HSET', 'HINCRBY', 'ZADD', 'LPUSH')
+prove_groups(KEYS[18])
 local back, removed = 0, 0
 for _, i in ipairs(lost) do
   local id, found = ARGV[i], marks(envelopes[i]) or {}
@@ -39,9 +61,21 @@ for _, i in ipairs(lost) do
     local starts, rest = string.match(states[i] or '0 0 0', '^(%d+)(.*)$')
     redis.call('HSET', state, id, int((starts or 0) + 1) .. (rest or ' 0 0'))
     if found.due and found.due > now then redis.call('ZADD', due, found.due, id)
-    else redis.call('LPUSH', KEYS[8 + (found.priority or 0)], id) end
+    else
+      local group = group_of(found)
+      if group then
+        -- The slots that it held when it was lost are free.
+        give_back(queue, {id})
+        join_group(queue, found.priority, group, id, true)
+      else
+        redis.call('LPUSH', KEYS[8 + (found.priority or 0)], id)
+      end
+    end
     back = back + 1
   end
 end
-if back > 0 then wake(KEYS[7]) end
+for _, one in ipairs(grouped) do mend_ticket(one[1], one[2]) end
+pass_on(queue, now, 1)
+write_counters(queue)
+if back > 0 or queue.moved then wake(KEYS[7]) end
 return {back, removed}

@@ -1,5 +1,5 @@
 -- A worker's whole round trip: settle what it has finished, then lease up to N more jobs to it.
--- needs: numbers keys listed tokens envelope tags outcome leased_order rights ended results settle promote lease upkeep room
+-- needs: numbers keys listed tokens envelope tags outcome leased_order ended results rights limits groups settle promote lease rotation upkeep room
 --
 -- KEYS  1 jobs  2 state  3 leased:<worker>  4 workers  5 due  6 wake  7 conf  8 dead  9 recent  10 waiters
 --       11-20 ready:0 … ready:9  21 none
@@ -12,7 +12,8 @@
 --            X dead: announce the record, keep the state; it died no earlier than its last error, at ms since the epoch
 --            C cancelled: keep the record ms      R again after ms, with this state
 --            F back to the front, with this state ("" as it was)      M still held, with this state
---            R and F of a job whose cancellation was asked: it ends cancelled
+--            L as F, and the limit in record is held for ms      G still held; the limit in record is charged with ms more, or less
+--            R, F and L of a job whose cancellation was asked: it ends cancelled
 --            K still held: it runs, and was told of its cancellation
 --            S still held; the record goes into the outbox (the D that follows it is then accepted, too)
 --       then count, (field increment)… for this minute's counters
@@ -37,8 +38,9 @@ local last = tonumber(about[1])
 -- A worker that has left only gets its last reply again: its hash expires, and new leases would expire with it.
 if not last or (about[3] and number ~= last) then return {0} end
 if number < last then return {-1} end
-local conf = redis.call('HMGET', queue.conf, 'paused', 'line')
-local paused, line = conf[1] == '1', conf[2]
+local conf = redis.call('HMGET', queue.conf, 'paused', 'line', 'waiting')
+-- A queue that never had a job with a group or a limit costs no command for them.
+local paused, line, grouped = conf[1] == '1', conf[2], conf[3]
 
 -- The same turn again: its first reply was lost, and nothing is settled or leased twice.
 if number == last then
@@ -74,13 +76,17 @@ local urgent = redis.call('EXISTS', unpack(KEYS, 12, 20)) > 0
 if urgent then check('LLEN', unpack(KEYS, 12, 20)) end
 local awaited = redis.call('HLEN', queue.waiters) > 0
 local done, others, lost, kinds = read_settlements(queue, leased, 7, done_count, other_at, other_count)
+if grouped then
+  begin_groups(queue)
+  queue.grouped, queue.freed, queue.retried, queue.charges = true, {}, {}, {}
+end
 local ended = {}
 local results = groups > 0 and plan_results(queue, done, 7, groups_at, groups, now, ended)
 local leases = want > 0 and not paused
 local promotes = kinds.R or (first_due[2] and tonumber(first_due[2]) <= now)
 -- The jobs that this turn will lease are known before the first write, unless other lists have some, or it adds to them itself.
 local heads, envelopes_ahead, unusual = nil, nil, true
-if leases and not (urgent or promotes or kinds.F) then
+if leases and not (grouped or urgent or promotes or kinds.F) then
   heads, envelopes_ahead, unusual = head_of(queue, KEYS[11], math.min(want, 1000))
 else
   redis.call('LRANGE', KEYS[11], 0, 0)
@@ -89,8 +95,13 @@ end
 -- The first write is a removal, so a full Redis still lets work drain. Then each command is proven before a write that counts:
 -- HDEL, ZADD and HSET by their first use, and those that this turn needs besides. The lease is renewed first.
 redis.call('HDEL', leased, '\t')
+if awaited then prove(KEYS[21], 'HGET') end
 if results or #others > 0 then prove_settlements(KEYS[21], kinds, results, about[2]) end
 if promotes then prove(KEYS[21], 'ZREM', 'RPUSH') end
+if grouped then
+  prove_groups(KEYS[21])
+  prove(KEYS[21], 'LPOP', 'LTRIM', 'SREM', 'SET', 'DEL', 'PEXPIRE', 'LLEN')
+end
 if leases and (not heads or heads[1]) then
   redis.call('LTRIM', KEYS[21], 0, 0)
   if unusual then prove(KEYS[21], 'HINCRBY', 'SET', 'GET', 'DEL', 'PEXPIRE') end
@@ -102,6 +113,7 @@ if #done > 0 then settle_done(queue, leased, done, results, stateful, awaited) e
 for _, i in ipairs(others) do
   if settle_other(queue, leased, i, now, about[2], ended) then urgent = true end
 end
+if grouped then settle_groups(queue, done, now) end
 if string.find(flags, 'e', 1, true) then
   for _, id in ipairs(done) do
     if not (results and results.records[id]) then note_ended(ended, id, '-') end
@@ -113,13 +125,22 @@ local cancelled = about[2] and held_cancellations(leased, about[2]) or {}
 
 local missing = {}
 local due_next, promoted = promote_due(queue, not promotes and first_due or nil, now, missing)
-local ids, envelopes, states, taken = {}, {}, {}, 0
+local ids, envelopes, states, taken, unfinished = {}, {}, {}, 0, false
 want = math.min(want, 1000 - (redis.call('HLEN', leased) - 3))
+if grouped then pass_on(queue, now, math.max(want, 1)) end
 if want > 0 and leases then
-  ids, envelopes, taken = take_ready(queue, want, urgent or promoted, heads, envelopes_ahead, unusual, now, missing)
+  if grouped then
+    ids, envelopes, taken, unfinished = take_rotating(queue, leased, number, want, now, missing)
+  else
+    ids, envelopes, taken = take_ready(queue, want, urgent or promoted, heads, envelopes_ahead, unusual, now, missing)
+    if taken > 0 then hold(leased, number, ids, taken) end
+  end
+end
+if grouped then
+  write_counters(queue)
+  due_next = tonumber(redis.call('ZRANGE', queue.due, 0, 0, 'WITHSCORES')[2]) -- alarms are new
 end
 if taken > 0 then
-  hold(leased, number, ids, taken)
   if redis.call('EXISTS', queue.state) == 1 then states = redis.call('HMGET', queue.state, unpack(ids)) end
 end
 local held = redis.call('HLEN', leased) - 3 - (cancelled[1] and 1 or 0)
@@ -129,7 +150,7 @@ local leaves = held == 0 and string.find(flags, 't', 1, true)
 local more, next_due = 0, -1
 if not paused then
   next_due = due_next or -1
-  if leaves or taken >= want then
+  if leaves or taken >= want or unfinished then
     if redis.call('EXISTS', unpack(KEYS, 11, 20)) > 0 then more = 1 end
     if more == 1 or next_due >= 0 then wake(KEYS[6]) end
   end

@@ -318,7 +318,7 @@ class QueueConsumer:
             return
         if self.quarantine.reserved:
             self._advance_quarantine()
-        want = self._capacity.room(self) if self.has_more else 0
+        want = self._capacity.room(self) if self.has_more or self.report.frees else 0
         if want > 0:
             self._send_turn(want)
         elif self.report:

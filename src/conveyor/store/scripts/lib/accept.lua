@@ -25,7 +25,8 @@ local function prepare_push(KEYS, ARGV)
   check('LLEN', KEYS[7])
   local prefix = string.sub(jobs, 1, -5)
   local ids, existing, claimed, tagged = {}, {}, {}, {}
-  local now, appends, prepends, schedules, owns
+  local now, appends, prepends, schedules, owns, fronts
+  local queue -- where a job has a group or a limit
   local at, runs = 5, #ARGV
   while at <= runs do
     local count = tonumber(ARGV[at + 1])
@@ -52,7 +53,16 @@ local function prepare_push(KEYS, ARGV)
           -- A dead letter or a stub may be older than the day its id is kept for: two entries of one id must never be.
           if not holder and redis.call('HEXISTS', jobs, id) == 1 then holder = id end
         end
-        local unique = ARGV[i + 7] ~= '' and attributes(ARGV[i + 7], {}).unique
+        local found = ARGV[i + 7] ~= '' and attributes(ARGV[i + 7], {}) or {}
+        local unique, group = found.unique, group_of(found)
+        if group then
+          if not queue then
+            queue = {prefix = prefix, jobs = jobs, conf = conf, due = due}
+            begin_groups(queue)
+          end
+          check('LLEN', prefix .. 'group:' .. ARGV[i + 6] .. ':' .. group)
+          if ARGV[i + 9] == '1' then fronts = true end
+        end
         if not holder and unique then
           local key = 'k' .. unique
           holder = claimed[key]
@@ -81,6 +91,8 @@ local function prepare_push(KEYS, ARGV)
   if owns then prove(none, 'DEL') end
   if prepends then prove(none, 'LPUSH') end
   if schedules or next(tagged) then prove(none, 'ZADD') end
+  if queue then prove(none, 'LPUSH', 'RPUSH', 'SADD', 'HINCRBY') end
+  if fronts then prove_groups(none) end
   if appends and (prepends or schedules) then prove(none, 'RPUSH') end
   return nil, function()
     if conf_now[2] ~= '2' then redis.call('HSET', conf, 'schema', '2') end
@@ -113,9 +125,14 @@ local function prepare_push(KEYS, ARGV)
         redis.call('ZADD', due, instant, id)
         if redis.call('ZRANGE', due, 0, 0)[1] == id then takeable = true end
       else
+        local group = queue and group_of(attributes(ARGV[i + 7], {}))
         local ready = KEYS[7 + tonumber(priority)]
-        if ARGV[i + 9] == '1' then redis.call('LPUSH', ready, id) else append(ready, {id}, 1, 1) end
-        takeable = true
+        if group then
+          if join_group(queue, priority, group, id, ARGV[i + 9] == '1') then takeable = true end
+        else
+          if ARGV[i + 9] == '1' then redis.call('LPUSH', ready, id) else append(ready, {id}, 1, 1) end
+          takeable = true
+        end
       end
       if ARGV[i + 8] == '1' then
         redis.call('SET', prefix .. 'unique:i:' .. id, id)
@@ -139,6 +156,12 @@ local function prepare_push(KEYS, ARGV)
       end
     end
     change_tags('ZADD', prefix, tagged)
+    if queue then
+      pass_on(queue, now, 1)
+      redis.call('HINCRBY', conf, 'waiting', 0) -- the field tells a turn that there are groups
+      write_counters(queue)
+      if queue.moved or queue.counters.alarms > 0 then takeable = true end
+    end
     local reply = ARGV[1] .. '\nok'
     if #ids > 0 then reply = reply .. '\n' .. table.concat(ids, '\n') end
     if not conf_now[2] then reply = reply .. '\n\t' end

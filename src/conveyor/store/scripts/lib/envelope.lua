@@ -42,3 +42,19 @@ local function priority_of(envelope)
   if not envelope or string.byte(envelope, 1) == 10 then return 0 end
   return marks(envelope).priority
 end
+
+-- Name the group of a job.
+-- found    its marks
+-- returns  nil: it is in none
+local function group_of(found)
+  if found.group then return 'g' .. found.group end
+  local limits = found.limits
+  if not limits then return nil end
+  local first
+  for _, limit in ipairs(limits) do
+    local name = string.match(limit, '^%d+:(.*)$')
+    if name and string.find(name, ':', 1, true) then return 'l' .. name end
+    first = first or name
+  end
+  return first and 'l' .. first
+end

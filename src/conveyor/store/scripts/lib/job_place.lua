@@ -25,5 +25,5 @@ local function job_place(queue, id, own, window)
     local held = redis.call('HMGET', queue.prefix .. 'leased:' .. worker, id, '\tabout')
     if held[1] then return {'leased', envelope, attempts, worker, leased_at(held[1]) or '', held[2] or ''} end
   end
-  return {'ready', envelope, attempts, ''}
+  return {string.byte(envelope) ~= 10 and group_of(marks(envelope)) and 'waiting' or 'ready', envelope, attempts, ''}
 end

@@ -1,31 +1,45 @@
 -- Leasing: jobs leave the ready lists and are held by a worker.
 
--- Decide about an entry whose job is not plain. A job that is gone, cancelled or expired is dropped here.
--- queue     fields prefix, jobs, state, conf, waiters and untagged are used
--- id        of the job
+-- Tell what becomes of an entry whose job is not plain. Nothing is written.
 -- envelope  as it is stored; false when there is none
 -- now       ms
--- missing   the id is added to this list when there is no envelope
--- returns   true when the job can be leased
-local function usable(queue, id, envelope, now, missing)
-  if not envelope then
-    missing[#missing + 1] = id
-    return false
-  end
+-- returns   nil when the job can be leased, else "missing", "stub" or "expired"; its marks
+local function fate_of(envelope, now)
+  if not envelope then return 'missing' end
   local found = marks(envelope)
-  if not found then return true end
-  if found.stub then
+  if not found then return nil end
+  if found.stub then return 'stub', found end
+  if found.expires and found.expires <= now then return 'expired', found end
+  return nil, found
+end
+
+-- Drop a job that is gone, cancelled or expired, and whose entry was removed.
+-- queue     fields prefix, jobs, state, conf, waiters and untagged are used
+-- id        of the job
+-- fate, found  as fate_of returns them
+-- now       ms
+-- missing   the id is added to this list when there is no envelope
+-- returns   nothing
+local function discard(queue, id, fate, found, now, missing)
+  if fate == 'missing' then missing[#missing + 1] = id
+  elseif fate == 'stub' then
     redis.call('HDEL', queue.jobs, id)
     redis.call('HINCRBY', queue.conf, 'stubs', -1)
-    return false
-  end
-  if found.expires and found.expires <= now then
+  else
     redis.call('HDEL', queue.jobs, id)
     list_tags(queue.untagged, found.tags, id)
     finish(queue, id, 600000, cancelled_record(now, 'expired'), found.unique, found.own)
-    return false
   end
-  return true
+end
+
+-- Decide about an entry whose job is not plain. A job that is gone, cancelled or expired is dropped here.
+-- queue, id, now, missing  as for discard
+-- envelope  as it is stored; false when there is none
+-- returns   true when the job can be leased
+local function usable(queue, id, envelope, now, missing)
+  local fate, found = fate_of(envelope, now)
+  if fate then discard(queue, id, fate, found, now, missing) end
+  return not fate
 end
 
 -- Read the head of a ready list, and tell whether it holds jobs that cannot be leased as they are.
@@ -81,9 +95,10 @@ end
 -- leased   key leased:<worker>
 -- number   of the turn that leases them
 -- ids, taken   the jobs and their number, at least one
+-- before   how many this turn has leased before; nil: none
 -- returns  nothing
-local function hold(leased, number, ids, taken)
-  local places, base = {}, number * 8192
+local function hold(leased, number, ids, taken, before)
+  local places, base = {}, number * 8192 + (before or 0)
   for i = 1, taken do
     places[2 * i - 1], places[2 * i] = ids[i], base + i
   end

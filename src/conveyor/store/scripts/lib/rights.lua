@@ -16,11 +16,11 @@ local function prove(none, ...)
       redis.call('DEL', none)
     elseif command == 'ZADD' then
       redis.call(command, none, 'XX', 0, '')
-    elseif string.find(' RPUSH LPUSH HSET HINCRBY ', name, 1, true) then
+    elseif string.find(' RPUSH LPUSH SADD HSET HINCRBY ', name, 1, true) then
       redis.call('DEL', none)
       redis.call(command, none, '', 1)
       redis.call('DEL', none)
-    elseif string.find(' HDEL HEXISTS HGET HMGET LPOS PEXPIRE EXPIRE ZREM ZSCORE ', name, 1, true) then
+    elseif string.find(' HDEL HEXISTS HGET HMGET HSCAN LINDEX LPOS PEXPIRE EXPIRE SREM ZREM ZSCORE ', name, 1, true) then
       redis.call(command, none, 1)
     elseif string.find(' LRANGE LTRIM ZCOUNT ZRANGE ', name, 1, true) then
       redis.call(command, none, 0, 0)

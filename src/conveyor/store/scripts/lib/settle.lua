@@ -26,27 +26,27 @@ local function read_settlements(queue, leased, done_at, done_count, other_at, ot
       if (ARGV[i] == 'D' or ARGV[i] == 'C') and ARGV[i + 2] ~= '0' then kinds.keep = true end
       if ARGV[i + 5] ~= '' and attributes(ARGV[i + 5], {}).unique then kinds.unique = true end
       if ARGV[i + 6] == '1' then kinds.own = true end
-    elseif ARGV[i] ~= 'S' then
+    elseif ARGV[i] ~= 'S' and ARGV[i] ~= 'G' then
       lost[#lost + 1] = ARGV[i + 1]
     end
   end
   return done, others, lost, kinds
 end
 
--- Prove that this user may settle, beside the HDEL, HSET, ZADD and HEXISTS that every turn proves.
+-- Prove that this user may settle, beside the HDEL, HSET, ZADD, HMGET and HEXISTS that every turn proves.
 -- none     the key that never exists
 -- kinds    as read_settlements returns them
 -- results  as plan_results returns them; false when there are none
 -- asked    as for settle_other
 -- returns  nothing
 local function prove_settlements(none, kinds, results, asked)
-  if asked and (kinds.R or kinds.F) then prove(none, 'SET', 'GET', 'DEL', 'PEXPIRE') end
+  if asked and (kinds.R or kinds.F or kinds.L) then prove(none, 'SET', 'GET', 'DEL', 'PEXPIRE') end
   if results and #results.windows > 0 or kinds.own then prove(none, 'PEXPIRE') end
   if results and #results.own > 0 or kinds.keep or kinds.own then prove(none, 'SET') end
   if kinds.unique then prove(none, 'GET', 'DEL') end
   if kinds.S then prove(none, 'RPUSH') end
   if next(kinds) then prove(none, 'HGET') end
-  if kinds.F then prove(none, 'LPUSH') end
+  if kinds.F or kinds.L then prove(none, 'LPUSH') end
 end
 
 -- Remove the jobs that are simply done.
@@ -84,10 +84,16 @@ local function settle_other(queue, leased, i, now, asked, ended)
   local has, own = ARGV[i + 5] ~= '' and attributes(ARGV[i + 5], {}) or {}, ARGV[i + 6] == '1'
   local unique = has.unique
   -- Of two settlements of one job in a report the first counts.
-  local keeps = kind == 'M' or kind == 'S' or kind == 'K'
+  local keeps = kind == 'M' or kind == 'S' or kind == 'K' or kind == 'G'
   if redis.call(keeps and 'HEXISTS' or 'HDEL', leased, id) == 0 then return false end
+  if queue.grouped and not keeps then
+    local ids = kind == 'R' and queue.retried or queue.freed
+    ids[#ids + 1] = id
+  end
   if kind == 'S' then
     redis.call('RPUSH', queue.prefix .. 'outbox', record)
+  elseif kind == 'G' then
+    queue.charges[#queue.charges + 1] = {record, ms}
   elseif kind == 'D' or kind == 'C' then
     local mark = kind == 'D' and (ms > 0 and '+' or attempts == '+' and '+' or '-') or nil
     redis.call('HDEL', queue.jobs, id)
@@ -110,16 +116,37 @@ local function settle_other(queue, leased, i, now, asked, ended)
     list_tags(queue.untagged, found.tags, id)
     local record = cancelled_record(now, kind == 'F' and attempts == '' and 'not started' or nil)
     finish(queue, id, 600000, record, found.unique, found.own)
+    if queue.grouped then queue.freed[#queue.freed + 1] = id end
   else
     if attempts ~= '' then redis.call('HSET', queue.state, id, attempts) end
     if kind == 'R' then redis.call('ZADD', queue.due, now + ms, id) end
-    if kind == 'F' then
-      local priority = priority_of(redis.call('HGET', queue.jobs, id))
-      redis.call('LPUSH', KEYS[queue.ready + priority], id)
+    if kind == 'L' and record ~= '' then hold_limit(queue, record, now + ms, now) end
+    if kind == 'F' or kind == 'L' then
+      local found = marks(redis.call('HGET', queue.jobs, id) or '\n')
+      local priority, group = found and found.priority or 0, found and group_of(found)
+      if group then join_group(queue, priority, group, id, true)
+      else redis.call('LPUSH', KEYS[queue.ready + priority], id) end
       return priority > 0
     end
   end
   return false
+end
+
+-- Give back the slots of what was settled, and charge rates with what jobs have cost beside what they paid.
+-- queue    fields freed and retried (ids), charges and what begin_groups makes are used
+-- done     ids that are simply done
+-- now      ms
+-- returns  nothing
+local function settle_groups(queue, done, now)
+  local freed = queue.freed
+  for _, id in ipairs(done) do freed[#freed + 1] = id end
+  give_back(queue, freed)
+  give_back(queue, queue.retried, true)
+  for _, charge in ipairs(queue.charges) do
+    load_limits(queue, {charge[1]})
+    charge_rate(queue, queue.limits[charge[1]], charge[2], now)
+    touch(queue, {charge[1]})
+  end
 end
 
 -- Find which of the cancellations that were asked of a worker are still to be carried out, and forget them when none is.

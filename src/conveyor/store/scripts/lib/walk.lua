@@ -73,7 +73,8 @@ local function find_place(prefix, job, workers)
     job.place, job.at = 'dead', tonumber(score)
     return
   end
-  job.place = 'ready'
+  local found = job.envelope and string.byte(job.envelope) ~= 10 and marks(job.envelope)
+  job.place = found and group_of(found) and 'waiting' or 'ready'
   for _, worker in ipairs(workers) do
     local place = redis.call('HGET', prefix .. 'leased:' .. worker, job.id)
     if place then

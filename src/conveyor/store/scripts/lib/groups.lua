@@ -1,0 +1,260 @@
+-- Groups: jobs with a group or a limit wait in the list of their group, group:<priority>:<group>. A group is called g<key> by
+-- its key; l<name>:<key> or l<name> by the first of its jobs' limits with a key, else by the first. A group that is not empty
+-- has one ticket: the entry \t<group> in the ready list of its priority (set tickets: <priority><group>), or, while a limit
+-- of its first job is full, a member of the sorted set limit:<limit> (hash waits: <priority><group> → limit).
+-- Slots of concurrency limits belong to ids (hash slots: id → limits), and limits counts them. Whoever touches a limit and
+-- leaves room moves its first ticket to the front of its ready list; a limit that only time opens has an alarm \t<limit> in due.
+
+-- Name the limit of a group's key: what an operator pauses and weighs, and what a group that runs one at a time holds.
+-- group    its name
+-- returns  :<key>
+local function key_limit(group)
+  if string.byte(group) == 103 then return ':' .. string.sub(group, 2) end
+  local colon = string.find(group, ':', 1, true)
+  return ':' .. string.sub(group, colon and colon + 1 or 2)
+end
+
+-- List the limits of a job.
+-- found    its marks
+-- group    its group
+-- returns  names, the limit of its key first; their costs
+local function limits_of(found, group)
+  local names, costs = {key_limit(group)}, {1}
+  for _, limit in ipairs(found.limits or {}) do
+    local cost, name = string.match(limit, '^(%d+):(.*)$')
+    if cost then names[#names + 1], costs[#costs + 1] = name, math.max(tonumber(cost), 1) end
+  end
+  return names, costs
+end
+
+-- Make what the functions below remember within one step.
+-- queue    fields prefix, jobs, conf and due are used by them; the others are added here
+-- returns  nothing
+local function begin_groups(queue)
+  queue.limits, queue.touched, queue.touches = {}, {}, {}
+  queue.counters = {waiting = 0, waiting_stubs = 0, alarms = 0, stubs = 0}
+end
+
+-- Note that limits may have room, or that the entry in a ready list that would have used it is not one any more.
+-- queue    as begin_groups makes it
+-- names    of the limits
+-- returns  nothing
+local function touch(queue, names)
+  for _, name in ipairs(names) do
+    if not queue.touched[name] then
+      queue.touched[name] = true
+      queue.touches[#queue.touches + 1] = name
+    end
+  end
+end
+
+-- Move tickets that wait at a limit to the front of their ready lists.
+-- queue    as begin_groups makes it; moved: the highest priority to which one was moved
+-- members  <priority><group>, which were removed from the limit's set
+-- returns  nothing
+local function move_to_ready(queue, members)
+  redis.call('HDEL', queue.prefix .. 'waits', unpack(members))
+  redis.call('SADD', queue.prefix .. 'tickets', unpack(members))
+  for i = #members, 1, -1 do
+    local priority = string.sub(members[i], 1, 1)
+    redis.call('LPUSH', queue.prefix .. 'ready:' .. priority, '\t' .. string.sub(members[i], 2))
+    queue.moved = math.max(queue.moved or 0, tonumber(priority))
+  end
+end
+
+-- Let a group be looked at again whose first job has changed: its ticket may wait at a limit that this job does not have.
+-- queue    as begin_groups makes it
+-- member   <priority><group>
+-- returns  true when its ticket waited
+local function readmit(queue, member)
+  local limit = redis.call('HGET', queue.prefix .. 'waits', member)
+  if not limit then return false end
+  redis.call('ZREM', queue.prefix .. 'limit:' .. limit, member)
+  move_to_ready(queue, {member})
+  return true
+end
+
+-- Put a job into its group, and make the ticket when it is the only one there. The job in front of which it comes may be what
+-- the group's ticket stands in ready for, so its limits are touched.
+-- queue     as begin_groups makes it
+-- priority  of the job
+-- group, id as said
+-- front     true: before the others
+-- returns   true when there is a new ticket
+local function join_group(queue, priority, group, id, front)
+  local key = queue.prefix .. 'group:' .. priority .. ':' .. group
+  local length = redis.call(front and 'LPUSH' or 'RPUSH', key, id)
+  queue.counters.waiting = queue.counters.waiting + 1
+  if length == 1 then
+    redis.call('SADD', queue.prefix .. 'tickets', priority .. group)
+    redis.call(front and 'LPUSH' or 'RPUSH', queue.prefix .. 'ready:' .. priority, '\t' .. group)
+    return true
+  end
+  if front and not readmit(queue, priority .. group) then
+    local found = marks(redis.call('HGET', queue.jobs, redis.call('LINDEX', key, 1)) or '\n')
+    if found then touch(queue, (limits_of(found, group))) end
+  end
+  return false
+end
+
+-- Give back the slots that jobs hold.
+-- queue    as begin_groups makes it
+-- ids      of the jobs; those that hold none count too
+-- keeps    true: the slot of their group's key stays with them, while they wait for a retry
+-- returns  nothing
+local function give_back(queue, ids, keeps)
+  if #ids == 0 then return end
+  local texts, slots, limits = read_fields(queue.prefix .. 'slots', ids), queue.prefix .. 'slots', queue.prefix .. 'limits'
+  local given, names, gone, kept, seen = {}, {}, {}, {}, {}
+  for i, id in ipairs(ids) do
+    local text, stays = not seen[id] and texts[i], nil
+    seen[id] = true
+    for name in string.gmatch(text or '', '[^\t]+') do
+      if keeps and string.byte(name) == 58 then stays = name
+      else
+        if not given[name] then names[#names + 1] = name end
+        given[name] = (given[name] or 0) + 1
+      end
+    end
+    if text and not stays then gone[#gone + 1] = id
+    elseif stays and stays ~= text then kept[#kept + 1], kept[#kept + 2] = id, stays end
+  end
+  if #gone > 0 then in_chunks('HDEL', slots, gone, 1, #gone) end
+  if #kept > 0 then in_chunks('HSET', slots, kept, 1, #kept) end
+  if #names == 0 then return end
+  local counts, changed, empty = read_fields(limits, names), {}, {}
+  for i, name in ipairs(names) do
+    local left = tonumber(counts[i] or 0) - given[name]
+    if left > 0 then changed[#changed + 1], changed[#changed + 2] = name, int(left) else empty[#empty + 1] = name end
+    if queue.limits[name] then queue.limits[name].count = math.max(left, 0) end
+  end
+  if #empty > 0 then in_chunks('HDEL', limits, empty, 1, #empty) end
+  if #changed > 0 then in_chunks('HSET', limits, changed, 1, #changed) end
+  touch(queue, names)
+end
+
+-- Put jobs that were scheduled into their groups: in front where they kept their group's slot while they waited for a retry.
+-- queue    as begin_groups makes it
+-- jobs     {id, priority, group}…
+-- returns  true when one has a priority above 0
+local function rejoin(queue, jobs)
+  local ids, urgent = {}, false
+  for i, job in ipairs(jobs) do ids[i] = job[1] end
+  local slots = read_fields(queue.prefix .. 'slots', ids)
+  give_back(queue, ids)
+  for i, job in ipairs(jobs) do
+    join_group(queue, job[2], job[3], job[1], slots[i] ~= false)
+    if job[2] > 0 then urgent = true end
+  end
+  return urgent
+end
+
+-- Set the alarm of a limit that time opens. Of two instants the earlier stands: what comes too early sets it again.
+-- queue    as begin_groups makes it
+-- s        state of the limit
+-- cost     that must find room
+-- now      ms
+-- returns  nothing
+local function set_alarm(queue, s, cost, now)
+  local at = opens_at(queue, s, cost, now)
+  if at then
+    queue.counters.alarms = queue.counters.alarms + redis.call('ZADD', queue.due, 'LT', int(math.max(at, now + 1)), '\t' .. s.name)
+  end
+end
+
+-- Read what the first job of a group costs at a limit.
+-- queue    as begin_groups makes it
+-- member   <priority><group>
+-- name     of the limit
+-- returns  its cost
+local function first_cost(queue, member, name)
+  local id = redis.call('LINDEX', queue.prefix .. 'group:' .. string.sub(member, 1, 1) .. ':' .. string.sub(member, 2), 0)
+  local found = id and marks(redis.call('HGET', queue.jobs, id) or '\n')
+  for _, limit in ipairs(found and found.limits or {}) do
+    local cost, other = string.match(limit, '^(%d+):(.*)$')
+    if other == name then return tonumber(cost) end
+  end
+  return 1
+end
+
+-- Pass on what was touched: of each limit with room the first ticket goes to the front of its ready list; a limit that is full
+-- and that time opens gets an alarm if a ticket waits there.
+-- queue    as begin_groups makes it
+-- now      ms
+-- most     how many tickets a limit may pass on, when so much has room: those that the next round can lease
+-- returns  nothing
+local function pass_on(queue, now, most)
+  local names = queue.touches
+  if #names == 0 then return end
+  queue.touched, queue.touches = {}, {}
+  local keys, waited = {}, 0
+  for i, name in ipairs(names) do keys[i] = queue.prefix .. 'limit:' .. name end
+  for first = 1, #keys, 7000 do waited = waited + redis.call('EXISTS', unpack(keys, first, math.min(first + 6999, #keys))) end
+  if waited == 0 then return end
+  local waiting, firsts = {}, {}
+  for i, name in ipairs(names) do
+    local first = redis.call('ZRANGE', keys[i], 0, 0)[1]
+    if first then waiting[#waiting + 1], firsts[#firsts + 1] = name, first end
+  end
+  load_limits(queue, waiting)
+  for i, name in ipairs(waiting) do
+    local s = queue.limits[name]
+    local cost = s.kind == 'r' and math.min(first_cost(queue, firsts[i], name), s.n) or 1
+    local room = room_of(queue, s, now, string.byte(firsts[i], 2) == 103)
+    if room >= cost then
+      local popped, members = redis.call('ZPOPMIN', queue.prefix .. 'limit:' .. name, int(math.max(1, math.min(room, most)))), {}
+      for at = 1, #popped, 2 do members[#members + 1] = popped[at] end
+      move_to_ready(queue, members)
+    else
+      set_alarm(queue, s, cost, now)
+    end
+  end
+end
+
+-- Ring alarms: each limit is touched, and one whose hold is over is free of it.
+-- queue    as begin_groups makes it
+-- names    of the limits, whose alarms were removed
+-- now      ms
+-- returns  nothing
+local function ring(queue, names, now)
+  queue.counters.alarms = queue.counters.alarms - #names
+  load_limits(queue, names)
+  for _, name in ipairs(names) do
+    local s = queue.limits[name]
+    if s.held > now then set_alarm(queue, s, 1, now)
+    elseif s.held > 0 then redis.call('HDEL', queue.prefix .. 'limits', '\t' .. name) end
+  end
+  touch(queue, names)
+end
+
+-- Hold a limit: nothing passes it until an instant.
+-- queue    as begin_groups makes it
+-- name     of the limit
+-- ends     the instant, ms since the epoch; an earlier one than it has changes nothing
+-- now      ms
+-- returns  nothing
+local function hold_limit(queue, name, ends, now)
+  load_limits(queue, {name})
+  local s = queue.limits[name]
+  if ends <= s.held then return end
+  s.held = ends
+  redis.call('HSET', queue.prefix .. 'limits', '\t' .. name, int(ends))
+  set_alarm(queue, s, 1, now)
+end
+
+-- Write down what the counters in conf have gained.
+-- queue    as begin_groups makes it
+-- returns  nothing
+local function write_counters(queue)
+  for name, gained in pairs(queue.counters) do
+    if gained ~= 0 then redis.call('HINCRBY', queue.conf, name, int(gained)) end
+  end
+end
+
+-- Prove that this user may do all of this. The first write is made before it.
+-- none     the key that never exists
+-- returns  nothing
+local function prove_groups(none)
+  prove(none, 'HMGET', 'TYPE', 'HGETALL', 'LRANGE', 'LINDEX', 'HGET', 'EXISTS', 'ZRANGE', 'RPUSH', 'LPUSH', 'SADD', 'HSET', 'HDEL',
+    'HINCRBY', 'ZADD', 'ZPOPMIN', 'ZREM', 'GET')
+end

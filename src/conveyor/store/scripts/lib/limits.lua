@@ -1,0 +1,227 @@
+-- Limits: how many jobs run at a time (concurrency), and how many start in a time (rate). A limit is called <name> or
+-- <name>:<key>. The limit of a key itself, which a group of one job at a time holds and which a pause shuts, is :<key>.
+-- In conf a limit reads "c <n>" or "r <n> <ms> <smooth>"; an operator's override wins over the declaration of the code.
+
+-- Read many fields of a hash.
+-- key      the hash
+-- fields   their names
+-- returns  their values, false where there is none
+local function read_fields(key, fields)
+  if #fields == 0 then return {} end
+  if #fields <= 7000 then return redis.call('HMGET', key, unpack(fields)) end
+  local values = {}
+  for first = 1, #fields, 7000 do
+    for _, value in ipairs(redis.call('HMGET', key, unpack(fields, first, math.min(first + 6999, #fields)))) do
+      values[#values + 1] = value
+    end
+  end
+  return values
+end
+
+-- Read limits, those that were not read before in this step.
+-- queue    fields prefix and conf are used; limits: name → state, is filled
+-- names    of the limits
+-- returns  nothing
+local function load_limits(queue, names)
+  local states, wanted, fields, taken = queue.limits, {}, {}, {}
+  for _, name in ipairs(names) do
+    if not states[name] then
+      local at, colon, count = #fields, string.find(name, ':', 1, true), #wanted
+      states[name] = {name = name}
+      wanted[count + 1] = name
+      if colon == 1 then
+        local key = string.sub(name, 2)
+        fields[at + 1], fields[at + 2], fields[at + 3] = 'paused:' .. key, 'weight:' .. key, '\t'
+      else
+        local base = colon and string.sub(name, 1, colon - 1) or name
+        fields[at + 1], fields[at + 2], fields[at + 3] = 'limit:' .. base, 'override:' .. base, 'override:' .. name
+      end
+      taken[2 * count + 1], taken[2 * count + 2] = name, '\t' .. name
+    end
+  end
+  if #wanted == 0 then return end
+  local conf, counts = read_fields(queue.conf, fields), read_fields(queue.prefix .. 'limits', taken)
+  for i, name in ipairs(wanted) do
+    local s, first, second, third = states[name], conf[3 * i - 2], conf[3 * i - 1], conf[3 * i]
+    s.count, s.held = tonumber(counts[2 * i - 1] or 0), tonumber(counts[2 * i] or 0)
+    if string.byte(name) == 58 then
+      s.kind, s.paused, s.weight = 'k', first == '1', math.min(math.max(tonumber(second or 1) or 1, 1), 1000)
+    else
+      local text = third or second or first or ''
+      local n, per, smooth = string.match(text, '^r (%d+) (%d+) ?([01]?)')
+      if n then
+        s.kind, s.n, s.per, s.smooth = 'r', math.max(tonumber(n), 1), math.max(tonumber(per), 1), smooth == '1'
+      else
+        n = string.match(text, '^c (%d+)')
+        if n then s.kind, s.n = 'c', tonumber(n) end
+      end
+    end
+  end
+end
+
+-- Read what a rate remembers: a list of starts, the newest first; or a hash, the costs of sub-windows of 1/128 of its time,
+-- and the time; or of a smooth one the instant of its next start.
+-- queue    field prefix is used
+-- s        state of the limit: free (how much may start now), kept and what is kept are set
+-- now      ms
+-- returns  nothing
+local function read_rate(queue, s, now)
+  local key = queue.prefix .. 'rate:' .. s.name
+  local kept = redis.call('TYPE', key).ok
+  s.kept, s.starts, s.windows, s.next_at = kept, nil, nil, nil
+  if kept == 'string' then
+    s.next_at = tonumber(redis.call('GET', key))
+    -- A start less than one interval ago, where the limit was not smooth before or will not be now.
+    s.free = s.next_at <= now and 1 or 0
+    if not s.smooth and s.free == 1 then s.free = math.min(s.n, 1000) end
+  elseif kept == 'hash' then
+    local all, sum, windows = redis.call('HGETALL', key), 0, {}
+    local per = s.per
+    for i = 1, #all, 2 do if all[i] == 'per' then per = tonumber(all[i + 1]) end end
+    local last = math.floor(now * 128 / s.per)
+    for i = 1, #all, 2 do
+      local window = tonumber(all[i])
+      if window then
+        -- Of another length: the end of the old sub-window lies in the new one.
+        if per ~= s.per then window = math.min(last, math.floor((window + 1) * per / s.per)) end
+        if window >= last - 128 then
+          windows[window] = (windows[window] or 0) + tonumber(all[i + 1])
+          sum = sum + tonumber(all[i + 1])
+        end
+      end
+    end
+    s.windows, s.free = windows, s.n - sum
+    if s.smooth then s.free = sum > 0 and 0 or 1 end
+  else
+    local most = kept == 'none' and s.n or math.min(s.n, 1000)
+    local starts = kept == 'none' and {} or redis.call('LRANGE', key, int(s.n - most), int(s.n - 1))
+    local free = most
+    for i = 1, #starts do
+      if tonumber(starts[i]) > now - s.per then free = free - 1 else break end
+    end
+    s.starts, s.most, s.free = starts, most, free
+    if s.smooth then s.free = kept == 'none' and 1 or 0 end
+  end
+end
+
+-- Tell how much may pass a limit now: jobs, or the cost of a rate.
+-- queue    as for load_limits
+-- s        its state
+-- now      ms
+-- closed   of the limit of a key: true when the job is of a group that runs one at a time
+-- returns  a number; what this step has planned already is taken off
+local function room_of(queue, s, now, closed)
+  if s.held > now then return 0 end
+  if s.kind == 'r' then
+    if not s.free then read_rate(queue, s, now) end
+    return s.free
+  elseif s.kind == 'c' then return s.n - s.count
+  elseif s.kind == 'k' then
+    if s.paused then return 0 end
+    return closed and 1 - s.count or 1000000
+  end
+  return 1000000
+end
+
+-- Tell when a limit that time alone opens has room.
+-- queue    as for load_limits
+-- s        its state
+-- cost     that must find room
+-- now      ms
+-- returns  ms since the epoch; nil when time does not open it
+local function opens_at(queue, s, cost, now)
+  if s.held > now then return s.held end
+  if s.kind ~= 'r' then return nil end
+  read_rate(queue, s, now)
+  cost = math.min(cost, s.n)
+  if s.free >= cost then return now end
+  if s.kept == 'string' then return math.ceil(s.next_at) end
+  if s.smooth then return now + math.ceil(s.per / s.n) end
+  if s.kept == 'hash' then
+    local order, left = {}, s.free
+    for window in pairs(s.windows) do order[#order + 1] = window end
+    table.sort(order)
+    for _, window in ipairs(order) do
+      left = left + s.windows[window]
+      if left >= cost then return math.ceil((window + 129) * s.per / 128) end
+    end
+    return now + s.per
+  end
+  local start = s.starts[math.max(s.most - cost + 1, 1)]
+  return tonumber(start or now) + s.per
+end
+
+-- Record what a rate has let pass in this step.
+-- queue    field prefix is used
+-- s        its state, as room_of has read it
+-- passed   {number of jobs, sum of their costs}
+-- now      ms
+-- returns  nothing
+local function write_rate(queue, s, passed, now)
+  local key, count, cost = queue.prefix .. 'rate:' .. s.name, passed[1], passed[2]
+  if s.smooth then
+    local interval = s.per / s.n
+    -- The instants keep to their grid when a start is late by less than the clock shows.
+    local from = s.next_at and now - s.next_at < 1 and s.next_at or now
+    if s.kept ~= 'string' and s.kept ~= 'none' then redis.call('DEL', key) end
+    redis.call('SET', key, string.format('%.17g', from + interval * cost), 'PX', int(math.ceil(interval * cost) + 1))
+    return
+  end
+  if s.kept == 'string' then redis.call('DEL', key) end
+  local windows = s.windows
+  if not windows and s.n <= 4096 and cost == count then
+    local starts = {}
+    for i = 1, count do starts[i] = int(now) end
+    if redis.call('LPUSH', key, unpack(starts)) > s.n then redis.call('LTRIM', key, 0, int(s.n - 1)) end
+    redis.call('PEXPIRE', key, int(s.per))
+    return
+  end
+  local last, fields = math.floor(now * 128 / s.per), {'per', int(s.per)}
+  if not windows then
+    windows = {}
+    for _, start in ipairs(s.kept == 'list' and redis.call('LRANGE', key, 0, 4095) or {}) do
+      local window = math.floor(tonumber(start) * 128 / s.per)
+      windows[window] = (windows[window] or 0) + 1
+    end
+  end
+  windows[last] = (windows[last] or 0) + cost
+  for window, sum in pairs(windows) do
+    if window >= last - 128 and sum > 0 then fields[#fields + 1], fields[#fields + 2] = int(window), int(sum) end
+  end
+  redis.call('DEL', key)
+  redis.call('HSET', key, unpack(fields))
+  redis.call('PEXPIRE', key, int(math.ceil(s.per * 130 / 128)))
+  s.windows, s.kept = windows, 'hash'
+end
+
+-- Charge a rate with what a job has cost beside what it had paid when it started.
+-- queue    as for load_limits
+-- s        its state
+-- cost     the difference; below zero it is given back, the newest starts first
+-- now      ms
+-- returns  nothing
+local function charge_rate(queue, s, cost, now)
+  if s.kind ~= 'r' or cost == 0 then return end
+  read_rate(queue, s, now)
+  if s.smooth then
+    s.next_at = math.max(now, (s.next_at or now) + s.per / s.n * cost)
+    redis.call('DEL', queue.prefix .. 'rate:' .. s.name)
+    if s.next_at > now then
+      redis.call('SET', queue.prefix .. 'rate:' .. s.name, string.format('%.17g', s.next_at), 'PX', int(math.ceil(s.next_at - now) + 1))
+    end
+  elseif cost > 0 then
+    write_rate(queue, s, {0, cost}, now)
+  else
+    write_rate(queue, s, {1, 0}, now) -- as sub-windows, if it was a list
+    local order = {}
+    for window in pairs(s.windows) do order[#order + 1] = window end
+    table.sort(order)
+    for at = #order, 1, -1 do
+      local window = order[at]
+      local less = math.min(s.windows[window], -cost)
+      s.windows[window], cost = s.windows[window] - less, cost + less
+    end
+    write_rate(queue, s, {1, 0}, now)
+  end
+  s.free = nil
+end

@@ -1,0 +1,269 @@
+-- Leasing from ready lists that have tickets: round robin between groups and plain jobs. One round reads the head of a list,
+-- decides about each entry in order without a write, and then writes all of it, so that a job is held before the next round.
+
+-- Read what a round needs of its tickets' groups.
+-- queue    as begin_groups makes it, and ready
+-- priority of the list
+-- entries  the head of the list
+-- room     how many jobs the round may lease
+-- whole    true when the list has no other entries: then its groups share what room there is
+-- now      ms
+-- returns  for each entry nil of a plain job, or {group, limit (of its key), most (jobs it may lease), ids (those, and one more)}
+local function read_groups(queue, priority, entries, room, whole, now)
+  local groups, keys, plain = {}, {}, 0
+  for i, entry in ipairs(entries) do
+    if string.byte(entry) == 9 then
+      local group = string.sub(entry, 2)
+      groups[i] = {group = group, limit = key_limit(group)}
+      keys[#keys + 1] = groups[i].limit
+    else
+      plain = plain + 1
+    end
+  end
+  load_limits(queue, keys)
+  local shares = 0
+  for i = 1, #entries do
+    if groups[i] then shares = shares + queue.limits[groups[i].limit].weight end
+  end
+  local rounds = whole and math.max(1, math.floor((room - plain) / shares)) or 1
+  for i = 1, #entries do
+    local one = groups[i]
+    if one then
+      local s = queue.limits[one.limit]
+      local closed = string.byte(one.group) == 103
+      -- Of a group that runs one at a time, and runs, the first job is enough: it tells which other limits are left unused.
+      one.most = closed and s.count > 0 and 1 or math.min(s.weight * rounds, room)
+      one.ids = redis.call('LRANGE', queue.prefix .. 'group:' .. priority .. ':' .. one.group, 0, one.most)
+    end
+  end
+  return groups
+end
+
+-- Read the envelopes of a round, and the limits of its jobs.
+-- queue, entries, groups, now  as for read_groups
+-- returns  envelope by id; {fate, marks, limits' names, their costs} by id, of jobs that are in a group or cannot be leased
+local function read_jobs(queue, entries, groups, now)
+  local ids, envelopes, facts, names = {}, {}, {}, {}
+  for i, entry in ipairs(entries) do
+    local one = groups[i]
+    if not one then ids[#ids + 1] = entry end
+    for _, id in ipairs(one and one.ids or {}) do ids[#ids + 1] = id end
+  end
+  for i, envelope in ipairs(read_fields(queue.jobs, ids)) do envelopes[ids[i]] = envelope end
+  for i, entry in ipairs(entries) do
+    local one = groups[i]
+    if not one then
+      local envelope = envelopes[entry]
+      if not envelope or string.byte(envelope) ~= 10 then
+        local fate, found = fate_of(envelope, now)
+        facts[entry] = {fate, found}
+      end
+    end
+    for _, id in ipairs(one and one.ids or {}) do
+      local fate, found = fate_of(envelopes[id], now)
+      local limits, costs = limits_of(found or {}, one.group)
+      facts[id] = {fate, found, limits, costs}
+      for at = 2, #limits do names[#names + 1] = limits[at] end
+    end
+  end
+  load_limits(queue, names)
+  return envelopes, facts
+end
+
+-- Find the limit at which a job must wait.
+-- queue, now  as for read_groups
+-- group    of the job
+-- fact     as read_jobs returns it
+-- returns  its name, its state and the cost that finds no room; nil when all have room; behind it true when the job's group runs
+--          one at a time
+local function full_limit(queue, group, fact, now)
+  local names, costs, closed = fact[3], fact[4], string.byte(group) == 103
+  for i = 2, closed and #names or 0 do
+    -- A concurrency limit by the group's key says how many may run.
+    local s, colon = queue.limits[names[i]], string.find(names[i], ':', 1, true)
+    if s.kind == 'c' and colon and string.sub(names[i], colon) == names[1] then closed = false end
+  end
+  for i, name in ipairs(names) do
+    local s = queue.limits[name]
+    local cost = s.kind == 'r' and math.min(costs[i], s.n) or 1
+    if room_of(queue, s, now, closed) < cost then return name, s, cost end
+  end
+  return nil, nil, nil, closed
+end
+
+-- Let a job pass its limits. Nothing is written here.
+-- queue    as for read_groups
+-- fact     as read_jobs returns it
+-- closed   as full_limit returns it
+-- plan     fields slots, changed and passed are filled
+-- id       of the job
+-- returns  nothing
+local function pass(queue, fact, closed, plan, id)
+  local names, costs, held = fact[3], fact[4], {}
+  for i, name in ipairs(names) do
+    local s = queue.limits[name]
+    if s.kind == 'c' or (s.kind == 'k' and closed) then
+      held[#held + 1] = name
+      s.count = s.count + 1
+      plan.changed[name] = s
+    elseif s.kind == 'r' then
+      local cost, so_far = math.min(costs[i], s.n), plan.passed[name] or {0, 0}
+      s.free = s.free - cost
+      plan.passed[name] = {so_far[1] + 1, so_far[2] + cost}
+    end
+  end
+  if #held > 0 then
+    plan.slots[#plan.slots + 1], plan.slots[#plan.slots + 2] = id, table.concat(held, '\t')
+  end
+  touch(queue, names)
+end
+
+-- Decide what becomes of a ticket and of the first jobs of its group. Nothing is written here.
+-- queue, now  as for read_groups
+-- one      the group, as read_groups returns it
+-- facts    as read_jobs returns them
+-- room     how many jobs may be leased
+-- plan     is filled
+-- returns  the jobs leased
+local function plan_group(queue, one, facts, room, plan, now)
+  local leased, removed, full, state, price = {}, 0, nil, nil, nil
+  for at = 1, math.min(#one.ids, one.most) do
+    local id = one.ids[at]
+    local fact = facts[id]
+    if fact[1] then
+      plan.dropped[#plan.dropped + 1] = id
+      touch(queue, fact[3])
+    else
+      if #leased >= room then break end
+      local name, s, cost, closed = full_limit(queue, one.group, fact, now)
+      if name then
+        full, state, price = name, s, cost
+        touch(queue, fact[3])
+        break
+      end
+      pass(queue, fact, closed, plan, id)
+      leased[#leased + 1] = id
+    end
+    removed = removed + 1
+  end
+  plan.removed[#plan.removed + 1] = {one.group, removed}
+  if full then plan.waiting[#plan.waiting + 1] = {one.group, full, state, price}
+  elseif #one.ids == removed and removed <= one.most then plan.ended[#plan.ended + 1] = one.group
+  elseif #leased > 0 then plan.tail[#plan.tail + 1] = '\t' .. one.group
+  else plan.front[#plan.front + 1] = '\t' .. one.group end
+  return leased
+end
+
+-- Move tickets to the limits at which they wait.
+-- queue    as for read_groups
+-- priority of the list
+-- waiting  {group, limit, its state, the cost that finds no room}…
+-- now      ms
+-- returns  nothing
+local function park(queue, priority, waiting, now)
+  local last, members, waits = redis.call('HINCRBY', queue.conf, 'waits', #waiting), {}, {}
+  for i, one in ipairs(waiting) do
+    local member = priority .. one[1]
+    members[i], waits[2 * i - 1], waits[2 * i] = member, member, one[2]
+    -- A higher priority comes first, and else who waits longer.
+    local place = (9 - priority) * 2 ^ 45 + last - #waiting + i
+    redis.call('ZADD', queue.prefix .. 'limit:' .. one[2], int(place), member)
+    set_alarm(queue, one[3], one[4], now)
+  end
+  redis.call('SREM', queue.prefix .. 'tickets', unpack(members))
+  redis.call('HSET', queue.prefix .. 'waits', unpack(waits))
+end
+
+-- Write what a round has decided, apart from the jobs that are held.
+-- queue, priority, now  as for read_groups
+-- plan     what plan_group has filled, and used: how many entries were decided about
+-- facts    as read_jobs returns them
+-- missing  ids without an envelope are added to this list
+-- returns  nothing
+local function write_round(queue, priority, plan, facts, now, missing)
+  local ready, prefix = KEYS[queue.ready + priority], queue.prefix
+  redis.call('LTRIM', ready, plan.used, -1)
+  for _, one in ipairs(plan.removed) do
+    local key, count = prefix .. 'group:' .. priority .. ':' .. one[1], one[2]
+    if count == 1 then redis.call('LPOP', key) elseif count > 1 then redis.call('LTRIM', key, count, -1) end
+    queue.counters.waiting = queue.counters.waiting - count
+  end
+  if #plan.tail > 0 then redis.call('RPUSH', ready, unpack(plan.tail)) end
+  for i = #plan.front, 1, -1 do redis.call('LPUSH', ready, plan.front[i]) end
+  if #plan.ended > 0 then
+    for i, group in ipairs(plan.ended) do plan.ended[i] = priority .. group end
+    redis.call('SREM', prefix .. 'tickets', unpack(plan.ended))
+  end
+  if #plan.slots > 0 then redis.call('HSET', prefix .. 'slots', unpack(plan.slots)) end
+  local counts = {}
+  for name, s in pairs(plan.changed) do counts[#counts + 1], counts[#counts + 2] = name, int(s.count) end
+  if #counts > 0 then in_chunks('HSET', prefix .. 'limits', counts, 1, #counts) end
+  for name, passed in pairs(plan.passed) do write_rate(queue, queue.limits[name], passed, now) end
+  if #plan.waiting > 0 then park(queue, priority, plan.waiting, now) end
+  for _, id in ipairs(plan.dropped) do
+    local fact = facts[id]
+    if fact[1] == 'stub' and fact[3] then queue.counters.waiting_stubs = queue.counters.waiting_stubs - 1 end
+    discard(queue, id, fact[1], fact[2], now, missing)
+  end
+end
+
+-- Make one round.
+-- queue, priority, room, now  as for read_groups
+-- most     how many tickets it may decide about
+-- hold_all function(ids, envelopes) holds what is leased
+-- missing  as for write_round
+-- returns  true when the list may have more, the number of entries decided about
+local function make_round(queue, priority, room, most, hold_all, now, missing)
+  local count = math.min(room, most)
+  local entries = redis.call('LRANGE', KEYS[queue.ready + priority], 0, count)
+  local whole = #entries <= count
+  if not whole then entries[count + 1] = nil end
+  if #entries == 0 then return false, 0 end
+  local groups = read_groups(queue, priority, entries, room, whole, now)
+  local envelopes, facts = read_jobs(queue, entries, groups, now)
+  local plan = {
+    used = 0, dropped = {}, slots = {}, changed = {}, passed = {}, removed = {}, waiting = {}, ended = {}, tail = {}, front = {},
+  }
+  local ids, taken = {}, {}
+  for i, entry in ipairs(entries) do
+    if #ids >= room then break end
+    local fact = facts[entry]
+    if groups[i] then
+      for _, id in ipairs(plan_group(queue, groups[i], facts, room - #ids, plan, now)) do ids[#ids + 1] = id end
+    elseif fact and fact[1] then
+      plan.dropped[#plan.dropped + 1] = entry
+    else
+      ids[#ids + 1] = entry
+    end
+    plan.used = i
+  end
+  for i, id in ipairs(ids) do taken[i] = envelopes[id] end
+  if #ids > 0 then hold_all(ids, taken) end
+  write_round(queue, priority, plan, facts, now, missing)
+  pass_on(queue, now, room - #ids)
+  return plan.used < #entries or not whole or #plan.tail > 0 or #plan.front > 0 or queue.moved ~= nil, plan.used
+end
+
+-- Lease jobs from ready lists that may have tickets, by priority.
+-- queue    as for read_groups
+-- leased, number  key leased:<worker>, and the number of the turn
+-- want     how many at most
+-- now, missing  as for write_round
+-- returns  ids, their envelopes, their number, true when it has stopped though there may be more
+local function take_rotating(queue, leased, number, want, now, missing)
+  local ids, envelopes, taken, decided, priority = {}, {}, 0, 0, 9
+  local function hold_found(found, texts)
+    for i, id in ipairs(found) do ids[taken + i], envelopes[taken + i] = id, texts[i] end
+    hold(leased, number, found, #found, taken)
+    taken = taken + #found
+  end
+  -- A step takes a few milliseconds at most: tickets that all must wait are left to the next.
+  local most = 2 * want + 100
+  while priority >= 0 and taken < want and decided < most do
+    queue.moved = nil
+    local more, used = make_round(queue, priority, want - taken, most - decided, hold_found, now, missing)
+    decided = decided + used
+    if queue.moved and queue.moved > priority then priority = queue.moved elseif not more then priority = priority - 1 end
+  end
+  return ids, envelopes, taken, decided >= most
+end

@@ -1,0 +1,90 @@
+-- List the limits of a queue, or its groups. Nothing is written.
+-- needs: numbers keys envelope rights limits groups
+--
+-- KEYS  1 conf  2 jobs  3 due  4-13 ready:0 … ready:9
+-- ARGV  1 "limits" or "groups"  2 how many at most of what is in use and not named in conf
+-- returns limits: (name, key, declared, override, used, waiting, opens_at or "")…
+--         groups: (key, waiting, weight, paused, running)…
+local prefix, most, now = string.sub(KEYS[2], 1, -5), math.min(number_in(ARGV[2]), 1000), clock()
+local queue = {prefix = prefix, jobs = KEYS[2], due = KEYS[3], conf = KEYS[1]}
+begin_groups(queue)
+local conf, texts = redis.call('HGETALL', KEYS[1]), {}
+local names, seen, reply, used = {}, {}, {}, 0
+for i = 1, #conf, 2 do texts[conf[i]] = conf[i + 1] end
+
+local function add(name, in_use)
+  if seen[name] or (in_use and used >= most) then return end
+  if in_use then used = used + 1 end
+  seen[name] = true
+  names[#names + 1] = name
+end
+-- Add what a hash has of limits or groups in use, from a bounded part of it.
+local function scan(hash, step, of)
+  local page = redis.call('HSCAN', prefix .. hash, '0', 'COUNT', most)[2]
+  for i = step, #page, 2 do
+    local name = of(page[i])
+    if name then add(name, true) end
+  end
+end
+
+if ARGV[1] == 'limits' then
+  for field in pairs(texts) do
+    local name = string.match(field, '^limit:(.*)$') or string.match(field, '^override:(.*)$')
+    if name then add(name) end
+  end
+  local function declared(name)
+    if string.byte(name) == 9 then name = string.sub(name, 2) end
+    return string.byte(name) ~= 58 and name or nil
+  end
+  scan('limits', 1, declared)
+  scan('waits', 2, declared)
+  for _, member in ipairs(redis.call('ZRANGE', KEYS[3], 0, most - 1)) do
+    if string.byte(member) == 9 then add(string.sub(member, 2), true) end
+  end
+  table.sort(names)
+  load_limits(queue, names)
+  for _, name in ipairs(names) do
+    local base, key, s = string.match(name, '^[^:]*'), string.match(name, ':(.*)$') or '', queue.limits[name]
+    local room, taken, opens = room_of(queue, s, now), s.count, nil
+    if s.kind == 'r' then
+      if not s.free then read_rate(queue, s, now) end
+      taken = s.smooth and 1 - s.free or math.max(0, s.n - s.free)
+      if s.starts and #s.starts >= 0 and s.n > 1000 then taken = math.min(taken, redis.call('LLEN', prefix .. 'rate:' .. name)) end
+    end
+    if room < 1 then opens = opens_at(queue, s, 1, now) end
+    local at = #reply
+    reply[at + 1], reply[at + 2], reply[at + 3] = base, key, texts['limit:' .. base] or ''
+    reply[at + 4], reply[at + 5] = texts['override:' .. name] or '', int(taken)
+    reply[at + 6] = redis.call('ZCARD', prefix .. 'limit:' .. name)
+    reply[at + 7] = opens and int(opens) or ''
+  end
+  return reply
+end
+
+for field in pairs(texts) do
+  local key = string.match(field, '^weight:(.*)$') or string.match(field, '^paused:(.*)$')
+  if key then add(':' .. key) end
+end
+local lists = {} -- the groups of a key
+local function note(priority, group)
+  local name = key_limit(group)
+  lists[name] = lists[name] or {}
+  lists[name][#lists[name] + 1] = prefix .. 'group:' .. priority .. ':' .. group
+  add(name, true)
+end
+for i = 4, 13 do
+  for _, entry in ipairs(redis.call('LRANGE', KEYS[i], 0, most - 1)) do
+    if string.byte(entry) == 9 then note(i - 4, string.sub(entry, 2)) end
+  end
+end
+local page = redis.call('HSCAN', prefix .. 'waits', '0', 'COUNT', most)[2]
+for i = 1, #page, 2 do note(string.sub(page[i], 1, 1), string.sub(page[i], 2)) end
+table.sort(names)
+load_limits(queue, names)
+for _, name in ipairs(names) do
+  local at, waiting, s = #reply, 0, queue.limits[name]
+  for _, list in ipairs(lists[name] or {}) do waiting = waiting + redis.call('LLEN', list) end
+  reply[at + 1], reply[at + 2], reply[at + 3] = string.sub(name, 2), waiting, s.weight
+  reply[at + 4], reply[at + 5] = s.paused and 1 or 0, s.count
+end
+return reply

@@ -1,0 +1,400 @@
+"""Groups, tickets, slots and limits: what the scripts do with them, step by step."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import pytest
+
+from conveyor.store import inspection, limits, operations
+from conveyor.store.operations import Settlement, TurnReport
+from support.seeded_queue import LEASE, SeededQueue, entry
+
+pytestmark = [pytest.mark.redis6, pytest.mark.redis7]
+
+
+def declare(seeded: SeededQueue, **texts: str) -> None:
+    """Record limits."""
+    assert seeded.run(limits.declare_limits(seeded.keys, texts, replace=True)) == {}
+
+
+def waiting(seeded: SeededQueue) -> int:
+    """Return how many jobs wait in groups; the queue must be consistent."""
+    assert seeded.audit() == []
+    return seeded.run(inspection.counts(seeded.keys)).waiting
+
+
+def test_group_runs_one_at_a_time_in_order(seeded: SeededQueue) -> None:
+    """Of a group key one job is leased at a time, in the order of the pushes; other keys and plain jobs go on."""
+    seeded.push(*(entry(f"{key}{n}", group=key) for n in (1, 2) for key in "ab"), "plain")
+    seeded.register("w", "v")
+    assert seeded.turn("w", 1, 9).ids == ["a1", "b1", "plain"]
+    assert seeded.turn("v", 1, 9).ids == []
+    assert waiting(seeded) == 2
+    assert seeded.turn("w", 2, 9, done=["a1"]).ids == ["a2"]
+    assert seeded.turn("w", 3, 9, done=["a2", "b1", "plain"]).ids == ["b2"]
+    assert seeded.turn("w", 4, 9, done=["b2"]).held == 0
+    assert waiting(seeded) == 0
+    assert seeded.redis.hgetall(seeded.keys.prefix + "limits") == {}
+    assert not seeded.redis.exists(seeded.keys.prefix + "tickets", seeded.keys.prefix + "slots")
+
+
+@pytest.mark.parametrize("way", ["R", "F", "reap", "leave"])
+def test_retried_or_returned_job_keeps_its_place(seeded: SeededQueue, way: str) -> None:
+    """A job that is retried, returned or reaped runs before those behind it, and blocks its key alone."""
+    seeded.push(*(entry(f"{key}{n}", group=key) for n in (1, 2) for key in "ab"))
+    seeded.register("w", "v")
+    assert seeded.turn("w", 1, 9).ids == ["a1", "b1"]
+    if way in "RF":
+        seeded.turn("w", 2, 0, others=[Settlement(way, "a1", ms=3_600_000, state=b"1 1 0")])
+    else:
+        seeded.run(operations.reap(seeded.keys, "w", crashed=way == "reap"))
+    if way == "R":
+        assert seeded.turn("v", 1, 9).ids == []
+        assert seeded.turn("v", 2, 9).ids == []
+        assert seeded.turn("w", 3, 9, done=["b1"]).ids == ["b2"]
+        seeded.redis.zadd(seeded.keys.due, {"a1": 1})
+        assert waiting(seeded) == 1
+        assert seeded.turn("v", 3, 9).ids == ["a1"]
+        assert seeded.turn("v", 4, 9, done=["a1"]).ids == ["a2"]
+    else:
+        first = seeded.turn("v", 1, 9).ids
+        assert sorted(first) == (["a1"] if way == "F" else ["a1", "b1"])
+        assert sorted(seeded.turn("v", 2, 9, done=first).ids) == (["a2"] if way == "F" else ["a2", "b2"])
+    assert seeded.audit() == []
+
+
+def test_cancelled_retry_frees_its_key(seeded: SeededQueue) -> None:
+    """A job that waits for its retry and is cancelled gives its key to the next."""
+    seeded.push(entry("a1", group="a"), entry("a2", group="a"))
+    seeded.register("w")
+    seeded.turn("w", 1, 1)
+    assert seeded.turn("w", 2, 9, others=[Settlement("R", "a1", ms=3_600_000, state=b"1 1 0")]).ids == []
+    assert seeded.run(operations.cancel(seeded.keys, "a1")) == operations.CANCEL_REMOVED
+    assert seeded.turn("w", 3, 9).ids == ["a2"]
+    assert seeded.audit() == []
+
+
+def test_groups_take_turns_with_plain_jobs(seeded: SeededQueue) -> None:
+    """A group that leases goes to the tail: a flood of one key lets others and plain jobs through; a weight is a larger share."""
+    declare(seeded, open="c 1000 key")
+    seeded.push(*(entry(f"a{n:02}", limits=("1:open:a",)) for n in range(20)))
+    seeded.push(entry("b00", limits=("1:open:b",)), "p0", entry("b01", limits=("1:open:b",)), "p1")
+    seeded.register("w")
+    order = [seeded.turn("w", number, 1).ids[0] for number in range(1, 9)]
+    assert order == ["a00", "b00", "p0", "p1", "a01", "b01", "a02", "a03"]
+    seeded.push(*(entry(f"b1{n}", limits=("1:open:b",)) for n in range(9)))
+    seeded.run(limits.set_group(seeded.keys, "b", weight=3, paused=None))
+    assert [id_[0] for id_ in seeded.turn("w", 9, 4).ids] == ["a", "b", "b", "b"]
+    assert seeded.audit() == []
+
+
+def test_paused_key_stands_still(seeded: SeededQueue) -> None:
+    """Nothing of a paused key is leased until it is resumed; what it had pushed meanwhile comes too."""
+    seeded.push(entry("a1", group="a"), entry("b1", group="b"))
+    seeded.register("w")
+    seeded.run(limits.set_group(seeded.keys, "a", weight=None, paused=True))
+    assert seeded.turn("w", 1, 9).ids == ["b1"]
+    seeded.push(entry("a2", group="a", priority=5))
+    assert seeded.turn("w", 2, 9, done=["b1"]).ids == []
+    assert seeded.run(limits.list_groups(seeded.keys)) == [limits.GroupRecord("a", 2, 1, True, 0)]
+    seeded.run(limits.set_group(seeded.keys, "a", weight=None, paused=False))
+    assert seeded.turn("w", 3, 9).ids == ["a2"]
+    assert seeded.turn("w", 4, 9, done=["a2"]).ids == ["a1"]
+    assert seeded.audit() == []
+
+
+def test_slots_of_a_concurrency_limit(seeded: SeededQueue) -> None:
+    """Never more jobs than the limit says are leased; each way out frees a slot, and the operator's number wins until it is reset."""
+    declare(seeded, few="c 2 -")
+    seeded.push(*(entry(f"j{n}", limits=("1:few",)) for n in range(9)))
+    seeded.register("w", "v")
+    assert seeded.turn("w", 1, 9).ids == ["j0", "j1"]
+    assert seeded.turn("v", 1, 9).ids == []
+    assert seeded.run(limits.list_limits(seeded.keys)) == [limits.LimitRecord("few", "", "c 2 -", "", 2, 1, None)]
+    assert seeded.turn("w", 2, 0, done=["j0"]).more
+    assert seeded.turn("v", 2, 9).ids == ["j2"]
+    seeded.run(limits.set_limit(seeded.keys, "few", None, "c 4"))
+    assert seeded.turn("v", 3, 9).ids == ["j3", "j4"]
+    assert seeded.run(limits.reset_limit(seeded.keys, "few", None)) == 1
+    assert seeded.turn("w", 3, 9, others=[Settlement("X", "j1", state=b"1 1 0")]).ids == []
+    seeded.run(operations.reap(seeded.keys, "v"))
+    assert seeded.turn("w", 4, 9).ids == ["j2", "j3"]
+    assert seeded.audit() == []
+
+
+def test_rate_is_exact_over_every_pair_of_starts(seeded: SeededQueue) -> None:
+    """Start k comes no earlier than the length of the window after start k - n, and the limit is used while there is work."""
+    declare(seeded, three="r 3 60 0 -")
+    seeded.push(*(entry(f"j{n:02}", limits=("1:three",)) for n in range(12)))
+    seeded.register("w")
+    starts, number, opened = [], 0, 0
+    while len(starts) < 12:
+        number += 1
+        reply = seeded.turn("w", number, 9)
+        starts += [reply.now] * len(reply.ids)
+        assert reply.ids or reply.next_due is not None
+        assert seeded.audit() == []
+        opened += bool(reply.ids)
+        if reply.next_due is not None:
+            time.sleep(max(0, reply.next_due - seeded.now()) / 1000)
+    assert all(later - earlier >= 60 for earlier, later in zip(starts, starts[3:], strict=False))
+
+
+@pytest.mark.parametrize("text", ["r 10 1000 0 cost", "r 5000 1000 0 -"])
+def test_rate_with_costs_counts_them(seeded: SeededQueue, text: str) -> None:
+    """Jobs pay their cost; a charge beside it delays the next, and what is given back lets it go."""
+    declare(seeded, tokens=text)
+    n = int(text.split()[1])
+    cost = str(n * 4 // 10)
+    seeded.push(*(entry(f"j{i}", limits=(f"{cost}:tokens",)) for i in range(4)))
+    seeded.register("w")
+    assert seeded.turn("w", 1, 9).ids == ["j0", "j1"]
+    back = Settlement("G", "j0", ms=-int(cost), record=b"tokens")
+    assert seeded.turn("w", 2, 9, others=[back]).ids == ["j2"]
+    assert seeded.turn("w", 3, 9, others=[Settlement("G", "j1", ms=n, record=b"tokens")]).ids == []
+    [record] = seeded.run(limits.list_limits(seeded.keys))
+    assert record.used >= n
+    assert record.opens_at is not None
+    assert seeded.audit() == []
+
+
+def test_smooth_rate_spaces_starts(seeded: SeededQueue) -> None:
+    """Of a smooth rate one starts at a time, an interval apart."""
+    declare(seeded, even="r 2 3600000 1 -")
+    seeded.push(*(entry(f"j{i}", limits=("1:even",)) for i in range(2)))
+    seeded.register("w")
+    reply = seeded.turn("w", 1, 9)
+    assert reply.ids == ["j0"]
+    assert reply.next_due is not None
+    assert 1_790_000 < reply.next_due - reply.now <= 1_800_001
+    assert seeded.audit() == []
+
+
+def test_job_holds_its_limit(seeded: SeededQueue) -> None:
+    """A job that was told to come back later holds its limit until then; it goes to the front of its group."""
+    declare(seeded, api="c 5 -")
+    seeded.push(*(entry(f"j{i}", limits=("1:api",)) for i in range(3)))
+    seeded.register("w")
+    assert seeded.turn("w", 1, 1).ids == ["j0"]
+    held = Settlement("L", "j0", ms=3_600_000, record=b"api", state=b"0 0 0")
+    reply = seeded.turn("w", 2, 9, others=[held])
+    assert reply.ids == []
+    assert waiting(seeded) == 3
+    seeded.redis.hset(seeded.keys.prefix + "limits", "\tapi", 1)
+    seeded.redis.zadd(seeded.keys.due, {"\tapi": 1})
+    assert seeded.turn("w", 3, 9).ids == ["j0", "j1", "j2"]
+    assert seeded.audit() == []
+
+
+def test_differing_declaration_is_refused(seeded: SeededQueue) -> None:
+    """Another kind or another argument under a name that is recorded is refused whole; a producer changes no number."""
+    declare(seeded, a="c 5 -", b="r 5 1000 0 tenant")
+    for text, name in (("r 5 1000 0 -", "a"), ("r 5 1000 0 user", "b")):
+        found = seeded.run(limits.declare_limits(seeded.keys, {"new": "c 1 -", name: text}, replace=True))
+        assert list(found) == [name]
+        assert not seeded.redis.hexists(seeded.keys.conf, "limit:new")
+    assert seeded.run(limits.declare_limits(seeded.keys, {"a": "c 9 -"}, replace=False)) == {}
+    assert seeded.redis.hget(seeded.keys.conf, "limit:a") == b"c 5 -"
+    declare(seeded, a="c 9 -")
+    assert seeded.redis.hget(seeded.keys.conf, "limit:a") == b"c 9 -"
+
+
+def test_one_admission_a_start(seeded: SeededQueue) -> None:
+    """However many keys' limits jobs wait behind, each start takes one ticket out of its limit, counted in the commands."""
+    declare(seeded, each="r 1 200 0 key")
+    seeded.push(*(entry(f"j{n}-{key}", limits=(f"1:each:{key}",)) for n in range(3) for key in range(40)))
+    seeded.register("w")
+    started, number = len(seeded.turn("w", 1, 1000).ids), 1
+    assert started == 40
+    assert waiting(seeded) == 80
+    seeded.redis.config_resetstat()
+    while started < 120:
+        number += 1
+        reply = seeded.turn("w", number, 1000)
+        started += len(reply.ids)
+        if reply.next_due is not None and not reply.ids:
+            time.sleep(max(0, reply.next_due - seeded.now()) / 1000)
+    popped = seeded.redis.info("commandstats")["cmdstat_zpopmin"]["calls"] - (number - 1)  # those that prove the right
+    assert popped <= 1.05 * 80
+    assert seeded.audit() == []
+
+
+SOME = {
+    "c2": "c 2 -", "ck": "c 1 k", "rt": "r 3 40 0 -", "rk": "r 2 30 0 k", "rc": "r 10 40 0 cost", "sm": "r 5 50 1 -",
+    "big": "r 5000 50 0 -",
+}  # fmt: skip
+
+
+class Chance:
+    """Random steps on one queue."""
+
+    def __init__(self, seeded: SeededQueue, seed: int) -> None:
+        self.seeded, self.any, self.pushed = seeded, random.Random(seed), 0
+        self.held: dict[str, tuple[int, list[str]]] = {}
+        self.made = 0
+
+    def push(self) -> None:
+        """Push up to three jobs."""
+        entries, pick = [], self.any
+        for _ in range(pick.randint(1, 3)):
+            self.pushed += 1
+            options: dict[str, Any] = {}
+            if pick.random() < 0.4:
+                options["group"] = pick.choice("abcd")
+            if pick.random() < 0.75:
+                names = pick.sample([*SOME, "unknown"], pick.randint(1, 3))
+                options["limits"] = tuple(
+                    f"{pick.randint(1, 4) if name in {'rc', 'big'} else 1}:{name}{':' + pick.choice('abxy') if name[-1] == 'k' else ''}"
+                    for name in names
+                )
+            options |= {"priority": pick.randint(1, 2)} if pick.random() < 0.3 else {}
+            options |= {"front": True} if pick.random() < 0.1 else {}
+            options |= {"delay_ms": pick.randint(0, 20)} if pick.random() < 0.1 else {}
+            options |= {"expires_ms": pick.randint(0, 10)} if pick.random() < 0.05 else {}
+            entries.append(entry(f"j{self.pushed}", **options))
+        self.seeded.push(*entries)
+
+    def turn(self, want: int | None = None) -> list[str]:
+        """Let a worker settle some of what it holds, and lease."""
+        pick = self.any
+        if len(self.held) < 3:
+            self.made += 1
+            self.seeded.register(f"w{self.made}")
+            self.held[f"w{self.made}"] = (0, [])
+        name = pick.choice(list(self.held))
+        number, held = self.held[name]
+        report = TurnReport()
+        for id_ in held:
+            how = pick.random()
+            if how < 0.35:
+                report.done.append(id_)
+            elif how < 0.5:
+                state = b"1 0 0"
+                report.others.append(
+                    Settlement(pick.choice("RRFXDM"), id_, ms=pick.randint(0, 15), record=b"{}", state=state)
+                )
+            elif how < 0.58:
+                kind = pick.choice("LG")
+                report.others.append(Settlement(kind, id_, ms=pick.randint(-5, 20) if kind == "G" else 9, record=b"rc"))
+        wanted = pick.choice([0, 1, 2, 5, 20]) if want is None else want
+        reply = self.seeded.run(operations.turn(self.seeded.keys, name, number + 1, wanted, LEASE, report))
+        gone = {*report.done, *(one.id for one in report.others if one.kind not in "MG")}
+        self.held[name] = (number + 1, [id_ for id_ in held if id_ not in gone] + reply.ids)
+        assert not reply.lost
+        assert reply.held == len(self.held[name][1])
+        return reply.ids
+
+    def other(self) -> None:
+        """Reap, cancel, redrive, purge, promote, or change a limit or a group."""
+        pick, keys, run = self.any, self.seeded.keys, self.seeded.run
+        match pick.randrange(7):
+            case 0 if self.held:
+                name = pick.choice(list(self.held))
+                del self.held[name]
+                run(operations.reap(keys, name, crashed=pick.random() < 0.5))
+            case 1:
+                run(operations.cancel(keys, f"j{pick.randint(1, self.pushed + 1)}", delete=pick.random() < 0.3))
+            case 2:
+                run(operations.redrive(keys, limit=3))
+            case 3:
+                run(operations.purge(keys, pick.choice(["ready", "due", "dead"]), pick.choice([1, 2, 5])))
+            case 4:
+                run(limits.set_group(keys, pick.choice("abcd"), weight=pick.randint(1, 3), paused=pick.random() < 0.3))
+            case 5:
+                key = pick.choice([None, "a"])
+                run(limits.set_limit(keys, "ck" if key else "c2", key, f"c {pick.randint(0, 5)}"))
+                run(limits.set_limit(keys, "rk" if key else "rt", key, f"r {pick.randint(1, 6)} 40 0"))
+            case _:
+                due = [id_ for id_ in self.seeded.redis.zrange(keys.due, 0, -1) if not id_.startswith(b"\t")]
+                if due:
+                    run(operations.promote(keys, pick.choice(due).decode()))
+                run(limits.reset_limit(keys, None, None))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_steps_leave_no_ticket_and_no_waiter_behind(seeded: SeededQueue, seed: int) -> None:
+    """After every step each group has one ticket, each slot a holder, no ticket waits at a limit with room; and all drains."""
+    chance = Chance(seeded, seed)
+    declare(seeded, **SOME)
+    for _ in range(250):
+        chance.any.choice([chance.push] * 6 + [chance.turn] * 11 + [chance.other] * 3)()
+        assert seeded.audit() == []
+        counted = seeded.run(inspection.counts(seeded.keys))
+        stubs = int(seeded.redis.hget(seeded.keys.conf, "stubs") or 0)
+        assert counted.unplaced == 0
+        assert min(counted.ready, counted.waiting, counted.scheduled) >= 0
+        assert len(counted) + counted.leased + counted.dead == seeded.redis.hlen(seeded.keys.jobs) - stubs
+
+    seeded.run(limits.reset_limit(seeded.keys, None, None))
+    for group in "abcd":
+        seeded.run(limits.set_group(seeded.keys, group, weight=1, paused=False))
+    for name in chance.held:
+        seeded.run(operations.reap(seeded.keys, name, crashed=False))
+    seeded.register("last")
+    number, held, ends = 0, list[str](), time.monotonic() + 60
+    while len(counted := seeded.run(inspection.counts(seeded.keys))) + counted.leased:
+        number += 1
+        held = seeded.turn("last", number, 10, done=held).ids
+        assert seeded.audit() == []
+        assert time.monotonic() < ends, "some jobs never start"
+    assert not seeded.redis.hgetall(seeded.keys.prefix + "slots")
+    assert not [name for name in seeded.redis.hkeys(seeded.keys.prefix + "limits") if not name.startswith(b"\t")]
+
+
+GROUPED_CALLS = {
+    "turn": lambda keys: operations.turn(
+        keys, "w", 2, 9, LEASE,
+        TurnReport(["a1"], [Settlement("R", "b1", 60_000, state=b"1 1 0"), Settlement("F", "c1"), Settlement("X", "l1", state=b"1 1 0")]),
+    ),
+    "reap": lambda keys: operations.reap(keys, "w"),
+    "cancel-first": lambda keys: operations.cancel(keys, "a2"),
+    "purge": lambda keys: operations.purge(keys, "ready", 3),
+    "push-front": lambda keys: operations.push(keys, operations.ProducerSequence("N"), [entry("n", group="a", front=True)]),
+    "set_limits": lambda keys: limits.set_limit(keys, "one", None, "c 4"),
+}  # fmt: skip
+
+
+@pytest.mark.standalone_only("makes a user, and reads with MONITOR what scripts send")
+@pytest.mark.parametrize("name", GROUPED_CALLS)
+def test_refused_command_refuses_whole(seeded: SeededQueue, url: str, name: str) -> None:
+    """Whichever command a user may not use: a step on groups is refused whole, or done."""
+    from contextlib import suppress
+
+    from conveyor.errors import ConveyorError
+    from support.script_faults import LimitedUser, Snapshot, commands_sent
+    from support.server_dump import difference, exact
+
+    declare(seeded, one="c 1 -", rate="r 1 3600000 0 -")
+    seeded.push(*(entry(f"{key}{n}", group=key) for n in (1, 2, 3) for key in "abc"))
+    seeded.push(
+        *(entry(f"l{n}", limits=("1:one", "1:rate")) for n in (1, 2)),
+        *(entry(f"m{n}", limits=("1:rate",)) for n in (1, 2)),
+    )
+    seeded.register("w")
+    assert len(seeded.turn("w", 1, 9).ids) == 4
+    call = GROUPED_CALLS[name](seeded.keys)
+    snapshot = Snapshot(seeded.redis)
+    commands = commands_sent(seeded.redis, lambda: seeded.run(call))
+    done = seeded.jobs_and_places()
+    user = LimitedUser(seeded.redis, url)
+    limited = SeededQueue(seeded.redis, user.url)
+    renewed = {seeded.keys.workers} if name == "turn" else set()
+    for command in sorted(commands):
+        snapshot.restore()
+        before = exact(seeded.redis)
+        user.deny(f"-{command}")
+        refused = True
+        with suppress(ConveyorError):
+            limited.run(call)
+            refused = False
+        if refused:
+            assert difference(before, exact(seeded.redis)).keys() <= renewed, f"with -{command} it stopped half-way"
+            user.allow_all()
+            limited.run(call)
+        assert difference(done, seeded.jobs_and_places()) == {}, f"with -{command} it did something else"
+        assert seeded.audit() == [], f"with -{command}"
+    limited.client.close()
+    user.close()
