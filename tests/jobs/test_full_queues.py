@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from conveyor import Conveyor
-from conveyor.errors import ConfigurationError, QueueFull
+from conveyor.errors import ConfigurationError, JobCancelled, JobNotFound, QueueFull
 from support.message_fixtures import until
 
 
@@ -134,3 +134,36 @@ class TestEnqueue:
             await app.aclose()
 
         asyncio.run(main())
+
+
+class TestDropOldest:
+    def test_a_waiting_result_ends(self, app):
+        """A caller that waits for the result of a job that is dropped learns that at once; a unique task is refused."""
+        app.queue("newest", max_length=2, full="drop-oldest")
+
+        @app.task(name="newest.double", queue="newest")
+        async def double(number: int) -> int:
+            return 2 * number
+
+        first = double.enqueue(1)
+        double.enqueue(2)
+        said = []
+
+        def wait():
+            try:
+                first.result(timeout="60s")
+            except JobCancelled as error:
+                said.append(str(error))
+
+        waiting = threading.Thread(daemon=True, target=wait)
+        waiting.start()
+        until(lambda: app.client.execute("HLEN", app.client.keys("newest").waiters))
+        double.enqueue(3)
+        waiting.join(60)
+        assert "was dropped for a newer one" in said[0]
+        with pytest.raises(JobNotFound):
+            first.status()
+        with pytest.raises(ConfigurationError, match="drops the oldest"):
+            double.options(unique="k").enqueue(4)
+        newest = app.queue("newest", max_length=2, full="drop-oldest")
+        assert (newest.stats().dropped, newest.purge()) == (1, 2)

@@ -385,3 +385,107 @@ class TestBadInput:
         with pytest.raises(ConfigurationError, match="does not wait"):
             plain.push(1, timeout="1s")
         assert len(plain) == 0
+
+
+class TestDropOldest:
+    """full="drop-oldest": what waits longest makes room for what is new."""
+
+    @pytest.fixture
+    def newest(self, backend):
+        queue = Queue(backend, "newest", int, lease_ms=2000, max_length=3, full="drop-oldest")
+        yield queue
+        assert backend.run(inspection.audit(queue.keys)) == []
+        queue.purge()
+
+    def test_the_oldest_is_dropped_and_counted(self, newest, redis):
+        """A push to a full queue stores the new message, drops the one that waits longest, and counts it; one script does it."""
+        newest.push_many([1, 2, 3])
+        redis.config_resetstat()
+        newest.push(4)
+        assert scripts_sent(redis) == 1
+        newest.push_many([5, 6])
+        assert (len(newest), newest.stats().dropped) == (3, 3)
+        assert take(newest, 3) == [4, 5, 6]
+
+    def test_leased_messages_stay(self, newest):
+        """A leased message is not dropped; a queue of leased ones alone is full."""
+        newest.push_many([1, 2, 3])
+        leased = newest.pull(2)
+        newest.push(4)
+        third = newest.pull()
+        assert [message.body for message in third] == [4]
+        with pytest.raises(QueueFull):
+            newest.push(5)
+        for message in leased + third:
+            message.ack()
+        assert newest.stats().dropped == 1
+
+    def test_the_lowest_priority_goes_first_and_scheduled_ones_last(self, newest):
+        """Of the lowest priority the oldest goes first; when nothing is ready, the scheduled one that is due first."""
+        newest.push(1, priority=5)
+        newest.push(2, delay="1h")
+        newest.push(3)
+        newest.push(4, priority=9)  # drops 3
+        newest.push(5, priority=9)  # drops 1
+        assert take(newest, 2) == [4, 5]
+        newest.push(6, delay="2h")
+        newest.push(7, delay="3h")
+        newest.push(8)  # drops 2
+        assert (newest.stats().scheduled, newest.stats().dropped) == (2, 3)
+        assert take(newest, 1) == [8]
+
+    def test_a_push_of_more_than_the_queue_takes_is_refused(self, newest):
+        """A bulk push never drops its own messages: it is refused whole."""
+        newest.push(1)
+        with pytest.raises(QueueFull):
+            newest.push_many([2, 3, 4, 5])
+        assert take(newest, 1) == [1]
+
+    def test_a_push_that_stores_nothing_drops_nothing(self, newest):
+        """A push with an id that is there already drops nothing."""
+        newest.push(1, id="one")
+        newest.push_many([2, 3])
+        assert newest.push(1, id="one") == "one"
+        assert (len(newest), newest.stats().dropped) == (3, 0)
+        newest.push(4)
+        assert take(newest, 3) == [2, 3, 4]
+
+    def test_cancelled_messages_are_passed_over(self, newest):
+        """A cancelled message has no place: the next one is dropped, and the counts stay right."""
+        newest.push_many([1, 2, 3])
+        [row] = newest.client.run(inspection.list_jobs(newest.keys, "ready", 0, 1)).rows
+        newest.client.run(operations.cancel(newest.keys, row.id))
+        newest.push_many([4, 5])
+        assert newest.stats().dropped == 1
+        assert take(newest, 3) == [3, 4, 5]
+
+    def test_front_and_awaited(self, newest, url):
+        """A message put before all others stays when it drops one; an awaited push does the same."""
+        newest.push_many([1, 2, 3])
+        newest.push(4, front=True)
+
+        async def main():
+            client = Client(url)
+            mine = Queue(client, "newest", int, lease_ms=2000, max_length=3, full="drop-oldest")
+            await asyncio.gather(mine.apush(5), mine.apush(6))
+            await client.aclose()
+
+        assert take(newest, 1) == [4]
+        newest.push(9)
+        asyncio.run(main())
+        assert take(newest, 3) == [9, 5, 6]
+
+    @pytest.mark.parametrize("options", [{"unique": "u"}])
+    def test_what_cannot_be_dropped_is_refused(self, newest, options):
+        """A message with a unique key is refused before anything is stored."""
+        with pytest.raises(ConfigurationError, match="drops the oldest"):
+            newest.push(1, **options)
+        assert len(newest) == 0
+
+    def test_a_lowered_maximum_is_reached_step_by_step(self, newest):
+        """After an operator has lowered the maximum, a push drops what is too much."""
+        newest.push_many([1, 2, 3])
+        newest.client.run(operations.configure(newest.keys, "max_length", "1"))
+        newest.push(4)
+        assert take(newest, 1) == [4]
+        newest.client.run(operations.configure(newest.keys, "max_length", ""))

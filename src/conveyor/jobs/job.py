@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _POLL = 0.02
 """Seconds between two checks of the buffer of this program."""
 BUFFERED = "It waits in the buffer of this program until Redis answers."
-_CANCELLED = {"expired": "expired before it started", "purged": "was purged"}
+_CANCELLED = {"expired": "expired before it started", "purged": "was purged", "dropped": "was dropped for a newer one"}
 """Texts about a cancelled job, by the reason in its record."""
 _ANSWER_PAUSES = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.1, 0.1)
 """Seconds between the questions whether a worker has answered to a cancellation. A busy one listens after 0.1 s."""

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
+from conveyor.errors import ConfigurationError, ConveyorError, QueueFull, StoreUnavailable
 from conveyor.ids import new_identity
 from conveyor.store import operations
 from conveyor.store.max_length import MaxLength, declared_length
@@ -266,6 +266,22 @@ def partly_full(full: QueueFull, stored: int) -> QueueFull:
     return QueueFull(
         f"{str(full).replace('Nothing was enqueued. ', '')}\nThe first {stored:,} jobs were stored, the rest was not."
     )
+
+
+def refuse_undroppable(keys: QueueKeys, entries: Sequence[Entry]) -> None:
+    """Raise ConfigurationError for jobs that a queue with full="drop-oldest" does not take: their keys outlive no drop."""
+    for entry in entries:
+        found = [
+            name
+            for name, given in (("unique key", entry.unique), ("group", entry.group), ("limit", entry.limits))
+            if given
+        ]
+        if found:
+            raise ConfigurationError(
+                f"Queue '{keys.queue}' drops the oldest when it is full (full='drop-oldest'), and a job with a {found[0]} cannot be "
+                f"dropped for a newer one. Leave the {found[0]} out, or declare the queue with full='raise' or full='block'. "
+                "Nothing was stored."
+            )
 
 
 def entries_of(batch: list[PendingPush]) -> list[Entry]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeVar
 from conveyor.errors import ConfigurationError, ConveyorError, QueueFull, StoreUnavailable
 from conveyor.ids import new_identity
 from conveyor.store import operations
-from conveyor.store.client.batching import LoopConnections, PushBatcher, chunks, partly_full
+from conveyor.store.client.batching import LoopConnections, PushBatcher, chunks, partly_full, refuse_undroppable
 from conveyor.store.client.confirmed import ConfirmedConnections, ConfirmedTarget
 from conveyor.store.client.durability import Durability, DurabilityRequest
 from conveyor.store.client.outages import ServerOutages
@@ -242,8 +242,10 @@ class Client:
 
         All are stored or none, more than the queue ever takes in parts. A push that is stored elsewhere meanwhile does not wait.
         """
+        if max_length.full == "drop-oldest":
+            refuse_undroppable(keys, entries)
         if target.deferred or max_length.full != "block":
-            return target.push(keys, entries, max_length=max_length, whole=whole)
+            return target.push(keys, entries, max_length=max_length, whole=whole or max_length.full == "drop-oldest")
         ids: list[str] = []
         for part in max_length.parts(entries):
             try:
@@ -422,7 +424,10 @@ class Client:
         whole: bool = False,
     ) -> list[str]:
         """Awaitable form of `push_with_room`."""
+        if max_length.full == "drop-oldest":
+            refuse_undroppable(keys, entries)
         if target.deferred or max_length.full != "block":
+            whole = whole or max_length.full == "drop-oldest"
             return await target.apush(keys, entries, max_length=max_length, whole=whole)
         ids: list[str] = []
         for part in max_length.parts(entries):

@@ -10,10 +10,13 @@ local function prepare_push(KEYS, ARGV)
   if (conf_now[4] or '1') ~= ARGV[3] then return ARGV[1] .. '\npartitions\n' .. (conf_now[4] or '') end
   -- "?" leaves the maximum to what producers have declared, "!" to nobody.
   local prefix, bound = string.sub(jobs, 1, -5), string.match(ARGV[2], '^%d+ ?%S*') or (ARGV[2] == '?' and conf_now[6]) or '0'
-  local maximum, leaves = ARGV[2] ~= '!' and tonumber(conf_now[1] or string.match(bound, '^%d+')) or 0, nil
+  local maximum, leaves, excess = ARGV[2] ~= '!' and tonumber(conf_now[1] or string.match(bound, '^%d+')) or 0, nil, 0
   if maximum > 0 then
     local length = redis.call('HLEN', jobs) - redis.call('ZCARD', dead) - tonumber(conf_now[3] or 0)
-    if conf_now[5] or length + tonumber(ARGV[4]) > maximum then
+    excess = length + tonumber(ARGV[4]) - maximum
+    if excess > 0 and tonumber(ARGV[4]) <= maximum and string.find(bound, 'drop', 1, true) then
+      check('HLEN', prefix .. 'state', prefix .. 'waiters')
+    elseif conf_now[5] or length + tonumber(ARGV[4]) > maximum then
       local refusal
       refusal, leaves = admit(prefix, ARGV[2], conf_now[5], length, maximum, tonumber(ARGV[4]))
       if refusal then return ARGV[1] .. '\n' .. refusal end
@@ -23,7 +26,6 @@ local function prepare_push(KEYS, ARGV)
   -- Read everything first: which special jobs exist already, here or earlier in this very push.
   check('HLEN', jobs)
   check('LLEN', KEYS[7])
-  local prefix = string.sub(jobs, 1, -5)
   local ids, existing, claimed, tagged = {}, {}, {}, {}
   local now, appends, prepends, schedules, owns, fronts
   local queue -- where a job has a group or a limit
@@ -84,6 +86,21 @@ local function prepare_push(KEYS, ARGV)
 
   for tag in pairs(tagged) do check('ZCARD', prefix .. 'tag:' .. tag) end
 
+  -- A job that exists already needs no place. A maximum that was lowered far is reached step by step.
+  local drops
+  if excess > 0 and not leaves then
+    for _, id in ipairs(ids) do
+      if string.byte(id) == 9 then excess = excess - 1 end
+    end
+    local most = math.min(excess, tonumber(ARGV[4]) + 1000)
+    if most > 0 then
+      drops = find_oldest(KEYS, most)
+      if drops.count < most then
+        return ARGV[1] .. '\nfull\n' .. int(maximum + excess - tonumber(ARGV[4])) .. '\n' .. int(maximum)
+      end
+    end
+  end
+
   -- The first write is refused when Redis is full, and the whole push with it. HSET is proven by its first use, and RPUSH too
   -- when nothing but the records has to be removed again.
   local none = prefix .. 'none'
@@ -94,7 +111,9 @@ local function prepare_push(KEYS, ARGV)
   if queue then prove(none, 'LPUSH', 'RPUSH', 'SADD', 'HINCRBY') end
   if fronts then prove_groups(none) end
   if appends and (prepends or schedules) then prove(none, 'RPUSH') end
+  if drops then prove(none, 'LTRIM', 'ZREM', 'HGET', 'HINCRBY', 'PEXPIRE', 'GET', 'DEL', 'RPUSH') end
   return nil, function()
+    if drops then drop(KEYS, prefix, drops) end
     if conf_now[2] ~= '2' then redis.call('HSET', conf, 'schema', '2') end
     if bound ~= '0' and bound ~= conf_now[6] then redis.call('HSET', conf, 'bound', bound) end
 

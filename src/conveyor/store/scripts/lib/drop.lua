@@ -1,0 +1,64 @@
+-- Dropping of what waits longest, for newer jobs (full="drop-oldest"). Leased jobs stay, and so do those in groups and at limits.
+
+-- Find the jobs that are dropped: of the lowest priority first those at the front of its list, then those that are scheduled, the one
+-- that is due first before the others. Nothing is written.
+-- KEYS      as in push.lua
+-- count     how many
+-- returns   {ids, envelopes, count found, taken: {list, entries at its front}…, scheduled: ids, stubs: their number}
+local function find_oldest(KEYS, count)
+  local jobs, due = KEYS[2], KEYS[3]
+  local drops = {ids = {}, envelopes = {}, count = 0, taken = {}, scheduled = {}, stubs = 0}
+  for ready = 7, 16 do
+    local looked, page = 0, nil
+    while drops.count < count and (not page or #page == 500) do
+      page = redis.call('LRANGE', KEYS[ready], looked, looked + 499)
+      local envelopes = #page > 0 and redis.call('HMGET', jobs, unpack(page)) or page
+      for i, id in ipairs(page) do
+        if drops.count == count or string.byte(id) == 9 then
+          page = {} -- a ticket stands for a group: what is behind it stays
+          break
+        end
+        looked = looked + 1
+        drops.ids[#drops.ids + 1], drops.envelopes[#drops.envelopes + 1] = id, envelopes[i]
+        if envelopes[i] and string.byte(envelopes[i]) == 120 then drops.stubs = drops.stubs + 1
+        elseif envelopes[i] then drops.count = drops.count + 1 end
+      end
+    end
+    if looked > 0 then drops.taken[#drops.taken + 1] = {KEYS[ready], looked} end
+  end
+  if drops.count < count then
+    for _, id in ipairs(redis.call('ZRANGE', due, 0, count - drops.count - 1)) do
+      local envelope = string.byte(id) ~= 9 and redis.call('HGET', jobs, id)
+      if envelope then
+        drops.scheduled[#drops.scheduled + 1], drops.count = id, drops.count + 1
+        drops.ids[#drops.ids + 1], drops.envelopes[#drops.envelopes + 1] = id, envelope
+      end
+    end
+  end
+  return drops
+end
+
+-- Drop jobs. Who waits for one of them is told that it was cancelled; no record is kept, as of a purge.
+-- KEYS      as in push.lua
+-- prefix    of the queue's keys
+-- drops     as find_oldest returns them
+-- returns   nothing
+local function drop(KEYS, prefix, drops)
+  local jobs, conf, waiters, untagged = KEYS[2], KEYS[5], prefix .. 'waiters', {}
+  local record, awaited = cancelled_record(clock(), 'dropped'), redis.call('EXISTS', waiters) == 1
+  for _, one in ipairs(drops.taken) do redis.call('LTRIM', one[1], one[2], -1) end
+  if #drops.scheduled > 0 then in_chunks('ZREM', KEYS[3], drops.scheduled, 1, #drops.scheduled) end
+  for i, id in ipairs(drops.ids) do
+    local found = drops.envelopes[i] and marks(drops.envelopes[i])
+    if found and not found.stub then
+      list_tags(untagged, found.tags, id)
+      release(prefix, id, found.unique, found.own)
+    end
+    if awaited then announce(waiters, id, record) end
+  end
+  in_chunks('HDEL', jobs, drops.ids, 1, #drops.ids)
+  in_chunks('HDEL', prefix .. 'state', drops.ids, 1, #drops.ids)
+  change_tags('ZREM', prefix, untagged)
+  if drops.stubs > 0 then redis.call('HINCRBY', conf, 'stubs', -drops.stubs) end
+  redis.call('HINCRBY', conf, 'dropped', drops.count)
+end
