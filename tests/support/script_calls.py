@@ -50,7 +50,6 @@ def furnish(seeded: SeededQueue) -> None:
     seeded.redis.zadd(seeded.keys.due, {"s3": 1})
     seeded.redis.rpush(seeded.keys.outbox, outbox.write("other", entry("o1")), outbox.write("other", entry("o2")))
     seeded.redis.hset(seeded.keys.conf, "outbox", "5 1")
-    seeded.redis.zadd(seeded.keys.room, {"channel 1 1": 1})
     seeded.redis.hset(TOPICS.registry, mapping={"version": "v", "shapes": "a.*", "=t.*": "q other", "=t.x": "q"})
     seeded.redis.hset(TOPICS.counts, "+t.x", 1)
     problems = seeded.audit()

@@ -33,6 +33,9 @@ def plant(seeded: SeededQueue, call: Call[Any]) -> None:
             seeded.redis.hset(key, "planted", "1\n{}")
         elif kind == "upkeep":
             seeded.redis.set(key, "0", ex=600)
+        elif kind == "room":
+            seeded.redis.hset(seeded.keys.conf, mapping={"line": "1", "bound": "1 block"})
+            seeded.redis.zadd(key, {"channel 1 1": 1})
         else:
             assert kind == "wake", f"cannot plant {key}"
             seeded.redis.rpush(key, "1")
