@@ -278,8 +278,8 @@ def refuse_undroppable(keys: QueueKeys, entries: Sequence[Entry]) -> None:
         ]
         if found:
             raise ConfigurationError(
-                f"Queue '{keys.queue}' drops the oldest when it is full (full='drop-oldest'), and a job with a {found[0]} cannot be "
-                f"dropped for a newer one. Leave the {found[0]} out, or declare the queue with full='raise' or full='block'. "
+                f"Queue '{keys.queue}' drops the oldest when it is full (full='drop-oldest'), and a job with a {found[0]} cannot "
+                f"be dropped for a newer one. Leave the {found[0]} out, or declare the queue with full='raise' or full='block'. "
                 "Nothing was stored."
             )
 
