@@ -29,7 +29,8 @@ local function find_oldest(KEYS, count)
   if drops.count < count then
     for _, id in ipairs(redis.call('ZRANGE', due, 0, count - drops.count - 1)) do
       local envelope = string.byte(id) ~= 9 and redis.call('HGET', jobs, id)
-      if envelope then
+      local found = envelope and marks(envelope) or {}
+      if envelope and not (found.group or found.limits) then
         drops.scheduled[#drops.scheduled + 1], drops.count = id, drops.count + 1
         drops.ids[#drops.ids + 1], drops.envelopes[#drops.envelopes + 1] = id, envelope
       end
