@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from chaos.history_check import check_history
+from chaos.limit_check import check_copies, check_covered, check_limits
 from chaos.run_data import POISONS, Run, RunData, Token
 from chaos.run_result import MUST_BE_ZERO, RunResult, spread
 
@@ -25,6 +26,13 @@ def check(data: RunData, *, also: Iterable[str] = (), waived: Iterable[str] = ()
     for token in data.tokens.values():
         if token.parent:
             _check_spawned(data, token, result)
+        elif token.facts.get("copies"):
+            result.counts["attempted"] += 1
+            result.counts["acknowledged"] += token.outcome == "ok"
+            check_copies(data, token, result)
+        elif token.facts.get("covers"):
+            result.counts["attempted"] += 1
+            result.counts["acknowledged"] += token.outcome in {"ok", "existing"}
         else:
             _check_token(data, token, result)
     _check_runs(data, result)
@@ -34,7 +42,8 @@ def check(data: RunData, *, also: Iterable[str] = (), waived: Iterable[str] = ()
     for key in data.dump.leaked:
         result.note("leaked keys", key)
     _times(data, result)
-    result.counts["limit violations"] = "-"  # there are no limits yet
+    check_covered(data, result)
+    check_limits(data, result)
     let = {*waived}
     if any(fault["kind"] == "step clock" for fault in data.faults):
         let.add("started early")  # a clock set forward makes what is due later due now

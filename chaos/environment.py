@@ -26,7 +26,15 @@ from chaos.run_data import gather
 from chaos.run_log import RunLog, read
 from chaos.run_result import RunResult
 
-QUEUES = ("default", "mail", "box", *(f"{queue}/{number}" for queue in ("wide", "post") for number in range(3)))
+QUEUES = (
+    "default",
+    "mail",
+    "box",
+    "narrow",
+    "left",
+    "right",
+    *(f"{queue}/{number}" for queue in ("wide", "post") for number in range(3)),
+)
 
 
 class Environment:

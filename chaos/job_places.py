@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 Command = list[bytes]
 FRONT, BACK = {b"LPUSH", b"LPUSHX"}, {b"RPUSH", b"RPUSHX"}
 GONE = {b"DEL", b"UNLINK"}
+ZADD_OPTIONS = {b"NX", b"XX", b"GT", b"LT", b"CH"}
+BOUNDS = {b"narrow": 40}
+"""Queue → its `max_length` in the program under test."""
 
 
 @dataclass
@@ -16,16 +19,26 @@ class QueuePlaces:
 
     jobs: set[bytes] = field(default_factory=set)
     """Those with a record: living, dead, or cancelled with their entry still in line."""
+    stubs: set[bytes] = field(default_factory=set)
+    """Those of them that are cancelled."""
     ready: dict[bytes, deque[bytes]] = field(default_factory=lambda: defaultdict(deque))
     entries: Counter[bytes] = field(default_factory=Counter)
     due: set[bytes] = field(default_factory=set)
     dead: set[bytes] = field(default_factory=set)
     leased: dict[bytes, set[bytes]] = field(default_factory=lambda: defaultdict(set))
     holders: Counter[bytes] = field(default_factory=Counter)
+    successors: dict[bytes, bytes] = field(default_factory=dict)
+    """Job → the one that runs after it, and waits for its end."""
+
+    @property
+    def unfinished(self) -> int:
+        """The number of jobs that `max_length` bounds."""
+        return len(self.jobs) - len(self.dead) - len(self.stubs)
 
     def where(self, id_: bytes) -> list[str]:
         """Return the places of a job."""
         found = ["ready"] * self.entries[id_] + ["leased"] * self.holders[id_]
+        found += ["behind another"] * list(self.successors.values()).count(id_) if self.successors else []
         return found + ["due"] * (id_ in self.due) + ["dead"] * (id_ in self.dead)
 
 
@@ -44,8 +57,12 @@ class JobPlaces:
         places = self._queues[queue]
         if kind == b"jobs":
             touched = self._on_jobs(places, name, rest)
-        elif kind.startswith(b"ready:"):
-            touched = self._on_ready(places, name, kind, rest)
+            if (most := BOUNDS.get(queue)) is not None and places.unfinished > most:
+                self.findings.append(f"{queue.decode()} held {places.unfinished} jobs, and takes {most}")
+        elif kind.startswith((b"ready:", b"group:")):
+            touched = [one for one in self._on_line(places, name, kind, rest) if one[:1] != b"\t"]  # that is a ticket
+        elif kind == b"reruns":
+            touched = self._on_reruns(places, name, rest)
         elif kind in {b"due", b"dead"}:
             touched = self._on_scores(places.due if kind == b"due" else places.dead, name, rest)
         elif kind.startswith(b"leased:"):
@@ -69,13 +86,24 @@ class JobPlaces:
     def _on_jobs(places: QueuePlaces, name: bytes, rest: Command) -> list[bytes]:
         if name in {b"HSET", b"HMSET"}:
             places.jobs.update(rest[::2])
+            for id_, envelope in zip(rest[::2], rest[1::2], strict=True):
+                (places.stubs.add if envelope[:1] == b"x" else places.stubs.discard)(id_)
             return rest[::2]
         gone = list(places.jobs) if name in GONE else rest if name == b"HDEL" else []
         places.jobs.difference_update(gone)
+        places.stubs.difference_update(gone)
         return gone
 
     @staticmethod
-    def _on_ready(places: QueuePlaces, name: bytes, kind: bytes, rest: Command) -> list[bytes]:
+    def _on_reruns(places: QueuePlaces, name: bytes, rest: Command) -> list[bytes]:
+        if name in {b"HSET", b"HMSET"}:
+            places.successors.update(zip(rest[::2], rest[1::2], strict=True))
+            return rest[1::2]
+        gone = list(places.successors) if name in GONE else rest if name == b"HDEL" else []
+        return [places.successors.pop(id_) for id_ in gone if id_ in places.successors]
+
+    @staticmethod
+    def _on_line(places: QueuePlaces, name: bytes, kind: bytes, rest: Command) -> list[bytes]:
         line = places.ready[kind]
         moved: list[bytes] = []
         if name in FRONT:
@@ -98,9 +126,12 @@ class JobPlaces:
 
     @staticmethod
     def _on_scores(members: set[bytes], name: bytes, rest: Command) -> list[bytes]:
+        rest = [word for word in rest if word[:1] != b"\t"] if name == b"ZREM" else rest  # alarms of limits are no jobs
         if name == b"ZADD":
-            members.update(rest[1::2])
-            return rest[1::2]
+            pairs = rest[next(at for at, word in enumerate(rest) if word.upper() not in ZADD_OPTIONS) :]
+            added = [member for member in pairs[1::2] if member[:1] != b"\t"]
+            members.update(added)
+            return added
         gone = list(members) if name in GONE else rest if name == b"ZREM" else []
         members.difference_update(gone)
         return gone

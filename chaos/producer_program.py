@@ -29,13 +29,14 @@ MIX: dict[str, float] = {
     "quick": 30, "steady": 6, "boxed": 3, "message": 10, "bulk": 0.4, "messages": 0.4, "slow": 7, "slow_steady": 2,
     "blocking": 0.1, "flaky": 5, "delayed": 5, "unique": 3, "own": 3, "cancel": 3, "poison": 0.2, "boxed_poison": 0.3,
     "spread": 12, "spread_message": 6, "spread_messages": 0.2, "parent": 4, "batched": 8, "batched_apart": 1,
-    "batched_beside": 1, "batched_poison": 0.1,
+    "batched_beside": 1, "batched_poison": 0.1, "narrow": 3, "narrow_bulk": 0.2, "tagged": 3,
 }  # fmt: skip
 STEADFAST = {
     kind: MIX[kind]
     for kind in ("quick", "steady", "message", "bulk", "slow", "delayed", "spread", "spread_message", "parent")
 }
 """Of producers that ask for replicas, or have a buffer: kinds whose id is known to be theirs, however the call ends."""
+FANNED = {"narrow", "narrow_bulk", "tagged"}
 BULK = 60
 
 
@@ -65,8 +66,8 @@ class Producer:
         try:
             found = act(tokens)
         except (QueueFull, PayloadError, ConfigurationError) as error:
-            # Of a bulk push to partitions some may have taken their part.
-            phase = "unknown" if kind == "spread_messages" else "refused"
+            # Of a bulk push to partitions some may have taken their part, and of one to a full queue some found room.
+            phase = "unknown" if kind in {"spread_messages", "narrow_bulk"} else "refused"
             self.calls.write(call=name, phase=phase, why=type(error).__name__)
         except DurabilityNotReached as error:
             # Stored, and no more than that.
@@ -99,6 +100,8 @@ class Producer:
         long = (1 + min(4, draw.expovariate(1.5))) * LEASE * 1000
         if kind in {"quick", "steady", "boxed", "bystander", "spread"}:
             self.task(kind, getattr(tested_app, kind), ms)
+        elif kind in FANNED:
+            self.fanned(kind, ms)
         elif "bulk" in kind or "message" in kind:
             self.many(kind, int(fixed) if fixed else BULK, ms)
         elif kind in {"slow", "slow_steady", "blocking"}:
@@ -170,6 +173,17 @@ class Producer:
             item = functools.partial(item, key=draw.choice("abc"))
         name = {"batched_beside": "batched_poison"}.get(kind, kind)
         self.call(kind, lambda tokens: getattr(tested_app, name).enqueue(item(tokens[0])))
+
+    def fanned(self, kind: str, ms: float) -> None:
+        """Make a call that may become one job with others, that may wait for room, or that becomes several messages."""
+        draw = self.random
+        if kind == "narrow":
+            self.task(kind, tested_app.through, ms, room_timeout="3s")
+        elif kind == "narrow_bulk":
+            job = tested_app.through.options(room_timeout="5s")
+            self.call(kind, lambda tokens: app.enqueue_many(job.s(token, ms) for token in tokens), BULK)
+        else:
+            self.task(kind, tested_app.quick, ms, tags=[f"tag{draw.randrange(5)}", "all"])
 
     def cancel(self, later: bool) -> None:
         """Push a job and cancel it at once: before it is due, or while it may already run."""

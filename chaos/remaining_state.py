@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -54,6 +55,7 @@ def _queue(client: Any, namespace: str, queue: str, keys: list[bytes], dump: Rem
             dump.dead[public] = (states.get(raw) or b"").decode("utf-8", "replace")
         elif envelope[:1] != b"x":
             dump.live[public] = " and ".join(places.get(id_, ["nowhere"]))
+    _audit_slots(client, prefix, keys, places, dump)
     _audit(queue, jobs, {**places, **{id_: [*places.get(id_, ()), "dead"] for id_ in dead}}, dump)
     dump.findings += [f"{queue}: a state of nobody, {id_!r}" for id_ in states.keys() - jobs.keys()]
     tags = _audit_tags(client, prefix, queue, jobs, keys, dump)
@@ -83,6 +85,9 @@ def _places(client: Any, prefix: str, keys: list[bytes], dump: RemainingState) -
     workers = set(client.zrange(prefix + "workers", 0, -1))
     sources = [(f"ready:{n}", client.lrange(f"{prefix}ready:{n}", 0, -1)) for n in range(10)]
     sources.append(("due", client.zrange(prefix + "due", 0, -1)))
+    sources.append(("behind another", client.hvals(prefix + "reruns")))
+    groups = [key for key in keys if key.startswith(f"{prefix}group:".encode())]
+    sources += [("waiting", client.lrange(key, 0, -1)) for key in groups]
     for key in keys:
         if key.startswith(f"{prefix}leased:".encode()):
             held = client.hkeys(key)
@@ -93,6 +98,30 @@ def _places(client: Any, prefix: str, keys: list[bytes], dump: RemainingState) -
         for id_ in _ids(fields):
             found.setdefault(id_, []).append(place.partition(":")[0])
     return found
+
+
+def _audit_slots(
+    client: Any, prefix: str, keys: list[bytes], places: dict[str, list[str]], dump: RemainingState
+) -> None:
+    """Compare the slots of limits with the jobs that hold them, and the groups with their tickets."""
+    held: Counter[bytes] = Counter()
+    for id_, names in client.hgetall(prefix + "slots").items():
+        held.update(names.split(b"\t"))
+        if id_.decode() not in places:
+            dump.findings.append(f"{prefix}slots: {id_!r} is no job and holds {names!r}")
+    counted = {name: int(n) for name, n in client.hgetall(prefix + "limits").items() if name[:1] != b"\t"}
+    if counted != held:
+        dump.findings.append(f"{prefix}limits counts {counted}, and jobs hold {dict(held)}")
+    groups = Counter(
+        key.removeprefix(f"{prefix}group:".encode()).replace(b":", b"", 1)
+        for key in keys
+        if key.startswith(f"{prefix}group:".encode())
+    )
+    tickets = Counter(client.smembers(prefix + "tickets")) + Counter(client.hkeys(prefix + "waits"))
+    if groups != tickets:
+        dump.findings.append(
+            f"{prefix}: groups {dict(groups - tickets)} have no ticket, tickets {dict(tickets - groups)} no group"
+        )
 
 
 def _audit(queue: str, jobs: dict[bytes, bytes], places: dict[str, list[str]], dump: RemainingState) -> None:

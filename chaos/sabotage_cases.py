@@ -263,9 +263,21 @@ def batch(environment: Environment) -> RunResult:
     return environment.evaluate(also=("dead by crashes",))
 
 
+def fanned(environment: Environment) -> RunResult:
+    """Calls that become one job, a queue that is full at times, and messages that are published: nothing is missing."""
+    environment.process_group.queues = ("default", "narrow")
+    environment.process_group.embedded("program", environment.url)
+    environment.ready(1)
+    for number in range(2):
+        _push(environment, 150, number=number, rate=60, narrow=2, narrow_bulk=0.2, tagged=2)
+    environment.drain(15, stall=8)
+    return environment.evaluate(also=("unexplained repeats",))
+
+
 CASES = {
     "zombie": Case(zombie), "kill": Case(kill), "recovery": Case(recovery, 15.0), "poison": Case(poison), "cut": Case(cut),
     "rollback": Case(rollback), "frozen": Case(frozen), "slow": Case(slow), "full": Case(full), "pickup": Case(pickup, 15.0),
     "term": Case(term, 15.0), "unique": Case(unique, 15.0), "clock": Case(clock, 15.0), "mixed": Case(mixed, 15.0),
     "batch": Case(batch, 15.0),
+    "fanned": Case(fanned, 15.0),
 }  # fmt: skip

@@ -74,7 +74,7 @@ def _people(environment: Environment, seed: int, seconds: float) -> None:
     processes, direct = environment.process_group, environment.url
     alone = environment.topology == "standalone"
     proxied = environment.proxy.url if alone else direct
-    processes.queues = ("default", "wide", "box")
+    processes.queues = ("default", "wide", "box", "narrow")
     processes.supervised("worker1", direct)
     processes.supervised("worker2", proxied)
     processes.embedded("program1", direct)

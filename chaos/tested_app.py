@@ -38,6 +38,7 @@ if ASKED:
 box = app.queue("box")  # for `conveyor worker` only: a program with a worker inside runs no processes
 mail = app.queue("mail", max_attempts=40, **ASKED)
 wide = app.queue("wide", partitions=PARTITIONS, **ASKED)
+narrow = app.queue("narrow", max_length=40, full="block", **ASKED)
 post = app.queue("post", partitions=PARTITIONS, max_attempts=40, **ASKED)
 
 
@@ -231,6 +232,24 @@ async def batched_poison(items: list[Item], context: Context = current()) -> lis
     contexts = context.items
     with noted_batch(items, contexts) as failed:
         return handle(items, contexts, failed)
+
+
+async def level(token: str, ms: float, failures: int, context: Context) -> dict[str, Any]:
+    """Do as `flaky` does, and take a while."""
+    with noted(token, context.job_id, context.attempt):
+        await asyncio.sleep(ms / 1000)
+        if context.attempt <= failures:
+            raise RuntimeError(f"attempt {context.attempt} of {token} fails")
+        return answer(token, context)
+
+
+# -- calls that become one job, full queues, topics -------------------------------------------------------------------
+
+
+@app.task(name="narrow", queue="narrow", retry=PATIENT)
+async def through(token: str, ms: float, context: Context = current()) -> dict[str, Any]:
+    """Run in a queue that takes few jobs, and whose producers wait for room."""
+    return await level(token, ms, 0, context)
 
 
 def die(how: str) -> None:

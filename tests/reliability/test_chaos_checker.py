@@ -105,6 +105,54 @@ def clean_parent() -> RunBuilder:
     return RunBuilder().push(spawns=1).stored().leased().run().done(attempt=1, pid=7)
 
 
+def together(fact: str, value: object, count: int) -> RunBuilder:
+    """Build a run of so many jobs with that fact, which begin 10 ms after each other and take half a second."""
+    builder = clean()
+    for n in range(1, count + 1):
+        builder.push(f"1.1.{n}", f"default:{n}", **{fact: value}).child(str(n))
+        builder.run(id_=f"default:{n}", token=f"1.1.{n}").later(-0.99)
+    return builder
+
+
+def in_order(*order: int) -> RunBuilder:
+    """Build a run of the jobs of a group, which begin in that order."""
+    builder = clean()
+    for n in sorted(order):
+        builder.push(f"1.1.{n}", f"default:{n}", group="g").child(str(n)).later()
+    for n in order:
+        builder.run(id_=f"default:{n}", token=f"1.1.{n}")
+    return builder
+
+
+@pytest.mark.parametrize(
+    "builder",
+    [
+        together("slots", [["pair", 2]], 2), together("rates", [["paced", 5, 4.0, 1]], 5), in_order(1, 2, 3),
+        clean().push("1.1.1", "default:a", covers="k").push("1.1.2", "default:a", ends="existing", covers="k").child("a").run(
+            id_="default:a", token="1.1.2"),
+        clean().push("1.1.1", "default:a", copies=2).child("a").child("b").run(id_="default:a", token="1.1.1").run(
+            id_="default:b", token="1.1.1"),
+    ],
+)  # fmt: skip
+def test_what_limits_allow_passes(builder: RunBuilder) -> None:
+    """As many as a limit allows, a group in its order, one job for several calls, and a copy for each queue are no fault."""
+    assert builder.checked().failed == []
+
+
+@pytest.mark.parametrize("taken", [True, False])
+@pytest.mark.parametrize("pids", [[7], []])
+def test_a_run_without_its_lease_takes_no_slot(pids: list[int], taken: bool) -> None:
+    """The work of a process whose jobs were taken from it in a fault is no violation; a fault that cost no lease excuses nothing."""
+    builder = clean().wrote(f'HSET|{P}leased:old|\tabout|{{"pid": 7}}')
+    builder.faults.append({"kind": "stop child", "pids": pids, "at": builder.now, "until": builder.now + 3})
+    for n in (2, 1):
+        builder.push(f"1.1.{n}", f"default:{n}", group="g").stored(str(n))
+        if taken:
+            builder.leased("old", str(n)).reaped("old", str(n)).wrote(f'HSET|{P}leased:old|\tabout|{{"pid": 7}}')
+        builder.leased("new", str(n)).run(id_=f"default:{n}", token=f"1.1.{n}").done("new", str(n)).later(-0.9)
+    assert builder.checked().failed == ([] if taken else ["limit violations"])
+
+
 def test_a_clean_run_passes() -> None:
     """One job, pushed, leased, run and done: everything else is zero."""
     result = clean().checked()
@@ -178,6 +226,28 @@ WRONG: dict[str, tuple[RunBuilder, set[str]]] = {
     "a child of one that failed": (
         RunBuilder().push(spawns=1).run(id_="default:a", token="1.1.0/0").child("a").stored().leased().run("failed").wrote(
             f"HDEL|{P}leased:w|{BARE}", f"ZADD|{P}due|5|{BARE}").leave("due"), {"unexpected", "stuck"},
+    ),
+    "three at a time where two may": (together("slots", [["pair", 2]], 3), {"limit violations"}),
+    "two of a group at a time": (together("group", "g", 2), {"limit violations"}),
+    "six in a window of five": (together("rates", [["paced", 5, 4.0, 1]], 6), {"limit violations"}),
+    "too much in a window by its cost": (together("rates", [["paced", 5, 4.0, 3]], 2), {"limit violations"}),
+    "a job of a group before the one in front": (in_order(2, 1), {"order violations"}),
+    "the latest call of a key did not run": (
+        clean().push("1.1.1", "default:a", covers="k").child("a").run(id_="default:a", token="1.1.1").later().push(
+            "1.1.2", "default:b", covers="k"), {"lost"},
+    ),
+    "a copy of two": (clean().push("1.1.1", "default:a", copies=2).child("a").run(id_="default:a", token="1.1.1"), {"lost"}),
+    "a copy too many": (
+        clean().push("1.1.1", "default:a", copies=1).child("a").child("b").run(id_="default:a", token="1.1.1").run(
+            id_="default:b", token="1.1.1"), {"stored twice"},
+    ),
+    "in a group, and in line": (
+        RunBuilder().push().stored().wrote(f"RPUSH|{P}group:0:ga|{BARE}").wrote(f"LPOP|{P}ready:0|1").wrote(
+            f"LPOP|{P}group:0:ga|1", f"HSET|{P}leased:w|{BARE}|8193").run().done(), {"audit findings"},
+    ),
+    "more than the queue takes": (
+        clean().wrote(*[f"HSET|chaos:{{narrow}}:jobs|{n}|{ENVELOPE}" for n in range(41)], *[
+            f"RPUSH|chaos:{{narrow}}:ready:0|{n}" for n in range(41)]), {"audit findings"},
     ),
     "before it was due": (clean().push("1.1.1", "default:d", delay=5.0).stored("d").leased(bare="d").run(
         id_="default:d", token="1.1.1").done(bare="d"), {"started early"}),
