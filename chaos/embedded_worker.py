@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from chaos.tested_app import app, mail, noted, post
+from chaos.tested_app import app, copies, mail, noted, post
 from conveyor import ConveyorError
 
 QUEUES = os.environ["CHAOS_QUEUES"].split()
@@ -41,7 +41,10 @@ async def main() -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked.set)
     puller = threading.Thread(target=pull_mail, args=(stopped,), daemon=True)
     async with app.worker(queues=dict.fromkeys(QUEUES, 1.0), concurrency=50, threads=4, grace="2s"):
-        readers = [asyncio.create_task(read(queue)) for queue in ([mail, post] if "wide" in QUEUES else [mail])]
+        readers = [
+            asyncio.create_task(read(queue))
+            for queue in ([mail, post, *copies] if "wide" in QUEUES else [mail, *copies])
+        ]
         puller.start()
         await asked.wait()
         stopped.set()

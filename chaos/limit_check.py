@@ -11,7 +11,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable
 
-from chaos.run_data import Run, RunData, Token
+from chaos.run_data import Line, Run, RunData, Token
 from chaos.run_result import RunResult
 
 LINE = "limit violations"
@@ -67,11 +67,11 @@ class SureSpans:
         self._lease, self._history = data.lease, data.history
         self._struck: dict[int, list[tuple[float, float]]] = defaultdict(list)
         common = [fault for fault in data.faults if not fault["pids"] and fault["kind"] not in PROMPT]
-        self._common = [(fault["at"], fault.get("until", fault["at"])) for fault in common]
-        self.clock_steps = [fault["at"] for fault in data.faults if fault["kind"] == "step clock"]
+        self._common: list[tuple[float, float]] = [(fault["at"], _end(fault)) for fault in common]
+        self.clock_steps: list[float] = [fault["at"] for fault in data.faults if fault["kind"] == "step clock"]
         for fault in data.faults:
             for pid in fault["pids"]:
-                self._struck[pid].append((fault["at"], fault.get("until", fault["at"])))
+                self._struck[pid].append((fault["at"], _end(fault)))
         self._last: dict[int, float] = defaultdict(float)
         for run in itertools.chain(*data.runs.values()):
             self._last[run.pid] = max(self._last[run.pid], run.start, run.end or 0.0)
@@ -97,6 +97,10 @@ class SureSpans:
         end = self._last[run.pid] if run.end is None else run.end
         common = self._common if self._may_be_lost(run) else ()
         return min([end, *(at for at, _ in itertools.chain(self._struck.get(run.pid, ()), common) if run.start < at)])
+
+
+def _end(fault: Line) -> float:
+    return float(fault["until"] if "until" in fault else fault["at"])
 
 
 def _check_slots(name: str, n: int, spans: list[tuple[float, float, str]], result: RunResult) -> None:

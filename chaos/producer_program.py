@@ -22,21 +22,21 @@ from typing import Any
 
 from chaos import tested_app
 from chaos.run_log import RunLog
-from chaos.tested_app import CONFIRM, LEASE, SPOOL, app, mail, post
+from chaos.tested_app import CONFIRM, LEASE, SPOOL, app, mail, post, topic
 from conveyor import ConfigurationError, ConveyorError, DurabilityNotReached, JobNotFound, PayloadError, QueueFull
 
 MIX: dict[str, float] = {
     "quick": 30, "steady": 6, "boxed": 3, "message": 10, "bulk": 0.4, "messages": 0.4, "slow": 7, "slow_steady": 2,
     "blocking": 0.1, "flaky": 5, "delayed": 5, "unique": 3, "own": 3, "cancel": 3, "poison": 0.2, "boxed_poison": 0.3,
     "spread": 12, "spread_message": 6, "spread_messages": 0.2, "parent": 4, "batched": 8, "batched_apart": 1,
-    "batched_beside": 1, "batched_poison": 0.1, "narrow": 3, "narrow_bulk": 0.2, "tagged": 3,
+    "batched_beside": 1, "batched_poison": 0.1, "narrow": 3, "narrow_bulk": 0.2, "published": 3, "tagged": 3,
 }  # fmt: skip
 STEADFAST = {
     kind: MIX[kind]
     for kind in ("quick", "steady", "message", "bulk", "slow", "delayed", "spread", "spread_message", "parent")
 }
 """Of producers that ask for replicas, or have a buffer: kinds whose id is known to be theirs, however the call ends."""
-FANNED = {"narrow", "narrow_bulk", "tagged"}
+FANNED = {"narrow", "narrow_bulk", "published", "tagged"}
 BULK = 60
 
 
@@ -182,8 +182,12 @@ class Producer:
         elif kind == "narrow_bulk":
             job = tested_app.through.options(room_timeout="5s")
             self.call(kind, lambda tokens: app.enqueue_many(job.s(token, ms) for token in tokens), BULK)
-        else:
+        elif kind == "tagged":
             self.task(kind, tested_app.quick, ms, tags=[f"tag{draw.randrange(5)}", "all"])
+        else:
+            self.call(
+                kind, lambda tokens: topic.publish({"token": tokens[0], "ms": ms})[:1], copies=len(tested_app.copies)
+            )
 
     def cancel(self, later: bool) -> None:
         """Push a job and cancel it at once: before it is due, or while it may already run."""
@@ -236,6 +240,7 @@ def main() -> None:
         producer.stopped = True
 
     signal.signal(signal.SIGTERM, stop)
+    topic.subscribe(*tested_app.copies)
     usual = STEADFAST if CONFIRM or SPOOL else MIX
     producer.run(float(rate), int(count), json.loads(rest[0]) if rest else usual)
     app.close()  # delivers what an earlier process left in the buffer, too

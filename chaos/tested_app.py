@@ -39,6 +39,8 @@ box = app.queue("box")  # for `conveyor worker` only: a program with a worker in
 mail = app.queue("mail", max_attempts=40, **ASKED)
 wide = app.queue("wide", partitions=PARTITIONS, **ASKED)
 narrow = app.queue("narrow", max_length=40, full="block", **ASKED)
+copies = [app.queue(name, max_attempts=40) for name in ("left", "right")]
+topic = app.topic("chaos.made")
 post = app.queue("post", partitions=PARTITIONS, max_attempts=40, **ASKED)
 
 
