@@ -29,14 +29,14 @@ MIX: dict[str, float] = {
     "quick": 30, "steady": 6, "boxed": 3, "message": 10, "bulk": 0.4, "messages": 0.4, "slow": 7, "slow_steady": 2,
     "blocking": 0.1, "flaky": 5, "delayed": 5, "unique": 3, "own": 3, "cancel": 3, "poison": 0.2, "boxed_poison": 0.3,
     "spread": 12, "spread_message": 6, "spread_messages": 0.2, "parent": 4, "batched": 8, "batched_apart": 1,
-    "batched_beside": 1, "batched_poison": 0.1, "narrow": 3, "narrow_bulk": 0.2, "published": 3, "tagged": 3,
+    "batched_beside": 1, "batched_poison": 0.1, "narrow": 3, "narrow_bulk": 0.2, "published_message": 3, "tagged": 3,
 }  # fmt: skip
 STEADFAST = {
     kind: MIX[kind]
     for kind in ("quick", "steady", "message", "bulk", "slow", "delayed", "spread", "spread_message", "parent")
 }
 """Of producers that ask for replicas, or have a buffer: kinds whose id is known to be theirs, however the call ends."""
-FANNED = {"narrow", "narrow_bulk", "published", "tagged"}
+FANNED = {"narrow", "narrow_bulk", "published_message", "tagged"}
 BULK = 60
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-CONSTANT = ("*:queues", "*:conf", "*:wake", "*:recent", "*:inbox:*")
+CONSTANT = ("*:queues", "*:conf", "*:wake", "*:recent", "*:inbox:*", "*:{/topics}:registry", "*:{/topics}:counts")
 """What a drained queue may keep for good."""
 
 
