@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import random
 import time
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
 
+from conveyor.errors import ConveyorError
 from conveyor.store import inspection, limits, operations
 from conveyor.store.operations import Settlement, TurnReport
+from conveyor.store.script import Script
+from support.script_faults import LimitedUser, Snapshot, commands_sent
 from support.seeded_queue import LEASE, SeededQueue, entry
+from support.server_dump import difference, exact
 
 pytestmark = [pytest.mark.redis6, pytest.mark.redis7]
 
@@ -88,7 +94,9 @@ def test_groups_take_turns_with_plain_jobs(seeded: SeededQueue) -> None:
     seeded.push(*(entry(f"b1{n}", limits=("1:open:b",)) for n in range(9)))
     seeded.run(limits.set_group(seeded.keys, "b", weight=3, paused=None))
     assert [id_[0] for id_ in seeded.turn("w", 9, 4).ids] == ["a", "b", "b", "b"]
+    assert [seeded.turn("w", number, 1).ids[0][0] for number in range(10, 18)] == [*"abbbabbb"]
     assert seeded.audit() == []
+    assert not seeded.redis.exists(seeded.keys.prefix + "credits")
 
 
 def test_paused_key_stands_still(seeded: SeededQueue) -> None:
@@ -130,16 +138,18 @@ def test_rate_is_exact_over_every_pair_of_starts(seeded: SeededQueue) -> None:
     declare(seeded, three="r 3 60 0 -")
     seeded.push(*(entry(f"j{n:02}", limits=("1:three",)) for n in range(12)))
     seeded.register("w")
-    starts, number, opened = [], 0, 0
-    while len(starts) < 12:
+    starts: list[int] = []
+    number, ends = 0, time.monotonic() + 60
+    while len(starts) < 15:
         number += 1
+        # One of another group looks at the limit at any time, not only when it opens.
+        seeded.push(entry(f"x{number}", group=f"x{number}", limits=("1:three",)))
         reply = seeded.turn("w", number, 9)
         starts += [reply.now] * len(reply.ids)
         assert reply.ids or reply.next_due is not None
         assert seeded.audit() == []
-        opened += bool(reply.ids)
-        if reply.next_due is not None:
-            time.sleep(max(0, reply.next_due - seeded.now()) / 1000)
+        assert time.monotonic() < ends
+        time.sleep(0.003)
     assert all(later - earlier >= 60 for earlier, later in zip(starts, starts[3:], strict=False))
 
 
@@ -344,6 +354,51 @@ def test_random_steps_leave_no_ticket_and_no_waiter_behind(seeded: SeededQueue, 
     assert not [name for name in seeded.redis.hkeys(seeded.keys.prefix + "limits") if not name.startswith(b"\t")]
 
 
+# what is broken → the script, the line, what stands there instead
+SABOTAGES = {
+    "the baton is dropped": ("TURN", "if room >= cost then", "if false then"),
+    "a slot is given back twice": ("TURN", "- given[name]", "- 2 * given[name]"),
+    "a slot is not given back by a cancellation": ("CANCEL", "if group then give_back(queue, {id}) end", ""),
+    "a ticket is doubled": ("PUSH", "if length == 1 then", "if length <= 2 then"),
+    "a ticket is lost with its leased job": ("TURN", "if #plan.tail > 0 then", "if false then"),
+    "an alarm is forgotten": ("TURN", "set_alarm(queue, s, cost, now)", ""),
+    "a retry gives its key away": ("TURN", "give_back(queue, queue.retried, true)", "give_back(queue, queue.retried)"),
+    "a returned job joins the tail": ("TURN", "join_group(queue, priority, group, id, true)", "join_group(queue, priority, group, id)"),
+    "a window is fixed": ("TURN", "if tonumber(starts[i]) > now - s.per then", "if tonumber(starts[i]) >= now - now % s.per then"),
+}  # fmt: skip
+
+
+PROOFS = [
+    *(partial(test_retried_or_returned_job_keeps_its_place, way=way) for way in ("R", "F")),
+    test_cancelled_retry_frees_its_key,
+    test_rate_is_exact_over_every_pair_of_starts,
+    *(partial(test_random_steps_leave_no_ticket_and_no_waiter_behind, seed=seed) for seed in range(8)),
+]
+
+
+def prove_all(seeded: SeededQueue) -> None:
+    """Carry out the tests of PROOFS, each with an empty server."""
+    for proof in PROOFS:
+        seeded.redis.flushall(asynchronous=False)
+        seeded.lane = operations.ProducerSequence("L")
+        proof(seeded)
+
+
+@pytest.mark.parametrize("name", SABOTAGES)
+def test_sabotage_is_caught(seeded: SeededQueue, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The tests above see each of these defects: tickets, slots, order and rates are compared after every step."""
+    operation, line, instead = SABOTAGES[name]
+    honest = getattr(operations, operation)
+    assert line in honest.text, "the script has changed: aim the sabotage anew"
+    broken = Script(honest.name)
+    broken.text = honest.text.replace(line, instead)
+    monkeypatch.setattr(operations, operation, broken)
+
+    with pytest.raises((AssertionError, ConveyorError)):
+        prove_all(seeded)
+    seeded.redis.flushall(asynchronous=False)
+
+
 GROUPED_CALLS = {
     "turn": lambda keys: operations.turn(
         keys, "w", 2, 9, LEASE,
@@ -361,12 +416,6 @@ GROUPED_CALLS = {
 @pytest.mark.parametrize("name", GROUPED_CALLS)
 def test_refused_command_refuses_whole(seeded: SeededQueue, url: str, name: str) -> None:
     """Whichever command a user may not use: a step on groups is refused whole, or done."""
-    from contextlib import suppress
-
-    from conveyor.errors import ConveyorError
-    from support.script_faults import LimitedUser, Snapshot, commands_sent
-    from support.server_dump import difference, exact
-
     declare(seeded, one="c 1 -", rate="r 1 3600000 0 -")
     seeded.push(*(entry(f"{key}{n}", group=key) for n in (1, 2, 3) for key in "abc"))
     seeded.push(

@@ -48,6 +48,9 @@ if conf[2] then
   for member in pairs(tickets) do
     if not registered[member] then problem('ticket that is not registered', member) end
   end
+  for _, member in ipairs(redis.call('HKEYS', prefix .. 'credits')) do
+    if not tickets[member] then problem('rest of a weight without a ticket', member) end
+  end
   local all = redis.call('HGETALL', prefix .. 'waits')
   for i = 1, #all, 2 do
     local member, name = all[i], all[i + 1]

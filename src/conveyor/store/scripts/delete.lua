@@ -32,7 +32,7 @@ end
 if conf[4] then
   -- Jobs in groups count as ready; tickets are no jobs. What limits remember of a queue without jobs goes with it.
   entries = entries - redis.call('SCARD', prefix .. 'tickets') + tonumber(conf[4])
-  for _, name in ipairs({'tickets', 'waits', 'limits', 'slots'}) do gone[#gone + 1] = prefix .. name end
+  for _, name in ipairs({'tickets', 'waits', 'limits', 'slots', 'credits'}) do gone[#gone + 1] = prefix .. name end
 end
 local scheduled, dead, outbox = redis.call('ZCARD', KEYS[2]) - tonumber(conf[6] or 0), redis.call('ZCARD', KEYS[3]), redis.call('LLEN', KEYS[16])
 local unplaced = math.max(0, redis.call('HLEN', KEYS[1]) - entries - scheduled - leased - dead)

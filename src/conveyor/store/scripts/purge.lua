@@ -39,7 +39,9 @@ local function take_list(priority)
   for _, entry in ipairs(redis.call('LPOP', KEYS[7 + priority], limit - #ids) or {}) do
     if #ids >= limit then back[#back + 1] = entry
     elseif string.byte(entry) ~= 9 then ids[#ids + 1] = entry
-    elseif take_group(priority, string.sub(entry, 2)) then redis.call('SREM', prefix .. 'tickets', priority .. string.sub(entry, 2))
+    elseif take_group(priority, string.sub(entry, 2)) then
+      redis.call('SREM', prefix .. 'tickets', priority .. string.sub(entry, 2))
+      redis.call('HDEL', prefix .. 'credits', priority .. string.sub(entry, 2))
     else back[#back + 1] = entry end
   end
   for i = #back, 1, -1 do redis.call('LPUSH', KEYS[7 + priority], back[i]) end

@@ -21,10 +21,14 @@ local function read_groups(queue, priority, entries, room, whole, now)
     end
   end
   load_limits(queue, keys)
-  local shares = 0
+  local shares, members, owners = 0, {}, {}
   for i = 1, #entries do
-    if groups[i] then shares = shares + queue.limits[groups[i].limit].weight end
+    local weight = groups[i] and queue.limits[groups[i].limit].weight or 0
+    shares = shares + weight
+    if weight > 1 then members[#members + 1], owners[#owners + 1] = priority .. groups[i].group, groups[i] end
   end
+  -- A turn that asked for less than a weight has left the rest of it, and the ticket in front.
+  for i, rest in ipairs(read_fields(queue.prefix .. 'credits', members)) do owners[i].credit = tonumber(rest or nil) end
   local rounds = whole and math.max(1, math.floor((room - plain) / shares)) or 1
   for i = 1, #entries do
     local one = groups[i]
@@ -32,7 +36,8 @@ local function read_groups(queue, priority, entries, room, whole, now)
       local s = queue.limits[one.limit]
       local closed = string.byte(one.group) == 103
       -- Of a group that runs one at a time, and runs, the first job is enough: it tells which other limits are left unused.
-      one.most = closed and s.count > 0 and 1 or math.min(s.weight * rounds, room)
+      one.share = one.credit or s.weight * rounds
+      one.most = closed and s.count > 0 and 1 or math.min(one.share, room)
       one.ids = redis.call('LRANGE', queue.prefix .. 'group:' .. priority .. ':' .. one.group, 0, one.most)
     end
   end
@@ -74,8 +79,7 @@ end
 -- queue, now  as for read_groups
 -- group    of the job
 -- fact     as read_jobs returns it
--- returns  its name, its state and the cost that finds no room; nil when all have room; behind it true when the job's group runs
---          one at a time
+-- returns  its name, nil when all have room; true when the job's group runs one at a time
 local function full_limit(queue, group, fact, now)
   local names, costs, closed = fact[3], fact[4], string.byte(group) == 103
   for i = 2, closed and #names or 0 do
@@ -86,9 +90,9 @@ local function full_limit(queue, group, fact, now)
   for i, name in ipairs(names) do
     local s = queue.limits[name]
     local cost = s.kind == 'r' and math.min(costs[i], s.n) or 1
-    if room_of(queue, s, now, closed) < cost then return name, s, cost end
+    if room_of(queue, s, now, closed) < cost then return name, closed end
   end
-  return nil, nil, nil, closed
+  return nil, closed
 end
 
 -- Let a job pass its limits. Nothing is written here.
@@ -126,7 +130,7 @@ end
 -- plan     is filled
 -- returns  the jobs leased
 local function plan_group(queue, one, facts, room, plan, now)
-  local leased, removed, full, state, price = {}, 0, nil, nil, nil
+  local leased, removed, full = {}, 0, nil
   for at = 1, math.min(#one.ids, one.most) do
     local id = one.ids[at]
     local fact = facts[id]
@@ -135,9 +139,9 @@ local function plan_group(queue, one, facts, room, plan, now)
       touch(queue, fact[3])
     else
       if #leased >= room then break end
-      local name, s, cost, closed = full_limit(queue, one.group, fact, now)
+      local name, closed = full_limit(queue, one.group, fact, now)
       if name then
-        full, state, price = name, s, cost
+        full = name
         touch(queue, fact[3])
         break
       end
@@ -147,20 +151,25 @@ local function plan_group(queue, one, facts, room, plan, now)
     removed = removed + 1
   end
   plan.removed[#plan.removed + 1] = {one.group, removed}
-  if full then plan.waiting[#plan.waiting + 1] = {one.group, full, state, price}
+  if full then plan.waiting[#plan.waiting + 1] = {one.group, full}
   elseif #one.ids == removed and removed <= one.most then plan.ended[#plan.ended + 1] = one.group
-  elseif #leased > 0 then plan.tail[#plan.tail + 1] = '\t' .. one.group
-  else plan.front[#plan.front + 1] = '\t' .. one.group end
+  elseif #leased == 0 or (one.share - #leased) % queue.limits[one.limit].weight > 0 then
+    plan.front[#plan.front + 1] = '\t' .. one.group
+    if #leased > 0 then
+      plan.credits[#plan.credits + 1] = {one.group, (one.share - #leased) % queue.limits[one.limit].weight}
+    end
+    return leased
+  else plan.tail[#plan.tail + 1] = '\t' .. one.group end
+  if one.credit then plan.credits[#plan.credits + 1] = {one.group} end
   return leased
 end
 
 -- Move tickets to the limits at which they wait.
 -- queue    as for read_groups
 -- priority of the list
--- waiting  {group, limit, its state, the cost that finds no room}…
--- now      ms
+-- waiting  {group, limit}…
 -- returns  nothing
-local function park(queue, priority, waiting, now)
+local function park(queue, priority, waiting)
   local last, members, waits = redis.call('HINCRBY', queue.conf, 'waits', #waiting), {}, {}
   for i, one in ipairs(waiting) do
     local member = priority .. one[1]
@@ -168,7 +177,6 @@ local function park(queue, priority, waiting, now)
     -- A higher priority comes first, and else who waits longer.
     local place = (9 - priority) * 2 ^ 45 + last - #waiting + i
     redis.call('ZADD', queue.prefix .. 'limit:' .. one[2], int(place), member)
-    set_alarm(queue, one[3], one[4], now)
   end
   redis.call('SREM', queue.prefix .. 'tickets', unpack(members))
   redis.call('HSET', queue.prefix .. 'waits', unpack(waits))
@@ -190,6 +198,10 @@ local function write_round(queue, priority, plan, facts, now, missing)
   end
   if #plan.tail > 0 then redis.call('RPUSH', ready, unpack(plan.tail)) end
   for i = #plan.front, 1, -1 do redis.call('LPUSH', ready, plan.front[i]) end
+  for _, one in ipairs(plan.credits) do
+    if one[2] then redis.call('HSET', prefix .. 'credits', priority .. one[1], int(one[2]))
+    else redis.call('HDEL', prefix .. 'credits', priority .. one[1]) end
+  end
   if #plan.ended > 0 then
     for i, group in ipairs(plan.ended) do plan.ended[i] = priority .. group end
     redis.call('SREM', prefix .. 'tickets', unpack(plan.ended))
@@ -199,7 +211,7 @@ local function write_round(queue, priority, plan, facts, now, missing)
   for name, s in pairs(plan.changed) do counts[#counts + 1], counts[#counts + 2] = name, int(s.count) end
   if #counts > 0 then in_chunks('HSET', prefix .. 'limits', counts, 1, #counts) end
   for name, passed in pairs(plan.passed) do write_rate(queue, queue.limits[name], passed, now) end
-  if #plan.waiting > 0 then park(queue, priority, plan.waiting, now) end
+  if #plan.waiting > 0 then park(queue, priority, plan.waiting) end
   for _, id in ipairs(plan.dropped) do
     local fact = facts[id]
     if fact[1] == 'stub' and fact[3] then queue.counters.waiting_stubs = queue.counters.waiting_stubs - 1 end
@@ -223,6 +235,7 @@ local function make_round(queue, priority, room, most, hold_all, now, missing)
   local envelopes, facts = read_jobs(queue, entries, groups, now)
   local plan = {
     used = 0, dropped = {}, slots = {}, changed = {}, passed = {}, removed = {}, waiting = {}, ended = {}, tail = {}, front = {},
+    credits = {},
   }
   local ids, taken = {}, {}
   for i, entry in ipairs(entries) do
