@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -14,10 +15,11 @@ import redis as redis_py
 from redis.exceptions import ConnectionError as TransportError
 
 from conveyor import Conveyor, Outgoing, QueueFull, StoreUnavailable
-from conveyor.errors import ConfigurationError, PayloadError
+from conveyor.errors import ConfigurationError, ConveyorError, PayloadError
 from conveyor.jobs.core import core_of
 from conveyor.messaging.topic import TopicInfo
 from conveyor.store import inspection, topics
+from conveyor.store.script import Script
 from conveyor.store.topics import TopicKeys
 from conveyor.store.transport.connection import Connection
 
@@ -370,7 +372,7 @@ async def test_awaitable_forms(url: str) -> None:
 
 @pytest.mark.parametrize("queues", [1, 2, 10])
 def test_cost_of_a_publish(app: Conveyor, redis: redis_py.Redis, queues: int) -> None:
-    """A publish to k queues is one round trip: 4 commands, and 11 for each queue, as many as for a push of one there."""
+    """A publish to k queues is one round trip: 4 commands in its script, and 8 for each queue."""
     topic = app.topic(TOPIC)
     topic.subscribe(*(f"q{n}" for n in range(queues)))
     topic.publish(0)
@@ -491,7 +493,38 @@ def test_a_full_server_takes_a_publish_whole_or_not(start_server: Callable[..., 
 @pytest.mark.row("D281")
 def test_random_changes_against_a_model(app: Conveyor, other: Conveyor, rounds: Callable[[int, int], int]) -> None:
     """Two programs subscribe, unsubscribe, publish, delete and take at random: each queue holds what a simple model says."""
-    seed = random.randrange(2**32)
+    compare_with_model(app, other, rounds(5000, 400), random.randrange(2**32))
+
+
+# what is broken → the operation, the line of its script, what stands there instead
+SABOTAGES = {
+    "publish trusts what its program remembers": ("PUBLISH", "~= ARGV[3] then", "== 'x' then"),
+    "publish leaves the last queue out": ("PUBLISH", "for queue = 1, number do reply", "for queue = 1, math.max(math.min(number, 1), number - 1) do reply"),
+    "publish counts one message": ("PUBLISH", "count_published(KEYS[3], ARGV[2], ARGV[4]", "count_published(KEYS[3], ARGV[2], '2'"),
+    "subscribe forgets who was there": ("SUBSCRIBE", "else kept[#kept + 1] = queue end", "end"),
+    "subscribe keeps its version": ("SUBSCRIBE", "'version', version,", "'version', redis.call('HGET', registry, 'version') or version,"),
+    "a wildcard is any number of words": ("SUBSCRIBERS", "rest and #pattern <= #words + 1", "#pattern <= #words + 1"),
+    "leaving ends one subscription": ("SUBSCRIBE", "if how ~= 'add' and named[queue] then", "if how ~= 'add' and named[queue] and changed == 0 then"),
+}  # fmt: skip
+
+
+@pytest.mark.leaves_keys("the run ends amid its steps")
+@pytest.mark.parametrize("name", SABOTAGES)
+def test_sabotage_is_caught(app: Conveyor, other: Conveyor, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The comparison with the model fails when a script is broken in this way."""
+    operation, line, instead = SABOTAGES[name]
+    honest = getattr(topics, operation)
+    assert line in honest.text, "the script has changed: aim the sabotage anew"
+    broken = Script(honest.name)
+    broken.text = honest.text.replace(line, instead)
+    monkeypatch.setattr(topics, operation, broken)
+    with pytest.raises((AssertionError, ConveyorError, ValueError)) as caught:
+        compare_with_model(app, other, 2000, 4711)
+    assert "user_script" not in str(caught.value), "the sabotage does not even run"
+
+
+def compare_with_model(app: Conveyor, other: Conveyor, steps: int, seed: int) -> None:
+    """Make random steps by both programs, and compare what they answer and leave with a model."""
     rng = random.Random(seed)
     names = ["user", "user.created", "user.deleted", "user.created.eu", "order.created"]
     patterns = [*names, "user.*", "*.created", "#", "user.#", "*"]
@@ -499,7 +532,7 @@ def test_random_changes_against_a_model(app: Conveyor, other: Conveyor, rounds: 
     subscriptions: dict[str, set[str]] = {pattern: set() for pattern in patterns}
     held: dict[str, list[int]] = {queue: [] for queue in queues}
     published, nobody = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
-    for number in range(rounds(5000, 400)):
+    for number in range(steps):
         program = rng.choice((app, other))
         pattern, queue, topic = rng.choice(patterns), rng.choice(queues), rng.choice(names)
         match rng.choice(["subscribe", "subscribe", "unsubscribe", "publish", "publish", "publish", "take", "delete"]):
@@ -542,6 +575,20 @@ def fits(pattern: str, topic: str) -> bool:
             return False
         words = words[: len(wanted)]
     return len(words) == len(wanted) and all(one in ("*", word) for one, word in zip(wanted, words, strict=True))
+
+
+def test_a_forked_child_has_sequences_of_its_own(app: Conveyor) -> None:
+    """A process that forks after a publish, and its child, publish at the same time: no message is taken for another's."""
+    app.topic(TOPIC).subscribe("q")
+    app.topic(TOPIC).publish("parent")
+    if (child := os.fork()) == 0:
+        status = 1
+        with suppress(BaseException):
+            status = 0 if app.topic(TOPIC).publish("child") else 2
+        os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    app.topic(TOPIC).publish("parent again")
+    assert taken(app, "q") == ["parent", "child", "parent again"]
 
 
 def test_a_program_remembers_so_many_topics(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,7 @@ class SeededQueue:
         return {
             key: value
             for key, value in whole.items()
-            if key.partition(":")[0] not in {"stats", "recent", "wake", "upkeep"}
+            if key.partition(":")[0] not in {"stats", "recent", "wake", "upkeep", "counts"}
         }
 
     def since(self, before: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 from weakref import WeakValueDictionary
 
@@ -15,6 +15,7 @@ from conveyor.messaging.retry import Retry, retry_policy
 from conveyor.payload.formats import FormatChoice, FormatRegistry
 from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability, DurabilityOptions, DurabilityRequest, requested_durability
+from conveyor.store.fork_safety import lazy_property
 from conveyor.store.max_length import UNBOUNDED, Full, MaxLength
 from conveyor.store.operations import Entry
 from conveyor.units import Duration
@@ -150,7 +151,7 @@ class QueueRegistry:
 
     # -- topics ---------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @lazy_property
     def topics(self) -> TopicDirectory:
         """The part that all topics share."""
         from conveyor.messaging.topic import TopicDirectory

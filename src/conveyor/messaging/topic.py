@@ -42,6 +42,7 @@ from conveyor.store import inspection, operations, topics
 from conveyor.store import partitions as partitioning
 from conveyor.store.client.outages import FIRST_TRY
 from conveyor.store.client.programs import Step, StepProgram, adrive_steps, drive_steps
+from conveyor.store.fork_safety import on_fork
 from conveyor.store.max_length import AS_DECLARED
 from conveyor.store.operations import Entry, NewQueueIds, ProducerSequence
 from conveyor.store.partitions import PartitionCountMismatch
@@ -102,6 +103,11 @@ class TopicDirectory:
         self._subscribers: dict[str, Subscribers] = {}
         self._found: dict[str, Partitions | None] = {}
         self._sequences: deque[ProducerSequence] = deque()
+        on_fork(self)
+
+    def forked(self) -> None:
+        """Start anew in a forked child, since the parent goes on with its sequences."""
+        self._sequences = deque()
 
     # -- steps --------------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from conveyor import (
     Rate,
     Retry,
     Task,
+    Topic,
     Unique,
     current,
 )
@@ -164,6 +165,19 @@ async def done(event: object) -> None: ...
 
 
 app.on(JobDead, dead)
+
+
+# -- topics -----------------------------------------------------------------------------------------------------------
+created = app.topic("order.created", Order)
+assert_type(created, Topic[Order])
+assert_type(app.topic("order.*"), Topic[Any])
+
+
+async def fan_out() -> None:
+    assert_type(created.subscribe("a", app.queue("b", Order)), int)
+    assert_type(created.publish(Order("o1", 1), priority=3, headers={"a": "b"}), list[str])
+    assert_type(await created.apublish_many([Order("o1", 1)]), list[list[str]])
+    assert_type([(info.name, info.nobody) for info in await app.atopics()], list[tuple[str, int]])
 
 
 # -- transactions -----------------------------------------------------------------------------------------------------
