@@ -15,7 +15,7 @@ Every error has a `code`, says what happened with its values, and says what to d
     ├── JobCancelled           E25  the job was cancelled, or expired before it started
     ├── Duplicate              E26  a job with that unique key exists
     ├── JobNotFound            E27  no job with that id is known
-    ├── RateLimited            E28  a limit refuses the call
+    ├── RateLimited            E28  a service refused the job for now; its limit holds until then
     ├── DurabilityNotReached   E29  stored, but not confirmed by fsync or replicas as requested
     └── QueueNotFound          E30  no queue of that name is known
 
@@ -26,6 +26,7 @@ Every error has a `code`, says what happened with its values, and says what to d
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 
@@ -127,9 +128,23 @@ class JobNotFound(ConveyorError):
 
 
 class RateLimited(ConveyorError):
-    """A limit refuses the call."""
+    """
+    Raised by a job, or a consumer of messages, that a service refused for now: a 429 with Retry-After.
+
+    Its first rate limit, for its key, starts nothing until *after* has passed; the job itself waits there and uses no
+    attempt. *after*: seconds, a `timedelta`, or a text such as ``"30s"``.
+    """
 
     code = "E28"
+
+    def __init__(self, after: float | str | timedelta) -> None:
+        text = f"{after:g} s" if isinstance(after, int | float) else str(after)
+        super().__init__(f"A service asked to wait for {text}.")
+        self.after = after
+
+    def __reduce__(self) -> tuple[type[RateLimited], tuple[float | str | timedelta]]:
+        """Support pickling, for callers with several processes."""
+        return type(self), (self.after,)
 
 
 class DurabilityNotReached(ConveyorError):

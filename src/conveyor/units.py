@@ -69,6 +69,12 @@ def span(seconds: float) -> str:
     return f"{whole} s"
 
 
+def shortest_text(ms: int) -> str:
+    """Return milliseconds as a duration in the largest unit that divides them: ``1m``, ``90s``."""
+    unit, size = max(((unit, size) for unit, size in _UNIT_MS.items() if ms % size == 0), key=lambda one: one[1])
+    return f"{ms // size}{unit}"
+
+
 Size = int | str
 """Bytes, or a text: ``"256KiB"``, ``"16MiB"``."""
 _SIZE_UNITS = {

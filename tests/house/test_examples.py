@@ -30,6 +30,11 @@ PRINTED = {
     ],
     "transactions": ["delivered: 1", "('o1', 1)"],
     "virtual_transport": ["received to mail", "received to images", "waiting after the requeue: 1", "purged: 1"],
+    "limits_and_groups": [
+        "took long enough: True",
+        "at most 2 of a tenant at a time",
+        "booked in order: [0, 1, 2]",
+    ],
     "lifespan_and_middleware": ["opened", "name t1", "Ada", "closed"],
 }
 PAIRED = {

@@ -19,7 +19,7 @@ from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.jobs.app import Conveyor
 from conveyor.jobs.context import Context, current
 from conveyor.jobs.task import definition_of
-from conveyor.messaging.limits import Concurrency, Debounce, Rate, Unique
+from conveyor.messaging.limits import Debounce, Unique
 from conveyor.messaging.retry import Retry
 from support.manual_worker import ManualWorker, arguments
 
@@ -249,8 +249,6 @@ def test_wrong_options_are_refused(app: Conveyor, wrong: dict[str, Any]) -> None
     ("option", "value"),
     [
         ("unique", Unique()),
-        ("limits", [Rate(1, "1s"), Concurrency(1)]),
-        ("group_by", "a"),
         ("debounce", Debounce("1s")),
     ],
 )

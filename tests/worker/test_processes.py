@@ -49,6 +49,7 @@ def attempt(name: str, /, **arguments: Any) -> Any:
         envelope=SimpleNamespace(extra=EnvelopeOptions(headers={"trace": "t1"})),
         consumer=SimpleNamespace(queue="default"),
         move_deadline=lambda ms: None,
+        costs={},
         expire=lambda: False,
     )
 

@@ -77,7 +77,8 @@ class JobInfo:
 
     `leased_at`: since when a worker holds the job; it runs from then on, unless all places of the worker are taken. `worker`,
     `host` and `pid`: who holds it. `timeout_ms`: the time limit of an attempt, its own or that of its task in the worker that
-    holds it; None: no limit, or nobody holds it and it has none of its own.
+    holds it; None: no limit, or nobody holds it and it has none of its own. `limits`: the limits that it counts for, as
+    ``name`` or ``name:key``.
     """
 
     id: str
@@ -94,6 +95,8 @@ class JobInfo:
     ended: datetime | None = None
     ran_ms: int | None = None
     unique: str | None = None
+    group: str | None = None
+    limits: list[str] = field(default_factory=list)
     headers: dict[str, str] = field(default_factory=dict)
     payload: str | None = None
     errors: list[ErrorInfo] = field(default_factory=list)
@@ -200,6 +203,8 @@ def live_job(queue: str, row: JobRow, decoder: RecordDecoder, limit: int = MAX_L
         expires=instant_or_none(envelope.expires_ms),
         ended=instant_or_none(at) if row.status == "dead" else None,
         unique=envelope.unique,
+        group=envelope.group,
+        limits=[limit.partition(":")[2] for limit in envelope.limits],
         headers=dict(envelope.extra.headers),
         tags=envelope.tags,
         payload=decoder.preview(envelope.body, queue, name, row.id, limit=limit, call=bool(envelope.task)),

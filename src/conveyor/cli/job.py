@@ -135,6 +135,8 @@ def show(target: Target, out: Output, id_: str) -> None:
             ("ended", info.ended),
             ("ran_ms", info.ran_ms),
             ("unique", info.unique),
+            ("group", info.group),
+            ("limits", ", ".join(info.limits)),
             ("worker", info.worker),
             ("host", info.host),
             ("pid", None if info.pid is None else str(info.pid)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from conveyor.cli.target import Target, redis_options
 
 if TYPE_CHECKING:
     from conveyor.jobs.hooks import Middleware
+    from conveyor.messaging.declared_limits import LoadKeyReader
     from conveyor.messaging.push_options import PreparedPush
     from conveyor.payload.formats import FormatCodec
     from conveyor.store.operations import Entry
@@ -97,7 +99,9 @@ def _sender(client: Any, app: Any, queue: str, options: dict[str, Any]) -> Calla
     if app is not None:
         core_of(app).admit_message(queue)
     prepared, codec = _prepare(app, queue, **options), _queue_codec(app, queue)
-    entry = partial(_entry, prepared, codec, [] if app is None else core_of(app).push_middlewares, queue)
+    declared = None if app is None else core_of(app).queues.get(queue)
+    load_keys = None if declared is None else declared._publisher.load_keys  # noqa: SLF001
+    entry = partial(_entry, prepared, codec, [] if app is None else core_of(app).push_middlewares, load_keys, queue)
     keys = client.keys(queue_name(queue))
     partitions = _recorded_partitions(client, keys.queue)
     return lambda bodies: _push_entries(client, keys, partitions, [entry(body) for body in bodies])
@@ -219,7 +223,10 @@ def _prepare(app: Any, queue: str, **options: Any) -> PreparedPush:
 
     declared = None if app is None else core_of(app).queues.get(queue)
     version = 1 if declared is None else declared.version
-    return with_sealing(prepare_push(**options, version=version), None if app is None else app.sealing, queue, version)
+    prepared = prepare_push(**options, version=version)
+    if declared is not None:
+        prepared = replace(prepared, limits=declared._fixed_limits)  # noqa: SLF001
+    return with_sealing(prepared, None if app is None else app.sealing, queue, version)
 
 
 def _queue_codec(app: Any, queue: str) -> FormatCodec[Any] | None:
@@ -233,20 +240,22 @@ def _queue_codec(app: Any, queue: str) -> FormatCodec[Any] | None:
     declared = core.queues.get(queue)
     if declared is None and core.push_middlewares:
         return codec_for(Any, formats=core.formats, max_payload=core.max_whole, what=f"A message of queue '{queue}'")
-    if declared is None or (declared.codec.formats.writes is None and not core.push_middlewares):
+    plain = declared is None or (declared._publisher.load_keys is None and declared.codec.formats.writes is None)  # noqa: SLF001
+    if declared is None or (plain and not core.push_middlewares):
         return None
     return declared.codec
 
 
 def _entry(
-    prepared: PreparedPush, codec: FormatCodec[Any] | None, middlewares: Sequence[Middleware], queue: str, body: bytes
-) -> Entry:
+    prepared: PreparedPush, codec: FormatCodec[Any] | None, middlewares: Sequence[Middleware],
+    load_keys: LoadKeyReader | None, queue: str, body: bytes,
+) -> Entry:  # fmt: skip
     from conveyor.ids import new_id
     from conveyor.messaging.push_options import pass_through
 
     if codec is not None:
         value = codec.decode(body)
-        if middlewares:
-            value, prepared = pass_through(middlewares, queue, value, prepared)
+        if middlewares or load_keys is not None:
+            value, prepared = pass_through(middlewares, queue, value, prepared, load_keys)
         body = codec.encode(value)
     return prepared.entry(new_id(), prepared.head + body)

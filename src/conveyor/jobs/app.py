@@ -33,6 +33,7 @@ from conveyor.jobs.job import Job, refuse_in_loop
 from conveyor.jobs.job_options import positive_ms
 from conveyor.jobs.registry import UpcastMessage
 from conveyor.jobs.task import AsyncTask, RunIn, SyncTask, Task, TaskCall, Upcast
+from conveyor.messaging.limit_control import GroupControl, LimitControl
 from conveyor.messaging.retry import Retry
 from conveyor.payload.codec import MAX_PAYLOAD, show
 from conveyor.payload.formats import FormatChoice, make_registry
@@ -79,6 +80,10 @@ class Conveyor:
     """The sealing, compression and store of payloads; None when there is none."""
     tasks: Mapping[str, Task[..., Any]]
     """The tasks by their names."""
+    limits: LimitControl
+    """The limits of queues and tasks while programs run: `set`, `list`, `reset`."""
+    groups: GroupControl
+    """The groups of queues while programs run: weight and pause."""
 
     def __init__(
         self,
@@ -139,6 +144,7 @@ class Conveyor:
         self.client, self.namespace = client, namespace
         self.sealing = self._core.sealing
         self.tasks = self._core.tasks
+        self.limits, self.groups = LimitControl(client, self._core.find_limits), GroupControl(client)
 
     if not TYPE_CHECKING:
 
@@ -156,21 +162,21 @@ class Conveyor:
     def queue(
         self, name: str, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int | None = None,
         retry: Retry | None = None, max_crashes: int | None = None, max_length: int | None = None, full: Full = "raise",
-        version: int = 1, upcast: UpcastMessage | None = None,
+        limits: Sequence[Rate | Concurrency] | None = None, version: int = 1, upcast: UpcastMessage | None = None,
         format: FormatChoice | None = None, **durability: Unpack[DurabilityOptions],
     ) -> Queue[Any]: ...  # fmt: skip
     @overload
     def queue(
         self, name: str, type: type[T], *, partitions: int = 1, lease: Duration | None = None, max_attempts: int | None = None,
         retry: Retry | None = None, max_crashes: int | None = None, max_length: int | None = None, full: Full = "raise",
-        version: int = 1, upcast: UpcastMessage | None = None,
+        limits: Sequence[Rate | Concurrency] | None = None, version: int = 1, upcast: UpcastMessage | None = None,
         format: FormatChoice | None = None, **durability: Unpack[DurabilityOptions],
     ) -> Queue[T]: ...  # fmt: skip
     @overload
     def queue(
         self, name: str, type: Any, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int | None = None,
         retry: Retry | None = None, max_crashes: int | None = None, max_length: int | None = None, full: Full = "raise",
-        version: int = 1, upcast: UpcastMessage | None = None,
+        limits: Sequence[Rate | Concurrency] | None = None, version: int = 1, upcast: UpcastMessage | None = None,
         format: FormatChoice | None = None, **durability: Unpack[DurabilityOptions],
     ) -> Queue[Any]: ...  # fmt: skip
 
@@ -186,6 +192,7 @@ class Conveyor:
         max_crashes: int | None = None,
         max_length: int | None = None,
         full: Full = "raise",
+        limits: Sequence[Rate | Concurrency] | None = None,
         version: int = 1,
         upcast: UpcastMessage | None = None,
         format: FormatChoice | None = None,  # noqa: A002
@@ -197,7 +204,8 @@ class Conveyor:
         `lease` is as for the app. `retry` says when and how often a message that failed is tried again;
         `max_attempts` (5) and `max_crashes` (3) take the place of its numbers. A message is given up when so many of its
         consumers died while they handled it. The first such death is charged to all that the consumer held, so it alone
-        gives up nothing. `max_length` is how many may be unfinished, `full` what a push beyond that does. `version`,
+        gives up nothing. `max_length` is how many may be unfinished, `full` what a push beyond that does. `limits` hold for all
+        that starts from it: `Rate` and `Concurrency`. `version`,
         `upcast(version, value)` and `format` are as for a task. With `partitions` the queue is spread over so many, which
         may lie on several nodes: order holds within each, and all programs must say the same number. `fsync` and
         `wait_replicas` make each push, of jobs too, wait until it is on disk and until that many replicas have it, each
@@ -206,7 +214,7 @@ class Conveyor:
         """
         return self._core.declare_queue(
             name, type, partitions=partitions, lease=lease, max_attempts=max_attempts, retry=retry,
-            max_crashes=max_crashes, max_length=max_length, full=full,
+            max_crashes=max_crashes, max_length=max_length, full=full, limits=limits,
             version=version, upcast=upcast, format=format, **durability,
         )  # fmt: skip
 
@@ -355,15 +363,16 @@ class Conveyor:
         promise to run again after a crash. `run_in` is loop, thread or process: by default loop for an `async def`,
         thread for a `def`. `version` is the version of the payload's layout; `upcast(version, arguments)` turns the
         arguments of that version into those of the next. `format` is how arguments and results are written; None: as
-        the app says. `tags` are those of each of its jobs, besides a job's own. Raises ConfigurationError, also for a function
-        whose arguments JSON cannot carry.
+        the app says. `tags` are those of each of its jobs, besides a job's own. `limits` say how many of its jobs may start
+        in a time or run at a time; jobs that are equal in the argument `group_by` run in their order, one at a time. Raises
+        ConfigurationError, also for a function whose arguments JSON cannot carry.
         """
         if unknown:
             refuse_unknown("@app.task()", unknown, TASK_OPTIONS)
-        refuse_later(unique=unique, limits=limits, group_by=group_by, debounce=debounce)
+        refuse_later(unique=unique, debounce=debounce)
         options = task_options(
             timeout=timeout, retry=retry, keep_result=keep_result, ack=ack, expires=expires, priority=priority,
-            version=version, upcast=upcast, tags=tags,
+            version=version, upcast=upcast, tags=tags, limits=limits, group_by=group_by,
         )  # fmt: skip
 
         def add(function: Callable[..., Any]) -> Task[..., Any]:

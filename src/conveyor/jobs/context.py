@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
@@ -42,8 +43,8 @@ class Context:
     """
 
     __slots__ = (
-        "_deadline_hook", "_items", "_logger", "_spawned", "attempt", "cancelled", "enqueued_at", "headers", "job_id",
-        "queue", "scheduled_for", "state", "tags", "task", "timed_out",
+        "_charges", "_costs", "_deadline_hook", "_items", "_logger", "_spawned", "attempt", "cancelled", "enqueued_at",
+        "headers", "job_id", "queue", "scheduled_for", "state", "tags", "task", "timed_out",
     )  # fmt: skip
 
     def __init__(
@@ -60,6 +61,7 @@ class Context:
         tags: Sequence[str] = (),
         scheduled_for: datetime | None = None,
         items: Callable[[], Iterable[Context]] | None = None,
+        costs: Mapping[str, str] | None = None,
     ) -> None:
         """
         Make the context of an attempt.
@@ -76,6 +78,7 @@ class Context:
             tags: those of the job.
             scheduled_for: the planned instant of a scheduled job.
             items: returns the contexts of a batch's items; None: it is no batch.
+            costs: the argument that says the cost of each limit with one, by its name.
 
         """
         self.job_id = job_id
@@ -92,6 +95,8 @@ class Context:
         self._spawned: list[bytes] | None = []
         self._items = items
         self._deadline_hook = deadline_hook
+        self._costs = costs or {}
+        self._charges: dict[str, int] = {}
         self._logger: Logger | None = None
 
     @property
@@ -112,6 +117,26 @@ class Context:
         ms = milliseconds(duration)
         if self._deadline_hook is not None:
             self._deadline_hook(ms)
+
+    def charge(self, cost: float, limit: str | None = None) -> None:
+        """
+        Say what this attempt really cost, in place of what its argument said before it started.
+
+        A higher cost delays the next starts, a lower one gives the rest back, when the attempt ends; of several calls the
+        last counts. *limit* names the limit (None: the one with ``cost=``). Raises ConfigurationError without such a limit.
+        """
+        names = [limit] if limit is not None else list(self._costs)
+        arguments = {self._costs.get(name) for name in names}
+        if not names or None in arguments or len(arguments) > 1:
+            known = ", ".join(map(repr, self._costs)) or "none"
+            raise ConfigurationError(
+                f"context.charge({cost!r}{f', {limit!r}' if limit is not None else ''}): {self.task} needs one limit with a cost, "
+                f'such as Rate(100_000, "1m", cost="tokens"), and has {known}.'
+                + (" Name the one that is meant: charge(…, limit=…)." if len(arguments) > 1 else "")
+            )
+        if isinstance(cost, bool) or not isinstance(cost, int | float) or not 0 <= cost < math.inf:
+            raise ConfigurationError(f"context.charge takes a number of at least 0, not {cost!r}.")
+        self._charges.update(dict.fromkeys(names, math.ceil(cost)))
 
     def spawn(self, call: SpawnableCall[J]) -> J:
         """
@@ -219,6 +244,16 @@ def spawned_entries(context: Context) -> list[bytes]:
 def adopt_spawned(context: Context, entries: list[bytes]) -> None:
     """Make *entries*, spawned in another process, those of this context."""
     context._spawned = entries  # noqa: SLF001
+
+
+def charges_of(context: Context) -> dict[str, int]:
+    """Return the true costs that an attempt has told so far, by the names of limits."""
+    return context._charges  # noqa: SLF001
+
+
+def adopt_charges(context: Context, charges: dict[str, int]) -> None:
+    """Make *charges*, told in another process, those of this context."""
+    context._charges = charges  # noqa: SLF001
 
 
 def end_spawning(context: Context) -> None:

@@ -13,7 +13,7 @@ from conveyor.jobs.registry import QueueRegistry
 from conveyor.jobs.results import ResultSubscriber
 
 if TYPE_CHECKING:
-    from conveyor.jobs.task import Task, TaskDefinition
+    from conveyor.jobs.task import Task
     from conveyor.payload.formats import FormatRegistry
     from conveyor.payload.pipeline import PayloadPipeline
     from conveyor.store.client.client import Client
@@ -60,7 +60,6 @@ class AppCore(QueueRegistry, Hooks):
         self._module = module  # which made the app
         self.result_subscriber = ResultSubscriber(client)
         self.tasks: dict[str, Task[..., Any]] = {}
-        self.definitions: dict[str, TaskDefinition] = {}
         self.external_tasks: dict[str, Task[..., Any]] = {}
         """Tasks whose functions other programs have, by name: enqueued here and never run."""
         self.outboxes: list[DatabaseOutbox] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from conveyor import ids
@@ -22,6 +22,7 @@ from conveyor.jobs.task import (
     default_name,
     is_async,
 )
+from conveyor.messaging.limits import Concurrency, Rate, check_path
 from conveyor.messaging.retry import Retry
 from conveyor.payload.formats import FormatChoice
 from conveyor.payload.versions import check_version
@@ -51,8 +52,11 @@ def task_options(
     version: int,
     upcast: Upcast | None,
     tags: Iterable[str] | None,
+    limits: Sequence[Rate | Concurrency] | None = None,
+    group_by: str | None = None,
 ) -> TaskOptions:
     """Return the options of a task, checked; raises ConfigurationError."""
+    check_path("group_by", group_by)
     return TaskOptions(
         timeout_ms=None if timeout is None else positive_ms(timeout, "timeout"),
         retry=_retry(retry),
@@ -63,6 +67,8 @@ def task_options(
         version=check_version(version, upcast, "@app.task"),
         upcast=upcast,
         tags=ids.tag_texts(tags),
+        limits=limits,
+        group_by=group_by,
     )
 
 
@@ -114,6 +120,7 @@ def register(
         batch=batch,
         call=None if batch is None else item_function(function, name, batch),
     )
+    core.check_limits(definition)
     kind: type[Task[..., Any]] = BatchTask if batch is not None else AsyncTask if awaitable else SyncTask
     task = kind(definition)
     core.definitions[name], core.tasks[name] = definition, task

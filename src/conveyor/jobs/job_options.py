@@ -11,6 +11,7 @@ from conveyor import ids
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.messaging.push_options import MAX_HEADERS, Outgoing
 from conveyor.payload.codec import show
+from conveyor.payload.key_text import group_key
 from conveyor.payload.records import EnvelopeOptions, to_json, write_envelope
 from conveyor.payload.versions import sealed_name
 from conveyor.store.operations import Entry
@@ -37,6 +38,7 @@ def with_options(
     front: bool,
     tags: Iterable[str] | None,
     room_timeout: Duration | None,
+    group: str | None,
 ) -> Outgoing:
     """Return a task's *outgoing* with the options of `.options(…)`, checked; raises ConfigurationError."""
     if delay is not None and at is not None:
@@ -62,12 +64,15 @@ def with_options(
         front=front,
         tags=outgoing.tags if tags is None else ids.tag_texts([*outgoing.tags, *ids.tag_texts(tags)]),
         room_timeout_ms=None if room_timeout is None else milliseconds(room_timeout, name="room_timeout"),
+        group=None if group is None else group_key(group),
     )
 
 
-def entry_of(outgoing: Outgoing, body: bytes, sealing: PayloadPipeline | None, *, deferred: bool) -> Entry:
+def entry_of(
+    outgoing: Outgoing, body: bytes, sealing: PayloadPipeline | None, limits: tuple[str, ...] = (), *, deferred: bool
+) -> Entry:
     """
-    Return the entry that is pushed; *body* are the encoded arguments, which *sealing* wraps.
+    Return the entry that is pushed; *body* are the encoded arguments, which *sealing* wraps, *limits* as in an entry.
 
     A *deferred* job gets an id as a spawned one has: Redis may hear of it later than a caller that waits for it.
     """
@@ -95,6 +100,8 @@ def entry_of(outgoing: Outgoing, body: bytes, sealing: PayloadPipeline | None, *
         front=outgoing.front,
         tags=ids.tag_texts(outgoing.tags),
         deadline=None if outgoing.room_timeout_ms is None else monotonic() + outgoing.room_timeout_ms / 1000,
+        group=outgoing.group,
+        limits=limits,
     )
 
 

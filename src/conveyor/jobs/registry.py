@@ -11,6 +11,15 @@ from weakref import WeakValueDictionary
 from conveyor import ids
 from conveyor.errors import ConfigurationError
 from conveyor.jobs.job_options import positive_ms
+from conveyor.messaging.declared_limits import (
+    DeclaredLimit,
+    LoadKeyReader,
+    QueueLimits,
+    job_reader,
+    queue_owner,
+    task_owner,
+)
+from conveyor.messaging.limit_control import LimitPlace
 from conveyor.messaging.retry import Retry, retry_policy
 from conveyor.payload.formats import FormatChoice, FormatRegistry
 from conveyor.store.client.client import Client
@@ -21,6 +30,8 @@ from conveyor.store.operations import Entry
 from conveyor.units import Duration
 
 if TYPE_CHECKING:
+    from conveyor.jobs.task import TaskDefinition
+    from conveyor.messaging.limits import Concurrency, Rate
     from conveyor.messaging.partitions import Partitions
     from conveyor.messaging.plain_list import PlainList
     from conveyor.messaging.push_options import PushMiddleware
@@ -62,6 +73,8 @@ class QueueRegistry:
         self.formats = formats
         self.max_whole = max_payload if sealing is None else sealing.max_whole
         """Bytes that a body may take before it is stored elsewhere."""
+        self.definitions: dict[str, TaskDefinition] = {}
+        """The tasks that are registered here, by name."""
         self.queues: dict[str, Queue[Any]] = {}
         self.plain_lists: dict[str, PlainList[Any]] = {}
         self.bounded: dict[str, Queue[Any]] = {}
@@ -72,6 +85,11 @@ class QueueRegistry:
         self._pushed_kinds: dict[str, str] = {}
         """Of queues whose declarations leave it open, the kind that this program has pushed: "" messages, or jobs of that task."""
         self._declared: dict[str, dict[str, object]] = {}
+        self.limits: dict[str, QueueLimits] = {}
+        """The limits declared in each queue, by the queue itself or by tasks."""
+        self.limited: set[str] = set()
+        """Queues with limits of their own."""
+        self._load_key_readers: dict[tuple[str, str], LoadKeyReader] = {}
         self._selections: dict[object, QueueSelection] = {}
         self._undeclared: WeakValueDictionary[str, Queue[Any]] = WeakValueDictionary()
         self._keys: dict[str, QueueKeys] = {}
@@ -95,6 +113,8 @@ class QueueRegistry:
     ) -> list[str]:
         """Push prepared entries whose place is known; return the id of each: its own, or that of a job that existed."""
         target = self.client.push_target(self._durability(queue), durability_request)
+        if self.limits and not target.deferred and (limits := self.limits.get(ids.logical(queue))) is not None:
+            limits.ensure(self.keys(queue))
         if self.partitioned and not target.deferred and (partitions := self.partitioned.get(ids.logical(queue))):
             self._max_length(ids.logical(queue), entries)
             return partitions.send(queue, entries, target)
@@ -105,6 +125,8 @@ class QueueRegistry:
     ) -> list[str]:
         """Awaitable form of `push`."""
         target = self.client.push_target(self._durability(queue), durability_request)
+        if self.limits and not target.deferred and (limits := self.limits.get(ids.logical(queue))) is not None:
+            await limits.aensure(self.keys(queue))
         if self.partitioned and not target.deferred and (partitions := self.partitioned.get(ids.logical(queue))):
             self._max_length(ids.logical(queue), entries)
             return await partitions.asend(queue, entries, target)
@@ -120,6 +142,67 @@ class QueueRegistry:
         if found.full != "block" and any(entry.deadline is not None for entry in entries):
             raise no_room_timeout(queue)
         return found
+
+    # -- limits and groups ----------------------------------------------------------------------------------------
+
+    def limits_in(self, queue: str) -> QueueLimits:
+        """Return the limits declared in *queue*."""
+        limits = self.limits.get(queue)
+        if limits is None:
+            partitions = self.partitioned.get(queue)
+            limits = QueueLimits(self.client, queue, 1 if partitions is None else partitions.count)
+            self.limits[queue] = limits
+        return limits
+
+    def load_keys(self, task: TaskDefinition, queue: str) -> LoadKeyReader:
+        """Return what reads the group and the limits of the jobs of *task* in *queue*. Raises ConfigurationError."""
+        reader = self._load_key_readers.get((task.name, queue))
+        if reader is None:
+            own, partitions = self.limits.get(queue), self.partitioned.get(queue)
+            declared = (*task.limits, *(() if own is None else own.of(queue_owner(queue))))
+            reader = LoadKeyReader(
+                declared,
+                job_reader(task.signature.argument_reader),
+                group_by=task.settings.group_by,
+                partitions=1 if partitions is None else partitions.count,
+            )
+            if task.limits:
+                self.limits_in(queue).add(task_owner(task.name), task.limits)
+            self._load_key_readers[task.name, queue] = reader
+        return reader
+
+    def limits_of(self, task: TaskDefinition, queue: str) -> dict[str, DeclaredLimit]:
+        """Return the limits that jobs of *task* have in *queue*, or in a partition of it, by name."""
+        limits = self.limits.get(ids.logical(queue))
+        own = () if limits is None else limits.of(queue_owner(limits.queue))
+        return {one.name: one for one in (*task.limits, *own)}
+
+    def find_limits(self, name: str) -> LimitPlace:
+        """Return where the limits of a queue or a task are, and what this program declares there."""
+        task = None if name in self.queues else self.definitions.get(name)
+        if task is None:
+            return LimitPlace(name, limits=self.limits.get(name))
+        return LimitPlace(task.queue, task.name, self.limits.get(task.queue))
+
+    def check_limits(self, task: TaskDefinition) -> None:
+        """Raise ConfigurationError for a task whose jobs cannot have their limits or their group in its queue."""
+        self._load_key_readers.pop((task.name, task.queue), None)
+        if (limits := self.limits.get(task.queue)) is not None:
+            limits.owners.pop(task_owner(task.name), None)  # those of a function that this one replaces
+        if (listed := self.plain_lists.get(task.queue)) is not None or any(
+            one.task == task.name for one in self.plain_lists.values()
+        ):
+            self._refuse_listed(task, listed.name if listed is not None else "")
+        if task.loads or task.queue in self.limited:
+            self.load_keys(task, task.queue)
+
+    def _refuse_listed(self, task: TaskDefinition, name: str) -> None:
+        """Raise ConfigurationError for a task with limits or groups that a plain list feeds."""
+        if task.loads:
+            raise ConfigurationError(
+                f"Task {task.name!r} has limits or group_by, and the plain list {name or 'that feeds it'!r} holds bare "
+                "documents, which carry no keys. Feed it by enqueue, or have the list's task enqueue one that has the limits."
+            )
 
     # -- taking from several --------------------------------------------------------------------------------------
 
@@ -228,6 +311,7 @@ class QueueRegistry:
         max_crashes: int | None,
         max_length: int | None,
         full: Full,
+        limits: Sequence[Rate | Concurrency] | None,
         version: int,
         upcast: UpcastMessage | None,
         format: FormatChoice | None,  # noqa: A002
@@ -240,19 +324,36 @@ class QueueRegistry:
         options = {
             "kind": "queue", "type": type, "lease_ms": lease_ms, "retry": policy, "max_length": max_length,
             "full": full, "partitions": partitions, "version": version, "upcast": upcast, "durability": asks, "format": format,
+            "limits": _limit_list(name, limits),
         }  # fmt: skip
         if self._is_declared(name, options):
             return self.queues[name]
         queue = self._make_queue(
-            name, type, partitions, lease_ms=lease_ms, retry=policy, max_length=max_length, full=full,
+            name, type, partitions, lease_ms=lease_ms, retry=policy, max_length=max_length, full=full, limits=limits,
             durability=asks, max_payload=self.max_whole, sealing=self.sealing, version=version, upcast=upcast,
             formats=self.formats.with_writer(format), middlewares=self._push_middlewares,
         )  # fmt: skip
+        self._take_limits(queue)
         self.queues[name], self._declared[name] = queue, options
         self._check_messages(name)
-        if max_length is not None or asks is not None or name in self.partitioned:
+        if max_length is not None or asks is not None or name in self.partitioned or name in self.limited:
             self.bounded[name] = queue
         return queue
+
+    def _take_limits(self, queue: Queue[Any]) -> None:
+        """Put the limits of tasks in *queue* beside its own. Raises ConfigurationError."""
+        name, own = queue.name, bool(queue.limits.owners)
+        tasks = [task for task in self.definitions.values() if task.queue == name]
+        if name in self.limits or own:
+            for owner, declared in self.limits[name].owners.items() if name in self.limits else ():
+                queue.limits.add(owner, declared)
+        for task in tasks if own or name in self.partitioned else ():
+            declared = (*task.limits, *queue.limits.of(queue_owner(name)))
+            LoadKeyReader(declared, job_reader(task.signature.argument_reader), group_by=task.settings.group_by)
+        if queue.limits.owners:
+            self.limits[name] = queue.limits
+        self.limited.update([name] if own else [])
+        self._load_key_readers.clear()
 
     def _make_queue(self, name: str, type: Any, partitions: int, **options: Any) -> Queue[Any]:  # noqa: A002
         from conveyor.messaging.queue import Queue
@@ -287,6 +388,8 @@ class QueueRegistry:
                 "sealed payloads. If every program that can write to that list is trusted, say so: "
                 "plain_list(…, sealed=False)."
             )
+        if task is not None and (known := self.definitions.get(task)) is not None:
+            self._refuse_listed(known, name)
         lease_ms = self.lease_ms if lease is None else positive_ms(lease, "lease")
         options = {
             "kind": "plain list", "type": type, "task": task, "lease_ms": lease_ms, "max_attempts": max_attempts,
@@ -344,6 +447,11 @@ def _weights(queues: QueueNames, call: str) -> dict[Queue[Any] | str, float]:
             f"{call} takes queues with weights above 0, such as {{'mail': 3, 'orders': 1}}, not {queues!r}."
         )
     return weights
+
+
+def _limit_list(queue: str, limits: object) -> tuple[object, ...]:
+    """Return the limits of a queue as its declaration is compared; what is no list is refused where it is made."""
+    return tuple(limits) if isinstance(limits, list | tuple) else (limits,) if limits is not None else ()
 
 
 def _difference(one: dict[str, object], other: dict[str, object]) -> str:

@@ -21,6 +21,7 @@ from conveyor.jobs.hints import CALL_OPTIONS, CHAINED, TASK_MEMBERS, no_member, 
 from conveyor.jobs.job import Job, JobCore
 from conveyor.jobs.job_options import entry_of, with_options
 from conveyor.messaging import outbox
+from conveyor.messaging.declared_limits import LoadKeyReader, declare_limits, task_owner
 from conveyor.messaging.push_options import Outgoing, check_times
 from conveyor.messaging.retry import Retry
 from conveyor.payload.codec import ValueCodec, encode_json, show
@@ -34,6 +35,7 @@ from conveyor.units import Duration
 
 if TYPE_CHECKING:
     from conveyor.jobs.hooks import Middleware
+    from conveyor.messaging.limits import Concurrency, Rate
     from conveyor.store.keys import QueueKeys
 
 P = ParamSpec("P")
@@ -53,8 +55,11 @@ class TaskCore(JobCore, Protocol):
     def bounded(self) -> Container[str]: ...
     @property
     def partitioned(self) -> Container[str]: ...
+    @property
+    def limited(self) -> Container[str]: ...
 
     def admit_job(self, queue: str, task: str) -> None: ...
+    def load_keys(self, task: TaskDefinition, queue: str) -> LoadKeyReader: ...
     def place(self, queue: str, entry: Entry, turns: dict[str, int] | None = None) -> str: ...
     def push(
         self, queue: str, entries: Sequence[Entry], durability_request: DurabilityRequest | None = None
@@ -77,6 +82,8 @@ class TaskOptions:
     version: int = 1
     upcast: Upcast | None = None
     tags: tuple[str, ...] = ()
+    limits: Sequence[Rate | Concurrency] | None = None
+    group_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +159,13 @@ class TaskDefinition:
         self.head = write_envelope(name, b"")
         """An envelope up to its body, for a job without options."""
         self.keys: QueueKeys = core.keys(queue)
+        self.limits = declare_limits(task_owner(name), options.limits, prefix=name, group_by=options.group_by)
+        self.loads = bool(self.limits) or options.group_by is not None
+        """True when its jobs have limits of the task, or a group."""
         self.plain = (
-            options.priority == 0
-            and options.expires_ms is None
-            and core.sealing is None
-            and options.version == 1
-            and not options.tags
-        )
+            options.priority == 0 and options.expires_ms is None and core.sealing is None and options.version == 1
+            and not options.tags and not self.loads
+        )  # fmt: skip
         """True when a call without options is stored as a bare envelope."""
         self.outgoing = Outgoing(
             task=name, queue=queue, priority=options.priority, expires_ms=options.expires_ms, version=options.version,
@@ -171,7 +178,10 @@ class TaskDefinition:
     def is_plain(self, outgoing: Outgoing) -> bool:
         """Tell whether a call is stored as a bare envelope at the tail of the task's queue, the cheapest way."""
         core = self.core
-        return outgoing is self.outgoing and self.plain and not core.push_middlewares and not core.client.deferring
+        return (
+            outgoing is self.outgoing and self.plain and not core.push_middlewares and not core.client.deferring
+            and self.queue not in core.limited
+        )  # fmt: skip
 
     def prepare(
         self, outgoing: Outgoing, args: tuple[Any, ...], kwargs: dict[str, Any], turns: dict[str, int] | None = None
@@ -181,22 +191,24 @@ class TaskDefinition:
 
         *turns*: as in `Partitions.partition_of`.
         """
-        sent, body = self._encode(outgoing, args, kwargs)
-        entry = entry_of(sent, body, self.core.sealing, deferred=self.core.client.deferring)
+        sent, body, limits = self._encode(outgoing, args, kwargs)
+        entry = entry_of(sent, body, self.core.sealing, limits, deferred=self.core.client.deferring)
         return self.core.place(sent.queue, entry, turns), entry
 
     async def aprepare(self, outgoing: Outgoing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
         """Awaitable form of `prepare`."""
         sealing, deferred = self.core.sealing, self.core.client.deferring
-        sent, body = self._encode(outgoing, args, kwargs)
+        sent, body, limits = self._encode(outgoing, args, kwargs)
         if sealing is None or not sealing.is_large(body, b"payload"):
-            entry = entry_of(sent, body, sealing, deferred=deferred)
+            entry = entry_of(sent, body, sealing, limits, deferred=deferred)
         else:  # it is written to a store, which blocks
-            entry = await asyncio.to_thread(entry_of, sent, body, sealing, deferred=deferred)
+            entry = await asyncio.to_thread(entry_of, sent, body, sealing, limits, deferred=deferred)
         return self.core.place(sent.queue, entry), entry
 
-    def _encode(self, outgoing: Outgoing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Outgoing, bytes]:
-        """Return the job as the middleware leaves it, and its encoded arguments."""
+    def _encode(
+        self, outgoing: Outgoing, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Outgoing, bytes, tuple[str, ...]]:
+        """Return the job as the middleware leaves it, its encoded arguments, and its limits as `Entry.limits`."""
         # A copy for this call: a middleware may change it.
         sent = Outgoing(
             outgoing.task,
@@ -217,6 +229,7 @@ class TaskDefinition:
             outgoing.version,
             tags=outgoing.tags,
             room_timeout_ms=outgoing.room_timeout_ms,
+            group=outgoing.group,
         )
         if self.core.push_middlewares:
             for middleware in self.core.push_middlewares:
@@ -224,7 +237,10 @@ class TaskDefinition:
             check_times(sent)
         if sent.queue != self.queue:
             self.core.admit_job(ids.queue_name(sent.queue), self.name)
-        return sent, self.signature.encode(tuple(sent.args), sent.kwargs)
+        body = self.signature.encode(tuple(sent.args), sent.kwargs)
+        if self.loads or sent.group is not None or sent.queue in self.core.limited:
+            return sent, body, self.core.load_keys(self, sent.queue).read(sent).limits
+        return sent, body, ()
 
     def enqueue(
         self, outgoing: Outgoing, request: DurabilityRequest | None, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -339,6 +355,7 @@ class Task(Generic[P, R_co]):
         keep_result: Duration | None = None,
         retry: int | None = None,
         front: bool = False,
+        group: str | None = None,
         fsync: bool | None = None,
         wait_replicas: int | None = None,
         wait_timeout: Duration | None = None,
@@ -350,10 +367,10 @@ class Task(Generic[P, R_co]):
 
         `delay` or `at` (an aware datetime) starts the job later. `expires` cancels it when it has not started by
         then. `id` is an id of your own and a unique key. `retry` is the number of attempts. `front` puts it before all
-        others of its priority. `tags` are words by which it is found, besides those of the task. `fsync` waits until it is
-        on disk, `wait_replicas` until so many replicas have it, each for `wait_timeout`; after that comes
-        DurabilityNotReached. `room_timeout` is how long it waits for room in a full queue with ``full="block"``.
-        Raises ConfigurationError.
+        others of its priority. `tags` are words by which it is found, besides those of the task. Jobs with the same `group`
+        run in their order, one at a time. `fsync` waits until it is on disk, `wait_replicas` until so many replicas have it,
+        each for `wait_timeout`; after that comes DurabilityNotReached. `room_timeout` is how long it waits for room in a full
+        queue with ``full="block"``. Raises ConfigurationError.
         """
         refuse_unknown("options()", unknown, CALL_OPTIONS)
         outgoing = with_options(
@@ -361,6 +378,7 @@ class Task(Generic[P, R_co]):
             expires=expires, headers=headers, timeout=timeout, keep_result=keep_result, retry=retry, front=front,
             tags=tags,
             room_timeout=room_timeout,
+            group=group,
         )  # fmt: skip
         return BoundTask(self._definition, outgoing, durability_request(fsync, wait_replicas, wait_timeout))
 

@@ -22,6 +22,7 @@ from conveyor.store.operations import Registration, Settlement, StaleTurn, TurnR
 from conveyor.store.script import Call
 
 if TYPE_CHECKING:
+    from conveyor.messaging.declared_limits import QueueLimits
     from conveyor.messaging.outbox import OutboxRoutes
 
 LONGEST_WAIT = 5.0
@@ -145,6 +146,8 @@ class LeaseSession:
     """For a plain list: the call that moves up to that many raw entries in before a turn."""
     transient: bool = False
     """Not renewed by what it settles, never registered anew, and gone with the last message."""
+    limits: QueueLimits | None = None
+    """Declared when it registers."""
     bodies: BodyFetcher | None = None
     """Where bodies may lie outside Redis."""
     clock: Callable[[], float] = time.monotonic
@@ -244,6 +247,8 @@ class LeaseSession:
             repeated = self._call is not None
             try:
                 if not self.registered:
+                    if self.limits is not None:
+                        yield from self.limits.declare(self.keys)
                     self.registering = True
                     registration = yield operations.register(
                         self.keys, self.worker, self.lease_ms, self.about, for_work=self.transient
@@ -254,6 +259,8 @@ class LeaseSession:
                         return
                     self._clock_offset = registration.now - self.clock() * 1000
                     self._new_queue = self._new_queue or registration.new_queue
+                    if self.limits is not None and registration.new_queue:
+                        yield from self.limits.declare(self.keys, anew=True)
                 if want and self.intake is not None and not repeated:
                     yield self.intake(want)
                 reply: TurnReply = yield self._call or self._next_call(want, leave)

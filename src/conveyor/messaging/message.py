@@ -297,7 +297,8 @@ class Message(Generic[T]):
             return [(leased, Settlement("F", leased.id, state=policy.returned(leased)))]
         ending = policy.failed(leased, error, cancelled=self._settler.is_cancelled(leased))
         if log and self._settler.on_error == "log":
-            follows = {"R": f"again in {ending.ms / 1000:.1f} s", "X": "dead"}.get(ending.kind, "cancelled")
+            again = f"again in {ending.ms / 1000:.1f} s"
+            follows = {"R": again, "L": again, "X": "dead"}.get(ending.kind, "cancelled")
             self._settler.failure_log.log(
                 logging.ERROR, "Message %s failed at attempt %d, %s: %s", clean(self.id), self.attempt, follows,
                 _brief(error), error=error,

@@ -296,6 +296,6 @@ def _calls(directory: OutboxRoutes, part: _Part, retry_for: float) -> Generator[
     by_queue: dict[str, list[Entry]] = {}
     for entry in part.entries:
         # By its id where it has no key: a repeat must find the same partition.
-        at = partitions.pick(unique=entry.unique, id=entry.id)
+        at = partitions.pick(group=entry.group, unique=entry.unique, id=entry.id)
         by_queue.setdefault(partitions.keys[at].queue, []).append(entry)
     return [part.push(targets[name], one, moved=True) for name, one in by_queue.items()]

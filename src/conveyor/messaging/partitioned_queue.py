@@ -8,13 +8,11 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, TypeVar
 
-from conveyor.errors import ConfigurationError
 from conveyor.ids import queue_name, split
 from conveyor.messaging.consumer.settling import PartitionSource
 from conveyor.messaging.maintenance import DeadLetter, redrive_batch
 from conveyor.messaging.partitions import Partitions
 from conveyor.messaging.publisher import PartitionedPublisher, Publisher
-from conveyor.messaging.push_options import PreparedPush, PushOptions
 from conveyor.messaging.queue import Queue, checked_full, whole_number
 from conveyor.store.client.client import Client
 from conveyor.store.inspection import QueueCounts, total
@@ -76,17 +74,15 @@ class PartitionedQueue(Queue[T]):
             for keys in self.partitions.keys
         )
         super().__init__(client, name, type, lease_ms=lease_ms, max_length=max_length, full=full, **options)
+        for part in self.parts:
+            part.limits = self.limits
+
+    def _partition_count(self) -> int:
+        return self.partitions.count
 
     def _make_publisher(self) -> Publisher[T]:
         target = self.client.redis_target(self.durability)
         return PartitionedPublisher(target, self.partitions, self.codec, self._middlewares)
-
-    def _prepared(self, options: PushOptions) -> PreparedPush:
-        group = options.pop("group", None)
-        if group is not None and (not isinstance(group, str) or not 1 <= len(group) <= 200 or not group.isprintable()):
-            raise ConfigurationError(f"group must be 1 to 200 printable characters: {group!r}. Nothing was stored.")
-        prepared = super()._prepared(options)
-        return prepared if group is None else replace(prepared, group=group)
 
     def _sources(self, transient: bool) -> list[PartitionSource[T]]:
         return [replace(part._source(transient), partitions=self.partitions) for part in self.parts]  # noqa: SLF001

@@ -158,8 +158,9 @@ class Partitions:
         Raises ConfigurationError as `place`.
         """
         id_ = entry.id if entry.own_id else None
-        if turns is None or self.max_length is not None or entry.unique is not None or id_ is not None:
-            return self.keys[self.place(unique=entry.unique, id=id_)].queue
+        placed = entry.group is not None or entry.unique is not None or id_ is not None
+        if turns is None or self.max_length is not None or placed:
+            return self.keys[self.place(group=entry.group, unique=entry.unique, id=id_)].queue
         if self.name not in turns:
             turns[self.name] = self.next_in_turn()
         return self.keys[turns[self.name]].queue

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from copy import copy
 from itertools import islice
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from conveyor.errors import (
     ConfigurationError,
@@ -36,6 +36,9 @@ from conveyor.store.client.durability import after_partial_push
 from conveyor.store.client.programs import adrive, drive
 from conveyor.store.keys import QueueKeys
 from conveyor.store.max_length import UNBOUNDED, MaxLength
+
+if TYPE_CHECKING:
+    from conveyor.messaging.declared_limits import LoadKeyReader, QueueLimits
 
 T = TypeVar("T")
 WINDOW = 100_000
@@ -75,6 +78,9 @@ Plan = Generator[PlannedPush, Sequence[str], list[str]]
 class Publisher(Generic[T]):
     """Pushes values to one queue, through *middlewares*. `max_length` bounds the queue; None does not."""
 
+    places_by_group: ClassVar[bool] = False
+    """True when the group picks the partition."""
+
     def __init__(
         self, client: Client, target: PushTarget, keys: QueueKeys, codec: ValueCodec[T], max_length: MaxLength | None,
         middlewares: Sequence[PushMiddleware] = (),
@@ -84,6 +90,10 @@ class Publisher(Generic[T]):
         self._keys = keys
         self._codec = codec
         self._max_length = max_length or UNBOUNDED
+        self.limits: QueueLimits | None = None
+        """The limits that the first push declares; None: the queue has none."""
+        self.load_keys: LoadKeyReader | None = None
+        """Reads the keys of each message that its options do not tell already."""
 
     def through(self, target: PushTarget) -> Publisher[T]:
         """Return the same with another push target."""
@@ -93,7 +103,7 @@ class Publisher(Generic[T]):
 
     def push(self, value: T, options: PreparedPush) -> str:
         """Store one value and return its public id."""
-        if self._middlewares:
+        if self._middlewares or self.load_keys is not None:
             value, options = self._passed(value, options)
         keys = self._place(options)
         envelope, id_ = options.head + self._codec.encode(value), new_id()
@@ -102,7 +112,7 @@ class Publisher(Generic[T]):
 
     async def apush(self, value: T, options: PreparedPush) -> str:
         """Awaitable form of `push`."""
-        if self._middlewares:
+        if self._middlewares or self.load_keys is not None:
             value, options = self._passed(value, options)
         keys = self._place(options)
         envelope, id_ = options.head + self._codec.encode(value), new_id()
@@ -137,6 +147,8 @@ class Publisher(Generic[T]):
 
     def _send(self, push: PlannedPush) -> Sequence[str]:
         keys, ids, envelopes, options, max_length, whole, own = push
+        if self.limits is not None and not self._target.deferred:
+            self.limits.ensure(keys)
         if max_length.full == "raise" and (all(one.is_plain for one in own) if own else options.is_plain):
             pairs: list[str | bytes] = [b""] * (2 * len(ids))
             pairs[::2], pairs[1::2] = ids, envelopes
@@ -147,6 +159,8 @@ class Publisher(Generic[T]):
 
     async def _asend(self, push: PlannedPush) -> Sequence[str]:
         keys, ids, envelopes, options, max_length, whole, own = push
+        if self.limits is not None and not self._target.deferred:
+            await self.limits.aensure(keys)
         entries = await amake_entries(options, own, ids, envelopes)
         return await self._client.apush_with_room(
             self._target, keys, entries, max_length, whole=whole and max_length > 0
@@ -159,8 +173,8 @@ class Publisher(Generic[T]):
         return self._keys
 
     def _passed(self, value: Any, options: PreparedPush) -> tuple[Any, PreparedPush]:
-        """Return a value and its options as the middlewares leave them."""
-        return pass_through(self._middlewares, self._keys.queue, value, options)
+        """Return a value and its options as the middlewares leave them, with the keys of its limits."""
+        return pass_through(self._middlewares, self._keys.queue, value, options, self.load_keys)
 
     def _windows(self, values: Iterable[T], options: PreparedPush, stored: list[str]) -> Iterator[Window]:
         """Yield messages that are checked together. *stored* are the messages before, for errors."""
@@ -195,9 +209,14 @@ class Publisher(Generic[T]):
         each: list[PreparedPush] = []
         append = envelopes.append
         try:
-            if self._middlewares:
+            if self._middlewares or self.load_keys is not None:
                 for value in values:
                     passed, own = self._passed(value, options)
+                    if own.group != options.group and self.places_by_group:
+                        raise ConfigurationError(
+                            "A middleware has set outgoing.group, which push_many to a queue in partitions does not take: the "
+                            "group picks the partition of all its messages."
+                        )
                     if own.id is not None or own.unique is not None:
                         raise ConfigurationError(
                             "A middleware has set outgoing.id or outgoing.unique, which push_many does not take: each "
@@ -220,6 +239,8 @@ Part = tuple[int, slice]
 
 class PartitionedPublisher(Publisher[T]):
     """Pushes values to a queue in partitions, each to the one its group, key or turn picks."""
+
+    places_by_group = True
 
     def __init__(
         self,

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from itertools import repeat
 from time import monotonic
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypedDict
 
 import msgspec
 
 from conveyor import ids as ident
 from conveyor.errors import ConfigurationError, PayloadError
+from conveyor.payload.key_text import group_key
 from conveyor.payload.pipeline import PayloadPipeline
 from conveyor.payload.records import EnvelopeOptions, write_envelope
 from conveyor.payload.versions import sealed_name
@@ -65,6 +66,22 @@ class Outgoing:
     tags: tuple[str, ...] = ()
     room_timeout_ms: int | None = None
     topic: str = ""
+    group: str | None = None
+
+
+class LoadKeys(NamedTuple):
+    """The group key and the limits of one job or message, as its envelope holds them."""
+
+    group: str | None
+    limits: tuple[str, ...]
+
+
+class OutgoingReader(Protocol):
+    """Reads the keys of a message on its way out."""
+
+    def read(self, outgoing: Outgoing, /) -> LoadKeys:
+        """Return the keys; raises PayloadError."""
+        ...
 
 
 class PushMiddleware(Protocol):
@@ -89,8 +106,9 @@ class PreparedPush:
     unique: str | None = None
     durability_request: DurabilityRequest | None = field(default=None, compare=False)
     """The confirmation asked of the store; not stored."""
-    group: str | None = field(default=None, compare=False)
-    """The key that picks the partition; not stored."""
+    group: str | None = None
+    limits: tuple[str, ...] = ()
+    """As `Entry.limits`."""
     deadline: float | None = field(default=None, compare=False)
     """Until when the push waits for room in a full queue (monotonic); not stored."""
     extra: EnvelopeOptions | None = field(default=None, compare=False)
@@ -103,11 +121,16 @@ class PreparedPush:
     """True when a message needs nothing but its envelope, appended at the tail."""
 
     def __post_init__(self) -> None:
-        plain = not self.wraps and not self.tags and self._placing() == (0, None, None, None, False, None, None)
+        plain = (
+            not self.wraps and not self.tags and self._placing() == (0, None, None, None, False, None, None, None, ())
+        )
         object.__setattr__(self, "is_plain", plain)
 
     def _placing(self) -> tuple[object, ...]:
-        return (self.priority, self.delay_ms, self.due_at_ms, self.expires_ms, self.front, self.id, self.unique)
+        return (
+            self.priority, self.delay_ms, self.due_at_ms, self.expires_ms, self.front, self.id, self.unique, self.group,
+            self.limits,
+        )  # fmt: skip
 
     def entry(self, fresh_id: str, envelope: bytes) -> Entry:
         """Return the entry for *envelope* (head and body), with *fresh_id* unless the caller gave an id."""
@@ -123,6 +146,8 @@ class PreparedPush:
             front=self.front,
             tags=self.tags,
             deadline=self.deadline,
+            group=self.group,
+            limits=self.limits,
         )
 
 
@@ -193,8 +218,6 @@ def prepare_push(
     version: int = 1,
 ) -> PreparedPush:
     """Check the options of a push and return them. Raises ConfigurationError, PayloadError."""
-    if group is not None:
-        raise not_yet("group")
     delay_ms = milliseconds(delay, name="delay")
     if at is not None and delay_ms:
         raise ConfigurationError("Give delay or at, not both. Nothing was stored.")
@@ -218,20 +241,31 @@ def prepare_push(
         id=None if id is None else ident.own_id(id),
         unique=None if unique is None else ident.unique_key(unique),
         tags=ident.tag_texts(tags),
+        group=None if group is None else group_key(group),
         durability_request=durability_request(fsync, wait_replicas, wait_timeout),
         deadline=None if timeout is None else monotonic() + milliseconds(timeout, name="timeout") / 1000,
     )
 
 
 def pass_through(
-    middlewares: Iterable[PushMiddleware], queue: str, value: Any, options: PreparedPush, *, topic: str = ""
+    middlewares: Iterable[PushMiddleware],
+    queue: str,
+    value: Any,
+    options: PreparedPush,
+    load_keys: OutgoingReader | None = None,
+    *,
+    topic: str = "",
 ) -> tuple[Any, PreparedPush]:
-    """Return a message and its options as *middlewares* leave them; raises ConfigurationError, PayloadError."""
+    """
+    Return a message and its options as *middlewares* leave them, with the group and the limits that *load_keys* reads then.
+
+    Raises ConfigurationError, PayloadError.
+    """
     extra = options.extra or EnvelopeOptions()
     outgoing = Outgoing(
         "", queue, headers=dict(extra.headers), priority=options.priority, delay_ms=options.delay_ms,
         at_ms=options.due_at_ms, expires_ms=options.expires_ms, unique=options.unique, id=options.id, front=options.front,
-        version=extra.version, body=value, tags=options.tags, topic=topic,
+        version=extra.version, body=value, tags=options.tags, group=options.group, topic=topic,
     )  # fmt: skip
     for middleware in middlewares:
         middleware.push(outgoing)
@@ -248,11 +282,14 @@ def pass_through(
     check_times(outgoing)
     _check_priority(outgoing.priority)
     extra_left = _extra(outgoing.headers, extra.version)
+    group = None if outgoing.group is None else group_key(outgoing.group)
+    limits = options.limits if load_keys is None else load_keys.read(outgoing).limits
     changed = replace(
         options, head=write_envelope("", b"", extra_left), extra=extra_left, priority=outgoing.priority,
         delay_ms=outgoing.delay_ms or None, due_at_ms=outgoing.at_ms, expires_ms=outgoing.expires_ms,
         front=bool(outgoing.front), id=None if outgoing.id is None else ident.own_id(outgoing.id),
         unique=None if outgoing.unique is None else ident.unique_key(outgoing.unique), tags=ident.tag_texts(outgoing.tags),
+        group=group, limits=limits,
     )  # fmt: skip
     return outgoing.body, changed
 
@@ -279,11 +316,6 @@ def check_times(outgoing: Outgoing) -> None:
 def _check_priority(priority: object) -> None:
     if not isinstance(priority, int) or isinstance(priority, bool) or not 0 <= priority <= 9:
         raise ConfigurationError(f"priority must be a whole number from 0 to 9, not {priority!r}. Nothing was stored.")
-
-
-def not_yet(option: str, why: str = "") -> ConfigurationError:
-    """Return the error for an option that is not available yet."""
-    return ConfigurationError(f"{option}= arrives with a later release; nothing was stored.{why and ' ' + why}")
 
 
 def _extra(headers: Mapping[str, str] | None, version: int) -> EnvelopeOptions | None:

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TypeVar, Unpack, cast, get_args
 
@@ -17,8 +18,16 @@ from conveyor.messaging.consumer.asynchronous import AsyncConsumer
 from conveyor.messaging.consumer.blocking import Consumer
 from conveyor.messaging.consumer.partition_steps import QueueShares
 from conveyor.messaging.consumer.settling import ConsumerSources, PartitionSource
+from conveyor.messaging.declared_limits import (
+    LoadKeyReader,
+    QueueLimits,
+    declare_limits,
+    message_reader,
+    queue_owner,
+)
 from conveyor.messaging.decoder import MessageDecoder
 from conveyor.messaging.leases import DeadWorkerDetector, LeaseSession
+from conveyor.messaging.limits import Concurrency, Rate
 from conveyor.messaging.maintenance import DeadLetter
 from conveyor.messaging.message import Batch, Message, OnError
 from conveyor.messaging.outbox import OutboxRoutes
@@ -29,7 +38,6 @@ from conveyor.messaging.push_options import (
     PushManyOptions,
     PushMiddleware,
     PushOptions,
-    not_yet,
     prepare_push,
     with_sealing,
 )
@@ -162,7 +170,7 @@ class Queue(MessageSource[T]):
         retry: Retry | None = None,
         max_crashes: int | None = None,
         partitions: int = 1,
-        limits: Iterable[object] = (),
+        limits: Sequence[Rate | Concurrency] | None = None,
         durability: Durability | None = None,
         max_payload: int = MAX_PAYLOAD,
         sealing: PayloadPipeline | None = None,
@@ -188,8 +196,9 @@ class Queue(MessageSource[T]):
             raise ConfigurationError(
                 "A Queue has one partition; app.queue(…, partitions=…) makes a queue with several."
             )
-        if tuple(limits):
-            raise not_yet("limits")
+        self.limits = QueueLimits(client, ids.logical(self.name), self._partition_count())
+        """The limits of this queue, with those of tasks whose jobs this program keeps in it."""
+        self.limits.add(queue_owner(self.limits.queue), declare_limits(queue_owner(self.limits.queue), limits))
         self.durability = durability
         self._middlewares = middlewares
         self._sealing = sealing
@@ -199,6 +208,7 @@ class Queue(MessageSource[T]):
         self._publisher: Publisher[T] = self._make_publisher()
         self.directory: OutboxRoutes | None = None
         """The queues of the app; None until it has declared this one."""
+        self._fixed_limits = self._add_limits(type)
         self.admit: Callable[[], None] | None = None
         """Called before a push, while the app has not told that the queue holds messages: it raises where it holds jobs."""
 
@@ -213,6 +223,20 @@ class Queue(MessageSource[T]):
     def _make_publisher(self) -> Publisher[T]:
         target = self.client.redis_target(self.durability)
         return Publisher(self.client, target, self.keys, self.codec, self.max_length, self._middlewares)
+
+    def _partition_count(self) -> int:
+        return self.keys.partitions
+
+    def _add_limits(self, type_: Any) -> tuple[str, ...]:
+        """Have the publisher read the limits of each message; return those that all messages have alike."""
+        declared = self.limits.of(queue_owner(self.limits.queue))
+        if not declared:
+            return ()
+        reader = LoadKeyReader(declared, message_reader(self.name, type_), partitions=self._partition_count())
+        self._publisher.limits = self.limits
+        if reader.fixed is None:
+            self._publisher.load_keys = reader
+        return reader.fixed or ()
 
     def _intake(self) -> Callable[[int], Call[int]] | None:
         return None
@@ -264,7 +288,7 @@ class Queue(MessageSource[T]):
         return await self._publisher_for(prepared).apush_many(values, prepared)
 
     def _prepared(self, options: PushOptions) -> PreparedPush:
-        if not options and self._sealing is None and self.version == 1:
+        if not options and self._sealing is None and self.version == 1 and not self._fixed_limits:
             return PLAIN
         if unknown := options.keys() - PushOptions.__annotations__.keys():
             raise TypeError(f"push() got an unexpected keyword argument {min(unknown)!r}")
@@ -273,7 +297,10 @@ class Queue(MessageSource[T]):
                 f"timeout= is how long a push waits for room, and queue '{self.name}' does not wait: declare it with "
                 "max_length= and full='block'. Nothing was stored."
             )
-        return with_sealing(prepare_push(**options, version=self.version), self._sealing, self.name, self.version)
+        prepared = prepare_push(**options, version=self.version)
+        if self._fixed_limits:
+            prepared = replace(prepared, limits=self._fixed_limits)
+        return with_sealing(prepared, self._sealing, self.name, self.version)
 
     def _prepared_many(self, options: PushManyOptions) -> PreparedPush:
         if alone := {"id", "unique"} & options.keys():
@@ -298,6 +325,7 @@ class Queue(MessageSource[T]):
         # Pulls share what they saw, since a single one seldom looks twice.
         detector = self._detector if transient else DeadWorkerDetector(self.lease_ms)
         session = LeaseSession(self.keys, self.lease_ms, about, detector, intake=self._intake(), transient=transient)
+        session.limits = self.limits
         session.bodies = self._decoder if self._decoder.fetches else None
         session.directory = self.directory
         return PartitionSource(session, self._policy(session), self._decoder)
@@ -305,13 +333,14 @@ class Queue(MessageSource[T]):
     def _policy(self, session: LeaseSession) -> SettlementPolicy:
         sealing, worker = self._sealing, f"{socket.gethostname()}:{os.getpid()}"
         if sealing is None:
-            return SettlementPolicy(self.retry, worker, lambda: session.now_ms)
+            return SettlementPolicy(self.retry, worker, lambda: session.now_ms, limits=self.limits)
         return SettlementPolicy(
             self.retry,
             worker,
             lambda: session.now_ms,
             pack=lambda id_, record: pack_failure(sealing, record, self.name, id_),
             pack_refusal=lambda id_, record, code: pack_refusal(sealing, record, code, self.name, id_),
+            limits=self.limits,
         )
 
     # -- look and care ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from conveyor.errors import ConfigurationError, RetryIn
+from conveyor.errors import ConfigurationError, RateLimited, RetryIn
 from conveyor.ids import made_at_ms
 from conveyor.payload.records import AttemptHistory
 from conveyor.units import Duration, milliseconds, span
@@ -178,6 +178,14 @@ def _chosen_ms(error: BaseException) -> int | None:
         return milliseconds(error.delay, name="RetryIn")
     except ConfigurationError:
         return None  # a failure like any other, whose error shows the delay that is none
+
+
+def wait_of(error: RateLimited) -> int | None:
+    """Return the ms that a service asked to wait; None for what is no duration: a failure like any other."""
+    try:
+        return milliseconds(error.after, name="RateLimited(after)")
+    except ConfigurationError:
+        return None
 
 
 def put_off_ms(age_ms: int) -> int | None:

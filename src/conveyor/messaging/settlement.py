@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from conveyor.errors import ConveyorError, UnknownTask
+from conveyor.errors import ConveyorError, RateLimited, UnknownTask
 from conveyor.ids import made_at_ms
+from conveyor.messaging.declared_limits import QueueLimits, held_limit
 from conveyor.messaging.leases import LeasedMessage
 from conveyor.messaging.retry import (
     GiveUp,
@@ -15,6 +16,7 @@ from conveyor.messaging.retry import (
     after_failure,
     handed_back,
     put_off_ms,
+    wait_of,
     with_presumed_crash,
 )
 from conveyor.payload import failures
@@ -36,11 +38,15 @@ class SettlementPolicy:
     """Seals the text of an error, given the id; None: not sealed."""
     pack_refusal: Callable[[str, Failure, str], Failure] | None = None
     """Seals the text of an error with that code, for a body that cannot be read; None: not sealed."""
+    limits: QueueLimits | None = None
+    """Those of the queue."""
 
     def failed(self, leased: LeasedMessage, error: BaseException, *, cancelled: bool = False) -> Settlement:
         """Settle a message whose body raised: retry after the policy's pause, or give up."""
         if cancelled:
             return self.cancelled(leased)
+        if isinstance(error, RateLimited) and (after_ms := wait_of(error)) is not None:
+            return self._rate_limited(leased, after_ms)
         now, extra = self.now_ms(), leased.envelope.extra
         record = failures.describe(error, leased.attempt, now, self.worker)
         if self.pack is not None:
@@ -52,6 +58,15 @@ class SettlementPolicy:
         if isinstance(follows, RetryAfter):
             return _settlement(leased, "R", ms=follows.ms, state=follows.history.encode())
         return self._buried(leased, follows, record)
+
+    def _rate_limited(self, leased: LeasedMessage, ms: int) -> Settlement:
+        """Return a message that a service refused for now, and hold its limit until then; one without a limit waits alone."""
+        history = handed_back(leased.history, leased.attempt, started=True).encode()
+        declared = {} if self.limits is None else self.limits.all()
+        limit = held_limit(leased.envelope.limits, leased.envelope.group, declared)
+        if limit is None:
+            return _settlement(leased, "R", ms=ms, state=history)
+        return _settlement(leased, "L", ms=ms, record=limit.encode(), state=history)
 
     def nacked(self, leased: LeasedMessage, delay_ms: int | None, *, cancelled: bool = False) -> Settlement:
         """Settle a refused message: retry after *delay_ms* (None: the policy's pause), or give up."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from conveyor.errors import PayloadError
+from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.payload.codec import encode_json, reason, show
 
 LONGEST_KEY = 200
@@ -46,6 +46,18 @@ def key_text(value: Any, what: str = "A key") -> str:
             code="E21",
         )
     return f"{text[:_READABLE]}…{sha256(data).hexdigest()[:32]}"
+
+
+def group_key(group: Any) -> str:
+    """Return the text of a group key that a caller gives as `group=`. Raises ConfigurationError."""
+    if not isinstance(group, str) or not group:
+        raise ConfigurationError(
+            f"group must be a text of at least 1 character, not {show(group)}. Nothing was stored."
+        )
+    try:
+        return key_text(group, "group")
+    except PayloadError as error:
+        raise ConfigurationError(str(error)) from None
 
 
 def _canonical(value: Any, what: str) -> str:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from conveyor.errors import ConveyorError, PayloadError
 from conveyor.ids import clean, made_at_ms, public
-from conveyor.jobs.context import Context, adopt_spawned, end_spawning, spawned_entries
+from conveyor.jobs.context import Context, adopt_charges, adopt_spawned, charges_of, end_spawning, spawned_entries
+from conveyor.messaging.declared_limits import cost_arguments
 from conveyor.payload.failures import message, type_name
 from conveyor.payload.records import AttemptHistory, Envelope
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from conveyor.jobs.task import TaskDefinition
+    from conveyor.messaging.declared_limits import DeclaredLimit
     from conveyor.payload.signature import TaskSignature
     from conveyor.store.keys import QueueKeys
     from conveyor.store.operations import TurnReport
@@ -57,6 +59,7 @@ class Handler:
 
     __slots__ = (
         "buckets",
+        "costs",
         "decode",
         "done",
         "early",
@@ -64,6 +67,7 @@ class Handler:
         "function",
         "injected",
         "kind",
+        "limits",
         "load_error",
         "name",
         "retried",
@@ -73,13 +77,18 @@ class Handler:
         "timeout",
     )  # fmt: skip
 
-    def __init__(self, task: TaskDefinition, *, raw: bool = False) -> None:
+    def __init__(
+        self, task: TaskDefinition, *, raw: bool = False, limits: Mapping[str, DeclaredLimit] | None = None
+    ) -> None:
         """
         Args:
             task: the task.
             raw: its jobs are entries of a plain list, written by programs that know no parameters.
+            limits: those that its jobs in this queue have, by name.
         """
         self.task = task
+        self.limits = limits or {}
+        self.costs = cost_arguments(self.limits.values())
         self.name = task.name
         self.load_error: ConveyorError | None = None
         self.function = task.function
@@ -99,6 +108,7 @@ class Handler:
         handler = cls.__new__(cls)
         handler.name, handler.kind, handler.load_error = name, "unknown", load_error
         handler.early = handler.stores = False
+        handler.limits, handler.costs = {}, {}
         handler.done = handler.failed = handler.retried = 0
         handler.timeout = None
         return handler
@@ -257,6 +267,7 @@ class Attempt:
                 state=self.consumer.shared_state,
                 deadline_hook=self.move_deadline,
                 enqueued_at=None if made is None else datetime.fromtimestamp(made / 1000, UTC),
+                costs=self.costs,
             )
             if self.handler.early:
                 end_spawning(self.context)  # it has ended, as far as Redis knows
@@ -268,6 +279,23 @@ class Attempt:
     def spawned(self) -> list[bytes]:
         """The outbox entries of the jobs that it spawned so far."""
         return [] if self.context is None else spawned_entries(self.context)
+
+    @property
+    def costs(self) -> dict[str, str]:
+        """The arguments that say the costs of its limits; none where it ends before it runs."""
+        if not self.handler.costs or self.handler.early:
+            return {}
+        names = {text.split(":", 2)[1] for text in self.envelope.limits}
+        return {name: argument for name, argument in self.handler.costs.items() if name in names}
+
+    @property
+    def charges(self) -> dict[str, int]:
+        """The true costs that it has told so far, by the names of limits."""
+        return {} if self.context is None else charges_of(self.context)
+
+    def set_charges(self, charges: dict[str, int]) -> None:
+        """Adopt the costs that it told in another process."""
+        adopt_charges(self.open(), charges)
 
     def set_spawned(self, spawned: list[bytes]) -> None:
         """Add the entries of jobs that it spawned in another process."""

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from conveyor.errors import ConveyorError, PayloadError, Snooze, StoreUnavailable, UnknownTask
+from conveyor.errors import ConveyorError, PayloadError, RateLimited, Snooze, StoreUnavailable, UnknownTask
 from conveyor.events import JobCancelledEvent, JobDead, JobDone, JobRetried
 from conveyor.ids import clean, clean_lines, made_at_ms
 from conveyor.jobs.batch_task import BatchMisreported
 from conveyor.jobs.context import end_spawning
 from conveyor.messaging import retry
+from conveyor.messaging.declared_limits import charge_of, held_limit
 from conveyor.payload import failures
 from conveyor.payload.codec import UnreadablePayload
 from conveyor.payload.pipeline import PLAIN
@@ -93,6 +94,8 @@ class SettlementWriter:
         consumer, why = attempt.consumer, attempt.stop_reason
         consumer.changed_handlers.add(attempt.handler)
         report, now = consumer.report, consumer.now_ms
+        if attempt.charges:
+            self._charge(report, attempt)
         unfinished = attempt.started == 0.0 or isinstance(error, asyncio.CancelledError) or stuck
         if why in {"cancel", "expired"} and (unfinished or error is not None):
             self.cancelled(report, attempt, now)
@@ -116,6 +119,8 @@ class SettlementWriter:
         own = envelope.extra.keep_ms
         keep = handler.task.settings.keep_ms if own is None else own
         spawned = attempt.context is not None and attempt.spawned
+        # Those that simply ended come first, and the other reports of an attempt must come before its end.
+        simple = envelope.is_plain and not spawned and not attempt.charges
         if value is not None and keep and handler.stores:
             try:
                 data = handler.task.results.encode(value)
@@ -128,7 +133,7 @@ class SettlementWriter:
             else:
                 packed = pack_result(self._sealing or PLAIN, data, attempt.consumer.queue, attempt.id)
                 record = b'{"status":"done",%b,"at":%d,"run":%b}' % (packed, now_ms, run)
-            if envelope.is_plain and not spawned:
+            if simple:
                 report.done.append(attempt.id)
                 report.results[attempt.id] = (keep, record)
             else:
@@ -140,7 +145,7 @@ class SettlementWriter:
         else:
             # A promised value that was returned and is not kept is told from none: `result` raises ResultExpired.
             promised = value is not None and not keep and handler.task.promises_result
-            if envelope.is_plain and not spawned:
+            if simple:
                 report.done.append(attempt.id)
                 if promised:
                     report.results[attempt.id] = (0, b"")
@@ -192,6 +197,9 @@ class SettlementWriter:
             return
         if isinstance(error, UnreadablePayload):
             self.unreadable(report, attempt, error, now_ms)
+            return
+        if isinstance(error, RateLimited) and (after_ms := retry.wait_of(error)) is not None:
+            self._rate_limited(report, attempt, after_ms)
             return
         handler, queue = attempt.handler, attempt.consumer.queue
         may_retry = may_retry and not isinstance(error, BatchMisreported)
@@ -388,6 +396,28 @@ class SettlementWriter:
     def put_off(self, report: TurnReport, attempt: Attempt, ms: int, history: AttemptHistory) -> None:
         """Schedule a job for so many ms from now, with that history; a burst waits for it."""
         report.others.append(Settlement("R", attempt.id, ms, state=history.encode()))
+        attempt.consumer.note_retry(attempt, ms)
+
+    def _charge(self, report: TurnReport, attempt: Attempt) -> None:
+        """Report what the attempt cost beyond what it paid when it started."""
+        for limit in attempt.envelope.limits:
+            if (charge := charge_of(limit, attempt.charges)) is not None:
+                report.others.append(Settlement("G", attempt.id, charge[1], charge[0].encode()))
+
+    def _rate_limited(self, report: TurnReport, attempt: Attempt, ms: int) -> None:
+        """Return a job that a service refused for now, and hold its limit until then; one without a limit waits alone."""
+        envelope = attempt.envelope
+        history = retry.snoozed(attempt.history, attempt.number)
+        limit = held_limit(envelope.limits, envelope.group, attempt.handler.limits)
+        log.info(
+            "✗ %s rate-limited for %s%s", attempt.label, span(ms / 1000), f": {clean(limit)} waits" if limit else ""
+        )
+        if limit is None:
+            self.put_off(report, attempt, ms, history)
+            return
+        report.others.append(
+            Settlement("L", attempt.id, ms, limit.encode(), history.encode(), envelope.attributes, envelope.own_id)
+        )
         attempt.consumer.note_retry(attempt, ms)
 
     def _snoozed(self, report: TurnReport, attempt: Attempt, snooze: Snooze) -> None:

@@ -443,7 +443,7 @@ def place_anew(record: SpooledPush, partitions: int) -> list[SpooledPush]:
     queue = logical(record.queue)
     placed: dict[str, list[Entry]] = {}
     for entry in record.entries:
-        at = partition_of(entry.id if entry.unique is None else entry.unique, partitions)
+        at = partition_of(next(key for key in (entry.group, entry.unique, entry.id) if key is not None), partitions)
         placed.setdefault(queue if partitions == 1 else partition(queue, at), []).append(entry)
     # A sequence of its own, because the new place may have higher numbers of the old one.
     lane = f"{record.queue}>{record.lane}"

@@ -24,7 +24,7 @@ from typing import Any
 
 from conveyor.errors import UnknownTask
 from conveyor.jobs.batch_task import ItemEnd, item_ends
-from conveyor.jobs.context import CURRENT, Context, end_spawning, spawned_entries
+from conveyor.jobs.context import CURRENT, Context, charges_of, end_spawning, spawned_entries
 from conveyor.jobs.core import core_of
 from conveyor.jobs.task import TaskDefinition
 from conveyor.store.fork_safety import on_fork
@@ -162,6 +162,7 @@ class _Runner:
 
     def run(self, job: RunRequest) -> DoneReply | FailedReply | BatchReply:
         """Run one job, or one batch; return its result, or what it raised."""
+        context: Context | None = None
         try:
             task = core_of(self._app).definitions.get(job.task)
             if task is None:
@@ -180,9 +181,11 @@ class _Runner:
             result = self._call(task, args, kwargs, variables)
             keep_ms = task.settings.keep_ms if job.keep_ms is None else job.keep_ms
             stored = None if task.returns_none or not keep_ms else task.results.encode(result)
-            return DoneReply(job.id, job.attempt, stored, spawned_entries(context))
+            return DoneReply(job.id, job.attempt, stored, spawned_entries(context), charges=charges_of(context))
         except BaseException as error:
-            return _reply(job, error)
+            reply = _reply(job, error)
+            reply.charges = {} if context is None else charges_of(context)
+            return reply
 
     def _run_batch(self, job: RunRequest, task: TaskDefinition) -> BatchReply | FailedReply:
         """Run the function with the items that can be read; return how each item of the request ended."""
@@ -237,6 +240,7 @@ class _Runner:
             deadline_hook=lambda ms: self._connection.send(ExtendRequest(ms, job.id, job.attempt)),
             enqueued_at=_instant(job.enqueued_ms),
             items=None if items is None else lambda: items,
+            costs=job.costs,
         )
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 
 import msgspec
 
-from conveyor.errors import ConveyorError, RetryIn, Snooze
+from conveyor.errors import ConveyorError, RateLimited, RetryIn, Snooze
 from conveyor.messaging.retry import Retry
 from conveyor.payload import failures
 
@@ -55,6 +56,7 @@ class RunRequest(msgspec.Struct, tag="job"):
     enqueued_ms: int | None
     items: list[RunRequest] = []
     tags: list[str] = []
+    costs: dict[str, str] = {}
 
 
 class ReadyReply(msgspec.Struct, tag="ready"):
@@ -73,7 +75,7 @@ class DoneReply(msgspec.Struct, tag="done"):
     """
     From the process: the job's result as JSON (None if none is stored), and the entries of the jobs it spawned.
 
-    `worn` says why the process is to be replaced; empty while it is not.
+    `worn` says why the process is to be replaced; empty while it is not. `charges` are the true costs that the job told.
     """
 
     id: str
@@ -81,14 +83,15 @@ class DoneReply(msgspec.Struct, tag="done"):
     result: bytes | None
     spawned: list[bytes] = []
     worn: str = ""
+    charges: dict[str, int] = {}
 
 
 class FailedReply(msgspec.Struct, tag="failed"):
     """
     From the process: the exception that the job raised, or the loading of the app, which has no id.
 
-    `kinds` are its class and all above it as ``module:qualified.name``. `delay` is that of a Snooze or a RetryIn. `worn` as in
-    `DoneReply`. `unable`: the job did not run, since the process cannot run it.
+    `kinds` are its class and all above it as ``module:qualified.name``. `delay` is that of a Snooze, a RetryIn or a
+    RateLimited. `worn` and `charges` as in `DoneReply`. `unable`: the job did not run, since the process cannot run it.
     """
 
     kinds: list[str]
@@ -100,6 +103,7 @@ class FailedReply(msgspec.Struct, tag="failed"):
     id: str = ""
     attempt: int = 0
     unable: bool = False
+    charges: dict[str, int] = {}
 
 
 class BatchReply(msgspec.Struct, tag="batch"):
@@ -144,8 +148,16 @@ def capture(error: BaseException) -> FailedReply:
         message=record.message,
         traceback=record.traceback,
         code=str(error.code) if isinstance(error, ConveyorError) else None,
-        delay=error.delay if isinstance(error, Snooze | RetryIn) else None,
+        delay=_delay(error),
     )
+
+
+def _delay(error: BaseException) -> float | str | None:
+    if isinstance(error, Snooze | RetryIn):
+        return error.delay
+    if isinstance(error, RateLimited):
+        return error.after.total_seconds() if isinstance(error.after, timedelta) else error.after
+    return None
 
 
 def rebuild(failed: FailedReply, policy: Retry) -> Exception:
@@ -156,7 +168,7 @@ def rebuild(failed: FailedReply, policy: Retry) -> Exception:
     an Exception of that name here.
     """
     if failed.delay is not None:
-        return (RetryIn if _name(RetryIn) in failed.kinds else Snooze)(failed.delay)
+        return next(kind for kind in (RetryIn, RateLimited, Snooze) if _name(kind) in failed.kinds)(failed.delay)
     kind = _make_class(failed.kinds, _loaded_classes(failed.kinds, policy))
     native: Any = next(one for one in kind.__mro__ if one.__module__ == "builtins" and issubclass(one, BaseException))
     group = issubclass(native, BaseExceptionGroup)

@@ -116,6 +116,8 @@ class ProcessPool:
                 await child.kill()
                 raise
             self._give_back(child, reply.worn)
+        if not isinstance(reply, BatchReply) and reply.charges:
+            attempt.set_charges(reply.charges)
         if isinstance(reply, FailedReply):
             if reply.unable:
                 raise ProcessUnavailable(reply.message)
@@ -325,7 +327,7 @@ def _batch_result(reply: BatchReply, batch: BatchAttempt) -> list[Any] | None:
     return results
 
 
-def _run_request(attempt: Attempt) -> RunRequest:
+def _run_request(attempt: Attempt, costs: dict[str, str] | None = None) -> RunRequest:
     envelope = attempt.envelope
     bare_id = ids.split(attempt.public_id)[1]
     return RunRequest(
@@ -338,7 +340,8 @@ def _run_request(attempt: Attempt) -> RunRequest:
         tags=envelope.tags,
         keep_ms=envelope.extra.keep_ms,
         enqueued_ms=ids.made_at_ms(bare_id),
-        items=[_run_request(item) for item in attempt.live] if isinstance(attempt, BatchAttempt) else [],
+        items=[_run_request(item, costs={}) for item in attempt.live] if isinstance(attempt, BatchAttempt) else [],
+        costs=attempt.costs if costs is None else costs,
     )
 
 

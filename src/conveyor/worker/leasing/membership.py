@@ -11,6 +11,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Collection
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,6 +19,7 @@ from conveyor import ids
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.messaging.leases import DeadWorkerDetector
 from conveyor.store import operations
+from conveyor.store.client.programs import adrive
 from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.transport.replies import LONGEST_PAUSE
 from conveyor.worker.logs import log_repeated_error
@@ -75,15 +77,19 @@ async def register(app: AppCore, connection: AsyncConnection, keys: QueueKeys, c
     """
     Carry out a registration and return the server's time in ms.
 
-    After Redis was emptied, agree anew on the partitions, and make the queue known again.
+    After Redis was emptied, agree anew on the partitions, and make the queue known again. The limits are declared before the
+    worker is known, and so before its first lease: the newest worker's numbers hold. Raises ConfigurationError.
     """
+    limits, run = app.limits.get(ids.logical(keys.queue)), partial(connection.run, retry_for=None)
+    if limits is not None:
+        await adrive(limits.declare(keys, anew=True), run)
     try:
-        registration = await connection.run(call, retry_for=None)
+        registration = await run(call)
     except PartitionCountMismatch:
         if (partitions := app.partitioned.get(ids.logical(keys.queue))) is None:
             raise
         await partitions.areclaim()
-        registration = await connection.run(call, retry_for=None)
+        registration = await run(call)
     if registration.new_queue:
         await app.client.aannounce_again(keys)
     return registration.now

@@ -554,12 +554,12 @@ class QueueConsumer:
     def _load_handlers(self) -> dict[str, Handler]:
         """Make the handlers of all tasks, by name, and by what the envelope of a job that needs nothing more begins with."""
         raw = self.keys.foreign is not None
-        refusal = self._executor.processes.refusal
+        refusal, app = self._executor.processes.refusal, self._services.app
         handlers = {
-            name: Handler(task, raw=raw)
+            name: Handler(task, raw=raw, limits=app.limits_of(task, self.queue))
             if task.run_in != "process" or (error := refusal(task)) is None
             else Handler.unknown(name, error)
-            for name, task in self._services.app.definitions.items()
+            for name, task in app.definitions.items()
         }
         self._plain_handlers = self._services.loader.plain_handlers(self.queue, handlers, foreign=raw)
         self._handlers = handlers

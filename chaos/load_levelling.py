@@ -1,0 +1,348 @@
+"""
+Limits and groups under kills, with worker processes: ``python -m chaos.load_levelling rate --n 100 --seconds 20 --kills 30``.
+
+Every case counts violations from the journal that the jobs write, and ends with 1 when there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from chaos import recording_server  # noqa: F401  makes the servers of the test suite importable
+from support.server_process import Server, find_binary  # type: ignore[import-not-found]
+
+ROOT = Path(__file__).parents[1]
+
+
+class Line(NamedTuple):
+    """One line of the journal; `at` in seconds by the machine's monotonic clock."""
+
+    what: str
+    key: str
+    n: int
+    attempt: int
+    pid: int
+    at: float
+
+
+class Run:
+    """A server, workers, and the journal of their jobs."""
+
+    def __init__(self, directory: Path, options: argparse.Namespace, **settings: object) -> None:
+        self.options, self.random = options, random.Random(options.seed)
+        self.journal = directory / "journal"
+        self.journal.touch()
+        binary = find_binary(options.server)
+        if binary is None:
+            raise SystemExit(f"There is no server {options.server}.")
+        self.server = Server(binary, directory / "server", "--appendonly", "yes", "--appendfsync", "everysec")
+        self.environment = {
+            **os.environ, "CONVEYOR_URL": self.server.url, "LEVELLED_JOURNAL": str(self.journal), "PYTHONPATH": os.pathsep.join(
+                [str(ROOT), *sys.path]
+            ),
+        } | {f"LEVELLED_{name.upper()}": str(value) for name, value in settings.items()}  # fmt: skip
+        os.environ.update(
+            {name: self.environment[name] for name in self.environment if name.startswith(("LEVELLED", "CONVEYOR"))}
+        )
+        from chaos import levelled_app
+
+        self.tasks, self.app = levelled_app, levelled_app.app
+        self.workers: list[subprocess.Popen[bytes]] = []
+
+    def start(self, processes: int, concurrency: int) -> None:
+        """Start a supervisor with so many processes."""
+        command = [
+            sys.executable, "-m", "conveyor", "worker", "chaos.levelled_app:app", "-q", "levelled", "--processes", str(processes),
+            "-c", str(concurrency), "--grace", "1s",
+        ]  # fmt: skip
+        log = (self.journal.parent / "workers.log").open("ab")
+        self.workers.append(subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=log, stderr=log))
+
+    def lines(self) -> list[Line]:
+        """Return what the journal says; the last line may be half written."""
+        whole, _, _ = self.journal.read_text().rpartition("\n")
+        parts = (line.split() for line in whole.splitlines())
+        return [
+            Line(what, key, int(n), int(attempt), int(pid), int(at) / 1e9) for what, key, n, attempt, pid, at in parts
+        ]
+
+    def kill_one(self) -> bool:
+        """Kill one of the processes that run jobs; tell whether there was one."""
+        children = [
+            int(pid)
+            for worker in self.workers
+            for pid in Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
+        ]
+        recent = {line.pid for line in self.lines()[-2000:]} & set(children)
+        if not recent:
+            return False
+        os.kill(self.random.choice(sorted(recent)), signal.SIGKILL)
+        return True
+
+    def kill_evenly(self, seconds: float) -> int:
+        """Kill as many processes as asked, evenly over so many seconds; return how many were killed."""
+        killed, begin = 0, time.monotonic()
+        for number in range(self.options.kills):
+            time.sleep(max(0.0, begin + (number + 1) * seconds / (self.options.kills + 1) - time.monotonic()))
+            killed += self.kill_one()
+        time.sleep(max(0.0, begin + seconds - time.monotonic()))
+        return killed
+
+    def wait(self, condition: Callable[[], object], what: str, within: float = 300.0) -> None:
+        """Wait for *condition*."""
+        deadline = time.monotonic() + within
+        while not condition():
+            if time.monotonic() > deadline:
+                raise SystemExit(f"Waited {within:g} s for {what}; seed {self.options.seed}.")
+            time.sleep(0.05)
+
+    def drained(self) -> bool:
+        """Tell whether the queue holds nothing."""
+        counts = self.app.queue("levelled").stats()
+        return not (counts.ready or counts.scheduled or counts.waiting or counts.leased)
+
+    def close(self) -> None:
+        """End the workers and the server."""
+        for worker in self.workers:
+            worker.terminate()
+        for worker in self.workers:
+            worker.wait(60)
+        self.app.close()
+        self.server.kill()
+
+
+@contextmanager
+def running(options: argparse.Namespace, **settings: object) -> Iterator[Run]:
+    """Run a server and an app for one case."""
+    with tempfile.TemporaryDirectory(prefix="lv", dir="/tmp") as directory:
+        run = Run(Path(directory), options, **settings)
+        try:
+            yield run
+        finally:
+            run.close()
+
+
+def say(name: str, value: Any) -> None:
+    """Print one figure."""
+    print(f"  {name:<58} {value:>12}" if not isinstance(value, float) else f"  {name:<58} {value:>12.4f}", flush=True)
+
+
+def most_in_a_window(starts: list[float], per: float) -> int:
+    """Return the most starts in a window of length *per* that begins at a start."""
+    return max((bisect_left(starts, at + per) - i for i, at in enumerate(starts)), default=0)
+
+
+def rate(options: argparse.Namespace) -> int:
+    """Count starts in every window that begins at a start, with kills, and with restarts of the server."""
+    per = options.per
+    with running(options, n=options.n, per=f"{round(per * 1000)}ms", seconds=0.002) as run:
+        count = int(options.n * options.seconds / per * 1.5) + options.n
+        run.app.enqueue_many([run.tasks.rated.s(n) for n in range(count)])
+        run.start(options.processes, 50)
+        run.wait(run.lines, "the first start", 60)
+        restarts = [options.seconds * (i + 1) / (options.restarts + 1) for i in range(options.restarts)]
+        begin, killed = time.monotonic(), 0
+        while (now := time.monotonic() - begin) < options.seconds:
+            if restarts and now >= restarts[0]:
+                restarts.pop(0)
+                run.server.kill()
+                run.server.start()
+            if killed < options.kills and now >= (killed + 1) * options.seconds / (options.kills + 1):
+                killed += run.kill_one()
+            time.sleep(0.01)
+        end = time.monotonic()
+        starts = sorted(line.at for line in run.lines() if line.what == "start" and line.at <= end)
+    n = options.n
+    early = [per - (later - at) for at, later in zip(starts, starts[n:], strict=False)]
+    used = len(starts) / (n * (end - starts[0]) / per)
+    most = most_in_a_window(starts, per)
+    say("limit", f"{n} / {per:g} s")
+    say("kills, restarts of the server", f"{killed}, {options.restarts}")
+    say("starts", len(starts))
+    say("most starts in a window that begins at a start", most)
+    say("windows above the limit", sum(one > 0 for one in early))
+    say("the earliest of them, ms before its window ended", max([0.0, *early]) * 1000)
+    say("used", used)
+    return int(most > n)
+
+
+def concurrency(options: argparse.Namespace) -> int:
+    """Count jobs that run at a time, with kills; slots that are taken after draining."""
+    with running(options, n=options.n, seconds=0.02) as run:
+        run.app.enqueue_many([run.tasks.slotted.s(n) for n in range(options.jobs)])
+        run.start(options.processes, -(-50 // options.processes))
+        run.wait(run.lines, "the first start", 60)
+        killed = run.kill_evenly(options.seconds)
+        run.wait(run.drained, "the queue to be empty")
+        lines = run.lines()
+        slots = [state.used for state in run.app.limits.list("levelled")]
+        dead = run.app.queue("levelled").stats().dead
+    most, over, gaps = count_running(lines)
+    say("limit, worker slots", f"{options.n}, 50")
+    say("kills", killed)
+    say("jobs, starts", f"{options.jobs}, {sum(line.what == 'start' for line in lines)}")
+    say("most at a time by the jobs' own log", most)
+    say("starts above the limit", over)
+    say("longest gap between starts while work waited, s", gaps)
+    say("slots in use after draining", sum(slots))
+    say("jobs lost", options.jobs - len({line.n for line in lines if line.what == "end"}) - dead)
+    return int(over > 0 or sum(slots) > 0)
+
+
+def count_running(lines: list[Line], n: int | None = None) -> tuple[int, int, float]:
+    """Return the most jobs at a time, how often that was above the limit, and the longest gap between two starts."""
+    limit = n or int(os.environ["LEVELLED_N"])
+    # A job that a kill ended is over when its process was last seen: at the next start of that job at the latest.
+    open_: dict[int, Line] = {}
+    most = over = 0
+    gap = 0.0
+    last: float | None = None
+    for line in sorted(lines, key=lambda line: line.at):
+        if line.what == "start":
+            open_[line.n] = line
+            alive = last_seen(lines)
+            running_now = sum(alive[one.pid] >= line.at or one.pid == line.pid for one in open_.values())
+            most = max(most, running_now)
+            over += running_now > limit
+            gap = max(gap, 0.0 if last is None else line.at - last)
+            last = line.at
+        else:
+            open_.pop(line.n, None)
+    return most, over, gap
+
+
+_seen: dict[int, dict[int, float]] = {}
+
+
+def last_seen(lines: list[Line]) -> dict[int, float]:
+    """Return when each process wrote its last line."""
+    if id(lines) not in _seen:
+        found: dict[int, float] = {}
+        for line in lines:
+            found[line.pid] = max(found.get(line.pid, 0.0), line.at)
+        _seen[id(lines)] = found
+    return _seen[id(lines)]
+
+
+def order(options: argparse.Namespace) -> int:
+    """Count jobs that start before an earlier one of their key has ended, with retries and kills."""
+    with running(options, seconds=0.001) as run:
+        calls = [run.tasks.ordered.s(f"k{key}", n) for n in range(20) for key in range(options.keys)]
+        run.app.enqueue_many(calls)
+        run.start(options.processes, 50)
+        run.wait(run.lines, "the first start", 60)
+        killed = 0
+        while killed < options.kills and not run.drained():
+            time.sleep(0.3)
+            killed += run.kill_one()
+        run.wait(run.drained, "the queue to be empty")
+        lines = run.lines()
+        dead = run.app.queue("levelled").stats().dead
+    inversions, overlaps, ended = out_of_order(lines)
+    say("keys x jobs", f"{options.keys} x 20")
+    say("kills, failed attempts", f"{killed}, {sum(line.what == 'fail' for line in lines)}")
+    say("starts, jobs ended, dead", f"{sum(line.what == 'start' for line in lines)}, {ended}, {dead}")
+    say("inversions", inversions)
+    say("overlaps", overlaps)
+    return int(inversions + overlaps > 0 or ended + dead < 20 * options.keys)
+
+
+def out_of_order(lines: list[Line]) -> tuple[int, int, int]:
+    """Return starts before an earlier job's end, starts while another job of the key runs, and the jobs that ended."""
+    inversions = overlaps = 0
+    ended: defaultdict[str, set[int]] = defaultdict(set)
+    open_: defaultdict[str, dict[int, Line]] = defaultdict(dict)
+    alive = last_seen(lines)
+    for line in sorted(lines, key=lambda line: line.at):
+        if line.what != "start":
+            open_[line.key].pop(line.n, None)
+            if line.what == "end":
+                ended[line.key].add(line.n)
+            continue
+        inversions += any(n not in ended[line.key] for n in range(line.n))
+        overlaps += any(one.n != line.n and alive[one.pid] >= line.at for one in open_[line.key].values())
+        open_[line.key][line.n] = line
+    return inversions, overlaps, sum(map(len, ended.values()))
+
+
+def fairness(options: argparse.Namespace) -> int:
+    """Find how long another tenant's single job waits while one floods."""
+    with running(options) as run:
+        active = options.keys
+        run.app.enqueue_many([run.tasks.fair.s("flood", n) for n in range(options.jobs)])
+        run.app.enqueue_many([run.tasks.fair.s(f"t{key}", 0) for key in range(active - 1)])
+        run.start(1, 10)
+        run.wait(lambda: sum(line.key != "flood" for line in run.lines()) == active - 1, "the tenants' jobs")
+        lines = [line for line in sorted(run.lines(), key=lambda line: line.at) if line.what == "start"]
+    places = {line.key: at for at, line in enumerate(lines, 1) if line.key != "flood"}
+    flood = sum(line.key == "flood" for line in lines[: max(places.values())])
+    say("tenants, jobs of the one that floods", f"{active}, {options.jobs}")
+    say("starts until the last tenant's single job had started", max(places.values()))
+    say("of them jobs of the flood", flood)
+    return int(max(places.values()) > 2 * active)
+
+
+def weights(options: argparse.Namespace) -> int:
+    """Change the weight of a key with many jobs queued, and count the turns that follow."""
+    with running(options) as run:
+        half = options.jobs // 2
+        for at in range(0, half, 50_000):
+            part = range(at, min(half, at + 50_000))
+            run.app.enqueue_many(run.tasks.weighed.s(key, n) for n in part for key in ("light", "heavy"))
+        run.app.groups.set("levelled", "heavy", weight=4)
+        run.start(1, options.slots)
+        run.wait(lambda: len(run.lines()) >= 2000, "2,000 starts")
+        first = Counter(line.key for line in sorted(run.lines(), key=lambda line: line.at)[:1000])
+        began = time.monotonic()
+        run.app.groups.set("levelled", "heavy", weight=1)
+        changed = len(run.lines())
+        took = time.monotonic() - began
+        run.wait(lambda: len(run.lines()) >= changed + 4000, "the next starts")
+        after = Counter(
+            line.key for line in sorted(run.lines(), key=lambda line: line.at)[changed + 1500 : changed + 3500]
+        )
+    say("queued", options.jobs)
+    say("heavy : light with weight 4, of the first 1,000", f"{first['heavy']} : {first['light']}")
+    say("heavy : light with weight 1 again", f"{after['heavy']} : {after['light']}")
+    say("seconds that the change took", took)
+    return int(not 3.5 <= first["heavy"] / max(1, first["light"]) <= 4.5)
+
+
+CASES = {"rate": rate, "concurrency": concurrency, "order": order, "fairness": fairness, "weights": weights}
+
+
+def main() -> int:
+    """Run one case."""
+    parser = argparse.ArgumentParser(prog="chaos.load_levelling", description=__doc__)
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("--n", type=int, default=100, help="the number of the limit")
+    parser.add_argument("--per", type=float, default=1.0, help="the window of the rate, in seconds")
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--restarts", type=int, default=0, help="restarts of the server")
+    parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument("--jobs", type=int, default=2000)
+    parser.add_argument("--keys", type=int, default=1000)
+    parser.add_argument("--slots", type=int, default=10)
+    parser.add_argument("--server", default="valkey")
+    parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
+    options = parser.parse_args()
+    print(f"{options.case}: seed {options.seed}", flush=True)
+    return CASES[options.case](options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""`conveyor limits`: show and change the rate and concurrency limits of queues while programs run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from conveyor.cli.command import CommandGroup
+from conveyor.cli.completion import complete_queues
+from conveyor.cli.output import Output, quantity
+from conveyor.cli.target import Target, redis_options
+from conveyor.errors import ConfigurationError, QueueNotFound
+
+if TYPE_CHECKING:
+    from conveyor.messaging.limit_control import LimitControl, LimitState
+    from conveyor.messaging.limits import Concurrency, Rate
+
+_HEADINGS = ("queue", "limit", "key", "value", "declared", "used", "waiting", "opens")
+_QUEUE = click.argument("queue", metavar="QUEUE", shell_complete=complete_queues)
+_KEY = click.option("--key", metavar="KEY", help="Only for this key of the limit, such as one tenant.")
+
+
+@click.group(cls=CommandGroup)
+def limits() -> None:
+    """List, set and reset limits; running workers follow at once."""
+
+
+@limits.command("list")
+@click.argument("queue", metavar="[QUEUE]", required=False, shell_complete=complete_queues)
+@redis_options
+def list_(target: Target, out: Output, queue: str | None) -> None:
+    """List the limits of a queue, or of all, with the keys that are in use."""
+    control, names = _control(target, queue)
+    states = [state for name in names for state in control.list(name)]
+    if out.as_json:
+        out.document("limits", limits=[_record(state) for state in states])
+    elif states:
+        out.table(_HEADINGS, [_row(state) for state in states])
+    else:
+        out.say("No limits are declared: limits=[…] of app.queue and @app.task does.")
+
+
+@limits.command("set")
+@_QUEUE
+@click.argument("limit", metavar="LIMIT")
+@_KEY
+@click.option("--name", metavar="NAME", help="The limit's name, as `limits list` shows it.")
+@click.option("--smooth", is_flag=True, help="Space the starts of a rate evenly.")
+@redis_options
+def set_(target: Target, out: Output, queue: str, limit: str, key: str | None, name: str | None, smooth: bool) -> None:
+    """
+    Change a limit until it is reset: 500/1m is a rate, 50 a concurrency.
+
+    QUEUE may be a task of the app too.
+    """
+    control, _ = _control(target, queue)
+    value = _parse(limit, smooth=smooth)
+    known = {state.name: state for state in control.list(queue)}
+    if name is not None and name not in known:
+        listed = f"It has: {', '.join(sorted(known))}." if known else "It has none."
+        raise ConfigurationError(f"Queue {queue!r} has no limit {name!r}. {listed} Nothing was changed.")
+    control.set(queue, _named(value, name), key)
+    if out.as_json:
+        out.document("limit-set", queue=queue, limit_name=name, key=key, limit=limit, smooth=smooth)
+    else:
+        of = f" of {key}" if key is not None else ""
+        out.say(f"{queue}: the limit{of} is {limit} until it is reset:  conveyor limits reset {queue}")
+
+
+@limits.command()
+@_QUEUE
+@click.argument("name", metavar="[NAME]", required=False)
+@_KEY
+@redis_options
+def reset(target: Target, out: Output, queue: str, name: str | None, key: str | None) -> None:
+    """Give the limits of a queue, one of them, or one key of it back to what code declares."""
+    control, _ = _control(target, queue)
+    count = control.reset(queue, name, key)
+    if out.as_json:
+        out.document("limits-reset", queue=queue, limit_name=name, key=key, reset=count)
+    elif not out.on_terminal:
+        out.line(str(count))
+    else:
+        out.say(
+            f"{queue}: {quantity(count, 'change')} taken back." if count else f"{queue}: nothing was changed before."
+        )
+
+
+def _control(target: Target, queue: str | None) -> tuple[LimitControl, list[str]]:
+    """Return the limits of the app, or of the client alone, and the queues that are meant. Raises QueueNotFound."""
+    from conveyor.messaging.limit_control import LimitControl
+
+    admin = target.admin()
+    known = admin.names()
+    if target.app is None:
+        if queue is not None and queue not in known:
+            admin.queue(queue)  # raises
+        return LimitControl(admin.client), known if queue is None else [queue]
+    from conveyor.jobs.core import core_of
+
+    core = core_of(target.app)
+    if queue is not None and queue not in known and queue not in core.limits and queue not in core.definitions:
+        raise QueueNotFound(f"No queue or task {queue!r}, in Redis or in the app.")
+    control: LimitControl = target.app.limits
+    return control, sorted({*known, *core.limits} - {*core.plain_lists}) if queue is None else [queue]
+
+
+def _parse(text: str, *, smooth: bool) -> Rate | Concurrency:
+    """Return the limit that *text* stands for: ``500/1m`` or ``50``. Raises ConfigurationError."""
+    from conveyor.messaging.limits import Concurrency, Rate
+
+    number, slash, per = text.partition("/")
+    count = number.replace("_", "").replace(",", "")
+    if not count.isdigit() or (slash and not per) or (smooth and not slash):
+        raise ConfigurationError(
+            f"A limit is a rate such as 500/1m, or a concurrency such as 50, not {text!r}. --smooth needs a rate."
+        )
+    return Rate(int(count), per, smooth=smooth) if slash else Concurrency(int(count))
+
+
+def _named(limit: Rate | Concurrency, name: str | None) -> Rate | Concurrency:
+    from dataclasses import replace
+
+    return limit if name is None else replace(limit, name=name)
+
+
+def _row(state: LimitState) -> tuple[object, ...]:
+    from conveyor.messaging.declared_limits import short_limit
+
+    declared = short_limit(state.declared) if state.declared is not None and state.overridden else ""
+    return (
+        state.queue,
+        state.name,
+        state.key or "",
+        short_limit(state.limit),
+        declared,
+        state.used,
+        state.waiting,
+        state.opens_at,
+    )
+
+
+def _record(state: LimitState) -> dict[str, object]:
+    """Return a limit as the JSON document has it."""
+    from conveyor.messaging.declared_limits import short_limit
+
+    return {
+        "queue": state.queue, "name": state.name, "key": state.key, "kind": state.limit.kind, "by": state.limit.by,
+        "limit": short_limit(state.limit), "declared": None if state.declared is None else short_limit(state.declared),
+        "overridden": state.overridden, "used": state.used, "waiting": state.waiting, "opens_at": state.opens_at,
+    }  # fmt: skip

@@ -1,0 +1,307 @@
+"""Changes of operators while programs run: the limits of a queue, and the weight and pause of its groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any, NamedTuple, TypeVar
+
+from conveyor import ids
+from conveyor.errors import ConfigurationError
+from conveyor.messaging.declared_limits import QueueLimits, default_name, limit_text, read_limit, show_limit
+from conveyor.messaging.limits import Concurrency, Rate
+from conveyor.payload.key_text import group_key, key_text
+from conveyor.store import limits as store_limits
+from conveyor.store import partitions as partitioning
+from conveyor.store.client.client import Client
+from conveyor.store.client.programs import adrive, drive
+from conveyor.store.keys import QueueKeys
+from conveyor.store.limits import LimitRecord
+from conveyor.store.script import Call
+
+V = TypeVar("V")
+Program = Generator[Call[Any], Any, V]
+MOST_GROUPS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class LimitState:
+    """
+    One limit, or one key of it, at this moment. Of a queue in partitions numbers are sums.
+
+    `limit` is in force, `declared` what code says; they differ while an operator's change (`overridden`) holds. `used` are
+    the jobs that run under a concurrency, or what a rate has spent in its window. `waiting` are jobs that wait at it,
+    `opens_at` is when a full rate has room again.
+    """
+
+    queue: str
+    name: str
+    key: str | None
+    limit: Rate | Concurrency
+    declared: Rate | Concurrency | None
+    overridden: bool
+    used: int
+    waiting: int
+    opens_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class GroupState:
+    """One group at this moment: how many of it wait and run, its weight, and whether it is paused."""
+
+    queue: str
+    key: str
+    waiting: int
+    running: int
+    weight: int
+    paused: bool
+
+
+# Inside the classes below `list` is a method.
+LimitStates = list[LimitState]
+GroupStates = list[GroupState]
+LimitRecords = list[LimitRecord]
+GroupRecords = list[store_limits.GroupRecord]
+Names = list[str | None]
+
+
+class LimitPlace(NamedTuple):
+    """The queue that an operator's name stands for: a queue, or that of a task, whose name the limits begin with."""
+
+    queue: str
+    prefix: str = ""
+    limits: QueueLimits | None = None
+    """Those that this program declares there."""
+
+
+class LimitControl:
+    """The limits of queues while programs run: `app.limits`. Each call has an awaitable twin."""
+
+    def __init__(self, client: Client, find: Callable[[str], LimitPlace] = LimitPlace) -> None:
+        self._client, self._find = client, find
+
+    def set(self, queue: str, limit: Rate | Concurrency, key: str | None = None) -> None:
+        """
+        Change a limit of *queue* (or of a task), for one *key* of it or for all, until `reset`; running workers follow at once.
+
+        *limit* has the new number and window. Its name, kind and `by` tell which one is meant. Raises ConfigurationError
+        when none, or more than one, fits.
+        """
+        drive(self._set(queue, limit, key), self._client.run)
+
+    async def aset(self, queue: str, limit: Rate | Concurrency, key: str | None = None) -> None:
+        """Awaitable form of `set`."""
+        await adrive(self._set(queue, limit, key), self._client.arun)
+
+    def list(self, queue: str) -> LimitStates:
+        """Return the limits of *queue* (or of a task), with the keys that are in use or were changed."""
+        return drive(self._list(queue), self._client.run)
+
+    async def alist(self, queue: str) -> LimitStates:
+        """Awaitable form of `list`."""
+        return await adrive(self._list(queue), self._client.arun)
+
+    def reset(self, queue: str, name: str | None = None, key: str | None = None) -> int:
+        """
+        Give limits of *queue* back to what code declares: all, those of one *name*, or one *key* of it.
+
+        Return how many changes were taken back.
+        """
+        return drive(self._reset(queue, name, key), self._client.run)
+
+    async def areset(self, queue: str, name: str | None = None, key: str | None = None) -> int:
+        """Awaitable form of `reset`."""
+        return await adrive(self._reset(queue, name, key), self._client.arun)
+
+    # -- programs -------------------------------------------------------------------------------------------------
+
+    def _set(self, owner: str, limit: Rate | Concurrency, key: str | None) -> Program[None]:
+        if not isinstance(limit, Rate | Concurrency):
+            raise ConfigurationError(
+                f'limits.set takes Rate(…) or Concurrency(…), such as Rate(500, "1m"), not {limit!r}.'
+            )
+        place = self._find(ids.queue_name(owner))
+        parts = yield from _parts(self._client, place.queue)
+        yield from _declare(place, parts)
+        records: LimitRecords = yield store_limits.list_limits(parts[0])
+        found = _choose(owner, place, limit, key, records)
+        text = None if key is None else key_text(key, "key")
+        number = limit.n if _is_exact(found.declared) else limit.n // len(parts)
+        if number == 0:
+            raise ConfigurationError(
+                f"{show_limit(limit)} is smaller than the {len(parts)} partitions of queue {place.queue!r}, each of which gets its "
+                "part and needs at least 1. Nothing was changed."
+            )
+        for keys in parts:
+            yield store_limits.set_limit(keys, found.name, text, limit_text(limit, number))
+
+    def _list(self, owner: str) -> Program[LimitStates]:
+        place = self._find(ids.queue_name(owner))
+        parts = yield from _parts(self._client, place.queue)
+        yield from _declare(place, parts)
+        merged: dict[tuple[str, str], LimitState] = {}
+        for keys in parts:
+            records: LimitRecords = yield store_limits.list_limits(keys)
+            for record in records:
+                if place.prefix and not record.name.startswith(f"{place.prefix.replace(':', '.')}."):
+                    continue
+                state = _state(place.queue, record, len(parts))
+                known = merged.get((record.name, record.key))
+                merged[record.name, record.key] = state if known is None else _sum(known, state)
+        return [merged[one] for one in sorted(merged)]
+
+    def _reset(self, owner: str, name: str | None, key: str | None) -> Program[int]:
+        if key is not None and name is None:
+            raise ConfigurationError("limits.reset(key=…) needs the name of the limit too: reset(queue, name, key).")
+        place = self._find(ids.queue_name(owner))
+        parts = yield from _parts(self._client, place.queue)
+        if name is not None or place.prefix:
+            records: LimitRecords = yield store_limits.list_limits(parts[0])
+            known = sorted({record.name for record in records})
+            names: Names = [name] if name is not None else [one for one in known if one.startswith(f"{place.prefix}.")]
+            if name is not None and name not in known:
+                raise ConfigurationError(
+                    f"Queue {place.queue!r} has no limit {name!r}. {_listed(known)} Nothing was changed."
+                )
+        else:
+            names = [None]
+        changed = 0
+        for keys in parts:
+            count = 0
+            for one in names:
+                count += yield store_limits.reset_limit(keys, one, None if key is None else key_text(key, "key"))
+            changed = max(changed, count)
+        return changed
+
+
+class GroupControl:
+    """The groups of queues while programs run: `app.groups`. Each call has an awaitable twin."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def set(self, queue: str, key: str, *, weight: int | None = None, paused: bool | None = None) -> None:
+        """
+        Set how many jobs of a group run for one of another (*weight*), and whether the group is *paused*.
+
+        Both hold for what is queued already, until they are set again; weight 1 is that of every group. The key is that
+        of `group=` and `group_by=`, or of a limit `by=`.
+        """
+        drive(self._set(queue, key, weight, paused), self._client.run)
+
+    async def aset(self, queue: str, key: str, *, weight: int | None = None, paused: bool | None = None) -> None:
+        """Awaitable form of `set`."""
+        await adrive(self._set(queue, key, weight, paused), self._client.arun)
+
+    def list(self, queue: str, limit: int = 100) -> GroupStates:
+        """Return groups of *queue* that hold jobs or were set, those with most waiting first, at most *limit*."""
+        return drive(self._list(queue, limit), self._client.run)
+
+    async def alist(self, queue: str, limit: int = 100) -> GroupStates:
+        """Awaitable form of `list`."""
+        return await adrive(self._list(queue, limit), self._client.arun)
+
+    def _set(self, queue: str, key: str, weight: int | None, paused: bool | None) -> Program[None]:
+        text = group_key(key)
+        if weight is None and paused is None:
+            raise ConfigurationError("groups.set needs weight=, paused= or both. Nothing was changed.")
+        if weight is not None and (not isinstance(weight, int) or isinstance(weight, bool) or not 1 <= weight <= 1000):
+            raise ConfigurationError(
+                f"weight must be a whole number from 1 to 1,000, not {weight!r}. To stop a group: paused=True. Nothing was changed."
+            )
+        if paused is not None and not isinstance(paused, bool):
+            raise ConfigurationError(f"paused must be True or False, not {paused!r}. Nothing was changed.")
+        for keys in (yield from _parts(self._client, ids.queue_name(queue))):
+            yield store_limits.set_group(keys, text, weight=weight, paused=paused)
+
+    def _list(self, queue: str, limit: int) -> Program[GroupStates]:
+        if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MOST_GROUPS:
+            raise ConfigurationError(f"limit must be a whole number from 1 to {MOST_GROUPS:,}, not {limit!r}.")
+        merged: dict[str, GroupState] = {}
+        for keys in (yield from _parts(self._client, ids.queue_name(queue))):
+            records: GroupRecords = yield store_limits.list_groups(keys, limit)
+            for one in records:
+                known = merged.get(one.group)
+                merged[one.group] = GroupState(
+                    queue, one.group, one.waiting + (known.waiting if known else 0), one.running + (known.running if known else 0),
+                    one.weight, one.paused,
+                )  # fmt: skip
+        return sorted(merged.values(), key=lambda one: (-one.waiting, one.key))[:limit]
+
+
+def _parts(client: Client, queue: str) -> Program[list[QueueKeys]]:
+    """Return the keys of *queue*, or of each of its partitions."""
+    number, _ = yield partitioning.count(client.keys(queue))
+    if number <= 1:
+        return [client.keys(queue)]
+    return [QueueKeys(client.namespace, ids.partition(queue, one), partitions=number) for one in range(number)]
+
+
+def _declare(place: LimitPlace, parts: Iterable[QueueKeys]) -> Program[None]:
+    """Declare what this program knows where nothing is stored, so that an operator's change finds it."""
+    for keys in parts if place.limits is not None else ():
+        assert place.limits is not None
+        if (call := place.limits.declaration(keys, replace=False)) is not None:
+            place.limits.check((yield call))
+
+
+def _choose(
+    owner: str, place: LimitPlace, limit: Rate | Concurrency, key: str | None, records: Iterable[LimitRecord]
+) -> LimitRecord:
+    """Return the one declared limit that *limit* means. Raises ConfigurationError."""
+    declared = [one for one in records if not one.key and one.declared]
+    fits = [one for one in declared if _fits(one, limit, key)]
+    if limit.name is not None:
+        named = [one for one in fits if one.name == limit.name]
+    else:
+        named = [one for one in fits if one.name == default_name(limit, place.prefix)]
+        if not named and not place.prefix:
+            named = fits
+    if len(named) == 1:
+        return named[0]
+    what = f"More than one limit of {owner!r}" if named else f"No limit of {owner!r}"
+    advice = 'Say which: name="…".' if named else "Declare it in code first: limits=[…] of the queue or the task."
+    of = f" with key {key!r}" if key is not None else ""
+    known = [f"{one.name} = {show_limit(read_limit(one.declared))}" for one in declared]
+    raise ConfigurationError(f"{what} fits {show_limit(limit)}{of}. {_listed(known)} {advice} Nothing was changed.")
+
+
+def _fits(record: LimitRecord, limit: Rate | Concurrency, key: str | None) -> bool:
+    known = read_limit(record.declared)
+    by_fits = known.by == limit.by or (limit.by is None and (key is not None or limit.name == record.name))
+    return type(known) is type(limit) and by_fits and (key is None or known.by is not None)
+
+
+def _listed(known: list[str]) -> str:
+    return f"It has: {'; '.join(known)}." if known else "It has none."
+
+
+def _is_exact(declared: str) -> bool:
+    return declared.rpartition(" ")[2].startswith("+")
+
+
+def _state(queue: str, record: LimitRecord, partitions: int) -> LimitState:
+    declared = read_limit(record.declared) if record.declared else None
+    override = read_limit(record.override, record.declared) if record.override else None
+    factor = 1 if _is_exact(record.declared) else partitions
+    in_force = override or declared
+    assert in_force is not None
+    return LimitState(
+        queue,
+        record.name,
+        record.key or None,
+        replace(in_force, n=in_force.n * factor),
+        None if declared is None else replace(declared, n=declared.n * factor),
+        override is not None,
+        record.used,
+        record.waiting,
+        None if record.opens_at is None else datetime.fromtimestamp(record.opens_at / 1000, UTC),
+    )
+
+
+def _sum(one: LimitState, other: LimitState) -> LimitState:
+    opens = [at for at in (one.opens_at, other.opens_at) if at is not None]
+    return replace(
+        one, used=one.used + other.used, waiting=one.waiting + other.waiting, opens_at=min(opens, default=None)
+    )
