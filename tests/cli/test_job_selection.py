@@ -56,7 +56,7 @@ def test_tags_of_pushed_messages_are_chosen(shell: Shell, app: Conveyor) -> None
     details = shell.run("job", "show", one).stdout
 
     assert listed == [sorted([one, two]), [two], []]
-    assert shown["counts"] == {"leased": 0, "ready": 2, "scheduled": 0, "dead": 0}
+    assert shown["counts"] == {"leased": 0, "ready": 2, "waiting": 0, "scheduled": 0, "dead": 0}
     assert (dry.returncode, dry.stdout, "Cancel 2 jobs (2 ready)?" in dry.stderr) == (0, "", True)
     assert (unasked.returncode, "Delete 1 job (1 ready) permanently?" in unasked.stderr) == (6, True)
     assert "tags\torder:1, n:1\n" in details
@@ -94,6 +94,7 @@ def test_a_redrive_keeps_its_rate(shell: Shell, app: Conveyor) -> None:
         assert (refused.returncode, '"100/s"' in refused.stderr) == (2, True)
 
 
+@pytest.mark.row("D341")
 def test_an_interrupted_redrive_goes_on(shell: Shell, app: Conveyor) -> None:
     """Ctrl-C ends a redrive between two steps and says how far it was; the same command puts back the rest, none twice."""
     ids = dead(app, 12)

@@ -510,11 +510,12 @@ class Conveyor:
         """
         Yield handles of the jobs and messages that Redis keeps and that all the options given choose.
 
-        `tag`: with this tag. `state`: scheduled, ready, leased or dead. `error`: whose last error, as "class: message", holds
-        this text. `older`, `since`: whose state began before, or since, an instant or so long ago: they died or were leased
-        then, else were enqueued. `queue`: its name. They come in the order of their ids with a tag, the oldest first when they
-        are dead or scheduled, else in no order. Redis looks at them in steps of a few milliseconds, with a tag at those alone that
-        have it. What is there throughout is found; what comes or goes meanwhile may be. Raises ConfigurationError.
+        `tag`: with this tag. `state`: scheduled, ready, waiting, leased or dead. `error`: whose last error, as
+        "class: message", holds this text. `older`, `since`: whose state began before, or since, an instant or so long
+        ago: they died or were leased then, else were enqueued. `queue`: its name. They come in the order of their ids
+        with a tag, the oldest first when they are dead or scheduled, else in no order. Redis looks at them in steps
+        of a few milliseconds, with a tag at those alone that have it. What is there throughout is found; what comes
+        or goes meanwhile may be. Raises ConfigurationError.
         """
         refuse_in_loop(self.client, "app.jobs()", "async for job in app.ajobs(…)")
         return self._select(tag=tag, state=state, task=task, error=error, older=older, since=since, queue=queue).find()

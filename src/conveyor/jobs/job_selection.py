@@ -58,7 +58,8 @@ class JobSelection:
     def _walks(self) -> Walks:
         return Walks(self.wanted, RecordDecoder(self.core.sealing, self.core.formats), self.core.sealing is not None)
 
-    def _acting(self, action: ActionName, known: Iterable[str]) -> list[JobWalk[Acted]]:
+    def acting(self, action: ActionName, known: Iterable[str]) -> list[JobWalk[Acted]]:
+        """Return the walks through the queues *known* that carry out *action*."""
         walks = self._walks
         return [walks.acting(self.core.keys(name), action, self.state) for name in self._places(known)]
 
@@ -111,7 +112,7 @@ class JobSelection:
         """Cancel the jobs."""
         client = self.core.client
         done = asked = 0
-        for acted in act(client, self._acting("cancel", client.queues()), Pace(None)):
+        for acted in act(client, self.acting("cancel", client.queues()), Pace(None)):
             done += sum(one.outcome == "cancelled" for one in acted)
             asked += sum(one.outcome == "asked" for one in acted)
         return _cancelled(done, asked)
@@ -119,7 +120,7 @@ class JobSelection:
     def redrive(self, rate: str | None, limit: int | None) -> int:
         """Put the dead letters back."""
         client, pace = self.core.client, Pace(rate)
-        steps = act(client, self._acting("redrive", client.queues()), pace, checked_limit(limit))
+        steps = act(client, self.acting("redrive", client.queues()), pace, checked_limit(limit))
         return sum(sum(one.outcome == "retried" for one in acted) for acted in steps)
 
     # -- awaitable ------------------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ class JobSelection:
         """Awaitable form of `cancel`."""
         client = self.core.client
         done = asked = 0
-        async for acted in aact(client, self._acting("cancel", await client.aqueues()), Pace(None)):
+        async for acted in aact(client, self.acting("cancel", await client.aqueues()), Pace(None)):
             done += sum(one.outcome == "cancelled" for one in acted)
             asked += sum(one.outcome == "asked" for one in acted)
         return _cancelled(done, asked)
@@ -158,7 +159,7 @@ class JobSelection:
     async def aredrive(self, rate: str | None, limit: int | None) -> int:
         """Awaitable form of `redrive`."""
         client, pace, done = self.core.client, Pace(rate), 0
-        steps = aact(client, self._acting("redrive", await client.aqueues()), pace, checked_limit(limit))
+        steps = aact(client, self.acting("redrive", await client.aqueues()), pace, checked_limit(limit))
         async for acted in steps:
             done += sum(one.outcome == "retried" for one in acted)
         return done
@@ -183,7 +184,13 @@ def select(
     name = queue if queue is None or isinstance(queue, str) else queue.name
     wanted = JobFilter(task, error, since_instant("since", since), since_instant("older", older), tag)
     known_list = name is not None and name in core.plain_lists
-    return JobSelection(core, wanted, state, name if name is None or known_list else ids.queue_name(name))
+    return JobSelection(core, wanted, state, name if name is None or known_list else _queue_or_partition(name))
+
+
+def _queue_or_partition(name: str) -> str:
+    """Return the name of a queue, or of one partition (``orders/3``), if it is valid; raises ConfigurationError."""
+    ids.queue_name(ids.logical(name) if isinstance(name, str) else name)
+    return name
 
 
 def checked_limit(limit: int | None) -> int | None:

@@ -23,12 +23,12 @@ from conveyor.store.script import Call
 from conveyor.units import Duration, milliseconds
 
 R = TypeVar("R")
-LIVE: tuple[str, ...] = ("leased", "ready", "scheduled", "dead")
+LIVE: tuple[str, ...] = ("leased", "ready", "waiting", "scheduled", "dead")
 """The states in which Redis keeps a job whole."""
 ActionName = Literal["cancel", "delete", "redrive", "promote"]
 ACTED_ON: dict[ActionName, tuple[str, ...]] = {
-    "cancel": ("ready", "scheduled", "leased"), "delete": ("ready", "scheduled", "dead"), "redrive": ("dead",),
-    "promote": ("scheduled",),
+    "cancel": ("ready", "waiting", "scheduled", "leased"), "delete": ("ready", "waiting", "scheduled", "dead"),
+    "redrive": ("dead",), "promote": ("scheduled",),
 }  # fmt: skip
 """The states of the jobs that an action is for."""
 _RATE = re.compile(r"(\d{1,9})/(\d*[a-z]+)")

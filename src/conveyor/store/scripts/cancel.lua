@@ -51,7 +51,8 @@ local function cancel_job(id)
     if group then give_back(queue, {id}) end
     return 1
   end
-  for _, worker in ipairs(workers) do
+  local holder = walk.holders and walk.holders.held and (walk.holders.held[id] or {})
+  for _, worker in ipairs(holder or workers) do
     local leased = queue.prefix .. 'leased:' .. worker
     if redis.call('HEXISTS', leased, id) == 1 then
       if not cancels then return -1 end

@@ -107,7 +107,7 @@ for i, id in ipairs(rows) do
   local envelope = redis.call('HGET', KEYS[1], id)
   size = size + (envelope and #envelope or 0)
   local job = {id = id, envelope = envelope, place = place, at = moment}
-  local wanted = is_chosen(prefix, filter, job, {})
+  local wanted = is_chosen(prefix, filter, job)
   size = size + #(job.state or '')
   if wanted ~= false then
     local state = job.state or redis.call('HGET', KEYS[2], id) or ''

@@ -57,12 +57,27 @@ local function has_error(state, text)
   return false
 end
 
+-- Find what the workers hold: all at once where that is little, since each of them is asked about each job otherwise.
+-- prefix   of the queue's keys
+-- returns  {workers; held: id → {worker, place}, nil where there is too much}
+local function find_holders(prefix)
+  local holders, total = {workers = redis.call('ZRANGE', prefix .. 'workers', 0, -1)}, 0
+  for _, worker in ipairs(holders.workers) do total = total + redis.call('HLEN', prefix .. 'leased:' .. worker) end
+  if total > 2000 then return holders end
+  holders.held = {}
+  for _, worker in ipairs(holders.workers) do
+    local fields = redis.call('HGETALL', prefix .. 'leased:' .. worker)
+    for i = 1, #fields, 2 do holders.held[fields[i]] = {worker, fields[i + 1]} end
+  end
+  return holders
+end
+
 -- Find where a job is. What stands in no other place is ready.
 -- prefix   of the queue's keys
 -- job      its field id is used; place, at (due, death or lease in ms) and worker are filled
--- workers  those that may hold it
+-- holders  as find_holders returns them
 -- returns  nothing
-local function find_place(prefix, job, workers)
+local function find_place(prefix, job, holders)
   local score = redis.call('ZSCORE', prefix .. 'due', job.id)
   if score then
     job.place, job.at = 'scheduled', tonumber(score)
@@ -75,25 +90,24 @@ local function find_place(prefix, job, workers)
   end
   local found = job.envelope and string.byte(job.envelope) ~= 10 and marks(job.envelope)
   job.place = found and group_of(found) and 'waiting' or 'ready'
-  for _, worker in ipairs(workers) do
+  local held = holders.held and holders.held[job.id]
+  for _, worker in ipairs(holders.held and {} or holders.workers) do
     local place = redis.call('HGET', prefix .. 'leased:' .. worker, job.id)
-    if place then
-      job.place, job.at, job.worker = 'leased', tonumber(leased_at(place)), worker
-      return
-    end
+    held = held or place and {worker, place}
   end
+  if held then job.place, job.worker, job.at = 'leased', held[1], tonumber(leased_at(held[2])) end
 end
 
 -- Tell whether a job is chosen.
 -- prefix   of the queue's keys
 -- filter   as read_filter returns it, and: placed, true when the place must be known
 -- job      fields id and envelope are used, place, at and worker where they are known; state is filled when it is read
--- workers  as for find_place
+-- holders  as for find_place; nil where the place is known
 -- returns  true or false; nil where has_error does
-local function is_chosen(prefix, filter, job, workers)
+local function is_chosen(prefix, filter, job, holders)
   if not job.envelope or string.byte(job.envelope) == 120 then return false end
   if filter.task ~= '' and not is_of_task(job.envelope, filter.task) then return false end
-  if not job.place and (filter.states or filter.since or filter.older or filter.placed) then find_place(prefix, job, workers) end
+  if not job.place and (filter.states or filter.since or filter.older or filter.placed) then find_place(prefix, job, holders) end
   if filter.states and not string.find(filter.states, ' ' .. job.place .. ' ', 1, true) then return false end
   if filter.since or filter.older then
     local began = job.place ~= 'scheduled' and job.at or made_at(job.id)
@@ -104,31 +118,36 @@ local function is_chosen(prefix, filter, job, workers)
   return has_error(job.state, filter.error)
 end
 
--- Make one step of a walk: look at about 1,000 jobs and 1 MiB of them, fewer where acting on them costs more.
+-- Make one step of a walk: look at about 500 jobs and 512 KiB of them, fewer where acting on them costs more.
 -- prefix   of the queue's keys
 -- at       where in ARGV its way stands
 -- placed   true when the place of each job must be known
 -- cost     of what is done with a chosen job, where a look costs 1
 -- returns  {found: the jobs, as for is_chosen; looked: how many were looked at; ended; lost: ids that have no envelope;
---          unsure: ids of which is_chosen returns nil; now (ms); and what reply_of uses}
+--          unsure: ids of which is_chosen returns nil; holders: as find_holders returns them, perhaps nil; now (ms);
+--          and what reply_of uses}
 local function walk_jobs(prefix, at, placed, cost)
   local way, cursor, most, filter = ARGV[at], ARGV[at + 1], number_in(ARGV[at + 2]), read_filter(at + 3)
   local walk = {found = {}, looked = 0, ended = true, lost = {}, unsure = {}, now = clock(), cursor = cursor, seen = {}, scores = {}}
-  local left, size = 1000, 0
-  local workers = way ~= 'dead' and way ~= 'scheduled' and redis.call('ZRANGE', prefix .. 'workers', 0, -1) or {}
+  local left, size, holders = 500, 0, nil
   filter.placed = placed
+  if way == 'tag' or way == 'all' or (way == 'ids' and placed) then holders = find_holders(prefix) end
+  -- Each worker is asked about a job, here or by what acts on it.
+  local asked = holders and not holders.held and #holders.workers / 2 or 0
+  walk.holders = holders
 
   local function look(id, envelope, place, moment, worker)
     local job = {id = id, envelope = envelope or redis.call('HGET', prefix .. 'jobs', id), place = place, at = moment, worker = worker}
-    local chosen = is_chosen(prefix, filter, job, workers)
+    local chosen = is_chosen(prefix, filter, job, holders)
     walk.looked = walk.looked + 1
     if not job.envelope then walk.lost[#walk.lost + 1] = id end
     if chosen then walk.found[#walk.found + 1] = job
     elseif chosen == nil then walk.unsure[#walk.unsure + 1] = id end
     size = size + #(job.envelope or '') + #(job.state or '')
-    left = left - 1 - (job.place and not place and #workers / 4 or 0) - (job.state and 1 or 0) - (chosen and cost or 0)
+    local searched = job.place and not place
+    left = left - 1 - (searched and 1 or 0) - (job.state and 1 or 0) - (chosen and cost or 0) - ((chosen or searched) and asked or 0)
   end
-  local function has_room() return left > 0 and size < 1048576 and #walk.found < most end
+  local function has_room() return left > 0 and size < 524288 and #walk.found < most end
 
   if way == 'ids' then
     local named = {}
@@ -176,6 +195,7 @@ local function walk_jobs(prefix, at, placed, cost)
     end
     walk.ended = over or #page == 0
   elseif way == 'leased' then
+    local workers = redis.call('ZRANGE', prefix .. 'workers', 0, -1)
     table.sort(workers)
     local place, name = string.match(cursor, '^(-?%d+) (.*)$')
     walk.ended = false
@@ -194,14 +214,14 @@ local function walk_jobs(prefix, at, placed, cost)
     end
     walk.ended = true
   else
-    local count = 20
     cursor = cursor == '' and '0' or cursor
     repeat
+      -- As many as fit beside those there were; a page is looked at whole.
+      local room = math.min(left / (1 + cost + asked), (524288 - size) * (walk.looked + 20) / (size + 65536))
+      local count = int(math.max(5, math.min(walk.looked > 0 and 200 or 20, math.floor(room))))
       local page = redis.call('HSCAN', prefix .. 'jobs', cursor, 'COUNT', count)
       cursor = page[1]
       for i = 1, #page[2], 2 do look(page[2][i], page[2][i + 1]) end
-      -- As many as fit beside those there were; a page is looked at whole.
-      count = math.max(10, math.min(200, math.floor(left / (1 + cost)), math.floor((1048576 - size) * walk.looked / (size + 1))))
     until cursor == '0' or not has_room()
     walk.cursor, walk.ended = cursor, cursor == '0'
   end
