@@ -261,10 +261,11 @@ end
 -- queue    as for read_groups
 -- leased, number  key leased:<worker>, and the number of the turn
 -- want     how many at most
+-- urgent   true when a list of a priority above 0 may have entries
 -- now, missing  as for write_round
 -- returns  ids, their envelopes, their number, true when it has stopped though there may be more
-local function take_rotating(queue, leased, number, want, now, missing)
-  local ids, envelopes, taken, decided, priority = {}, {}, 0, 0, 9
+local function take_rotating(queue, leased, number, want, urgent, now, missing)
+  local ids, envelopes, taken, decided, priority = {}, {}, 0, 0, urgent and 9 or 0
   local function hold_found(found, texts)
     for i, id in ipairs(found) do ids[taken + i], envelopes[taken + i] = id, texts[i] end
     hold(leased, number, found, #found, taken)
