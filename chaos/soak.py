@@ -20,9 +20,11 @@ FORGOTTEN = (
     "zombie accepted",
     "poison started too often",
     "ran after cancel",
+    "limit violations",
+    "order violations",
 )
 """
-What follows when a promoted replica had not heard the last writes: pushes, outcomes, counts and cancellations of the last
+What follows when a promoted replica had not heard the last writes: pushes, starts, outcomes, counts and cancellations of the last
 moments are gone, whoever uses Redis. What a replica had confirmed is not, and nothing may be stuck, or in two places.
 """
 
