@@ -29,13 +29,15 @@ MIX: dict[str, float] = {
     "quick": 30, "steady": 6, "boxed": 3, "message": 10, "bulk": 0.4, "messages": 0.4, "slow": 7, "slow_steady": 2,
     "blocking": 0.1, "flaky": 5, "delayed": 5, "unique": 3, "own": 3, "cancel": 3, "poison": 0.2, "boxed_poison": 0.3,
     "spread": 12, "spread_message": 6, "spread_messages": 0.2, "parent": 4, "batched": 8, "batched_apart": 1,
-    "batched_beside": 1, "batched_poison": 0.1, "narrow": 3, "narrow_bulk": 0.2, "published_message": 3, "tagged": 3,
+    "batched_beside": 1, "batched_poison": 0.1, "ordered": 6, "pair": 4, "scarce": 3, "paced": 2, "costly": 1.5,
+    "grouped_message": 4, "narrow": 3, "narrow_bulk": 0.2, "published_message": 3, "tagged": 3,
 }  # fmt: skip
 STEADFAST = {
     kind: MIX[kind]
     for kind in ("quick", "steady", "message", "bulk", "slow", "delayed", "spread", "spread_message", "parent")
 }
 """Of producers that ask for replicas, or have a buffer: kinds whose id is known to be theirs, however the call ends."""
+LEVELLED = {"ordered", "pair", "scarce", "paced", "costly", "grouped_message"}
 FANNED = {"narrow", "narrow_bulk", "published_message", "tagged"}
 BULK = 60
 
@@ -100,6 +102,8 @@ class Producer:
         long = (1 + min(4, draw.expovariate(1.5))) * LEASE * 1000
         if kind in {"quick", "steady", "boxed", "bystander", "spread"}:
             self.task(kind, getattr(tested_app, kind), ms)
+        elif kind in LEVELLED:
+            self.levelled(kind, ms)
         elif kind in FANNED:
             self.fanned(kind, ms)
         elif "bulk" in kind or "message" in kind:
@@ -173,6 +177,29 @@ class Producer:
             item = functools.partial(item, key=draw.choice("abc"))
         name = {"batched_beside": "batched_poison"}.get(kind, kind)
         self.call(kind, lambda tokens: getattr(tested_app, name).enqueue(item(tokens[0])))
+
+    def levelled(self, kind: str, ms: float) -> None:
+        """Enqueue a job with a limit or a group, or push a message of a group; the facts say what the checker is to hold."""
+        draw = self.random
+        lane, failures = f"{kind} {self.prefix}{draw.randrange(4)}", draw.choice((0, 0, 0, 0, 1, 2))
+        facts: dict[str, Any]
+        if kind == "ordered":
+            facts = {"group": lane}
+            self.task(kind, tested_app.ordered, lane, ms, failures, facts=facts)
+        elif kind == "pair":
+            facts = {"slots": [[lane, 2]]}
+            self.task(kind, tested_app.pair, lane, 10 * ms, failures, facts=facts)
+        elif kind == "scarce":
+            facts = {"slots": [["scarce", 3]]}
+            self.task(kind, tested_app.scarce, 10 * ms, facts=facts)
+        elif kind == "paced":
+            facts = {"rates": [["paced", 8, 4.0, 1]]}
+            self.task(kind, tested_app.paced, failures, facts=facts)
+        elif kind == "costly":
+            lane, tokens = f"lane{draw.randrange(2)}", draw.randint(5, 30)
+            self.task(kind, tested_app.costly, lane, tokens, facts={"rates": [[f"costly {lane}", 60, 4.0, tokens]]})
+        else:
+            self.call(kind, lambda tokens: mail.push({"token": tokens[0], "ms": ms}, group=lane), group=lane)
 
     def fanned(self, kind: str, ms: float) -> None:
         """Make a call that may become one job with others, that may wait for room, or that becomes several messages."""

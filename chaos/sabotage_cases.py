@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -263,6 +264,34 @@ def batch(environment: Environment) -> RunResult:
     return environment.evaluate(also=("dead by crashes",))
 
 
+def levelled(environment: Environment) -> RunResult:
+    """Jobs with rates, slots and groups, some of which fail at first, and two workers: no fault, and no limit exceeded."""
+    for number in range(2):
+        environment.process_group.embedded(f"program{number}", environment.url)
+    environment.ready(2)
+    _push(environment, 120, ordered=4, pair=3, scarce=2, paced=1, costly=1, grouped_message=2)
+    environment.drain(15, stall=8)
+    return environment.evaluate(also=("unexplained repeats",))
+
+
+def levelled_kill(environment: Environment) -> RunResult:
+    """The same, and workers that are killed while they hold slots: these come back with their jobs."""
+    for number in range(2):
+        environment.process_group.supervised(f"worker{number}", environment.url, processes=1)
+    environment.process_group.embedded("program", environment.url)
+    environment.ready(3)
+    _push(environment, 80, rate=40, ordered=4, pair=4, scarce=4)
+    for struck in range(3):
+        environment.started(15 + 15 * struck)
+        children = environment.process_group.programs[struck % 2].children()
+        environment.fault("kill worker", pids=children, supervised=True)
+        for pid in children:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    environment.drain(15, stall=8)
+    return environment.evaluate()
+
+
 def fanned(environment: Environment) -> RunResult:
     """Calls that become one job, a queue that is full at times, and messages that are published: nothing is missing."""
     environment.process_group.queues = ("default", "narrow")
@@ -278,6 +307,6 @@ CASES = {
     "zombie": Case(zombie), "kill": Case(kill), "recovery": Case(recovery, 15.0), "poison": Case(poison), "cut": Case(cut),
     "rollback": Case(rollback), "frozen": Case(frozen), "slow": Case(slow), "full": Case(full), "pickup": Case(pickup, 15.0),
     "term": Case(term, 15.0), "unique": Case(unique, 15.0), "clock": Case(clock, 15.0), "mixed": Case(mixed, 15.0),
-    "batch": Case(batch, 15.0),
+    "batch": Case(batch, 15.0), "levelled": Case(levelled, 15.0), "levelled-kill": Case(levelled_kill, 15.0),
     "fanned": Case(fanned, 15.0),
 }  # fmt: skip

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos.run_log import RunLog
-from conveyor import BatchFailed, Buffer, Context, Conveyor, Retry, current
+from conveyor import BatchFailed, Buffer, Concurrency, Context, Conveyor, Rate, Retry, current
 
 LEASE = float(os.environ.get("CHAOS_LEASE", "2"))
 NAMESPACE = "chaos"
@@ -236,6 +236,9 @@ async def batched_poison(items: list[Item], context: Context = current()) -> lis
         return handle(items, contexts, failed)
 
 
+# -- limits and groups ------------------------------------------------------------------------------------------------
+
+
 async def level(token: str, ms: float, failures: int, context: Context) -> dict[str, Any]:
     """Do as `flaky` does, and take a while."""
     with noted(token, context.job_id, context.attempt):
@@ -243,6 +246,38 @@ async def level(token: str, ms: float, failures: int, context: Context) -> dict[
         if context.attempt <= failures:
             raise RuntimeError(f"attempt {context.attempt} of {token} fails")
         return answer(token, context)
+
+
+@app.task(name="ordered", group_by="lane", retry=PATIENT)
+async def ordered(token: str, lane: str, ms: float, failures: int, context: Context = current()) -> dict[str, Any]:
+    """Run one at a time and in order within a lane, also over retries."""
+    return await level(token, ms, failures, context)
+
+
+@app.task(name="pair", group_by="lane", limits=[Concurrency(2, by="lane")], retry=PATIENT)
+async def pair(token: str, lane: str, ms: float, failures: int, context: Context = current()) -> dict[str, Any]:
+    """Run two at a time within a lane."""
+    return await level(token, ms, failures, context)
+
+
+@app.task(name="scarce", limits=[Concurrency(3)], retry=PATIENT)
+def scarce(token: str, ms: float, context: Context = current()) -> dict[str, Any]:
+    """Run three at a time, on threads."""
+    with noted(token, context.job_id, context.attempt):
+        time.sleep(ms / 1000)
+        return answer(token, context)
+
+
+@app.task(name="paced", limits=[Rate(8, "4s")], retry=PATIENT)
+async def paced(token: str, failures: int, context: Context = current()) -> dict[str, Any]:
+    """Start eight times in any four seconds, retries included."""
+    return await level(token, 5, failures, context)
+
+
+@app.task(name="costly", limits=[Rate(60, "4s", by="lane", cost="tokens")], retry=PATIENT)
+async def costly(token: str, lane: str, tokens: int, context: Context = current()) -> dict[str, Any]:
+    """Start for sixty tokens in any four seconds, of each lane."""
+    return await level(token, 5, 0, context)
 
 
 # -- calls that become one job, full queues, topics -------------------------------------------------------------------
