@@ -1,6 +1,19 @@
 -- Leasing from ready lists that have tickets: round robin between groups and plain jobs. One round reads the head of a list,
 -- decides about each entry in order without a write, and then writes all of it, so that a job is held before the next round.
 
+-- Tell whether the first job of a group with a key has a limit by this key, which may let more than one run at a time.
+-- queue, priority  as for read_groups
+-- one      {group, limit (of its key)}
+-- returns  true or false
+local function may_be_open(queue, priority, one)
+  local id = redis.call('LINDEX', queue.prefix .. 'group:' .. priority .. ':' .. one.group, 0)
+  local found = id and marks(redis.call('HGET', queue.jobs, id) or '\n')
+  for _, limit in ipairs(found and found.limits or {}) do
+    if string.sub(limit, -#one.limit) == one.limit then return true end
+  end
+  return false
+end
+
 -- Read what a round needs of its tickets' groups.
 -- queue    as begin_groups makes it, and ready
 -- priority of the list
@@ -37,7 +50,7 @@ local function read_groups(queue, priority, entries, room, whole, now)
       local closed = string.byte(one.group) == 103
       -- Of a group that runs one at a time, and runs, the first job is enough: it tells which other limits are left unused.
       one.share = one.credit or s.weight * rounds
-      one.most = closed and s.count > 0 and 1 or math.min(one.share, room)
+      one.most = closed and (s.count > 0 or (rounds > 1 and not may_be_open(queue, priority, one))) and 1 or math.min(one.share, room)
       one.ids = redis.call('LRANGE', queue.prefix .. 'group:' .. priority .. ':' .. one.group, 0, one.most)
     end
   end
