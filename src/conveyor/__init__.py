@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from conveyor.jobs.hooks import CallNext, Middleware
     from conveyor.jobs.job import Job
     from conveyor.jobs.task import Task
+    from conveyor.jobs.uniqueness import Debounce, Throttle, Unique
     from conveyor.jobs.why import Why
-    from conveyor.messaging.limits import Concurrency, Debounce, Rate, Unique
+    from conveyor.messaging.limits import Concurrency, Rate
     from conveyor.messaging.message import Message
     from conveyor.messaging.plain_list import PlainList
     from conveyor.messaging.push_options import Outgoing
@@ -76,6 +77,7 @@ __all__ = [
     "Snooze",
     "StoreUnavailable",
     "Task",
+    "Throttle",
     "Topic",
     "TopicInfo",
     "Unique",
@@ -93,7 +95,7 @@ _HOME = {
     "Concurrency": "messaging.limits",
     "Context": "jobs.context",
     "Conveyor": "jobs.app",
-    "Debounce": "messaging.limits",
+    "Debounce": "jobs.uniqueness",
     "FileStore": "payload.blobs",
     "Format": "payload.formats",
     "Job": "jobs.job",
@@ -105,9 +107,10 @@ _HOME = {
     "Rate": "messaging.limits",
     "Retry": "messaging.retry",
     "Task": "jobs.task",
+    "Throttle": "jobs.uniqueness",
     "Topic": "messaging.topic",
     "TopicInfo": "messaging.topic",
-    "Unique": "messaging.limits",
+    "Unique": "jobs.uniqueness",
     "Why": "jobs.why",
     "current": "jobs.context",
 }

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from conveyor import Conveyor
+from conveyor import Conveyor, Throttle, Unique
 from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError, DurabilityNotReached, QueueNotFound
 from conveyor.jobs.context import current
@@ -60,6 +60,28 @@ async def test_jobs_are_spread_and_run_once(app: Conveyor) -> None:
     assert ran == Counter(range(2024))
     assert [await job.aresult(timeout=60) for job in jobs[::100]] == [2 * n for n in range(0, 2024, 100)]
     assert await app.job(jobs[7].id).aresult(timeout=60) == 14
+
+
+async def test_the_key_of_a_unique_task_places_its_jobs(app: Conveyor) -> None:
+    """The key of a call picks its partition, so that it is unique in the whole queue; two keys on such a queue are refused."""
+    ran: list[tuple[int, str]] = []
+
+    @app.task(queue="orders", unique=Unique(by=("page",), conflict="replace"))
+    async def index(page: int, text: str = "") -> None:
+        ran.append((page, text))
+
+    @app.task(queue="orders", unique=Unique(by=("page",)), throttle=Throttle("1m", by="text"))
+    async def both(page: int, text: str = "") -> None: ...
+
+    jobs = [await index.aenqueue(page, text) for page in range(6) for text in "ab"]
+    assert [job.conflict for job in jobs] == [None, "replaced"] * 6
+    assert len({job.queue for job in jobs}) > 1
+    with pytest.raises(ConfigurationError, match="several keys"):
+        await both.aenqueue(1)
+
+    await drain(app)
+
+    assert sorted(ran) == [(page, "b") for page in range(6)]
 
 
 async def test_keys_of_jobs_place_them(app: Conveyor) -> None:

@@ -19,7 +19,6 @@ from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.jobs.app import Conveyor
 from conveyor.jobs.context import Context, current
 from conveyor.jobs.task import definition_of
-from conveyor.messaging.limits import Debounce, Unique
 from conveyor.messaging.retry import Retry
 from support.manual_worker import ManualWorker, arguments
 
@@ -243,21 +242,6 @@ def test_wrong_options_are_refused(app: Conveyor, wrong: dict[str, Any]) -> None
     """An option that cannot be honoured raises where it is given."""
     with pytest.raises((ConfigurationError, PayloadError)):
         app.task(add).options(**wrong)
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("unique", Unique()),
-        ("debounce", Debounce("1s")),
-    ],
-)
-def test_what_does_not_work_yet_is_refused(app: Conveyor, option: str, value: Any) -> None:
-    """An option of the interface that is not built yet is refused by name, never ignored."""
-    with pytest.raises(ConfigurationError, match=rf"@app.task\({option}=…\) is not available yet"):
-        app.task(**{option: value})
-
-    assert app.tasks == {}
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,11 @@ SABOTAGES = {
     "reap forgets cancellations": ("REAP", "elseif asked[id] then", "elseif false then"),
     "cancel leaves a stub uncounted": ("CANCEL", "redis.call('HINCRBY', KEYS[6], 'stubs', 1)", ""),
     "extend copies instead of moving": ("EXTEND", "redis.call('HDEL', KEYS[1], ARGV[1])", ""),
-    "purge keeps unique keys": ("PURGE", "if found then release(prefix, id, found.unique, found.own) end", ""),
+    "purge keeps unique keys": ("PURGE", "if found then release(prefix, id, found) end", ""),
+    "turn lets a key outlive its job": ("TURN", "redis.pcall('GET', name) == id then redis.call('DEL', name) end", "false then end"),
+    "turn lets the keys of many jobs outlive them": ("TURN", "if #gone > 0 then redis.call('DEL', unpack(gone)) end", ""),
+    "turn keeps the key of a job that has started": ("TURN", "if key.life == 's' and", "if false and"),
+    "turn frees a window with its job": ("TURN", "if not (ended and key.life == 't') and", "if"),
 }  # fmt: skip
 
 CAUGHT = (

@@ -153,7 +153,7 @@ class SimulatedClient:
                 assert isinstance(reply, StalePush)
                 return
             if number > last:
-                ids = [replayed.model.push(entry.id, job, rank, entry.front) for entry, job, rank in made]
+                ids = [replayed.model.push(entry.id, job, rank, entry.front)[0] for entry, job, rank in made]
                 answer = not replayed.known if plain else ids
                 replayed.lanes[lane], replayed.known = (number, answer), True
             assert reply == answer

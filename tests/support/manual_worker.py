@@ -43,14 +43,15 @@ class ManualWorker:
         self._settle("D", id, keep_ms if value else 0, record)
 
     def plainly_done(self, *ids: str) -> None:
-        """Finish jobs that keep nothing and hold nothing."""
-        self.turn(0, done=ids)
+        """Finish jobs that keep nothing; they give back their unique keys."""
+        report = TurnReport()
+        for id_ in ids:
+            report.add_done(id_, self.envelopes[id_].attributes)
+        self._report(report)
 
     def unkept(self, *ids: str) -> None:
         """Finish jobs that returned a value which is not kept."""
-        self.number += 1
-        report = TurnReport(list(ids), results=dict.fromkeys(ids, (0, b"")))
-        self.client.run(operations.turn(self.keys, self.worker, self.number, 0, 60_000, report, flags="e"))
+        self._report(TurnReport(list(ids), results=dict.fromkeys(ids, (0, b""))))
 
     def dead(self, id: str, failure: Failure | None, crashes: int = 0) -> None:  # noqa: A002
         """Give a job up."""
@@ -70,8 +71,15 @@ class ManualWorker:
     def leave(self) -> None:
         """Finish what is held and go."""
         while ids := self.client.run(operations.held_ids(self.keys, self.worker)):
-            self.turn(0, done=tuple(ids))
+            report = TurnReport()
+            for id_ in ids:
+                report.add_done(id_, self.envelopes[id_].attributes if id_ in self.envelopes else "")
+            self._report(report)
         self.turn(0, flags="t")
+
+    def _report(self, report: TurnReport) -> None:
+        self.number += 1
+        self.client.run(operations.turn(self.keys, self.worker, self.number, 0, 60_000, report, flags="e"))
 
 
 def arguments(app: Conveyor, envelope: Envelope) -> tuple[list[Any], dict[str, Any]]:
@@ -83,7 +91,7 @@ def drain(app: Conveyor) -> None:
     """Empty all queues of *app*."""
     for queue in app.client.queues():
         keys = app.client.keys(queue)
-        for place in ("due", "dead", "ready"):
+        for place in ("rerun", "due", "dead", "ready"):
             while app.client.run(operations.purge(keys, place, 500))[0]:
                 pass
         manual = ManualWorker(app, queue)

@@ -22,6 +22,10 @@ class Job:
     priority: int = 0
     unique: str | None = None
     tags: tuple[str, ...] = ()
+    life: str = "d"  # until when the key is held: d done, s start, t a time that is far away
+    conflict: str = "k"  # k keep, r replace, x raise, a rerun, b debounce
+    body: str = "1"
+    rank: float | None = None
     own: bool = False
     expired: bool = False
     stub: bool = False
@@ -51,6 +55,10 @@ class Reply:
     states: list[History | None]
 
 
+class KeyHeld(Exception):
+    """A push with a key that another job has is refused whole."""
+
+
 class Model:
     """One queue."""
 
@@ -62,6 +70,7 @@ class Model:
         self.dead: list[str] = []
         self.members: dict[str, ModelWorker] = {}
         self.unique: dict[str, str] = {}
+        self.reruns: dict[str, str] = {}  # job that runs, or comes back → the one that is to run after it
         self.own: dict[str, bool] = {}  # id → kept for a day only
         self.results: set[str] = set()
         self.unstarted: set[str] = set()  # of the results: cancelled before a worker had started them
@@ -121,17 +130,32 @@ class Model:
 
     # -- ends -----------------------------------------------------------------------------------------------------
 
-    def release(self, id_: str) -> None:
-        """Give back the unique key; keep the own id for a day."""
+    def release(self, id_: str, *, ended: bool = False) -> None:
+        """Give back the unique key, and let the job take its place that waits for it; keep the own id for a day."""
         job = self.jobs[id_]
-        if job.unique and self.unique.get(job.unique) == id_:
+        if job.unique and self.unique.get(job.unique) == id_ and not (ended and job.life == "t"):
             del self.unique[job.unique]
+        if (successor := self.reruns.pop(id_, None)) is not None:
+            self._admit(successor)
         if job.own and id_ in self.own:
             self.own[id_] = True
 
-    def end(self, id_: str, *, record: bool) -> None:
+    def _admit(self, id_: str) -> None:
+        job = self.jobs[id_]
+        assert job.unique is not None
+        if job.life == "t":
+            self.unique.update({job.unique: id_} if job.unique in self.unique else {})
+        else:
+            self.unique.setdefault(job.unique, id_)
+        if job.rank is not None and job.rank > NOW:
+            self.due[id_] = job.rank
+        else:
+            self.ready[job.priority].append(id_)
+        self.wake()
+
+    def end(self, id_: str, *, record: bool, ended: bool = False) -> None:
         """Remove a job."""
-        self.release(id_)
+        self.release(id_, ended=ended)
         del self.jobs[id_]
         self.waiters.pop(id_, None)
         if record:
@@ -140,17 +164,14 @@ class Model:
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
-    def push(self, id_: str, job: Job, rank: float | None, front: bool) -> str:
-        """Accept one message; return its id or the one that is there already."""
+    def push(self, id_: str, job: Job, rank: float | None, front: bool) -> tuple[str, str | None]:
+        """Accept one message; return its id or the one that is there already, and what was done then. Raises KeyHeld."""
+        job.rank = rank
         if job.own and (id_ in self.own or id_ in self.jobs):
-            return id_
-        if job.unique and self.unique.get(job.unique) in self.jobs:
-            return self.unique[job.unique]
-        self.jobs[id_] = job
-        if job.own:
-            self.own[id_] = False
-            self.results.discard(id_)
-            self.unstarted.discard(id_)
+            return id_, "kept"
+        if job.unique and (holder := self.unique.get(job.unique)) and (holder in self.jobs or job.life == "t"):
+            return self._meet(holder, id_, job)
+        self._store(id_, job)
         if job.unique:
             self.unique[job.unique] = id_
         if rank is not None:
@@ -160,7 +181,38 @@ class Model:
         else:
             self.ready[job.priority].insert(0 if front else len(self.ready[job.priority]), id_)
             self.wake()
-        return id_
+        return id_, None
+
+    def _store(self, id_: str, job: Job) -> None:
+        self.jobs[id_] = job
+        if job.own:
+            self.own[id_] = False
+            self.results.discard(id_)
+            self.unstarted.discard(id_)
+
+    def _meet(self, holder: str, id_: str, job: Job) -> tuple[str, str | None]:
+        """Carry out the policy of a push whose key another job has."""
+        if job.conflict == "x":
+            raise KeyHeld
+        there = self.jobs.get(holder)
+        if job.conflict == "k" or there is None or there.stub or holder in self.dead:
+            return holder, "kept"
+        if (successor := self.reruns.get(holder)) is not None:
+            self.jobs[successor].body, self.jobs[successor].expired = job.body, job.expired
+            return successor, "rerun"
+        runs = self.holder(holder) is not None
+        if there.body == job.body and (job.conflict == "r" or (job.conflict == "a" and not runs)):
+            return holder, "kept"
+        if runs:
+            self._store(id_, job)
+            self.reruns[holder] = id_
+            return id_, "rerun"
+        there.body, there.expired = job.body, job.expired
+        if job.conflict == "b" and holder in self.due and job.rank is not None:
+            self.due[holder] = job.rank
+            if self.in_order()[0] == holder:
+                self.wake()
+        return holder, "replaced"
 
     def turn(self, name: str, want: int, settled: list[tuple[str, str, Any]], *, leave: bool = False) -> Reply:
         """Settle (kind, id, state or rank of a retry with state)… and lease up to *want*."""
@@ -181,6 +233,10 @@ class Model:
             for priority in range(9, -1, -1):
                 while self.ready[priority] and len(taken) < want:
                     self._take(self.ready[priority].pop(0), taken)
+        for id_ in taken:
+            key = self.jobs[id_].unique
+            if key is not None and self.jobs[id_].life == "s" and self.unique.get(key) == id_:
+                del self.unique[key]
         for place, id_ in enumerate(taken, 1):
             member.leases[id_] = member.turn * 8192 + place
         more = self._wakes_another(member, want, taken, leave=leave and not member.leases)
@@ -200,10 +256,10 @@ class Model:
             return
         del member.leases[id_]
         if kind in {"done", "kept", "D", "C"}:
-            self.end(id_, record=kind != "done")
+            self.end(id_, record=kind != "done", ended=kind != "C")
         elif kind == "X":
             self.jobs[id_].state = what
-            self.release(id_)
+            self.release(id_, ended=True)
             self.waiters.pop(id_, None)
             self.dead.append(id_)
         elif id_ in member.cancel:  # a retry or a return: it ends cancelled
@@ -290,7 +346,10 @@ class Model:
             if id_ not in self.members[holder].cancel:
                 self.members[holder].cancel.append(id_)
             return 2
-        if id_ in self.due or id_ in self.dead:
+        follows = next((first for first, last in self.reruns.items() if last == id_), None)
+        if follows is not None:
+            del self.reruns[follows]
+        if follows is not None or id_ in self.due or id_ in self.dead:
             self.due.pop(id_, None)
             if id_ in self.dead:
                 self.dead.remove(id_)
@@ -309,11 +368,11 @@ class Model:
         found: list[str] = []
         for id_ in dict.fromkeys(one for one in ids if one in self.dead):
             job = self.jobs[id_]
-            if job.unique and self.unique.get(job.unique, id_) != id_:
+            if job.unique and job.life != "t" and self.unique.get(job.unique, id_) != id_:
                 continue
             found.append(id_)
             self.dead.remove(id_)
-            if job.unique:
+            if job.unique and job.life != "t":
                 self.unique[job.unique] = id_
             job.state = ((job.state or FRESH)[0], 0, 0, b"")
             if job.own:
@@ -334,7 +393,10 @@ class Model:
 
     def purge(self, place: str, limit: int) -> tuple[int, int]:
         """Remove one batch; return (entries, jobs)."""
-        if place == "ready":
+        if place == "rerun":
+            ids = list(self.reruns.values())[:limit]
+            self.reruns = dict(list(self.reruns.items())[limit:])
+        elif place == "ready":
             ids = [id_ for priority in range(9, -1, -1) for id_ in self.ready[priority]][:limit]
         else:
             ids = (self.in_order() if place == "due" else list(self.dead))[:limit]
@@ -389,6 +451,8 @@ class Model:
             },
             "state": {id_: job.state for id_, job in self.jobs.items() if job.state is not None},
             "unique": dict(self.unique),
+            "reruns": dict(self.reruns),
+            "bodies": {id_: job.body for id_, job in self.jobs.items() if not job.stub},
             "own": dict(self.own),
             "tags": self.tags(),
             "results": set(self.results),

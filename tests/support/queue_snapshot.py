@@ -18,6 +18,7 @@ def read(client: Any, keys: QueueKeys) -> dict[str, Any]:
     for key in keys.ready:
         pipeline.lrange(key, 0, -1)
     pipeline.hgetall(keys.jobs).zrange(keys.due, 0, -1).zrange(keys.dead, 0, -1).hgetall(keys.state)
+    pipeline.hgetall(f"{keys.prefix}reruns")
     pipeline.hgetall(keys.waiters).hgetall(keys.conf).llen(keys.wake).zrange(keys.workers, 0, -1)
     for worker in rest["leased:"]:
         pipeline.hgetall(keys.leased(worker))
@@ -32,7 +33,7 @@ def read(client: Any, keys: QueueKeys) -> dict[str, Any]:
     replies = iter(pipeline.execute())
 
     ready = {priority: _texts(next(replies)) for priority in range(10)}
-    jobs, due, dead, state, waiters, conf, token, workers = (next(replies) for _ in range(8))
+    jobs, due, dead, state, reruns, waiters, conf, token, workers = (next(replies) for _ in range(9))
     leased = {worker: _lease(next(replies)) for worker in rest["leased:"]}
     leased = {worker: lease for worker, lease in leased.items() if lease is not None}
     assert sorted(leased) == sorted(_texts(workers)), "registrations and ends of leases differ"
@@ -45,6 +46,12 @@ def read(client: Any, keys: QueueKeys) -> dict[str, Any]:
         "leased": leased,
         "state": {id_.decode(): history(text) for id_, text in state.items()},
         "unique": {key: next(replies).decode() for key in rest["unique:k:"]},
+        "reruns": {first.decode(): last.decode() for first, last in reruns.items()},
+        "bodies": {
+            id_.decode(): envelope.split(b"\n", 2)[2].decode()
+            for id_, envelope in jobs.items()
+            if not envelope.startswith(b"x")
+        },
         "own": {id_: next(replies) >= 0 for id_ in rest["unique:i:"]},
         "results": {*rest["result:"], *(id_ for _ in rest["results:"] for id_ in _texts(next(replies)))},
         "tags": {tag: _texts(next(replies)) for tag in rest["tag:"]},

@@ -6,13 +6,14 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, ClassVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from conveyor.errors import QueueFull
-from conveyor.payload.records import write_attributes
+from conveyor.errors import Duplicate, QueueFull
+from conveyor.payload.records import JobKey, write_attributes, write_envelope
 from conveyor.store import inspection, operations
 from conveyor.store.job_filter import JobFilter, Walk
 from conveyor.store.operations import (
@@ -26,12 +27,29 @@ from conveyor.store.operations import (
     WorkerUnregistered,
 )
 from conveyor.store.script import Call
-from support.queue_model import FRESH, History, Job, Model, ModelWorker, Reply
+from support.queue_model import FRESH, History, Job, KeyHeld, Model, ModelWorker, Reply
 from support.queue_snapshot import history, read
 from support.seeded_queue import LEASE, REST, SeededQueue
 
 KINDS = ["keep", "done", "done", "D", "C", "X", "R0", "R", "F", "F-", "M", "M*", "K"]
-SPECS = ["plain", "plain", "plain", "urgent", "later", "zero", "unique", "own", "expired", "front", "tagged", "all"]
+SPECS = [
+    "plain",
+    "plain",
+    "urgent",
+    "later",
+    "zero",
+    "unique",
+    "keyed",
+    "keyed",
+    "keyed",
+    "own",
+    "expired",
+    "front",
+    "tagged",
+    "all",
+]
+CONFLICTS: dict[str, Any] = {"k": "keep", "r": "replace", "x": "raise", "a": "rerun", "b": "debounce"}
+LIVES: dict[str, Any] = {"d": "done", "s": "start", "t": "time"}
 STATES = ["scheduled", "ready", "leased", "dead"]
 ANY = st.integers(0, 99)
 
@@ -96,7 +114,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     # -- producers ------------------------------------------------------------------------------------------------
 
-    def _spec(self, kind: str, pick: int) -> tuple[Entry, Job, float | None]:
+    def _spec(self, kind: str, pick: int, key: str = "", conflict: str = "") -> tuple[Entry, Job, float | None]:
         number = next(self.count)
         entry, job, rank = Entry(f"j{number:04}", REST), Job(), None
         if kind in {"urgent", "all"}:
@@ -113,8 +131,28 @@ class QueueMachine(RuleBasedStateMachine):
             entry.expires_ms, job.expired = 0, True
         if kind in {"tagged", "all"} or (pick % 5 == 0 and kind != "plain"):
             entry.tags = job.tags = (("a",), ("b", "a"))[pick % 2]
+        if kind == "keyed":
+            life = "ddst"[pick % 4]
+            job.unique, job.conflict = key or f"{life}{pick % 8 // 4}", conflict or "kraaxb"[pick // 4 % 6]
+            job.life, job.body = job.unique[0], str((pick + number) % 3)
+            job.conflict = "r" if job.conflict == "b" and job.life != "s" else job.conflict
+            entry.rest = write_envelope("", job.body.encode())
+            entry.keys = (self._key(job),)
+            if job.conflict == "b":
+                entry.delay_ms, rank = 5 * 10**9 + number * 1000, 5e6 + number
+            if pick > 90:
+                entry.expires_ms, job.expired = 0, True
+            elif pick > 80:
+                entry.priority = job.priority = 2
         entry.front = kind == "front"
         return entry, job, rank
+
+    def _attributes(self, job: Job) -> str:
+        return write_attributes(keys=() if job.unique is None else (self._key(job),), tags=job.tags)
+
+    def _key(self, job: Job) -> JobKey:
+        assert job.unique is not None
+        return JobKey(job.unique, LIVES[job.life], 10**9 if job.life == "t" else None, CONFLICTS[job.conflict])
 
     @rule(
         lane=ANY,
@@ -122,7 +160,9 @@ class QueueMachine(RuleBasedStateMachine):
         room=st.integers(0, 20),
     )
     def push(self, lane: int, specs: list[tuple[str, int]], room: int, plain: bool = False) -> None:
-        made = [self._spec(kind, pick) for kind, pick in specs]
+        self._push(lane, [self._spec(kind, pick) for kind, pick in specs], room, plain)
+
+    def _push(self, lane: int, made: list[tuple[Entry, Job, float | None]], room: int, plain: bool = False) -> None:
         maximum, sender = self.model.length() + room if 0 < room <= 3 else 0, self.lanes[lane % 2]
         if plain:
             pairs = [part for entry, _, _ in made for part in (entry.id, entry.rest)]
@@ -133,9 +173,32 @@ class QueueMachine(RuleBasedStateMachine):
             with self._refused(QueueFull):
                 self._run(call)
             return
-        expected = [self.model.push(entry.id, job, rank, entry.front) for entry, job, rank in made]
-        assert self._run(call) == (False if call.script is operations.PUSH_PLAIN else expected)
+        before = deepcopy(self.model) if any(job.conflict == "x" for _, job, _ in made) else self.model
+        try:
+            answers = [self.model.push(entry.id, job, rank, entry.front) for entry, job, rank in made]
+        except KeyHeld:
+            self.model = before
+            with self._refused(Duplicate):
+                self._run(call)
+            return
+        expected = [id_ for id_, _ in answers]
+        found = self._run(call)
+        assert found == (False if call.script is operations.PUSH_PLAIN else expected)
+        assert plain or [getattr(id_, "conflict", None) for id_ in found] == [conflict for _, conflict in answers]
         self.pushed[lane % 2].append((call, expected))
+
+    @precondition(lambda self: self.model.unique)
+    @rule(
+        lane=ANY, pick=ANY, runs=st.booleans(), conflicts=st.lists(st.sampled_from("rraaabk"), min_size=1, max_size=3)
+    )
+    def push_the_same(self, lane: int, pick: int, runs: bool, conflicts: list[str]) -> None:
+        """Calls meet a job that has their key, which a worker holds where there is such a one."""
+        held = [key for key, id_ in self.model.unique.items() if self.model.holder(id_) is not None]
+        keys = held if runs and held else list(self.model.unique)
+        key = keys[pick % len(keys)]
+        if key[0] in LIVES:
+            made = [self._spec("keyed", pick, key, conflict) for conflict in conflicts]
+            self._push(lane, made, 0)
 
     @rule(lane=ANY, count=st.integers(1, 3), room=st.integers(0, 20), late=st.integers(0, 9))
     def push_plain(self, lane: int, count: int, room: int, late: int) -> None:
@@ -172,16 +235,14 @@ class QueueMachine(RuleBasedStateMachine):
     def _settle(self, kind: str, id_: str) -> tuple[Settlement | None, tuple[str, str, Any]]:
         """Return what is sent (None: simply done) and what the model is told."""
         job = self.model.jobs.get(id_, Job())
-        if kind == "done" and not (job.unique or job.own or job.tags):
+        if kind == "done" and not (job.own or job.tags):
             return None, ("done", id_, None)
         if kind in {"F-", "K"}:
             return Settlement(kind[0], id_), (kind[0], id_, None)
         letter = "D" if kind == "done" else kind[0]
         after = self._after(id_, kind) if id_ in self.model.jobs else FRESH
         number = next(self.count)
-        sent = Settlement(
-            letter, id_, 0, b"{}", b"%d %d %d%b" % after, write_attributes(job.unique, tags=job.tags), job.own
-        )
+        sent = Settlement(letter, id_, 0, b"{}", b"%d %d %d%b" % after, self._attributes(job), job.own)
         if letter in "DC":
             sent.ms = 600_000
         if letter != "R":
@@ -205,9 +266,9 @@ class QueueMachine(RuleBasedStateMachine):
         if 50 < foreign < 60 and chosen:  # a job that is settled twice in one report
             chosen.append((KINDS[foreign - 49], chosen[0][1]))
         pairs = [self._settle(kind, id_) for kind, id_ in chosen]
-        report = TurnReport(
-            [told[1] for sent, told in pairs if sent is None], [sent for sent, _ in pairs if sent is not None]
-        )
+        report = TurnReport(others=[sent for sent, _ in pairs if sent is not None])
+        for id_ in [told[1] for sent, told in pairs if sent is None]:
+            report.add_done(id_, self._attributes(self.model.jobs.get(id_, Job())))
         if woken:
             report.results = dict.fromkeys(report.done, (600_000, b"{}"))
             pairs = [(None, ("kept", told[1], None)) if sent is None else (sent, told) for sent, told in pairs]
@@ -366,7 +427,7 @@ class QueueMachine(RuleBasedStateMachine):
             self.model.due[id_] = float(rank)
 
     @precondition(lambda self: self.model.jobs)
-    @rule(place=st.sampled_from(["ready", "due", "dead"]), limit=st.sampled_from([1, 2, 1000]))
+    @rule(place=st.sampled_from(["ready", "due", "dead", "rerun"]), limit=st.sampled_from([1, 2, 1000]))
     def purge(self, place: str, limit: int) -> None:
         assert self._run(operations.purge(self.keys, place, limit)) == self.model.purge(place, limit)
 

@@ -97,6 +97,7 @@ class JobInfo:
     unique: str | None = None
     group: str | None = None
     limits: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
     headers: dict[str, str] = field(default_factory=dict)
     payload: str | None = None
     errors: list[ErrorInfo] = field(default_factory=list)
@@ -205,6 +206,7 @@ def live_job(queue: str, row: JobRow, decoder: RecordDecoder, limit: int = MAX_L
         unique=envelope.unique,
         group=envelope.group,
         limits=[limit.partition(":")[2] for limit in envelope.limits],
+        keys=[str(key) for key in envelope.keys],
         headers=dict(envelope.extra.headers),
         tags=envelope.tags,
         payload=decoder.preview(envelope.body, queue, name, row.id, limit=limit, call=bool(envelope.task)),

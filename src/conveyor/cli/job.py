@@ -134,7 +134,7 @@ def show(target: Target, out: Output, id_: str) -> None:
             ("expires", info.expires),
             ("ended", info.ended),
             ("ran_ms", info.ran_ms),
-            ("unique", info.unique),
+            ("unique", ", ".join(info.keys) or None),
             ("group", info.group),
             ("limits", ", ".join(info.limits)),
             ("worker", info.worker),

@@ -25,7 +25,7 @@ from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.jobs.batch_task import BatchDecorator, batch_plan
 from conveyor.jobs.bulk import ChunkSender, add_count, chunks, spread_out
 from conveyor.jobs.core import AppCore
-from conveyor.jobs.decorator import TaskDecorator, external_task, named_task, refuse_later, register, task_options
+from conveyor.jobs.decorator import TaskDecorator, external_task, named_task, register, task_options
 from conveyor.jobs.hints import APP_OPTIONS, TASK_OPTIONS, refuse_unknown
 from conveyor.jobs.hooks import Lifespan
 from conveyor.jobs.include import check_include
@@ -48,7 +48,8 @@ if TYPE_CHECKING:
     from conveyor.events import Event
     from conveyor.jobs.job_selection import CancelledJobs, JobSelection
     from conveyor.jobs.registry import QueueNames
-    from conveyor.messaging.limits import Concurrency, Debounce, Rate, Unique
+    from conveyor.jobs.uniqueness import Debounce, Throttle, Unique
+    from conveyor.messaging.limits import Concurrency, Rate
     from conveyor.messaging.message import Message, OnError
     from conveyor.messaging.plain_list import PlainList
     from conveyor.messaging.queue import Queue
@@ -326,7 +327,7 @@ class Conveyor:
         ack: Literal["late", "early"] = "late", expires: Duration | None = None, priority: int = 0,
         max_payload: Size | None = None, unique: Unique | None = None,
         limits: Sequence[Rate | Concurrency] | None = None, group_by: str | None = None,
-        debounce: Debounce | None = None, version: int = 1, upcast: Upcast | None = None,
+        debounce: Debounce | None = None, throttle: Throttle | None = None, version: int = 1, upcast: Upcast | None = None,
         format: FormatChoice | None = None, tags: Iterable[str] | None = None,
     ) -> TaskDecorator: ...  # fmt: skip
 
@@ -349,6 +350,7 @@ class Conveyor:
         limits: Sequence[Rate | Concurrency] | None = None,
         group_by: str | None = None,
         debounce: Debounce | None = None,
+        throttle: Throttle | None = None,
         version: int = 1,
         upcast: Upcast | None = None,
         format: FormatChoice | None = None,  # noqa: A002
@@ -369,14 +371,16 @@ class Conveyor:
         """
         if unknown:
             refuse_unknown("@app.task()", unknown, TASK_OPTIONS)
-        refuse_later(unique=unique, debounce=debounce)
         options = task_options(
             timeout=timeout, retry=retry, keep_result=keep_result, ack=ack, expires=expires, priority=priority,
             version=version, upcast=upcast, tags=tags, limits=limits, group_by=group_by,
         )  # fmt: skip
 
         def add(function: Callable[..., Any]) -> Task[..., Any]:
-            return register(self._core, function, name, ids.queue_name(queue), run_in, options, max_payload, format)
+            return register(
+                self._core, function, name, ids.queue_name(queue), run_in, options, max_payload, format,
+                uniqueness=(unique, debounce, throttle),
+            )  # fmt: skip
 
         return add if function is None else add(function)
 

@@ -22,6 +22,7 @@ from conveyor.jobs.task import (
     default_name,
     is_async,
 )
+from conveyor.jobs.uniqueness import DeclaredUniqueness
 from conveyor.messaging.limits import Concurrency, Rate, check_path
 from conveyor.messaging.retry import Retry
 from conveyor.payload.formats import FormatChoice
@@ -72,13 +73,6 @@ def task_options(
     )
 
 
-def refuse_later(**options: object) -> None:
-    """Raise ConfigurationError for an option that is reserved for a later feature."""
-    for option, value in options.items():
-        if value is not None:
-            raise ConfigurationError(f"@app.task({option}=…) is not available yet. Leave it out.")
-
-
 def register(
     core: AppCore,
     function: Callable[..., Any],
@@ -89,6 +83,7 @@ def register(
     max_payload: Size | None,
     format: FormatChoice | None,  # noqa: A002
     batch: BatchPlan | None = None,
+    uniqueness: DeclaredUniqueness = (None, None, None),
 ) -> Task[..., Any]:
     """Make *function* a task of the app, or with *batch* a batch task, and return it; raises ConfigurationError."""
     if isinstance(function, Task) or not callable(function):
@@ -119,6 +114,7 @@ def register(
         formats=core.formats.with_writer(format),
         batch=batch,
         call=None if batch is None else item_function(function, name, batch),
+        uniqueness=uniqueness,
     )
     core.check_limits(definition)
     kind: type[Task[..., Any]] = BatchTask if batch is not None else AsyncTask if awaitable else SyncTask

@@ -33,6 +33,7 @@ _CANCELLED = {"expired": "expired before it started", "purged": "was purged", "d
 _ANSWER_PAUSES = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.1, 0.1)
 """Seconds between the questions whether a worker has answered to a cancellation. A busy one listens after 0.1 s."""
 CancelAnswer = Literal["removed", "will-not-start", "asked", ""]
+Conflict = Literal["kept", "replaced", "rerun"]
 R_co = TypeVar("R_co", covariant=True)
 JobLookup = tuple[str, inspection.JobRow | None, bytes]
 
@@ -73,11 +74,12 @@ class Job(Generic[R_co]):
     """
     A handle of one job. Making one sends nothing.
 
-    `id` is the public id. `duplicate` is true when the enqueue met a job that existed. `queue` and `task` are None
-    for a handle made from an id that does not contain them, until the handle was used.
+    `id` is the public id. `duplicate` is true when the enqueue met a job that existed; `conflict` says what it has done then:
+    ``kept`` nothing, ``replaced`` its arguments, ``rerun`` have it run once more (the handle is of that run). `queue` and
+    `task` are None for a handle made from an id that does not contain them, until the handle was used.
     """
 
-    __slots__ = ("_bare_id", "_core", "_result_spec", "duplicate", "queue", "task")
+    __slots__ = ("_bare_id", "_core", "_result_spec", "conflict", "duplicate", "queue", "task")
 
     def __init__(
         self,
@@ -85,8 +87,6 @@ class Job(Generic[R_co]):
         bare_id: str,
         queue: str | None,
         result_spec: ResultSpec | None = None,
-        *,
-        duplicate: bool = False,
     ) -> None:
         """
         Make a handle; nothing is sent.
@@ -96,7 +96,6 @@ class Job(Generic[R_co]):
             bare_id: the id without the queue.
             queue: the queue or partition, None when it is to be looked for.
             result_spec: the task, None when it is not known yet.
-            duplicate: whether the enqueue met a job that existed.
 
         """
         self._core = core
@@ -104,7 +103,10 @@ class Job(Generic[R_co]):
         self._result_spec = result_spec
         self.queue = queue
         self.task: str | None = None if result_spec is None else result_spec.name
-        self.duplicate = duplicate
+        self.duplicate = False
+        self.conflict: Conflict | None = None
+        if isinstance(bare_id, ExistingId):
+            self.duplicate, self.conflict = True, bare_id.conflict
 
     if not TYPE_CHECKING:
 
@@ -133,7 +135,8 @@ class Job(Generic[R_co]):
         """
         Return scheduled, ready, leased, done, dead, cancelled or waiting.
 
-        A job is waiting while it is in the buffer of this program, and a spawned job until its parent has ended. `done`
+        A job is waiting while it is in the buffer of this program, a spawned job until its parent has ended, and one that is
+        to run once more until the job before it has ended. `done`
         and `cancelled` are known for ten minutes, or for as long as the result is kept. Raises JobNotFound for a job that
         is not known, or not any more: purged and deleted ones are not.
         """
@@ -178,10 +181,10 @@ class Job(Generic[R_co]):
         from conveyor.payload.sealed_records import RecordDecoder
 
         status = "waiting" if lookup is None else self._status(lookup)
-        if lookup is None or status == "waiting":
+        where, row, record = ("none", None, b"") if lookup is None else lookup
+        if row is None and status == "waiting":
             return JobDetails(self.id, str(self.queue), "waiting", self.task)
         decoder = RecordDecoder(self._core.sealing, self._core.formats)
-        where, row, record = lookup
         if row is not None:
             return live_details(str(self.queue), row, decoder)
         return ended_details(str(self.queue), self._bare_id, status, record if where == "result" else b"", decoder)
@@ -468,7 +471,8 @@ def _cancellation() -> Generator[float, int, CancelAnswer | None]:
 
 def note_accepted(job: Job[Any], id: str) -> None:  # noqa: A002
     """Note the id that the queue answered with: the job's own, or that of a job that existed."""
-    job.duplicate = isinstance(id, ExistingId)
+    if isinstance(id, ExistingId):
+        job.duplicate, job.conflict = True, id.conflict
     job._bare_id = id  # noqa: SLF001
 
 

@@ -12,12 +12,13 @@ from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.messaging.push_options import MAX_HEADERS, Outgoing
 from conveyor.payload.codec import show
 from conveyor.payload.key_text import group_key
-from conveyor.payload.records import EnvelopeOptions, to_json, write_envelope
+from conveyor.payload.records import EnvelopeOptions, JobKey, to_json, write_envelope
 from conveyor.payload.versions import sealed_name
 from conveyor.store.operations import Entry
 from conveyor.units import Duration, instant_ms, milliseconds
 
 if TYPE_CHECKING:
+    from conveyor.jobs.uniqueness import TaskUniqueness
     from conveyor.payload.pipeline import PayloadPipeline
 
 
@@ -69,13 +70,22 @@ def with_options(
 
 
 def entry_of(
-    outgoing: Outgoing, body: bytes, sealing: PayloadPipeline | None, limits: tuple[str, ...] = (), *, deferred: bool
-) -> Entry:
+    outgoing: Outgoing, body: bytes, sealing: PayloadPipeline | None, uniqueness: TaskUniqueness | None,
+    limits: tuple[str, ...] = (), *, deferred: bool,
+) -> Entry:  # fmt: skip
     """
-    Return the entry that is pushed; *body* are the encoded arguments, which *sealing* wraps, *limits* as in an entry.
+    Return the entry that is pushed; *body* are the encoded arguments, which *sealing* wraps; *uniqueness* is the task's, *limits* as
+    in an entry.
 
     A *deferred* job gets an id as a spawned one has: Redis may hear of it later than a caller that waits for it.
     """
+    keys: tuple[JobKey, ...] = ()
+    delay_ms, unique = outgoing.delay_ms, outgoing.unique
+    if uniqueness is not None:
+        keys = uniqueness.keys(outgoing.unique, tuple(outgoing.args), outgoing.kwargs)
+        delay_ms, unique = uniqueness.delay(outgoing), None
+        if uniqueness.raises and deferred:
+            uniqueness.refuse_deferred(outgoing.task)
     extra = None
     options = (outgoing.timeout_ms, outgoing.keep_ms, outgoing.attempts)
     if outgoing.headers or outgoing.version != 1 or options != (None, None, None):
@@ -92,16 +102,17 @@ def entry_of(
         id_,
         write_envelope(outgoing.task, body, extra),
         priority=check_priority(outgoing.priority),
-        delay_ms=outgoing.delay_ms,
+        delay_ms=delay_ms,
         due_at_ms=outgoing.at_ms,
         expires_ms=outgoing.expires_ms,
-        unique=outgoing.unique,
+        unique=unique,
         own_id=own,
         front=outgoing.front,
         tags=ids.tag_texts(outgoing.tags),
         deadline=None if outgoing.room_timeout_ms is None else monotonic() + outgoing.room_timeout_ms / 1000,
         group=outgoing.group,
         limits=limits,
+        keys=keys,
     )
 
 

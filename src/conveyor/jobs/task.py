@@ -20,6 +20,7 @@ from conveyor.jobs.context import Context
 from conveyor.jobs.hints import CALL_OPTIONS, CHAINED, TASK_MEMBERS, no_member, refuse_unknown
 from conveyor.jobs.job import Job, JobCore
 from conveyor.jobs.job_options import entry_of, with_options
+from conveyor.jobs.uniqueness import DeclaredUniqueness, task_uniqueness
 from conveyor.messaging import outbox
 from conveyor.messaging.declared_limits import LoadKeyReader, declare_limits, task_owner
 from conveyor.messaging.push_options import Outgoing, check_times
@@ -30,7 +31,7 @@ from conveyor.payload.key_text import member_reader
 from conveyor.payload.records import write_envelope
 from conveyor.payload.signature import TaskSignature
 from conveyor.store.client.durability import DurabilityRequest, durability_request
-from conveyor.store.operations import Entry, ExistingId
+from conveyor.store.operations import Entry
 from conveyor.units import Duration
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ class TaskDefinition:
         formats: FormatRegistry = JSON,
         batch: BatchPlan | None = None,
         call: Callable[..., Any] | None = None,
+        uniqueness: DeclaredUniqueness = (None, None, None),
     ) -> None:
         """
         Read the function's signature; raises ConfigurationError for one whose arguments JSON cannot carry.
@@ -145,6 +147,7 @@ class TaskDefinition:
         self.signature = TaskSignature(
             call or function, name, max_payload=max_payload, formats=formats, injected=is_injected
         )
+        self.uniqueness = task_uniqueness(self.signature, uniqueness, core.sealing)
         self.returns_none = self.signature.returns_none
         unannotated = self.signature.result is inspect.Signature.empty
         self.promises_result = not (unannotated or self.returns_none)
@@ -164,7 +167,7 @@ class TaskDefinition:
         """True when its jobs have limits of the task, or a group."""
         self.plain = (
             options.priority == 0 and options.expires_ms is None and core.sealing is None and options.version == 1
-            and not options.tags and not self.loads
+            and not options.tags and not self.loads and self.uniqueness is None
         )  # fmt: skip
         """True when a call without options is stored as a bare envelope."""
         self.outgoing = Outgoing(
@@ -192,7 +195,7 @@ class TaskDefinition:
         *turns*: as in `Partitions.partition_of`.
         """
         sent, body, limits = self._encode(outgoing, args, kwargs)
-        entry = entry_of(sent, body, self.core.sealing, limits, deferred=self.core.client.deferring)
+        entry = entry_of(sent, body, self.core.sealing, self.uniqueness, limits, deferred=self.core.client.deferring)
         return self.core.place(sent.queue, entry, turns), entry
 
     async def aprepare(self, outgoing: Outgoing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
@@ -200,9 +203,9 @@ class TaskDefinition:
         sealing, deferred = self.core.sealing, self.core.client.deferring
         sent, body, limits = self._encode(outgoing, args, kwargs)
         if sealing is None or not sealing.is_large(body, b"payload"):
-            entry = entry_of(sent, body, sealing, limits, deferred=deferred)
+            entry = entry_of(sent, body, sealing, self.uniqueness, limits, deferred=deferred)
         else:  # it is written to a store, which blocks
-            entry = await asyncio.to_thread(entry_of, sent, body, sealing, limits, deferred=deferred)
+            entry = await asyncio.to_thread(entry_of, sent, body, sealing, self.uniqueness, limits, deferred=deferred)
         return self.core.place(sent.queue, entry), entry
 
     def _encode(
@@ -260,10 +263,12 @@ class TaskDefinition:
 
     def _handle(self, queue: str, entry: Entry, accepted: list[str]) -> Job[Any]:
         [id_] = accepted
-        return Job(self.core, id_, queue, self, duplicate=isinstance(id_, ExistingId))
+        return Job(self.core, id_, queue, self)
 
     def follow(self, outgoing: Outgoing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Job[Any], bytes]:
         """Return the handle of a job that is spawned, and its entry in an outbox; raises PayloadError."""
+        if self.uniqueness is not None and self.uniqueness.raises:
+            self.uniqueness.refuse_deferred(self.name)
         if outgoing.id is None:
             outgoing = replace(outgoing, id=ids.new_spawned_id())
         queue, entry = self.prepare(outgoing, args, kwargs)
@@ -366,7 +371,8 @@ class Task(Generic[P, R_co]):
         Return the task with options for single jobs; an option that is None stays as the task has it.
 
         `delay` or `at` (an aware datetime) starts the job later. `expires` cancels it when it has not started by
-        then. `id` is an id of your own and a unique key. `retry` is the number of attempts. `front` puts it before all
+        then. `id` is an id of your own and a unique key. `unique` is a key in place of the one that the task's `Unique` takes
+        from the arguments, else one that is held until the job ends. `retry` is the number of attempts. `front` puts it before all
         others of its priority. `tags` are words by which it is found, besides those of the task. Jobs with the same `group`
         run in their order, one at a time. `fsync` waits until it is on disk, `wait_replicas` until so many replicas have it,
         each for `wait_timeout`; after that comes DurabilityNotReached. `room_timeout` is how long it waits for room in a full

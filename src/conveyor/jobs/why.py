@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
 
-from conveyor.ids import clean
+from conveyor.ids import clean, public
 from conveyor.payload.records import Status
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store import inspection
@@ -15,7 +15,7 @@ from conveyor.store.inspection import JobRow, QueueFacts, WaitFacts
 from conveyor.units import span
 
 Cause = Literal[
-    "queue-paused", "unknown-task", "no-worker", "scheduled", "position", "buffer", "parent", "running", "ended",
+    "queue-paused", "unknown-task", "no-worker", "scheduled", "position", "buffer", "parent", "rerun", "running", "ended",
 ]  # fmt: skip
 
 
@@ -26,8 +26,8 @@ class Why:
 
     `kind` is the first cause that a lease meets, in this order: `queue-paused` · `unknown-task`: no worker of the queue knows the
     task · `no-worker`: nothing serves the queue · `scheduled` · `position`: others are before it. Besides: `buffer`: it is still in
-    this program · `parent`: the job that spawned it has not ended · `running` and `ended`: it does not wait. `also` holds
-    the further causes, in the same order.
+    this program · `parent`: the job that spawned it has not ended · `rerun`: it runs once more when the job that has its unique
+    key has ended · `running` and `ended`: it does not wait. `also` holds the further causes, in the same order.
 
     `name`: of the queue, the task or the worker that the cause is about. `opens_at`: when it is over by itself. `ahead` of
     `total` jobs are leased before it; `ahead` is at least so many where `exact` is false. `estimate`: seconds until its turn at the
@@ -69,6 +69,8 @@ def explain(status: Status, queue: str, facts: WaitFacts, decoder: RecordDecoder
             base, kind="running", name=f"{host}:{pid}" if pid else row.extra,
             since=_instant(row.leased_ms) if row.leased_ms else None,
         )  # fmt: skip
+    if status == "waiting" and row.extra == row.envelope.after:
+        return replace(base, kind="rerun", name=public(queue, row.extra))
     first, *rest = _causes(base, row, facts, decoder)
     return replace(first, also=tuple(rest))
 
@@ -170,6 +172,7 @@ _SENTENCES: dict[str, Callable[[Why], str]] = {
     "position": _position,
     "buffer": lambda _: "It waits in the buffer of this program until Redis answers.",
     "parent": lambda _: "It waits until the job that spawned it has ended.",
+    "rerun": lambda why: f"It waits until job {why.name}, which has its unique key, has ended; then it runs once more.",
     "running": _running,
     "ended": _ended,
 }

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from conveyor.ids import new_identity
-from conveyor.payload.records import AttemptHistory, Envelope, ends_by_id, read_leniently
+from conveyor.payload.records import AttemptHistory, Envelope, read_leniently
 from conveyor.store import inspection, operations
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Registration, Settlement, StaleTurn, TurnReply, TurnReport, WorkerUnregistered
@@ -381,8 +381,8 @@ class LeaseSession:
                 reported[leased.id] = leased
                 if not settlement.stays:
                     ended.append(leased)
-            if settlement.kind == "D" and not settlement.own_id and ends_by_id(settlement.attributes):
-                report.done.append(settlement.id)  # the cheapest end: scripts need to know nothing but the id
+            if settlement.kind == "D" and settlement.releases_in_bulk:
+                report.add_done(settlement.id, settlement.attributes)  # the cheapest end: many travel in one command
             else:
                 report.others.append(settlement)
         flags = ("k" if self.transient and not want else "") + ("t" if leave or (self.transient and not want) else "")

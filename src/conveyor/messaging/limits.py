@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
 
 from conveyor.errors import ConfigurationError
 from conveyor.units import Duration, milliseconds
@@ -51,7 +50,7 @@ class Rate:
             )
 
     @property
-    def kind(self) -> Literal["rate"]:
+    def kind(self) -> Literal[rate]:
         """The word that names this kind."""
         return "rate"
 
@@ -74,59 +73,9 @@ class Concurrency:
         _check_limit_name("Concurrency(name)", self.name)
 
     @property
-    def kind(self) -> Literal["concurrency"]:
+    def kind(self) -> Literal[concurrency]:
         """The word that names this kind."""
         return "concurrency"
-
-
-@dataclass(frozen=True)
-class Unique:
-    """
-    One job at a time for the same values of the arguments `by` (all of them when empty).
-
-    The key is held until the job starts, until it is done, or for a duration. `conflict` says what a second enqueue
-    does: keep the first job, replace its arguments, or raise `Duplicate`.
-    """
-
-    by: tuple[str, ...] = ()
-    until: Literal["start", "done"] | Duration = "done"
-    conflict: Literal["keep", "replace", "raise"] = "keep"
-
-    def __post_init__(self) -> None:
-        names: object = self.by
-        if isinstance(names, str) or not isinstance(names, tuple | list):
-            raise ConfigurationError(
-                f'Unique(by) takes a tuple of argument names, such as by=("user",), not {names!r}.'
-            )
-        object.__setattr__(self, "by", tuple(self.by))
-        for name in self.by:
-            _check_name("Unique(by)", name)
-        if self.until not in {"start", "done"}:
-            _positive("until", self.until)
-        if self.conflict not in {"keep", "replace", "raise"}:
-            raise ConfigurationError(f"Unique(conflict) is 'keep', 'replace' or 'raise', not {self.conflict!r}.")
-
-
-@dataclass(frozen=True)
-class Debounce:
-    """Run once, `wait` after the last call with the same `by`, at the latest after `max_wait`."""
-
-    wait: Duration
-    by: str | None = None
-    max_wait: Duration | None = None
-    wait_ms: int = field(init=False, repr=False)
-    max_wait_ms: int | None = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        _check_name("Debounce(by)", self.by)
-        object.__setattr__(self, "wait_ms", _positive("wait", self.wait))
-        longest = None if self.max_wait is None else _positive("max_wait", self.max_wait)
-        object.__setattr__(self, "max_wait_ms", longest)
-        if longest is not None and longest < self.wait_ms:
-            raise ConfigurationError(
-                f"Debounce(max_wait={self.max_wait!r}) is shorter than wait={self.wait!r}. "
-                "Make it longer, or leave it out."
-            )
 
 
 def _check_count(what: str, value: object) -> None:

@@ -56,7 +56,10 @@ def purge_waiting(keys: QueueKeys) -> CountingProgram:
     """Remove the ready and scheduled messages there are now, from the front; count them."""
     counts: QueueCounts = yield inspection.counts(keys)
     removed = 0
-    for where, count in (("ready", counts.ready + counts.waiting), ("due", counts.scheduled)):
+    # First those that wait for others: they take their places when those are removed.
+    for where, count in (
+        ("rerun", counts.waiting), ("ready", counts.ready + counts.waiting), ("due", counts.scheduled),
+    ):  # fmt: skip
         removed += yield from _purge(keys, where, count)
     return removed
 

@@ -19,6 +19,7 @@ import msgspec
 from conveyor import ids
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.messaging.partitions import Partitions
+from conveyor.payload.records import JobKey
 from conveyor.store import operations
 from conveyor.store import partitions as partitioning
 from conveyor.store.max_length import NO_LIMIT
@@ -56,6 +57,7 @@ class _OutboxHead(msgspec.Struct, array_like=True):
     tags: tuple[str, ...] = ()
     accepted: bool = False
     """True for what no maximum length refuses any more: its publish was accepted."""
+    keys: tuple[str, ...] = ()
 
 
 _encode = msgspec.json.Encoder().encode
@@ -70,7 +72,7 @@ def write(queue: str, entry: Entry, *, accepted: bool = False) -> bytes:
     """
     head = _OutboxHead(
         queue, entry.id, entry.priority, entry.delay_ms, entry.due_at_ms, entry.expires_ms, entry.unique, entry.own_id,
-        entry.front, entry.group, entry.limits, entry.tags, accepted,
+        entry.front, entry.group, entry.limits, entry.tags, accepted, tuple(key.write() for key in entry.keys),
     )  # fmt: skip
     return _encode(head) + b"\n" + entry.rest
 
@@ -86,7 +88,7 @@ def _read(data: bytes) -> tuple[str, Entry, bool]:
     head = _decode(line)
     entry = Entry(
         head.id, rest, head.priority, head.delay_ms, head.due_at_ms, head.expires_ms, head.unique, head.own_id, head.front,
-        head.group, head.limits, head.tags,
+        head.group, head.limits, head.tags, keys=tuple(map(JobKey.read, head.keys)),
     )  # fmt: skip
     return head.queue, entry, head.accepted
 
@@ -296,6 +298,6 @@ def _calls(directory: OutboxRoutes, part: _Part, retry_for: float) -> Generator[
     by_queue: dict[str, list[Entry]] = {}
     for entry in part.entries:
         # By its id where it has no key: a repeat must find the same partition.
-        at = partitions.pick(group=entry.group, unique=entry.unique, id=entry.id)
+        at = partitions.pick(group=entry.group, unique=entry.placing_key, id=entry.id)
         by_queue.setdefault(partitions.keys[at].queue, []).append(entry)
     return [part.push(targets[name], one, moved=True) for name, one in by_queue.items()]

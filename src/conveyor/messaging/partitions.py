@@ -158,9 +158,15 @@ class Partitions:
         Raises ConfigurationError as `place`.
         """
         id_ = entry.id if entry.own_id else None
-        placed = entry.group is not None or entry.unique is not None or id_ is not None
+        if len(entry.keys) > 1:
+            raise ConfigurationError(
+                f"A job for queue '{self.name}' has several keys ({', '.join(key.text for key in entry.keys)}), and only one of "
+                "them can pick the partition, within which each is unique. Declare one of Unique, Debounce and Throttle, or "
+                "use a queue without partitions. Nothing was enqueued."
+            )
+        placed = entry.group is not None or entry.placing_key is not None or id_ is not None
         if turns is None or self.max_length is not None or placed:
-            return self.keys[self.place(group=entry.group, unique=entry.unique, id=id_)].queue
+            return self.keys[self.place(group=entry.group, unique=entry.placing_key, id=id_)].queue
         if self.name not in turns:
             turns[self.name] = self.next_in_turn()
         return self.keys[turns[self.name]].queue

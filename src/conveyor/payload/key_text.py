@@ -7,7 +7,8 @@ type a key as they see it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from typing import Any
 
@@ -36,12 +37,29 @@ def key_text(value: Any, what: str = "A key") -> str:
             "Nothing was stored.",
             code="E04",
         )
+    return _shortened(text, LARGEST_KEY, what)
+
+
+def call_key(name: str, arguments: Mapping[str, Any], what: str, *, largest: int | None = LARGEST_KEY) -> str:
+    """
+    Return the text of a key made of some arguments of a call: ``send(user=7, tenant="acme")``; *what* names it in errors.
+
+    Raises PayloadError as `key_text` does; without *largest* a key of any length gets a digest.
+    """
+    given = [f"{key}={_json(_plain(value, what))}" for key, value in arguments.items()]
+    text = f"{name}({', '.join(given)})"
+    if not text.isprintable():  # inside of a JSON text: its other characters can all be printed
+        text = "".join(one if one.isprintable() else json.dumps(one)[1:-1] for one in text)
+    return _shortened(text, largest, what)
+
+
+def _shortened(text: str, largest: int | None, what: str) -> str:
     if len(text) <= LONGEST_KEY:
         return text
     data = text.encode()
-    if len(data) > LARGEST_KEY:
+    if largest is not None and len(data) > largest:
         raise PayloadError(
-            f"{what} takes {len(data):,} bytes, and the limit is {LARGEST_KEY:,}. Use an id, or a digest of your own, as "
+            f"{what} takes {len(data):,} bytes, and the limit is {largest:,}. Use an id, or a digest of your own, as "
             "the key. Nothing was stored.",
             code="E21",
         )
@@ -62,13 +80,21 @@ def group_key(group: Any) -> str:
 
 def _canonical(value: Any, what: str) -> str:
     """Return the JSON of *value* with sorted members; a JSON text without its quotes, so that a UUID reads as people type it."""
+    plain = _plain(value, what)
+    return plain if isinstance(plain, str) and plain else _json(plain)
+
+
+def _json(plain: Any) -> str:
+    return msgspec.json.encode(plain, order="deterministic").decode()
+
+
+def _plain(value: Any, what: str) -> Any:
+    """Return *value* as JSON carries it."""
     try:
         plain = msgspec.json.decode(encode_json(value))
-        if isinstance(plain, str) and plain:
-            return plain
         if isinstance(plain, float) and plain.is_integer() and abs(plain) < 2**53:
-            plain = int(plain)  # 1.0 and 1 are equal, so they are one key
-        return msgspec.json.encode(plain, order="deterministic").decode()
+            return int(plain)  # 1.0 and 1 are equal, so they are one key
+        return plain
     except Exception as error:
         raise PayloadError(
             f"{what} {show(value)} cannot be a key: {reason(error)}. Nothing was stored.", code="E04"

@@ -9,9 +9,10 @@ A plain job has neither marks nor attributes, so scripts recognise it by its fir
 ``p<0-9>`` priority, ``e<ms>`` expiry, ``d<ms>`` first due, ``i`` the id is the caller's. A stub begins with ``x``: it is a
 cancelled job whose entry was not reached yet.
 
-Attributes are texts without control characters, each behind a tab and a letter: ``u`` unique key, ``g`` group key,
-``l`` limit (``<cost>:<name>[:<key>]``, any number), ``t`` tag (any number). An older layout has the unique key among
-the marks, as the last.
+Attributes are texts without control characters, each behind a tab and a letter: ``u`` unique key, ``k`` unique key with a
+policy (as `JobKey.write` says, any number), ``g`` group key, ``l`` limit (``<cost>:<name>[:<key>]``, any number), ``t`` tag
+(any number). Scripts add ``m`` the latest time (ms) until which a debounced job is put off, and ``a`` the id of the job
+that this one is to run after. An older layout has the unique key among the marks, as the last.
 
 State (only of jobs that are not fresh)::
 
@@ -20,12 +21,15 @@ State (only of jobs that are not fresh)::
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import msgspec
 
 from conveyor.errors import PayloadError
+from conveyor.units import span
 
 Status = Literal["scheduled", "ready", "leased", "done", "dead", "cancelled", "waiting"]
 
@@ -97,6 +101,59 @@ class Outcome(msgspec.Struct, omit_defaults=True):
     run: RunRecord | None = None
 
 
+Life = Literal["done", "start", "time"]
+
+
+@dataclass(frozen=True, slots=True)
+class JobKey:
+    """
+    A unique key of a job.
+
+    `text` is the key, `life` until when it is held, `ms` for how long where that is a time. `conflict` says what a push does
+    that meets a job with it, and `max_wait_ms` for how long debounced pushes may put a job off.
+    """
+
+    text: str
+    life: Life = "done"
+    ms: int | None = None
+    conflict: Literal["keep", "replace", "raise", "rerun", "debounce"] = "keep"
+    max_wait_ms: int | None = None
+
+    def named(self, text: str) -> JobKey:
+        """Return the same with another text."""
+        return replace(self, text=text)
+
+    def __str__(self) -> str:
+        if self.life == "done" and self.conflict == "keep":
+            return self.text
+        until = {"done": "until done", "start": "until start", "time": f"for {span((self.ms or 0) / 1000)}"}[self.life]
+        return f"{self.text} ({until}, {self.conflict})"
+
+    def write(self) -> str:
+        """Return the attribute: ``u<key>``, or ``k<life><ms><conflict><max ms> <key>`` with a letter for each of these."""
+        if self.life == "done" and self.conflict == "keep":
+            return "u" + self.text
+        ms, most = ("" if number is None else number for number in (self.ms, self.max_wait_ms))
+        return f"k{self.life[0]}{ms}{_CONFLICTS[self.conflict]}{most} {self.text}"
+
+    @classmethod
+    def read(cls, attribute: str) -> JobKey:
+        """Return what `write` was given."""
+        if attribute[:1] == "u":
+            return cls(attribute[1:])
+        match = _JOB_KEY.fullmatch(attribute)
+        if match is None:
+            raise ValueError(f"not a unique key: {attribute!r}")
+        life, ms, conflict, most, text = match.groups()
+        lives: dict[str, Any] = {"d": "done", "s": "start", "t": "time"}
+        conflicts: dict[str, Any] = {letter: name for name, letter in _CONFLICTS.items()}
+        return cls(text, lives[life], int(ms) if ms else None, conflicts[conflict], int(most) if most else None)
+
+
+_CONFLICTS = {"keep": "k", "replace": "r", "raise": "x", "rerun": "a", "debounce": "b"}
+_JOB_KEY = re.compile(r"k([dst])(\d*)([krxab])(\d*) (.*)")
+
+
 class Envelope(msgspec.Struct):
     """One message or job as it was accepted. Times in ms since the epoch; an empty `task` is a plain message."""
 
@@ -113,12 +170,28 @@ class Envelope(msgspec.Struct):
     @property
     def is_plain(self) -> bool:
         """True when scripts need to know nothing but its id, so that acknowledging it costs the least."""
-        return not self.own_id and (not self.attributes or ends_by_id(self.attributes))
+        return not self.own_id and not self.attributes
+
+    @property
+    def releases_in_bulk(self) -> bool:
+        """True when what it holds can be given back together with that of other jobs that are done."""
+        return releases_in_bulk(self.attributes, own_id=self.own_id)
+
+    @property
+    def keys(self) -> list[JobKey]:
+        """The unique keys."""
+        return [JobKey.read(one) for one in self.attributes.split("\t") if one[:1] in {"u", "k"}]
 
     @property
     def unique(self) -> str | None:
-        """The unique key."""
-        return next(iter(read_attribute(self.attributes, "u")), None)
+        """The text of the unique key, of the last one where there are several."""
+        keys = self.keys
+        return keys[-1].text if keys else None
+
+    @property
+    def after(self) -> str | None:
+        """The id of the job that this one was to run after."""
+        return next(iter(read_attribute(self.attributes, "a")), None)
 
     @property
     def group(self) -> str | None:
@@ -173,6 +246,7 @@ def _failure(data: bytes) -> Failure:
         return Failure(0, 0, "unreadable", "the stored error cannot be read")
 
 
+_ONLY_KEYS = re.compile(r"(?:\t[ukmagl][^\t]*)*")
 _FAILURE = msgspec.json.Decoder(Failure)
 _EXTRA = msgspec.json.Decoder(EnvelopeOptions)
 _OUTCOME = msgspec.json.Decoder(Outcome)
@@ -242,10 +316,13 @@ def read_leniently(envelope: bytes, state: bytes | None) -> tuple[Envelope, Atte
 
 
 def write_attributes(
-    unique: str | None = None, group: str | None = None, limits: Iterable[str] = (), tags: Iterable[str] = ()
-) -> str:
+    unique: str | None = None, group: str | None = None, limits: Iterable[str] = (), tags: Iterable[str] = (),
+    keys: Iterable[JobKey] = (),
+) -> str:  # fmt: skip
     """Return the attributes of an envelope as its first line holds them; "" for none."""
     text = "" if unique is None else "\tu" + unique
+    for key in keys:
+        text += "\t" + key.write()
     if group is not None:
         text += "\tg" + group
     for limit in limits:
@@ -255,9 +332,9 @@ def write_attributes(
     return text
 
 
-def ends_by_id(attributes: str) -> bool:
-    """Tell whether a job with these *attributes* leaves nothing behind that its id does not tell: group and limits alone."""
-    return all(one[:1] in {"g", "l", ""} for one in attributes.split("\t"))
+def releases_in_bulk(attributes: str, *, own_id: bool) -> bool:
+    """Tell whether what a job holds can be given back together with that of other jobs that are done."""
+    return not own_id and (not attributes or _ONLY_KEYS.fullmatch(attributes) is not None)
 
 
 def read_attribute(attributes: str, letter: str) -> list[str]:

@@ -123,6 +123,12 @@ class TaskSignature:
 
         return read
 
+    def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return all arguments of a call that fits, by parameter, with the defaults of those that were not given."""
+        given = self._signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        return {self._key(name): value for name, value in given.arguments.items()}
+
     def encode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
         """
         Return an object of the given arguments, by parameter, in the task's format; `decode` accepts it.

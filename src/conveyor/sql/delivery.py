@@ -266,7 +266,7 @@ class OutboxDelivery:
             return ids.logical(queue)
         if any(keys.queue == queue for keys in partitions.keys):
             return queue
-        return partitions.keys[partitions.pick(group=entry.group, unique=entry.unique, id=entry.id)].queue
+        return partitions.keys[partitions.pick(group=entry.group, unique=entry.placing_key, id=entry.id)].queue
 
     def _requeue(self, db: DbConnection, batch: DeliveryBatch) -> int:
         """Let rows wait for their new partition, unless the old one had accepted them."""

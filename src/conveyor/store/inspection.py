@@ -150,23 +150,8 @@ def counts(keys: QueueKeys) -> Call[QueueCounts]:
 
 
 def _read_counts(reply: list[Any]) -> QueueCounts:
-    (
-        ready,
-        scheduled,
-        leased,
-        dead,
-        workers,
-        paused,
-        now,
-        oldest,
-        marks,
-        max_length,
-        foreign,
-        outbox,
-        unplaced,
-        waiting,
-        *more,
-    ) = reply
+    ready, scheduled, leased, dead, workers, paused, now, oldest, marks, max_length, foreign, outbox, *rest = reply
+    unplaced, waiting, *more = rest
     age = None
     if oldest:
         envelope = read_envelope(marks + b"\n\n")
@@ -194,7 +179,7 @@ def list_jobs(
     ignores_error: bool = False,
 ) -> Call[JobPage]:  # fmt: skip
     """
-    Return the call that reads one page of the jobs in a state: ready, scheduled, leased, dead (newest first) or dead-oldest.
+    Return the call that reads one page of the jobs in a state: ready, scheduled, waiting, leased, dead (newest first), dead-oldest.
 
     *wanted*: only these, whatever its tag; the others among *count* entries count as looked at. *ignores_error*: as in `Walk`.
     *heads*: jobs without their bodies, and of their errors only the last, without its traceback. Large jobs make a page shorter.

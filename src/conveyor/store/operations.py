@@ -14,9 +14,9 @@ from hashlib import blake2b
 from math import inf
 from typing import Any, Literal, NamedTuple, NoReturn
 
-from conveyor.errors import ConfigurationError, QueueFull
-from conveyor.ids import may_arrive_later
-from conveyor.payload.records import to_json, write_attributes, write_envelope
+from conveyor.errors import ConfigurationError, Duplicate, QueueFull
+from conveyor.ids import may_arrive_later, public
+from conveyor.payload.records import JobKey, releases_in_bulk, to_json, write_attributes, write_envelope
 from conveyor.store.job_filter import UNLIMITED, Walk, WalkStep, read_step
 from conveyor.store.keys import QueueKeys
 from conveyor.store.max_length import argument_of
@@ -54,7 +54,11 @@ MOST_HELD = 1000
 
 @dataclass(slots=True)
 class Entry:
-    """One message to push. `rest` is the envelope after its marks; times in ms."""
+    """
+    One message to push. `rest` is the envelope after its marks; times in ms.
+
+    `unique` is a key that is held until the job ends, `keys` are those with a policy, in the order of their comparison.
+    """
 
     id: str
     rest: bytes
@@ -70,6 +74,12 @@ class Entry:
     tags: tuple[str, ...] = ()
     deadline: float | None = None
     """Until when its producer waits for room (monotonic); not stored."""
+    keys: tuple[JobKey, ...] = ()
+
+    @property
+    def placing_key(self) -> str | None:
+        """The text of the unique key that picks the partition."""
+        return self.keys[-1].text if self.keys and self.unique is None else self.unique
 
     @property
     def is_plain(self) -> bool:
@@ -77,7 +87,7 @@ class Entry:
         return (
             self.priority == 0 and self.delay_ms is None and self.due_at_ms is None and self.expires_ms is None
             and self.unique is None and not self.own_id and not self.front
-            and self.group is None and not self.limits and not self.tags
+            and self.group is None and not self.limits and not self.tags and not self.keys
         )  # fmt: skip
 
 
@@ -240,7 +250,7 @@ def _special(entry: Entry) -> tuple[Argument, ...]:
     return (
         entry.id, f"p{entry.priority}" if entry.priority else "", entry.rest,
         _optional(entry.delay_ms), _optional(entry.due_at_ms), _optional(entry.expires_ms), str(entry.priority),
-        write_attributes(entry.unique, entry.group, entry.limits, entry.tags),
+        write_attributes(entry.unique, entry.group, entry.limits, entry.tags, entry.keys),
         "1" if entry.own_id else "", "1" if entry.front else "",
     )  # fmt: skip
 
@@ -311,13 +321,26 @@ def _pushed_numbered(keys: QueueKeys, number: int, reply: bytes) -> int:
 
 
 class ExistingId(str):
-    """The id of a job that existed before: the push that named it stored nothing."""
+    """
+    The id of a job that existed before: the push that named it made no job of its own, unless it is to run once more.
 
-    __slots__ = ()
+    `conflict` says what the push has done: kept, replaced or rerun.
+    """
+
+    __slots__ = ("conflict",)
+    conflict: Literal["kept", "replaced", "rerun"]
+
+    def __new__(cls, id: str, conflict: str = "") -> ExistingId:  # noqa: A002
+        made = super().__new__(cls, id)
+        made.conflict = conflict or "kept"  # type: ignore[assignment]
+        return made
 
 
 def _accepted(answer: str) -> str:
-    return ExistingId(answer[1:]) if answer.startswith("\t") else answer
+    if not answer.startswith("\t"):
+        return answer
+    id_, _, conflict = answer[1:].partition("\t")
+    return ExistingId(id_, conflict)
 
 
 def refused(keys: QueueKeys, words: Sequence[str]) -> NoReturn:
@@ -331,6 +354,8 @@ def refused(keys: QueueKeys, words: Sequence[str]) -> NoReturn:
             "Add workers, raise max_length, or try again later."
         )
         raise QueueFull(message) if status == "full" else InLine(message, rest[2])
+    if status == "duplicate":
+        raise Duplicate(public(queue, rest[0]), rest[1])
     if status == "schema":
         raise ConfigurationError(
             f"Queue '{queue}' was written by another version (layout {rest[0]}; this one knows 1 and 2). Upgrade this program."
@@ -353,6 +378,11 @@ class Settlement:
     own_id: bool = False
 
     @property
+    def releases_in_bulk(self) -> bool:
+        """True when what the job holds can be given back together with that of others."""
+        return releases_in_bulk(self.attributes, own_id=self.own_id)
+
+    @property
     def stays(self) -> bool:
         """True for what leaves the job leased to its worker."""
         return self.kind in {"M", "K"}
@@ -370,9 +400,17 @@ class TurnReport:
     frees: bool = False  # some may let another job of a group or at a limit start
     results: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     """Of jobs in `done`: for how long (ms) which record is kept; (0, b"") of a value that is not kept."""
+    released: dict[str, str] = field(default_factory=dict)
+    """The attributes of those in `done` that have unique keys."""
 
     def __bool__(self) -> bool:
         return bool(self.done or self.others)
+
+    def add_done(self, id: str, attributes: str) -> None:  # noqa: A002
+        """Add a job that is simply done, with the attributes of its envelope."""
+        self.done.append(id)
+        if "\tu" in attributes or "\tk" in attributes:
+            self.released[id] = attributes
 
 
 @dataclass(slots=True)
@@ -424,6 +462,9 @@ def turn(
         _add_results(args, report)
     else:
         args += (str(len(report.done)), *report.done, "0")
+    args.append(str(len(report.released)))
+    for id_, attributes in report.released.items():
+        args += (id_, attributes)
     args.append(str(len(report.others)))
     for one in report.others:
         args += (one.kind, one.id, str(one.ms), one.record, one.state, one.attributes, "1" if one.own_id else "")
@@ -717,7 +758,7 @@ def promote_some(keys: QueueKeys, walk: Walk) -> Call[Promoted]:
 
 
 def purge(keys: QueueKeys, place: str, limit: int) -> Call[tuple[int, int]]:
-    """Return the call that removes one batch from `ready`, `due` or `dead`; it yields (entries taken, jobs removed)."""
+    """Return the call that removes one batch from `ready`, `due`, `dead` or `rerun`; it yields (entries taken, jobs removed)."""
     names = (
         keys.jobs, keys.state, keys.due, keys.dead, keys.conf, keys.waiters, *keys.ready, keys.none, keys.wake,
     )  # fmt: skip

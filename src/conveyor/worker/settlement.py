@@ -120,7 +120,7 @@ class SettlementWriter:
         keep = handler.task.settings.keep_ms if own is None else own
         spawned = attempt.context is not None and attempt.spawned
         # Those that simply ended come first, and the other reports of an attempt must come before its end.
-        simple = envelope.is_plain and not spawned and not attempt.charges
+        simple = envelope.releases_in_bulk and not spawned and not attempt.charges
         if value is not None and keep and handler.stores:
             try:
                 data = handler.task.results.encode(value)
@@ -134,7 +134,7 @@ class SettlementWriter:
                 packed = pack_result(self._sealing or PLAIN, data, attempt.consumer.queue, attempt.id)
                 record = b'{"status":"done",%b,"at":%d,"run":%b}' % (packed, now_ms, run)
             if simple:
-                report.done.append(attempt.id)
+                report.add_done(attempt.id, envelope.attributes)
                 report.results[attempt.id] = (keep, record)
             else:
                 if spawned:
@@ -146,7 +146,7 @@ class SettlementWriter:
             # A promised value that was returned and is not kept is told from none: `result` raises ResultExpired.
             promised = value is not None and not keep and handler.task.promises_result
             if simple:
-                report.done.append(attempt.id)
+                report.add_done(attempt.id, envelope.attributes)
                 if promised:
                     report.results[attempt.id] = (0, b"")
             else:

@@ -23,6 +23,7 @@ from conveyor import (
     Rate,
     Retry,
     Task,
+    Throttle,
     Topic,
     Unique,
     current,
@@ -133,7 +134,13 @@ def takes_any(task: Task[..., object]) -> str:
 
 
 names = [takes_any(add), takes_any(send)]
-values = [Rate(100, "1s", by="tenant"), Concurrency(2), Unique(by=("user",), until="5m"), Debounce("5s", max_wait="1m")]
+values = [
+    Rate(100, "1s", by="tenant"),
+    Concurrency(2),
+    Unique(by=("user",), until="5m"),
+    Debounce("5s", max_wait="1m"),
+    Throttle("1m"),
+]
 
 
 @app.middleware

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from conveyor.errors import ConfigurationError, ConveyorError, QueueFull, StoreUnavailable
+from conveyor.errors import ConfigurationError, ConveyorError, Duplicate, QueueFull, StoreUnavailable
 from conveyor.ids import new_identity
 from conveyor.store import operations
 from conveyor.store.max_length import MaxLength, declared_length
@@ -227,11 +227,11 @@ class PushBatcher:
     async def _deliver(self, batch: list[PendingPush], plain: bool) -> None:
         try:
             ids = await self.send_batch(batch, plain)
-        except QueueFull as error:
+        except (QueueFull, Duplicate) as error:
             if len(batch) == 1:
                 _fail(batch, error)
                 return
-            for one in batch:  # they do not fit together; some may fit alone
+            for one in batch:  # they are refused together; some may be accepted alone
                 await self._deliver([one], one[1] is not None)
         except (ConveyorError, operations.StalePush) as error:
             # The repeats may still arrive. With a new sequence their number is not taken for that of a later push.
@@ -273,7 +273,7 @@ def refuse_undroppable(keys: QueueKeys, entries: Sequence[Entry]) -> None:
     for entry in entries:
         found = [
             name
-            for name, given in (("unique key", entry.unique), ("group", entry.group), ("limit", entry.limits))
+            for name, given in (("unique key", entry.placing_key), ("group", entry.group), ("limit", entry.limits))
             if given
         ]
         if found:

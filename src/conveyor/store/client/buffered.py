@@ -123,6 +123,11 @@ class BufferedClient(Client):
         entries = [
             replace(one, deadline=None) if one.deadline is not None else one for one in entries
         ]  # of this process
+        if any(key.conflict == "raise" for entry in entries for key in entry.keys):
+            raise StoreUnavailable(
+                f"Queue '{keys.queue}' cannot be asked now whether a job with the unique key exists, and Unique(conflict='raise') "
+                "promises the answer, so the job was not kept in the buffer. Enqueue it again later."
+            ) from error
         if max_length and len(entries) > max_length:
             raise QueueFull(
                 f"Queue '{keys.queue}' takes at most {max_length} jobs, and this push has {len(entries)}. Nothing was stored."
@@ -443,7 +448,9 @@ def place_anew(record: SpooledPush, partitions: int) -> list[SpooledPush]:
     queue = logical(record.queue)
     placed: dict[str, list[Entry]] = {}
     for entry in record.entries:
-        at = partition_of(next(key for key in (entry.group, entry.unique, entry.id) if key is not None), partitions)
+        at = partition_of(
+            next(key for key in (entry.group, entry.placing_key, entry.id) if key is not None), partitions
+        )
         placed.setdefault(queue if partitions == 1 else partition(queue, at), []).append(entry)
     # A sequence of its own, because the new place may have higher numbers of the old one.
     lane = f"{record.queue}>{record.lane}"

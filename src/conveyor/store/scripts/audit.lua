@@ -1,5 +1,5 @@
--- Prove that every live id is in exactly one place, every group has exactly one ticket, every slot a holder, and no ticket waits
--- at a limit that has room. This reads the whole queue in one step: for tests and quiet hours.
+-- Prove that every live id is in exactly one place, every group has exactly one ticket, every slot a holder, no ticket waits at a
+-- limit that has room, and every unique key belongs to a live job. This reads the whole queue in one step: for tests and quiet hours.
 -- needs: numbers keys leased envelope rights limits groups room
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7-16 ready:0 … ready:9
@@ -111,6 +111,12 @@ if conf[2] then
   check_limits()
 end
 
+local reruns = redis.call('HGETALL', prefix .. 'reruns')
+for i = 1, #reruns, 2 do
+  place(reruns[i + 1], 'waiting')
+  local envelope = redis.call('HGET', KEYS[1], reruns[i])
+  if not envelope or string.byte(envelope) == 120 or places[reruns[i]] == 'dead' then problem('waits for a job that is gone', reruns[i + 1]) end
+end
 local all = redis.call('HGETALL', KEYS[1])
 for i = 1, #all, 2 do
   local stub = string.byte(all[i + 1]) == 120
@@ -119,6 +125,11 @@ for i = 1, #all, 2 do
   if stub and where == 'a group' then waiting_stubs = waiting_stubs + 1 end
   if not where then problem('nowhere', all[i]) end
   if stub and where and where ~= 'ready' and where ~= 'a group' then problem('stub outside ready', all[i]) end
+  local keyed = marks(all[i + 1])
+  for _, key in ipairs(keyed and not stub and keyed.keys or {}) do
+    if key.life == 'd' and where ~= 'dead' and where ~= 'waiting'
+      and redis.call('GET', prefix .. 'unique:k:' .. key.text) ~= all[i] then problem('does not hold its key', all[i]) end
+  end
   places[all[i]] = nil
   local found = not stub and marks(all[i + 1])
   for _, tag in ipairs(found and found.tags or {}) do
@@ -140,4 +151,15 @@ if waiting ~= tonumber(conf[2] or 0) then problem('wrong count of waiting jobs',
 if waiting_stubs ~= tonumber(conf[3] or 0) then problem('wrong count of waiting stubs', int(waiting_stubs)) end
 if alarms ~= tonumber(conf[4] or 0) then problem('wrong count of alarms', int(alarms)) end
 audit_line(prefix, problem)
+-- A key of a time expires by itself. The others are found by a walk through all keys of the server.
+local cursor = '0'
+repeat
+  local page = redis.call('SCAN', cursor, 'MATCH', string.gsub(prefix, '[%*%?%[%]\\]', '\\%0') .. 'unique:k:*', 'COUNT', 1000)
+  cursor = page[1]
+  for _, name in ipairs(page[2]) do
+    local id = redis.call('PTTL', name) == -1 and redis.call('GET', name)
+    local envelope = id and redis.call('HGET', KEYS[1], id)
+    if id and (not envelope or string.byte(envelope) == 120) then problem('key without a live job', string.sub(name, #prefix + 10)) end
+  end
+until cursor == '0'
 return problems

@@ -1,5 +1,5 @@
 -- Cancel or delete jobs, wherever they are. For a leased job its worker is asked. One step of a walk.
--- needs: numbers keys tokens listed envelope tags outcome rights limits groups kept_result ended_mark leased leased_order heads walk room
+-- needs: numbers keys tokens listed envelope tags unique outcome rights limits groups kept_result ended_mark leased leased_order heads walk room
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7 waiters  8 none  9 wake
 -- ARGV  1 "cancel" leaves a record, "delete" leaves nothing and takes dead letters too  2… as in lib/walk.lua
@@ -11,7 +11,7 @@ local jobs, cancels = KEYS[1], ARGV[1] == 'cancel'
 local queue, untagged = {
   prefix = string.sub(jobs, 1, -5), jobs = jobs, state = KEYS[2], waiters = KEYS[7], due = KEYS[3], conf = KEYS[6],
 }, {}
-local walk, workers, line = walk_jobs(queue.prefix, 2, false, 8), nil, nil
+local walk, workers, line, reruns = walk_jobs(queue.prefix, 2, false, 8), nil, nil, false
 
 -- Tell whether a job is in a group. The first that is costs the proof of what leaving a group needs.
 local function is_grouped(found)
@@ -41,13 +41,20 @@ local function cancel_job(id)
     prove(queue.prefix .. 'none', 'HDEL', 'ZREM', 'HEXISTS', 'HSET', 'HINCRBY', 'SET', 'GET', 'DEL', 'PEXPIRE')
   end
   local group = is_grouped(found)
+  local follows = found.after and redis.call('HGET', queue.prefix .. 'reruns', found.after) == id
+  if found.keys and not reruns then
+    check('HLEN', queue.prefix .. 'reruns')
+    prove(queue.prefix .. 'none', 'ZADD', 'RPUSH', 'HGET')
+    reruns = true
+  end
   local keep, record = 0, '{"status":"cancelled"}'
   if cancels then keep, record = 600000, cancelled_record(clock()) end
 
-  if redis.call('ZREM', KEYS[3], id) == 1 or (buried and redis.call('ZREM', KEYS[4], id) == 1) then
+  if follows then redis.call('HDEL', queue.prefix .. 'reruns', found.after) end
+  if follows or redis.call('ZREM', KEYS[3], id) == 1 or (buried and redis.call('ZREM', KEYS[4], id) == 1) then
     redis.call('HDEL', jobs, id)
     list_tags(untagged, found.tags, id)
-    finish(queue, id, keep, record, found.unique, found.own)
+    finish(queue, id, keep, record, found)
     if group then give_back(queue, {id}) end
     return 1
   end
@@ -75,7 +82,7 @@ local function cancel_job(id)
   redis.call('HSET', jobs, id, 'x' .. string.match(envelope, '^[^\n]*') .. '\n')
   redis.call('HINCRBY', KEYS[6], 'stubs', 1)
   list_tags(untagged, found.tags, id)
-  finish(queue, id, keep, record, found.unique, found.own)
+  finish(queue, id, keep, record, found)
   if group then
     queue.counters.waiting_stubs = queue.counters.waiting_stubs + 1
     -- A group whose first job this was may have one behind it that need not wait.

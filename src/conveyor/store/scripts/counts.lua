@@ -31,9 +31,10 @@ if string.byte(oldest) == 9 then
   oldest = first
 end
 -- Not known where there are more workers than were asked.
-local unplaced = #workers < 1000 and redis.call('HLEN', KEYS[1]) - ready - grouped - scheduled - leased - dead or 0
+local reruns = redis.call('HLEN', prefix .. 'reruns')
+local unplaced = #workers < 1000 and redis.call('HLEN', KEYS[1]) - ready - grouped - scheduled - leased - dead - reruns or 0
 local line = oldest ~= '' and string.match(redis.call('HGET', KEYS[1], oldest) or '', '^[^\n]*') or ''
 return {ready - tonumber(conf[1] or 0) + tonumber(conf[5] or 0), scheduled, leased, dead, #workers,
   conf[2] == '1' and 1 or 0, clock(), oldest, line, conf[3] or string.match(conf[7] or '', '^%d+') or '',
-  foreign, redis.call('LLEN', KEYS[16]), unplaced, waiting, conf[8] and redis.call('ZCARD', prefix .. 'room') or 0,
+  foreign, redis.call('LLEN', KEYS[16]), unplaced, waiting + reruns, conf[8] and redis.call('ZCARD', prefix .. 'room') or 0,
   tonumber(conf[9] or 0)}

@@ -28,7 +28,7 @@ local function ready()
   end
 end
 
--- Those in groups, in the order of the groups' names.
+-- Those in groups, in the order of the groups' names, then those that are to run after others.
 local function waiting()
   local members, skip, room = redis.call('SMEMBERS', prefix .. 'tickets'), offset, count
   for _, member in ipairs(redis.call('HKEYS', prefix .. 'waits')) do members[#members + 1] = member end
@@ -44,6 +44,12 @@ local function waiting()
     else
       skip = skip - length
     end
+  end
+  if room <= 0 then return end
+  local pairs_ = redis.call('HGETALL', prefix .. 'reruns')
+  for at = 2 * skip + 1, math.min(#pairs_, 2 * (skip + room)), 2 do
+    rows[#rows + 1] = pairs_[at + 1]
+    extras[#rows] = pairs_[at]
   end
 end
 

@@ -1,9 +1,9 @@
 -- Remove jobs that wait, from the front, in one bounded batch. Jobs that arrive after a purge began survive it.
--- needs: numbers keys tokens envelope tags outcome rights limits groups room
+-- needs: numbers keys tokens envelope tags unique outcome rights limits groups room
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 conf  6 waiters  7-16 ready:0 … ready:9  17 none
 --       18 wake
--- ARGV  1 "ready", "due" or "dead"  2 how many at most (at most 1,000)
+-- ARGV  1 "ready", "due", "dead", or "rerun": those that are to run after others  2 how many at most (at most 1,000)
 -- returns {entries taken, jobs removed}
 local jobs, limit = KEYS[1], math.min(tonumber(ARGV[2]), 1000)
 if limit < 1 then return {0, 0} end
@@ -14,9 +14,11 @@ local ids, groups = {}, {} -- the group of each id that was taken from one
 check('HLEN', KEYS[2], KEYS[6])
 local line = redis.call('HGET', KEYS[5], 'line')
 check('LLEN', unpack(KEYS, 7, 16))
+local reruns = prefix .. 'reruns'
+check('HLEN', reruns)
 local record = cancelled_record(now, 'purged')
 redis.call('HDEL', jobs, '\t')
-prove(prefix .. 'none', 'LPOP', 'ZREM', 'HMGET', 'HINCRBY', 'GET', 'DEL', 'PEXPIRE', 'HGET')
+prove(prefix .. 'none', 'LPOP', 'ZREM', 'HMGET', 'HINCRBY', 'GET', 'DEL', 'PEXPIRE', 'HGET', 'HSET', 'SET', 'RPUSH', 'ZADD')
 local grouped = redis.call('HGET', KEYS[5], 'waiting')
 if grouped then
   prove_groups(prefix .. 'none')
@@ -68,6 +70,12 @@ if ARGV[1] == 'ready' then
     if limit > #ids then take_list(priority) end
   end
   if grouped and limit > #ids then take_waiting() end
+elseif ARGV[1] == 'rerun' then
+  local pairs_ = redis.call('HGETALL', reruns)
+  for i = 1, math.min(#pairs_, 2 * limit), 2 do
+    redis.call('HDEL', reruns, pairs_[i])
+    ids[#ids + 1] = pairs_[i + 1]
+  end
 else
   local from = ARGV[1] == 'due' and KEYS[3] or KEYS[4]
   ids = redis.call('ZRANGE', from, 0, limit - 1)
@@ -85,7 +93,7 @@ for i, id in ipairs(ids) do
   elseif envelopes[i] then
     removed = removed + 1
     list_tags(untagged, found and found.tags, id)
-    if found then release(prefix, id, found.unique, found.own) end
+    if found then release(prefix, id, found) end
   end
   announce(KEYS[6], id, record)
 end

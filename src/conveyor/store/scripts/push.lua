@@ -1,5 +1,5 @@
 -- Accept messages: all of them, or none.
--- needs: numbers keys tokens sequence envelope tags outcome rights limits groups room admission drop accept
+-- needs: numbers keys tokens sequence envelope tags unique key_holder conflict outcome rights limits groups room admission drop accept
 --
 -- KEYS  1 lane:<producer>  2 jobs  3 due  4 wake  5 conf  6 dead  7-16 ready:0 … ready:9  17 none
 -- ARGV  1 number of this push in its sequence, "<last> <first>" of one that stands for several
@@ -7,10 +7,11 @@
 --       4 number of jobs  then runs, in order:
 --       "p" count (id envelope)…
 --       "s" count (id marks rest delay_ms due_at_ms expires_ms priority attributes own front)…   "" where not given
--- returns "<number>\nok\n<id>\n<id>…"    the ids of the special jobs: the one given, or behind a tab the one that exists;
---         "\n\t" at the end: the queue was new here
+-- returns "<number>\nok\n<id>\n<id>…"    the ids of the special jobs: the one given, or behind a tab the one that exists, and behind
+--         another tab what was done about it: replaced, rerun; "\n\t" at the end: the queue was new here
 --         "<number>\nfull\n<length>\n<maximum>", "<number>\nschema\n<found>": nothing stored
 --         "<number>\nwait\n<length>\n<maximum>\n<since>": nothing stored, and its producer stands in the line since then
+--         "<number>\nduplicate\n<id>\n<key>": a job has the key, and the push is to be refused then; nothing stored
 --         "<number>\npartitions\n<found>": the queue has another number of them, "" none yet; nothing stored
 --         "<number>\nlate\n<last number>": a later push of this producer was answered already, or a part of this one; nothing stored
 local reply = answered(KEYS[1], ARGV[1])

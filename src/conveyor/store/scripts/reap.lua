@@ -1,5 +1,5 @@
 -- Remove a worker's registration and return the jobs that it held to the front, so that the oldest is leased first.
--- needs: numbers keys listed tokens envelope tags outcome leased_order rights limits groups serving room
+-- needs: numbers keys listed tokens envelope tags unique outcome leased_order rights limits groups serving room
 --
 -- KEYS  1 leased:<worker>  2 workers  3 jobs  4 state  5 wake  6 waiters  7-16 ready:0 … ready:9  17 none
 --       18 due  19 conf
@@ -79,7 +79,7 @@ for i = #ids, 1, -1 do
     local found = marks(envelopes[i]) or {}
     redis.call('HDEL', jobs, id)
     list_tags(untagged, found.tags, id)
-    finish(queue, id, 600000, record, found.unique, found.own)
+    finish(queue, id, 600000, record, found)
   else
     charge(id, states[i])
     if groups[i] then join_group(queue, groups[i][1], groups[i][2], id, true)

@@ -1,5 +1,5 @@
 -- Put dead letters back, with all their attempts again. Their state keeps what happened before. One step of a walk.
--- needs: numbers keys tokens envelope rights limits groups leased leased_order heads walk
+-- needs: numbers keys tokens envelope key_holder rights limits groups leased leased_order heads walk
 --
 -- KEYS  1 dead  2 jobs  3 state  4 wake  5-14 ready:0 … ready:9  15 none  16 conf
 -- ARGV  1… as in lib/walk.lua; of those that it finds the dead ones
@@ -26,10 +26,14 @@ local queue = {prefix = prefix, jobs = KEYS[2], conf = KEYS[16]}
 for i, envelope in ipairs(redis.call('HMGET', KEYS[2], unpack(found_ids))) do
   local id, found = found_ids[i], envelope and marks(envelope)
   local holder = nil
-  if found and found.unique then
-    holder = claimed[found.unique] or redis.call('GET', prefix .. 'unique:k:' .. found.unique)
-    if holder and (holder == id or redis.call('HEXISTS', KEYS[2], holder) == 0) then holder = nil end
-    claimed[found.unique] = holder or id
+  for _, key in ipairs(found and found.keys or {}) do
+    if key.life ~= 't' and not holder then
+      holder = claimed[key.text] or holder_of(prefix, key)
+      if holder == id then holder = nil end
+    end
+  end
+  if not holder then
+    for _, key in ipairs(found and found.keys or {}) do claimed[key.text] = id end
   end
   if holder then
     kept[#kept + 1], kept[#kept + 2] = id, holder
@@ -60,7 +64,9 @@ for i, id in ipairs(ids) do
     redis.call('HSET', KEYS[3], id, (starts or '0') .. ' 0 0' .. (rest or ''))
     -- The job lives again, so its own id is taken until a day after it ends, and its unique key until it ends.
     if found and found.own then redis.call('SET', prefix .. 'unique:i:' .. id, id) end
-    if found and found.unique then redis.call('SET', prefix .. 'unique:k:' .. found.unique, id) end
+    for _, key in ipairs(found and found.keys or {}) do
+      if key.life ~= 't' then take_key(prefix, key, id) end
+    end
     local group = found and group_of(found)
     if group then join_group(queue, found.priority, group, id) else redis.call('RPUSH', lists[i], id) end
     moved[#moved + 1] = id

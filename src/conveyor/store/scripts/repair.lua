@@ -27,6 +27,9 @@ local function mend_ticket(priority, group)
 end
 
 local function is_placed(id, found)
+  if found and found.after and redis.call('HEXISTS', jobs, found.after) == 1 and redis.call('HGET', prefix .. 'reruns', found.after) == id then
+    return true
+  end
   local group = found and group_of(found)
   if group then
     grouped[#grouped + 1] = {found.priority, group}
@@ -47,7 +50,7 @@ for i, id in ipairs(ARGV) do
   if envelopes[i] and not is_placed(id, marks(envelopes[i])) then lost[#lost + 1] = i end
 end
 if #lost == 0 and #grouped == 0 then return {0, 0} end
-prove(KEYS[18], 'HDEL', 'HSET', 'HINCRBY', 'ZADD', 'LPUSH')
+prove(KEYS[18], 'HDEL', 'HGET', 'HSET', 'HINCRBY', 'ZADD', 'LPUSH')
 prove_groups(KEYS[18])
 local back, removed = 0, 0
 for _, i in ipairs(lost) do
@@ -57,6 +60,9 @@ for _, i in ipairs(lost) do
     redis.call('HINCRBY', KEYS[6], 'stubs', -1)
     removed = removed + 1
   else
+    if found.after and redis.call('HGET', prefix .. 'reruns', found.after) == id then
+      redis.call('HDEL', prefix .. 'reruns', found.after)
+    end
     -- It may have been started when it was lost, so a start counts: no attempt has its number twice.
     local starts, rest = string.match(states[i] or '0 0 0', '^(%d+)(.*)$')
     redis.call('HSET', state, id, int((starts or 0) + 1) .. (rest or ' 0 0'))

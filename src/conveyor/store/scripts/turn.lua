@@ -1,5 +1,5 @@
 -- A worker's whole round trip: settle what it has finished, then lease up to N more jobs to it.
--- needs: numbers keys listed tokens envelope tags outcome leased_order ended results rights limits groups settle promote lease rotation upkeep room
+-- needs: numbers keys listed tokens envelope tags unique released outcome leased_order ended results rights limits groups settle promote lease rotation upkeep room
 --
 -- KEYS  1 jobs  2 state  3 leased:<worker>  4 workers  5 due  6 wake  7 conf  8 dead  9 recent  10 waiters
 --       11-20 ready:0 … ready:9  21 none
@@ -7,6 +7,7 @@
 --       5 flags: k keep the lease's end, l look for overdue workers, t leave when nothing is held, e remember the ends
 --       6 count, ids of jobs that are simply done
 --       then count, and for each group of these, from the first id on, a result that is kept: ms count record…   0 ms: it is not
+--       then count, and of those of them that have attributes: id attributes
 --       then count, and for each other settlement: kind id ms record state attributes own
 --            D done: keep the record ms, state "+" when a value is not kept
 --            X dead: announce the record, keep the state; it died no earlier than its last error, at ms since the epoch
@@ -56,8 +57,10 @@ end
 local done_count = tonumber(ARGV[6])
 local groups = tonumber(ARGV[7 + done_count])
 local groups_at = 8 + done_count
-local other_at = groups_at + 1
-for _ = 1, groups do other_at = other_at + 2 + tonumber(ARGV[other_at]) end
+local released_at = groups_at
+for _ = 1, groups do released_at = released_at + 2 + tonumber(ARGV[released_at + 1]) end
+local released_count = tonumber(ARGV[released_at])
+local other_at = released_at + 2 + 2 * released_count
 local other_count = tonumber(ARGV[other_at - 1])
 local stats_at = other_at + 7 * other_count
 local stats_count = tonumber(ARGV[stats_at])
@@ -80,13 +83,15 @@ if grouped then
   begin_groups(queue)
   queue.grouped, queue.freed, queue.retried, queue.charges = true, {}, {}, {}
 end
+local releases = released_count > 0 or kinds.unique or (about[2] and (kinds.R or kinds.F))
+if releases then redis.call('HLEN', queue.prefix .. 'reruns') end
 local ended = {}
 local results = groups > 0 and plan_results(queue, done, 7, groups_at, groups, now, ended)
 local leases = want > 0 and not paused
 local promotes = kinds.R or (first_due[2] and tonumber(first_due[2]) <= now)
 -- The jobs that this turn will lease are known before the first write, unless other lists have some, or it adds to them itself.
 local heads, envelopes_ahead, unusual = nil, nil, true
-if leases and not (grouped or urgent or promotes or kinds.F) then
+if leases and not (grouped or urgent or promotes or kinds.F or releases) then
   heads, envelopes_ahead, unusual = head_of(queue, KEYS[11], math.min(want, 1000))
 else
   redis.call('LRANGE', KEYS[11], 0, 0)
@@ -97,6 +102,7 @@ end
 redis.call('HDEL', leased, '\t')
 if awaited then prove(KEYS[21], 'HGET') end
 if results or #others > 0 then prove_settlements(KEYS[21], kinds, results, about[2]) end
+if released_count > 0 then prove(KEYS[21], 'MGET', 'DEL', 'SET', 'HGET', 'RPUSH') end
 if promotes then prove(KEYS[21], 'ZREM', 'RPUSH') end
 if grouped then
   -- A turn of one job is the usual one of a group that runs one at a time: what makes a key is proven with few removals.
@@ -115,13 +121,15 @@ if leases and (not heads or heads[1]) then
   if unusual then prove(KEYS[21], 'HINCRBY', 'SET', 'GET', 'DEL', 'PEXPIRE') end
 end
 if not keeps then redis.call('ZADD', workers, now + lease_ms, worker)
-elseif kinds.R or kinds.X then prove(KEYS[21], 'ZADD') end
+elseif kinds.R or kinds.X or releases then prove(KEYS[21], 'ZADD') end
 redis.call('HSET', leased, '\tturn', number)
 if #done > 0 then settle_done(queue, leased, done, results, stateful, awaited) end
+if released_count > 0 then release_done(queue.prefix, done, released_at + 1, released_count) end
 for _, i in ipairs(others) do
   if settle_other(queue, leased, i, now, about[2], ended) then urgent = true end
 end
 if grouped then settle_groups(queue, done, now) end
+if releases and not urgent then urgent = redis.call('EXISTS', unpack(KEYS, 12, 20)) > 0 end
 if string.find(flags, 'e', 1, true) then
   for _, id in ipairs(done) do
     if not (results and results.records[id]) then note_ended(ended, id, '-') end
@@ -149,6 +157,7 @@ if grouped then
   due_next = tonumber(redis.call('ZRANGE', queue.due, 0, 0, 'WITHSCORES')[2]) -- alarms are new
 end
 if taken > 0 then
+  if unusual then release_started(queue.prefix, ids, envelopes, taken) end
   if redis.call('EXISTS', queue.state) == 1 then states = redis.call('HMGET', queue.state, unpack(ids)) end
 end
 local held = redis.call('HLEN', leased) - 3 - (cancelled[1] and 1 or 0)

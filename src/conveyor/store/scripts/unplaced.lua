@@ -1,4 +1,4 @@
--- Read one page of the ids of a queue: of its jobs that are neither scheduled, dead nor leased; or of a ready list, with those in
+-- Read one page of the ids of a queue: of its jobs that are neither scheduled, dead nor leased, nor wait for another job; or of a ready list, with those in
 -- the groups whose tickets stand there; or of the groups whose tickets wait at limits.
 --
 -- KEYS  1 jobs  2 due  3 dead  4 workers  5-14 ready:0 … ready:9
@@ -32,6 +32,8 @@ for i = 1, #page[2], 2 do
   for _, worker in ipairs(workers) do
     placed = placed or redis.call('HEXISTS', prefix .. 'leased:' .. worker, id) == 1
   end
+  local after = string.match(page[2][i + 1], '^[^\n]*\ta([^\t\n]*)')
+  placed = placed or after and redis.call('HGET', prefix .. 'reruns', after) == id and redis.call('HEXISTS', KEYS[1], after) == 1
   if not placed then reply[#reply + 1] = id end
 end
 return reply

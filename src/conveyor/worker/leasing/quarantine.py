@@ -140,7 +140,7 @@ class EarlyAcks:
     def add(self, attempt: Attempt, report: TurnReport) -> None:
         """Acknowledge *attempt* with *report*."""
         self.waiting.append(attempt)
-        report.done.append(attempt.id)
+        report.add_done(attempt.id, attempt.envelope.attributes)
 
     def forget(self, id_: str) -> None:
         """Drop an attempt whose ack was refused: another worker has the job."""

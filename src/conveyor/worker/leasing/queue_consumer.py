@@ -419,6 +419,7 @@ class QueueConsumer:
             log_repeated_error("queue %s: a turn was refused: %s", self.queue, error)
             self.report.done[:0], self.report.others[:0] = report.done, report.others
             self.report.results.update(report.results)
+            self.report.released.update(report.released)
             await asyncio.sleep(random.uniform(0.5, 1.0))  # noqa: S311
             self._end_recovery()
             return
@@ -674,6 +675,7 @@ class QueueConsumer:
                     if attempt.id not in report.done:
                         continue  # its ack is on the way: no other worker would run it
                     report.done.remove(attempt.id)
+                    report.released.pop(attempt.id, None)
                 unstarted.append(attempt)
         return unstarted
 

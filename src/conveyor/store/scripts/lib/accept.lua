@@ -26,9 +26,10 @@ local function prepare_push(KEYS, ARGV)
   -- Read everything first: which special jobs exist already, here or earlier in this very push.
   check('HLEN', jobs)
   check('LLEN', KEYS[7])
-  local ids, existing, claimed, tagged = {}, {}, {}, {}
+  local ids, answers, claimed, tagged = {}, {}, {}, {}
   local now, appends, prepends, schedules, owns, fronts
   local queue -- where a job has a group or a limit
+  local push = {prefix = prefix, jobs = jobs, due = due, dead = dead, keys = {}, rests = {}, successors = {}}
   local at, runs = 5, #ARGV
   while at <= runs do
     local count = tonumber(ARGV[at + 1])
@@ -56,7 +57,7 @@ local function prepare_push(KEYS, ARGV)
           if not holder and redis.call('HEXISTS', jobs, id) == 1 then holder = id end
         end
         local found = ARGV[i + 7] ~= '' and attributes(ARGV[i + 7], {}) or {}
-        local unique, group = found.unique, group_of(found)
+        local group = group_of(found)
         if group then
           if not queue then
             queue = {prefix = prefix, jobs = jobs, conf = conf, due = due}
@@ -65,20 +66,20 @@ local function prepare_push(KEYS, ARGV)
           check('LLEN', prefix .. 'group:' .. ARGV[i + 6] .. ':' .. group)
           if ARGV[i + 9] == '1' then fronts = true end
         end
-        if not holder and unique then
-          local key = 'k' .. unique
-          holder = claimed[key]
-          if not holder then
-            holder = redis.call('GET', prefix .. 'unique:k:' .. unique)
-            if holder and redis.call('HEXISTS', jobs, holder) == 0 then holder = false end
+        local answer = holder and {'kept', holder}
+        if not answer and found.keys then
+          answer = meet(push, id, found.keys, ARGV[i + 2])
+          if answer and answer[1] == 'raise' then return ARGV[1] .. '\nduplicate\n' .. answer[2] .. '\n' .. answer.key.text end
+          if answer and answer.key and answer.key.conflict == 'b' then
+            redis.call('ZRANGE', due, 0, 0)
+            schedules = true
           end
-          claimed[key] = holder or id
         end
         -- Only a job that will be stored takes its id: one that is refused for its key must not block the next of that id.
-        if not holder then claimed['i' .. id] = id end
-        if not holder and ARGV[i + 7] ~= '' then list_tags(tagged, attributes(ARGV[i + 7], {}).tags, id) end
-        ids[#ids + 1] = holder and '\t' .. holder or id
-        existing[i] = holder and true or false
+        if not answer or answer.behind then claimed['i' .. id] = id end
+        if (not answer or answer.behind) and ARGV[i + 7] ~= '' then list_tags(tagged, attributes(ARGV[i + 7], {}).tags, id) end
+        ids[#ids + 1] = answer and '\t' .. answer[2] .. (answer[1] == 'kept' and '' or '\t' .. answer[1]) or id
+        answers[i] = answer
       end
       at = at + 2 + 10 * count
     end
@@ -133,14 +134,21 @@ local function prepare_push(KEYS, ARGV)
       takeable = true
     end
 
-    local function special(i, now)
-      local id, line, delay, priority = ARGV[i], ARGV[i + 1], ARGV[i + 3], ARGV[i + 6]
+    local function special(i, now, behind)
+      local id, line, delay, priority, text = ARGV[i], ARGV[i + 1], ARGV[i + 3], ARGV[i + 6], ARGV[i + 7]
+      local found = text ~= '' and attributes(text, {}) or {}
       local instant = delay ~= '' and now + tonumber(delay) or tonumber(ARGV[i + 4])
       if ARGV[i + 5] ~= '' then line = line .. ' e' .. int(now + tonumber(ARGV[i + 5])) end
       if instant and instant > now then line = line .. ' d' .. int(instant) end
       if ARGV[i + 8] == '1' then line = line .. ' i' end
-      redis.call('HSET', jobs, id, line .. ARGV[i + 7] .. ARGV[i + 2])
-      if instant and instant > now then
+      for _, key in ipairs(found.keys or {}) do
+        if key.conflict == 'b' and key.max then text = text .. '\tm' .. int(now + key.max) end
+      end
+      if behind then text = text .. '\ta' .. behind end
+      redis.call('HSET', jobs, id, line .. text .. ARGV[i + 2])
+      if behind then
+        redis.call('HSET', prefix .. 'reruns', behind, id)
+      elseif instant and instant > now then
         redis.call('ZADD', due, instant, id)
         if redis.call('ZRANGE', due, 0, 0)[1] == id then takeable = true end
       else
@@ -157,8 +165,9 @@ local function prepare_push(KEYS, ARGV)
         redis.call('SET', prefix .. 'unique:i:' .. id, id)
         redis.call('DEL', prefix .. 'result:' .. id) -- of an earlier job of this id, where that is kept for more than its day
       end
-      local unique = ARGV[i + 7] ~= '' and attributes(ARGV[i + 7], {}).unique
-      if unique then redis.call('SET', prefix .. 'unique:k:' .. unique, id) end
+      for _, key in ipairs(found.keys or {}) do
+        if not behind or holder_of(prefix, key) ~= behind then take_key(prefix, key, id) end
+      end
     end
 
     at = 5
@@ -169,7 +178,11 @@ local function prepare_push(KEYS, ARGV)
         at = at + 2 + 2 * count
       else
         for i = at + 2, at + 2 + 10 * (count - 1), 10 do
-          if not existing[i] then special(i, now) end
+          local answer = answers[i]
+          if not answer or answer.behind then special(i, now, answer and answer.behind)
+          elseif answer[1] ~= 'kept' and rewrite(push, answer[2], ARGV[i + 2], ARGV[i + 3], ARGV[i + 5], answer.key, now) then
+            takeable = true
+          end
         end
         at = at + 2 + 10 * count
       end

@@ -53,7 +53,7 @@ local function drop(KEYS, prefix, drops)
     local found = drops.envelopes[i] and marks(drops.envelopes[i])
     if found and not found.stub then
       list_tags(untagged, found.tags, id)
-      release(prefix, id, found.unique, found.own)
+      release(prefix, id, found)
     end
     if awaited then announce(waiters, id, record) end
   end

@@ -3,12 +3,24 @@
 -- Read attributes.
 -- text     as they stand in an envelope: each behind a tab and its letter
 -- found    a table that they are added to
--- returns  that table: unique and group (keys), limits and tags (lists, nil when there are none)
+-- returns  that table: unique and group (keys), limits and tags (lists, nil when there are none), keys (all unique keys, the one in
+--          unique too: {text, life, ms, conflict, max}; nil when there are none),
+--          after (the job that this one is to run after), latest (ms: a debounced job is put off no further)
 local function attributes(text, found)
   for letter, value in string.gmatch(text, '\t(%a)([^\t]*)') do
-    if letter == 'u' then found.unique = value
+    if letter == 'u' or letter == 'k' then
+      local key = {text = value, life = 'd', conflict = 'k'}
+      if letter == 'u' then found.unique = value
+      else
+        local life, ms, conflict, max, name = string.match(value, '^(%l)(%d*)(%l)(%d*) (.*)$')
+        key = {text = name, life = life, ms = tonumber(ms), conflict = conflict, max = tonumber(max)}
+      end
+      found.keys = found.keys or {}
+      found.keys[#found.keys + 1] = key
     elseif letter == 'g' then found.group = value
-    else
+    elseif letter == 'a' then found.after = value
+    elseif letter == 'm' then found.latest = tonumber(value)
+    elseif letter == 'l' or letter == 't' then
       local name = letter == 'l' and 'limits' or 'tags'
       local list = found[name] or {}
       list[#list + 1] = value

@@ -19,6 +19,8 @@ local function job_place(queue, id, own, window)
   end
   local due = redis.call('ZSCORE', queue.due, id)
   if due then return {'scheduled', envelope, attempts, int(tonumber(due))} end
+  local after = string.match(envelope, '^[^\n]*\ta([^\t\n]*)')
+  if after and redis.call('HGET', queue.prefix .. 'reruns', after) == id then return {'waiting', envelope, attempts, after} end
   local died = redis.call('ZSCORE', queue.dead, id)
   if died then return {'dead', envelope, attempts, int(tonumber(died))} end
   for _, worker in ipairs(redis.call('ZRANGE', queue.workers, 0, 999)) do

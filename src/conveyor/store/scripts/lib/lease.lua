@@ -14,7 +14,7 @@ local function fate_of(envelope, now)
 end
 
 -- Drop a job that is gone, cancelled or expired, and whose entry was removed.
--- queue     fields prefix, jobs, state, conf, waiters and untagged are used
+-- queue     fields prefix, jobs, state, conf, waiters and untagged are used; admits is set when a successor may have joined a list
 -- id        of the job
 -- fate, found  as fate_of returns them
 -- now       ms
@@ -28,7 +28,8 @@ local function discard(queue, id, fate, found, now, missing)
   else
     redis.call('HDEL', queue.jobs, id)
     list_tags(queue.untagged, found.tags, id)
-    finish(queue, id, 600000, cancelled_record(now, 'expired'), found.unique, found.own)
+    finish(queue, id, 600000, cancelled_record(now, 'expired'), found)
+    if found.keys then queue.admits = true end
   end
 end
 
@@ -85,6 +86,7 @@ local function take_ready(queue, want, urgent, first, first_envelopes, unusual, 
             ids[taken], envelopes[taken] = id, found[i]
           end
         end
+        if queue.admits then more, queue.admits = true, false end
       end
     end
   end

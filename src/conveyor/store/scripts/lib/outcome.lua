@@ -8,18 +8,16 @@ local function cancelled_record(at, reason)
   return '{"status":"cancelled",' .. (reason and '"reason":"' .. reason .. '",' or '') .. string.format('"at":%.0f}', at)
 end
 
--- Release what a job had reserved: its unique key at once, an id that the caller gave after a day.
+-- Release what a job had reserved: its unique keys at once, an id that the caller gave after a day.
 -- prefix   of the queue's keys
 -- id       of the job
--- unique   its unique key; nil: none. The key is kept when another job holds it by now.
--- own      true when the id is the caller's
+-- found    its attributes, and own: true when the id is the caller's
 -- mark     of a job that ended well, which its own id keeps (lib/ended.lua); nil: it ended otherwise
+-- ended    true when it has run to an end, well or not
 -- returns  nothing
-local function release(prefix, id, unique, own, mark)
-  if unique then
-    local key = prefix .. 'unique:k:' .. unique
-    if redis.pcall('GET', key) == id then redis.call('DEL', key) end
-  end
+local function release(prefix, id, found, mark, ended)
+  local own = found.own
+  release_keys(prefix, id, found, ended)
   if own and mark then redis.call('SET', prefix .. 'unique:i:' .. id, '\t' .. mark, 'PX', 86400000)
   elseif own then redis.call('PEXPIRE', prefix .. 'unique:i:' .. id, 86400000) end
 end
@@ -44,11 +42,11 @@ end
 -- id      of the job
 -- keep    ms that the record is kept; 0: it is only announced
 -- record  as for announce
--- unique, own, mark  as for release
+-- found, mark, ended  as for release
 -- returns nothing
-local function finish(queue, id, keep, record, unique, own, mark)
+local function finish(queue, id, keep, record, found, mark, ended)
   redis.call('HDEL', queue.state, id)
   if keep > 0 then redis.call('SET', queue.prefix .. 'result:' .. id, record, 'PX', keep) end
-  release(queue.prefix, id, unique, own, mark)
+  release(queue.prefix, id, found, mark, ended)
   announce(queue.waiters, id, record)
 end

@@ -24,7 +24,7 @@ local function read_settlements(queue, leased, done_at, done_count, other_at, ot
       others[#others + 1] = i
       kinds[ARGV[i]] = true
       if (ARGV[i] == 'D' or ARGV[i] == 'C') and ARGV[i + 2] ~= '0' then kinds.keep = true end
-      if ARGV[i + 5] ~= '' and attributes(ARGV[i + 5], {}).unique then kinds.unique = true end
+      if ARGV[i + 5] ~= '' and attributes(ARGV[i + 5], {}).keys then kinds.unique = true end
       if ARGV[i + 6] == '1' then kinds.own = true end
     elseif ARGV[i] ~= 'S' and ARGV[i] ~= 'G' then
       lost[#lost + 1] = ARGV[i + 1]
@@ -40,10 +40,10 @@ end
 -- asked    as for settle_other
 -- returns  nothing
 local function prove_settlements(none, kinds, results, asked)
-  if asked and (kinds.R or kinds.F or kinds.L) then prove(none, 'SET', 'GET', 'DEL', 'PEXPIRE') end
+  if asked and (kinds.R or kinds.F or kinds.L) then prove(none, 'SET', 'GET', 'DEL', 'PEXPIRE', 'RPUSH') end
   if results and #results.windows > 0 or kinds.own then prove(none, 'PEXPIRE') end
   if results and #results.own > 0 or kinds.keep or kinds.own then prove(none, 'SET') end
-  if kinds.unique then prove(none, 'GET', 'DEL') end
+  if kinds.unique then prove(none, 'GET', 'DEL', 'SET', 'RPUSH') end
   if kinds.S then prove(none, 'RPUSH') end
   if next(kinds) then prove(none, 'HGET') end
   if kinds.F or kinds.L then prove(none, 'LPUSH') end
@@ -81,8 +81,7 @@ end
 -- returns  true when a job went back to a ready list of a priority above 0
 local function settle_other(queue, leased, i, now, asked, ended)
   local kind, id, ms, record, attempts = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4]
-  local has, own = ARGV[i + 5] ~= '' and attributes(ARGV[i + 5], {}) or {}, ARGV[i + 6] == '1'
-  local unique = has.unique
+  local found = attributes(ARGV[i + 5], {own = ARGV[i + 6] == '1'})
   -- Of two settlements of one job in a report the first counts.
   local keeps = kind == 'M' or kind == 'S' or kind == 'K' or kind == 'G'
   if redis.call(keeps and 'HEXISTS' or 'HDEL', leased, id) == 0 then return false end
@@ -97,13 +96,13 @@ local function settle_other(queue, leased, i, now, asked, ended)
   elseif kind == 'D' or kind == 'C' then
     local mark = kind == 'D' and (ms > 0 and '+' or attempts == '+' and '+' or '-') or nil
     redis.call('HDEL', queue.jobs, id)
-    list_tags(queue.untagged, has.tags, id)
-    finish(queue, id, ms, ms == 0 and mark == '+' and '+' or record, unique, own, mark)
-    if mark and not own and ms < 600000 then note_ended(ended, id, mark) end
+    list_tags(queue.untagged, found.tags, id)
+    finish(queue, id, ms, ms == 0 and mark == '+' and '+' or record, found, mark, kind == 'D')
+    if mark and not found.own and ms < 600000 then note_ended(ended, id, mark) end
   elseif kind == 'X' then
     redis.call('ZADD', queue.dead, int(math.max(now, ms)), id)
     redis.call('HSET', queue.state, id, attempts)
-    release(queue.prefix, id, unique, own)
+    release(queue.prefix, id, found, nil, true)
     announce(queue.waiters, id, record)
   elseif kind == 'K' then
     if asked and listed(asked, '\n', id) then
@@ -111,11 +110,11 @@ local function settle_other(queue, leased, i, now, asked, ended)
     end
   elseif asked and not keeps and listed(asked, '\n', id) then
     -- Its cancellation was asked, and the worker did not know: it does not come back.
-    local found = marks(redis.call('HGET', queue.jobs, id) or '\n') or {}
+    found = marks(redis.call('HGET', queue.jobs, id) or '\n') or {}
     redis.call('HDEL', queue.jobs, id)
     list_tags(queue.untagged, found.tags, id)
     local record = cancelled_record(now, kind == 'F' and attempts == '' and 'not started' or nil)
-    finish(queue, id, 600000, record, found.unique, found.own)
+    finish(queue, id, 600000, record, found)
     if queue.grouped then queue.freed[#queue.freed + 1] = id end
   else
     if attempts ~= '' then redis.call('HSET', queue.state, id, attempts) end
