@@ -1,4 +1,4 @@
--- What a push does whose unique key another job has.
+-- Pushes whose unique key another job has, and what becomes of them.
 
 -- Tell how a job stands to a push.
 -- queue    fields prefix, jobs, due, dead and rests are used
