@@ -74,8 +74,8 @@ def entry_of(
     limits: tuple[str, ...] = (), *, deferred: bool,
 ) -> Entry:  # fmt: skip
     """
-    Return the entry that is pushed; *body* are the encoded arguments, which *sealing* wraps; *uniqueness* is the task's, *limits* as
-    in an entry.
+    Return the entry that is pushed; *body* are the encoded arguments, which *sealing* wraps; *uniqueness* is the task's,
+    *limits* as in an entry.
 
     A *deferred* job gets an id as a spawned one has: Redis may hear of it later than a caller that waits for it.
     """

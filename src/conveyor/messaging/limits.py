@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 from conveyor.errors import ConfigurationError
 from conveyor.units import Duration, milliseconds
@@ -50,7 +51,7 @@ class Rate:
             )
 
     @property
-    def kind(self) -> Literal[rate]:
+    def kind(self) -> Literal["rate"]:
         """The word that names this kind."""
         return "rate"
 
@@ -73,7 +74,7 @@ class Concurrency:
         _check_limit_name("Concurrency(name)", self.name)
 
     @property
-    def kind(self) -> Literal[concurrency]:
+    def kind(self) -> Literal["concurrency"]:
         """The word that names this kind."""
         return "concurrency"
 
