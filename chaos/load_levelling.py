@@ -17,7 +17,7 @@ import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,8 +89,10 @@ class Run:
         recent = {line.pid for line in self.lines()[-2000:]} & set(children)
         if not recent:
             return False
-        os.kill(self.random.choice(sorted(recent)), signal.SIGKILL)
-        return True
+        with suppress(ProcessLookupError):  # it has ended meanwhile
+            os.kill(self.random.choice(sorted(recent)), signal.SIGKILL)
+            return True
+        return False
 
     def kill_evenly(self, seconds: float) -> int:
         """Kill as many processes as asked, evenly over so many seconds; return how many were killed."""

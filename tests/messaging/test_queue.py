@@ -224,7 +224,7 @@ class TestBadInput:
             (order(), {"headers": ["a"]}),
             (order(), {"headers": {"a": "\ud800"}}),
             (order(), {"headers": {"a": "x" * 9000}}),
-            (order(), {"group": "c7"}),
+            (order(), {"group": "c\n7"}),
             (order(), {"wait_replicas": -1}),
             (order(), {"timeout": "1s"}),
         ],
