@@ -47,6 +47,7 @@ def test_group_runs_one_at_a_time_in_order(seeded: SeededQueue) -> None:
     assert not seeded.redis.exists(seeded.keys.prefix + "tickets", seeded.keys.prefix + "slots")
 
 
+@pytest.mark.row("C290")
 @pytest.mark.parametrize("way", ["R", "F", "reap", "leave"])
 def test_retried_or_returned_job_keeps_its_place(seeded: SeededQueue, way: str) -> None:
     """A job that is retried, returned or reaped runs before those behind it, and blocks its key alone."""
@@ -72,6 +73,7 @@ def test_retried_or_returned_job_keeps_its_place(seeded: SeededQueue, way: str) 
     assert seeded.audit() == []
 
 
+@pytest.mark.row("C290")
 def test_cancelled_retry_frees_its_key(seeded: SeededQueue) -> None:
     """A job that waits for its retry and is cancelled gives its key to the next."""
     seeded.push(entry("a1", group="a"), entry("a2", group="a"))
@@ -324,6 +326,7 @@ class Chance:
                 run(limits.reset_limit(keys, None, None))
 
 
+@pytest.mark.row("C290")
 @pytest.mark.parametrize("seed", range(4))
 def test_random_steps_leave_no_ticket_and_no_waiter_behind(seeded: SeededQueue, seed: int) -> None:
     """After every step each group has one ticket, each slot a holder, no ticket waits at a limit with room; and all drains."""
@@ -412,6 +415,7 @@ GROUPED_CALLS = {
 }  # fmt: skip
 
 
+@pytest.mark.row("C291")
 @pytest.mark.standalone_only("makes a user, and reads with MONITOR what scripts send")
 @pytest.mark.parametrize("name", GROUPED_CALLS)
 def test_refused_command_refuses_whole(seeded: SeededQueue, url: str, name: str) -> None:
