@@ -138,6 +138,7 @@ def test_matching_costs_the_same_beside_thousands_of_patterns(app: Conveyor, red
     fields = {f"=t{n}.*": "x" for n in range(2500)} | {f"=t{n}.created": "x" for n in range(2500)}
     redis.hset(registry, mapping=fields)
     app.topic("a.*").subscribe("y")  # the shapes are found again
+    assert app.topic("b.created").subscribers() == ["q"]  # the server knows the script now
     redis.config_resetstat()
     assert app.topic("a.created").subscribers() == ["q", "y"]
     stats = redis.info("commandstats")
