@@ -14,7 +14,7 @@ import pytest
 import redis as redis_py
 from redis.exceptions import ConnectionError as TransportError
 
-from conveyor import Conveyor, Outgoing, QueueFull, StoreUnavailable
+from conveyor import Concurrency, Conveyor, Outgoing, QueueFull, StoreUnavailable
 from conveyor.errors import ConfigurationError, ConveyorError, PayloadError
 from conveyor.jobs.core import core_of
 from conveyor.messaging.topic import TopicInfo
@@ -199,6 +199,24 @@ class User:
     """A payload with a type."""
 
     id: int
+
+
+@pytest.mark.leaves_keys("messages are leased at its end")
+def test_groups_and_limits_of_a_subscriber(url: str, other: Conveyor) -> None:
+    """A group keeps its order in each queue, and a queue that has limits has them for copies too, by fields of the message."""
+    with Conveyor(url) as app:
+        narrow = app.queue("narrow", limits=[Concurrency(1, by="customer")])
+        single = app.queue("single", limits=[Concurrency(1)])
+        app.topic(TOPIC).subscribe("free", narrow, single)
+        app.topic(TOPIC).publish_many([{"customer": "a"}, {"customer": "a"}, {"customer": "b"}])
+        app.topic(TOPIC).publish({"customer": "g", "n": 1}, group="g")
+        app.topic(TOPIC).publish({"customer": "g", "n": 2}, group="g")
+        found = {
+            queue.name: [m.body["customer"] for m in queue.pull(9)] for queue in (narrow, single, other.queue("free"))
+        }
+        assert {name: sorted(bodies) for name, bodies in found.items()} == {
+            "narrow": ["a", "b", "g"], "single": ["a"], "free": ["a", "a", "b", "g"],
+        }  # fmt: skip
 
 
 def test_typed_payload(app: Conveyor) -> None:

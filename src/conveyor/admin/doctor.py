@@ -232,12 +232,17 @@ def stranded_queues(waiting: dict[str, int], served: list[str]) -> list[Finding]
 
 
 def undelivered_outboxes(counts: Mapping[str, inspection.QueueCounts]) -> list[Finding]:
-    """Return a finding for each queue whose outbox holds spawned jobs: a problem where no worker delivers them."""
+    """Return a finding for each queue whose outbox holds something: a problem where nobody delivers it."""
     findings: list[Finding] = []
     for name, count in counts.items():
         if not count.outbox:
             continue
-        has = f"Queue '{name}' has {'1 spawned job' if count.outbox == 1 else f'{count.outbox:,} spawned jobs'} in its outbox"
+        what = (
+            "1 spawned job or published copy"
+            if count.outbox == 1
+            else f"{count.outbox:,} spawned jobs or published copies"
+        )
+        has = f"Queue '{name}' has {what} in its outbox"
         if count.workers:
             findings.append(Finding("queue", "note", f"{has}, not delivered to their queues yet"))
         else:

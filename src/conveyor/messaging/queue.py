@@ -34,6 +34,7 @@ from conveyor.messaging.outbox import OutboxRoutes
 from conveyor.messaging.publisher import Publisher
 from conveyor.messaging.push_options import (
     PLAIN,
+    Outgoing,
     PreparedPush,
     PushManyOptions,
     PushMiddleware,
@@ -301,6 +302,19 @@ class Queue(MessageSource[T]):
         if self._fixed_limits:
             prepared = replace(prepared, limits=self._fixed_limits)
         return with_sealing(prepared, self._sealing, self.name, self.version)
+
+    @property
+    def _limits_messages(self) -> bool:
+        """True when its messages carry limits of this queue."""
+        return bool(self._fixed_limits) or self._publisher.load_keys is not None
+
+    def _limited(self, value: Any, options: PreparedPush) -> PreparedPush:
+        """Return *options* with the limits that this queue has for the message *value*. Raises PayloadError."""
+        if (reader := self._publisher.load_keys) is None:
+            return replace(options, limits=self._fixed_limits)
+        headers = {} if options.extra is None else dict(options.extra.headers)
+        outgoing = Outgoing("", self.name, headers=headers, body=value, group=options.group, tags=options.tags)
+        return replace(options, limits=reader.read(outgoing).limits)
 
     def _prepared_many(self, options: PushManyOptions) -> PreparedPush:
         if alone := {"id", "unique"} & options.keys():

@@ -75,6 +75,8 @@ class DeclaredQueues(outbox.OutboxRoutes, Protocol):
     @property
     def max_whole(self) -> int: ...
     @property
+    def queues(self) -> Mapping[str, Queue[Any]]: ...
+    @property
     def bounded(self) -> Mapping[str, Queue[Any]]: ...
     def admit_message(self, queue: str) -> None: ...
 
@@ -171,8 +173,10 @@ class TopicDirectory:
 
     # -- publishing ---------------------------------------------------------------------------------------------------
 
-    def store(self, topic: str, bodies: Sequence[bytes], options: Sequence[PreparedPush], version: int) -> StepProgram:
-        """Publish messages with an option each in one step, and return the public ids of each one's copies."""
+    def store(
+        self, topic: str, bodies: Sequence[bytes], options: Sequence[PreparedPush], values: Sequence[Any], version: int
+    ) -> StepProgram:
+        """Publish messages, each with its options and value, in one step; return the public ids of each one's copies."""
         own, counted, mismatches = options[0].id, 0, 0
         message_ids = [own] if own is not None else new_ids(len(bodies))
         at_once = self.client.has_one_endpoint
@@ -187,7 +191,7 @@ class TopicDirectory:
                 counted += counts
             if not (known.queues or at_once):
                 return [[] for _ in bodies]
-            copies = yield from self._copies(known.queues, message_ids, bodies, options, version)
+            copies = yield from self._copies(known.queues, message_ids, bodies, options, values, version)
             try:
                 if at_once:
                     stored = yield from self._store_in_all(topic, known, len(bodies), copies)
@@ -209,18 +213,26 @@ class TopicDirectory:
 
     def _copies(
         self, queues: Sequence[str], message_ids: Sequence[str], bodies: Sequence[bytes], options: Sequence[PreparedPush],
-        version: int,
+        values: Sequence[Any], version: int,
     ) -> Generator[Step, Any, list[TopicCopies]]:  # fmt: skip
-        """Return the copies for each queue: the same entries for all, unless each queue has a seal of its own."""
+        """Return the copies for each queue: the same entries for all, but for those that have a seal or limits of their queue."""
         copies: list[TopicCopies] = []
-        entries: list[Entry] | None = None
+        shared: list[Entry] | None = None
         sealing = self.queues.sealing
         for queue in queues:
             keys, most = yield from self._place(queue, options[0])
-            if sealing is not None or entries is None:
+            declared = self.queues.queues.get(queue)
+            limited = declared if declared is not None and declared._limits_messages else None  # noqa: SLF001
+            entries = shared if limited is None and sealing is None else None
+            if entries is None:
                 each = [with_sealing(one, sealing, queue, version) for one in options]
+                if limited is not None:
+                    each = [limited._limited(value, one) for value, one in zip(values, each, strict=True)]  # noqa: SLF001
+                    yield partial(limited.limits.ensure, keys), partial(limited.limits.aensure, keys)
                 make = (each[0], each, message_ids, bodies)
                 entries = yield partial(make_entries, *make), partial(amake_entries, *make)
+                if limited is None:
+                    shared = entries
             assert entries is not None
             copies.append(TopicCopies(keys, entries, most))
         if copies:
@@ -450,31 +462,33 @@ class Topic(Generic[T]):
         while True:
             envelopes: list[bytes] = []
             each: list[PreparedPush] = []
+            passed: list[T] = []
             size = 0
             for value in islice(rest, CHUNK):
-                envelope, own = self._encode(value, prepared, len(published) + len(envelopes))
+                left, envelope, own = self._encode(value, prepared, len(published) + len(envelopes))
                 envelopes.append(envelope)
                 each.append(own)
+                passed.append(left)
                 size += len(envelope)
                 if size > CHUNK_BYTES:
                     break
             if not envelopes:
                 return published
             try:
-                published += yield from self._directory.store(self.name, envelopes, each, self._version)
+                published += yield from self._directory.store(self.name, envelopes, each, passed, self._version)
             except ConveyorError as error:
                 if published:
                     error.add_note(f"The first {len(published):,} messages were published before, the rest was not.")
                 raise
 
-    def _encode(self, value: T, options: PreparedPush, at: int) -> tuple[bytes, PreparedPush]:
-        """Return the envelope of one message and its options, as the middlewares leave them."""
+    def _encode(self, value: T, options: PreparedPush, at: int) -> tuple[Any, bytes, PreparedPush]:
+        """Return one message, its envelope and its options, as the middlewares leave them."""
         passed: Any = value
         if middlewares := self._directory.middlewares:
             passed, options = pass_through(middlewares, "", value, options, topic=self.name)
         options = for_topic(options, self.name)
         try:
-            return options.head + self._codec.encode(passed), options
+            return passed, options.head + self._codec.encode(passed), options
         except PayloadError as error:
             if at:
                 raise PayloadError(f"Message {at:,}: {error}", code=error.code) from error
