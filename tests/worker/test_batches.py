@@ -16,6 +16,7 @@ import pytest
 
 from conveyor import (
     BatchFailed,
+    Concurrency,
     ConfigurationError,
     Context,
     Conveyor,
@@ -23,6 +24,7 @@ from conveyor import (
     JobCancelled,
     JobFailed,
     PayloadError,
+    Rate,
     Retry,
     RetryIn,
     Snooze,
@@ -789,6 +791,32 @@ async def test_a_middleware_wraps_the_batch_once(app: Conveyor) -> None:
     assert calls[0] == 3
     assert sum(calls) == 6
     assert events == {"JobStarted": 6, "JobDone": 3}
+
+
+@pytest.mark.parametrize("kind", ["loop", "process"])
+async def test_limits_count_items(app: Conveyor, kind: str) -> None:
+    """A `Concurrency` bounds the items of all batches that run; a rate pays for each item, and an item tells its true cost."""
+    options: dict[str, Any] = {"limits": [Concurrency(3), Rate(1000, "1h", cost="rows.id")]}
+
+    async def cost(rows: list[Row], context: Context = current()) -> list[int]:
+        for row, item in zip(rows, context.items, strict=True):
+            item.charge(2 * row.id)
+        with pytest.raises(ConfigurationError, match="items"):
+            context.charge(1)
+        return [len(rows)] * len(rows)
+
+    if kind == "process":
+        task: Any = batch_app.declare(app, size=4, within="200ms", **options)
+        app.task(name="after", queue="after")(batch_app.after.function)
+    else:
+        task = app.batch_task(name="apart", size=4, within="200ms", **options)(cost)
+    row = batch_app.Row if kind == "process" else Row
+    jobs = [await task.aenqueue(row(n)) for n in range(1, 7)]
+    async with working(app, reference="support.batch_app:app"):
+        found = await results(jobs)
+    assert [one[1] if kind == "process" else one for one in found] == [3] * 6
+    [rate] = [limit for limit in await app.limits.alist("default") if limit.name == "apart.rate"]
+    assert rate.used == 2 * sum(range(1, 7))
 
 
 async def test_sealed_items_run_in_batches(url: str) -> None:

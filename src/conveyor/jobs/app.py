@@ -404,6 +404,7 @@ class Conveyor:
         upcast: Upcast | None = None,
         format: FormatChoice | None = None,  # noqa: A002
         tags: Iterable[str] | None = None,
+        limits: Sequence[Rate | Concurrency] | None = None,
         **unknown: object,
     ) -> BatchDecorator:
         """
@@ -413,14 +414,14 @@ class Conveyor:
         `group_by` names a field of the items (``"customer.id"``: a field of a field): a batch holds items that are equal in
         it. The function returns a list with one result per item, or None; it raises `BatchFailed` when only some items
         failed, and any other error for all of them. Each item has its own attempts and its own result. `timeout` limits one
-        call of the function; the other options are those of `task`. Raises ConfigurationError.
+        call of the function, `limits` count items; the other options are those of `task`. Raises ConfigurationError.
         """
         if unknown:
             refuse_unknown("@app.batch_task()", unknown, TASK_OPTIONS)
         plan = batch_plan(size, within, group_by)
         options = task_options(
             timeout=timeout, retry=retry, keep_result=keep_result, ack=ack, expires=expires, priority=priority,
-            version=version, upcast=upcast, tags=tags,
+            version=version, upcast=upcast, tags=tags, limits=limits,
         )  # fmt: skip
 
         def add(function: Callable[..., Any]) -> Any:

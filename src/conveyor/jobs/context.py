@@ -125,6 +125,10 @@ class Context:
         A higher cost delays the next starts, a lower one gives the rest back, when the attempt ends; of several calls the
         last counts. *limit* names the limit (None: the one with ``cost=``). Raises ConfigurationError without such a limit.
         """
+        if self._items is not None:
+            raise ConfigurationError(
+                f"A batch of {self.task} told a cost, which is that of one of its items. Write: current().items[0].charge(…)."
+            )
         names = [limit] if limit is not None else list(self._costs)
         arguments = {self._costs.get(name) for name in names}
         if not names or None in arguments or len(arguments) > 1:

@@ -213,9 +213,15 @@ class _Runner:
             raised = error
         ends |= zip(values, item_ends(value, raised, len(values)), strict=True)
         alike = ends[0][1]
-        if alike is not None and all(error is alike for _, error in ends.values()):
+        if (
+            alike is not None
+            and not any(charges_of(one) for one in contexts.values())
+            and all(error is alike for _, error in ends.values())
+        ):
             return _reply(job, alike)
-        return _batch_reply(job, task, ends, {at: spawned_entries(one) for at, one in contexts.items()})
+        reply = _batch_reply(job, task, ends, {at: spawned_entries(one) for at, one in contexts.items()})
+        reply.charges = {at: charges for at, one in contexts.items() if (charges := charges_of(one))}
+        return reply
 
     def _call(self, task: TaskDefinition, args: list[Any], kwargs: dict[str, Any], variables: Variables) -> Any:
         if not task.is_async:

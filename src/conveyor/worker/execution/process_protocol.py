@@ -108,7 +108,8 @@ class FailedReply(msgspec.Struct, tag="failed"):
 
 class BatchReply(msgspec.Struct, tag="batch"):
     """
-    From the process: how the items of a batch ended, by their index in the request: results, errors, jobs that they spawned.
+    From the process: how the items of a batch ended, by their index in the request: results, errors, jobs that they spawned,
+    true costs.
 
     `worn` as in `DoneReply`. What failed for all items alike is a `FailedReply`.
     """
@@ -119,6 +120,7 @@ class BatchReply(msgspec.Struct, tag="batch"):
     errors: dict[int, FailedReply]
     spawned: dict[int, list[bytes]]
     worn: str = ""
+    charges: dict[int, dict[str, int]] = {}
 
 
 Request = StartRequest | RunRequest

@@ -320,6 +320,8 @@ def _batch_result(reply: BatchReply, batch: BatchAttempt) -> list[Any] | None:
     task = batch.handler.task
     for at, entries in reply.spawned.items():
         batch.live[at].set_spawned(entries)
+    for at, charges in reply.charges.items():
+        batch.live[at].set_charges(charges)
     results = [None if one is None else task.results.decode(one) for one in reply.results]
     if reply.errors:
         errors = {at: rebuild(failed, task.settings.retry) for at, failed in reply.errors.items()}
@@ -327,7 +329,7 @@ def _batch_result(reply: BatchReply, batch: BatchAttempt) -> list[Any] | None:
     return results
 
 
-def _run_request(attempt: Attempt, costs: dict[str, str] | None = None) -> RunRequest:
+def _run_request(attempt: Attempt) -> RunRequest:
     envelope = attempt.envelope
     bare_id = ids.split(attempt.public_id)[1]
     return RunRequest(
@@ -340,8 +342,8 @@ def _run_request(attempt: Attempt, costs: dict[str, str] | None = None) -> RunRe
         tags=envelope.tags,
         keep_ms=envelope.extra.keep_ms,
         enqueued_ms=ids.made_at_ms(bare_id),
-        items=[_run_request(item, costs={}) for item in attempt.live] if isinstance(attempt, BatchAttempt) else [],
-        costs=attempt.costs if costs is None else costs,
+        items=[_run_request(item) for item in attempt.live] if isinstance(attempt, BatchAttempt) else [],
+        costs=attempt.costs,
     )
 
 
