@@ -378,3 +378,27 @@ def test_why_the_jobs_of_a_queue_wait(shell: Shell, backend: Client) -> None:
     assert f"  {unknown}" in on_screen.splitlines()
     assert f"  shop: {unknown}" in status.splitlines()
     assert "scheduled, the first for" not in status
+
+
+def test_a_paused_task_is_a_command(shell: Shell, backend: Client) -> None:
+    """`queue pause --task` pauses a task in one queue or in all, and its jobs are listed as waiting with the cause."""
+    backend.announce(backend.keys("shop"))
+    [paid, _] = push(backend, "shop", b"1", b"2", task="shop.pay")
+    push(backend, "shop", b"3", task="shop.report")
+    worker = ClientWorker(backend, "shop")
+
+    answer = json.loads(shell.run("queue", "pause", "--task", "shop.pay", "--json").stdout)
+    worker.take(5)
+    listed = shell.run("job", "list", "--state", "waiting", "-q").stdout.split()
+    causes = json.loads(shell.run("queue", "show", "shop", "--json").stdout)["causes"]
+    said = shell.run("job", "why", paid).stdout.splitlines()[0]
+    resumed = shell.run("queue", "resume", "shop", "--task", "shop.pay")
+
+    assert answer == {"schema": "conveyor/task-paused@1", "task": "shop.pay", "queues": ["shop"], "paused": True}
+    assert (len(listed), listed[0]) == (2, paid)
+    assert [(one["kind"], one["name"], one["jobs"]) for one in causes] == [("task-paused", "shop.pay", 2)]
+    assert causes[0]["sentence"] == "Task 'shop.pay' is paused: 2 jobs wait."
+    assert said == "task-paused\tTask 'shop.pay' is paused. Resume it:  conveyor queue resume --task shop.pay"
+    assert resumed.stderr.strip() == "shop.pay is resumed in shop."
+    assert shell.run("queue", "pause").returncode == 2
+    assert len(worker.take(5)) == 2

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from conveyor import Conveyor, JobNotFound, Why
+from conveyor.ids import new_id
 from conveyor.jobs.job import Job
-from conveyor.payload.records import AttemptHistory, Failure, to_json
-from conveyor.store import inspection, operations
+from conveyor.payload.records import AttemptHistory, Failure, to_json, write_envelope
+from conveyor.store import inspection, limits, operations
 from conveyor.store.operations import Settlement
 from support.manual_worker import ManualWorker, drain
 
@@ -28,6 +30,7 @@ class ServingWorker(ManualWorker):
         self.client.run(operations.reap(self.keys, self.worker, crashed=False))
         about = operations.about(kind=kind, host="web-3", pid=4711, task_set=operations.task_set(tasks))
         self.client.run(operations.register(self.keys, self.worker, 60_000, about, tasks=tasks))
+        self.number = int(time.time() * 1000) - 1_735_689_600_000  # as a worker's: the number of a turn is its instant
 
 
 @pytest.fixture
@@ -159,7 +162,7 @@ def test_a_position_is_looked_for_among_so_many(app: Conveyor, queue: str, monke
     found = [(job.why().ahead, job.why().exact) for job in jobs]
 
     assert found == [(0, True), (1, True), (2, False), (2, False), (2, False), (5, True), (6, True)]
-    assert str(jobs[3].why()) == "More than 2 of 7 jobs in queue 'mail' are before it."
+    assert str(jobs[3].why()) == "At least 2 of 7 jobs in queue 'mail' are before it."
     worker.leave()
 
 
@@ -197,3 +200,85 @@ def test_the_awaitable_twin_and_an_own_id(app: Conveyor, queue: str) -> None:
     assert isinstance(why, Why)
     assert (why.kind, why.queue, why.task) == ("no-worker", "mail", "mail.send")
     assert why.kind == app.job("order-7").why().kind == job.why().kind
+
+
+# -- limits and groups --------------------------------------------------------------------------------------------
+
+
+def push(app: Conveyor, *, group: str | None = None, limits: tuple[str, ...] = ()) -> Job[object]:
+    """Push a job that is in a group, or has limits."""
+    entry = operations.Entry(new_id(), write_envelope("mail.send", b'{"user":1}'), group=group, limits=limits)
+    [id_] = app.client.push(app.client.keys("mail"), [entry])
+    return app.job(f"mail:{id_}")
+
+
+def end(worker: ManualWorker, id_: str) -> None:
+    worker.turn(0, Settlement("D", id_, attributes=worker.envelopes[id_].attributes))
+
+
+def test_a_concurrency_limit_that_is_full(app: Conveyor, queue: str) -> None:
+    """The limit is named with its slots and who is ahead, before and after a lease has met it; a slot that is free ends the cause."""
+    worker = ServingWorker(app, queue, ("mail.send",))
+    app.client.run(limits.declare_limits(worker.keys, {"api": "c 1 -"}, replace=False))
+    jobs = [push(app, limits=("1:api",)) for _ in range(4)]
+    assert jobs[0].why().kind == "position"
+    [first] = worker.take(1)
+    for _ in range(2):
+        whys = [job.why() for job in jobs[1:]]
+        assert [(one.kind, one.name, one.used, one.most, one.ahead) for one in whys] == [
+            ("limit", "api", 1, 1, 0), ("limit", "api", 1, 1, 1), ("limit", "api", 1, 1, 2),
+        ]  # fmt: skip
+        assert worker.take(5) == []
+    assert str(jobs[2].why()) == "Limit 'api' is full (1 of 1); at least 1 is ahead."
+    assert jobs[2].status() == "waiting"
+    end(worker, first)
+
+    assert [job.why().kind for job in jobs[1:]] == ["position"] * 3
+    for _ in range(3):
+        [id_] = worker.take(5)
+        end(worker, id_)
+    worker.leave()
+
+
+def test_a_rate_that_is_used_up(app: Conveyor, queue: str) -> None:
+    """A rate says when it opens; one by a key names the key; what an operator set counts."""
+    worker = ServingWorker(app, queue, ("mail.send",))
+    app.client.run(limits.declare_limits(worker.keys, {"api": "r 2 3600000 0 tenant"}, replace=False))
+    jobs = [push(app, limits=("1:api:acme",)) for _ in range(3)]
+    taken = worker.take(5)
+    assert len(taken) == 2
+
+    why = jobs[2].why()
+
+    assert (why.kind, why.name, why.key, why.used, why.most, why.per) == ("limit", "api", "acme", 2, 2, 3600)
+    assert why.opens_at is not None
+    assert timedelta(minutes=58) < why.opens_at - datetime.now(UTC) < timedelta(minutes=61)
+    assert str(why).startswith("Limit 'api' of 'acme' is full (2 of 2 in 1 h), opens at 20")
+    app.client.run(limits.set_limit(worker.keys, "api", "acme", "r 5 3600000 0"))
+    assert jobs[2].why().kind == "position"
+    [last] = worker.take(5)
+    for id_ in (*taken, last):
+        end(worker, id_)
+    app.client.execute("DEL", worker.keys.prefix + "rate:api:acme", key=queue)
+    worker.leave()
+
+
+def test_a_group_behind_its_first_job(app: Conveyor, queue: str) -> None:
+    """The job that comes first is named, while it is leased and while it waits for its retry; a paused group is a cause of its own."""
+    worker = ServingWorker(app, queue, ("mail.send",))
+    first, second = push(app, group="acme"), push(app, group="acme")
+    [id_] = worker.take(5)
+
+    held = second.why()
+    worker.turn(0, Settlement("R", id_, 3_600_000, state=b"1 1 0", attributes=worker.envelopes[id_].attributes))
+    retried = second.why()
+    app.client.run(limits.set_group(worker.keys, "acme", weight=None, paused=True))
+    paused = second.why()
+
+    assert (held.kind, held.name, held.behind, held.behind_status) == ("group", "acme", first.id, "leased")
+    assert str(held) == f"It waits in group 'acme' behind job {first.id}, which is leased."
+    assert (retried.kind, retried.behind, retried.behind_status) == ("group", first.id, "scheduled")
+    assert f"It waits in group 'acme' behind job {first.id}, which is tried again at 20" in str(retried)
+    assert (paused.kind, str(paused), paused.also[0].kind) == ("group-paused", "Group 'acme' is paused.", "group")
+    app.client.run(limits.set_group(worker.keys, "acme", weight=None, paused=False))
+    worker.leave()

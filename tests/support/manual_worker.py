@@ -91,7 +91,7 @@ def drain(app: Conveyor) -> None:
     """Empty all queues of *app*."""
     for queue in app.client.queues():
         keys = app.client.keys(queue)
-        for place in ("rerun", "due", "dead", "ready"):
+        for place in ("rerun", "ready", "due", "dead"):
             while app.client.run(operations.purge(keys, place, 500))[0]:
                 pass
         manual = ManualWorker(app, queue)

@@ -249,6 +249,8 @@ def operate(app: Conveyor) -> None:
     app.client.run(limits.set_limit(app.client.keys("levelled"), "hourly", None, "r 3 3600000 0"))
     admin.pause("default")
     admin.resume("default")
+    admin.pause_task("shop.double", "default")
+    admin.resume_task("shop.double", "default")
     line = app.client.keys("default").ready[0]
     assert app.client.execute("LPOP", line, key=line)
     assert admin.repair("default") == 1

@@ -175,6 +175,7 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     "claim_partitions": (lambda k: partitions.claim_partitions(k, 3, whole=False), {"conf"}),
     "repartition": (lambda k: partitions.repartition(k, "begin", "change", 3), {"conf", "jobs", "workers", "outbox"}),
     "partitions": (partitions.count, {"conf"}),
+    "pause_task": (lambda k: limits.pause_task(k, "t", paused=True), {"conf"}),
     "configure": (lambda k: operations.configure(k, "paused", "1"), {"conf"}),
     "declare_limits": (lambda k: limits.declare_limits(k, {"l": "c 2 -", "m": "r 5 1000 0 -"}, replace=True), {"conf"}),
     "set_limits": (lambda k: limits.set_limit(k, "l", None, "c 3"), {"conf"}),

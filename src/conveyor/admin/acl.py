@@ -96,7 +96,8 @@ _OPERATOR = Role(
     "operator",
     "reads, and acts on queues and jobs: pause, purge, redrive, repair, retry, cancel, delete",
     (
-        operations.CONFIGURE, operations.PURGE, operations.LIST_INTAKE, operations.REDRIVE, operations.PROMOTE,
+        operations.CONFIGURE, operations.PURGE, operations.LIST_INTAKE, operations.REDRIVE,
+        operations.PROMOTE,
         operations.CANCEL, partitions.CLAIM_PARTITIONS, partitions.REPARTITION, inspection.UNPLACED, operations.REPAIR,
         operations.DELETE, topics.SUBSCRIBE, limits.SET_LIMITS,
     ),

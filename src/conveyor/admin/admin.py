@@ -34,7 +34,7 @@ from conveyor.admin.views import (
     live_job,
 )
 from conveyor.errors import ConfigurationError, JobNotFound, StoreUnavailable
-from conveyor.ids import logical, made_at_ms, public, split
+from conveyor.ids import logical, made_at_ms, public, queue_name, split
 from conveyor.jobs.why import QueueCause, Why, explain, queue_causes
 from conveyor.messaging.deletion import refuse_in_use
 from conveyor.messaging.maintenance import redrive_batch
@@ -45,7 +45,7 @@ from conveyor.payload.formats import JSON, FormatRegistry
 from conveyor.payload.pipeline import PayloadPipeline
 from conveyor.payload.records import Status, read_outcome
 from conveyor.payload.sealed_records import RecordDecoder
-from conveyor.store import inspection, operations
+from conveyor.store import inspection, limits, operations
 from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability
 from conveyor.store.client.outages import FIRST_TRY
@@ -167,6 +167,21 @@ class Admin:
     def resume(self, name: str) -> None:
         """Resume a paused queue."""
         self._directory.queue(name).resume()
+
+    def pause_task(self, task: str, queue: str | None = None) -> list[str]:
+        """Have the jobs of a task wait, in one queue or in all that exist (None); return the queues. Other jobs go on."""
+        return self._pause_task(task, queue, paused=True)
+
+    def resume_task(self, task: str, queue: str | None = None) -> list[str]:
+        """End the pause of a task, in one queue or in all (None); return the queues."""
+        return self._pause_task(task, queue, paused=False)
+
+    def _pause_task(self, task: str, queue: str | None, *, paused: bool) -> list[str]:
+        queue_name(task, what="task")
+        places = self._partition_names(queue)
+        for name in places:
+            self.client.run(limits.pause_task(self._keys(name), task, paused=paused))
+        return list(dict.fromkeys(map(logical, places))) if queue is None else [queue]
 
     def purge(self, name: str, *, dead: bool = False) -> int:
         """
@@ -415,6 +430,8 @@ class Admin:
     acauses = _awaitable(causes)
     apartitions = _awaitable(partitions)
     apause = _awaitable(pause)
+    apause_task = _awaitable(pause_task)
+    aresume_task = _awaitable(resume_task)
     aresume = _awaitable(resume)
     apurge = _awaitable(purge)
     arefuse_full = _awaitable(refuse_full)

@@ -13,10 +13,10 @@ from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.payload.versions import sealed_name
 from conveyor.store.inspection import FinishedJob, JobRow
 
-STATES: tuple[Status, ...] = ("leased", "ready", "scheduled", "dead", "done")
+STATES: tuple[Status, ...] = ("leased", "ready", "waiting", "scheduled", "dead", "done")
 """The states that can be listed. `done`: recently finished jobs, about a thousand per queue."""
 
-LIVE: tuple[Status, ...] = ("leased", "ready", "scheduled", "dead")
+LIVE: tuple[Status, ...] = ("leased", "ready", "waiting", "scheduled", "dead")
 
 
 @dataclass(frozen=True, slots=True)

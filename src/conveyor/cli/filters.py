@@ -17,7 +17,7 @@ from conveyor.units import milliseconds
 if TYPE_CHECKING:
     from conveyor.store.job_filter import JobFilter
 
-STATES = ("leased", "ready", "scheduled", "dead", "done")
+STATES = ("leased", "ready", "waiting", "scheduled", "dead", "done")
 _CLOCK = re.compile(r"\d{1,2}:\d{2}|\d{2}:\d{2}:\d{2}")
 _WHEN = "a duration (2h, 1d), a local time (02:14) or an ISO 8601 instant"
 

@@ -227,22 +227,47 @@ def _redrive_command(name: str, groups: Sequence[FailureGroup]) -> str:
     return clean(shlex.join(words))
 
 
-@queue.command()
-@_NAME
-@redis_options
-def pause(target: Target, out: Output, name: str) -> None:
-    """Stop workers from taking jobs of a queue; pushing still works."""
-    target.admin().pause(name)
-    _print_paused(out, name, paused=True)
+_OPTIONAL_NAME = click.argument("name", metavar="[QUEUE]", required=False, shell_complete=complete_queues)
+_TASK = click.option("--task", metavar="NAME", help="Only jobs of this task; without QUEUE in all queues.")
 
 
 @queue.command()
-@_NAME
+@_OPTIONAL_NAME
+@_TASK
 @redis_options
-def resume(target: Target, out: Output, name: str) -> None:
-    """Resume a paused queue."""
-    target.admin().resume(name)
-    _print_paused(out, name, paused=False)
+def pause(target: Target, out: Output, name: str | None, task: str | None) -> None:
+    """
+    Stop workers from taking jobs of a queue, or of a task; pushing still works.
+
+    Jobs that workers have leased already are not affected.
+    """
+    _pause(target, out, name, task, paused=True)
+
+
+@queue.command()
+@_OPTIONAL_NAME
+@_TASK
+@redis_options
+def resume(target: Target, out: Output, name: str | None, task: str | None) -> None:
+    """Resume a paused queue, or a paused task: its jobs go first, in their order."""
+    _pause(target, out, name, task, paused=False)
+
+
+def _pause(target: Target, out: Output, name: str | None, task: str | None, *, paused: bool) -> None:
+    if name is None and task is None:
+        raise click.UsageError("Name a queue, or a task: --task NAME.")
+    admin = target.admin()
+    if task is None:
+        assert name is not None
+        (admin.pause if paused else admin.resume)(name)
+        _print_paused(out, name, paused=paused)
+        return
+    queues = (admin.pause_task if paused else admin.resume_task)(task, name)
+    if out.as_json:
+        out.document("task-paused", task=task, queues=queues, paused=paused)
+    else:
+        where = f"in {', '.join(queues)}" if queues else "in no queue: there are none yet"
+        out.say(f"{clean(task)} is {'paused' if paused else 'resumed'} {clean(where)}.")
 
 
 @queue.command()
@@ -254,7 +279,7 @@ def purge(target: Target, out: Output, name: str, dead: bool, yes: bool, dry_run
     """Remove all jobs that are not leased."""
     admin = target.admin()
     info = admin.queue(name)
-    available = info.dead if dead else info.ready + info.scheduled
+    available = info.dead if dead else info.ready + info.waiting + info.scheduled
     what = quantity(available, "dead letter" if dead else "job")
     removed = 0
     if available and out.confirm(f"Remove {what} from {name} permanently?", yes=yes, dry_run=dry_run):

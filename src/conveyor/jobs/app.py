@@ -38,6 +38,7 @@ from conveyor.messaging.retry import Retry
 from conveyor.payload.codec import MAX_PAYLOAD, show
 from conveyor.payload.formats import FormatChoice, make_registry
 from conveyor.payload.pipeline import LARGE_ABOVE, MAX_LARGE, make_pipeline
+from conveyor.store import limits
 from conveyor.store.client.client import Client
 from conveyor.store.max_length import Full
 from conveyor.units import Duration, Size, size
@@ -606,6 +607,40 @@ class Conveyor:
 
         return select(self._core, **options)
 
+    def pause_task(self, task: Task[..., Any] | str, *, queue: str | None = None) -> None:
+        """
+        Have jobs of a task wait, in all queues that exist (None) or in one, until `resume_task`; other jobs go on.
+
+        They hold no place in a worker and use no attempt, and keep their order. Jobs that a worker has leased already, those that
+        it runs and the few that it runs next, are not affected. Enqueueing goes on. Every worker obeys from its next lease on,
+        and workers and servers that are started again, too.
+        """
+        refuse_in_loop(self.client, "app.pause_task()", "await app.apause_task(…)")
+        self._pause_task(task, queue, paused=True)
+
+    def resume_task(self, task: Task[..., Any] | str, *, queue: str | None = None) -> None:
+        """End a pause: the jobs that waited go first, in their order."""
+        refuse_in_loop(self.client, "app.resume_task()", "await app.aresume_task(…)")
+        self._pause_task(task, queue, paused=False)
+
+    def _pause_task(self, task: Task[..., Any] | str, queue: str | None, *, paused: bool) -> None:
+        name = _task_name(task, queue)
+        for keys in self._core.places_of(self.client.queues(), name, queue):
+            self.client.run(limits.pause_task(keys, name, paused=paused))
+
+    async def apause_task(self, task: Task[..., Any] | str, *, queue: str | None = None) -> None:
+        """Awaitable form of `pause_task`."""
+        await self._apause_task(task, queue, paused=True)
+
+    async def aresume_task(self, task: Task[..., Any] | str, *, queue: str | None = None) -> None:
+        """Awaitable form of `resume_task`."""
+        await self._apause_task(task, queue, paused=False)
+
+    async def _apause_task(self, task: Task[..., Any] | str, queue: str | None, *, paused: bool) -> None:
+        name = _task_name(task, queue)
+        for keys in self._core.places_of(await self.client.aqueues(), name, queue):
+            await self.client.arun(limits.pause_task(keys, name, paused=paused))
+
     # -- hooks ----------------------------------------------------------------------------------------------------
 
     def middleware(self, source: M, /) -> M:
@@ -747,3 +782,10 @@ def make_client(
             f"Conveyor(buffer=…) takes a Buffer, such as Buffer() or Buffer('spool'), not {type(buffer).__name__}."
         )
     return BufferedClient(url, buffer=buffer, **options)
+
+
+def _task_name(task: Task[..., Any] | str, queue: str | None) -> str:
+    """Return the name of a task, given itself or by name; raises ConfigurationError for what is none, or no queue."""
+    if queue is not None:
+        ids.queue_name(queue)
+    return task.name if isinstance(task, Task) else ids.queue_name(task, what="task")

@@ -297,6 +297,19 @@ class QueueRegistry:
         if (declared := self.queues.get(queue)) is not None:
             declared.admit = partial(self.admit_message, queue)
 
+    def places_of(self, known: Iterable[str], task: str, queue: str | None) -> list[QueueKeys]:
+        """
+        Return where jobs of *task* may be: in *queue* with its partitions, or (None) in any queue of *known* and its own.
+
+        A queue that no program has used yet is one of them, as it is declared here.
+        """
+        names = [name for name in known if queue is None or queue in {name, ids.logical(name)}]
+        own = queue if queue is not None else self.task_queues.get(task)
+        if own is not None and not any(own in {name, ids.logical(name)} for name in names):
+            partitions = self.partitioned.get(own)
+            names += [own] if partitions is None else [keys.queue for keys in partitions.keys]
+        return [self.keys(name) for name in names]
+
     # -- declaring ------------------------------------------------------------------------------------------------
 
     def declare_queue(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -10,12 +11,12 @@ from typing import Literal
 from conveyor.ids import clean, public
 from conveyor.payload.records import Status
 from conveyor.payload.sealed_records import RecordDecoder
-from conveyor.store import inspection
 from conveyor.store.inspection import JobRow, QueueFacts, WaitFacts
 from conveyor.units import span
 
 Cause = Literal[
-    "queue-paused", "unknown-task", "no-worker", "scheduled", "position", "buffer", "parent", "rerun", "running", "ended",
+    "queue-paused", "task-paused", "group-paused", "unknown-task", "no-worker", "limit", "group", "scheduled", "position",
+    "buffer", "parent", "rerun", "running", "ended",
 ]  # fmt: skip
 
 
@@ -24,13 +25,16 @@ class Why:
     """
     The cause of a job's waiting; `str` of it is a sentence.
 
-    `kind` is the first cause that a lease meets, in this order: `queue-paused` · `unknown-task`: no worker of the queue knows the
-    task · `no-worker`: nothing serves the queue · `scheduled` · `position`: others are before it. Besides: `buffer`: it is still in
-    this program · `parent`: the job that spawned it has not ended · `rerun`: it runs once more when the job that has its unique
-    key has ended · `running` and `ended`: it does not wait. `also` holds the further causes, in the same order.
+    `kind` is the first cause that a lease meets, in this order: `queue-paused`, `task-paused` and `group-paused` · `unknown-task`:
+    no worker of the queue knows the task · `no-worker`: nothing serves the queue · `limit`: one is full · `group`: another job of
+    its group comes first · `scheduled` · `position`: others are before it. Besides: `buffer`: it is still in this program ·
+    `parent`: the job that spawned it has not ended · `rerun`: it runs once more when the job that has its unique key has ended ·
+    `running` and `ended`: it does not wait. `also` holds the further causes, in the same order.
 
-    `name`: of the queue, the task or the worker that the cause is about. `opens_at`: when it is over by itself. `ahead` of
-    `total` jobs are leased before it; `ahead` is at least so many where `exact` is false. `estimate`: seconds until its turn at the
+    `name`: of the queue, task, limit, group or worker that the cause is about; `key`: of a limit by a key. `opens_at`: when it is
+    over by itself. `ahead` of `total` jobs are leased before it, at a limit groups; at least so many where `exact` is false.
+    `used` of `most` slots or starts of the limit are in use. `behind`: the job of the group that comes first, whose status is
+    `behind_status`. `estimate`: seconds until its turn at the
     present rate, None where nothing ended lately. `seen`, `seen_name`: when a worker that knew the task was last seen. `since`:
     since when it runs. `error`: of its last attempt.
     """
@@ -40,11 +44,18 @@ class Why:
     queue: str
     task: str = ""
     name: str = ""
+    key: str = ""
     opens_at: datetime | None = None
     ahead: int | None = None
     exact: bool = True
     total: int | None = None
     estimate: float | None = None
+    used: int | None = None
+    most: int | None = None
+    per: float | None = None
+    """Of a rate: its seconds."""
+    behind: str = ""
+    behind_status: str = ""
     seen: datetime | None = None
     seen_name: str = ""
     since: datetime | None = None
@@ -81,10 +92,15 @@ def _causes(base: Why, row: JobRow, facts: WaitFacts, decoder: RecordDecoder) ->
     seen = replace(base, seen=_instant(facts.seen) if facts.seen else None, seen_name=facts.seen_name)
     if facts.paused:
         yield replace(base, kind="queue-paused", name=base.queue)
+    if facts.task_paused:
+        yield replace(base, kind="task-paused", name=base.task)
+    if facts.group_paused:
+        yield replace(base, kind="group-paused", name=facts.group)
     if base.task and facts.workers and not facts.may_know:
         yield replace(seen, kind="unknown-task", name=base.task)
     if not serving:
         yield replace(seen, kind="no-worker", name=base.queue)
+    yield from _limit_causes(base, facts)
     if row.status == "scheduled":
         yield replace(
             base,
@@ -94,14 +110,32 @@ def _causes(base: Why, row: JobRow, facts: WaitFacts, decoder: RecordDecoder) ->
             error=_error(row, base.queue, decoder),
         )
         return
-    ahead = facts.ahead
     estimate = None
-    if facts.ended and facts.window and ahead is not None:
-        estimate = round((ahead + 1) * facts.window / facts.ended / 1000, 1)
+    if facts.ended and facts.window and facts.exact:
+        estimate = round((facts.ahead + 1) * facts.window / facts.ended / 1000, 1)
     yield replace(
-        base, kind="position", name=base.queue, ahead=inspection.LOOKED_AT if ahead is None else ahead, exact=ahead is not None,
-        total=facts.total, estimate=estimate,
+        base, kind="position", name=base.queue, ahead=facts.ahead, exact=facts.exact, total=facts.total, estimate=estimate,
     )  # fmt: skip
+
+
+def _limit_causes(base: Why, facts: WaitFacts) -> Iterator[Why]:
+    """Yield what holds up a job whose limits and group are shut: a limit, and the job of its group that comes first."""
+    if facts.task_held:
+        yield replace(base, kind="limit", name=base.task, opens_at=_instant(facts.task_held))
+    if facts.limit:
+        name, _, key = facts.limit.partition(":")
+        kind, *numbers = facts.limit_text.split(" ")
+        rate = kind == "r" and len(numbers) > 1
+        yield replace(
+            base, kind="limit", name=name, key=key, ahead=facts.limit_ahead, used=facts.limit_used,
+            most=int(numbers[0]) if numbers else None, per=int(numbers[1]) / 1000 if rate else None,
+            opens_at=_instant(facts.limit_opens) if facts.limit_opens >= 0 else None,
+        )  # fmt: skip
+    if facts.behind:
+        yield replace(
+            base, kind="group", name=facts.group, behind=public(base.queue, facts.behind), behind_status=facts.behind_place,
+            opens_at=_instant(facts.behind_due) if facts.behind_due >= 0 else None,
+        )  # fmt: skip
 
 
 def _error(row: JobRow | None, queue: str, decoder: RecordDecoder) -> str:
@@ -150,9 +184,32 @@ def _scheduled(why: Why) -> str:
 def _position(why: Why) -> str:
     assert why.ahead is not None
     if not why.exact:
-        return f"More than {why.ahead:,} of {why.total:,} jobs in queue {why.queue!r} are before it."
+        return f"At least {why.ahead:,} of {why.total:,} jobs in queue {why.queue!r} are before it."
     rate = "" if why.estimate is None else f" At the present rate that is about {span(why.estimate)}."
     return f"It is number {why.ahead + 1:,} of {why.total:,} in queue {why.queue!r}.{rate}"
+
+
+def _limit(why: Why) -> str:
+    ahead = "" if not why.ahead else f"; at least {why.ahead:,} {'is' if why.ahead == 1 else 'are'} ahead"
+    opens = "" if why.opens_at is None else f", opens at {_clock(why.opens_at, why.at)}"
+    if why.most is None:
+        return f"{_limit_name(why)} is held{opens.replace(', opens at', ' until')}{ahead}."
+    of = f" in {span(why.per)}" if why.per else ""
+    return f"{_limit_name(why)} is full ({why.used:,} of {why.most:,}{of}){opens}{ahead}."
+
+
+def _limit_name(why: Why) -> str:
+    if why.most is None and why.name == why.task:
+        return f"Task {why.name!r}"
+    return f"Limit {why.name!r}{f' of {why.key!r}' if why.key else ''}"
+
+
+def _group(why: Why) -> str:
+    states = {"leased": "which is leased", "waiting": "which waits, too"}
+    state = states.get(why.behind_status, "which comes first")
+    if why.opens_at is not None:
+        state = f"which is tried again at {_clock(why.opens_at, why.at)}"
+    return f"It waits in group {why.name!r} behind job {why.behind}, {state}."
 
 
 def _running(why: Why) -> str:
@@ -166,8 +223,12 @@ def _ended(why: Why) -> str:
 
 _SENTENCES: dict[str, Callable[[Why], str]] = {
     "queue-paused": lambda why: f"Queue {why.queue!r} is paused. Resume it:  conveyor queue resume {why.queue}",
+    "task-paused": lambda why: f"Task {why.name!r} is paused. Resume it:  conveyor queue resume --task {why.name}",
+    "group-paused": lambda why: f"Group {why.name!r} is paused.",
     "unknown-task": _unknown_task,
     "no-worker": _no_worker,
+    "limit": _limit,
+    "group": _group,
     "scheduled": _scheduled,
     "position": _position,
     "buffer": lambda _: "It waits in the buffer of this program until Redis answers.",
@@ -183,8 +244,8 @@ class QueueCause:
     """
     A cause for which jobs of a queue wait; `str` of it is a sentence.
 
-    `kind`, `name`, `opens_at`, `seen` and `seen_name` as in `Why`. `jobs`: how many wait for it; where `looked` is not None, of
-    so many that were looked at.
+    `kind`, `name`, `opens_at`, `seen` and `seen_name` as in `Why`. `jobs`: how many wait for it, at a limit how many groups; where
+    `looked` is not None, of so many that were looked at.
     """
 
     kind: Cause
@@ -211,6 +272,8 @@ def queue_causes(queue: str, waiting: int, parts: Sequence[QueueFacts]) -> list[
     held_up = waiting + scheduled
     if any(one.paused for one in parts):
         found.append(QueueCause("queue-paused", queue, queue, held_up, at=now))
+    for kind, name, jobs in _held_up(parts):
+        found.append(QueueCause(kind, queue, name, jobs, at=now))
     tasks: dict[str, tuple[int, int, str]] = {}
     for task, jobs, seen, name in (each for one in parts for each in one.unknown):
         before = tasks.get(task, (0, 0, ""))
@@ -231,6 +294,18 @@ def queue_causes(queue: str, waiting: int, parts: Sequence[QueueFacts]) -> list[
     return found
 
 
+def _held_up(parts: Sequence[QueueFacts]) -> Iterator[tuple[Cause, str, int]]:
+    """Yield the paused tasks and the full limits of all partitions, with what waits for them."""
+    paused, full = Counter[str](), Counter[str]()
+    for one in parts:
+        paused.update(dict(one.paused_tasks))
+        full.update({name: groups for name, groups, _ in one.limits})
+    for task, jobs in paused.items():
+        yield "task-paused", task, jobs
+    for name, groups in full.most_common():
+        yield "limit", name, groups
+
+
 def _wait(cause: QueueCause) -> str:
     return f"{cause.jobs:,} {'job waits' if cause.jobs == 1 else 'jobs wait'}"
 
@@ -244,6 +319,10 @@ def _unknown_tasks(cause: QueueCause) -> str:
 
 
 _QUEUE_SENTENCES: dict[str, Callable[[QueueCause], str]] = {
+    "task-paused": lambda cause: f"Task {cause.name!r} is paused: {_wait(cause)}.",
+    "limit": lambda cause: (
+        f"Limit {cause.name!r} is full: {cause.jobs:,} {'group waits' if cause.jobs == 1 else 'groups wait'}."
+    ),
     "queue-paused": lambda cause: f"It is paused: {_wait(cause)}.",
     "unknown-task": _unknown_tasks,
     "no-worker": lambda cause: f"No {cause.name} serves it: {_wait(cause)}.",

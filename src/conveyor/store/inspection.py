@@ -94,8 +94,10 @@ class WaitFacts:
     The facts from which follows why a job waits; `job` is as `get_job` yields it, without its body. Times in ms.
 
     `may_know`: one of the workers may know its task. `seen`: when one that did was last seen, by `seen_name`; 0: never. `ahead`:
-    how many are leased before it, None when it is not found among `LOOKED_AT` at either end. `ended`: how many attempts ended in
-    the last `window` ms.
+    how many are leased before it, at least so many unless `exact`. `ended`: how many attempts ended in the last `window` ms.
+    `task_held`: until when its task is held. `group`: the key of its group, `behind` the job there that it waits for, at
+    `behind_place`, due at `behind_due` (-1: not scheduled). `limit`: the one that is full, with what conf says of it, slots or
+    starts in use, groups before this one, and when it opens (-1: when a job ends).
     """
 
     job: tuple[str, JobRow | None, bytes]
@@ -106,10 +108,23 @@ class WaitFacts:
     may_know: bool = True
     seen: int = 0
     seen_name: str = ""
-    ahead: int | None = None
+    ahead: int = 0
+    exact: bool = True
     total: int = 0
     ended: int = 0
     window: int = 0
+    task_paused: bool = False
+    task_held: int = 0
+    group: str = ""
+    group_paused: bool = False
+    behind: str = ""
+    behind_place: str = ""
+    behind_due: int = -1
+    limit: str = ""
+    limit_text: str = ""
+    limit_used: int = 0
+    limit_ahead: int = 0
+    limit_opens: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,10 +318,12 @@ def why(keys: QueueKeys, id: str) -> Call[WaitFacts]:  # noqa: A002
         job = _read_job(id)(reply[0])
         if len(reply) == 2:
             return WaitFacts(job, int(reply[1]))
-        now, paused, workers, consumers, known, seen, (ahead, total, ended, window) = reply[1:]
+        now, paused, workers, consumers, known, seen, where, task, group, limit = reply[1:]
+        ahead, exact, total, ended, window = where
         return WaitFacts(
             job, int(now), paused == 1, workers, consumers, known == 1, *_read_seen(seen),
-            None if ahead < 0 else ahead, total, ended, window,
+            ahead, exact == 1, total, ended, window, task[0] == 1, int(task[1]), group[0].decode(), group[1] == 1,
+            group[2].decode(), group[3].decode(), int(group[4]), limit[0].decode(), limit[1].decode(), *map(int, limit[2:]),
         )  # fmt: skip
 
     return Call(WHY, (*_job_keys(keys, id), keys.conf, *keys.ready), (id, str(LOOKED_AT)), decode)
@@ -319,6 +336,7 @@ class QueueFacts:
 
     `unknown`: (task, jobs, when a worker that knew it was last seen, its name) of tasks that no worker knows, among the first jobs,
     of which `looked` were looked at; `messages` of them name no task. `first_due`: of `scheduled` jobs, -1 without one.
+    `paused_tasks`: (task, jobs that wait for it). `limits`: (limit, groups that wait there, what conf says of it).
     """
 
     now: int
@@ -330,15 +348,21 @@ class QueueFacts:
     unknown: tuple[tuple[str, int, int, str], ...]
     looked: int
     messages: int
+    paused_tasks: tuple[tuple[str, int], ...] = ()
+    limits: tuple[tuple[str, int, str], ...] = ()
 
 
 def queue_causes(keys: QueueKeys, count: int = 100) -> Call[QueueFacts]:
     """Return the call that reads why the jobs of a queue wait, of the first *count* that are ready and that are scheduled."""
 
     def decode(reply: list[Any]) -> QueueFacts:
-        (now, paused, workers, consumers, scheduled, first_due), unknown, looked, messages = reply
+        (now, paused, workers, consumers, scheduled, first_due), unknown, looked, messages, paused_tasks, limits = reply
         tasks = tuple((one[0].decode(), one[1], *_read_seen(one[2])) for one in unknown)
-        return QueueFacts(now, paused == 1, workers, consumers, scheduled, first_due, tasks, looked, messages)
+        return QueueFacts(
+            now, paused == 1, workers, consumers, scheduled, first_due, tasks, looked, messages,
+            tuple((one[0].decode(), one[1]) for one in paused_tasks),
+            tuple((one[0].decode(), one[1], one[2].decode()) for one in limits),
+        )  # fmt: skip
 
     return Call(QUEUE_CAUSES, (keys.jobs, keys.due, keys.workers, keys.conf, *keys.ready), (str(count),), decode)
 

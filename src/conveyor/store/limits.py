@@ -81,6 +81,11 @@ def set_group(keys: QueueKeys, group: str, *, weight: int | None, paused: bool |
     return Call(SET_LIMITS, _keys(keys), args, lambda reply: None)
 
 
+def pause_task(keys: QueueKeys, task: str, *, paused: bool) -> Call[bool]:
+    """Return the call that has the jobs of a task wait, or go on; it yields False when that was so already."""
+    return Call(SET_LIMITS, _keys(keys), ("task", task, "1" if paused else ""), bool)
+
+
 def list_limits(keys: QueueKeys, most: int = 1000) -> Call[list[LimitRecord]]:
     """Return the call that lists the limits that are declared, set, or in use: of the last at most *most*."""
 

@@ -1,6 +1,6 @@
 -- Prove that every live id is in exactly one place, every group has exactly one ticket, every slot a holder, no ticket waits at a
 -- limit that has room, and every unique key belongs to a live job. This reads the whole queue in one step: for tests and quiet hours.
--- needs: numbers keys leased envelope rights limits groups room
+-- needs: numbers keys leased envelope rights limits paused_tasks groups room
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7-16 ready:0 … ready:9
 -- ARGV  1 refuse above this many jobs  2… tags that have a key: no other way finds those of jobs that are gone
@@ -10,6 +10,7 @@ if count > tonumber(ARGV[1]) then return {'too-large', int(count)} end
 local prefix, places, problems, stubs, tagged = string.sub(KEYS[1], 1, -5), {}, {}, 0, {}
 local queue, now = {prefix = prefix, jobs = KEYS[1], due = KEYS[3], conf = KEYS[6]}, clock()
 begin_groups(queue)
+queue.tasks = read_paused(redis.call('HGET', KEYS[6], 'paused_tasks'))
 local function problem(what, id)
   problems[#problems + 1], problems[#problems + 2] = what, id
 end
@@ -23,8 +24,8 @@ local conf = redis.call('HMGET', KEYS[6], 'stubs', 'waiting', 'waiting_stubs', '
 local tickets, registered, waits, alarms, waiting, waiting_stubs = {}, {}, {}, 0, 0, 0
 local used = {} -- limits that the first job of a group with a ticket in ready uses
 local function first_limits(member, jobs)
-  local found = jobs[1] and marks(redis.call('HGET', KEYS[1], jobs[1]) or '\n')
-  return found and (limits_of(found, string.sub(member, 2))) or {}, found
+  local envelope = jobs[1] and redis.call('HGET', KEYS[1], jobs[1])
+  return envelope and (limits_of_job(queue, marks(envelope), string.sub(member, 2), envelope)) or {}
 end
 local function group(member, ready)
   local jobs = redis.call('LRANGE', prefix .. 'group:' .. string.sub(member, 1, 1) .. ':' .. string.sub(member, 2), 0, -1)
@@ -32,7 +33,8 @@ local function group(member, ready)
   tickets[member] = true
   if #jobs == 0 then problem('ticket without jobs', member) end
   waiting = waiting + #jobs
-  for _, id in ipairs(jobs) do place(id, 'a group') end
+  -- Cancelled jobs of a paused task count as if they stood in ready.
+  for _, id in ipairs(jobs) do place(id, string.byte(member, 2) == 112 and 'ready' or 'a group') end
   for _, name in ipairs(ready and first_limits(member, jobs) or {}) do used[name] = true end
 end
 for i = 7, 16 do

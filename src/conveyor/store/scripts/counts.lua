@@ -34,7 +34,10 @@ end
 local reruns = redis.call('HLEN', prefix .. 'reruns')
 local unplaced = #workers < 1000 and redis.call('HLEN', KEYS[1]) - ready - grouped - scheduled - leased - dead - reruns or 0
 local line = oldest ~= '' and string.match(redis.call('HGET', KEYS[1], oldest) or '', '^[^\n]*') or ''
-return {ready - tonumber(conf[1] or 0) + tonumber(conf[5] or 0), scheduled, leased, dead, #workers,
+ready = ready - tonumber(conf[1] or 0) + tonumber(conf[5] or 0)
+-- Cancelled jobs of a paused task count as if they stood in ready.
+if ready < 0 then ready, waiting = 0, math.max(0, waiting + ready) end
+return {ready, scheduled, leased, dead, #workers,
   conf[2] == '1' and 1 or 0, clock(), oldest, line, conf[3] or string.match(conf[7] or '', '^%d+') or '',
   foreign, redis.call('LLEN', KEYS[16]), unplaced, waiting + reruns, conf[8] and redis.call('ZCARD', prefix .. 'room') or 0,
   tonumber(conf[9] or 0)}

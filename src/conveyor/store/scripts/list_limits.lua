@@ -34,12 +34,13 @@ if ARGV[1] == 'limits' then
   end
   local function declared(name)
     if string.byte(name) == 9 then name = string.sub(name, 2) end
-    return string.byte(name) ~= 58 and name or nil
+    return string.byte(name) ~= 58 and string.byte(name) ~= 59 and name or nil
   end
   scan('limits', 1, declared)
   scan('waits', 2, declared)
   for _, member in ipairs(redis.call('ZRANGE', KEYS[3], 0, most - 1)) do
-    if string.byte(member) == 9 then add(string.sub(member, 2), true) end
+    local name = string.byte(member) == 9 and declared(member)
+    if name then add(name, true) end
   end
   table.sort(names)
   load_limits(queue, names)

@@ -78,18 +78,20 @@ elseif ARGV[1] == 'rerun' then
   end
 else
   local from = ARGV[1] == 'due' and KEYS[3] or KEYS[4]
-  ids = redis.call('ZRANGE', from, 0, limit - 1)
+  -- Alarms of limits stand among the jobs that are due. They are rung, and count as nothing that was taken.
+  local beside = ARGV[1] == 'due' and grouped and math.min(1000, tonumber(redis.call('HGET', KEYS[5], 'alarms') or 0)) or 0
+  ids = redis.call('ZRANGE', from, 0, limit + beside - 1)
   if #ids > 0 then redis.call('ZREM', from, unpack(ids)) end
 end
 if #ids == 0 then return {0, 0} end
 local envelopes, removed = redis.call('HMGET', jobs, unpack(ids)), 0
-local untagged = {}
+local untagged, alarms = {}, {}
 for i, id in ipairs(ids) do
   local found = envelopes[i] and marks(envelopes[i])
   if groups[i] and found then touch(queue, (limits_of(found, groups[i]))) end
   if found and found.stub then
     redis.call('HINCRBY', KEYS[5], 'stubs', -1)
-    if groups[i] then queue.counters.waiting_stubs = queue.counters.waiting_stubs - 1 end
+    if groups[i] and string.byte(groups[i]) ~= 112 then queue.counters.waiting_stubs = queue.counters.waiting_stubs - 1 end
   elseif envelopes[i] then
     removed = removed + 1
     list_tags(untagged, found and found.tags, id)
@@ -102,7 +104,6 @@ redis.call('HDEL', KEYS[2], unpack(ids))
 change_tags('ZREM', prefix, untagged)
 if grouped then
   if ARGV[1] == 'due' then
-    local alarms = {}
     for i, id in ipairs(ids) do
       if string.byte(id) == 9 then alarms[#alarms + 1] = string.sub(id, 2) end
     end
@@ -114,4 +115,4 @@ if grouped then
   if queue.moved or queue.counters.alarms > 0 then wake(KEYS[18]) end
 end
 if line then call_next(prefix) end
-return {#ids, removed}
+return {#ids - #alarms, removed}

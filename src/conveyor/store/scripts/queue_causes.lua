@@ -1,11 +1,13 @@
 -- Read why the jobs of a queue wait: a look at the first of them, of a few milliseconds at most. Nothing is written.
--- needs: numbers listed serving
+-- needs: numbers listed envelope paused_tasks serving
 --
 -- KEYS  1 jobs  2 due  3 workers  4 conf  5-14 ready:0 … ready:9
 -- ARGV  1 how many jobs are looked at, of those that are ready and of those that are scheduled
 -- returns {now_ms, 1 when the queue is paused, workers, consumers of messages, jobs that are scheduled, when the first of them is due (ms; -1)}
 --         then, of the jobs that were looked at, for each task that no worker knows: {task, jobs, when one was last seen (ms) and its name}
 --         behind it how many jobs were looked at, and how many of them are messages
+--         for each task that is paused: {task, jobs that wait for it, a group as one, but for those that no turn has met yet}
+--         for each limit at which groups wait, of a thousand groups: {limit, groups, what conf says of it}
 local queue = {prefix = string.sub(KEYS[1], 1, -5), conf = KEYS[4], workers = KEYS[3]}
 local most, now = number_in(ARGV[1]), clock()
 local first = redis.call('ZRANGE', KEYS[2], 0, most - 1, 'WITHSCORES')
@@ -22,7 +24,7 @@ for _, id in ipairs(ids) do
   local envelope = size < 1048576 and redis.call('HGET', KEYS[1], id)
   if envelope and string.byte(envelope) ~= 120 then
     size, looked = size + #envelope, looked + 1
-    local task = string.match(envelope, '^[^\n]*\n([^\n\t]*)') or ''
+    local task = task_of(envelope) or ''
     if task == '' then messages = messages + 1
     else
       if not counts[task] then names[#names + 1] = task end
@@ -30,7 +32,37 @@ for _, id in ipairs(ids) do
     end
   end
 end
+-- Count what waits for paused tasks, and at limits.
+local function held_up()
+  local conf = redis.call('HMGET', queue.conf, 'paused_tasks', 'waiting')
+  local tasks, limits, found = {}, {}, {}
+  for task, paused in pairs(read_paused(conf[1]) or {}) do
+    local waiting = 0
+    for priority = 0, 9 do waiting = waiting + redis.call('LLEN', queue.prefix .. 'group:' .. priority .. ':p' .. task) end
+    for _, member in ipairs(redis.call('ZRANGE', queue.prefix .. 'limit:;' .. task, 0, 999)) do
+      if string.byte(member, 2) ~= 112 then waiting = waiting + 1 end
+    end
+    if paused then tasks[#tasks + 1] = {task, waiting} end
+  end
+  table.sort(tasks, function(a, b) return a[1] < b[1] end)
+  local page = conf[2] and redis.call('HSCAN', queue.prefix .. 'waits', '0', 'COUNT', 1000)[2] or {}
+  for i = 2, #page, 2 do
+    local name = page[i]
+    if not found[name] and string.byte(name) ~= 58 and string.byte(name) ~= 59 then
+      local base = string.match(name, '^[^:]*')
+      local texts = redis.call('HMGET', queue.conf, 'override:' .. name, 'override:' .. base, 'limit:' .. base)
+      found[name] = {name, 0, texts[1] or texts[2] or texts[3] or ''}
+      limits[#limits + 1] = found[name]
+    end
+    if found[name] then found[name][2] = found[name][2] + 1 end
+  end
+  table.sort(limits, function(a, b) return a[2] > b[2] or (a[2] == b[2] and a[1] < b[1]) end)
+  for i = #limits, 21, -1 do limits[i] = nil end
+  return tasks, limits
+end
+
 local workers, consumers, sets = serving(queue, now)
+local paused_tasks, limits = held_up()
 local known, unknown = #names > 0 and task_sets(queue) or {}, {}
 for _, task in ipairs(workers > 0 and names or {}) do
   local knows, seen = knows_task(task, sets, known)
@@ -39,5 +71,5 @@ end
 return {
   {now, redis.call('HGET', queue.conf, 'paused') == '1' and 1 or 0, workers, consumers, redis.call('ZCARD', KEYS[2]),
     first[2] and tonumber(first[2]) or -1},
-  unknown, looked, messages,
+  unknown, looked, messages, paused_tasks, limits,
 }

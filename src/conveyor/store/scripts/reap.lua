@@ -1,5 +1,5 @@
 -- Remove a worker's registration and return the jobs that it held to the front, so that the oldest is leased first.
--- needs: numbers keys listed tokens envelope tags unique outcome leased_order rights limits groups serving room
+-- needs: numbers keys listed tokens envelope tags unique outcome leased_order rights limits paused_tasks groups serving room
 --
 -- KEYS  1 leased:<worker>  2 workers  3 jobs  4 state  5 wake  6 waiters  7-16 ready:0 … ready:9  17 none
 --       18 due  19 conf
@@ -25,12 +25,14 @@ local states = #ids > 0 and redis.call('HMGET', state, unpack(ids)) or {}
 local queue = {
   prefix = string.sub(jobs, 1, -5), jobs = jobs, state = state, waiters = KEYS[6], due = KEYS[18], conf = KEYS[19],
 }
+queue.tasks = read_paused(redis.call('HGET', queue.conf, 'paused_tasks'))
 local lists, groups, grouped = {}, {}, {}
 check('HLEN', KEYS[6])
 local line = known[3] and redis.call('HGET', string.sub(jobs, 1, -5) .. 'conf', 'line')
 for i, id in ipairs(ids) do
   local found = envelopes[i] and marks(envelopes[i])
-  local priority, group = found and found.priority or 0, found and group_of(found)
+  local priority = found and found.priority or 0
+  local group = found and group_of(found) or paused_group(queue, priority, envelopes[i])
   lists[i] = KEYS[7 + priority]
   check('LLEN', lists[i])
   if group then

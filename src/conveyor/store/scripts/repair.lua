@@ -26,11 +26,15 @@ local function mend_ticket(priority, group)
   queue.moved = priority
 end
 
-local function is_placed(id, found)
+local function is_placed(id, found, envelope)
   if found and found.after and redis.call('HEXISTS', jobs, found.after) == 1 and redis.call('HGET', prefix .. 'reruns', found.after) == id then
     return true
   end
   local group = found and group_of(found)
+  if not group and task_of(envelope) then
+    local key = prefix .. 'group:' .. (found and found.priority or 0) .. ':p' .. task_of(envelope)
+    if redis.call('LPOS', key, id) then return true end
+  end
   if group then
     grouped[#grouped + 1] = {found.priority, group}
     if redis.call('LPOS', prefix .. 'group:' .. found.priority .. ':' .. group, id) then return true end
@@ -47,7 +51,7 @@ end
 
 local lost = {}
 for i, id in ipairs(ARGV) do
-  if envelopes[i] and not is_placed(id, marks(envelopes[i])) then lost[#lost + 1] = i end
+  if envelopes[i] and not is_placed(id, marks(envelopes[i]), envelopes[i]) then lost[#lost + 1] = i end
 end
 if #lost == 0 and #grouped == 0 then return {0, 0} end
 prove(KEYS[18], 'HDEL', 'HGET', 'HSET', 'HINCRBY', 'ZADD', 'LPUSH')

@@ -1,12 +1,32 @@
--- Change what operators have set of limits and groups. What waits for it goes on.
--- needs: numbers keys tokens envelope rights limits groups declared
+-- Change what operators have set of limits and groups, or pause a task. What waits for it goes on.
+-- needs: numbers keys tokens envelope rights limits paused_tasks groups declared
 --
 -- KEYS  1 conf  2 jobs  3 due  4 wake  5 none
 -- ARGV  1 "set"  2 the limit concerned: <name> for all its keys too, <name>:<key>, or :<key> of a group  3… (field value)…, "" removes
 --       1 "reset"  2 name, "" all  3 key, "" the limit and all its keys
--- returns the number of fields that were there and are removed
+--       1 "task"  2 name  3 "1" it is paused, "" it goes on: then those of its jobs that waited come before others, in their order
+-- returns the number of fields that were there and are removed; of a task 1, or 0 when that was so already
 local queue, now = {prefix = string.sub(KEYS[2], 1, -5), jobs = KEYS[2], due = KEYS[3], conf = KEYS[1]}, clock()
 begin_groups(queue)
+
+local function pause_task(task, pauses)
+  queue.tasks = read_paused(redis.call('HGET', queue.conf, 'paused_tasks')) or {}
+  if (queue.tasks[task] or false) == pauses then return 0 end
+  redis.call('HDEL', queue.conf, '\t')
+  prove_groups(KEYS[5])
+  queue.tasks[task] = pauses
+  write_paused(queue)
+  if not pauses then
+    touch(queue, {';' .. task})
+    pass_on(queue, now, 1000)
+    write_counters(queue)
+    forget_resumed(queue)
+    wake(KEYS[4])
+  end
+  return 1
+end
+if ARGV[1] == 'task' then return pause_task(ARGV[2], ARGV[3] == '1') end
+
 local name, values, gone, limit = ARGV[2], {}, {}, ARGV[2]
 if ARGV[1] == 'set' then
   for i = 3, #ARGV, 2 do

@@ -1,5 +1,5 @@
 -- A worker's whole round trip: settle what it has finished, then lease up to N more jobs to it.
--- needs: numbers keys listed tokens envelope tags unique released outcome leased_order ended results rights limits groups settle promote lease rotation upkeep room
+-- needs: numbers keys listed tokens envelope tags unique released outcome leased_order ended results rights limits paused_tasks groups settle promote lease rotation upkeep room
 --
 -- KEYS  1 jobs  2 state  3 leased:<worker>  4 workers  5 due  6 wake  7 conf  8 dead  9 recent  10 waiters
 --       11-20 ready:0 … ready:9  21 none
@@ -39,7 +39,7 @@ local last = tonumber(about[1])
 -- A worker that has left only gets its last reply again: its hash expires, and new leases would expire with it.
 if not last or (about[3] and number ~= last) then return {0} end
 if number < last then return {-1} end
-local conf = redis.call('HMGET', queue.conf, 'paused', 'line', 'waiting')
+local conf = redis.call('HMGET', queue.conf, 'paused', 'line', 'waiting', 'paused_tasks')
 -- A queue that never had a job with a group or a limit costs no command for them.
 local paused, line, grouped = conf[1] == '1', conf[2], conf[3]
 
@@ -79,8 +79,10 @@ local urgent = redis.call('EXISTS', unpack(KEYS, 12, 20)) > 0
 if urgent then check('LLEN', unpack(KEYS, 12, 20)) end
 local awaited = redis.call('HLEN', queue.waiters) > 0
 local done, others, lost, kinds = read_settlements(queue, leased, 7, done_count, other_at, other_count)
+grouped = grouped or kinds.L
 if grouped then
   begin_groups(queue)
+  queue.tasks = read_paused(conf[4]) or (kinds.L and {})
   queue.grouped, queue.freed, queue.retried, queue.charges = true, {}, {}, {}
 end
 local releases = released_count > 0 or kinds.unique or (about[2] and (kinds.R or kinds.F))
@@ -153,6 +155,7 @@ if want > 0 and leases then
   end
 end
 if grouped then
+  if queue.tasks then forget_resumed(queue) end
   write_counters(queue)
   due_next = tonumber(redis.call('ZRANGE', queue.due, 0, 0, 'WITHSCORES')[2]) -- alarms are new
 end

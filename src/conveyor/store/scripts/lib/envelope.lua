@@ -70,3 +70,10 @@ local function group_of(found)
   end
   return first and 'l' .. first
 end
+
+-- Read the task of a job.
+-- envelope  as it is stored
+-- returns   its name; "" of a message, nil of a cancelled job
+local function task_of(envelope)
+  return envelope and string.match(envelope, '^[^\n]*\n([^\n\t]+)')
+end

@@ -9,6 +9,7 @@
 -- group    its name
 -- returns  :<key>
 local function key_limit(group)
+  if string.byte(group) == 112 then return ';' .. string.sub(group, 2) end
   if string.byte(group) == 103 then return ':' .. string.sub(group, 2) end
   local colon = string.find(group, ':', 1, true)
   return ':' .. string.sub(group, colon and colon + 1 or 2)
@@ -27,12 +28,45 @@ local function limits_of(found, group)
   return names, costs
 end
 
+-- List the limits of a job, and that of its task when it is paused or held.
+-- queue    field tasks is used
+-- found, group  as for limits_of
+-- envelope as it is stored
+-- returns  as limits_of
+local function limits_of_job(queue, found, group, envelope)
+  local names, costs = limits_of(found or {}, group)
+  local task = queue.tasks and string.byte(group) ~= 112 and task_of(envelope)
+  if task and queue.tasks[task] ~= nil then names[#names + 1], costs[#costs + 1] = ';' .. task, 1 end
+  return names, costs
+end
+
 -- Make what the functions below remember within one step.
 -- queue    fields prefix, jobs, conf and due are used by them; the others are added here
 -- returns  nothing
 local function begin_groups(queue)
   queue.limits, queue.touched, queue.touches = {}, {}, {}
   queue.counters = {waiting = 0, waiting_stubs = 0, alarms = 0, stubs = 0}
+end
+
+-- Find the limit at which a job must wait.
+-- queue    as begin_groups makes it; the limits are loaded
+-- group    of the job
+-- fact     its limits as third, their costs as fourth
+-- now      ms
+-- returns  its name, nil when all have room; true when the job's group runs one at a time
+local function full_limit(queue, group, fact, now)
+  local names, costs, closed = fact[3], fact[4], string.byte(group) == 103
+  for i = 2, closed and #names or 0 do
+    -- A concurrency limit by the group's key says how many may run.
+    local s, colon = queue.limits[names[i]], string.find(names[i], ':', 1, true)
+    if s.kind == 'c' and colon and string.sub(names[i], colon) == names[1] then closed = false end
+  end
+  for i, name in ipairs(names) do
+    local s = queue.limits[name]
+    local cost = s.kind == 'r' and math.min(costs[i], s.n) or 1
+    if room_of(queue, s, now, closed) < cost then return name, closed end
+  end
+  return nil, closed
 end
 
 -- Note that limits may have room, or that the entry in a ready list that would have used it is not one any more.

@@ -27,5 +27,7 @@ local function job_place(queue, id, own, window)
     local held = redis.call('HMGET', queue.prefix .. 'leased:' .. worker, id, '\tabout')
     if held[1] then return {'leased', envelope, attempts, worker, leased_at(held[1]) or '', held[2] or ''} end
   end
-  return {string.byte(envelope) ~= 10 and group_of(marks(envelope)) and 'waiting' or 'ready', envelope, attempts, ''}
+  local paused = read_paused(redis.call('HGET', queue.prefix .. 'conf', 'paused_tasks'))
+  local waits = (string.byte(envelope) ~= 10 and group_of(marks(envelope))) or (paused and is_shut(queue.prefix, paused, task_of(envelope)))
+  return {waits and 'waiting' or 'ready', envelope, attempts, ''}
 end

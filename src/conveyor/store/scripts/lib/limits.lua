@@ -1,5 +1,6 @@
 -- Limits: how many jobs run at a time (concurrency), and how many start in a time (rate). A limit is called <name> or
--- <name>:<key>. The limit of a key itself, which a group of one job at a time holds and which a pause shuts, is :<key>.
+-- <name>:<key>. The limit of a key itself, which a group of one job at a time holds and which a pause shuts, is :<key>. A task that
+-- is paused or held is a limit ;<task>.
 -- In conf a limit reads "c <n>" or "r <n> <ms> <smooth>"; an operator's override wins over the declaration of the code.
 
 -- Read many fields of a hash.
@@ -29,7 +30,9 @@ local function load_limits(queue, names)
       local at, colon, count = #fields, string.find(name, ':', 1, true), #wanted
       states[name] = {name = name}
       wanted[count + 1] = name
-      if colon == 1 then
+      if string.byte(name) == 59 then
+        fields[at + 1], fields[at + 2], fields[at + 3] = 'paused_tasks', '\t', '\t'
+      elseif colon == 1 then
         local key = string.sub(name, 2)
         fields[at + 1], fields[at + 2], fields[at + 3] = 'paused:' .. key, 'weight:' .. key, '\t'
       else
@@ -44,7 +47,9 @@ local function load_limits(queue, names)
   for i, name in ipairs(wanted) do
     local s, first, second, third = states[name], conf[3 * i - 2], conf[3 * i - 1], conf[3 * i]
     s.count, s.held = tonumber(counts[2 * i - 1] or 0), tonumber(counts[2 * i] or 0)
-    if string.byte(name) == 58 then
+    if string.byte(name) == 59 then
+      s.kind, s.paused, s.weight = 'p', string.find('\n' .. (first or '') .. '\n', '\n' .. string.sub(name, 2) .. '\n', 1, true) ~= nil, 1000
+    elseif string.byte(name) == 58 then
       s.kind, s.paused, s.weight = 'k', first == '1', math.min(math.max(tonumber(second or 1) or 1, 1), 1000)
     else
       local text = third or second or first or ''
@@ -120,7 +125,7 @@ local function room_of(queue, s, now, closed)
     if s.paused then return 0 end
     return closed and 1 - s.count or 1000000
   end
-  return 1000000
+  return s.kind == 'p' and s.paused and 0 or 1000000
 end
 
 -- Tell when a limit that time alone opens has room.

@@ -76,36 +76,21 @@ local function read_jobs(queue, entries, groups, now)
         local fate, found = fate_of(envelope, now)
         facts[entry] = {fate, found}
       end
+      local task = queue.tasks and task_of(envelope)
+      if task and queue.tasks[task] ~= nil then
+        facts[entry] = facts[entry] or {}
+        facts[entry].task, names[#names + 1] = task, ';' .. task
+      end
     end
     for _, id in ipairs(one and one.ids or {}) do
       local fate, found = fate_of(envelopes[id], now)
-      local limits, costs = limits_of(found or {}, one.group)
+      local limits, costs = limits_of_job(queue, found, one.group, envelopes[id])
       facts[id] = {fate, found, limits, costs}
       for at = 2, #limits do names[#names + 1] = limits[at] end
     end
   end
   load_limits(queue, names)
   return envelopes, facts
-end
-
--- Find the limit at which a job must wait.
--- queue, now  as for read_groups
--- group    of the job
--- fact     as read_jobs returns it
--- returns  its name, nil when all have room; true when the job's group runs one at a time
-local function full_limit(queue, group, fact, now)
-  local names, costs, closed = fact[3], fact[4], string.byte(group) == 103
-  for i = 2, closed and #names or 0 do
-    -- A concurrency limit by the group's key says how many may run.
-    local s, colon = queue.limits[names[i]], string.find(names[i], ':', 1, true)
-    if s.kind == 'c' and colon and string.sub(names[i], colon) == names[1] then closed = false end
-  end
-  for i, name in ipairs(names) do
-    local s = queue.limits[name]
-    local cost = s.kind == 'r' and math.min(costs[i], s.n) or 1
-    if room_of(queue, s, now, closed) < cost then return name, closed end
-  end
-  return nil, closed
 end
 
 -- Let a job pass its limits. Nothing is written here.
@@ -166,6 +151,8 @@ local function plan_group(queue, one, facts, room, plan, now)
   plan.removed[#plan.removed + 1] = {one.group, removed}
   if full then plan.waiting[#plan.waiting + 1] = {one.group, full}
   elseif #one.ids == removed and removed <= one.most then plan.ended[#plan.ended + 1] = one.group
+  -- Jobs of a task that was paused go before others: their ticket stays in front.
+  elseif string.byte(one.group) == 112 then plan.front[#plan.front + 1] = '\t' .. one.group
   elseif #leased == 0 or (one.share - #leased) % queue.limits[one.limit].weight > 0 then
     plan.front[#plan.front + 1] = '\t' .. one.group
     if #leased > 0 then
@@ -193,6 +180,25 @@ local function park(queue, priority, waiting)
   end
   redis.call('SREM', queue.prefix .. 'tickets', unpack(members))
   redis.call('HSET', queue.prefix .. 'waits', unpack(waits))
+end
+
+-- Have jobs of paused tasks wait, behind those that wait already.
+-- queue, priority  as for read_groups
+-- aside    {task, id}… in their order
+-- returns  nothing
+local function set_aside(queue, priority, aside)
+  local tasks, ids = {}, {}
+  for _, one in ipairs(aside) do
+    local task = one[1]
+    if not ids[task] then tasks[#tasks + 1], ids[task] = task, {} end
+    ids[task][#ids[task] + 1] = one[2]
+  end
+  for _, task in ipairs(tasks) do
+    local key, count = queue.prefix .. 'group:' .. priority .. ':p' .. task, #ids[task]
+    in_chunks('RPUSH', key, ids[task], 1, count)
+    queue.counters.waiting = queue.counters.waiting + count
+    if redis.call('LLEN', key) == count then park(queue, priority, {{'p' .. task, ';' .. task}}) end
+  end
 end
 
 -- Write what a round has decided, apart from the jobs that are held.
@@ -225,9 +231,10 @@ local function write_round(queue, priority, plan, facts, now, missing)
   if #counts > 0 then in_chunks('HSET', prefix .. 'limits', counts, 1, #counts) end
   for name, passed in pairs(plan.passed) do write_rate(queue, queue.limits[name], passed, now) end
   if #plan.waiting > 0 then park(queue, priority, plan.waiting) end
+  if #plan.aside > 0 then set_aside(queue, priority, plan.aside) end
   for _, id in ipairs(plan.dropped) do
     local fact = facts[id]
-    if fact[1] == 'stub' and fact[3] then queue.counters.waiting_stubs = queue.counters.waiting_stubs - 1 end
+    if fact[1] == 'stub' and fact[3] and string.byte(fact[3][1]) ~= 59 then queue.counters.waiting_stubs = queue.counters.waiting_stubs - 1 end
     discard(queue, id, fact[1], fact[2], now, missing)
   end
 end
@@ -239,7 +246,8 @@ end
 -- missing  as for write_round
 -- returns  true when the list may have more, the number of entries decided about
 local function make_round(queue, priority, room, most, hold_all, now, missing)
-  local count = math.min(room, most)
+  -- Where a task is paused, more entries than are wanted may have to be passed over.
+  local count = math.min(queue.tasks and math.max(room, 200) or room, most)
   local entries = redis.call('LRANGE', KEYS[queue.ready + priority], 0, count)
   local whole = #entries <= count
   if not whole then entries[count + 1] = nil end
@@ -248,7 +256,7 @@ local function make_round(queue, priority, room, most, hold_all, now, missing)
   local envelopes, facts = read_jobs(queue, entries, groups, now)
   local plan = {
     used = 0, dropped = {}, slots = {}, changed = {}, passed = {}, removed = {}, waiting = {}, ended = {}, tail = {}, front = {},
-    credits = {},
+    credits = {}, aside = {},
   }
   local ids, taken = {}, {}
   for i, entry in ipairs(entries) do
@@ -258,6 +266,8 @@ local function make_round(queue, priority, room, most, hold_all, now, missing)
       for _, id in ipairs(plan_group(queue, groups[i], facts, room - #ids, plan, now)) do ids[#ids + 1] = id end
     elseif fact and fact[1] then
       plan.dropped[#plan.dropped + 1] = entry
+    elseif fact and fact.task and room_of(queue, queue.limits[';' .. fact.task], now) < 1 then
+      plan.aside[#plan.aside + 1] = {fact.task, entry}
     else
       ids[#ids + 1] = entry
     end

@@ -119,10 +119,16 @@ local function settle_other(queue, leased, i, now, asked, ended)
   else
     if attempts ~= '' then redis.call('HSET', queue.state, id, attempts) end
     if kind == 'R' then redis.call('ZADD', queue.due, now + ms, id) end
+    if kind == 'L' and string.byte(record) == 59 and queue.tasks[string.sub(record, 2)] == nil then
+      queue.tasks[string.sub(record, 2)] = false
+      write_paused(queue)
+    end
     if kind == 'L' and record ~= '' then hold_limit(queue, record, now + ms, now) end
     if kind == 'F' or kind == 'L' then
-      local found = marks(redis.call('HGET', queue.jobs, id) or '\n')
-      local priority, group = found and found.priority or 0, found and group_of(found)
+      local envelope = redis.call('HGET', queue.jobs, id) or '\n'
+      local found = marks(envelope)
+      local priority = found and found.priority or 0
+      local group = found and group_of(found) or paused_group(queue, priority, envelope)
       if group then join_group(queue, priority, group, id, true)
       else redis.call('LPUSH', KEYS[queue.ready + priority], id) end
       return priority > 0
