@@ -259,16 +259,16 @@ def test_leased_jobs_are_asked(app: Conveyor) -> None:
 
 
 @pytest.mark.leaves_keys("the entries of cancelled jobs, which a worker passes over")
-def test_partitions_have_tags(app: Conveyor, redis: redis_py.Redis) -> None:
+def test_partitions_have_tags(url: str, redis: redis_py.Redis) -> None:
     """Jobs of one tag are found, counted and cancelled in all partitions of a queue."""
-    queue = app.queue("spread", partitions=3)
-    ids = queue.push_many(range(30), tags=["x"])
+    with Conveyor(url) as app:
+        ids = app.queue("spread", partitions=3).push_many(range(30), tags=["x"])
 
-    assert app.count_jobs(tag="x") == app.count_jobs(tag="x", queue="spread", state="ready") == 30
-    assert {job.id for job in app.jobs(tag="x")} == set(ids)
-    assert app.cancel(tag="x", queue="spread/1") == 10
-    assert app.cancel(tag="x") == 20
-    assert tag_keys(redis) == {}
+        assert app.count_jobs(tag="x") == app.count_jobs(tag="x", queue="spread", state="ready") == 30
+        assert {job.id for job in app.jobs(tag="x")} == set(ids)
+        assert app.cancel(tag="x", queue="spread/1") == 10
+        assert app.cancel(tag="x") == 20
+        assert tag_keys(redis) == {}
 
 
 def test_a_middleware_sees_and_changes_tags(app: Conveyor) -> None:
