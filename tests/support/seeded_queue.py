@@ -136,7 +136,12 @@ class SeededQueue:
         """Return what is inconsistent."""
         start = f"{self.keys.prefix}tag:"
         tags = [key.decode().removeprefix(start) for key in self.redis.scan_iter(f"{start}*")]
-        return self.run(inspection.audit(self.keys, tags=tags))
+        unique = [
+            key.decode().removeprefix(f"{self.keys.prefix}unique:k:")
+            for key in self.redis.scan_iter(f"{self.keys.prefix}unique:k:*")
+            if self.redis.pttl(key) == -1
+        ]
+        return self.run(inspection.audit(self.keys, tags=tags, unique=unique))
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:

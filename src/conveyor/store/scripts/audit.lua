@@ -3,7 +3,8 @@
 -- needs: numbers keys leased envelope rights limits paused_tasks groups room
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7-16 ready:0 … ready:9
--- ARGV  1 refuse above this many jobs  2… tags that have a key: no other way finds those of jobs that are gone
+-- ARGV  1 refuse above this many jobs  2… tags that have a key, and behind a tab unique keys that are held and do not expire: no
+--       other way finds those of jobs that are gone
 -- returns (problem, id)…    or {"too-large", count}
 local count = redis.call('HLEN', KEYS[1])
 if count > tonumber(ARGV[1]) then return {'too-large', int(count)} end
@@ -139,7 +140,10 @@ for i = 1, #all, 2 do
     if not redis.call('ZSCORE', prefix .. 'tag:' .. tag, all[i]) then problem('not found by tag ' .. tag, all[i]) end
   end
 end
-for i = 2, #ARGV do tagged[ARGV[i]] = tagged[ARGV[i]] or 0 end
+local keys = {}
+for i = 2, #ARGV do
+  if string.byte(ARGV[i]) == 9 then keys[#keys + 1] = string.sub(ARGV[i], 2) else tagged[ARGV[i]] = tagged[ARGV[i]] or 0 end
+end
 for tag, count in pairs(tagged) do
   local listed = redis.call('ZCARD', prefix .. 'tag:' .. tag)
   if listed > count then problem('tag without a live job', tag .. ' ' .. int(listed - count)) end
@@ -153,15 +157,9 @@ if waiting ~= tonumber(conf[2] or 0) then problem('wrong count of waiting jobs',
 if waiting_stubs ~= tonumber(conf[3] or 0) then problem('wrong count of waiting stubs', int(waiting_stubs)) end
 if alarms ~= tonumber(conf[4] or 0) then problem('wrong count of alarms', int(alarms)) end
 audit_line(prefix, problem)
--- A key of a time expires by itself. The others are found by a walk through all keys of the server.
-local cursor = '0'
-repeat
-  local page = redis.call('SCAN', cursor, 'MATCH', string.gsub(prefix, '[%*%?%[%]\\]', '\\%0') .. 'unique:k:*', 'COUNT', 1000)
-  cursor = page[1]
-  for _, name in ipairs(page[2]) do
-    local id = redis.call('PTTL', name) == -1 and redis.call('GET', name)
-    local envelope = id and redis.call('HGET', KEYS[1], id)
-    if id and (not envelope or string.byte(envelope) == 120) then problem('key without a live job', string.sub(name, #prefix + 10)) end
-  end
-until cursor == '0'
+for _, name in ipairs(keys) do
+  local id = redis.call('GET', prefix .. 'unique:k:' .. name)
+  local envelope = id and redis.call('HGET', KEYS[1], id)
+  if id and (not envelope or string.byte(envelope) == 120) then problem('key without a live job', name) end
+end
 return problems

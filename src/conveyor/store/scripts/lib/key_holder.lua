@@ -3,12 +3,12 @@
 -- Find the job that holds a key.
 -- prefix   of the queue's keys
 -- key      one of attributes()
--- returns  its id; nil when the key is free: a holder that was lost does not count, unless the key is of a time
+-- returns  its id; nil when the key is free: a holder that is gone does not count, unless the key is of a time
 local function holder_of(prefix, key)
   local name = prefix .. 'unique:k:' .. key.text
   local holder = redis.call('GET', name)
   if not holder or redis.call('HEXISTS', prefix .. 'jobs', holder) == 1 then return holder or nil end
-  return key.life == 't' and redis.call('PTTL', name) > 0 and holder or nil
+  return key.life == 't' and holder or nil
 end
 
 -- Give a key to a job.
