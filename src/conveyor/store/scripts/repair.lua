@@ -56,6 +56,7 @@ end
 if #lost == 0 and #grouped == 0 then return {0, 0} end
 prove(KEYS[18], 'HDEL', 'HGET', 'HSET', 'HINCRBY', 'ZADD', 'LPUSH')
 prove_groups(KEYS[18])
+prove(KEYS[18], 'LLEN')
 local back, removed = 0, 0
 for _, i in ipairs(lost) do
   local id, found = ARGV[i], marks(envelopes[i]) or {}
