@@ -17,7 +17,8 @@ Every error has a `code`, says what happened with its values, and says what to d
     ├── JobNotFound            E27  no job with that id is known
     ├── RateLimited            E28  a service refused the job for now; its limit holds until then
     ├── DurabilityNotReached   E29  stored, but not confirmed by fsync or replicas as requested
-    └── QueueNotFound          E30  no queue of that name is known
+    ├── QueueNotFound          E30  no queue of that name is known
+    └── ScheduleNotFound       E51  no schedule of that name is known
 
 `Snooze` and `RetryIn` are not errors: a job raises them to run again later, without using an attempt and with.
 `BatchFailed` is not one of them either: a batch raises it to say which of its items failed.
@@ -125,6 +126,20 @@ class JobNotFound(ConveyorError):
     """No job with that id is known to the queue."""
 
     code = "E27"
+
+
+class ScheduleNotFound(ConveyorError):
+    """No schedule of that name is known; `name` is the name."""
+
+    code = "E51"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"There is no schedule {name!r}. `conveyor schedule list` shows those that are there.")
+        self.name = name
+
+    def __reduce__(self) -> tuple[type[ScheduleNotFound], tuple[str]]:
+        """Support pickling, for callers with several processes."""
+        return type(self), (self.name,)
 
 
 class RateLimited(ConveyorError):

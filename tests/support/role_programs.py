@@ -23,7 +23,7 @@ from conveyor.jobs.core import core_of
 from conveyor.messaging.partitions import repartition
 from conveyor.messaging.retry import Retry
 from conveyor.payload.blobs import FileStore
-from conveyor.store import inspection, limits, operations
+from conveyor.store import inspection, limits, operations, schedules
 from conveyor.store.job_filter import Walk
 from conveyor.worker.shared_memory import ChildInfo, LeaseIdentity
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
@@ -145,6 +145,16 @@ def level(app: Conveyor, *, lease: bool) -> None:
         assert len(reply.ids) == 3
 
 
+def schedule(app: Conveyor) -> None:
+    """Put a schedule, act on it, and delete it."""
+    made = app.schedules.put("hourly", app.tasks["shop.double"].s(1), every="1h")
+    made.pause()
+    made.resume()
+    assert [one.name for one in app.schedules.list()] == ["hourly"]
+    assert made.run().status() == "ready"
+    app.schedules.delete("hourly")
+
+
 def look_at_limits(app: Conveyor) -> None:
     """Show limits, groups, and what waits at them."""
     keys = app.client.keys("levelled")
@@ -158,6 +168,7 @@ def look_at_limits(app: Conveyor) -> None:
 def produce(app: Conveyor) -> None:
     """Push and enqueue in every way, and ask for it."""
     level(app, lease=False)
+    schedule(app)
     orders, double = app.queue("orders"), app.tasks["shop.double"]
     orders.push({"n": 1})
     orders.push_many([1, 2, 3], priority=3)
@@ -297,6 +308,8 @@ async def work(app: Conveyor) -> None:
         await consumer.connection.run(operations.idle_turn([member]), retry_for=1.0)  # as after five seconds
     await asyncio.to_thread(find, app)
     await asyncio.to_thread(level, app, lease=True)
+    await asyncio.to_thread(schedule, app)
+    await asyncio.to_thread(_tick, app)
     await asyncio.to_thread(_die, app)
     await asyncio.to_thread(_consume, app)
 
@@ -314,6 +327,15 @@ async def _empty(app: Conveyor) -> None:
             [(c := await app.client.arun(inspection.counts(one))).ready + c.leased + c.scheduled for one in lists]
         ):
             await asyncio.sleep(0.005)
+
+
+def _tick(app: Conveyor) -> None:
+    """Carry out an instant of a schedule."""
+    keys = app.client.keys("default")
+    app.client.run(schedules.put_schedule(keys, "timer", "digest", b"{}", b"", "data", 1000))
+    _, [row] = app.client.run(schedules.read_schedules(keys, "timer"))
+    assert app.client.run(schedules.fire_schedule(keys, row, None, None, reason="missed")).skipped == "missed"
+    assert app.client.run(schedules.change_schedule(keys, "timer", "delete")) == 1
 
 
 def _die(app: Conveyor) -> None:

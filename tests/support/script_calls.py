@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from conveyor.messaging import outbox
-from conveyor.store import inspection, limits, operations, partitions, plain_list, topics
+from conveyor.store import inspection, limits, operations, partitions, plain_list, schedules, topics
 from conveyor.store.job_filter import JobFilter, Walk
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import ProducerSequence, Settlement, TurnReport
@@ -16,6 +16,8 @@ from conveyor.store.topics import TopicCopies, TopicKeys
 from support.seeded_queue import REST, SeededQueue, entry
 
 KEYS = QueueKeys("c", "q", foreign="q")
+REACHED = 900_000_000_000
+"""The instant that the schedule has reached."""
 TOPICS = TopicKeys("c")
 # In the slot of the queue, so that one slot can be opened for all.
 TOPICS.prefix, TOPICS.registry, TOPICS.counts = KEYS.prefix, KEYS.prefix + "registry", KEYS.prefix + "counts"
@@ -52,6 +54,8 @@ def furnish(seeded: SeededQueue) -> None:
     seeded.redis.hset(seeded.keys.conf, "outbox", "5 1")
     seeded.redis.hset(TOPICS.registry, mapping={"version": "v", "shapes": "a.*", "=t.*": "q other", "=t.x": "q"})
     seeded.redis.hset(TOPICS.counts, "+t.x", 1)
+    seeded.run(schedules.put_schedule(seeded.keys, "timer", "digest", b"{}", b"", "data", seeded.now() + 120_000))
+    seeded.redis.hset(seeded.keys.schedule("timer"), "next", REACHED)
     problems = seeded.audit()
     assert problems == [], problems
 
@@ -96,6 +100,11 @@ def _unversioned(call: Call[Any]) -> Call[Any]:
 
 def _publish_from(keys: QueueKeys) -> Call[Any]:
     return topics.publish_from(ProducerSequence("N"), "t.x", _copies(keys), [outbox.write("other", entry("o1"))])
+
+
+def _fire(keys: QueueKeys) -> Call[Any]:
+    row = schedules.ScheduleRow("timer", "digest", b"", b"", "data", REACHED, False, "", 0, 0, [], 0)
+    return schedules.fire_schedule(keys, row, REACHED + 1000, entry("n4", priority=5), alone=True, max_length=100)
 
 
 def _withdraw(keys: QueueKeys) -> Call[Any]:
@@ -170,6 +179,16 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     ),
     "purge-due": (lambda k: operations.purge(k, "due", 10), {"jobs", "state", "due", "waiters"}),
     "purge-dead": (lambda k: operations.purge(k, "dead", 10), {"jobs", "state", "dead", "waiters"}),
+    "schedule_put": (
+        lambda k: schedules.put_schedule(k, "timer", "other", b"{}", b"", "data", 1), {"schedule:timer", "schedules", "due", "conf"},
+    ),
+    "schedule_fire": (_fire, {"schedule:timer", "jobs", "due", "conf", "dead", "ready:5"}),
+    "schedule_change": (
+        lambda k: schedules.change_schedule(k, "timer", "delete"), {"schedule:timer", "schedules", "due", "conf"},
+    ),
+    "schedule_read": (
+        lambda k: schedules.read_schedules(k).then(lambda found: [row.name for row in found[1]]), {"schedules", "schedule:timer"},
+    ),
     "outbox_take": (lambda k: outbox.take(k, replacing=5, least=9), {"outbox", "conf"}),
     "outbox_trim": (lambda k: outbox.trim(k, 5), {"outbox", "conf"}),
     "claim_partitions": (lambda k: partitions.claim_partitions(k, 3, whole=False), {"conf"}),
@@ -222,10 +241,20 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
 }  # fmt: skip
 
 #: scripts that accept, so that a full server refuses them
-PUSHES = {"push", "push_plain", "publish", "publish-from", "subscribe", "list_push", "claim_partitions"}
+PUSHES = {
+    "push",
+    "push_plain",
+    "publish",
+    "publish-from",
+    "subscribe",
+    "list_push",
+    "claim_partitions",
+    "schedule_fire",
+}
 
 #: scripts that change nothing; of "delete" in a queue that holds something
 READS = {
+    "schedule_read",
     "held_ids",
     "delete",
     "counts",

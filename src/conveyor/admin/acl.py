@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from conveyor.errors import ConfigurationError
 from conveyor.messaging import outbox
-from conveyor.store import inspection, limits, operations, partitions, plain_list, topics
+from conveyor.store import inspection, limits, operations, partitions, plain_list, schedules, topics
 from conveyor.store.keys import check_namespace
 from conveyor.store.script import Script
 
@@ -61,9 +61,9 @@ _PRODUCER = Role(
         operations.AWAIT_RESULT,
         operations.FORGET, operations.CANCEL, inspection.GET_JOB, inspection.WHY, inspection.COUNTS, partitions.CLAIM_PARTITIONS,
         inspection.FIND_JOBS, partitions.COUNT, topics.PUBLISH, topics.SUBSCRIBE, topics.SUBSCRIBERS,
-        limits.DECLARE_LIMITS,
+        limits.DECLARE_LIMITS, schedules.SCHEDULE_PUT, schedules.SCHEDULE_CHANGE, schedules.SCHEDULE_READ,
     ),
-    (*_RUN_SCRIPT, "hgetall", "sadd", "smembers", "subscribe", "ping", "zcard"),
+    (*_RUN_SCRIPT, "hgetall", "hget", "hdel", "hsetnx", "sadd", "smembers", "subscribe", "ping", "zcard"),
     channels=True,
 )  # fmt: skip
 _WORKER = Role(
@@ -72,6 +72,7 @@ _WORKER = Role(
     (
         operations.TURN, operations.REGISTER, operations.HEARTBEAT, operations.REAP, operations.EXTEND, operations.HELD_IDS,
         operations.IDLE_TURN, operations.FIND_WORK, operations.LIST_INTAKE, operations.WAKE, outbox.TAKE, outbox.TRIM,
+        schedules.SCHEDULE_FIRE,
     ),
     ("blpop", "blmove", "info"),
 ).combined_with(_PRODUCER)  # fmt: skip
@@ -184,7 +185,8 @@ def rules(
         # A client reads the settings to learn whether a reply, or WAITAOF, proves that data is on disk.
         names |= {"wait", "info", "config|get", *(["waitaof"] if server == "7.2" else [])}
     return AclRules(
-        role, user, (f"{namespace}:queues", f"{namespace}:outboxes", f"{namespace}:{{*}}:*", *(_key_pattern(one) for one in lists)),
+        role, user,
+        (*(f"{namespace}:{one}" for one in ("queues", "outboxes", "schedules", "{*}:*")), *(_key_pattern(one) for one in lists)),
         (f"{namespace}:replies:*",) if definition.channels else (), tuple(sorted(names)),
     )  # fmt: skip
 

@@ -46,6 +46,7 @@ COMMANDS: dict[str, CommandEntry] = {
     "queue": CommandEntry("conveyor.cli.queue:queue", "List, pause, purge and redrive queues.", "Look"),
     "job": CommandEntry("conveyor.cli.job:job", "List, show, explain, retry, cancel and delete jobs.", "Look"),
     "limits": CommandEntry("conveyor.cli.limits:limits", "Show and change rate and concurrency limits.", "Look"),
+    "schedule": CommandEntry("conveyor.cli.schedule:schedule", "List, show, run, pause and delete schedules.", "Look"),
     "doctor": CommandEntry("conveyor.cli.doctor:doctor", "Examine the server: eviction, durability, latency.", "Look"),
     "acl": CommandEntry("conveyor.cli.acl:acl", "Print least-privilege ACL rules for Redis.", "Look"),
     "help": CommandEntry("conveyor.cli.help:help_", "Show the help of a command.", "Help"),

@@ -126,6 +126,11 @@ def complete_queues(ctx: click.Context, _: click.Parameter, incomplete: str) -> 
     return _bounded(ctx, _queue_names, incomplete)
 
 
+def complete_schedules(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete the name of a schedule."""
+    return _bounded(ctx, _schedule_names, incomplete)
+
+
 def complete_tasks(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Complete the name of a task of the app, or its last part."""
     names = _bounded(ctx, _task_names, "")
@@ -170,6 +175,18 @@ def _queue_names(target: Target) -> Iterator[str]:
             yield from _queues_of(app)
     if _is_started(Client(target.server_url) if app is None or target.url else app.client):
         yield from target.admin().names()
+
+
+def _schedule_names(target: Target) -> Iterator[str]:
+    """Yield the names of the schedules in Redis."""
+    from conveyor.store import schedules
+    from conveyor.store.client.client import Client
+
+    client = target.client()
+    if _is_started(client if target.app is not None or target.url else Client(target.server_url)):
+        index = schedules.schedule_index(client.namespace)
+        names: dict[str, str] = client.run(schedules.all_names(index))
+        yield from sorted(names)
 
 
 def _queues_of(app: Any) -> set[str]:

@@ -38,6 +38,7 @@ _BY_CLASS: tuple[tuple[type[BaseException], ExitCode], ...] = (
     (errors.UnknownTask, ExitCode.NOT_FOUND),
     (errors.JobNotFound, ExitCode.NOT_FOUND),
     (errors.QueueNotFound, ExitCode.NOT_FOUND),
+    (errors.ScheduleNotFound, ExitCode.NOT_FOUND),
     (errors.ResultExpired, ExitCode.NOT_FOUND),
     (errors.QueueFull, ExitCode.REFUSED),
     (errors.DurabilityNotReached, ExitCode.REFUSED),

@@ -32,6 +32,8 @@ from conveyor.jobs.include import check_include
 from conveyor.jobs.job import Job, refuse_in_loop
 from conveyor.jobs.job_options import positive_ms
 from conveyor.jobs.registry import UpcastMessage
+from conveyor.jobs.schedule import make_timing
+from conveyor.jobs.schedules import Schedules, declare
 from conveyor.jobs.task import AsyncTask, RunIn, SyncTask, Task, TaskCall, Upcast
 from conveyor.messaging.limit_control import GroupControl, LimitControl
 from conveyor.messaging.retry import Retry
@@ -47,8 +49,10 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from conveyor.events import Event
+    from conveyor.jobs.decorator import CronDecorator
     from conveyor.jobs.job_selection import CancelledJobs, JobSelection
     from conveyor.jobs.registry import QueueNames
+    from conveyor.jobs.schedule import Missed, Overlap
     from conveyor.jobs.uniqueness import Debounce, Throttle, Unique
     from conveyor.messaging.limits import Concurrency, Rate
     from conveyor.messaging.message import Message, OnError
@@ -431,6 +435,34 @@ class Conveyor:
             )
 
         return add
+
+    def cron(
+        self, expression: str | None = None, /, *, every: Duration | None = None, tz: str | None = None, overlap: Overlap = "skip",
+        missed: Missed = "one", jitter: Duration | None = None, name: str | None = None, queue: str = "default",
+    ) -> CronDecorator:  # fmt: skip
+        """
+        Enqueue a task at each instant of a cron expression or an interval: ``@app.cron("0 9 * * mon-fri", tz="Europe/Berlin")``.
+
+        It decorates a function, which becomes a task of *name* and *queue*, or a task that `app.task` has made. The task takes no
+        arguments, and its name is that of the schedule. A worker stores the schedule when it starts. The other options are
+        those of `app.schedules.put`. Raises ConfigurationError.
+        """
+        timing = make_timing(expression, tz=tz, every=every)
+
+        def add(function: Callable[..., Any] | Task[..., Any]) -> Task[..., Any]:
+            if isinstance(function, Task):
+                task = function
+            else:
+                task = self.task(name=name, queue=queue)(function)
+            declare(self._core, task, timing, overlap, missed, jitter)
+            return task
+
+        return cast("CronDecorator", add)
+
+    @property
+    def schedules(self) -> Schedules:
+        """The schedules of the namespace: stored, read, paused and deleted here."""
+        return Schedules(self._core)
 
     # -- jobs -----------------------------------------------------------------------------------------------------
 

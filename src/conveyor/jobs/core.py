@@ -13,6 +13,7 @@ from conveyor.jobs.registry import QueueRegistry
 from conveyor.jobs.results import ResultSubscriber
 
 if TYPE_CHECKING:
+    from conveyor.jobs.schedule import Declaration
     from conveyor.jobs.task import Task
     from conveyor.payload.formats import FormatRegistry
     from conveyor.payload.pipeline import PayloadPipeline
@@ -62,6 +63,8 @@ class AppCore(QueueRegistry, Hooks):
         self.tasks: dict[str, Task[..., Any]] = {}
         self.external_tasks: dict[str, Task[..., Any]] = {}
         """Tasks whose functions other programs have, by name: enqueued here and never run."""
+        self.declared_schedules: dict[str, Declaration] = {}
+        """The schedules that decorators have declared, by name."""
         self.outboxes: list[DatabaseOutbox] = []
         """Those in a database of the program, whose rows are jobs to come."""
 

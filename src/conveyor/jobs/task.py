@@ -194,21 +194,21 @@ class TaskDefinition:
 
         *turns*: as in `Partitions.partition_of`.
         """
-        sent, body, limits = self._encode(outgoing, args, kwargs)
+        sent, body, limits = self.encoded(outgoing, args, kwargs)
         entry = entry_of(sent, body, self.core.sealing, self.uniqueness, limits, deferred=self.core.client.deferring)
         return self.core.place(sent.queue, entry, turns), entry
 
     async def aprepare(self, outgoing: Outgoing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
         """Awaitable form of `prepare`."""
         sealing, deferred = self.core.sealing, self.core.client.deferring
-        sent, body, limits = self._encode(outgoing, args, kwargs)
+        sent, body, limits = self.encoded(outgoing, args, kwargs)
         if sealing is None or not sealing.is_large(body, b"payload"):
             entry = entry_of(sent, body, sealing, self.uniqueness, limits, deferred=deferred)
         else:  # it is written to a store, which blocks
             entry = await asyncio.to_thread(entry_of, sent, body, sealing, self.uniqueness, limits, deferred=deferred)
         return self.core.place(sent.queue, entry), entry
 
-    def _encode(
+    def encoded(
         self, outgoing: Outgoing, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Outgoing, bytes, tuple[str, ...]]:
         """Return the job as the middleware leaves it, its encoded arguments, and its limits as `Entry.limits`."""

@@ -352,7 +352,7 @@ def _read_marks(envelope: Envelope, line: str) -> None:
             envelope.priority = int(value)
         elif kind == "e":
             envelope.expires_ms = int(value)
-        elif kind == "d":
+        elif kind == "d" and envelope.due_ms is None:  # the instant that a schedule has planned stands before another
             envelope.due_ms = int(value)
         elif kind == "i":
             envelope.own_id = True

@@ -70,6 +70,15 @@ class QueueKeys:
         self.none = prefix + "none"
         self.ready = tuple(f"{prefix}ready:{priority}" for priority in range(PRIORITIES))
 
+    @property
+    def schedules(self) -> str:
+        """The key of the set of the names of schedules whose jobs go to this queue."""
+        return self.prefix + "schedules"
+
+    def schedule(self, name: str) -> str:
+        """Return the key of the hash of one schedule."""
+        return f"{self.prefix}schedule:{name}"
+
     def leased(self, worker: str) -> str:
         """Return the key of the hash of the jobs that *worker* has leased."""
         return f"{self.prefix}leased:{worker}"

@@ -75,6 +75,8 @@ class Entry:
     deadline: float | None = None
     """Until when its producer waits for room (monotonic); not stored."""
     keys: tuple[JobKey, ...] = ()
+    planned_ms: int | None = None
+    """The instant that a schedule has planned, at which it is first due whatever `due_at_ms` adds to it."""
 
     @property
     def placing_key(self) -> str | None:
@@ -87,7 +89,7 @@ class Entry:
         return (
             self.priority == 0 and self.delay_ms is None and self.due_at_ms is None and self.expires_ms is None
             and self.unique is None and not self.own_id and not self.front
-            and self.group is None and not self.limits and not self.tags and not self.keys
+            and self.group is None and not self.limits and not self.tags and not self.keys and self.planned_ms is None
         )  # fmt: skip
 
 
@@ -192,7 +194,7 @@ def push(
     number = str(sequence.next())
     args, ids = push_arguments(number, keys, entries, max_length)
     return Call(
-        PUSH, _push_keys(keys, sequence.identity), args, _pushed(keys, number, ids),
+        PUSH, push_keys(keys, sequence.identity), args, _pushed(keys, number, ids),
         None if sequence.resends_refused else WITHDRAW,
     )  # fmt: skip
 
@@ -208,7 +210,7 @@ def push_numbered(
     numbered one by one and pushed in any portions, however often: each is stored once. Raises WithdrawnPush.
     """
     args, _ = push_arguments(f"{numbers[-1]} {numbers[0]}", keys, entries, max_length)
-    return Call(PUSH, _push_keys(keys, identity), args, partial(_pushed_numbered, keys, numbers[-1]))
+    return Call(PUSH, push_keys(keys, identity), args, partial(_pushed_numbered, keys, numbers[-1]))
 
 
 def push_arguments(
@@ -248,18 +250,23 @@ def fence(keys: QueueKeys, identity: str) -> Call[bool]:
 
 def _special(entry: Entry) -> tuple[Argument, ...]:
     return (
-        entry.id, f"p{entry.priority}" if entry.priority else "", entry.rest,
+        entry.id, _marks(entry), entry.rest,
         _optional(entry.delay_ms), _optional(entry.due_at_ms), _optional(entry.expires_ms), str(entry.priority),
         write_attributes(entry.unique, entry.group, entry.limits, entry.tags, entry.keys),
         "1" if entry.own_id else "", "1" if entry.front else "",
     )  # fmt: skip
 
 
+def _marks(entry: Entry) -> str:
+    priority = f"p{entry.priority}" if entry.priority else ""
+    return priority if entry.planned_ms is None else f"{priority} d{entry.planned_ms}"
+
+
 def _optional(number: int | None) -> str:
     return "" if number is None else str(number)
 
 
-def _push_keys(keys: QueueKeys, identity: str) -> tuple[str, ...]:
+def push_keys(keys: QueueKeys, identity: str) -> tuple[str, ...]:
     return (keys.lane(identity), keys.jobs, keys.due, keys.wake, keys.conf, keys.dead, *keys.ready, keys.none)
 
 
@@ -434,6 +441,7 @@ class TurnReply:
     paused: bool
     missing: list[str] = field(default_factory=list)
     outbox: bool = False  # it was checked, and is not empty
+    schedules: list[str] = field(default_factory=list)  # whose instant has come: this worker is to carry it out
 
 
 class WorkerUnregistered(Exception):
@@ -516,12 +524,15 @@ def _read_turn(number: int, reply: list[Any]) -> TurnReply:
         raise StaleTurn("a newer turn was carried out")
     if answered != number:
         raise WrongReply(f"turn {number} got the reply to another call")
-    _, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused, missing, outbox = reply
+    _, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused, missing, outbox, ticks = (
+        reply
+    )
     return TurnReply(
         now, held, next_due if next_due >= 0 else None, more == 1, [id_.decode() for id_ in lost],
         [id_.decode() for id_ in ids], envelopes, states,
         [(overdue[i].decode(), int(float(overdue[i + 1]))) for i in range(0, len(overdue), 2)] if overdue else [],
         [id_.decode() for id_ in cancelled], paused == 1, [id_.decode() for id_ in missing], outbox == 1,
+        [name.decode() for name in ticks],
     )  # fmt: skip
 
 

@@ -256,7 +256,7 @@ class Attempt:
     def open(self) -> Context:
         """Return the context of the job, made at the first call."""
         if self.context is None:
-            made = made_at_ms(self.id)
+            made, due = made_at_ms(self.id), self.envelope.due_ms
             self.context = Context(
                 job_id=self.public_id,
                 task=self.handler.name,
@@ -267,6 +267,7 @@ class Attempt:
                 state=self.consumer.shared_state,
                 deadline_hook=self.move_deadline,
                 enqueued_at=None if made is None else datetime.fromtimestamp(made / 1000, UTC),
+                scheduled_for=None if due is None else datetime.fromtimestamp(due / 1000, UTC),
                 costs=self.costs,
             )
             if self.handler.early:

@@ -56,6 +56,8 @@ class ChildSpec(msgspec.Struct, frozen=True, tag="spec"):
     max_jobs: int | None = None
     max_memory: int | None = None
     await_until: float = 0.0
+    declares: bool = False
+    """Whether the child stores the schedules that its app declares."""
 
 
 class ChildInfo(msgspec.Struct, frozen=True, tag="about"):

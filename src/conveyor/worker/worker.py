@@ -32,6 +32,7 @@ from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.leasing.wakeup import WorkerConnections
 from conveyor.worker.lifecycle import Lifecycle
 from conveyor.worker.recycling import RecycleLimits
+from conveyor.worker.scheduler import declare_schedules
 from conveyor.worker.services import WorkerServices
 from conveyor.worker.settlement import SettlementWriter
 from conveyor.worker.shutdown import BurstMonitor, DrainMonitor, running
@@ -52,7 +53,7 @@ class Worker:
         self, app: Conveyor, *, queues: Mapping[str, float] | None = None, concurrency: int = 100, threads: int = 8,
         burst: bool = False, grace: float = 30.0, slot: ChildSlot | None = None, reference: str | None = None,
         recycle_limits: RecycleLimits | None = None, await_until: float = 0.0,
-        before_leasing: Callable[[], None] = lambda: None,
+        before_leasing: Callable[[], None] = lambda: None, declares: bool = True,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -67,6 +68,7 @@ class Worker:
             recycle_limits: above these the worker asks to be replaced, which takes a supervisor.
             await_until: monotonic time before which no burst ends.
             before_leasing: called when all queues are registered, before the first job is leased.
+            declares: store the schedules that decorators of the app declare.
         """
         self.app = core_of(app)
         self.name = f"{platform.node()}:{os.getpid()}"
@@ -83,7 +85,7 @@ class Worker:
         self._burst = BurstMonitor(until=await_until) if burst else None
         self._grace, self._slot = grace, slot
         self._app, self._reference = app, reference
-        self._before_leasing = before_leasing
+        self._before_leasing, self._declares = before_leasing, declares
         self._drain_monitor = DrainMonitor()
         self.ready = asyncio.Event()
         self._stop_asked = asyncio.Event()
@@ -158,6 +160,8 @@ class Worker:
         for watch in (eviction.watch_policy(self._server_infos, log), self._keep_queues_known()):
             stack.callback(asyncio.create_task(watch).cancel)
         self._before_leasing()
+        if self._declares and self.app.declared_schedules:
+            await declare_schedules(self.app, self._queues)
         self.app.emit(WorkerStarted(self.name))
         for consumer in self.consumers:
             consumer.begin(stack)

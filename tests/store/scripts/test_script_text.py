@@ -146,9 +146,11 @@ def test_texts_stay_small() -> None:
         print(f"{name:16} {size:6} bytes {lines:4} lines   {Script(name).sha}   {' '.join(needs(FILES[name]))}")
 
     assert max(size for size, _ in sizes.values()) < 64 * 1024
-    assert sum(size for size, _ in sizes.values()) < 576 * 1024
+    assert sum(size for size, _ in sizes.values()) < 768 * 1024
 
 
 def test_a_publish_has_the_parts_of_a_push() -> None:
-    """publish.lua stores in each queue what push.lua would: it needs the same parts in the same order, and its own."""
-    assert needs(FILES["publish"]) == [*needs(FILES["push"]), "topics"]
+    """publish.lua and schedule_fire.lua store what push.lua would: they need the same parts in the same order, and their own."""
+    parts = needs(FILES["push"])
+    assert needs(FILES["publish"]) == [*parts, "topics"]
+    assert needs(FILES["schedule_fire"]) == [*(part for part in parts if part != "sequence"), "schedules"]

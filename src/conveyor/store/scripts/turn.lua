@@ -21,11 +21,12 @@
 --       then count, entries for the list of recently finished jobs
 -- returns {0} the worker is not registered · {-1} a late copy of an older turn · else
 --         {number of the turn, now_ms, held, next_due_ms or -1, more, lost ids, ids, envelopes, states, overdue (worker end)…, cancelled ids, paused,
---          ids whose envelope is gone, 1 when the flag l was given and the outbox is not empty}
+--          ids whose envelope is gone, 1 when the flag l was given and the outbox is not empty, names of schedules to carry out}
 local queue = {
   prefix = string.sub(KEYS[1], 1, -5), jobs = KEYS[1], state = KEYS[2], due = KEYS[5], conf = KEYS[7], dead = KEYS[8],
   waiters = KEYS[10], ready = 11, -- the position in KEYS of the first ready list
   untagged = {}, -- the ids of jobs that are gone, by their tags
+  schedules = {}, -- the names of those whose instant has come
 }
 local leased, workers, recent = KEYS[3], KEYS[4], KEYS[9]
 local worker, number, want, lease_ms = ARGV[1], number_in(ARGV[2]), number_in(ARGV[3]), number_in(ARGV[4])
@@ -51,7 +52,7 @@ if number == last then
     envelopes = redis.call('HMGET', queue.jobs, unpack(ids))
     states = redis.call('HMGET', queue.state, unpack(ids))
   end
-  return {number, now, held, -1, 1, {}, ids, envelopes, states, {}, {}, 0, {}, 0}
+  return {number, now, held, -1, 1, {}, ids, envelopes, states, {}, {}, 0, {}, 0, {}}
 end
 
 local done_count = tonumber(ARGV[6])
@@ -192,4 +193,5 @@ if looks then
 end
 if line then call_next(queue.prefix) end
 change_tags('ZREM', queue.prefix, queue.untagged)
-return {number, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused and 1 or 0, missing, outbox}
+return {number, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused and 1 or 0, missing, outbox,
+  queue.schedules}

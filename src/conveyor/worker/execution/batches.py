@@ -117,6 +117,7 @@ class BatchAttempt(Attempt):
             self.context = Context(
                 job_id=first.job_id, task=first.task, queue=first.queue, attempt=first.attempt, headers=first.headers,
                 state=first.state, deadline_hook=self.move_deadline, enqueued_at=first.enqueued_at,
+                scheduled_for=first.scheduled_for,
                 items=lambda: [item.open() for item in self.live],
             )  # fmt: skip
             if self.stop_reason is not None:

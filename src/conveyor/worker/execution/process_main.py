@@ -245,6 +245,7 @@ class _Runner:
             state=self._state,
             deadline_hook=lambda ms: self._connection.send(ExtendRequest(ms, job.id, job.attempt)),
             enqueued_at=_instant(job.enqueued_ms),
+            scheduled_for=_instant(job.due_ms),
             items=None if items is None else lambda: items,
             costs=job.costs,
         )

@@ -54,6 +54,7 @@ class RunRequest(msgspec.Struct, tag="job"):
     headers: dict[str, str]
     keep_ms: int | None
     enqueued_ms: int | None
+    due_ms: int | None = None
     items: list[RunRequest] = []
     tags: list[str] = []
     costs: dict[str, str] = {}

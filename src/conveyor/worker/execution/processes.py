@@ -342,6 +342,7 @@ def _run_request(attempt: Attempt) -> RunRequest:
         tags=envelope.tags,
         keep_ms=envelope.extra.keep_ms,
         enqueued_ms=ids.made_at_ms(bare_id),
+        due_ms=attempt.envelope.due_ms,
         items=[_run_request(item) for item in attempt.live] if isinstance(attempt, BatchAttempt) else [],
         costs=attempt.costs,
     )

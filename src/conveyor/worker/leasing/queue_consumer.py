@@ -29,6 +29,7 @@ from conveyor.worker.leasing.quarantine import EarlyAcks, Quarantine
 from conveyor.worker.leasing.spawn_delivery import SpawnDelivery
 from conveyor.worker.leasing.timers import DueTimer
 from conveyor.worker.logs import log_repeated_error
+from conveyor.worker.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -117,6 +118,7 @@ class QueueConsumer:
         self.early_acks = EarlyAcks()
         self.due_timer = DueTimer(self._on_due)
         self._reaper = Reaper(keys, connection, lease_ms)
+        self._scheduler = Scheduler(keys, services.app)
         self._delivery = SpawnDelivery(keys, services.app, self.schedule)
         self._intake: ListIntake | None = None
         if keys.foreign is not None:
@@ -130,8 +132,7 @@ class QueueConsumer:
         self._in_flight: tuple[Call[TurnReply], TurnReport] | None = None
         self._recovery: asyncio.Task[None] | None = None
         self._turn_ended = asyncio.Event()
-        self._sent_at = 0.0
-        self._wanted = 0
+        self._sent_at, self._wanted = 0.0, 0
         self._report_timer: asyncio.TimerHandle | None = None
         self._is_scheduled = self._is_looking = self._is_absorbing = False
         self._clock_offset = 0.0  # server ms minus our monotonic ms
@@ -168,7 +169,7 @@ class QueueConsumer:
         if self.report:
             self._send_turn(0)
             await self._until_turn_ended()
-        await self._delivery.finish(2.0)
+        await asyncio.gather(self._delivery.finish(2.0), self._scheduler.finish(2.0))
         self.has_left = True
         try:
             await self.connection.run(operations.reap(self.keys, self.identity, crashed=False), retry_for=2.0)
@@ -473,6 +474,8 @@ class QueueConsumer:
                 self._cancel(held[id_])
         if report.spawned or turn.outbox:
             self._delivery.begin()
+        if turn.schedules:
+            self._scheduler.begin(turn.schedules)
         if self.quarantine.in_use:
             self._submit(self.quarantine.confirmed(report, held))
         if self.early_acks.waiting:

@@ -95,6 +95,7 @@ class Supervisor:
         self._exit_code = 0
         self._banner_printed = False
         self._checked_at = self._resumed_at = monotonic()
+        self._begun: set[int] = set()  # numbers of the children that were started once
 
     def run(self) -> int:
         """Start the children and watch them; return the exit code when all have ended."""
@@ -196,7 +197,10 @@ class Supervisor:
         descriptors = (self._memory.fd, self._alive_pipe[0])
         slot_place = f"{child.slot.number}/{self._memory.slots}"
         try:
-            child.start(self._spec, [*self._command, slot_place, *map(str, descriptors)], descriptors)
+            # A child that is started again may run older code than the last deployment, and changes no schedule.
+            spec = msgspec.structs.replace(self._spec, declares=child.number not in self._begun)
+            self._begun.add(child.number)
+            child.start(spec, [*self._command, slot_place, *map(str, descriptors)], descriptors)
         except OSError as error:
             LOG.error("Cannot start worker child %d, trying again: %s", child.number, error)
             child.note_exit()

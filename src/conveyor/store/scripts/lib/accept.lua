@@ -116,7 +116,6 @@ local function prepare_push(KEYS, ARGV)
   return nil, function()
     if drops then drop(KEYS, prefix, drops) end
     if conf_now[2] ~= '2' then redis.call('HSET', conf, 'schema', '2') end
-    if bound ~= '0' and bound ~= conf_now[6] then redis.call('HSET', conf, 'bound', bound) end
 
     local takeable = false
     local function append(key, ids, first, last)
@@ -194,6 +193,7 @@ local function prepare_push(KEYS, ARGV)
       write_counters(queue)
       if queue.moved or queue.counters.alarms > 0 then takeable = true end
     end
+    if bound ~= '0' and bound ~= conf_now[6] then redis.call('HSET', conf, 'bound', bound) end
     local reply = ARGV[1] .. '\nok'
     if #ids > 0 then reply = reply .. '\n' .. table.concat(ids, '\n') end
     if not conf_now[2] then reply = reply .. '\n\t' end

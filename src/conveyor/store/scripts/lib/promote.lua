@@ -3,7 +3,7 @@
 -- Move due jobs to the tail of their priority, at most 200 a turn. No step leaves an entry without an envelope, so a job that
 -- has none was lost by the server (evicted, or deleted by hand). It is reported once, when its entry is removed.
 -- Jobs that wait for a retry and keep their group's slot come back to the front of their group; alarms of limits are rung.
--- queue    fields jobs, due and ready are used, and what begin_groups makes
+-- queue    fields jobs, due and ready are used, and what begin_groups makes; to schedules the names of schedules are added that have come
 -- first    the first entry of due and its score; nil when it may have changed
 -- now      ms
 -- missing  ids without an envelope are added to this list
@@ -26,6 +26,10 @@ local function promote_due(queue, first, now, missing)
         local priority = found and found.priority or 0
         if priority > 0 then urgent = true end
         redis.call('RPUSH', KEYS[queue.ready + priority], id)
+      elseif string.byte(id, 2) == 9 then
+        -- The alarm of a schedule: this worker carries it out, and another one is asked when it does not.
+        queue.schedules[#queue.schedules + 1] = string.sub(id, 3)
+        redis.call('ZADD', queue.due, now + 2000, id)
       elseif string.byte(id) == 9 then
         alarms[#alarms + 1] = string.sub(id, 2)
       else
