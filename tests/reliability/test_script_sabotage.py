@@ -53,6 +53,8 @@ SABOTAGES = {
     "turn lets a key outlive its job": ("TURN", "redis.pcall('GET', name) == id then redis.call('DEL', name) end", "false then end"),
     "turn lets the keys of many jobs outlive them": ("TURN", "if #gone > 0 then redis.call('DEL', unpack(gone)) end", ""),
     "turn keeps the key of a job that has started": ("TURN", "if key.life == 's' and", "if false and"),
+    "push forgets that something has changed": ("PUSH", "return {'rerun', id, behind = holder}", "return {'kept', holder}"),
+    "push debounces and keeps the first": ("PUSH", "redis.call('HSET', queue.jobs, id, head .. text .. rest)", ""),
     "turn frees a window with its job": ("TURN", "if not (ended and key.life == 't') and", "if"),
 }  # fmt: skip
 
