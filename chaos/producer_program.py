@@ -30,7 +30,7 @@ MIX: dict[str, float] = {
     "blocking": 0.1, "flaky": 5, "delayed": 5, "unique": 3, "own": 3, "cancel": 3, "poison": 0.2, "boxed_poison": 0.3,
     "spread": 12, "spread_message": 6, "spread_messages": 0.2, "parent": 4, "batched": 8, "batched_apart": 1,
     "batched_beside": 1, "batched_poison": 0.1, "ordered": 6, "pair": 4, "scarce": 3, "paced": 2, "costly": 1.5,
-    "grouped_message": 4, "narrow": 3, "narrow_bulk": 0.2, "published_message": 3, "tagged": 3,
+    "grouped_message": 4, "rerun": 4, "debounced": 4, "narrow": 3, "narrow_bulk": 0.2, "published_message": 3, "tagged": 3,
 }  # fmt: skip
 STEADFAST = {
     kind: MIX[kind]
@@ -38,7 +38,7 @@ STEADFAST = {
 }
 """Of producers that ask for replicas, or have a buffer: kinds whose id is known to be theirs, however the call ends."""
 LEVELLED = {"ordered", "pair", "scarce", "paced", "costly", "grouped_message"}
-FANNED = {"narrow", "narrow_bulk", "published_message", "tagged"}
+FANNED = {"rerun", "debounced", "narrow", "narrow_bulk", "published_message", "tagged"}
 BULK = 60
 
 
@@ -204,7 +204,12 @@ class Producer:
     def fanned(self, kind: str, ms: float) -> None:
         """Make a call that may become one job with others, that may wait for room, or that becomes several messages."""
         draw = self.random
-        if kind == "narrow":
+        page, failures = f"{kind} {self.prefix}{draw.randrange(3)}", draw.choice((0, 0, 0, 1))
+        if kind == "rerun":
+            self.task(kind, tested_app.rerun, page, 20 * ms, failures, facts={"covers": page, "slots": [[page, 1]]})
+        elif kind == "debounced":
+            self.task(kind, tested_app.debounced, page, facts={"covers": page})
+        elif kind == "narrow":
             self.task(kind, tested_app.through, ms, room_timeout="3s")
         elif kind == "narrow_bulk":
             job = tested_app.through.options(room_timeout="5s")

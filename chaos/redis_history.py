@@ -97,6 +97,8 @@ class History:
                     continue  # a stub: cancelled, and its entry not reached yet
                 public = _public(queue, id_)
                 job = self.jobs.setdefault(public, Job())
+                if public in self._live and b"\tk" in envelope.split(b"\n", 1)[0]:
+                    continue  # a call with its key has replaced its arguments
                 job.created += 1
                 self._live.add(public)
                 self._take_key(queue, public, job, envelope)

@@ -298,7 +298,18 @@ def fanned(environment: Environment) -> RunResult:
     environment.process_group.embedded("program", environment.url)
     environment.ready(1)
     for number in range(2):
-        _push(environment, 150, number=number, rate=60, narrow=2, narrow_bulk=0.2, published_message=2, tagged=2)
+        _push(
+            environment,
+            150,
+            number=number,
+            rate=60,
+            rerun=4,
+            debounced=4,
+            narrow=2,
+            narrow_bulk=0.2,
+            published_message=2,
+            tagged=2,
+        )
     environment.drain(15, stall=8)
     return environment.evaluate(also=("unexplained repeats",))
 

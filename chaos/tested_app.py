@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos.run_log import RunLog
-from conveyor import BatchFailed, Buffer, Concurrency, Context, Conveyor, Rate, Retry, current
+from conveyor import BatchFailed, Buffer, Concurrency, Context, Conveyor, Debounce, Rate, Retry, Unique, current
 
 LEASE = float(os.environ.get("CHAOS_LEASE", "2"))
 NAMESPACE = "chaos"
@@ -281,6 +281,18 @@ async def costly(token: str, lane: str, tokens: int, context: Context = current(
 
 
 # -- calls that become one job, full queues, topics -------------------------------------------------------------------
+
+
+@app.task(name="rerun", unique=Unique(by=("page",), conflict="rerun"), retry=PATIENT)
+async def rerun(token: str, page: str, ms: float, failures: int, context: Context = current()) -> dict[str, Any]:
+    """Run for a page, one at a time, and once more when it was asked for meanwhile."""
+    return await level(token, ms, failures, context)
+
+
+@app.task(name="debounced", debounce=Debounce("300ms", by="page", max_wait="2s"), retry=PATIENT)
+async def debounced(token: str, page: str, context: Context = current()) -> dict[str, Any]:
+    """Run for a page when nobody has asked for a while, with the latest call."""
+    return await level(token, 5, 0, context)
 
 
 @app.task(name="narrow", queue="narrow", retry=PATIENT)
