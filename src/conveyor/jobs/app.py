@@ -168,21 +168,24 @@ class Conveyor:
     def queue(
         self, name: str, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int | None = None,
         retry: Retry | None = None, max_crashes: int | None = None, max_length: int | None = None, full: Full = "raise",
-        limits: Sequence[Rate | Concurrency] | None = None, version: int = 1, upcast: UpcastMessage | None = None,
+        limits: Sequence[Rate | Concurrency] | None = None, ageing: Duration | None = None, version: int = 1,
+        upcast: UpcastMessage | None = None,
         format: FormatChoice | None = None, **durability: Unpack[DurabilityOptions],
     ) -> Queue[Any]: ...  # fmt: skip
     @overload
     def queue(
         self, name: str, type: type[T], *, partitions: int = 1, lease: Duration | None = None, max_attempts: int | None = None,
         retry: Retry | None = None, max_crashes: int | None = None, max_length: int | None = None, full: Full = "raise",
-        limits: Sequence[Rate | Concurrency] | None = None, version: int = 1, upcast: UpcastMessage | None = None,
+        limits: Sequence[Rate | Concurrency] | None = None, ageing: Duration | None = None, version: int = 1,
+        upcast: UpcastMessage | None = None,
         format: FormatChoice | None = None, **durability: Unpack[DurabilityOptions],
     ) -> Queue[T]: ...  # fmt: skip
     @overload
     def queue(
         self, name: str, type: Any, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int | None = None,
         retry: Retry | None = None, max_crashes: int | None = None, max_length: int | None = None, full: Full = "raise",
-        limits: Sequence[Rate | Concurrency] | None = None, version: int = 1, upcast: UpcastMessage | None = None,
+        limits: Sequence[Rate | Concurrency] | None = None, ageing: Duration | None = None, version: int = 1,
+        upcast: UpcastMessage | None = None,
         format: FormatChoice | None = None, **durability: Unpack[DurabilityOptions],
     ) -> Queue[Any]: ...  # fmt: skip
 
@@ -199,6 +202,7 @@ class Conveyor:
         max_length: int | None = None,
         full: Full = "raise",
         limits: Sequence[Rate | Concurrency] | None = None,
+        ageing: Duration | None = None,
         version: int = 1,
         upcast: UpcastMessage | None = None,
         format: FormatChoice | None = None,  # noqa: A002
@@ -211,9 +215,9 @@ class Conveyor:
         `max_attempts` (5) and `max_crashes` (3) take the place of its numbers. A message is given up when so many of its
         consumers died while they handled it. The first such death is charged to all that the consumer held, so it alone
         gives up nothing. `max_length` is how many may be unfinished, `full` what a push beyond that does. `limits` hold for all
-        that starts from it: `Rate` and `Concurrency`. `version`,
-        `upcast(version, value)` and `format` are as for a task. With `partitions` the queue is spread over so many, which
-        may lie on several nodes: order holds within each, and all programs must say the same number. `fsync` and
+        that starts from it: `Rate` and `Concurrency`. `ageing` raises what waits by one priority each time it has waited that
+        long. `version`, `upcast(version, value)` and `format` are as for a task. With `partitions` the queue is spread over so
+        many, which may lie on several nodes: order holds within each, and all programs must say the same number. `fsync` and
         `wait_replicas` make each push, of jobs too, wait until it is on disk and until that many replicas have it, each
         for `wait_timeout`; after that comes DurabilityNotReached. The same declaration again returns the same object; with
         other options it raises ConfigurationError.
@@ -221,7 +225,7 @@ class Conveyor:
         return self._core.declare_queue(
             name, type, partitions=partitions, lease=lease, max_attempts=max_attempts, retry=retry,
             max_crashes=max_crashes, max_length=max_length, full=full, limits=limits,
-            version=version, upcast=upcast, format=format, **durability,
+            ageing=ageing, version=version, upcast=upcast, format=format, **durability,
         )  # fmt: skip
 
     def plain_list(

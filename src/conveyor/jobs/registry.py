@@ -325,6 +325,7 @@ class QueueRegistry:
         max_length: int | None,
         full: Full,
         limits: Sequence[Rate | Concurrency] | None,
+        ageing: Duration | None,
         version: int,
         upcast: UpcastMessage | None,
         format: FormatChoice | None,  # noqa: A002
@@ -333,17 +334,19 @@ class QueueRegistry:
         """Return the queue of that name, made at its first declaration. Raises ConfigurationError."""
         ids.queue_name(name)
         lease_ms = self.lease_ms if lease is None else positive_ms(lease, "lease")
+        ageing_ms = 0 if ageing is None else positive_ms(ageing, "ageing")
         asks, policy = requested_durability(durability), retry_policy(retry, max_attempts, max_crashes)
         options = {
             "kind": "queue", "type": type, "lease_ms": lease_ms, "retry": policy, "max_length": max_length,
-            "full": full, "partitions": partitions, "version": version, "upcast": upcast, "durability": asks, "format": format,
-            "limits": _limit_list(name, limits),
+            "full": full, "ageing": ageing_ms, "partitions": partitions, "version": version, "upcast": upcast, "durability": asks,
+            "format": format, "limits": _limit_list(name, limits),
         }  # fmt: skip
         if self._is_declared(name, options):
             return self.queues[name]
         queue = self._make_queue(
             name, type, partitions, lease_ms=lease_ms, retry=policy, max_length=max_length, full=full, limits=limits,
-            durability=asks, max_payload=self.max_whole, sealing=self.sealing, version=version, upcast=upcast,
+            ageing_ms=ageing_ms, durability=asks, max_payload=self.max_whole, sealing=self.sealing,
+            version=version, upcast=upcast,
             formats=self.formats.with_writer(format), middlewares=self._push_middlewares,
         )  # fmt: skip
         self._take_limits(queue)
@@ -428,6 +431,11 @@ class QueueRegistry:
                 "Declare it once and import it where it is used."
             )
         return True
+
+    def queue_ageing_ms(self, queue: str) -> int:
+        """Return how long a job of *queue* waits before it is raised by one priority, in ms; 0: it is not."""
+        declared = self.queues.get(queue)
+        return 0 if declared is None else declared.ageing_ms
 
     def queue_lease_ms(self, queue: str) -> int:
         """Return the lease of *queue* in ms."""

@@ -148,6 +148,8 @@ class LeaseSession:
     """Not renewed by what it settles, never registered anew, and gone with the last message."""
     limits: QueueLimits | None = None
     """Declared when it registers."""
+    ageing_ms: int = 0
+    """How long a message waits before it is raised by one priority; 0: it is not."""
     bodies: BodyFetcher | None = None
     """Where bodies may lie outside Redis."""
     clock: Callable[[], float] = time.monotonic
@@ -393,6 +395,7 @@ class LeaseSession:
             self.renewed = now
         self.number = operations.next_turn_number(self.number, self.now_ms)
         self._leaving = "t" in flags
+        flags += f"a{self.ageing_ms}" if self.ageing_ms and want else ""
         if want and self._mean_bytes:
             want = max(1, min(want, int(MOST_BYTES / self._mean_bytes)))
         call = operations.turn(self.keys, self.worker, self.number, want, self.lease_ms, report, flags=flags)

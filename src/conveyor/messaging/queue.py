@@ -172,6 +172,7 @@ class Queue(MessageSource[T]):
         max_crashes: int | None = None,
         partitions: int = 1,
         limits: Sequence[Rate | Concurrency] | None = None,
+        ageing_ms: int = 0,
         durability: Durability | None = None,
         max_payload: int = MAX_PAYLOAD,
         sealing: PayloadPipeline | None = None,
@@ -200,6 +201,7 @@ class Queue(MessageSource[T]):
         self.limits = QueueLimits(client, ids.logical(self.name), self._partition_count())
         """The limits of this queue, with those of tasks whose jobs this program keeps in it."""
         self.limits.add(queue_owner(self.limits.queue), declare_limits(queue_owner(self.limits.queue), limits))
+        self.ageing_ms = ageing_ms
         self.durability = durability
         self._middlewares = middlewares
         self._sealing = sealing
@@ -340,6 +342,7 @@ class Queue(MessageSource[T]):
         detector = self._detector if transient else DeadWorkerDetector(self.lease_ms)
         session = LeaseSession(self.keys, self.lease_ms, about, detector, intake=self._intake(), transient=transient)
         session.limits = self.limits
+        session.ageing_ms = self.ageing_ms
         session.bodies = self._decoder if self._decoder.fetches else None
         session.directory = self.directory
         return PartitionSource(session, self._policy(session), self._decoder)

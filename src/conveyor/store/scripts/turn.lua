@@ -1,10 +1,11 @@
 -- A worker's whole round trip: settle what it has finished, then lease up to N more jobs to it.
--- needs: numbers keys listed tokens envelope tags unique released outcome leased_order ended results rights limits paused_tasks groups settle promote lease rotation upkeep room
+-- needs: numbers keys listed tokens envelope tags unique released outcome leased_order ended results rights limits paused_tasks groups settle promote lease rotation ageing upkeep room
 --
 -- KEYS  1 jobs  2 state  3 leased:<worker>  4 workers  5 due  6 wake  7 conf  8 dead  9 recent  10 waiters
 --       11-20 ready:0 … ready:9  21 none
 -- ARGV  1 worker  2 number of this turn: its instant (lib/leased.lua), above that of the last  3 how many more  4 lease_ms
---       5 flags: k keep the lease's end, l look for overdue workers, t leave when nothing is held, e remember the ends
+--       5 flags: k keep the lease's end, l look for overdue workers, t leave when nothing is held, e remember the ends,
+--         a<ms> raise what waits longer than that (lib/ageing.lua)
 --       6 count, ids of jobs that are simply done
 --       then count, and for each group of these, from the first id on, a result that is kept: ms count record…   0 ms: it is not
 --       then count, and of those of them that have attributes: id attributes
@@ -91,10 +92,11 @@ if releases then redis.call('HLEN', queue.prefix .. 'reruns') end
 local ended = {}
 local results = groups > 0 and plan_results(queue, done, 7, groups_at, groups, now, ended)
 local leases = want > 0 and not paused
+local ageing = leases and tonumber(string.match(flags, 'a(%d+)'))
 local promotes = kinds.R or (first_due[2] and tonumber(first_due[2]) <= now)
 -- The jobs that this turn will lease are known before the first write, unless other lists have some, or it adds to them itself.
 local heads, envelopes_ahead, unusual = nil, nil, true
-if leases and not (grouped or urgent or promotes or kinds.F or releases) then
+if leases and not (grouped or urgent or promotes or kinds.F or releases or ageing) then
   heads, envelopes_ahead, unusual = head_of(queue, KEYS[11], math.min(want, 1000))
 else
   redis.call('LRANGE', KEYS[11], 0, 0)
@@ -107,6 +109,7 @@ if awaited then prove(KEYS[21], 'HGET') end
 if results or #others > 0 then prove_settlements(KEYS[21], kinds, results, about[2]) end
 if released_count > 0 then prove(KEYS[21], 'MGET', 'DEL', 'SET', 'HGET', 'RPUSH') end
 if promotes then prove(KEYS[21], 'ZREM', 'RPUSH') end
+if ageing then prove(KEYS[21], 'RPUSH', 'LPUSH', 'LTRIM') end
 if grouped then
   -- A turn of one job is the usual one of a group that runs one at a time: what makes a key is proven with few removals.
   redis.call('DEL', KEYS[21])
@@ -148,6 +151,7 @@ local ids, envelopes, states, taken, unfinished = {}, {}, {}, 0, false
 want = math.min(want, 1000 - (redis.call('HLEN', leased) - 3))
 if grouped then pass_on(queue, now, math.max(want, 1)) end
 if want > 0 and leases then
+  if ageing and raise_aged(queue, want, ageing, now) then urgent = true end
   if grouped then
     ids, envelopes, taken, unfinished = take_rotating(queue, leased, number, want, urgent or promoted or (queue.moved or 0) > 0, now, missing)
   else

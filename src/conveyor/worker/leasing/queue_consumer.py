@@ -92,6 +92,8 @@ class QueueConsumer:
         self._services, self.connection = services, connection
         self._lifecycle, self._capacity, self._executor = services.lifecycle, services.capacity, services.executor
         self.keys, self.queue, self.group, self.lease_ms = keys, keys.queue, group, lease_ms
+        ageing_ms = services.app.queue_ageing_ms(ids.logical(keys.queue))
+        self._ageing = f"a{ageing_ms}" if ageing_ms else ""  # a flag of each turn
         self.shared_state = services.shared_state
         self.identity = ""
         self.wake_list = self.own_wake_list = keys.wake.encode()
@@ -362,7 +364,7 @@ class QueueConsumer:
             want = prepared.want
             call, packed = prepared.numbered(self.number)
         else:
-            flags, packed = "el" if self._is_looking else "e", None
+            flags, packed = ("el" if self._is_looking else "e") + self._ageing, None
             call = operations.turn(self.keys, self.identity, self.number, want, self.lease_ms, report, flags=flags)
         self._in_flight = (call, report)
         self._sent_at = now
@@ -383,7 +385,7 @@ class QueueConsumer:
         if self.held or self.report or self._has_more or self.is_turning or self.has_left or self._lifecycle.stopping:
             return  # the next turn has something to say, comes now, or leases nothing
         want, number = self._capacity.idle_room(self), operations.next_turn_number(self.number, self.now_ms)
-        call = operations.turn(self.keys, self.identity, number, want, self.lease_ms, TurnReport())
+        call = operations.turn(self.keys, self.identity, number, want, self.lease_ms, TurnReport(), flags=self._ageing)
         self._prepared = PreparedTurn(self.identity, number, want, call, self.connection.pack(call.command()))
 
     def _drain_counters(self, report: TurnReport) -> None:
