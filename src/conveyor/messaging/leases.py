@@ -395,7 +395,7 @@ class LeaseSession:
             self.renewed = now
         self.number = operations.next_turn_number(self.number, self.now_ms)
         self._leaving = "t" in flags
-        flags += f"a{self.ageing_ms}" if self.ageing_ms and want else ""
+        flags += operations.ageing_flag(self.ageing_ms) if want else ""
         if want and self._mean_bytes:
             want = max(1, min(want, int(MOST_BYTES / self._mean_bytes)))
         call = operations.turn(self.keys, self.worker, self.number, want, self.lease_ms, report, flags=flags)

@@ -488,6 +488,11 @@ def numbered_turn(call: Call[TurnReply], number: int) -> Call[TurnReply]:
     return Call(TURN, call.keys, [call.args[0], str(number), *call.args[2:]], partial(_read_turn, number))
 
 
+def ageing_flag(ageing_ms: int) -> str:
+    """Return the flag of a turn that raises what has waited so long; "" for 0."""
+    return f"a{ageing_ms}" if ageing_ms else ""
+
+
 def _add_results(args: list[Argument], report: TurnReport) -> None:
     """Append the number and ids of what is done, those with a result first, and then the results by their time to live."""
     groups: dict[int, tuple[list[str], list[bytes]]] = {}

@@ -92,8 +92,7 @@ class QueueConsumer:
         self._services, self.connection = services, connection
         self._lifecycle, self._capacity, self._executor = services.lifecycle, services.capacity, services.executor
         self.keys, self.queue, self.group, self.lease_ms = keys, keys.queue, group, lease_ms
-        ageing_ms = services.app.queue_ageing_ms(ids.logical(keys.queue))
-        self._ageing = f"a{ageing_ms}" if ageing_ms else ""  # a flag of each turn
+        self._ageing = operations.ageing_flag(services.app.queue_ageing_ms(ids.logical(keys.queue)))
         self.shared_state = services.shared_state
         self.identity = ""
         self.wake_list = self.own_wake_list = keys.wake.encode()
