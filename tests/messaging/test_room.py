@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 
 from conveyor.errors import ConfigurationError, QueueFull
+from conveyor.messaging.limits import Concurrency
 from conveyor.messaging.queue import Queue
 from conveyor.store import inspection, operations
 from conveyor.store.client.client import Client
@@ -381,6 +382,8 @@ class TestBadInput:
             Queue(backend, "q", lease_ms=2000, full="block")
         with pytest.raises(ConfigurationError, match="full must be one of"):
             Queue(backend, "q", lease_ms=2000, max_length=3, full="wait")
+        with pytest.raises(ConfigurationError, match="exclude each other"):
+            Queue(backend, "q", lease_ms=2000, max_length=3, full="drop-oldest", limits=[Concurrency(2)])
         plain = Queue(backend, "q", lease_ms=2000, max_length=3)
         with pytest.raises(ConfigurationError, match="does not wait"):
             plain.push(1, timeout="1s")
@@ -475,9 +478,9 @@ class TestDropOldest:
         asyncio.run(main())
         assert take(newest, 3) == [9, 5, 6]
 
-    @pytest.mark.parametrize("options", [{"unique": "u"}])
+    @pytest.mark.parametrize("options", [{"unique": "u"}, {"group": "g"}])
     def test_what_cannot_be_dropped_is_refused(self, newest, options):
-        """A message with a unique key is refused before anything is stored."""
+        """A message with a unique key or a group is refused before anything is stored."""
         with pytest.raises(ConfigurationError, match="drops the oldest"):
             newest.push(1, **options)
         assert len(newest) == 0

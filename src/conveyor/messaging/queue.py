@@ -192,8 +192,7 @@ class Queue(MessageSource[T]):
         checked_full(full)
         self.max_length = None if max_length is None else MaxLength(whole_number("max_length", max_length, 1), full)
         self.retry = retry_policy(retry, max_attempts, max_crashes)
-        if full != "raise" and max_length is None:
-            raise ConfigurationError(f"full={full!r} says what a push beyond max_length does: give max_length too.")
+        _check_combination(name, full, max_length, limits)
         if partitions != 1:
             raise ConfigurationError(
                 "A Queue has one partition; app.queue(…, partitions=…) makes a queue with several."
@@ -488,6 +487,16 @@ def checked_on_error(value: OnError) -> OnError:
     if value not in get_args(OnError):
         raise ConfigurationError(f"on_error must be 'log' or 'raise', not {value!r}.")
     return value
+
+
+def _check_combination(name: str, full: Full, max_length: int | None, limits: object) -> None:
+    if full != "raise" and max_length is None:
+        raise ConfigurationError(f"full={full!r} says what a push beyond max_length does: give max_length too.")
+    if full == "drop-oldest" and limits:
+        raise ConfigurationError(
+            f"queue({name!r}): full='drop-oldest' and limits= exclude each other, since a job that waits at a limit cannot be "
+            "dropped for a newer one. Declare full='raise' or full='block'."
+        )
 
 
 def checked_full(value: Full) -> Full:
