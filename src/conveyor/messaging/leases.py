@@ -149,7 +149,7 @@ class LeaseSession:
     limits: QueueLimits | None = None
     """Declared when it registers."""
     ageing_ms: int = 0
-    """How long a message waits before it is raised by one priority; 0: it is not."""
+    """Milliseconds after which a message that waits is raised by one priority; 0: it is not."""
     bodies: BodyFetcher | None = None
     """Where bodies may lie outside Redis."""
     clock: Callable[[], float] = time.monotonic
