@@ -116,8 +116,7 @@ class QueueConsumer:
         self.quarantine = Quarantine(
             lambda: self._executor.free, lambda slots: services.capacity.note_reserved(self, slots)
         )
-        self.early_acks = EarlyAcks()
-        self.due_timer = DueTimer(self._on_due)
+        self.early_acks, self.due_timer = EarlyAcks(), DueTimer(self._on_due)
         self._reaper = Reaper(keys, connection, lease_ms)
         self._scheduler = Scheduler(keys, services.app)
         self._delivery = SpawnDelivery(keys, services.app, self.schedule)
