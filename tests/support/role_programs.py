@@ -178,6 +178,9 @@ def produce(app: Conveyor) -> None:
     orders.push(1, id="mine", front=True)
     core_of(app).plain_lists[LIST].push({"n": 1})
     app.queue("spread", partitions=2).push_many([1, 2])
+    latest = app.queue("latest", max_length=2, full="drop-oldest")
+    latest.push_many([1, 2])
+    latest.push(3)
     topic = app.topic("order.created")
     topic.subscribe(orders, "audit")
     assert len(topic.publish(1)) == 2
