@@ -33,10 +33,10 @@ SABOTAGES = {
     "turn leaves the tags of what has ended": ("TURN", "change_tags('ZREM', queue.prefix, queue.untagged)", ""),
     "turn takes the tags from dead letters": (
         "TURN", "redis.call('ZADD', queue.dead, int(math.max(now, ms)), id)",
-        "redis.call('ZADD', queue.dead, int(math.max(now, ms)), id) list_tags(queue.untagged, has.tags, id)",
+        "redis.call('ZADD', queue.dead, int(math.max(now, ms)), id) list_tags(queue.untagged, found.tags, id)",
     ),
     "cancel leaves tags": ("CANCEL", "change_tags('ZREM', queue.prefix, untagged)", ""),
-    "push tags a job that it does not store": ("PUSH", "if not holder and ARGV[i + 7] ~= '' then list_tags", "if ARGV[i + 7] ~= '' then list_tags"),
+    "push tags a job that it does not store": ("PUSH", "if (not answer or answer.behind) and ARGV[i + 7] ~= '' then list_tags", "if ARGV[i + 7] ~= '' then list_tags"),
     "push ignores its sequence": ("PUSH", "if seen == number then return last end", ""),
     "push_plain ignores its sequence": ("PUSH_PLAIN", "if seen == number then", "if false then"),
     "push_plain forgets what its sequence was": ("PUSH_PLAIN", "redis.call('SET', KEYS[1], last, 'PX', kept)\n", "\n"),
