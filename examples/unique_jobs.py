@@ -8,7 +8,7 @@ app = Conveyor()
 started, go = asyncio.Event(), asyncio.Event()
 
 
-@app.task(debounce=Debounce("200ms", by="page", max_wait="2s"))
+@app.task(debounce=Debounce("1s", by="page", max_wait="10s"))
 async def publish(page: str, version: int) -> str:
     return f"published {page} {version}"
 

@@ -28,6 +28,7 @@ PRINTED = {
         "user.* published 0 subscribers user-audit",
         "user.created published 2",
     ],
+    "unique_jobs": ["1 job, published home 5", "rerun 1", "indexed home 1 then indexed home 5"],
     "transactions": ["delivered: 1", "('o1', 1)"],
     "virtual_transport": ["received to mail", "received to images", "waiting after the requeue: 1", "purged: 1"],
     "limits_and_groups": [
