@@ -23,6 +23,7 @@ SCENARIOS: dict[str, tuple[Callable[[Bench], None], tuple[str, ...]]] = {
     "raw-memory": (plain_list_baseline.raw_memory, ()),
     "enqueue": (producer_scenarios.enqueue, ("raw-list", "raw-limit")),
     "drain": (drain.drain, ("raw-list", "raw-limit")),
+    "levelled": (drain.levelled, ()),
     "latency": (producer_scenarios.latency, ("raw-latency",)),
     "queues": (producer_scenarios.many_queues, ()),
     "partitions": (drain.partitions, ()),

@@ -48,6 +48,30 @@ def drain(bench: Bench) -> None:
     bench.flush()
 
 
+def levelled(bench: Bench) -> None:
+    """Drain no-op jobs of 10,000 groups, of one opened group, under a limit with room, and with unique keys, beside plain ones."""
+    from benchmarks import measured_jobs as jobs
+
+    count = bench.size(100_000)
+    for queue, call in {
+        "async": jobs.noop.s,
+        "grouped": lambda number, text: jobs.grouped.s(number % 10_000, text),
+        "opened": lambda _, text: jobs.opened.s(1, text),
+        "limited": jobs.limited.s,
+        "keyed": jobs.keyed.s,
+    }.items():
+        bench.flush()
+        jobs.app.enqueue_many(call(number, TEXT) for number in range(count))
+        first, last = _drain(bench, queue, 1)
+        done, seconds = first.left - last.left, last.time - first.time
+        name = f"ours levelled {queue}"
+        bench.note(f"{name} /s", done / seconds)
+        bench.note(f"{name} server us/job", (last.server_cpu - first.server_cpu) / done * 1e6)
+        bench.note(f"{name} worker us/job", (last.worker_cpu - first.worker_cpu) / done * 1e6)
+        bench.note(f"{name} commands/job", (last.run - first.run) / done)
+    bench.flush()
+
+
 def live_jobs(client: Any, queue: str) -> int:
     """Return how many jobs are accepted and not finished: those leased too, which `len(queue)` leaves out."""
     return int(client.hlen(f"{NAMESPACE}:{{{queue}}}:jobs"))

@@ -7,7 +7,7 @@ import os
 import time
 
 from benchmarks.harness import NAMESPACE
-from conveyor import Conveyor
+from conveyor import Concurrency, Conveyor, Unique
 
 app = Conveyor(namespace=NAMESPACE)  # the URL comes from CONVEYOR_URL
 
@@ -31,6 +31,26 @@ async def echo(number: int, text: str) -> int:
 @app.batch_task(queue="batched", timeout="30s", size=500, within="1s")
 async def batched(items: list[tuple[int, str]]) -> None:
     """Do nothing for 500 at once."""
+
+
+@app.task(queue="grouped", timeout="30s", group_by="group")
+async def grouped(group: int, text: str) -> None:
+    """Do nothing, in order with the others of a group."""
+
+
+@app.task(queue="opened", timeout="30s", group_by="group", limits=[Concurrency(1000, by="group")])
+async def opened(group: int, text: str) -> None:
+    """Do nothing, in a group of which a thousand run at a time."""
+
+
+@app.task(queue="limited", timeout="30s", limits=[Concurrency(2000)])
+async def limited(number: int, text: str) -> None:
+    """Do nothing, under a limit with room."""
+
+
+@app.task(queue="keyed", timeout="30s", unique=Unique(by=("number",)))
+async def keyed(number: int, text: str) -> None:
+    """Do nothing, under a unique key."""
 
 
 @app.task(queue="stamp")
