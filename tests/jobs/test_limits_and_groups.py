@@ -18,6 +18,7 @@ from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError
 from conveyor.messaging.limit_control import LimitState
 from conveyor.sql import Outbox
+from conveyor.store import inspection
 from conveyor.store import limits as store_limits
 from conveyor.store.client.buffer import Buffer
 from conveyor.store.client.buffered import place_anew
@@ -158,6 +159,34 @@ async def test_rate_limited_holds_all_jobs_of_the_limit_and_costs_no_attempt(app
     assert [n for n, _ in mine] == [0, 0, 1, 2]
     assert mine[1][1] - mine[0][1] >= 0.4
     assert (await first.ainfo()).attempts == 2
+
+
+async def test_rate_limited_holds_a_task_without_limits(app: Conveyor) -> None:
+    """A job of a task without a limit that is told to wait holds its task: no other of it starts until then, others do."""
+    starts: list[tuple[int, float]] = []
+
+    @app.task(name="fetch", retry=1)
+    async def fetch(n: int) -> int:
+        starts.append((n, time.monotonic()))
+        if n == 0 and current().attempt == 1:
+            raise RateLimited("400ms")
+        return current().attempt
+
+    @app.task(name="other")
+    async def other() -> None: ...
+
+    first = await fetch.aenqueue(0)
+    async with working(app, concurrency=1):
+        await until(lambda: starts)
+        while (await app.client.arun(inspection.counts(app.client.keys("default")))).leased:
+            await asyncio.sleep(0.005)
+        others = [await fetch.aenqueue(n) for n in (1, 2)]
+        await (await other.aenqueue()).aresult(timeout="30s")
+        assert await first.aresult(timeout="30s") == 2
+        for job in others:
+            assert await job.aresult(timeout="30s") == 1
+    assert sorted(n for n, _ in starts) == [0, 0, 1, 2]
+    assert min(at for _, at in starts[1:]) - starts[0][1] >= 0.4
 
 
 async def test_retry_in_counts_an_attempt_and_holds_nobody(app: Conveyor) -> None:

@@ -405,16 +405,11 @@ class SettlementWriter:
                 report.others.append(Settlement("G", attempt.id, charge[1], charge[0].encode()))
 
     def _rate_limited(self, report: TurnReport, attempt: Attempt, ms: int) -> None:
-        """Return a job that a service refused for now, and hold its limit until then; one without a limit waits alone."""
+        """Return a job that a service refused for now, and hold its limit until then; where it has none, its task."""
         envelope = attempt.envelope
         history = retry.snoozed(attempt.history, attempt.number)
-        limit = held_limit(envelope.limits, envelope.group, attempt.handler.limits)
-        log.info(
-            "✗ %s rate-limited for %s%s", attempt.label, span(ms / 1000), f": {clean(limit)} waits" if limit else ""
-        )
-        if limit is None:
-            self.put_off(report, attempt, ms, history)
-            return
+        limit = held_limit(envelope.limits, envelope.group, attempt.handler.limits) or f";{attempt.handler.name}"
+        log.info("✗ %s rate-limited for %s: %s waits", attempt.label, span(ms / 1000), clean(limit.removeprefix(";")))
         report.others.append(
             Settlement("L", attempt.id, ms, limit.encode(), history.encode(), envelope.attributes, envelope.own_id)
         )
