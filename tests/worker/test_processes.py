@@ -46,7 +46,7 @@ def attempt(name: str, /, **arguments: Any) -> Any:
         body=json.dumps(arguments).encode(),
         public_id=ids.public("default", ID),
         number=3,
-        envelope=SimpleNamespace(extra=EnvelopeOptions(headers={"trace": "t1"}), tags=()),
+        envelope=SimpleNamespace(extra=EnvelopeOptions(headers={"trace": "t1"}), tags=(), due_ms=None),
         consumer=SimpleNamespace(queue="default"),
         move_deadline=lambda ms: None,
         costs={},

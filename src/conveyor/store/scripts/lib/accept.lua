@@ -27,6 +27,7 @@ local function prepare_push(KEYS, ARGV)
   check('HLEN', jobs)
   check('LLEN', KEYS[7])
   local ids, answers, claimed, tagged = {}, {}, {}, {}
+  local parsed = {} -- attributes by their text: many jobs of a push have the same
   local now, appends, prepends, schedules, owns, fronts
   local queue -- where a job has a group or a limit
   local push = {prefix = prefix, jobs = jobs, due = due, dead = dead, keys = {}, rests = {}, successors = {}}
@@ -56,7 +57,11 @@ local function prepare_push(KEYS, ARGV)
           -- A dead letter or a stub may be older than the day its id is kept for: two entries of one id must never be.
           if not holder and redis.call('HEXISTS', jobs, id) == 1 then holder = id end
         end
-        local found = ARGV[i + 7] ~= '' and attributes(ARGV[i + 7], {}) or {}
+        local found = parsed[ARGV[i + 7]]
+        if not found then
+          found = attributes(ARGV[i + 7], {})
+          parsed[ARGV[i + 7]] = found
+        end
         local group = group_of(found)
         if group then
           if not queue then
@@ -77,7 +82,7 @@ local function prepare_push(KEYS, ARGV)
         end
         -- Only a job that will be stored takes its id: one that is refused for its key must not block the next of that id.
         if not answer or answer.behind then claimed['i' .. id] = id end
-        if (not answer or answer.behind) and ARGV[i + 7] ~= '' then list_tags(tagged, attributes(ARGV[i + 7], {}).tags, id) end
+        if (not answer or answer.behind) and ARGV[i + 7] ~= '' then list_tags(tagged, found.tags, id) end
         ids[#ids + 1] = answer and '\t' .. answer[2] .. (answer[1] == 'kept' and '' or '\t' .. answer[1]) or id
         answers[i] = answer
       end
@@ -135,7 +140,7 @@ local function prepare_push(KEYS, ARGV)
 
     local function special(i, now, behind)
       local id, line, delay, priority, text = ARGV[i], ARGV[i + 1], ARGV[i + 3], ARGV[i + 6], ARGV[i + 7]
-      local found = text ~= '' and attributes(text, {}) or {}
+      local found = parsed[text]
       local instant = delay ~= '' and now + tonumber(delay) or tonumber(ARGV[i + 4])
       if ARGV[i + 5] ~= '' then line = line .. ' e' .. int(now + tonumber(ARGV[i + 5])) end
       if instant and instant > now then line = line .. ' d' .. int(instant) end
@@ -151,7 +156,7 @@ local function prepare_push(KEYS, ARGV)
         redis.call('ZADD', due, instant, id)
         if redis.call('ZRANGE', due, 0, 0)[1] == id then takeable = true end
       else
-        local group = queue and group_of(attributes(ARGV[i + 7], {}))
+        local group = queue and group_of(found)
         local ready = KEYS[7 + tonumber(priority)]
         if group then
           if join_group(queue, priority, group, id, ARGV[i + 9] == '1') then takeable = true end

@@ -36,6 +36,7 @@ end
 local function marks(envelope)
   if string.byte(envelope, 1) == 10 then return nil end
   local head, text = string.match(envelope, '^([^\t\n]*)([^\n]*)')
+  if head == '' then return attributes(text, {stub = false, priority = 0, own = false}) end
   local older = string.find(head, 'u', 1, true) -- the unique key, in an older layout
   if older then head, text = string.sub(head, 1, older - 1), '\t' .. string.sub(head, older) end
   return attributes(text, {

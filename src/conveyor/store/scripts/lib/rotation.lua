@@ -82,11 +82,19 @@ local function read_jobs(queue, entries, groups, now)
         facts[entry].task, names[#names + 1] = task, ';' .. task
       end
     end
+    -- Jobs of a group often have the same first line, and then the same facts, unless their tasks count too.
+    local alike = {}
     for _, id in ipairs(one and one.ids or {}) do
-      local fate, found = fate_of(envelopes[id], now)
-      local limits, costs = limits_of_job(queue, found, one.group, envelopes[id])
-      facts[id] = {fate, found, limits, costs}
-      for at = 2, #limits do names[#names + 1] = limits[at] end
+      local line = envelopes[id] and not queue.tasks and string.match(envelopes[id], '^[^\n]*')
+      local fact = alike[line]
+      if not fact then
+        local fate, found = fate_of(envelopes[id], now)
+        local limits, costs = limits_of_job(queue, found, one.group, envelopes[id])
+        fact = {fate, found, limits, costs}
+        if line then alike[line] = fact end
+        for at = 2, #limits do names[#names + 1] = limits[at] end
+      end
+      facts[id] = fact
     end
   end
   load_limits(queue, names)
