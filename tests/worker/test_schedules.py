@@ -21,7 +21,7 @@ from conveyor.jobs.schedules import Schedule, Schedules
 from conveyor.store import schedules as store
 from conveyor.store.keys import QueueKeys
 from conveyor.worker.scheduler import Scheduler
-from support.running_worker import until, working
+from support.running_worker import audit, until, working
 
 
 @pytest_asyncio.fixture
@@ -290,6 +290,26 @@ async def test_a_paused_schedule_stands_still(app: Conveyor) -> None:
     job = await resumed.arun()
     assert (await job.ainfo()).arguments == {"n": 7}
     await job.acancel()
+
+
+async def test_a_purge_leaves_schedules_alone(app: Conveyor) -> None:
+    """A purge removes the jobs that are scheduled, and no schedule: its alarm stays, and it counts as no job."""
+
+    @app.task(name="greet")
+    async def greet() -> None: ...
+
+    schedule = await app.schedules.aput("greeting", greet.s(), every="1h")
+    await greet.options(delay="2h").aenqueue()
+    await greet.options(delay="1s").aenqueue()
+    queue = app.queue("default")
+
+    assert (await queue.astats()).scheduled == 2
+    assert await queue.apurge() == 2
+    assert (await queue.astats()).scheduled == 0
+    keys = keys_of(app)
+    assert schedule.due is not None
+    assert await app.client.aexecute("ZSCORE", keys.due, "\t\tgreeting", key=keys.due) is not None
+    assert await audit(app) == []
 
 
 async def test_a_queue_that_refuses_keeps_the_instant(app: Conveyor, url: str) -> None:

@@ -78,9 +78,11 @@ elseif ARGV[1] == 'rerun' then
   end
 else
   local from = ARGV[1] == 'due' and KEYS[3] or KEYS[4]
-  -- Alarms of limits stand among the jobs that are due. They are rung, and count as nothing that was taken.
-  local beside = ARGV[1] == 'due' and grouped and math.min(1000, tonumber(redis.call('HGET', KEYS[5], 'alarms') or 0)) or 0
-  ids = redis.call('ZRANGE', from, 0, limit + beside - 1)
+  -- Alarms stand among the jobs that are due. Those of limits are rung, and count as nothing that was taken; those of schedules stay.
+  local beside = ARGV[1] == 'due' and math.min(1000, tonumber(redis.call('HGET', KEYS[5], 'alarms') or 0)) or 0
+  for _, id in ipairs(redis.call('ZRANGE', from, 0, limit + beside - 1)) do
+    if string.sub(id, 1, 2) ~= '\t\t' then ids[#ids + 1] = id end
+  end
   if #ids > 0 then redis.call('ZREM', from, unpack(ids)) end
 end
 if #ids == 0 then return {0, 0} end
