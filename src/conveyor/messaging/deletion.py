@@ -211,6 +211,7 @@ def _in_use(keys: QueueKeys, total: Remains) -> NoReturn:
         (total.leased, "Leased entries end, or come back when their leases are over."),
         (total.dead, f"Dead letters: conveyor queue redrive {queue}, or conveyor queue purge {queue} --dead"),
         (total.outbox, "A worker of the queue delivers its outbox."),
+        (total.schedules, "Delete its schedules: conveyor schedule delete NAME"),
         (total.unplaced, f"conveyor queue repair {queue} puts jobs back that are in no place."),
     ]
     raise ConfigurationError(

@@ -791,6 +791,7 @@ class Remains(NamedTuple):
     outbox: int = 0
     unplaced: int = 0
     workers: int = 0
+    schedules: int = 0
 
 
 def delete(

@@ -6,7 +6,7 @@
 -- ARGV  1 "check": delete nothing · "forget": only a queue without settings · "delete"
 --       2 token of the change that has shut it (repartition.lua), "" for a queue in one piece
 --       3… other keys with the same tag that are deleted with it
--- returns {1} nothing is in it, and it was deleted · {0, ready, scheduled, leased, dead, jobs in the outbox, jobs in no place, workers}
+-- returns {1} nothing is in it, and it was deleted · {0, ready, scheduled, leased, dead, jobs in the outbox, jobs in no place, workers, schedules}
 --         · {-1} it has another number of partitions, or is being changed; then nothing was deleted
 local now, prefix = clock(), string.sub(KEYS[1], 1, -5)
 local conf = redis.call('HMGET', KEYS[5], 'stubs', 'partitions', 'switch', 'waiting', 'waiting_stubs', 'alarms')
@@ -37,8 +37,9 @@ end
 local scheduled, dead, outbox = redis.call('ZCARD', KEYS[2]) - tonumber(conf[6] or 0), redis.call('ZCARD', KEYS[3]), redis.call('LLEN', KEYS[16])
 local unplaced = math.max(0, redis.call('HLEN', KEYS[1]) - entries - scheduled - leased - dead)
 local ready = math.max(0, entries - stubs) + listed
-if ready + scheduled + leased + dead + outbox + unplaced + serving > 0 then
-  return {0, ready, scheduled, leased, dead, outbox, unplaced, serving}
+local schedules = redis.call('SCARD', prefix .. 'schedules')
+if ready + scheduled + leased + dead + outbox + unplaced + serving + schedules > 0 then
+  return {0, ready, scheduled, leased, dead, outbox, unplaced, serving, schedules}
 end
 if ARGV[1] == 'check' then return {1} end
 
