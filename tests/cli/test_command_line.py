@@ -66,7 +66,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         (["nonsense"], "There is no command 'nonsense'."),
         (["queue", "ls"], "There is no command 'ls'. Did you mean 'list'?"),
         (["purge", "mail"], "There is no command 'purge'. Did you mean 'queue purge'?"),
-        (["show", "mail"], "There is no command 'show'. Did you mean 'queue show' or 'job show'?"),
+        (["show", "mail"], "There is no command 'show'. Did you mean 'queue show' or 'job show' or 'schedule show'?"),
         (["status", "--ulr", "x"], "No such option '--ulr'. Did you mean '--url'?"),
         (["worker", "--concurency", "5"], "No such option '--concurency'. Did you mean '--concurrency'?"),
         (["queue", "show"], "Missing argument 'QUEUE'."),
