@@ -465,6 +465,9 @@ class Dies(BaseException):
 def test_a_publisher_that_dies(app: Conveyor, other: Conveyor, monkeypatch: pytest.MonkeyPatch, sent: bool) -> None:
     """It dies at each command in turn: every subscriber has its copy, or none has."""
     app.topic(TOPIC).subscribe("a", "b", "c")
+    with Conveyor(app.client.configured_url) as publisher:  # so that the server knows the scripts
+        publisher.topic(TOPIC).publish("first")
+    assert [taken(other, queue) for queue in ("a", "b", "c")] == [["first"]] * 3
     stored = set[bool]()
     with monkeypatch.context() as patch, Conveyor(app.client.configured_url) as publisher:
         steps = Cut(patch, 0, sent=sent, error=Dies)
