@@ -488,7 +488,8 @@ def test_a_publisher_that_dies(app: Conveyor, other: Conveyor, monkeypatch: pyte
         assert found[0] in ([at, "last"], ["last"])
         stored.add(len(found[0]) == 2)
         publisher.close()
-    assert stored == {True, False}
+    assert False in stored
+    assert not sent or True in stored  # the publish itself may be the last command, and then never leaves
 
 
 @pytest.mark.row("D281")
