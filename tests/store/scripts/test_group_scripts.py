@@ -326,6 +326,20 @@ class Chance:
                 run(limits.reset_limit(keys, None, None))
 
 
+def test_a_lowered_weight_leaves_nothing_behind(seeded: SeededQueue) -> None:
+    """The rest of a turn that a weight has left goes with the ticket of its group, also when the weight is one by then."""
+    seeded.run(limits.set_group(seeded.keys, "a", weight=3, paused=None))
+    declare(seeded, open="c 100 group")
+    seeded.push(*(entry(f"a{n}", group="a", limits=("1:open:a",)) for n in range(3)))
+    seeded.register("w")
+    assert seeded.turn("w", 1, 1).ids == ["a0"]
+    seeded.run(limits.set_group(seeded.keys, "a", weight=1, paused=None))
+
+    assert seeded.turn("w", 2, 5).ids == ["a1", "a2"]
+    assert seeded.audit() == []
+    assert not seeded.redis.exists(f"{seeded.keys.prefix}credits")
+
+
 @pytest.mark.row("C290")
 @pytest.mark.parametrize("seed", range(4))
 def test_random_steps_leave_no_ticket_and_no_waiter_behind(seeded: SeededQueue, seed: int) -> None:

@@ -232,6 +232,7 @@ local function write_round(queue, priority, plan, facts, now, missing)
   if #plan.ended > 0 then
     for i, group in ipairs(plan.ended) do plan.ended[i] = priority .. group end
     redis.call('SREM', prefix .. 'tickets', unpack(plan.ended))
+    redis.call('HDEL', prefix .. 'credits', unpack(plan.ended)) -- its weight may be 1 by now, and then nothing else looks for a rest
   end
   if #plan.slots > 0 then redis.call('HSET', prefix .. 'slots', unpack(plan.slots)) end
   local counts = {}
