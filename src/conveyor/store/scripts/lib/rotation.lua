@@ -187,6 +187,7 @@ local function park(queue, priority, waiting)
     redis.call('ZADD', queue.prefix .. 'limit:' .. one[2], int(place), member)
   end
   redis.call('SREM', queue.prefix .. 'tickets', unpack(members))
+  redis.call('HDEL', queue.prefix .. 'credits', unpack(members))
   redis.call('HSET', queue.prefix .. 'waits', unpack(waits))
 end
 
