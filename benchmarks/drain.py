@@ -39,11 +39,8 @@ def drain(bench: Bench) -> None:
             bench.flush()
             measured_jobs.app.enqueue_many(call(number, TEXT) for number in range(count * processes))
             first, last = _drain(bench, queue, processes)
-            done, seconds = first.left - last.left, last.time - first.time
             name = f"ours drain {queue} {processes}"
-            bench.note(f"{name} /s", done / seconds)
-            bench.note(f"{name} server us/job", (last.server_cpu - first.server_cpu) / done * 1e6)
-            bench.note(f"{name} worker us/job", (last.worker_cpu - first.worker_cpu) / done * 1e6)
+            done = _note(bench, name, first, last)
             bench.note(f"{name} commands/job", (last.commands - first.commands) / done)
     bench.flush()
 
@@ -63,13 +60,19 @@ def levelled(bench: Bench) -> None:
         bench.flush()
         jobs.app.enqueue_many(call(number, TEXT) for number in range(count))
         first, last = _drain(bench, queue, 1)
-        done, seconds = first.left - last.left, last.time - first.time
         name = f"ours levelled {queue}"
-        bench.note(f"{name} /s", done / seconds)
-        bench.note(f"{name} server us/job", (last.server_cpu - first.server_cpu) / done * 1e6)
-        bench.note(f"{name} worker us/job", (last.worker_cpu - first.worker_cpu) / done * 1e6)
+        done = _note(bench, name, first, last)
         bench.note(f"{name} commands/job", (last.run - first.run) / done)
     bench.flush()
+
+
+def _note(bench: Bench, name: str, first: Snapshot, last: Snapshot) -> int:
+    """Note the rate and the costs of what was drained between two snapshots; return how many jobs that are."""
+    done = first.left - last.left
+    bench.note(f"{name} /s", done / (last.time - first.time))
+    bench.note(f"{name} server us/job", (last.server_cpu - first.server_cpu) / done * 1e6)
+    bench.note(f"{name} worker us/job", (last.worker_cpu - first.worker_cpu) / done * 1e6)
+    return done
 
 
 def live_jobs(client: Any, queue: str) -> int:

@@ -1,5 +1,5 @@
 """
-Limits and groups under kills, with worker processes: ``python -m chaos.load_levelling rate --n 100 --seconds 20 --kills 30``.
+Limits and groups under kills, with worker processes: ``python -m benchmarks.load_levelling rate --n 100 --seconds 20 --kills 30``.
 
 Every case counts violations from the journal that the jobs write, and ends with 1 when there is one.
 """
@@ -57,7 +57,7 @@ class Run:
         os.environ.update(
             {name: self.environment[name] for name in self.environment if name.startswith(("LEVELLED", "CONVEYOR"))}
         )
-        from chaos import levelled_app
+        from benchmarks import levelled_app
 
         self.tasks, self.app = levelled_app, levelled_app.app
         self.workers: list[subprocess.Popen[bytes]] = []
@@ -65,8 +65,8 @@ class Run:
     def start(self, processes: int, concurrency: int) -> None:
         """Start a supervisor with so many processes."""
         command = [
-            sys.executable, "-m", "conveyor", "worker", "chaos.levelled_app:app", "-q", "levelled", "--processes", str(processes),
-            "-c", str(concurrency), "--grace", "1s",
+            sys.executable, "-m", "conveyor", "worker", "benchmarks.levelled_app:app", "-q", "levelled",
+            "--processes", str(processes), "-c", str(concurrency), "--grace", "1s",
         ]  # fmt: skip
         log = (self.journal.parent / "workers.log").open("ab")
         self.workers.append(subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=log, stderr=log))
@@ -192,7 +192,7 @@ def concurrency(options: argparse.Namespace) -> int:
         lines = run.lines()
         slots = [state.used for state in run.app.limits.list("levelled")]
         dead = run.app.queue("levelled").stats().dead
-    most, over, gaps = count_running(lines)
+    most, over, gaps = count_running(lines, options.n)
     say("limit, worker slots", f"{options.n}, 50")
     say("kills", killed)
     say("jobs, starts", f"{options.jobs}, {sum(line.what == 'start' for line in lines)}")
@@ -204,18 +204,17 @@ def concurrency(options: argparse.Namespace) -> int:
     return int(over > 0 or sum(slots) > 0)
 
 
-def count_running(lines: list[Line], n: int | None = None) -> tuple[int, int, float]:
-    """Return the most jobs at a time, how often that was above the limit, and the longest gap between two starts."""
-    limit = n or int(os.environ["LEVELLED_N"])
+def count_running(lines: list[Line], limit: int) -> tuple[int, int, float]:
+    """Return the most jobs at a time, how often that was above *limit*, and the longest gap between two starts."""
     # A job that a kill ended is over when its process was last seen: at the next start of that job at the latest.
     open_: dict[int, Line] = {}
+    alive = last_seen(lines)
     most = over = 0
     gap = 0.0
     last: float | None = None
     for line in sorted(lines, key=lambda line: line.at):
         if line.what == "start":
             open_[line.n] = line
-            alive = last_seen(lines)
             running_now = sum(alive[one.pid] >= line.at or one.pid == line.pid for one in open_.values())
             most = max(most, running_now)
             over += running_now > limit
@@ -226,17 +225,12 @@ def count_running(lines: list[Line], n: int | None = None) -> tuple[int, int, fl
     return most, over, gap
 
 
-_seen: dict[int, dict[int, float]] = {}
-
-
 def last_seen(lines: list[Line]) -> dict[int, float]:
     """Return when each process wrote its last line."""
-    if id(lines) not in _seen:
-        found: dict[int, float] = {}
-        for line in lines:
-            found[line.pid] = max(found.get(line.pid, 0.0), line.at)
-        _seen[id(lines)] = found
-    return _seen[id(lines)]
+    found: dict[int, float] = {}
+    for line in lines:
+        found[line.pid] = max(found.get(line.pid, 0.0), line.at)
+    return found
 
 
 def order(options: argparse.Namespace) -> int:
@@ -328,7 +322,7 @@ CASES = {"rate": rate, "concurrency": concurrency, "order": order, "fairness": f
 
 def main() -> int:
     """Run one case."""
-    parser = argparse.ArgumentParser(prog="chaos.load_levelling", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.load_levelling", description=__doc__)
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--n", type=int, default=100, help="the number of the limit")
     parser.add_argument("--per", type=float, default=1.0, help="the window of the rate, in seconds")
