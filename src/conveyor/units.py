@@ -35,6 +35,14 @@ def milliseconds(value: Duration, *, name: str = "duration") -> int:
     return math.ceil(round(seconds * 1000, 6))
 
 
+def positive_ms(value: Duration, name: str) -> int:
+    """Return a duration above zero in ms; raises ConfigurationError."""
+    ms = milliseconds(value, name=name)
+    if ms == 0:
+        raise ConfigurationError(f"{name} must be greater than zero, not {value!r}.")
+    return ms
+
+
 def _parse(text: str, name: str) -> float:
     if not _DURATION.fullmatch(text):
         raise ConfigurationError(

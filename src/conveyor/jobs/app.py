@@ -30,7 +30,6 @@ from conveyor.jobs.hints import APP_OPTIONS, TASK_OPTIONS, refuse_unknown
 from conveyor.jobs.hooks import Lifespan
 from conveyor.jobs.include import check_include
 from conveyor.jobs.job import Job, refuse_in_loop
-from conveyor.jobs.job_options import positive_ms
 from conveyor.jobs.registry import UpcastMessage
 from conveyor.jobs.schedule import make_timing
 from conveyor.jobs.schedules import Schedules, declare
@@ -43,7 +42,7 @@ from conveyor.payload.pipeline import LARGE_ABOVE, MAX_LARGE, make_pipeline
 from conveyor.store import limits
 from conveyor.store.client.client import Client
 from conveyor.store.max_length import Full
-from conveyor.units import Duration, Size, size
+from conveyor.units import Duration, Size, positive_ms, size
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, Union, overlo
 import msgspec
 
 from conveyor.errors import BatchFailed, ConfigurationError, PayloadError
-from conveyor.jobs.job_options import positive_ms
 from conveyor.jobs.task import BatchPlan, Task, is_injected
 from conveyor.payload.codec import show
 from conveyor.payload.parameters import payload_type, read_parameters
 from conveyor.store.operations import MOST_HELD
-from conveyor.units import Duration
+from conveyor.units import Duration, positive_ms
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -9,7 +9,7 @@ from conveyor import ids
 from conveyor.errors import ConfigurationError
 from conveyor.jobs.batch_task import BatchTask, item_function
 from conveyor.jobs.core import AppCore
-from conveyor.jobs.job_options import check_priority, positive_ms
+from conveyor.jobs.job_options import check_priority
 from conveyor.jobs.task import (
     AsyncTask,
     BatchPlan,
@@ -27,7 +27,7 @@ from conveyor.messaging.limits import Concurrency, Rate, check_path
 from conveyor.messaging.retry import Retry
 from conveyor.payload.formats import FormatChoice
 from conveyor.payload.versions import check_version
-from conveyor.units import Duration, Size, milliseconds, size
+from conveyor.units import Duration, Size, milliseconds, positive_ms, size
 
 P = ParamSpec("P")
 R = TypeVar("R")

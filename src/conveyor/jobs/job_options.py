@@ -15,7 +15,7 @@ from conveyor.payload.key_text import group_key
 from conveyor.payload.records import EnvelopeOptions, JobKey, to_json, write_envelope
 from conveyor.payload.versions import sealed_name
 from conveyor.store.operations import Entry
-from conveyor.units import Duration, instant_ms, milliseconds
+from conveyor.units import Duration, instant_ms, milliseconds, positive_ms
 
 if TYPE_CHECKING:
     from conveyor.jobs.uniqueness import TaskUniqueness
@@ -151,11 +151,3 @@ def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
             f"headers take {size:,} bytes, and the limit is {MAX_HEADERS:,}. Nothing was enqueued.", code="E21"
         )
     return checked
-
-
-def positive_ms(value: Duration, name: str) -> int:
-    """Return a duration above zero in ms; raises ConfigurationError."""
-    ms = milliseconds(value, name=name)
-    if ms == 0:
-        raise ConfigurationError(f"{name} must be greater than zero, not {value!r}.")
-    return ms

@@ -10,7 +10,6 @@ from weakref import WeakValueDictionary
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError
-from conveyor.jobs.job_options import positive_ms
 from conveyor.messaging.declared_limits import (
     DeclaredLimit,
     LoadKeyReader,
@@ -27,7 +26,7 @@ from conveyor.store.client.durability import Durability, DurabilityOptions, Dura
 from conveyor.store.fork_safety import lazy_property
 from conveyor.store.max_length import UNBOUNDED, Full, MaxLength
 from conveyor.store.operations import Entry
-from conveyor.units import Duration
+from conveyor.units import Duration, positive_ms
 
 if TYPE_CHECKING:
     from conveyor.jobs.task import TaskDefinition

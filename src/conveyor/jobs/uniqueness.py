@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from conveyor.errors import ConfigurationError
 from conveyor.payload.key_text import LARGEST_KEY, call_key
 from conveyor.payload.records import JobKey, Life
-from conveyor.units import Duration, milliseconds
+from conveyor.units import Duration, positive_ms
 
 if TYPE_CHECKING:
     from conveyor.messaging.push_options import Outgoing
@@ -49,7 +49,7 @@ class Unique:
             )
         object.__setattr__(self, "by", _names("Unique(by)", names))
         by_name = isinstance(self.until, str) and self.until in {"start", "done"}
-        object.__setattr__(self, "until_ms", None if by_name else _positive("until", self.until))
+        object.__setattr__(self, "until_ms", None if by_name else positive_ms(self.until, "until"))
         if self.conflict not in {"keep", "replace", "raise", "rerun"}:
             raise ConfigurationError(
                 f"Unique(conflict) is 'keep', 'replace', 'raise' or 'rerun', not {self.conflict!r}."
@@ -72,8 +72,8 @@ class Debounce:
 
     def __post_init__(self) -> None:
         _names("Debounce(by)", self.by)
-        object.__setattr__(self, "wait_ms", _positive("wait", self.wait))
-        longest = None if self.max_wait is None else _positive("max_wait", self.max_wait)
+        object.__setattr__(self, "wait_ms", positive_ms(self.wait, "wait"))
+        longest = None if self.max_wait is None else positive_ms(self.max_wait, "max_wait")
         object.__setattr__(self, "max_wait_ms", longest)
         if longest is not None and longest < self.wait_ms:
             raise ConfigurationError(
@@ -96,7 +96,7 @@ class Throttle:
 
     def __post_init__(self) -> None:
         _names("Throttle(by)", self.by)
-        object.__setattr__(self, "per_ms", _positive("per", self.per))
+        object.__setattr__(self, "per_ms", positive_ms(self.per, "per"))
 
 
 Reader = Callable[[tuple[Any, ...], dict[str, Any]], Any]
@@ -212,10 +212,3 @@ def _names(what: str, by: object) -> tuple[str, ...]:
         if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
             raise ConfigurationError(f"{what} must be the name of an argument, not {name!r}.")
     return names
-
-
-def _positive(name: str, value: Duration) -> int:
-    ms = milliseconds(value, name=name)
-    if ms == 0:
-        raise ConfigurationError(f"{name} must be greater than zero, not {value!r}.")
-    return ms

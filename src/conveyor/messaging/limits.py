@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from conveyor.errors import ConfigurationError
-from conveyor.units import Duration, milliseconds
+from conveyor.units import Duration, positive_ms
 
 SHORTEST_WINDOW_MS = 10
 MOST_STARTS_PER_MS = 1000
@@ -42,7 +42,7 @@ class Rate:
         _check_limit_name("Rate(name)", self.name)
         if not isinstance(self.smooth, bool):
             raise ConfigurationError(f"Rate(smooth) must be True or False, not {self.smooth!r}.")
-        object.__setattr__(self, "per_ms", _positive("per", self.per))
+        object.__setattr__(self, "per_ms", positive_ms(self.per, "per"))
         if self.per_ms < SHORTEST_WINDOW_MS or (self.cost is None and self.n >= MOST_STARTS_PER_MS * self.per_ms):
             raise ConfigurationError(
                 f"Rate({self.n:,}, {self.per!r}) is finer than a server can count: it has milliseconds. Give a window of at "
@@ -100,10 +100,3 @@ def _check_limit_name(what: str, value: object) -> None:
 def _check_name(what: str, value: object) -> None:
     if value is not None and not (isinstance(value, str) and value.isidentifier()):
         raise ConfigurationError(f"{what} must be the name of an argument, not {value!r}.")
-
-
-def _positive(name: str, value: Duration) -> int:
-    ms = milliseconds(value, name=name)
-    if ms == 0:
-        raise ConfigurationError(f"{name} must be greater than zero, not {value!r}.")
-    return ms

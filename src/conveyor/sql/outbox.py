@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from conveyor.errors import ConfigurationError
 from conveyor.jobs.core import core_of
 from conveyor.jobs.job import refuse_in_loop
-from conveyor.jobs.job_options import positive_ms
 from conveyor.sql.delivery import OutboxDelivery
 from conveyor.sql.drivers import adapt_blocking, connection_of_our_own, refuse_autocommit
 from conveyor.sql.relay import Relay
 from conveyor.sql.tables import OUTBOX, ManagedTable, TableSql
 from conveyor.sql.transaction import OutboxTransaction, explain_missing_table, open_transaction
-from conveyor.units import Duration
+from conveyor.units import Duration, positive_ms
 
 if TYPE_CHECKING:
     from conveyor.jobs.app import Conveyor
