@@ -151,30 +151,6 @@ class PreparedPush:
         )
 
 
-class PushManyOptions(TypedDict, total=False):
-    """The options of `push_many`."""
-
-    delay: Duration
-    at: datetime | None
-    priority: int
-    group: str | None
-    expires: Duration | None
-    headers: Mapping[str, str] | None
-    tags: Iterable[str] | None
-    fsync: bool | None
-    wait_replicas: int | None
-    wait_timeout: Duration | None
-    front: bool
-    timeout: Duration | None
-
-
-class PushOptions(PushManyOptions, total=False):
-    """The options of `push`."""
-
-    id: str | None
-    unique: str | None
-
-
 class TopicManyOptions(TypedDict, total=False):
     """The options of `publish_many`."""
 
@@ -193,6 +169,19 @@ class TopicOptions(TopicManyOptions, total=False):
 
     id: str | None
     unique: str | None
+
+
+class PushManyOptions(TopicManyOptions, total=False):
+    """The options of `push_many`."""
+
+    fsync: bool | None
+    wait_replicas: int | None
+    wait_timeout: Duration | None
+    timeout: Duration | None
+
+
+class PushOptions(PushManyOptions, TopicOptions, total=False):
+    """The options of `push`."""
 
 
 PLAIN = PreparedPush(write_envelope("", b""))
