@@ -14,36 +14,31 @@ local offset, count, heads = tonumber(ARGV[2]), math.min(tonumber(ARGV[3]), 500)
 local rows, extras, stop = {}, {}, offset + count - 1
 local holders, facts, filter = {}, {}, read_filter(5)
 
-local function ready()
-  local skip, room = offset, count
-  for i = 16, 7, -1 do
-    local length = redis.call('LLEN', KEYS[i])
-    if room > 0 and skip < length then
-      for _, id in ipairs(redis.call('LRANGE', KEYS[i], skip, skip + room - 1)) do rows[#rows + 1] = id end
-      room = count - #rows
-      skip = 0
-    else
-      skip = skip - length
-    end
+-- Add what a list has within the page, which goes over several lists.
+local skip, room = offset, count
+local function take(key)
+  local length = redis.call('LLEN', key)
+  if room > 0 and skip < length then
+    for _, id in ipairs(redis.call('LRANGE', key, skip, skip + room - 1)) do rows[#rows + 1] = id end
+    room = count - #rows
+    skip = 0
+  else
+    skip = skip - length
   end
+end
+
+local function ready()
+  for i = 16, 7, -1 do take(KEYS[i]) end
 end
 
 -- Those in groups, in the order of the groups' names, then those that are to run after others.
 local function waiting()
-  local members, skip, room = redis.call('SMEMBERS', prefix .. 'tickets'), offset, count
+  local members = redis.call('SMEMBERS', prefix .. 'tickets')
   for _, member in ipairs(redis.call('HKEYS', prefix .. 'waits')) do members[#members + 1] = member end
   table.sort(members)
   for _, member in ipairs(members) do
     if room <= 0 then return end
-    local key = prefix .. 'group:' .. string.sub(member, 1, 1) .. ':' .. string.sub(member, 2)
-    local length = redis.call('LLEN', key)
-    if skip < length then
-      for _, id in ipairs(redis.call('LRANGE', key, skip, skip + room - 1)) do rows[#rows + 1] = id end
-      room = count - #rows
-      skip = 0
-    else
-      skip = skip - length
-    end
+    take(prefix .. 'group:' .. string.sub(member, 1, 1) .. ':' .. string.sub(member, 2))
   end
   if room <= 0 then return end
   local pairs_ = redis.call('HGETALL', prefix .. 'reruns')
