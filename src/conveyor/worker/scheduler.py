@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from conveyor.jobs.schedules import Schedules, read_spec
 from conveyor.store import operations, schedules
 from conveyor.store.schedules import ScheduleRow
 from conveyor.units import span
+from conveyor.worker.leasing.timers import BackgroundRun
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable
@@ -43,7 +43,7 @@ async def declare_schedules(app: AppCore, queues: Container[str]) -> None:
                 log.error("schedule %s is not stored: %s %s", one.name, error.code, error)
 
 
-class Scheduler:
+class Scheduler(BackgroundRun):
     """
     Carries out the schedules of one queue whose instants a turn has met. While none has come, nothing runs and nothing is sent.
 
@@ -52,38 +52,27 @@ class Scheduler:
     """
 
     def __init__(self, keys: QueueKeys, app: AppCore) -> None:
+        super().__init__()
         self._keys, self._app = keys, app
         self._schedules = Schedules(app)
         self._due: dict[str, None] = {}
-        self._task: asyncio.Task[None] | None = None
 
     def begin(self, names: Iterable[str]) -> None:
         """Carry out the schedules *names*, now or right after those under way."""
         self._due |= dict.fromkeys(names)
-        if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._run())
+        self._begin()
 
-    async def finish(self, seconds: float) -> None:
-        """Wait up to *seconds* for those under way. Another worker carries out what is left."""
-        if self._task is not None:
-            await asyncio.wait([self._task], timeout=seconds)
-        if self._task is not None:
-            self._task.cancel()
-
-    async def _run(self) -> None:
-        try:
-            while self._due:
-                names, self._due = list(self._due), {}
-                try:
-                    now, rows = await self._app.client.arun(schedules.read_schedules(self._keys, *names))
-                    for row in rows:
-                        await self._carry_out(row, now)
-                    for name in set(names) - {row.name for row in rows}:  # its alarm outlived it
-                        await self._app.client.arun(schedules.change_schedule(self._keys, name, "delete"))
-                except ConveyorError as error:
-                    log.warning("queue %s: schedules are carried out later: %s", self._keys.queue, error)
-        finally:
-            self._task = None
+    async def _work(self) -> None:
+        while self._due:
+            names, self._due = list(self._due), {}
+            try:
+                now, rows = await self._app.client.arun(schedules.read_schedules(self._keys, *names))
+                for row in rows:
+                    await self._carry_out(row, now)
+                for name in set(names) - {row.name for row in rows}:  # its alarm outlived it
+                    await self._app.client.arun(schedules.change_schedule(self._keys, name, "delete"))
+            except ConveyorError as error:
+                log.warning("queue %s: schedules are carried out later: %s", self._keys.queue, error)
 
     async def _carry_out(self, row: ScheduleRow, now: int) -> None:
         """Carry out all instants of a schedule that have come."""

@@ -1,4 +1,4 @@
-"""Timers of a worker: for the time limits of running jobs, and for the next scheduled job of a queue."""
+"""Timers of a worker, for the time limits of running jobs and for the next scheduled job of a queue; and runs in the background."""
 
 from __future__ import annotations
 
@@ -9,6 +9,39 @@ from heapq import heappop, heappush
 from time import monotonic, perf_counter
 
 from conveyor.worker.attempt import Attempt
+
+
+class BackgroundRun:
+    """Work that is begun when it is asked for, one run at a time. While nobody asks, nothing runs."""
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """True while a run is under way."""
+        return self._task is not None
+
+    def _begin(self) -> None:
+        """Begin a run, unless one is under way, which then sees what is asked for."""
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def finish(self, seconds: float) -> None:
+        """Wait up to *seconds* for what is under way. Any worker of the queue does what is left."""
+        if self._task is not None:
+            await asyncio.wait([self._task], timeout=seconds)
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        try:
+            await self._work()
+        finally:
+            self._task = None
+
+    async def _work(self) -> None:
+        raise NotImplementedError
 
 
 class Deadlines:
