@@ -19,9 +19,9 @@ from conveyor.errors import ConfigurationError, ConveyorError, PayloadError
 from conveyor.jobs.core import core_of
 from conveyor.messaging.topic import TopicInfo
 from conveyor.store import inspection, topics
-from conveyor.store.script import Script
 from conveyor.store.topics import TopicKeys
-from conveyor.store.transport.connection import Connection
+from support.cut_commands import Cut, Dies
+from support.script_faults import break_script
 
 TOPIC = "user.created"
 
@@ -413,24 +413,6 @@ def test_cost_of_a_publish(app: Conveyor, redis: redis_py.Redis, queues: int) ->
         assert taken(app, f"q{n}") == [0, 1, *range(100)]
 
 
-class Cut:
-    """Breaks the connection at the n-th command of a program: `sent` tells whether the server still carries it out."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, at: int, *, sent: bool, error: type[BaseException]) -> None:
-        self.count, real, cut = 0, Connection.execute, self
-
-        def execute(connection: Connection, *command: Any, block: float = 0.0) -> Any:
-            cut.count += 1
-            if cut.count != at:
-                return real(connection, *command, block=block)
-            if sent:
-                real(connection, *command, block=block)
-            connection.close()
-            raise error("cut")
-
-        patch.setattr(Connection, "execute", execute)
-
-
 @pytest.mark.row("D281")
 @pytest.mark.parametrize("sent", [False, True], ids=["not sent", "reply lost"])
 def test_a_publish_whose_answer_is_lost_is_stored_once(
@@ -454,10 +436,6 @@ def test_a_publish_whose_answer_is_lost_is_stored_once(
         topic.unsubscribe("a", "b", "c")
         at += 1
     assert at > 2
-
-
-class Dies(BaseException):
-    """The process ended here."""
 
 
 @pytest.mark.row("D281")
@@ -535,12 +513,7 @@ SABOTAGES = {
 @pytest.mark.parametrize("name", SABOTAGES)
 def test_sabotage_is_caught(app: Conveyor, other: Conveyor, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The comparison with the model fails when a script is broken in this way."""
-    operation, line, instead = SABOTAGES[name]
-    honest = getattr(topics, operation)
-    assert line in honest.text, "the script has changed: aim the sabotage anew"
-    broken = Script(honest.name)
-    broken.text = honest.text.replace(line, instead)
-    monkeypatch.setattr(topics, operation, broken)
+    break_script(monkeypatch, topics, *SABOTAGES[name])
     with pytest.raises((AssertionError, ConveyorError, ValueError)) as caught:
         compare_with_model(app, other, 2000, 4711)
     assert "user_script" not in str(caught.value), "the sabotage does not even run"

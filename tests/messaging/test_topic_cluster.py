@@ -17,8 +17,7 @@ from conveyor import Conveyor, QueueFull
 from conveyor.admin.admin import Admin
 from conveyor.messaging.topic import TopicInfo
 from conveyor.store import inspection
-from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
-from conveyor.store.transport.connection import Connection
+from support.cut_commands import AsyncCut, Cut, Dies
 from support.message_fixtures import until
 from support.server_groups import ClusterOfNodes, wait_for
 
@@ -100,30 +99,6 @@ def test_cost_over_the_nodes(cluster: ClusterOfNodes, monkeypatch: pytest.Monkey
                 cut = Cut(patch, 0, sent=False, error=Dies)
                 app.topic(f"t.{queues}").publish(1)
             assert cut.count == (2 if queues == 1 else queues + 4)
-
-
-class Dies(BaseException):
-    """The process ended here."""
-
-
-class Cut:
-    """Breaks a connection at the n-th command of a program: `sent` tells whether the server still carries it out."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, at: int, *, sent: bool, error: type[BaseException]) -> None:
-        self.count, real, cut = 0, Connection.execute, self
-
-        def execute(connection: Connection, *command: Any, block: float = 0.0) -> Any:
-            if command[0] == "CLUSTER":
-                return real(connection, *command, block=block)
-            cut.count += 1
-            if cut.count != at:
-                return real(connection, *command, block=block)
-            if sent:
-                real(connection, *command, block=block)
-            connection.close()
-            raise error("cut")
-
-        patch.setattr(Connection, "execute", execute)
 
 
 @pytest.mark.row("D282")
@@ -273,21 +248,3 @@ def test_an_awaited_publish_breaks_at_every_command(cluster: ClusterOfNodes, mon
             assert [taken(app, queue) for queue in QUEUES] == [[at]] * 4, f"at command {at}"
             at += 1
         assert at > 8
-
-
-class AsyncCut:
-    """Breaks the connection of an event loop when its n-th command was carried out."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, at: int) -> None:
-        self.count, real, cut = 0, AsyncConnection.execute, self
-
-        async def execute(wire: AsyncConnection, *command: Any, **times: Any) -> Any:
-            cut.count += 1
-            is_last = cut.count == at
-            reply = await real(wire, *command, **times)
-            if is_last:
-                wire.drop(ConnectionLost("cut"))
-                raise ConnectionLost("cut")
-            return reply
-
-        patch.setattr(AsyncConnection, "execute", execute)

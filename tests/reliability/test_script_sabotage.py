@@ -11,7 +11,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from conveyor.errors import ConveyorError
 from conveyor.store import operations
-from conveyor.store.script import Script
+from support.script_faults import break_script
 from support.seeded_queue import SeededQueue
 from support.state_machine import QueueMachine
 
@@ -82,12 +82,7 @@ def seeded(redis: redis_py.Redis, url: str) -> Iterator[SeededQueue]:
 @pytest.mark.parametrize("name", SABOTAGES)
 def test_sabotage_is_caught(seeded: SeededQueue, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A short run against the model fails when the script is broken in this way."""
-    operation, line, instead = SABOTAGES[name]
-    honest = getattr(operations, operation)
-    assert line in honest.text, "the script has changed: aim the sabotage anew"
-    broken = Script(honest.name)
-    broken.text = honest.text.replace(line, instead)
-    monkeypatch.setattr(operations, operation, broken)
+    break_script(monkeypatch, operations, *SABOTAGES[name])
 
     with pytest.raises(CAUGHT) as caught:
         run_state_machine_as_test(

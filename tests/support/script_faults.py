@@ -1,18 +1,29 @@
-"""Faults for a script: a snapshot of a queue to begin from again, and a slot that is open."""
+"""Faults for a script: a line that is another, a snapshot of a queue to begin from again, and a slot that is open."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
+import pytest
 import redis as redis_py
 
 from conveyor.store.keys import QueueKeys
-from conveyor.store.script import Call
+from conveyor.store.script import Call, Script
 from support.seeded_queue import SeededQueue, entry
 from support.server_dump import exact
 from support.server_groups import ClusterOfNodes, Node, slot_of
+
+
+def break_script(monkeypatch: pytest.MonkeyPatch, module: ModuleType, operation: str, line: str, instead: str) -> None:
+    """Have the script that *module* calls *operation* run with *instead* in place of each *line*."""
+    honest = getattr(module, operation)
+    assert line in honest.text, "the script has changed: aim the sabotage anew"
+    broken = Script(honest.name)
+    broken.text = honest.text.replace(line, instead)
+    monkeypatch.setattr(module, operation, broken)
 
 
 def plant(seeded: SeededQueue, call: Call[Any]) -> None:

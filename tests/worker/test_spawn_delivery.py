@@ -17,8 +17,9 @@ from conveyor.jobs.core import core_of
 from conveyor.messaging import outbox
 from conveyor.store import inspection, operations, partitions
 from conveyor.store.operations import Settlement
-from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
+from conveyor.store.transport.async_connection import ConnectionLost
 from conveyor.worker.leasing.spawn_delivery import SpawnDelivery, deliver
+from support.cut_commands import AsyncCut, Dies
 from support.manual_worker import ManualWorker
 from support.running_worker import drain
 from support.spawned_jobs import emptied, entry, settle, take_all
@@ -67,29 +68,6 @@ def family(url: str) -> Any:
         yield app
 
 
-class Dies(BaseException):
-    """The process ended here."""
-
-
-class Fatal:
-    """Ends the deliverer at the n-th command, before it left or after it was carried out."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, at: int, *, sent: bool, error: type[BaseException]) -> None:
-        self.count = 0
-        real, fatal = AsyncConnection.execute, self
-
-        async def execute(wire: AsyncConnection, *command: Any, **times: Any) -> Any:
-            fatal.count += 1
-            if fatal.count != at:
-                return await real(wire, *command, **times)
-            if sent:
-                await real(wire, *command, **times)
-            wire.drop(ConnectionLost("cut"))
-            raise error("cut")
-
-        patch.setattr(AsyncConnection, "execute", execute)
-
-
 TARGETS = [("two", 1), ("three", 2), ("two", 3), ("default", 4), ("three", 5)]
 
 
@@ -109,7 +87,7 @@ def test_once_each_wherever_it_breaks(
         got: dict[str, list[int]] = {"two": [], "three": [], "default": []}
         settle(app, TARGETS)
         with monkeypatch.context() as patch:
-            fatal = Fatal(patch, at, sent=sent, error=error)
+            fatal = AsyncCut(patch, at, sent=sent, error=error)
             try:
                 asyncio.run(emptied(app))
             except Dies:

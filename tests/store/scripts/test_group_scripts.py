@@ -13,8 +13,7 @@ import pytest
 from conveyor.errors import ConveyorError
 from conveyor.store import inspection, limits, operations
 from conveyor.store.operations import Settlement, TurnReport
-from conveyor.store.script import Script
-from support.script_faults import LimitedUser, Snapshot, commands_sent
+from support.script_faults import LimitedUser, Snapshot, break_script, commands_sent
 from support.seeded_queue import LEASE, SeededQueue, entry
 from support.server_dump import difference, exact
 
@@ -404,12 +403,7 @@ def prove_all(seeded: SeededQueue) -> None:
 @pytest.mark.parametrize("name", SABOTAGES)
 def test_sabotage_is_caught(seeded: SeededQueue, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The tests above see each of these defects: tickets, slots, order and rates are compared after every step."""
-    operation, line, instead = SABOTAGES[name]
-    honest = getattr(operations, operation)
-    assert line in honest.text, "the script has changed: aim the sabotage anew"
-    broken = Script(honest.name)
-    broken.text = honest.text.replace(line, instead)
-    monkeypatch.setattr(operations, operation, broken)
+    break_script(monkeypatch, operations, *SABOTAGES[name])
 
     with pytest.raises((AssertionError, ConveyorError)):
         prove_all(seeded)
