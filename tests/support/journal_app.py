@@ -160,7 +160,7 @@ def declare(app: Conveyor) -> Any:
         early=app.task(name="early", ack="early")(plain),
         good=app.task(name="good", keep_result=0)(note),
         first=app.task(name="first", keep_result=0)(first),
-        told=app.task(name="told", keep_result="10m")(note),
+        told=app.task(name="told", keep_result="10m", retry=Retry(max_crashes=100))(note),
         leak=app.task(name="leak", keep_result=0)(leak),
         leak_apart=app.task(name="leak_apart", keep_result=0, run_in="process")(leak_apart),
         again=app.task(name="again", keep_result=0, retry=Retry(attempts=2, backoff="1s", jitter=False))(again),
