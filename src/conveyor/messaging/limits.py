@@ -95,8 +95,3 @@ def check_path(what: str, value: object) -> None:
 def _check_limit_name(what: str, value: object) -> None:
     if value is not None and not (isinstance(value, str) and LIMIT_NAME.fullmatch(value)):
         raise ConfigurationError(f"{what} must be 1 to 128 characters out of A-Z a-z 0-9 _ . - , not {value!r}.")
-
-
-def _check_name(what: str, value: object) -> None:
-    if value is not None and not (isinstance(value, str) and value.isidentifier()):
-        raise ConfigurationError(f"{what} must be the name of an argument, not {value!r}.")

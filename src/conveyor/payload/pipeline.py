@@ -7,7 +7,6 @@ anything else of the body is read. `make_pipeline` reads the options of an app.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
 import zlib
@@ -88,12 +87,6 @@ class PayloadPipeline:
         if self.is_large(body, kind):
             body, form = self._put(self._seal(body, form, b"blob", queue, task, id)), ELSEWHERE
         return self._seal(body, form, kind, queue, task, id)
-
-    async def awrap(self, body: bytes, *, queue: str, task: str, id: str) -> bytes:  # noqa: A002
-        """Awaitable form of `wrap`."""
-        if self.is_large(body, b"payload"):
-            return await asyncio.to_thread(self.wrap, body, queue=queue, task=task, id=id)
-        return self.wrap(body, queue=queue, task=task, id=id)
 
     def is_large(self, body: bytes, kind: Kind) -> bool:
         """Tell whether a body goes to the store."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 
 from conveyor.errors import ConfigurationError
 from conveyor.ids import tag_text
 
-JobState = Literal["scheduled", "ready", "leased", "dead"]
 UNLIMITED = 1_000_000_000
 """More jobs than one step of a walk finds."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from conveyor.store.keys import QueueKeys
@@ -15,8 +14,8 @@ SCHEDULE_CHANGE, SCHEDULE_READ = Script("schedule_change"), Script("schedule_rea
 
 HSETNX, HGET, HDEL, HGETALL = Script("HSETNX"), Script("HGET"), Script("HDEL"), Script("HGETALL")
 
-PUT_NEW, PUT_CHANGED, PUT_UNCHANGED, PUT_FOREIGN = 1, 2, 0, -1
-"""Replies of schedule_put.lua, as its header says."""
+PUT_FOREIGN = -1
+"""The reply of schedule_put.lua for a name of the other origin; its header has the others."""
 Origin = Literal["code", "data"]
 
 
@@ -125,7 +124,7 @@ def change_schedule(
 
 def read_schedules(keys: QueueKeys, *names: str) -> Call[tuple[int, list[ScheduleRow]]]:
     """Return the call that reads schedules of a queue, all without *names*; it yields the server's ms, and those that exist."""
-    return Call(SCHEDULE_READ, (keys.schedules, keys.none), names, partial(_read_rows))
+    return Call(SCHEDULE_READ, (keys.schedules, keys.none), names, _read_rows)
 
 
 def _keys(keys: QueueKeys, name: str) -> tuple[str, ...]:

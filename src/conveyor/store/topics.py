@@ -26,8 +26,6 @@ PUBLISH, SUBSCRIBE, SUBSCRIBERS, HGETALL = (
     Script("subscribers"),
     Script("HGETALL"),
 )
-MAX_COPIES = 10_000
-"""Copies that one call stores at most."""
 
 
 class TopicKeys:

@@ -79,11 +79,7 @@ class _RegisteredRecord(msgspec.Struct, frozen=True, tag="joined"):
     cell: int
 
 
-class _UnregisteredRecord(msgspec.Struct, frozen=True, tag="left"):
-    worker: str
-
-
-_Record = ChildSpec | ChildInfo | _RegisteredRecord | _UnregisteredRecord
+_Record = ChildSpec | ChildInfo | _RegisteredRecord
 _DECODER: msgspec.json.Decoder[_Record] = msgspec.json.Decoder(_Record)
 _encode = msgspec.json.Encoder().encode
 
@@ -185,11 +181,6 @@ class ChildSlot:
         self._cells[_RENEWALS + cell] = monotonic_ns()
         self._append(_RegisteredRecord(keys.prefix, keys.queue, keys.foreign, worker, lease_ms, cell))
 
-    def drop_identity(self, worker: str) -> None:
-        """Note that an identity has left Redis in order and holds nothing."""
-        self._cell_of_identity.pop(worker, None)
-        self._append(_UnregisteredRecord(worker))
-
     def set_job(self, task: str, job_id: str) -> None:
         """Note the job that the event loop is running: the log names it when the loop is blocked."""
         data = f"{task}\n{job_id}".encode()[:_JOB_ROOM]
@@ -267,7 +258,6 @@ class ChildSlot:
     def identities(self) -> list[LeaseIdentity]:
         """Return all identities that may hold leases, oldest first."""
         records = self._read()
-        unregistered = {record.worker for record in records if isinstance(record, _UnregisteredRecord)}
         registered = [record for record in records if isinstance(record, _RegisteredRecord)]
         current = {record.prefix: record.worker for record in registered}
         return [
@@ -281,7 +271,6 @@ class ChildSlot:
                 self._cells[_RENEWALS + one.cell] / 1e9,
             )
             for one in registered
-            if one.worker not in unregistered
         ]
 
     def info(self) -> ChildInfo | None:
@@ -330,14 +319,12 @@ class ChildSlot:
     def _rewrite(self, epoch: int, newest: _Record) -> int:
         """Write what still counts to the other area, then make that area the valid one with a single store."""
         records = self._read()
-        unregistered = {record.worker for record in (*records, newest) if isinstance(record, _UnregisteredRecord)}
         kept: dict[str, _Record] = {}
         for record in (*records, newest):
             if isinstance(record, _RegisteredRecord):
                 kept.pop(record.prefix, None)
-                if record.worker not in unregistered:
-                    kept[record.prefix] = record
-            elif not isinstance(record, _UnregisteredRecord):
+                kept[record.prefix] = record
+            else:
                 kept[type(record).__name__] = record
         at = 0
         for record in kept.values():
