@@ -162,6 +162,8 @@ async def test_instants_that_nobody_carried_out(app: Conveyor, missed: Any, expe
     assert ran == [midnight - timedelta(days=back) for back in (2, 1, 0)][3 - len(ran) :]
     schedule = await app.schedules.aget("greeting")
     assert schedule.due == midnight + timedelta(days=1)
+    first_skipped = {run.instant for run in schedule.runs() if run.outcome == "missed"}
+    assert first_skipped <= {midnight - timedelta(days=2)}
 
 
 @pytest.mark.parametrize("overlap", ["skip", "cancel"])

@@ -44,7 +44,7 @@ class ScheduledRun:
     One instant of a schedule, and its outcome.
 
     `outcome`: ``fired``, or why it was skipped: ``missed``, ``overlap``, ``paused``, ``superseded`` by another definition.
-    `job`: the public id of the job. `skipped`: how many instants were skipped together, of which `instant` is the last.
+    `job`: the public id of the job. `skipped`: how many instants were skipped together, of which `instant` is the first.
     `at`: when it was decided.
     """
 

@@ -45,7 +45,7 @@ class RunLine(NamedTuple):
     """
     One instant: `outcome` is ``fired`` or why it was skipped.
 
-    `job` is the bare id of its job, `skipped` how many instants, of which it is the last, were skipped together.
+    `job` is the bare id of its job, `skipped` how many instants, of which it is the first, were skipped together.
     """
 
     instant_ms: int

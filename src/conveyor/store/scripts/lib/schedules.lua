@@ -34,7 +34,7 @@ end
 
 -- Write down that instants were skipped.
 -- key, runs  as for note_run
--- instant    the last of them, ms
+-- instant    the first of them, ms
 -- now        ms
 -- reason     one word
 -- count      their number
