@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from conveyor.jobs.app import Conveyor
     from conveyor.jobs.context import Context, current
+    from conveyor.jobs.dependencies import Depends
     from conveyor.jobs.hooks import CallNext, Middleware
     from conveyor.jobs.job import Job
     from conveyor.jobs.task import Task
@@ -53,6 +54,7 @@ __all__ = [
     "Conveyor",
     "ConveyorError",
     "Debounce",
+    "Depends",
     "Duplicate",
     "DurabilityNotReached",
     "FileStore",
@@ -96,6 +98,7 @@ _HOME = {
     "Context": "jobs.context",
     "Conveyor": "jobs.app",
     "Debounce": "jobs.uniqueness",
+    "Depends": "jobs.dependencies",
     "FileStore": "payload.blobs",
     "Format": "payload.formats",
     "Job": "jobs.job",

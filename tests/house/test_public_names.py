@@ -22,7 +22,7 @@ EVENTS = (ROOT / "docs" / "reference" / "events.md").read_text("utf-8")
 NAMES = {
     "conveyor": (
         "BatchFailed BlobStore BlobUnavailable Buffer CallNext Concurrency ConfigurationError Context Conveyor ConveyorError Debounce "
-        "Duplicate DurabilityNotReached FileStore Format Job JobCancelled JobFailed JobNotFound LeaseLost Message Middleware "
+        "Depends Duplicate DurabilityNotReached FileStore Format Job JobCancelled JobFailed JobNotFound LeaseLost Message Middleware "
         "Outgoing PayloadError PlainList Queue QueueFull Rate RateLimited ResultExpired Retry RetryIn Snooze StoreUnavailable "
         "Task Throttle Topic TopicInfo Unique UnknownTask Why current"
     ),

@@ -105,7 +105,7 @@ def test_context_is_not_an_argument(app: Conveyor) -> None:
 
     work.enqueue(1)
 
-    assert definition_of(work).signature.injected == ("context",)
+    assert tuple(definition_of(work).signature.injected) == ("context",)
     with pytest.raises(PayloadError, match="which the worker fills"):
         work.enqueue(1, context=current())
     manual = ManualWorker(app)

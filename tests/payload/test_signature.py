@@ -141,7 +141,7 @@ def test_defaults_are_those_of_the_worker():
 def test_injected_parameters_are_left_out():
     """A parameter that the worker fills is neither stored nor accepted, and those behind it go by name."""
     signature = TaskSignature(injected_between, "task", injected=is_injected)
-    assert signature.injected == ("db", "context")
+    assert tuple(signature.injected) == ("db", "context")
     assert signature.describe() == "task(x: int, *, y: int = 5, z: int = 6)"
     positional, keyword = signature.decode(signature.encode((1,), {"y": 2}))
     assert injected_between(*positional, **keyword, db="db", context="c") == (1, "db", 2, "c", 6)
@@ -351,4 +351,4 @@ def test_an_injected_annotation_need_not_resolve():
 
     def task(a: int, db: "Database" = Worker()): ...  # type: ignore[name-defined]  # noqa: F821, B008
 
-    assert TaskSignature(task, "task", injected=is_injected).injected == ("db",)
+    assert tuple(TaskSignature(task, "task", injected=is_injected).injected) == ("db",)

@@ -15,7 +15,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from datetime import datetime
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, Never, ParamSpec, Self, TypeVar, Unpack, cast, get_args, overload
@@ -26,6 +26,7 @@ from conveyor.jobs.batch_task import BatchDecorator, batch_plan
 from conveyor.jobs.bulk import ChunkSender, add_count, chunks, spread_out
 from conveyor.jobs.core import AppCore
 from conveyor.jobs.decorator import TaskDecorator, external_task, named_task, register, task_options
+from conveyor.jobs.dependencies import overriding
 from conveyor.jobs.hints import APP_OPTIONS, TASK_OPTIONS, refuse_unknown
 from conveyor.jobs.hooks import Lifespan
 from conveyor.jobs.include import check_include
@@ -160,6 +161,16 @@ class Conveyor:
 
     def __repr__(self) -> str:
         return f"<Conveyor {self.namespace}: {len(self.tasks)} tasks, {len(self._core.queues)} queues>"
+
+    def override(self, function: Callable[..., Any], replacement: Callable[..., Any]) -> AbstractContextManager[None]:
+        """
+        Have workers of this program call *replacement* where a task has ``Depends(function)``.
+
+        It is in force inside the block: ``with app.override(get_db, fake_db):``. The replacement is a dependency like another,
+        and may itself depend on *function*. A task of ``run_in="process"`` is refused while one of its dependencies is
+        replaced. Raises ConfigurationError.
+        """
+        return overriding(self._core.overrides, function, replacement)
 
     # -- queues ---------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, Union, overlo
 import msgspec
 
 from conveyor.errors import BatchFailed, ConfigurationError, PayloadError
-from conveyor.jobs.task import BatchPlan, Task, is_injected
+from conveyor.jobs.dependencies import is_injected
+from conveyor.jobs.task import BatchPlan, Task
 from conveyor.payload.codec import show
 from conveyor.payload.parameters import payload_type, read_parameters
 from conveyor.store.operations import MOST_HELD

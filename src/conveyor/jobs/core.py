@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -65,6 +65,8 @@ class AppCore(QueueRegistry, Hooks):
         """Tasks whose functions other programs have, by name: enqueued here and never run."""
         self.declared_schedules: dict[str, Declaration] = {}
         """The schedules that decorators have declared, by name."""
+        self.overrides: dict[Callable[..., Any], Callable[..., Any]] = {}
+        """Functions of dependencies, and what is called in their places."""
         self.outboxes: list[DatabaseOutbox] = []
         """Those in a database of the program, whose rows are jobs to come."""
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Never, ParamSpec, Proto
 from conveyor import ids
 from conveyor.errors import ConfigurationError
 from conveyor.ids import new_id
-from conveyor.jobs.context import Context
+from conveyor.jobs.dependencies import Injection, Overrides, is_injected, plan_injection
 from conveyor.jobs.hints import CALL_OPTIONS, CHAINED, TASK_MEMBERS, no_member, refuse_unknown
 from conveyor.jobs.job import Job, JobCore
 from conveyor.jobs.job_options import entry_of, with_options
@@ -52,6 +52,8 @@ class TaskCore(JobCore, Protocol):
 
     @property
     def push_middlewares(self) -> Sequence[Middleware]: ...
+    @property
+    def overrides(self) -> Overrides: ...
     @property
     def bounded(self) -> Container[str]: ...
     @property
@@ -136,10 +138,7 @@ class TaskDefinition:
         *batch*: when the jobs of a batch task run; None: it is none. *call* has the signature of one job; None: that of
         *function*.
         """
-        self.core = core
-        self.function = function
-        self.name = name
-        self.queue = queue
+        self.core, self.function, self.name, self.queue = core, function, name, queue
         self.is_async = is_async(function)
         self.run_in: RunIn = run_in
         self.settings = options
@@ -147,6 +146,7 @@ class TaskDefinition:
         self.signature = TaskSignature(
             call or function, name, max_payload=max_payload, formats=formats, injected=is_injected
         )
+        self._declared_injection = self._plan({})
         self.uniqueness = task_uniqueness(self.signature, uniqueness, core.sealing)
         self.returns_none = self.signature.returns_none
         unannotated = self.signature.result is inspect.Signature.empty
@@ -177,6 +177,19 @@ class TaskDefinition:
 
     def __repr__(self) -> str:
         return f"<TaskDefinition {self.signature.describe()} on {self.queue}>"
+
+    @property
+    def injection(self) -> Injection | None:
+        """The values that a worker fills in of its calls; None: none."""
+        overrides = self.core.overrides
+        return self._plan(overrides) if overrides else self._declared_injection
+
+    def _plan(self, overrides: Overrides) -> Injection | None:
+        if not self.signature.injected:
+            return None
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        positional = [one.name for one in inspect.signature(self.function).parameters.values() if one.kind in kinds]
+        return plan_injection(self.signature.injected, positional, self.name, overrides)
 
     def is_plain(self, outgoing: Outgoing) -> bool:
         """Tell whether a call is stored as a bare envelope at the tail of the task's queue, the cheapest way."""
@@ -298,7 +311,9 @@ class Task(Generic[P, R_co]):
             raise no_member(f"Task {known.get('name', '')}".rstrip(), name, TASK_MEMBERS, written)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
-        """Call the function, here and now."""
+        """Call the function, here and now. What a worker would fill with `Depends(…)` must be passed by name."""
+        if (injection := self._definition.injection) is not None:
+            injection.refuse_call(self.name, args, kwargs)
         return self.function(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -501,11 +516,6 @@ def default_name(function: Callable[..., Any]) -> str:
         elif file:
             module = file.replace("\\", "/").rpartition("/")[2].removesuffix(".py")
     return f"{module}.{name}"
-
-
-def is_injected(parameter: inspect.Parameter) -> bool:
-    """Tell whether the worker fills a parameter: its default is `current()`."""
-    return isinstance(parameter.default, Context)
 
 
 def _call_text(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

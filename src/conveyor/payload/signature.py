@@ -40,7 +40,7 @@ class TaskSignature:
     """
     The parameters and the result of a task.
 
-    `injected` names the parameters that the worker fills. `result` is the return annotation
+    `injected` holds the parameters that the worker fills, with their defaults. `result` is the return annotation
     (`inspect.Signature.empty` when there is none); `returns_none` is true when it is None.
     """
 
@@ -63,7 +63,7 @@ class TaskSignature:
         self.max_payload = max_payload
         self.formats = formats
         parameters, self.result = read_parameters(function, name, injected)
-        self.injected = tuple(parameter.name for parameter in parameters if injected(parameter))
+        self.injected = {parameter.name: parameter.default for parameter in parameters if injected(parameter)}
         self.returns_none = self.result is None or self.result is type(None)
         self._signature = payload_signature(parameters, self.injected, name)
         self._parameters = dict(self._signature.parameters)

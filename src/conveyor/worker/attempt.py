@@ -64,8 +64,8 @@ class Handler:
         "done",
         "early",
         "failed",
+        "fills",
         "function",
-        "injected",
         "kind",
         "limits",
         "load_error",
@@ -94,7 +94,8 @@ class Handler:
         self.function = task.function
         self.kind: str = task.run_in if task.batch is None else "batch"  # the kind of a job that is gathered first
         self.decode: Decode = _decode_entry(task.signature) if raw else task.signature.decode
-        self.injected = task.signature.injected
+        self.fills = bool(task.signature.injected)
+        """True when the worker fills parameters of it: its context, or dependencies."""
         self.timeout: float | None = None if task.settings.timeout_ms is None else task.settings.timeout_ms / 1000
         self.early = task.settings.ack == "early"
         self.stores = not task.returns_none

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, assert_type
@@ -15,6 +15,7 @@ from conveyor import (
     Context,
     Conveyor,
     Debounce,
+    Depends,
     Job,
     JobFailed,
     Middleware,
@@ -207,3 +208,58 @@ async def transact(connection: sqlite3.Connection) -> None:
         assert_type(await ledger.aonce(connection, "k", acharge, 1), list[str])
     with outbox.relay():
         assert_type(outbox.deliver(), int)
+
+
+class Db:
+    def __enter__(self) -> Db:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __next__(self) -> str:
+        return ""
+
+
+def get_db() -> Db:
+    return Db()
+
+
+async def aget_db(db: Db = Depends(get_db)) -> Db:
+    return db
+
+
+def db_session(context: Context = current()) -> Iterator[Db]:
+    yield Db()
+
+
+async def adb_session() -> AsyncIterator[Db]:
+    yield Db()
+
+
+async def adb_pool() -> AsyncGenerator[Db, None]:
+    yield Db()
+
+
+@app.task
+async def audited(
+    x: int,
+    first: Db = Depends(get_db),
+    second: Db = Depends(aget_db),
+    third: Db = Depends(db_session),
+    fourth: Db = Depends(adb_session),
+    fifth: Db = Depends(adb_pool, scope="worker"),
+) -> str:
+    return f"{x} {first} {second} {third} {fourth} {fifth}"
+
+
+@app.batch_task(size=10, within=1)
+def stored(rows: list[int], db: Db = Depends(db_session)) -> None: ...
+
+
+assert_type(audited.enqueue(1), Job[str])
+assert_type(stored.enqueue(1), Job[None])
+with app.override(get_db, Db):
+    pass

@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import Any
 
 from conveyor.jobs.context import CURRENT, Context
+from conveyor.jobs.dependencies import WorkerScope
 from conveyor.payload import failures
 from conveyor.worker.attempt import PLAIN, Attempt
 from conveyor.worker.crash_attribution import IN_PROCESS, LOOP_CELL, RunningTable, id_checksum
@@ -75,6 +76,7 @@ class Executor:
         self._waiters = 0  # attempts on a thread while their coroutine waits for them inside the middlewares
         self.processes = processes
         self.deadlines = Deadlines(self._loop, self._expire)
+        self._worker_scope = WorkerScope(offload=True)
         self._direct = 0  # attempts that run beside the coroutine pool: in processes
 
     # -- room -----------------------------------------------------------------------------------------------------
@@ -175,9 +177,8 @@ class Executor:
         if self._chain is not None:
             return variables, self._chain(attempt.open(), partial(self._call, attempt))
         args, kwargs = handler.decode(attempt.body)
-        if handler.injected:
-            self._inject(attempt, kwargs)
-        return variables, variables.run(handler.function, *args, **kwargs)
+        function = self._filled(attempt) if handler.fills else handler.function
+        return variables, variables.run(function, *args, **kwargs)
 
     async def _call(self, attempt: Attempt) -> Any:
         """Run the function itself, inside all middlewares."""
@@ -185,16 +186,15 @@ class Executor:
         if handler.kind == "process":
             return await self._run_in_process(attempt)
         args, kwargs = handler.decode(attempt.body)
-        if handler.injected:
-            self._inject(attempt, kwargs)
+        function = self._filled(attempt) if handler.fills else handler.function
         if handler.kind == "loop":
-            return await handler.function(*args, **kwargs)
+            return await function(*args, **kwargs)
         if attempt.stop_reason is not None:  # a middleware kept the cancellation to itself
             raise asyncio.CancelledError
         attempt.waiter = self._loop.create_future()
         self._waiters += 1
         checksum = 0 if self._running_table is None else id_checksum(attempt.id)
-        self.threads.submit(attempt, copy_context(), partial(handler.function, *args, **kwargs), checksum)
+        self.threads.submit(attempt, copy_context(), partial(function, *args, **kwargs), checksum)
         try:
             return await attempt.waiter
         finally:
@@ -216,9 +216,16 @@ class Executor:
         else:
             waiter.set_exception(error if not isinstance(error, StopIteration) else RuntimeError(repr(error)))
 
-    def _inject(self, attempt: Attempt, kwargs: dict[str, Any]) -> None:
-        for name in attempt.handler.injected:
-            kwargs[name] = attempt.open()
+    def _filled(self, attempt: Attempt) -> Callable[..., Any]:
+        """Return the function of an attempt as it is called with the stored arguments alone."""
+        handler, injection = attempt.handler, attempt.handler.task.injection
+        assert injection is not None
+        block = None if handler.kind == "loop" else self._block
+        return injection.around(handler.function, attempt.open, self._worker_scope, block)
+
+    def _block(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run a coroutine on the event loop while a thread waits for it."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def _start_on_thread(self, attempt: Attempt) -> None:
         attempt.consumer.on_started(attempt)
@@ -232,13 +239,12 @@ class Executor:
             attempt.started = perf_counter()
             self._loop.call_soon(self._finish, attempt, None, error)
             return
-        if attempt.handler.injected:
-            self._inject(attempt, kwargs)
+        function = self._filled(attempt) if attempt.handler.fills else attempt.handler.function
         variables = self._base.copy()
         variables.run(CURRENT.set, attempt)
         if attempt.timeout is not None:
             attempt.deadline = UNSTARTED
-        self.threads.submit(attempt, variables, partial(attempt.handler.function, *args, **kwargs), checksum)
+        self.threads.submit(attempt, variables, partial(function, *args, **kwargs), checksum)
 
     def _start_in_process(self, attempt: Attempt) -> None:
         attempt.consumer.on_started(attempt)
@@ -330,4 +336,5 @@ class Executor:
         await self.coroutines.close()
         self.threads.close()
         await self.processes.close()
+        await self._worker_scope.close()
         self.fork_guard.close()

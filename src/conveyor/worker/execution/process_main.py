@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from contextvars import Context as Variables
 from contextvars import copy_context
 from datetime import UTC, datetime
@@ -26,6 +26,7 @@ from conveyor.errors import UnknownTask
 from conveyor.jobs.batch_task import ItemEnd, item_ends
 from conveyor.jobs.context import CURRENT, Context, charges_of, end_spawning, spawned_entries
 from conveyor.jobs.core import core_of
+from conveyor.jobs.dependencies import WorkerScope
 from conveyor.jobs.task import TaskDefinition
 from conveyor.store.fork_safety import on_fork
 from conveyor.worker.app_loading import load
@@ -124,6 +125,7 @@ class _Runner:
         self._loop = asyncio.Runner()
         self._fork_guard = ForkGuard(self._loop.get_loop())
         self._closing = asyncio.Event()
+        self._worker_scope = WorkerScope(offload=False)
         self._lifespan: asyncio.Task[None]
         self._state: Mapping[str, Any] = {}
         self._app: Any
@@ -152,6 +154,7 @@ class _Runner:
         """Close the lifespans and the app."""
 
         async def end() -> None:
+            await self._worker_scope.close()
             self._closing.set()
             await self._lifespan
             await self._app.aclose()
@@ -175,10 +178,9 @@ class _Runner:
             context = self._context(job)
             if task.settings.ack == "early":
                 end_spawning(context)
-            kwargs.update(dict.fromkeys(task.signature.injected, context))
             variables = copy_context()
             variables.run(CURRENT.set, context)
-            result = self._call(task, args, kwargs, variables)
+            result = self._call(task, args, kwargs, variables, context)
             keep_ms = task.settings.keep_ms if job.keep_ms is None else job.keep_ms
             stored = None if task.returns_none or not keep_ms else task.results.encode(result)
             return DoneReply(job.id, job.attempt, stored, spawned_entries(context), charges=charges_of(context))
@@ -207,8 +209,7 @@ class _Runner:
         raised: BaseException | None = None
         try:
             if values:
-                kwargs = dict.fromkeys(task.signature.injected, context)
-                value = self._call(task, [list(values.values())], kwargs, variables)
+                value = self._call(task, [list(values.values())], {}, variables, context)
         except BaseException as error:
             raised = error
         ends |= zip(values, item_ends(value, raised, len(values)), strict=True)
@@ -223,16 +224,26 @@ class _Runner:
         reply.charges = {at: charges for at, one in contexts.items() if (charges := charges_of(one))}
         return reply
 
-    def _call(self, task: TaskDefinition, args: list[Any], kwargs: dict[str, Any], variables: Variables) -> Any:
+    def _call(
+        self, task: TaskDefinition, args: list[Any], kwargs: dict[str, Any], variables: Variables, context: Context
+    ) -> Any:
+        function = task.function
+        if (injection := task.injection) is not None:
+            block = None if task.is_async else self._block
+            function = injection.around(function, lambda: context, self._worker_scope, block)
         if not task.is_async:
             with self._fork_guard:
-                return variables.run(task.function, *args, **kwargs)
+                return variables.run(function, *args, **kwargs)
 
         async def call() -> Any:
             with self._fork_guard:
-                return await task.function(*args, **kwargs)
+                return await function(*args, **kwargs)
 
         return self._loop.run(call(), context=variables)
+
+    def _block(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run the event loop until a coroutine has ended, for a `def` that waits for it."""
+        return self._loop.run(coroutine, context=copy_context())
 
     def _context(self, job: RunRequest, items: Iterable[Context] | None = None) -> Context:
         return Context(

@@ -37,6 +37,7 @@ from conveyor.worker.execution.process_protocol import (
 from conveyor.worker.logs import LOG, describe_end
 
 if TYPE_CHECKING:
+    from conveyor.jobs.dependencies import Injection
     from conveyor.jobs.task import TaskDefinition
     from conveyor.worker.attempt import Attempt
 
@@ -105,6 +106,8 @@ class ProcessPool:
         task = attempt.handler.task
         if (refusal := self.refusal(task)) is not None:
             raise refusal
+        if task.core.overrides and task.injection is not None:
+            _refuse_overrides(task, task.injection)
         async with self._slots:
             child = await self._take()
             if attempt.expire():
@@ -313,6 +316,17 @@ class _PoolProcess:
 def module_of(task: TaskDefinition) -> str:
     """Return the name of the module that defines *task*."""
     return getattr(task.function, "__module__", None) or ""
+
+
+def _refuse_overrides(task: TaskDefinition, injection: Injection) -> None:
+    """Raise ConfigurationError when a dependency is overridden here: its process would call the original."""
+    replaced = injection.functions & set(task.core.overrides.values())
+    if replaced:
+        name = getattr(next(iter(replaced)), "__qualname__", "a function")
+        raise ConfigurationError(
+            f"{task.name} runs in a process of its own, in which app.override() with {name} is not in force. The job has not run. "
+            'Where dependencies are overridden, as in a test, declare the task without run_in="process".'
+        )
 
 
 def _batch_result(reply: BatchReply, batch: BatchAttempt) -> list[Any] | None:
