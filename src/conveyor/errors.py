@@ -18,7 +18,8 @@ Every error has a `code`, says what happened with its values, and says what to d
     ├── RateLimited            E28  a service refused the job for now; its limit holds until then
     ├── DurabilityNotReached   E29  stored, but not confirmed by fsync or replicas as requested
     ├── QueueNotFound          E30  no queue of that name is known
-    └── ScheduleNotFound       E51  no schedule of that name is known
+    ├── ScheduleNotFound       E51  no schedule of that name is known
+    └── WorkerNotFound         E56  no worker of that name serves a queue
 
 `Snooze` and `RetryIn` are not errors: a job raises them to run again later, without using an attempt and with.
 `BatchFailed` is not one of them either: a batch raises it to say which of its items failed.
@@ -140,6 +141,24 @@ class ScheduleNotFound(ConveyorError):
     def __reduce__(self) -> tuple[type[ScheduleNotFound], tuple[str]]:
         """Support pickling, for callers with several processes."""
         return type(self), (self.name,)
+
+
+class WorkerNotFound(ConveyorError):
+    """No worker of that name serves a queue; `name` is the name."""
+
+    code = "E56"
+
+    def __init__(self, name: str, known: Sequence[str] = ()) -> None:
+        listed = f" There are: {', '.join(sorted(known)[:10])}." if known else ""
+        super().__init__(
+            f"No worker {name!r} serves a queue, or not any more.{listed} `conveyor workers list` shows them."
+        )
+        self.name = name
+        self.known = list(known)
+
+    def __reduce__(self) -> tuple[type[WorkerNotFound], tuple[str, list[str]]]:
+        """Support pickling, for callers with several processes."""
+        return type(self), (self.name, self.known)
 
 
 class RateLimited(ConveyorError):

@@ -106,3 +106,13 @@ def size(value: object, name: str) -> int:
     if match is None or match[1].strip("0") == "":
         raise ConfigurationError(f"{name} must be a number of bytes or a text such as '256KiB', not {value!r}.")
     return int(match[1]) * _SIZE_UNITS[match[2]]
+
+
+def installed_version() -> str:
+    """Return the version of the installed package."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("conveyor")
+    except PackageNotFoundError:
+        return "(not installed)"

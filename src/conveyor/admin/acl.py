@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from conveyor.errors import ConfigurationError
 from conveyor.messaging import outbox
-from conveyor.store import inspection, limits, operations, partitions, plain_list, schedules, topics
+from conveyor.store import inspection, limits, operations, partitions, plain_list, schedules, topics, worker_commands
 from conveyor.store.keys import check_namespace
 from conveyor.store.script import Script
 
@@ -72,7 +72,7 @@ _WORKER = Role(
     (
         operations.TURN, operations.REGISTER, operations.HEARTBEAT, operations.REAP, operations.EXTEND, operations.HELD_IDS,
         operations.IDLE_TURN, operations.FIND_WORK, operations.LIST_INTAKE, operations.WAKE, outbox.TAKE, outbox.TRIM,
-        schedules.SCHEDULE_FIRE,
+        schedules.SCHEDULE_FIRE, worker_commands.ANSWER_COMMAND, worker_commands.DESCRIBE_WORKER,
     ),
     ("blpop", "blmove", "info"),
 ).combined_with(_PRODUCER)  # fmt: skip
@@ -87,6 +87,7 @@ _DASHBOARD = Role(
         inspection.WHY,
         inspection.QUEUE_CAUSES,
         inspection.WORKERS,
+        worker_commands.LEASED_JOBS,
         inspection.AUDIT,
         partitions.COUNT,
         limits.LIST_LIMITS,
@@ -100,9 +101,9 @@ _OPERATOR = Role(
         operations.CONFIGURE, operations.PURGE, operations.LIST_INTAKE, operations.REDRIVE,
         operations.PROMOTE,
         operations.CANCEL, partitions.CLAIM_PARTITIONS, partitions.REPARTITION, inspection.UNPLACED, operations.REPAIR,
-        operations.DELETE, topics.SUBSCRIBE, limits.SET_LIMITS,
+        operations.DELETE, topics.SUBSCRIBE, limits.SET_LIMITS, worker_commands.COMMAND_WORKER,
     ),
-    ("sadd", "srem", "hscan", "scan", "exists", "del"),
+    ("blpop", "sadd", "srem", "hscan", "scan", "exists", "del"),
     channels=True,
 ).combined_with(_DASHBOARD)  # fmt: skip
 _SENTINEL = Role(

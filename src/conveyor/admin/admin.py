@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial, wraps
 from itertools import islice
@@ -33,6 +33,7 @@ from conveyor.admin.views import (
     instant_or_none,
     live_job,
 )
+from conveyor.admin.worker_control import WorkerProcess, command, find_process, leased_job, processes_of
 from conveyor.errors import ConfigurationError, JobNotFound, StoreUnavailable
 from conveyor.ids import logical, made_at_ms, public, queue_name, split
 from conveyor.jobs.why import QueueCause, Why, explain, queue_causes
@@ -45,7 +46,7 @@ from conveyor.payload.formats import JSON, FormatRegistry
 from conveyor.payload.pipeline import PayloadPipeline
 from conveyor.payload.records import Status, read_outcome
 from conveyor.payload.sealed_records import RecordDecoder
-from conveyor.store import inspection, limits, operations
+from conveyor.store import inspection, limits, operations, worker_commands
 from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability
 from conveyor.store.client.outages import FIRST_TRY
@@ -54,6 +55,8 @@ from conveyor.store.job_filter import ANY_JOB, JobFilter, Walk
 from conveyor.store.keys import PRIORITIES, QueueKeys
 from conveyor.store.script import Call
 from conveyor.store.transport.endpoint import in_thread
+from conveyor.store.worker_commands import Action
+from conveyor.units import Duration, milliseconds
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -251,11 +254,57 @@ class Admin:
         return [
             WorkerInfo(
                 member.worker, name, str(member.about.get("host", "")), member.about.get("pid"), member.held,
-                instant(member.end), member.about,
+                instant(member.end), member.about, instant(member.end - member.lease_ms), instant(member.now),
             )
             for name in self._partition_names(queue)
             for member in self._ask(name, inspection.workers(self._keys(name))) or ()
         ]  # fmt: skip
+
+    def worker_processes(self, *, jobs: int = 0) -> list[WorkerProcess]:
+        """Return the processes that serve queues, each once; *jobs*: with at most so many of the jobs that each holds."""
+        found = processes_of(self.workers())
+        return [self._with_jobs(process, jobs) for process in found] if jobs else found
+
+    def worker_process(self, name: str) -> WorkerProcess:
+        """Return one process by its name (host:pid), with up to 100 of its jobs. Raises WorkerNotFound."""
+        return self._with_jobs(find_process(self.worker_processes(), name), 100)
+
+    def quiet_worker(self, name: str, *, timeout: Duration = "5s") -> None:
+        """
+        Have a worker take no new jobs; those that it has go on.
+
+        Raises WorkerNotFound, and TimeoutError where it does not answer within *timeout*.
+        """
+        self._command_worker(name, "quiet", timeout)
+
+    def stop_worker(self, name: str, *, timeout: Duration = "5s") -> None:
+        """
+        Have a worker drain and end, as after SIGTERM; its supervisor does not start it again.
+
+        Returns when the worker has begun. Raises as `quiet_worker`.
+        """
+        self._command_worker(name, "stop", timeout)
+
+    def worker_stack(self, name: str, *, timeout: Duration = "5s") -> str:
+        """Return where each thread and each asyncio task of a worker is now. Raises as `quiet_worker`."""
+        return self._command_worker(name, "stack", timeout)
+
+    def _command_worker(self, name: str, action: Action, timeout: Duration) -> str:
+        process = find_process(self.worker_processes(), name)
+        if process.kind != "worker":
+            raise ConfigurationError(f"{name} consumes messages: only workers of jobs take commands. Nothing was sent.")
+        members = [(self._keys(one.queue), one.id) for one in process.members]
+        return command(self.client, members, name, action, milliseconds(timeout, name="timeout") / 1000)
+
+    def _with_jobs(self, process: WorkerProcess, most: int) -> WorkerProcess:
+        found = [
+            leased_job(one.queue, row)
+            for one in process.members
+            if one.held
+            for row in self._ask(one.queue, worker_commands.leased_jobs(self._keys(one.queue), one.id, most)) or ()
+        ]
+        found.sort(key=lambda job: job.since or process.seen)
+        return replace(process, jobs=found[:most])
 
     # -- jobs -----------------------------------------------------------------------------------------------------
 
@@ -440,6 +489,11 @@ class Admin:
     aredrive = _awaitable(redrive)
     arepair = _awaitable(repair)
     aworkers = _awaitable(workers)
+    aworker_processes = _awaitable(worker_processes)
+    aworker_process = _awaitable(worker_process)
+    aquiet_worker = _awaitable(quiet_worker)
+    astop_worker = _awaitable(stop_worker)
+    aworker_stack = _awaitable(worker_stack)
     ajobs = _awaitable(jobs)
     afailures = _awaitable(failures)
     acount_jobs = _awaitable(count_jobs)

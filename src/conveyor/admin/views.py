@@ -121,7 +121,8 @@ class WorkerInfo:
     """
     One worker of one queue.
 
-    `held`: number of leased jobs. `lease_ends`: when its leases expire unless it renews them.
+    `held`: number of leased jobs. `lease_ends`: when its leases expire unless it renews them. `seen`: when it last renewed them,
+    and `read_at` when this was read, by the server's clock.
     """
 
     id: str
@@ -131,6 +132,8 @@ class WorkerInfo:
     held: int
     lease_ends: datetime
     about: dict[str, Any]
+    seen: datetime
+    read_at: datetime
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ COMMANDS: dict[str, CommandEntry] = {
     "job": CommandEntry("conveyor.cli.job:job", "List, show, explain, retry, cancel and delete jobs.", "Look"),
     "limits": CommandEntry("conveyor.cli.limits:limits", "Show and change rate and concurrency limits.", "Look"),
     "schedule": CommandEntry("conveyor.cli.schedule:schedule", "List, show, run, pause and delete schedules.", "Look"),
+    "workers": CommandEntry("conveyor.cli.workers:workers", "List, show, quiet and stop worker processes.", "Look"),
     "doctor": CommandEntry("conveyor.cli.doctor:doctor", "Examine the server: eviction, durability, latency.", "Look"),
     "acl": CommandEntry("conveyor.cli.acl:acl", "Print least-privilege ACL rules for Redis.", "Look"),
     "help": CommandEntry("conveyor.cli.help:help_", "Show the help of a command.", "Help"),
@@ -85,7 +86,7 @@ class LazyGroup(CommandGroup):
 
 def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
-        from conveyor.cli.output import installed_version
+        from conveyor.units import installed_version
 
         click.echo(f"conveyor {installed_version()}")
         ctx.exit()

@@ -131,6 +131,11 @@ def complete_schedules(ctx: click.Context, _: click.Parameter, incomplete: str) 
     return _bounded(ctx, _schedule_names, incomplete)
 
 
+def complete_workers(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete the name of a worker process."""
+    return _bounded(ctx, _worker_names, incomplete)
+
+
 def complete_tasks(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Complete the name of a task of the app, or its last part."""
     names = _bounded(ctx, _task_names, "")
@@ -187,6 +192,15 @@ def _schedule_names(target: Target) -> Iterator[str]:
         index = schedules.schedule_index(client.namespace)
         names: dict[str, str] = client.run(schedules.all_names(index))
         yield from sorted(names)
+
+
+def _worker_names(target: Target) -> Iterator[str]:
+    """Yield the names of the worker processes that Redis knows."""
+    from conveyor.store.client.client import Client
+
+    client = target.client()
+    if _is_started(client if target.app is not None or target.url else Client(target.server_url)):
+        yield from (one.name for one in target.admin().worker_processes())
 
 
 def _queues_of(app: Any) -> set[str]:

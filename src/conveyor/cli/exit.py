@@ -39,6 +39,7 @@ _BY_CLASS: tuple[tuple[type[BaseException], ExitCode], ...] = (
     (errors.JobNotFound, ExitCode.NOT_FOUND),
     (errors.QueueNotFound, ExitCode.NOT_FOUND),
     (errors.ScheduleNotFound, ExitCode.NOT_FOUND),
+    (errors.WorkerNotFound, ExitCode.NOT_FOUND),
     (errors.ResultExpired, ExitCode.NOT_FOUND),
     (errors.QueueFull, ExitCode.REFUSED),
     (errors.DurabilityNotReached, ExitCode.REFUSED),

@@ -207,16 +207,6 @@ def parse_seconds(text: str, *, name: str) -> float:
     return milliseconds(float(text) if text.replace(".", "", 1).isdigit() else text, name=name) / 1000
 
 
-def installed_version() -> str:
-    """Return the version of the installed package."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("conveyor")
-    except PackageNotFoundError:
-        return "(not installed)"
-
-
 def _print(text: str) -> None:
     """Print a line on standard output; raises StandardOutputError, such as for a full disk."""
     try:

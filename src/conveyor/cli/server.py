@@ -12,8 +12,9 @@ import click
 
 from conveyor.cli.command import CommandGroup, verbose_option
 from conveyor.cli.exit import ExitCode
-from conveyor.cli.output import Output, installed_version
+from conveyor.cli.output import Output
 from conveyor.cli.target import json_option
+from conveyor.units import installed_version
 
 _DIRECTORY = click.option(
     "--dir", "directory", type=click.Path(path_type=Path), help="Its .conveyor directory.  [default: the project's]"

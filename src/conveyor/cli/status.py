@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import click
@@ -13,7 +12,7 @@ from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import MARKS, Output, quantity, short_time, terminal_width
 from conveyor.cli.queue import print_causes, print_failures, print_queues, say_unanswered
 from conveyor.cli.target import Target, redis_options
-from conveyor.ids import clean, logical
+from conveyor.ids import clean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -104,20 +103,18 @@ def _print_workers(out: Output, workers: Sequence[WorkerInfo]) -> None:
     A process has an identity for every queue that it serves. One whose leases have all ended has died or hangs, and its
     jobs go to others as soon as one of them has looked twice; where none is, they wait.
     """
+    from conveyor.admin.worker_control import processes_of
     from conveyor.store.inspection import DAMAGED
 
-    processes: dict[tuple[str, int | None, str], list[WorkerInfo]] = {}
-    for worker in workers:
-        processes.setdefault((worker.host, worker.pid, "" if worker.pid else worker.id), []).append(worker)
+    processes = processes_of(workers)
     out.line("")
     out.line(f"{quantity(len(processes), 'worker process')}:" if processes else "No workers.")
-    for (host, pid, id_), group in list(processes.items())[:_MAX_WORKERS]:
-        process = f"{host}:{pid}" if pid else f"{id_} (its registration is damaged)" if host == DAMAGED else id_
-        queues = ", ".join(dict.fromkeys(logical(worker.queue) for worker in group))
-        held, ended = quantity(sum(worker.held for worker in group), "job"), max(worker.lease_ends for worker in group)
-        silent = (
-            "" if ended > datetime.now(UTC) else click.style(f"  silent: lease ended {short_time(ended)}", fg="red")
-        )
-        out.line(f"  {clean(process)}  serves {clean(queues)}  holds {held}{silent}")
+    for one in processes[:_MAX_WORKERS]:
+        damaged = " (its registration is damaged)" if one.host == DAMAGED else ""
+        ended = one.lease_ends
+        silent = click.style(f"  silent: lease ended {short_time(ended)}", fg="red") if one.silent else ""
+        held, queues = quantity(one.held, "job"), ", ".join(one.queues)
+        state = "" if one.state == "running" else f"  {one.state}"
+        out.line(f"  {clean(one.name)}{damaged}  serves {clean(queues)}  holds {held}{state}{silent}")
     if len(processes) > _MAX_WORKERS:
         out.line(f"  … and {len(processes) - _MAX_WORKERS} more")

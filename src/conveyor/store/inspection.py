@@ -148,12 +148,18 @@ class FinishedJob:
 
 @dataclass(frozen=True, slots=True)
 class WorkerRow:
-    """One worker of a queue: its identity, the end of its lease (ms), its facts, and the number of its jobs."""
+    """
+    One worker of a queue: its identity, the end of its lease (ms), its facts, and the number of its jobs.
+
+    `lease_ms` is the length of its lease, 0 where it is not known, and `now` the server's time (ms).
+    """
 
     worker: str
     end: int
     about: dict[str, Any]
     held: int
+    lease_ms: int = 0
+    now: int = 0
 
 
 def counts(keys: QueueKeys) -> Call[QueueCounts]:
@@ -394,10 +400,11 @@ def workers(keys: QueueKeys) -> Call[list[WorkerRow]]:
     def decode(reply: list[Any]) -> list[WorkerRow]:
         return [
             WorkerRow(
-                reply[i].decode(errors="replace"), int(reply[i + 1]), _read_about(reply[i + 2]), int(reply[i + 3])
+                reply[i].decode(errors="replace"), int(reply[i + 1]), _read_about(reply[i + 2]), int(reply[i + 3]),
+                int(reply[i + 4]), int(reply[0]),
             )
-            for i in range(0, len(reply), 4)
-        ]
+            for i in range(1, len(reply), 5)
+        ]  # fmt: skip
 
     return Call(WORKERS, (keys.workers,), (keys.prefix,), decode)
 

@@ -87,6 +87,10 @@ class QueueKeys:
         """Return the key of the list whose tokens wake one busy worker."""
         return f"{self.prefix}wake:{worker}"
 
+    def answer(self, command: str) -> str:
+        """Return the key of the list that gets the answer to one command to a worker."""
+        return f"{self.prefix}answer:{command}"
+
     def tag(self, tag: str) -> str:
         """Return the key of the sorted set of the ids that have a tag."""
         return f"{self.prefix}tag:{tag}"

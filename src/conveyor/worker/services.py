@@ -9,9 +9,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from conveyor.jobs.core import AppCore
+    from conveyor.store.worker_commands import WorkerCommand
     from conveyor.worker.execution.executor import Executor
     from conveyor.worker.job_loader import JobLoader
     from conveyor.worker.leasing.capacity import Capacity, LeasingQueue
+    from conveyor.worker.leasing.queue_consumer import QueueConsumer
     from conveyor.worker.lifecycle import Lifecycle
     from conveyor.worker.settlement import SettlementWriter
     from conveyor.worker.shared_memory import ChildSlot
@@ -39,5 +41,7 @@ class WorkerServices:
     """Waits for work of a consumer, and of others that nothing waits for."""
     after_turn: Callable[[], None]
     """Called after each turn, when its reply was taken in."""
+    carry_out: Callable[[QueueConsumer, WorkerCommand], None]
+    """Carries out a command that a person sent to the worker."""
     fail: Callable[[BaseException], None]
     """Ends the worker with an error."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,10 @@ from conveyor.jobs.hooks import run_through, wraps_runs
 from conveyor.store import operations
 from conveyor.store.client.queue_index import REFRESH
 from conveyor.store.transport import eviction
+from conveyor.units import installed_version
 from conveyor.worker.app_loading import find_reference
 from conveyor.worker.attempt import Attempt, error_line
+from conveyor.worker.commands import all_stacks, describe_again, send_answer
 from conveyor.worker.execution.batches import BatchAttempt, End
 from conveyor.worker.execution.executor import Executor
 from conveyor.worker.execution.processes import ProcessPool, module_of
@@ -39,11 +41,14 @@ from conveyor.worker.shutdown import BurstMonitor, DrainMonitor, running
 
 if TYPE_CHECKING:
     from conveyor.jobs.app import Conveyor
+    from conveyor.store.worker_commands import WorkerCommand
     from conveyor.worker.shared_memory import ChildSlot
 
 log = logging.getLogger("conveyor.worker")
 RETIRED = 75
 """Exit code of a child that asks to be replaced: a thread does not end, or a recycle limit is used up."""
+STOPPED = 76
+"""Exit code of a child that a person's command has stopped: it is not started again."""
 
 
 class Worker:
@@ -73,7 +78,8 @@ class Worker:
         self.app = core_of(app)
         self.name = f"{platform.node()}:{os.getpid()}"
         self.lifecycle = Lifecycle()
-        self.retiring = False
+        self.retiring = self._stopped_by_command = False
+        self._background: set[asyncio.Task[None]] = set()
         self.consumers: list[QueueConsumer] = []
         self.settlement_writer = SettlementWriter(self.app, self.name)
         self._running_table = None if slot is None else slot.running_table()
@@ -109,6 +115,8 @@ class Worker:
             if not started:
                 return 0
             await self._drain()
+        if self._stopped_by_command and self._slot is not None:
+            return STOPPED
         return RETIRED if self.retiring else 0
 
     async def _started(self, stack: AsyncExitStack) -> bool:
@@ -141,7 +149,8 @@ class Worker:
         self.capacity = Capacity(self.executor, self.lifecycle, self._recycle_limits)
         services = WorkerServices(
             self.app, self.lifecycle, self.executor, self.capacity, self.loader, self.settlement_writer, shared_state,
-            self._slot, self._burst is not None, self._describe, self.connections.listen, self._after_turn, self.fail,
+            self._slot, self._burst is not None, self._describe, self.connections.listen, self._after_turn,
+            self.carry_out, self.fail,
         )  # fmt: skip
         for queue, weight in self._queues.items():
             parts, lease_ms = await partition_keys(self.app, queue), self.app.queue_lease_ms(queue)
@@ -211,6 +220,7 @@ class Worker:
         """Drain: lease nothing more, and give running jobs their grace."""
         self.lifecycle.draining = True
         self._stop_asked.set()
+        self._note_state()
 
     def hurry(self) -> None:
         """Drain, and hand everything back at once."""
@@ -226,6 +236,33 @@ class Worker:
     def quiet(self) -> None:
         """Lease nothing more; running jobs go on."""
         self.lifecycle.stopping = True
+        self._note_state()
+
+    def carry_out(self, consumer: QueueConsumer, command: WorkerCommand) -> None:
+        """Carry out a person's command that came through a queue of *consumer*, and answer it."""
+        log.info("worker %s: %s was asked for by a command", self.name, command.action)
+        answer = "ok"
+        if command.action == "stack":
+            held = (one for each in self.consumers for one in each.held.values())
+            answer = all_stacks({one.runner: one.label for one in held if one.runner is not None})
+        elif command.action == "quiet":
+            self.quiet()
+        self._run_beside(send_answer(consumer, command, answer))
+        if command.action == "stop":
+            self._stopped_by_command = True
+            self.stop()
+
+    def _note_state(self) -> None:
+        """Have Redis show that this worker is quiet or stopping, once it is registered."""
+        if self.ready.is_set():
+            weights = {one: one.group.weight / one.keys.partitions for one in self.consumers}
+            about = {one: self._describe(weight) for one, weight in weights.items()}
+            self._run_beside(describe_again(self.consumers, about))
+
+    def _run_beside(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     async def _drain(self) -> None:
         self.lifecycle.stopping = True
@@ -236,6 +273,8 @@ class Worker:
             self.executor.gatherer.drain()
         await self._drain_monitor.wait(self.consumers, self._grace)
         await self._cut_off()
+        if self._background:  # before the connections close
+            await asyncio.wait(self._background, timeout=1.0)
         try:
             async with asyncio.timeout(5.0):
                 await asyncio.gather(*(consumer.leave() for consumer in self.consumers))
@@ -288,9 +327,15 @@ class Worker:
         return operations.about(
             kind="worker", name=self.name, host=platform.node(), pid=os.getpid(), started=int(time() * 1000),
             concurrency=concurrency, threads=threads, weight=weight, tasks=len(self.app.definitions),
+            version=installed_version(), python=platform.python_version(), state=self._state(),
+            supervisor=None if self._slot is None else os.getppid(),
             task_set=operations.task_set(self.app.definitions),
             timeouts={name: ms for name, task in self.app.definitions.items() if (ms := task.settings.timeout_ms)},
         )  # fmt: skip
+
+    def _state(self) -> str:
+        lifecycle = self.lifecycle
+        return "stopping" if lifecycle.draining else "quiet" if lifecycle.stopping else "running"
 
     @property
     def last_renewal(self) -> float:

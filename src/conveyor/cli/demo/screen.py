@@ -11,7 +11,7 @@ import click
 
 from conveyor.cli.demo.journal import JournalEntry
 from conveyor.cli.demo.run import DemoState
-from conveyor.cli.output import installed_version
+from conveyor.units import installed_version
 
 _BARS = "▁▂▃▄▅▆▇█"
 _BAR_COUNT = 24

@@ -201,3 +201,7 @@ def _resume(
             guard.end_on_loop()
         if cells is not None:
             cells[LOOP_CELL] = 0
+
+
+RESUME_CODE = _resume.__code__
+"""The code whose frames hold a job's coroutine that has suspended."""

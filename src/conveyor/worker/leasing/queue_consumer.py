@@ -21,6 +21,7 @@ from conveyor.store.operations import MOST_HELD, Settlement, StaleTurn, TurnRepl
 from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import WrongReply
 from conveyor.store.transport import eviction, wakeup
+from conveyor.store.worker_commands import read_command
 from conveyor.worker.attempt import Attempt, Handler
 from conveyor.worker.leasing.capacity import JobSizeEstimate
 from conveyor.worker.leasing.list_intake import ListIntake
@@ -267,6 +268,15 @@ class QueueConsumer:
         elif not self._is_scheduled:
             self._is_scheduled = True
             asyncio.get_running_loop().call_soon(self._advance)
+
+    def on_element(self, element: bytes) -> bool:
+        """Act on an element of a wake-up list; return whether it was a token, and no command to this worker."""
+        command = read_command(self.keys, element)
+        if command is None:
+            self.on_token()
+            return True
+        self._services.carry_out(self, command)
+        return False
 
     def on_token(self) -> None:
         """Make a turn, with or without room, because a wake-up token was taken."""

@@ -5,7 +5,7 @@ At each endpoint, one connection carries the turns of its queues, and others blo
 that would take work and have none. A blocking call names at most 32 queues, so that a token costs the same however many
 queues the worker has: the server walks through all lists of a call when it begins and when it ends. A token holds no
 job, so a lost one costs seconds and nothing else. Each queue's own list (`wake:<worker>`) is always listened to while
-jobs run: a cancellation puts a token there.
+jobs run: a cancellation puts a token there, and a person's command to this worker comes the same way.
 """
 
 from __future__ import annotations
@@ -135,9 +135,12 @@ class WakeupListener:
         if reply is not None and names is not None:
             # Not at once: it makes a turn now, so it would not be among those with capacity, and would wake this one again as
             # soon as it is. Its turn ends in `listen`; one that leads to work is not waited for longer than this.
-            self._woken = names[reply[0]]
-            self._woken.on_token()
-            self._listen_later()
+            consumer = names[reply[0]]
+            if consumer.on_element(reply[1]):
+                self._woken = consumer
+                self._listen_later()
+            else:
+                self.listen()
         else:
             self.listen()
 

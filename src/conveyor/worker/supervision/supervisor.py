@@ -13,7 +13,6 @@ import signal
 import socket
 import sys
 from collections import deque
-from importlib.metadata import PackageNotFoundError, version
 from time import monotonic
 from types import FrameType
 from typing import Any
@@ -21,11 +20,12 @@ from typing import Any
 import msgspec
 
 from conveyor.store.transport.url import masked
+from conveyor.units import installed_version
 from conveyor.worker.leasing.heartbeat import MAX_STALL
 from conveyor.worker.logs import LOG, configure_log, describe_end
 from conveyor.worker.recycling import megabytes
 from conveyor.worker.shared_memory import ChildInfo, ChildSpec, SharedMemory
-from conveyor.worker.supervision.child_main import IMPORT_FAILED, MARGIN, RECYCLE
+from conveyor.worker.supervision.child_main import IMPORT_FAILED, MARGIN, RECYCLE, STOPPED
 from conveyor.worker.supervision.child_process import NO_STACK, STALLED, ChildProcess
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
 
@@ -271,7 +271,7 @@ class Supervisor:
         reasons = {"": describe_end(code), "stop": "was ended after its grace"}
         ended = reasons.get(child.kill_reason, child.kill_reason)
         event, cause = f"Worker child {child.number} (pid {child.pid}) {ended}", f"its worker {ended}"
-        by_itself = code in {0, RECYCLE} and child.slot.finished  # otherwise a job ended it, with any code
+        by_itself = code in {0, RECYCLE, STOPPED} and child.slot.finished  # otherwise a job ended it, with any code
         orderly = by_itself or (self._stop_at is not None and code == -signal.SIGTERM)
         crashed = not orderly and child.kill_reason != "stop"
         info, identities = child.slot.info(), child.slot.identities()
@@ -286,6 +286,9 @@ class Supervisor:
             LOG.warning("%s; it had leased nothing", event)
         if code == 0 and by_itself and self._spec.burst:
             child.finished = True
+        elif code == STOPPED and by_itself:
+            child.finished = True
+            LOG.info("%s by a command, and is not started again", event.replace(ended, "was stopped"))
         elif code == RECYCLE and by_itself and self._stop_at is None:
             LOG.info("%s to be replaced by a fresh one", event)
         elif self._stop_at is None and not was_up:
@@ -327,17 +330,13 @@ class Supervisor:
 
 def banner(info: ChildInfo, spec: ChildSpec, processes: int) -> list[str]:
     """Return the lines that a worker logs when its app is imported, at most eight."""
-    try:
-        release = version("conveyor")
-    except PackageNotFoundError:
-        release = "(not installed)"
     weights = {queue: spec.queues.get(queue, 1.0) for queue in info.queues or spec.queues}
     queues = ", ".join(name if weight == 1 else f"{name} (weight {weight:g})" for name, weight in weights.items())
     names = f": {', '.join(info.names)}" if info.tasks <= len(info.names) else ""
     limits = [f"{spec.max_jobs:,} jobs"] if spec.max_jobs else []
     limits += [megabytes(spec.max_memory)] if spec.max_memory else []
     return [
-        f"Conveyor {release} works for {spec.app}" + (" until everything is drained" if spec.burst else ""),
+        f"Conveyor {installed_version()} works for {spec.app}" + (" until everything is drained" if spec.burst else ""),
         f"  Redis      {masked(info.url)}, namespace {info.namespace}",
         f"  queues     {queues}",
         f"  tasks      {info.tasks}{names}",

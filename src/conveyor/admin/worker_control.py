@@ -1,0 +1,149 @@
+"""Workers as processes: what each of them does, and commands to one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from conveyor.admin.views import WorkerInfo, instant, instant_or_none
+from conveyor.errors import WorkerNotFound
+from conveyor.ids import logical, public
+from conveyor.store import worker_commands
+from conveyor.store.inspection import DAMAGED
+from conveyor.store.transport.wakeup import WakeupWaiter
+from conveyor.store.worker_commands import Action, LeasedRow
+
+if TYPE_CHECKING:
+    from conveyor.store.client.client import Client
+    from conveyor.store.keys import QueueKeys
+
+
+@dataclass(frozen=True, slots=True)
+class LeasedJob:
+    """A job that a worker holds; `since`: when it was leased, None where that is not known."""
+
+    id: str
+    task: str
+    queue: str
+    since: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerProcess:
+    """
+    One process that serves queues.
+
+    `name` is host:pid, `kind` "worker" (of jobs), "consumer" or "pull" (of messages). `version` is that of Conveyor, `python` that
+    of the interpreter, `build` and `labels` are what it was started with. `state`: "running", "quiet" (takes no new jobs) or
+    "stopping". `supervisor`: the pid of the process that started it, None without one. `held`: how many jobs it holds. `seen`: its
+    last heartbeat, `heartbeat_age` seconds ago by the server's clock. `silent`: all its leases have ended. `jobs`: what it holds,
+    the longest first, where that was asked for.
+    """
+
+    name: str
+    host: str
+    pid: int | None
+    kind: str
+    version: str
+    python: str
+    build: str
+    labels: list[str]
+    state: str
+    started: datetime | None
+    supervisor: int | None
+    concurrency: int | None
+    threads: int | None
+    queues: list[str]
+    held: int
+    seen: datetime
+    heartbeat_age: float
+    lease_ends: datetime
+    silent: bool
+    jobs: list[LeasedJob] = field(default_factory=list)
+    members: list[WorkerInfo] = field(default_factory=list)
+    """Its registrations, one for each queue or partition."""
+
+
+def processes_of(workers: Iterable[WorkerInfo]) -> list[WorkerProcess]:
+    """Return the processes that *workers* belong to: a process has a registration for every queue that it serves."""
+    groups: dict[tuple[str, int | None, str], list[WorkerInfo]] = {}
+    for worker in workers:
+        groups.setdefault((worker.host, worker.pid, "" if worker.pid else worker.id), []).append(worker)
+    return [_process(group) for group in groups.values()]
+
+
+def _process(group: list[WorkerInfo]) -> WorkerProcess:
+    latest = max(group, key=lambda worker: worker.seen)
+    about, pid = latest.about, latest.pid
+    name = f"{latest.host}:{pid}" if pid else latest.id
+    if latest.host == DAMAGED:
+        name = latest.id
+    age = max(0.0, (latest.read_at - latest.seen).total_seconds())
+    return WorkerProcess(
+        name=name, host=latest.host, pid=pid, kind=_text(about, "kind"), version=_text(about, "version"),
+        python=_text(about, "python"), build=_text(about, "build"), labels=_texts(about.get("labels")),
+        state=_text(about, "state") or "running", started=instant_or_none(_number(about, "started")),
+        supervisor=_number(about, "supervisor"), concurrency=_number(about, "concurrency"),
+        threads=_number(about, "threads"), queues=list(dict.fromkeys(logical(one.queue) for one in group)),
+        held=sum(one.held for one in group), seen=latest.seen, heartbeat_age=round(age, 3),
+        lease_ends=max(one.lease_ends for one in group), silent=all(one.lease_ends < one.read_at for one in group),
+        members=group,
+    )  # fmt: skip
+
+
+def _text(about: dict[str, Any], name: str) -> str:
+    value = about.get(name)
+    return value if isinstance(value, str) else ""
+
+
+def _texts(value: object) -> list[str]:
+    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
+
+
+def _number(about: dict[str, Any], name: str) -> int | None:
+    value = about.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def leased_job(queue: str, row: LeasedRow) -> LeasedJob:
+    """Return a job that a worker holds."""
+    return LeasedJob(public(queue, row.id), row.task, queue, instant(row.since_ms) if row.since_ms else None)
+
+
+def find_process(processes: list[WorkerProcess], name: str) -> WorkerProcess:
+    """Return the process of that name; raises WorkerNotFound."""
+    for process in processes:
+        if process.name == name:
+            return process
+    raise WorkerNotFound(name, [process.name for process in processes])
+
+
+def command(client: Client, members: list[tuple[QueueKeys, str]], name: str, action: Action, seconds: float) -> str:
+    """
+    Send a command to the process *name* through the first of its registrations that is there; return its answer.
+
+    Raises WorkerNotFound, and TimeoutError where it does not answer within *seconds*.
+    """
+    for keys, identity in members:
+        order = worker_commands.new_command(keys, action)
+        if client.run(worker_commands.send(keys, identity, order)):
+            return _answer(client, keys, order.answer, name, action, seconds)
+    raise WorkerNotFound(name, [])
+
+
+def _answer(client: Client, keys: QueueKeys, key: str, name: str, action: Action, seconds: float) -> str:
+    waiter, deadline = WakeupWaiter(client.endpoint(keys)), monotonic() + seconds
+    try:
+        while (left := deadline - monotonic()) > 0:
+            data = waiter.wait_value(key, left)
+            if data is not None:
+                return data.decode(errors="replace")
+    finally:
+        waiter.end()
+    raise TimeoutError(
+        f"Worker {name} has not answered to {action!r} within {seconds:g} s. The command stays for it for a minute. Is its "
+        "event loop blocked, or the process stopped? Its log says which job blocks it, with the stack (E11)."
+    )

@@ -1,0 +1,87 @@
+"""
+Commands to a worker: quiet, stop, stack.
+
+A command travels as an element of the list on which the worker blocks anyway, and is answered in a list of its own. It is
+data: a worker knows three of them, and runs nothing that it reads.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import msgspec
+
+from conveyor.ids import new_identity
+from conveyor.payload.records import read_leniently
+from conveyor.store.keys import QueueKeys
+from conveyor.store.script import Call, Script
+
+COMMAND_WORKER, ANSWER_COMMAND = Script("command_worker"), Script("answer_command")
+DESCRIBE_WORKER, LEASED_JOBS = Script("describe_worker"), Script("leased_jobs")
+MOST_STACK = 256 * 1024
+"""Bytes of the stacks that a worker sends, at most."""
+
+Action = Literal["quiet", "stop", "stack"]
+ACTIONS: tuple[Action, ...] = get_args(Action)
+
+
+class WorkerCommand(msgspec.Struct, frozen=True, rename={"action": "do"}):
+    """One command, and the key of the list that gets the answer."""
+
+    action: Action
+    answer: str
+
+
+class LeasedRow(NamedTuple):
+    """A job that a worker holds, and since when (ms; 0: not known)."""
+
+    id: str
+    task: str
+    since_ms: int
+
+
+_DECODER = msgspec.json.Decoder(WorkerCommand)
+
+
+def new_command(keys: QueueKeys, action: Action) -> WorkerCommand:
+    """Return a command to a worker of that queue, with an answer of its own."""
+    return WorkerCommand(action, keys.answer(new_identity()))
+
+
+def read_command(keys: QueueKeys, data: bytes) -> WorkerCommand | None:
+    """Return the command that a worker read in that queue; None for a token, and for what is no command of ours."""
+    if data[:1] != b"{":
+        return None
+    try:
+        command = _DECODER.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+    # No command makes a worker write to any other key.
+    return command if command.answer.startswith(keys.answer("")) and len(command.answer) < 1000 else None
+
+
+def send(keys: QueueKeys, worker: str, command: WorkerCommand) -> Call[bool]:
+    """Return the call that sends a command to a worker; it yields False when the worker is gone."""
+    return Call(COMMAND_WORKER, (keys.wake_of(worker), keys.leased(worker)), (msgspec.json.encode(command),), bool)
+
+
+def answer(command: WorkerCommand, text: bytes) -> Call[Any]:
+    """Return the call that answers a command."""
+    return Call(ANSWER_COMMAND, (command.answer,), (text,), bool)
+
+
+def describe(keys: QueueKeys, worker: str, about: bytes) -> Call[bool]:
+    """Return the call that replaces what a worker said of itself when it registered."""
+    return Call(DESCRIBE_WORKER, (keys.leased(worker),), (about.ljust(65),), bool)
+
+
+def leased_jobs(keys: QueueKeys, worker: str, most: int) -> Call[list[LeasedRow]]:
+    """Return the call that lists up to *most* jobs that a worker holds, the longest first."""
+
+    def decode(reply: list[Any]) -> list[LeasedRow]:
+        return [
+            LeasedRow(reply[i].decode(), read_leniently(reply[i + 2], None)[0].task, int(reply[i + 1] or 0))
+            for i in range(0, len(reply), 3)
+        ]
+
+    return Call(LEASED_JOBS, (keys.leased(worker), keys.jobs), (str(most),), decode)
