@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
+
 from conveyor.admin import acl, doctor
 from conveyor.admin.admin import Admin
 from conveyor.admin.blob_sweep import sweep
@@ -23,7 +25,7 @@ from conveyor.jobs.core import core_of
 from conveyor.messaging.partitions import repartition
 from conveyor.messaging.retry import Retry
 from conveyor.payload.blobs import FileStore
-from conveyor.store import inspection, limits, operations, schedules
+from conveyor.store import inspection, limits, operations, schedules, worker_commands
 from conveyor.store.job_filter import Walk
 from conveyor.worker.shared_memory import ChildInfo, LeaseIdentity
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
@@ -236,6 +238,7 @@ def look(app: Conveyor) -> None:
     assert {one.name for one in admin.queues()} >= {"default"}
     assert admin.queue("default").dead >= 1
     assert admin.workers("default")
+    assert admin.worker_processes(jobs=1)
     for state in ("ready", "scheduled", "leased", "dead", "done"):
         admin.jobs("default", state)
     assert admin.job("done").status == "done"
@@ -263,6 +266,10 @@ def operate(app: Conveyor) -> None:
     app.client.run(limits.set_limit(app.client.keys("levelled"), "hourly", None, "r 3 3600000 0"))
     admin.pause("default")
     admin.resume("default")
+    keys = app.client.keys("default")
+    order = worker_commands.new_command(keys, "stack")
+    assert app.client.run(worker_commands.send(keys, admin.workers("default")[0].id, order))
+    assert app.client.run(worker_commands.read_answer(order)) is None
     admin.pause_task("shop.double", "default")
     admin.resume_task("shop.double", "default")
     line = app.client.keys("default").ready[0]
@@ -309,6 +316,10 @@ async def work(app: Conveyor) -> None:
         await consumer.connection.run(operations.held_ids(consumer.keys, consumer.identity), retry_for=1.0)
         member = (consumer.keys, consumer.identity, consumer.lease_ms, True)
         await consumer.connection.run(operations.idle_turn([member]), retry_for=1.0)  # as after five seconds
+        order = worker_commands.new_command(consumer.keys, "stack")
+        consumer.on_element(
+            msgspec.json.encode(order)
+        )  # as an operator sends it; the answer leaves before the worker does
     await asyncio.to_thread(find, app)
     await asyncio.to_thread(level, app, lease=True)
     await asyncio.to_thread(schedule, app)

@@ -72,9 +72,9 @@ _WORKER = Role(
     (
         operations.TURN, operations.REGISTER, operations.HEARTBEAT, operations.REAP, operations.EXTEND, operations.HELD_IDS,
         operations.IDLE_TURN, operations.FIND_WORK, operations.LIST_INTAKE, operations.WAKE, outbox.TAKE, outbox.TRIM,
-        schedules.SCHEDULE_FIRE, worker_commands.ANSWER_COMMAND, worker_commands.DESCRIBE_WORKER,
+        schedules.SCHEDULE_FIRE, worker_commands.DESCRIBE_WORKER,
     ),
-    ("blpop", "blmove", "info"),
+    ("blpop", "blmove", "info", "set"),
 ).combined_with(_PRODUCER)  # fmt: skip
 _DASHBOARD = Role(
     "dashboard",
@@ -103,7 +103,7 @@ _OPERATOR = Role(
         operations.CANCEL, partitions.CLAIM_PARTITIONS, partitions.REPARTITION, inspection.UNPLACED, operations.REPAIR,
         operations.DELETE, topics.SUBSCRIBE, limits.SET_LIMITS, worker_commands.COMMAND_WORKER,
     ),
-    ("blpop", "sadd", "srem", "hscan", "scan", "exists", "del"),
+    ("get", "sadd", "srem", "hscan", "scan", "exists", "del"),
     channels=True,
 ).combined_with(_DASHBOARD)  # fmt: skip
 _SENTINEL = Role(

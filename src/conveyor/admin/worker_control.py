@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
-from time import monotonic
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
 from conveyor.admin.views import WorkerInfo, instant, instant_or_none
@@ -13,12 +13,14 @@ from conveyor.errors import WorkerNotFound
 from conveyor.ids import logical, public
 from conveyor.store import worker_commands
 from conveyor.store.inspection import DAMAGED
-from conveyor.store.transport.wakeup import WakeupWaiter
-from conveyor.store.worker_commands import Action, LeasedRow
+from conveyor.store.worker_commands import Action, LeasedRow, WorkerCommand
 
 if TYPE_CHECKING:
     from conveyor.store.client.client import Client
     from conveyor.store.keys import QueueKeys
+
+LOOK_EVERY = 0.03
+"""Seconds between two looks for the answer of a worker, which comes within milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,20 +132,18 @@ def command(client: Client, members: list[tuple[QueueKeys, str]], name: str, act
     for keys, identity in members:
         order = worker_commands.new_command(keys, action)
         if client.run(worker_commands.send(keys, identity, order)):
-            return _answer(client, keys, order.answer, name, action, seconds)
+            return _answer(client, order, name, seconds)
     raise WorkerNotFound(name, [])
 
 
-def _answer(client: Client, keys: QueueKeys, key: str, name: str, action: Action, seconds: float) -> str:
-    waiter, deadline = WakeupWaiter(client.endpoint(keys)), monotonic() + seconds
-    try:
-        while (left := deadline - monotonic()) > 0:
-            data = waiter.wait_value(key, left)
-            if data is not None:
-                return data.decode(errors="replace")
-    finally:
-        waiter.end()
+def _answer(client: Client, order: WorkerCommand, name: str, seconds: float) -> str:
+    deadline = monotonic() + seconds
+    while monotonic() < deadline:
+        data = client.run(worker_commands.read_answer(order))
+        if data is not None:
+            return data.decode(errors="replace")
+        sleep(LOOK_EVERY)
     raise TimeoutError(
-        f"Worker {name} has not answered to {action!r} within {seconds:g} s. The command stays for it for a minute. Is its "
+        f"Worker {name} has not answered to {order.action!r} within {seconds:g} s. The command stays for it for a minute. Is its "
         "event loop blocked, or the process stopped? Its log says which job blocks it, with the stack (E11)."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
 
@@ -58,6 +59,10 @@ _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
     "--grace", default="30s", show_default=True, envvar="CONVEYOR_GRACE",
     help="How long running jobs may continue after a stop.",
 )  # fmt: skip
+@click.option(
+    "--health-port", metavar="[HOST:]PORT", envvar="CONVEYOR_HEALTH_PORT",
+    help="Serve /livez, /readyz, /metrics and details at / on this port.  [default: none]",
+)  # fmt: skip
 @click.option("--allow-eviction", is_flag=True, help="Start although Redis may delete jobs when its memory is full.")
 @shared_option("--url")
 @shared_option("--namespace", help="Must match the app's namespace.  [env: CONVEYOR_NAMESPACE]")
@@ -66,7 +71,7 @@ _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
 def worker(
     ctx: click.Context, app_name: str | None, app_option: str | None, include: tuple[str, ...], queues: tuple[str, ...],
     concurrency: int, threads: int, processes: int, max_jobs: int | None, max_memory: str | None, burst: bool, grace: str,
-    allow_eviction: bool, url: str | None, namespace: str | None,
+    allow_eviction: bool, url: str | None, namespace: str | None, health_port: str | None,
 ) -> int:  # fmt: skip
     """
     Run the jobs of an app until it is stopped.
@@ -84,15 +89,24 @@ def worker(
     _warn_of_unused_queues(out, app, chosen)
     seconds = parse_seconds(grace, name="--grace")
     _check_server(out, app, list(chosen), allow_eviction=allow_eviction)
-    from conveyor.worker.supervision import supervisor
+    from conveyor.worker.supervision import health, supervisor
 
     verbose = bool(ctx.obj and ctx.obj["verbose"])
     return int(
         supervisor.run(
             name, queues=chosen, concurrency=concurrency, threads=threads, processes=processes, burst=burst,
             grace=seconds, max_jobs=max_jobs, max_memory=_parse_size(max_memory), verbose=verbose,
+            health=None if health_port is None else health.bind(health_port), metrics=_metrics(app),
         )
     )  # fmt: skip
+
+
+def _metrics(app: Any) -> Callable[[], str] | None:
+    """Return what makes the text of `/metrics`; None where this version has none."""
+    from conveyor.admin.admin import Admin
+
+    text: Callable[[], str] | None = getattr(Admin(app.client), "metrics_text", None)
+    return text
 
 
 def _parse_size(given: str | None) -> int | None:

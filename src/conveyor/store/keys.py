@@ -88,7 +88,7 @@ class QueueKeys:
         return f"{self.prefix}wake:{worker}"
 
     def answer(self, command: str) -> str:
-        """Return the key of the list that gets the answer to one command to a worker."""
+        """Return the key of the answer to one command to a worker."""
         return f"{self.prefix}answer:{command}"
 
     def tag(self, tag: str) -> str:

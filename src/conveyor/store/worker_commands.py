@@ -1,7 +1,7 @@
 """
 Commands to a worker: quiet, stop, stack.
 
-A command travels as an element of the list on which the worker blocks anyway, and is answered in a list of its own. It is
+A command travels as an element of the list on which the worker blocks anyway, and is answered in a key of its own. It is
 data: a worker knows three of them, and runs nothing that it reads.
 """
 
@@ -14,10 +14,14 @@ import msgspec
 from conveyor.ids import new_identity
 from conveyor.payload.records import read_leniently
 from conveyor.store.keys import QueueKeys
-from conveyor.store.script import Call, Script
+from conveyor.store.script import Call, Command, Script
 
-COMMAND_WORKER, ANSWER_COMMAND = Script("command_worker"), Script("answer_command")
-DESCRIBE_WORKER, LEASED_JOBS = Script("describe_worker"), Script("leased_jobs")
+COMMAND_WORKER, DESCRIBE_WORKER, LEASED_JOBS = (
+    Script("command_worker"), Script("describe_worker"), Script("leased_jobs"),
+)  # fmt: skip
+SET, GET = Script("SET"), Script("GET")
+ANSWER_MS = 60_000
+"""For how long an answer is kept, in ms."""
 MOST_STACK = 256 * 1024
 """Bytes of the stacks that a worker sends, at most."""
 
@@ -26,7 +30,7 @@ ACTIONS: tuple[Action, ...] = get_args(Action)
 
 
 class WorkerCommand(msgspec.Struct, frozen=True, rename={"action": "do"}):
-    """One command, and the key of the list that gets the answer."""
+    """One command, and the key that gets the answer."""
 
     action: Action
     answer: str
@@ -67,7 +71,12 @@ def send(keys: QueueKeys, worker: str, command: WorkerCommand) -> Call[bool]:
 
 def answer(command: WorkerCommand, text: bytes) -> Call[Any]:
     """Return the call that answers a command."""
-    return Call(ANSWER_COMMAND, (command.answer,), (text,), bool)
+    return Command(SET, (command.answer,), (text, "PX", str(ANSWER_MS)), bool)
+
+
+def read_answer(command: WorkerCommand) -> Call[bytes | None]:
+    """Return the call that reads the answer to a command; it yields None before there is one."""
+    return Command(GET, (command.answer,), (), lambda reply: reply)
 
 
 def describe(keys: QueueKeys, worker: str, about: bytes) -> Call[bool]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import Any
 
+    from conveyor.worker.leasing.membership import LeaseHolder
     from conveyor.worker.leasing.queue_consumer import QueueConsumer
 
 log = logging.getLogger("conveyor.worker")
@@ -61,7 +62,7 @@ def _frames_of(task: asyncio.Task[Any]) -> Iterator[FrameType]:
         awaited = stepped or getattr(awaited, "gi_yieldfrom" if kind == "gi" else f"{kind}_await")
 
 
-async def send_answer(consumer: QueueConsumer, command: WorkerCommand, text: str) -> None:
+async def send_answer(consumer: LeaseHolder, command: WorkerCommand, text: str) -> None:
     """Send the answer to a command that came through a queue of *consumer*."""
     try:
         call = worker_commands.answer(command, text.encode(errors="replace"))

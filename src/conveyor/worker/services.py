@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from conveyor.worker.execution.executor import Executor
     from conveyor.worker.job_loader import JobLoader
     from conveyor.worker.leasing.capacity import Capacity, LeasingQueue
-    from conveyor.worker.leasing.queue_consumer import QueueConsumer
+    from conveyor.worker.leasing.membership import LeaseHolder
     from conveyor.worker.lifecycle import Lifecycle
     from conveyor.worker.settlement import SettlementWriter
     from conveyor.worker.shared_memory import ChildSlot
@@ -41,7 +41,7 @@ class WorkerServices:
     """Waits for work of a consumer, and of others that nothing waits for."""
     after_turn: Callable[[], None]
     """Called after each turn, when its reply was taken in."""
-    carry_out: Callable[[QueueConsumer, WorkerCommand], None]
+    carry_out: Callable[[LeaseHolder, WorkerCommand], None]
     """Carries out a command that a person sent to the worker."""
     fail: Callable[[BaseException], None]
     """Ends the worker with an error."""

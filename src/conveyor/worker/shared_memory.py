@@ -24,7 +24,7 @@ from conveyor.errors import ConfigurationError
 from conveyor.store.keys import QueueKeys
 from conveyor.worker.crash_attribution import CELLS, RunningSnapshot, RunningTable
 
-_TICK, _RETIRING, _EPOCH, _JOB_MARK, _JOB_SIZE, _FINISHED, _AWAIT, _RENEWALS = 0, 1, 2, 3, 4, 5, 6, 16
+_TICK, _RETIRING, _EPOCH, _JOB_MARK, _JOB_SIZE, _FINISHED, _AWAIT, _QUIET, _RENEWALS = 0, 1, 2, 3, 4, 5, 6, 7, 16
 _RENEWAL_CELLS = 256
 _CELL_BYTES = 4096
 _JOB_ROOM = 4096
@@ -210,6 +210,15 @@ class ChildSlot:
     @retiring.setter
     def retiring(self, value: bool) -> None:
         self._cells[_RETIRING] = int(value)
+
+    @property
+    def quiet(self) -> bool:
+        """Whether the child takes no new jobs, by a signal or a command."""
+        return self._cells[_QUIET] == 1
+
+    @quiet.setter
+    def quiet(self, value: bool) -> None:
+        self._cells[_QUIET] = int(value)
 
     @property
     def await_until(self) -> float:

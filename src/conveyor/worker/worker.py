@@ -29,7 +29,7 @@ from conveyor.worker.execution.processes import ProcessPool, module_of
 from conveyor.worker.job_loader import JobLoader
 from conveyor.worker.leasing.capacity import Capacity, PartitionGroup
 from conveyor.worker.leasing.heartbeat import Watchdog
-from conveyor.worker.leasing.membership import partition_keys, queue_weights
+from conveyor.worker.leasing.membership import LeaseHolder, partition_keys, queue_weights
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.leasing.wakeup import WorkerConnections
 from conveyor.worker.lifecycle import Lifecycle
@@ -238,7 +238,7 @@ class Worker:
         self.lifecycle.stopping = True
         self._note_state()
 
-    def carry_out(self, consumer: QueueConsumer, command: WorkerCommand) -> None:
+    def carry_out(self, consumer: LeaseHolder, command: WorkerCommand) -> None:
         """Carry out a person's command that came through a queue of *consumer*, and answer it."""
         log.info("worker %s: %s was asked for by a command", self.name, command.action)
         answer = "ok"
@@ -253,7 +253,9 @@ class Worker:
             self.stop()
 
     def _note_state(self) -> None:
-        """Have Redis show that this worker is quiet or stopping, once it is registered."""
+        """Have the supervisor know, and Redis show, that this worker is quiet or stopping; Redis once it is registered."""
+        if self._slot is not None:
+            self._slot.quiet = True
         if self.ready.is_set():
             weights = {one: one.group.weight / one.keys.partitions for one in self.consumers}
             about = {one: self._describe(weight) for one, weight in weights.items()}

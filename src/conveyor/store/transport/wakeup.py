@@ -36,11 +36,6 @@ class WakeupWaiter:
         """Wait for a token in any of *keys* and take it; return its key, None as False in `wait`."""
         return _which(self._block(("BLPOP", *keys, _timeout(seconds)), seconds))
 
-    def wait_value(self, key: str, seconds: float) -> bytes | None:
-        """Wait for an element of *key*, take it and return it; None as False in `wait`."""
-        reply = self._block(("BLPOP", key, _timeout(seconds)), seconds)
-        return None if reply is None else bytes(reply[1])
-
     def wait_and_move(self, source: str, target: str, seconds: float) -> bool:
         """Wait for an entry of *source* and move it to the tail of *target*; False as in `wait`. Raises QueueFull."""
         return self._block(("BLMOVE", source, target, "LEFT", "RIGHT", _timeout(seconds)), seconds) is not None

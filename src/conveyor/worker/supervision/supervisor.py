@@ -15,7 +15,7 @@ import sys
 from collections import deque
 from time import monotonic
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -27,7 +27,11 @@ from conveyor.worker.recycling import megabytes
 from conveyor.worker.shared_memory import ChildInfo, ChildSpec, SharedMemory
 from conveyor.worker.supervision.child_main import IMPORT_FAILED, MARGIN, RECYCLE, STOPPED
 from conveyor.worker.supervision.child_process import NO_STACK, STALLED, ChildProcess
+from conveyor.worker.supervision.health import ChildFacts, HealthServer, WorkerFacts, age
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 FAILED_STARTS = 5
 """Starts that fail one after another before the supervisor gives up."""
@@ -49,14 +53,23 @@ def run(
     max_memory: int | None = None,
     verbose: bool = False,
     python: str = sys.executable,
+    health: socket.socket | None = None,
+    metrics: Callable[[], str] | None = None,
 ) -> int:
-    """Run worker processes for ``module:attribute`` until a signal (with *burst* until all is drained); return the exit code."""
+    """
+    Run worker processes for ``module:attribute`` until a signal (with *burst* until all is drained); return the exit code.
+
+    *health*: a bound socket for the health endpoints, *metrics*: what returns the text of one of them.
+    """
     configure_log(verbose=verbose)
     spec = ChildSpec(
         app_reference, queues, concurrency, threads, burst=burst, grace=grace, verbose=verbose, path=tuple(sys.path),
         max_jobs=max_jobs, max_memory=max_memory,
     )  # fmt: skip
-    return Supervisor(spec, processes=processes, python=python).run()
+    supervisor = Supervisor(spec, processes=processes, python=python)
+    if health is not None:
+        LOG.info("  health     %s", HealthServer(health, supervisor.facts, metrics).address)
+    return supervisor.run()
 
 
 class Supervisor:
@@ -121,6 +134,18 @@ class Supervisor:
             wakes.close()
             for descriptor in self._alive_pipe:
                 os.close(descriptor)
+
+    def facts(self) -> WorkerFacts:
+        """Return what is known of the worker now; any thread may ask."""
+        state = "stopping" if self._stop_at is not None else "quiet" if self._spec.quiet else "running"
+        children = [one for one in list(self._children) if one.is_up]
+        return WorkerFacts(
+            self._spec.app,
+            installed_version(),
+            state,
+            monotonic() - self._checked_at,
+            [_facts_of(one) for one in children],
+        )
 
     # -- signals --------------------------------------------------------------------------------------------------
 
@@ -343,6 +368,15 @@ def banner(info: ChildInfo, spec: ChildSpec, processes: int) -> list[str]:
         f"  processes  {processes}, each with {spec.concurrency} jobs at a time and {spec.threads} threads",
         *([f"  replaced   after {' or '.join(limits)}"] if limits else []),
     ]
+
+
+def _facts_of(child: ChildProcess) -> ChildFacts:
+    slot = child.slot
+    leases = [one for one in slot.identities() if one.current]
+    lease = min((one.lease_ms for one in leases), default=0) / 1000
+    turned = min((one.renewed for one in leases), default=0.0)
+    takes = not (slot.retiring or slot.quiet)
+    return ChildFacts(child.number, child.pid, age(slot.last_tick), age(turned), lease, takes, slot.job())
 
 
 def _in_job(child: ChildProcess) -> str:
