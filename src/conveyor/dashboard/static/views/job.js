@@ -1,0 +1,136 @@
+// One job: why it waits or how it ended, its path and attempts, its error, arguments, logs and everything else that is known.
+import { Act, Answer, Card, Dialog, Elapsed, Empty, Head, Icon, Meter, State, Tabs, Time, api, attempt, confirm, copy, go, href, html, jobHref, jobsHref, may, ms, num, percent, queueHref, span, term, toast, useEffect, useLive, useQuery, useRef, useState, Flags } from "../app.js";
+import { StateDiagram, Timeline } from "../parts/graph.js";
+import { Causes } from "./queues.js";
+import { JsonText, Traceback, pretty } from "../parts/text.js";
+
+const BUTTONS = [
+  ["retry", "Retry", "retry_jobs", "primary"], ["promote", "Run now", "edit_jobs", ""], ["cancel", "Cancel", "cancel_jobs", ""],
+  ["rerun", "Run again", "enqueue_jobs", ""], ["delete", "Delete", "delete_jobs", "danger"],
+];
+const SAID = { retried: "The job is ready again.", promoted: "The job is ready now.", cancelled: "The job is cancelled.", asked: "The worker was asked to stop the job.", deleted: "The job is deleted." };
+const WAITING = ["position", "scheduled", "running", "ended", "rerun", "parent"];
+
+async function act(name, id) {
+  if (name === "delete" && !(await confirm("Delete the job?", "It is deleted with its arguments and errors. This cannot be undone.", "Delete it"))) return;
+  const { results: [one] } = await api.post("jobs/actions", { action: name, ids: [id] });
+  if (one.outcome === "refused" || one.outcome === "not found") throw new Error(one.detail || `Not changed: ${one.outcome}.`);
+  const made = name === "rerun" && (one.id !== id ? one.id : /^\S+$/.test(one.detail ?? "") && one.detail);
+  if (made) { toast("A new job with the same arguments is enqueued."); go(jobHref(made)); return; }
+  toast(SAID[one.outcome] ?? one.detail ?? one.outcome);
+  if (name === "delete") go(href("jobs"));
+}
+
+/** A dialog that changes a job that waits: its time, priority or arguments. */
+function Update({ job, onClose, again }) {
+  const [delay, setDelay] = useState("");
+  const [priority, setPriority] = useState(String(job.priority));
+  const [args, setArgs] = useState(job.payload ? pretty(job.payload) : "");
+  const send = async (event) => {
+    event.preventDefault();
+    const parts = [];
+    if (delay.trim()) parts.push(`"delay": ${JSON.stringify(delay.trim())}`);
+    if (Number(priority) !== job.priority) parts.push(`"priority": ${Number(priority)}`);
+    if (job.payload && args !== pretty(job.payload)) {
+      try { JSON.parse(args); } catch (error) { toast(`The arguments are no JSON: ${error.message}`, { error: true }); return; }
+      parts.push(`"args": ${args}`);
+    }
+    if (!parts.length) { onClose(); return; }
+    if (await attempt(() => api.post("jobs/update", `{"id": ${JSON.stringify(job.id)}, "changes": {${parts.join(", ")}}}`), "The job is changed.")) { again(); onClose(); }
+  };
+  return html`<${Dialog} label="Change the job" onClose=${onClose}><form class="stack" onSubmit=${send}><h2>Change the job</h2>
+    <label class="field"><span>Start in (10m, 2h, 1d; empty: as it is)</span><input value=${delay} onInput=${(e) => setDelay(e.target.value)} /></label>
+    <label class="field"><span>Priority, 0 to 9, higher first</span><input type="number" min="0" max="9" value=${priority} onInput=${(e) => setPriority(e.target.value)} /></label>
+    ${job.payload && html`<label class="field"><span>Arguments, JSON</span><textarea spellcheck=${false} value=${args} onInput=${(e) => setArgs(e.target.value)}></textarea></label>`}
+    <div class="ends"><button type="button" onClick=${onClose}>Back</button><button class="primary" type="submit">Change it</button></div></form><//>`;
+}
+
+/** A dialog that enqueues the same task with arguments that can be edited. */
+function Duplicate({ job, onClose }) {
+  const [args, setArgs] = useState(pretty(job.payload));
+  const send = async (event) => {
+    event.preventDefault();
+    try { JSON.parse(args); } catch (error) { toast(`The arguments are no JSON: ${error.message}`, { error: true }); return; }
+    await attempt(async () => {
+      const { id } = await api.post("enqueue", `{"task": ${JSON.stringify(job.task)}, "queue": ${JSON.stringify(job.queue)}, "kwargs": ${args}}`);
+      onClose();
+      go(jobHref(id));
+    }, "A new job is enqueued.");
+  };
+  return html`<${Dialog} label="Enqueue a copy" onClose=${onClose}><form class="stack" onSubmit=${send}><h2>Enqueue a copy of ${job.task}</h2>
+    <label class="field"><span>Arguments, JSON</span><textarea data-focus="" spellcheck=${false} value=${args} onInput=${(e) => setArgs(e.target.value)}></textarea></label>
+    <div class="ends"><button type="button" onClick=${onClose}>Back</button><button class="primary" type="submit">Enqueue</button></div></form><//>`;
+}
+
+function Logs({ lines }) {
+  const box = useRef(null);
+  useEffect(() => { box.current.scrollTop = box.current.scrollHeight; }, [lines.length]);
+  return html`<div class="log" ref=${box} tabindex="0" role="log" aria-label="Log lines">${lines.map((line) => html`<div class=${String(line.level).toLowerCase()}><time datetime=${line.at}>${new Date(ms(line.at)).toISOString().slice(11, 23)}</time>${line.level !== "INFO" ? `${line.level} ` : ""}${line.text ?? line.message}</div>`)}</div>`;
+}
+
+function Facts({ job, doc }) {
+  const facts = [
+    ["Id", html`<span class="mono">${job.id}</span> <button class="plain icon small" aria-label="Copy the id" onClick=${() => copy(job.id)}><${Icon} name="copy" size=${13} /></button>`],
+    ["Queue", html`<a href=${queueHref(job.queue)}>${job.queue}</a>`],
+    job.task && ["Task", html`<a href=${jobsHref(term("task", job.task))}>${job.task}</a>`],
+    ["Enqueued", html`<${Time} at=${job.enqueued} />`],
+    job.due && ["Due", html`<${Time} at=${job.due} />`],
+    job.leased_at && ["Running", html`for <${Elapsed} since=${job.leased_at} />`],
+    job.ended && ["Ended", html`<${Time} at=${job.ended} />`],
+    job.ran_ms != null && ["Ran", span(job.ran_ms)],
+    job.expires && ["Expires", html`<${Time} at=${job.expires} />`],
+    ["Attempts", `${num(job.attempt)}${job.failures ? `, ${num(job.failures)} failed` : ""}${job.crashes ? `, ${num(job.crashes)} crashed` : ""}`],
+    ["Priority", num(job.priority)],
+    job.worker && ["Worker", job.host && job.pid ? `${job.host}:${job.pid}` : job.worker],
+    job.timeout_ms && ["Timeout", span(job.timeout_ms)],
+    job.group && ["Group", html`<a href=${href("limits")}>${job.group}</a>`],
+    job.unique && ["Unique key", html`<span class="mono">${job.unique}</span>`],
+    job.limits?.length > 0 && ["Limits", html`<a href=${href("limits")}>${job.limits.join(", ")}</a>`],
+    job.tags?.length > 0 && ["Tags", job.tags.map((tag) => html`<a class="tag" href=${jobsHref(term("tag", tag))}>${tag}</a> `)],
+    job.reason && ["Reason", job.reason],
+    ...Object.entries(job.headers ?? {}).map(([name, value]) => [name, html`<span class="mono">${value}</span>`]),
+  ].filter(Boolean);
+  return html`<${Card} title="Facts"><dl class="facts">${facts.map(([name, value]) => html`<dt>${name}</dt><dd>${value}</dd>`)}</dl>${doc.copy && html`<div class="row" style=${{ marginTop: "16px" }}>${doc.copy.python && html`<button class="small" onClick=${() => copy(doc.copy.python)}>Copy as Python</button>`}${doc.copy.command && html`<button class="small" onClick=${() => copy(doc.copy.command)}>Copy as command</button>`}</div>`}<//>`;
+}
+
+function Attempts({ doc }) {
+  const [at, setAt] = useState(null);
+  const errors = doc.job.errors ?? [];
+  const shown = errors[at ?? errors.length - 1];
+  return html`${doc.attempts?.length > 0 && html`<${Card} title="Attempts"><${Timeline} attempts=${doc.attempts} /><//>`}
+    ${shown && html`<${Card} title=${errors.length > 1 ? "Errors" : "Error"} side=${errors.length > 1 && html`<${Tabs} label="Attempt" options=${errors.slice(-8).map((error) => [errors.indexOf(error), String(error.attempt)])} value=${at ?? errors.length - 1} onChoose=${setAt} />`}>
+      <div class="stack"><p class="small muted">Attempt ${num(shown.attempt)}, <${Time} at=${shown.at} />${shown.worker ? html` on ${shown.worker}` : ""}. <a href=${jobsHref(`state:dead ${term("error", shown.type)}${doc.job.task ? ` ${term("task", doc.job.task)}` : ""}`)}>Jobs that failed alike</a></p><${Traceback} error=${shown} /></div><//>`}`;
+}
+
+function Job({ route }) {
+  const id = route.arg;
+  const answer = useQuery(`job?id=${encodeURIComponent(id)}`, { every: 900 });
+  const [dialog, setDialog] = useState("");
+  const flags = (useLive()?.flags ?? []).filter((flag) => flag.links?.some((link) => link.page === "job" && link.id === id));
+  const job = answer.data?.job;
+  const can = answer.data?.actions ?? [];
+  const title = job ? job.task || (job.task === "" ? "Message" : "Job") : "Job";
+  return html`<${Head} title=${title} crumb=${html`<a href=${href("jobs")}>Jobs</a>${job && html` / <a href=${queueHref(job.queue)}>${job.queue}</a>`}`} sub=${job && html`<${State} value=${job.state} /> <span class="mono">${job.id}</span>`}>
+      ${BUTTONS.filter(([name]) => can.includes(name)).map(([name, word, permission, kind]) => html`<${Act} action=${permission} kind=${kind} again=${answer.again} run=${() => act(name, id)}>${word}<//>`)}
+      ${can.includes("update") && html`<button disabled=${!may("edit_jobs")} onClick=${() => setDialog("update")}>Change …</button>`}
+      ${job?.task && job.payload && html`<button disabled=${!may("enqueue_jobs")} onClick=${() => setDialog("duplicate")}>Copy …</button>`}<//>
+    ${answer.error?.status === 404 ? html`<${Card}><${Empty} title="No such job">${answer.error.message}<//><//>` : html`<${Answer} of=${answer}>${(doc) => html`
+      ${flags.length > 0 && html`<${Flags} list=${flags} />`}
+      ${doc.why && html`<section class="card" aria-label="Why"><div class="why" data-state=${WAITING.includes(doc.why.kind) ? (doc.why.kind === "ended" ? job.state : "leased") : "warning"}>${doc.why.sentence}${(doc.why.links ?? []).length > 0 && html` <span class="small">${doc.why.links.map((link) => html`<a href=${link.page === "queue" ? queueHref(link.name) : link.page === "job" ? jobHref(link.id) : href("limits")}>${link.name ?? link.id}</a> `)}</span>`}</div>${doc.why.also?.length > 0 && html`<div class="notices"><${Causes} list=${doc.why.also} /></div>`}</section>`}
+      ${doc.progress && html`<${Card} title="Progress" side=${html`<span class="muted">${doc.progress.total ? percent(doc.progress.done, doc.progress.total) : ""}</span>`}><div class="stack"><${Meter} used=${doc.progress.done} most=${doc.progress.total} /><span class="small muted">${num(doc.progress.done)}${doc.progress.total ? ` of ${num(doc.progress.total)}` : ""}${doc.progress.text ? ` · ${doc.progress.text}` : ""}</span></div><//>`}
+      <div class="grid-main"><div class="page">
+        <${Card} title="Path"><div class="scroll" tabindex="0" role="group" aria-label="Path"><${StateDiagram} path=${doc.path ?? [job.state]} /></div><//>
+        <${Attempts} doc=${doc} />
+        <${Card} title=${job.task === "" ? "Body" : "Arguments"}>${job.payload != null ? html`<${JsonText} label="Arguments" text=${job.payload} size=${job.payload_size} />` : html`<p class="muted">${job.hidden ? "Hidden from your role." : "Not kept."}</p>`}<//>
+        ${job.result != null && html`<${Card} title="Result"><${JsonText} label="Result" text=${job.result} size=${job.result_size} /><//>`}
+        ${doc.logs?.length > 0 && html`<${Card} title="Log"><${Logs} lines=${doc.logs} /><//>`}
+      </div><div class="page">
+        <${Facts} job=${job} doc=${doc} />
+        ${doc.notes && Object.keys(doc.notes).length > 0 && html`<${Card} title="Notes"><dl class="facts">${Object.entries(doc.notes).map(([name, value]) => html`<dt>${name}</dt><dd class="mono">${typeof value === "string" ? value : JSON.stringify(value)}</dd>`)}</dl><//>`}
+        ${doc.history?.length > 0 && html`<${Card} title="History"><dl class="facts">${[...doc.history].reverse().map((entry) => html`<dt><${Time} at=${entry.at} /></dt><dd>${entry.state}${entry.reason ? `: ${entry.reason}` : ""}${entry.by ? html` <span class="muted">by ${entry.by}</span>` : ""}${entry.worker ? html` <span class="muted">${entry.worker}</span>` : ""}</dd>`)}</dl><//>`}
+      </div></div>
+      ${dialog === "update" && html`<${Update} job=${job} again=${answer.again} onClose=${() => setDialog("")} />`}
+      ${dialog === "duplicate" && html`<${Duplicate} job=${job} onClose=${() => setDialog("")} />`}`}<//>`}`;
+}
+
+export const pages = { job: Job };

@@ -1,0 +1,172 @@
+"""The pages of the dashboard in a real browser: drawn without a complaint, readable, usable by keys, and closed to scripts."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.browser import open_browser, open_page, violations
+from support.sample_dashboard import POLICY, STATIC, SampleDashboard
+from support.xss_strings import STRINGS
+
+DEAD, WAITS = "mail:01JDSAMPLE0000000000000007", "reports:01JDSAMPLE0000000000000042"
+PAGES = {
+    "overview": "", "queues": "queues", "queue": "queue?name=mail", "jobs": "jobs?filter=state%3Adead", "job": f"job?id={DEAD}",
+    "waiting-job": f"job?id={WAITS}", "failures": "failures", "schedules": "schedules", "workers": "workers", "limits": "limits",
+    "topics": "topics", "redis": "redis", "audit": "audit",
+}  # fmt: skip
+PICTURES = Path(__file__).parents[2] / "docs" / "images" if os.environ.get("CONVEYOR_PICTURES") else None
+"""With CONVEYOR_PICTURES set the tests write the pictures of the documentation."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with open_browser() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def sample() -> Iterator[SampleDashboard]:
+    with SampleDashboard(prefix="/ops/jobs/") as one:
+        yield one
+
+
+def visit(page: Any, url: str) -> None:
+    """Open *url* and wait until nothing is being loaded any more on it."""
+    page.goto(url)
+    page.wait_for_selector("main h1")
+    page.wait_for_selector(".live.live", state="attached")
+    page.wait_for_selector(".loading", state="detached")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_whole_in_both_themes_and_on_a_phone(browser: Any, sample: SampleDashboard, name: str) -> None:
+    """Each page below a path prefix: no complaint of the browser, nothing that axe finds, and nothing wider than a phone."""
+    with open_page(browser) as page:
+        visit(page, sample.url + PAGES[name])
+        assert page.title().endswith("· Conveyor")
+        assert violations(page) == []
+        picture(page, name, "light")
+        page.emulate_media(color_scheme="dark")
+        assert violations(page, "color-contrast") == []
+        picture(page, name, "dark")
+        page.set_viewport_size({"width": 390, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
+
+
+def picture(page: Any, name: str, theme: str) -> None:
+    """Write the page as a picture of the documentation, where it is one and pictures are wanted."""
+    if PICTURES and (name in {"overview", "job", "failures"}) and (theme == "light" or name == "overview"):
+        page.screenshot(path=PICTURES / f"dashboard-{name}-{theme}.png")
+
+
+def test_the_first_view_is_five_requests(browser: Any, sample: SampleDashboard) -> None:
+    """Five requests draw the overview with its charts: the page, its style, two modules and the stream."""
+    with open_page(browser) as page:
+        asked: list[str] = []
+        page.on(
+            "request",
+            lambda request: request.url.startswith("http") and asked.append(request.url.removeprefix(sample.url)),
+        )
+        visit(page, sample.url)
+        page.wait_for_selector(".chart rect")
+        assert len(asked) <= 5, asked
+
+
+def test_no_text_of_a_user_is_ever_run(browser: Any, rounds: Callable[[int, int], int]) -> None:
+    """Texts that would run a script stay text in the fields of every page; with --full each of two hundred in each field."""
+    count = rounds(len(STRINGS), 1)
+    for first in range(count):
+        with SampleDashboard(texts=STRINGS[first:] + STRINGS[:first]) as sample, open_page(browser) as page:
+            for path in PAGES.values():
+                visit(page, sample.url + path)
+                assert not page.evaluate("window.ran"), path
+                bad = "[...document.querySelectorAll('a[href]')].filter(a => a.protocol !== 'http:').length"
+                assert page.evaluate(bad) == 0, path
+                assert page.locator("main :is(script, img, iframe, object)").count() == 0
+
+
+def test_keys_go_everywhere(browser: Any, sample: SampleDashboard) -> None:
+    """Letters open pages, a slash the search, a question mark the help, and Ctrl-K goes to a queue by its name."""
+    with open_page(browser) as page:
+        visit(page, sample.url)
+        page.keyboard.press("w")
+        page.wait_for_selector("h1:text('Workers')")
+        page.keyboard.press("/")
+        page.keyboard.type("state:ready")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("h1:text('Jobs')")
+        assert page.input_value("#filter") == "state:ready"
+        page.locator("main").focus()
+        page.keyboard.press("?")
+        page.wait_for_selector("dialog h2:text('Keys')")
+        assert violations(page) == []
+        page.keyboard.press("Escape")
+        page.wait_for_selector("dialog", state="detached")
+        page.keyboard.press("Control+k")
+        page.wait_for_selector(".palette input")
+        page.keyboard.type("web")
+        assert violations(page) == []
+        page.keyboard.press("Enter")
+        page.wait_for_selector("h1:text('webhooks')")
+
+
+def test_arguments_keep_every_digit(browser: Any, sample: SampleDashboard) -> None:
+    """An integer beyond 2^53 is shown, and sent again, as it is stored."""
+    with open_page(browser) as page:
+        visit(page, sample.url + PAGES["job"])
+        assert "9007199254740993" in page.inner_text("pre[aria-label=Arguments]")
+        with page.expect_request(lambda request: request.url.endswith("api/v1/enqueue")) as sent:
+            page.click("button:text('Copy …')")
+            page.click("dialog button:text('Enqueue')")
+        assert '"user": 9007199254740993,' in sent.value.post_data
+        page.wait_for_url("**/job?id=*0001")
+
+
+def test_a_choice_stays_while_the_list_lives(browser: Any, sample: SampleDashboard) -> None:
+    """A box that is ticked stays ticked while snapshots come in; an action on it says how many jobs it changed."""
+    with open_page(browser) as page:
+        visit(page, sample.url + PAGES["jobs"])
+        page.check("tbody tr:nth-child(2) input[type=checkbox]")
+        with page.expect_request(lambda request: "jobs/counts" in request.url):
+            page.mouse.move(0, 0)
+        assert page.is_checked("tbody tr:nth-child(2) input[type=checkbox]")
+        assert violations(page) == []
+        page.click(".bar button:text-is('Retry')")
+        page.wait_for_selector(".toast:has-text('1 jobs are ready again.')")
+        assert (
+            sample.posted[-1][1]["ids"] == ["mail:01JDSAMPLE0000000000000002"] or len(sample.posted[-1][1]["ids"]) == 1
+        )
+
+
+def test_what_was_seen_stays_when_the_server_goes(browser: Any) -> None:
+    """Without an answer the page says so, and keeps the numbers of the last answer."""
+    with open_page(browser, quiet=False) as page:
+        with SampleDashboard() as sample:
+            visit(page, sample.url)
+        page.wait_for_selector("[role=alert]:has-text('does not answer')")
+        assert page.inner_text(".tile >> nth=4 >> .value") == "132"
+
+
+def test_files_are_small_and_their_own() -> None:
+    """All code and style is at most 70 kB compressed, asks no other host, runs no text, and vendored files are as they were."""
+    files = [path for path in sorted(STATIC.rglob("*")) if path.suffix in {".js", ".css", ".html"}]
+    assert sum(len(gzip.compress(path.read_bytes(), 9)) for path in files) <= 70_000
+    own = "".join(path.read_text() for path in files if path.parent.name != "vendor")
+    assert set(re.findall(r"https?://[\w.]+", own)) <= {"http://www.w3.org"}
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|dangerouslySet", own
+    )
+    assert "unsafe" not in POLICY
+    lines = (STATIC / "vendor" / "SOURCES").read_text().splitlines()
+    sums = {name: digest for name, digest, *_ in (line.split() for line in lines if not line.startswith("#"))}
+    assert sums == {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (STATIC / "vendor").glob("*.js")
+    }
