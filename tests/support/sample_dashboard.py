@@ -372,7 +372,7 @@ class SampleDashboard:
         self._texts = itertools.cycle(texts) if texts else None
         self.asked: list[str] = []
         self.closed = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"sample": self}))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}{prefix}"
 
@@ -393,79 +393,75 @@ class SampleDashboard:
         found = route(values)
         return found if self._texts is None or path == "session" else fill(found, self._texts)
 
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        sample = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    sample: SampleDashboard
 
-            def log_message(self, *_: object) -> None:
-                pass
+    def log_message(self, *_: object) -> None:
+        pass
 
-            def do_GET(self) -> None:
-                parts = urlsplit(self.path)
-                path = parts.path.removeprefix(sample.prefix)
-                sample.asked.append(path)
-                if path == "api/v1/stream":
-                    self._stream()
-                elif path.startswith("api/v1/"):
-                    found = sample.answer(path.removeprefix("api/v1/"), dict(parse_qsl(parts.query)))
-                    if found is None:
-                        self._send(
-                            404, json.dumps({"error": {"code": "E23", "message": f"No {path}."}}), "application/json"
-                        )
-                    else:
-                        self._send(200, json.dumps(found), "application/json")
-                elif path.startswith("static/"):
-                    file = STATIC / path.removeprefix("static/")
-                    self._send(200, file.read_text(), KINDS[file.suffix]) if file.is_file() else self._send(
-                        404, "", "text/plain"
-                    )
-                else:
-                    page = (STATIC / "index.html").read_text().replace("{{base}}", escape(sample.prefix))
-                    self._send(200, page, KINDS[".html"])
+    def do_GET(self) -> None:
+        parts = urlsplit(self.path)
+        path = parts.path.removeprefix(self.sample.prefix)
+        self.sample.asked.append(path)
+        if path == "api/v1/stream":
+            self._stream()
+        elif path.startswith("api/v1/"):
+            found = self.sample.answer(path.removeprefix("api/v1/"), dict(parse_qsl(parts.query)))
+            if found is None:
+                self._send(404, json.dumps({"error": {"code": "E23", "message": f"No {path}."}}), "application/json")
+            else:
+                self._send(200, json.dumps(found), "application/json")
+        elif path.startswith("static/"):
+            file = STATIC / path.removeprefix("static/")
+            if file.is_file():
+                self._send(200, file.read_text(), KINDS[file.suffix])
+            else:
+                self._send(404, "", "text/plain")
+        else:
+            page = (STATIC / "index.html").read_text().replace("{{base}}", escape(self.sample.prefix))
+            self._send(200, page, KINDS[".html"])
 
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
-                path = urlsplit(self.path).path.removeprefix(sample.prefix).removeprefix("api/v1/")
-                sample.posted.append((path, body))
-                ids = body.get("ids", []) if isinstance(body, dict) else []
-                answer = {
-                    "operation": {"id": "op1", "action": "retry", "state": "running", "total": 87, "done": 40, "refused": 0},
-                    "results": [{"id": one, "outcome": "retried", "detail": ""} for one in ids], "done": len(ids), "removed": 3,
-                    "moved": 3, "id": "mail:01JDSAMPLE0000000000000001",
-                }  # fmt: skip
-                self._send(200, json.dumps(answer), "application/json")
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
+        path = urlsplit(self.path).path.removeprefix(self.sample.prefix).removeprefix("api/v1/")
+        self.sample.posted.append((path, body))
+        ids = body.get("ids", []) if isinstance(body, dict) else []
+        answer = {
+            "operation": {"id": "op1", "action": "retry", "state": "running", "total": 87, "done": 40, "refused": 0},
+            "results": [{"id": one, "outcome": "retried", "detail": ""} for one in ids], "done": len(ids), "removed": 3,
+            "moved": 3, "id": "mail:01JDSAMPLE0000000000000001",
+        }  # fmt: skip
+        self._send(200, json.dumps(answer), "application/json")
 
-            def _stream(self) -> None:
-                self.send_response(200)
-                self.send_header("Content-Type", "text/event-stream")
-                self.send_header("Connection", "close")
-                self.end_headers()
-                parts = {
-                    "session": session(),
-                    "snapshot": sample.answer("snapshot", {}),
-                    "history": sample.answer("history", {}),
-                }
-                text = "".join(f"event: {name}\ndata: {json.dumps(part)}\n\n" for name, part in parts.items())
-                self.close_connection = True
-                try:
-                    while True:
-                        self.wfile.write(text.encode())
-                        self.wfile.flush()
-                        if sample.closed.wait(0.3):
-                            return
-                        text = f"event: snapshot\ndata: {json.dumps(sample.answer('snapshot', {}))}\n\n"
-                except OSError:
-                    return  # the browser has gone
+    def _stream(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        parts = {
+            "session": session(),
+            "snapshot": self.sample.answer("snapshot", {}),
+            "history": self.sample.answer("history", {}),
+        }
+        text = "".join(f"event: {name}\ndata: {json.dumps(part)}\n\n" for name, part in parts.items())
+        self.close_connection = True
+        try:
+            while True:
+                self.wfile.write(text.encode())
+                self.wfile.flush()
+                if self.sample.closed.wait(0.3):
+                    return
+                text = f"event: snapshot\ndata: {json.dumps(self.sample.answer('snapshot', {}))}\n\n"
+        except OSError:
+            return  # the browser has gone
 
-            def _send(self, status: int, text: str, kind: str) -> None:
-                body = text.encode()
-                self.send_response(status)
-                self.send_header("Content-Type", kind)
-                self.send_header("Content-Length", str(len(body)))
-                self.send_header("Content-Security-Policy", POLICY)
-                self.end_headers()
-                self.wfile.write(body)
-
-        return Handler
+    def _send(self, status: int, text: str, kind: str) -> None:
+        body = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Security-Policy", POLICY)
+        self.end_headers()
+        self.wfile.write(body)
