@@ -18,6 +18,7 @@ PRINTED = {
     "jobs_quickstart": ["Hello Ada.", "999000"],
     "messages_quickstart": ["urgent 100 attempt 1", "o1 1 attempt 1", "o3 3 attempt 1", "o2 2 attempt 2"],
     "back_pressure": ["never more than five: True", "each camera in order: True"],
+    "partial_results": ["You asked: what is a queue? (6 words)"],
     "partitions": ["each customer in one partition: True", "partitions used: 4", "taken in order: 36 left: 0"],
     "retries": ["ada served at attempt 3", "patient ran 3 times", "PermissionError: not for eve"],
     "rpc": ["0.25", "ZeroDivisionError: float division by zero", "the worker ended with 0"],

@@ -187,3 +187,10 @@ def signalled() -> int:
     os.killpg(0, signal.SIGTERM)
     os.killpg(0, signal.SIGINT)
     return subprocess.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 15)"], check=False).returncode
+
+
+@app.task(run_in="process")
+def emit_parts(count: int) -> int:
+    for number in range(count):
+        current().emit({"number": number})
+    return count

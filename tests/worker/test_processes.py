@@ -151,6 +151,19 @@ async def test_the_context_is_known(run: Run) -> None:
     assert same
 
 
+async def test_partial_results_come_before_the_end(processes: ProcessPool) -> None:
+    """What a job emits in its process reaches the worker in order, and before its result."""
+    parts: list[bytes] = []
+
+    async def emit(data: bytes) -> None:
+        parts.append(data)
+
+    one = attempt("emit_parts", count=3)
+    one.ended, one.emit_encoded = 0.0, emit
+    assert await processes.run(one) == 3
+    assert parts == [b'{"number":0}', b'{"number":1}', b'{"number":2}']
+
+
 async def test_the_lifespan_is_open(run: Run) -> None:
     """An `async def` runs on the loop of the lifespan, a `def` on none, and both see what it yielded."""
     assert await run("on_loop") is True

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 
 from conveyor.errors import ConfigurationError
 from conveyor.messaging import outbox
-from conveyor.store import inspection, limits, operations, partitions, plain_list, schedules, topics, worker_commands
+from conveyor.store import (
+    inspection,
+    limits,
+    operations,
+    partitions,
+    plain_list,
+    schedules,
+    streams,
+    topics,
+    worker_commands,
+)
 from conveyor.store.keys import check_namespace
 from conveyor.store.script import Script
 
@@ -59,7 +69,8 @@ _PRODUCER = Role(
     (
         operations.PUSH, operations.PUSH_PLAIN, operations.WITHDRAW, operations.LEAVE_ROOM, plain_list.LIST_PUSH,
         operations.AWAIT_RESULT,
-        operations.FORGET, operations.CANCEL, inspection.GET_JOB, inspection.WHY, inspection.COUNTS, partitions.CLAIM_PARTITIONS,
+        operations.FORGET, operations.CANCEL, streams.READ_STREAM,
+        inspection.GET_JOB, inspection.WHY, inspection.COUNTS, partitions.CLAIM_PARTITIONS,
         inspection.FIND_JOBS, partitions.COUNT, topics.PUBLISH, topics.SUBSCRIBE, topics.SUBSCRIBERS,
         limits.DECLARE_LIMITS, schedules.SCHEDULE_PUT, schedules.SCHEDULE_CHANGE, schedules.SCHEDULE_READ,
     ),
@@ -72,7 +83,7 @@ _WORKER = Role(
     (
         operations.TURN, operations.REGISTER, operations.HEARTBEAT, operations.REAP, operations.EXTEND, operations.HELD_IDS,
         operations.IDLE_TURN, operations.FIND_WORK, operations.LIST_INTAKE, operations.WAKE, outbox.TAKE, outbox.TRIM,
-        schedules.SCHEDULE_FIRE, worker_commands.DESCRIBE_WORKER,
+        schedules.SCHEDULE_FIRE, worker_commands.DESCRIBE_WORKER, streams.EMIT,
     ),
     ("blpop", "blmove", "info", "set"),
 ).combined_with(_PRODUCER)  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -43,8 +43,8 @@ class Context:
     """
 
     __slots__ = (
-        "_charges", "_costs", "_deadline_hook", "_items", "_logger", "_spawned", "attempt", "cancelled", "enqueued_at",
-        "headers", "job_id", "queue", "scheduled_for", "state", "tags", "task", "timed_out",
+        "_charges", "_costs", "_deadline_hook", "_emit_hook", "_items", "_logger", "_spawned", "attempt", "cancelled",
+        "enqueued_at", "headers", "job_id", "queue", "scheduled_for", "state", "tags", "task", "timed_out",
     )  # fmt: skip
 
     def __init__(
@@ -62,6 +62,7 @@ class Context:
         scheduled_for: datetime | None = None,
         items: Callable[[], Iterable[Context]] | None = None,
         costs: Mapping[str, str] | None = None,
+        emit_hook: Callable[[Any], Awaitable[None]] | None = None,
     ) -> None:
         """
         Make the context of an attempt.
@@ -79,6 +80,7 @@ class Context:
             scheduled_for: the planned instant of a scheduled job.
             items: returns the contexts of a batch's items; None: it is no batch.
             costs: the argument that says the cost of each limit with one, by its name.
+            emit_hook: gets each partial result; None: none can be stored.
 
         """
         self.job_id = job_id
@@ -96,6 +98,7 @@ class Context:
         self._items = items
         self._deadline_hook = deadline_hook
         self._costs = costs or {}
+        self._emit_hook = emit_hook
         self._charges: dict[str, int] = {}
         self._logger: Logger | None = None
 
@@ -117,6 +120,30 @@ class Context:
         ms = milliseconds(duration)
         if self._deadline_hook is not None:
             self._deadline_hook(ms)
+
+    def emit(self, value: Any) -> Awaitable[None]:
+        """
+        Add *value* to the partial results of this job, which `job.stream()` reads while the job runs.
+
+        Write ``await context.emit(value)`` in an `async def`, where it waits while Redis is slow, and ``context.emit(value)`` in
+        a `def`. All parts reach Redis before the end of the job. A job that is tried again emits anew: readers see the
+        attempt of each part. Raises PayloadError for a value that cannot be stored, and ConfigurationError (E44) after the end.
+        """
+        if self._items is not None:
+            raise ConfigurationError(
+                f"A batch of {self.task} emitted a value, which belongs to one of its items. Write: current().items[0].emit(…)."
+            )
+        if self._spawned is None:
+            raise ConfigurationError(
+                f'Job {self.job_id} emitted a value after its own end: with ack="early" a job ends before it runs, '
+                "otherwise one of its threads is still running. Nothing was stored.",
+                code="E44",
+            )
+        if self._emit_hook is None:
+            raise ConfigurationError(
+                f"Job {self.job_id} emitted a value, and this context belongs to no worker. Pass emit_hook= to it in a test."
+            )
+        return self._emit_hook(value)
 
     def charge(self, cost: float, limit: str | None = None) -> None:
         """

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from asyncio import _get_running_loop, sleep
-from collections.abc import Generator, Mapping
+from collections.abc import AsyncGenerator, Generator, Mapping
 from time import monotonic
 from time import sleep as pause_blocking
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, ConveyorError, JobCancelled, JobFailed, JobNotFound, ResultExpired
+from conveyor.jobs.stream import Part, PartReader, place_of
 from conveyor.payload.records import RAN, Failure, Status, read_leniently, read_outcome
 from conveyor.store import inspection, operations
 from conveyor.store.operations import ExistingId
@@ -64,6 +65,8 @@ class JobCore(Protocol):
     def sealing(self) -> PayloadPipeline | None: ...
     @property
     def formats(self) -> FormatRegistry: ...
+    @property
+    def part_codec(self) -> ValueCodec[Any]: ...
     @property
     def worker_command(self) -> str: ...
 
@@ -396,6 +399,48 @@ class Job(Generic[R_co]):
 
             failure = open_failure(self._core.sealing, failure, str(self.queue), self._bare_id)
         return JobFailed(self.id, failure.type, failure.message, failure.traceback)
+
+    # -- partial results ------------------------------------------------------------------------------------------
+
+    def stream(self, after: str | None = None) -> Generator[Part, None, None]:
+        """
+        Yield the partial results of the job (`context.emit`) in order, each once and as soon as it is there, until the job ends.
+
+        *after*: the id of the last part that was seen; None: from the first one on. A job that is tried again emits anew, and
+        each part says its `attempt`. The newest 16,384 parts are kept for a day while the job runs, and for as long as its
+        result, at least ten minutes, when it has ended. Raises ResultExpired where parts are missing, JobNotFound for a job
+        that is not known, and ConfigurationError for an *after* that is no id of a part.
+        """
+        refuse_in_loop(self._core.client, "job.stream()", "async for part in job.astream()")
+        return self._stream(place_of(after))
+
+    def _stream(self, place: tuple[int, int] | None) -> Generator[Part, None, None]:
+        self._wait_for_buffer(None)
+        if self.queue is None:
+            self._look_up()
+        yield from self._part_reader(place).read()
+
+    def astream(self, after: str | None = None) -> AsyncGenerator[Part, None]:
+        """Awaitable form of `stream`."""
+        return self._astream(place_of(after))
+
+    async def _astream(self, place: tuple[int, int] | None) -> AsyncGenerator[Part, None]:
+        await self._await_buffer(None)
+        if self.queue is None:
+            await self._alook_up()
+        parts = self._part_reader(place).aread()
+        try:
+            async for part in parts:
+                yield part
+        finally:
+            await parts.aclose()
+
+    def _part_reader(self, place: tuple[int, int] | None) -> PartReader:
+        core = self._core
+        return PartReader(
+            core.client, core.result_subscriber, self._keys(), self._bare_id, place, sealing=core.sealing,
+            codec=core.part_codec, not_found=self._not_found,
+        )  # fmt: skip
 
     # -- cancelling -----------------------------------------------------------------------------------------------
 

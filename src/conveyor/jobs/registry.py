@@ -20,7 +20,7 @@ from conveyor.messaging.declared_limits import (
 )
 from conveyor.messaging.limit_control import LimitPlace
 from conveyor.messaging.retry import Retry, retry_policy
-from conveyor.payload.formats import FormatChoice, FormatRegistry
+from conveyor.payload.formats import FormatChoice, FormatCodec, FormatRegistry, codec_for
 from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability, DurabilityOptions, DurabilityRequest, requested_durability
 from conveyor.store.fork_safety import lazy_property
@@ -70,6 +70,10 @@ class QueueRegistry:
         self.max_payload = max_payload
         self.sealing = sealing
         self.formats = formats
+        self.part_codec: FormatCodec[Any] = codec_for(
+            Any, formats=formats, max_payload=max_payload, what="A partial result", lossy=True
+        )
+        """Encodes and decodes the values of `context.emit`."""
         self.max_whole = max_payload if sealing is None else sealing.max_whole
         """Bytes that a body may take before it is stored elsewhere."""
         self.definitions: dict[str, TaskDefinition] = {}

@@ -13,10 +13,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from conveyor.errors import StoreUnavailable
+from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.ids import new_identity
 from conveyor.store import operations
 from conveyor.store.client.subscription import Subscription
@@ -48,6 +49,14 @@ class ResultWaiter:
         self.reply: WaitReply | None = None
 
 
+class Listener(NamedTuple):
+    """A function that is called at each change of one kind of a job; `prefix` is that of its queue's keys."""
+
+    prefix: str
+    what: str
+    wake: Callable[[], object]
+
+
 class ResultSubscriber:
     """The waiters of one app in this process, and the thread that wakes them."""
 
@@ -60,13 +69,14 @@ class ResultSubscriber:
         self.channel = reply_channel(self._client.namespace, new_identity())
         self._lock = threading.Lock()
         self._waiters: dict[str, list[tuple[str, ResultWaiter]]] = {}
+        self._listeners: dict[str, list[Listener]] = {}
         self._thread: Subscription | None = None
 
     # -- waiting --------------------------------------------------------------------------------------------------
 
     def outcome(self, keys: QueueKeys, id: str, timeout: float | None) -> WaitReply | None:  # noqa: A002
         """Return how the job ended, None when it is running after *timeout* seconds (None: no limit)."""
-        deadline, end = _Deadline(timeout), self._client.deadline(timeout)
+        deadline, end = OutageTimer(timeout), self._client.deadline(timeout)
         if deadline.remaining() == 0.0 or not self._is_subscribed():
             reply = self._client.run(operations.await_result(keys, id, ""), deadline=end)
             if reply[0] != "waiting" or deadline.remaining() == 0.0:
@@ -74,7 +84,7 @@ class ResultSubscriber:
             self._subscribe(end)
         lock = threading.Lock()
         lock.acquire()
-        waiter = ResultWaiter(partial(_release, lock))
+        waiter = ResultWaiter(partial(release, lock))
         self._add_waiter(keys, id, waiter)
         call = operations.await_result(keys, id, self.channel)
         try:
@@ -98,14 +108,14 @@ class ResultSubscriber:
 
     async def aoutcome(self, keys: QueueKeys, id: str, timeout: float | None) -> WaitReply | None:  # noqa: A002, ASYNC109
         """Awaitable form of `outcome`."""
-        deadline, end = _Deadline(timeout), self._client.deadline(timeout)
+        deadline, end = OutageTimer(timeout), self._client.deadline(timeout)
         if deadline.remaining() == 0.0 or not self._is_subscribed():
             reply = await self._client.arun(operations.await_result(keys, id, ""), deadline=end)
             if reply[0] != "waiting" or deadline.remaining() == 0.0:
                 return reply if reply[0] != "waiting" else None
             await asyncio.get_running_loop().run_in_executor(None, self._subscribe, end)
         loop, event = asyncio.get_running_loop(), asyncio.Event()
-        waiter = ResultWaiter(lambda: _call_soon(loop, event.set))
+        waiter = ResultWaiter(lambda: call_soon(loop, event.set))
         self._add_waiter(keys, id, waiter)
         call = operations.await_result(keys, id, self.channel)
         try:
@@ -154,6 +164,64 @@ class ResultSubscriber:
         for _, waiter in waiters:
             waiter.wake()
 
+    # -- changes of a job that lives ------------------------------------------------------------------------------
+
+    @property
+    def watch_channel(self) -> str:
+        """The channel, as `waiters` holds it for a process that wants to know each change."""
+        return f"*{self.channel}"
+
+    def listen(self, keys: QueueKeys, id: str, what: str, wake: Callable[[], object]) -> Listener:  # noqa: A002
+        """
+        Call *wake*, in the thread of the subscription, after each change of a job and at its end: "s" of its state, "p" new parts.
+
+        The caller registers `watch_channel` in Redis, and asks again every few seconds.
+        """
+        listener = Listener(keys.prefix, what, wake)
+        with self._lock:
+            self._listeners.setdefault(id, []).append(listener)
+        return listener
+
+    def unlisten(self, id: str, listener: Listener) -> bool:  # noqa: A002
+        """Stop that; return whether nothing listens to the job any more, so that the registration in Redis can go."""
+        with self._lock:
+            listeners = self._listeners.get(id, [])
+            if listener in listeners:
+                listeners.remove(listener)
+            if not listeners:
+                self._listeners.pop(id, None)
+            return not any(one.prefix == listener.prefix for one in listeners)
+
+    def subscribe(self) -> None:
+        """Wait until the channel is subscribed; raises StoreUnavailable when that takes too long."""
+        if not self._is_subscribed():
+            self._subscribe(None)
+
+    async def asubscribe(self) -> None:
+        """Awaitable form of `subscribe`."""
+        if not self._is_subscribed():
+            await asyncio.get_running_loop().run_in_executor(None, self._subscribe, None)
+
+    def stop_watching(self, keys: QueueKeys, id: str) -> None:  # noqa: A002
+        """Remove the registration of a job that nothing here listens to any more."""
+        with suppress(ConveyorError):
+            self._client.run(operations.forget(keys, id, self.watch_channel), retry_for=0.0)
+        self._wake_listeners(id, None)
+
+    async def astop_watching(self, keys: QueueKeys, id: str) -> None:  # noqa: A002
+        """Awaitable form of `stop_watching`."""
+        with suppress(ConveyorError):
+            await self._client.arun(operations.forget(keys, id, self.watch_channel), retry_for=0.0)
+        self._wake_listeners(id, None)
+
+    def _wake_listeners(self, id: str, what: str | None) -> None:  # noqa: A002
+        """Wake what listens to changes of that kind; None: of every kind."""
+        with self._lock:
+            listeners = list(self._listeners.get(id, ()))
+        for one in listeners:
+            if what is None or one.what == what:
+                one.wake()
+
     # -- the table of waiters -------------------------------------------------------------------------------------
 
     def _add_waiter(self, keys: QueueKeys, id: str, waiter: ResultWaiter) -> None:  # noqa: A002
@@ -174,6 +242,10 @@ class ResultSubscriber:
     def handle_message(self, data: bytes) -> None:
         """Wake the waiters for the job of a message."""
         id_, _, record = data.partition(b"\n")
+        if id_[:1] == b"\t":  # it lives, and has changed
+            self._wake_listeners(id_[1:].decode(), record.decode())
+            return
+        self._wake_listeners(id_.decode(), None)
         with self._lock:
             waiters = self._waiters.pop(id_.decode(), [])
             # Two queues may hold the same id of a caller's own: the message does not say which queue it is about.
@@ -189,8 +261,10 @@ class ResultSubscriber:
         """Make all waiters ask again, after the connection was lost."""
         with self._lock:
             waiters = [waiter for several in self._waiters.values() for _, waiter in several]
-        for waiter in waiters:
-            waiter.wake()
+            wakes: list[Callable[[], object]] = [waiter.wake for waiter in waiters]
+            wakes += [one.wake for several in self._listeners.values() for one in several]
+        for wake in wakes:
+            wake()
 
     # -- the thread -----------------------------------------------------------------------------------------------
 
@@ -223,10 +297,10 @@ class ResultSubscriber:
         self._reset()
 
 
-class _Deadline:
-    """The time limits of a waiter: for the result, and for an outage of Redis."""
+class OutageTimer:
+    """The time limits of a waiter: for what it waits for (None: without limit), and for an outage of Redis."""
 
-    def __init__(self, timeout: float | None) -> None:
+    def __init__(self, timeout: float | None = None) -> None:
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._outage_since: float | None = None
         self._was_reached = False
@@ -253,14 +327,16 @@ class _Deadline:
             raise  # noqa: PLE0704  the caller's except clause
 
 
-def _release(lock: threading.Lock) -> None:
+def release(lock: threading.Lock) -> None:
+    """Release a lock on which a thread sleeps, if it is not released yet."""
     try:
         lock.release()
     except RuntimeError:  # another thread released it in between
         pass
 
 
-def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
+def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
+    """Call *function* in the thread of *loop*, unless that is closed."""
     try:
         loop.call_soon_threadsafe(function)
     except RuntimeError:  # the loop is closed, and its waiter with it

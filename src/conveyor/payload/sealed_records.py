@@ -41,6 +41,21 @@ def open_result(sealing: PayloadPipeline | None, outcome: Outcome, queue: str, i
         raise PayloadError(f"The result of {queue}:{id} cannot be opened. {error}", code=error.code) from None
 
 
+def pack_part(sealing: PayloadPipeline | None, value: bytes, queue: str, id: str, part: str) -> bytes:  # noqa: A002
+    """Return the bytes of a partial result as they are stored, bound to its place in the stream of the job."""
+    return (sealing or PLAIN).wrap(value, queue=queue, task=_NO_TASK, id=f"{id}\t{part}", kind=b"part")
+
+
+def open_part(sealing: PayloadPipeline | None, data: bytes, queue: str, id: str, part: str, limit: int) -> bytes:  # noqa: A002
+    """Return the body of a partial result; raises PayloadError as `PayloadPipeline.unwrap` does."""
+    try:
+        return (sealing or PLAIN).unwrap(
+            data, queue=queue, task=_NO_TASK, id=f"{id}\t{part}", limit=limit, kind=b"part"
+        )
+    except PayloadError as error:
+        raise PayloadError(f"Part {part} of {queue}:{id} cannot be opened. {error}", code=error.code) from None
+
+
 def pack_failure(sealing: PayloadPipeline, failure: Failure, queue: str, id: str) -> Failure:  # noqa: A002
     """Return *failure* with its texts wrapped; the class of the error stays readable, for sorting."""
     body = msgspec.json.encode((failure.message, failure.traceback))

@@ -111,6 +111,10 @@ class QueueKeys:
         """Return the key of the outcome of a job that has a key of its own."""
         return f"{self.prefix}result:{id}"
 
+    def stream(self, id: str) -> str:  # noqa: A002
+        """Return the key of the stream of a job's partial results."""
+        return f"{self.prefix}stream:{id}"
+
     def result_window(self, id: str) -> str:  # noqa: A002
         """Return the key of the hash that has the outcome of a job otherwise, with those of ids of the same 64 ms."""
         return f"{self.prefix}results:{id[:7]}"

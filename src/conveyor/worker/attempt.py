@@ -7,7 +7,7 @@ Both are laid out for the hot path.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from conveyor.messaging.declared_limits import DeclaredLimit
     from conveyor.payload.signature import TaskSignature
     from conveyor.store.keys import QueueKeys
-    from conveyor.store.operations import TurnReport
+    from conveyor.store.operations import Settlement, TurnReport
 
 
 BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000, 3_600_000)
@@ -148,6 +148,18 @@ class GatheringGroup(Protocol):
     wanted: int
 
 
+class PartSink(Protocol):
+    """Writes the partial results of attempts."""
+
+    def add(self, attempt: Attempt, data: bytes) -> Awaitable[None]:
+        """Write an encoded part soon."""
+        ...
+
+    def end(self, attempt: Attempt) -> Settlement | None:
+        """Return what a turn carries in front of the end of an attempt that emitted."""
+        ...
+
+
 class AttemptOwner(Protocol):
     """The consumer that leased an attempt, as the attempt and those that settle it use it."""
 
@@ -158,6 +170,8 @@ class AttemptOwner(Protocol):
     changed_handlers: set[Handler]
     blobs: dict[str, str]
 
+    @property
+    def part_writer(self) -> PartSink: ...
     @property
     def group(self) -> GatheringGroup: ...
     @property
@@ -172,6 +186,7 @@ class AttemptOwner(Protocol):
     def note_retry(self, attempt: Attempt, ms: int) -> None: ...
     def move_deadline(self, attempt: Attempt, seconds: float) -> None: ...
     def give_way(self, seconds: float) -> None: ...
+    def encode_part(self, value: object) -> bytes: ...
 
 
 PLAIN = Envelope("", b"")
@@ -270,6 +285,7 @@ class Attempt:
                 enqueued_at=None if made is None else datetime.fromtimestamp(made / 1000, UTC),
                 scheduled_for=None if due is None else datetime.fromtimestamp(due / 1000, UTC),
                 costs=self.costs,
+                emit_hook=self.emit,
             )
             if self.handler.early:
                 end_spawning(self.context)  # it has ended, as far as Redis knows
@@ -281,6 +297,14 @@ class Attempt:
     def spawned(self) -> list[bytes]:
         """The outbox entries of the jobs that it spawned so far."""
         return [] if self.context is None else spawned_entries(self.context)
+
+    def emit(self, value: Any) -> Awaitable[None]:
+        """Encode a partial result and write it soon. Raises PayloadError, and ConfigurationError after the end."""
+        return self.emit_encoded(self.consumer.encode_part(value))
+
+    def emit_encoded(self, data: bytes) -> Awaitable[None]:
+        """Write an encoded partial result soon."""
+        return self.consumer.part_writer.add(self, data)
 
     @property
     def costs(self) -> dict[str, str]:

@@ -30,6 +30,7 @@ from conveyor.worker.attempt import PLAIN as PLAIN_ENVELOPE
 from conveyor.worker.attempt import Attempt, error_line, one_line
 from conveyor.worker.execution.processes import ProcessCrashed, ProcessUnavailable
 from conveyor.worker.logs import log_repeated_error
+from conveyor.worker.part_writer import KEPT_MS
 
 if TYPE_CHECKING:
     from conveyor.jobs.core import AppCore
@@ -96,6 +97,9 @@ class SettlementWriter:
         report, now = consumer.report, consumer.now_ms
         if attempt.charges:
             self._charge(report, attempt)
+        parts = consumer.part_writer.end(attempt)
+        if parts is not None:
+            report.others.append(parts)
         unfinished = attempt.started == 0.0 or isinstance(error, asyncio.CancelledError) or stuck
         if why in {"cancel", "expired"} and (unfinished or error is not None):
             self.cancelled(report, attempt, now)
@@ -111,16 +115,23 @@ class SettlementWriter:
                 self.done(report, attempt, value, now)
             else:
                 self.failed(report, attempt, final, now)
+        if parts is not None and report.others[-1].kind in {"D", "C"}:
+            parts.ms = max(self._keep_ms(attempt), KEPT_MS)
+
+    @staticmethod
+    def _keep_ms(attempt: Attempt) -> int:
+        own = attempt.envelope.extra.keep_ms
+        return attempt.handler.task.settings.keep_ms if own is None else own
 
     def done(self, report: TurnReport, attempt: Attempt, value: Any, now_ms: int) -> None:
         """Settle a success. A result that cannot be stored makes the job a dead letter."""
         handler, envelope = attempt.handler, attempt.envelope
         seconds = attempt.ended - attempt.started
-        own = envelope.extra.keep_ms
-        keep = handler.task.settings.keep_ms if own is None else own
+        keep = self._keep_ms(attempt)
         spawned = attempt.context is not None and attempt.spawned
         # Those that simply ended come first, and the other reports of an attempt must come before its end.
-        simple = envelope.releases_in_bulk and not spawned and not attempt.charges
+        is_last = bool(report.others) and report.others[-1].id == attempt.id
+        simple = envelope.releases_in_bulk and not spawned and not is_last
         if value is not None and keep and handler.stores:
             try:
                 data = handler.task.results.encode(value)

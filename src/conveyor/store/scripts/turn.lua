@@ -1,5 +1,5 @@
 -- A worker's whole round trip: settle what it has finished, then lease up to N more jobs to it.
--- needs: numbers keys listed tokens envelope tags unique released outcome leased_order ended results rights limits paused_tasks groups settle promote lease rotation ageing upkeep room
+-- needs: numbers keys listed tokens envelope tags unique released outcome leased_order ended results rights parts limits paused_tasks groups settle promote lease rotation ageing upkeep room
 --
 -- KEYS  1 jobs  2 state  3 leased:<worker>  4 workers  5 due  6 wake  7 conf  8 dead  9 recent  10 waiters
 --       11-20 ready:0 … ready:9  21 none
@@ -17,6 +17,7 @@
 --            L as F, and the limit in record is held for ms      G still held; the limit in record is charged with ms more, or less
 --            R, F and L of a job whose cancellation was asked: it ends cancelled
 --            K still held: it runs, and was told of its cancellation
+--            E still held; the record has parts of its stream (lib/parts.lua), which is kept for ms
 --            S still held; the record goes into the outbox (the D that follows it is then accepted, too)
 --       then count, (field increment)… for this minute's counters
 --       then count, entries for the list of recently finished jobs

@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping
 from contextvars import Context as Variables
 from contextvars import copy_context
 from datetime import UTC, datetime
@@ -35,6 +35,7 @@ from conveyor.worker.execution.process_protocol import (
     HEAD,
     BatchReply,
     DoneReply,
+    EmitRequest,
     ExtendRequest,
     FailedReply,
     ReadyReply,
@@ -175,7 +176,7 @@ class _Runner:
             if job.items:
                 return self._run_batch(job, task)
             args, kwargs = task.signature.decode(job.body)
-            context = self._context(job)
+            context = self._context(job, emit_hook=self._emit_hook(job))
             if task.settings.ack == "early":
                 end_spawning(context)
             variables = copy_context()
@@ -198,11 +199,11 @@ class _Runner:
                 values[at] = task.signature.decode(item.body)[0][0]
             except Exception as error:
                 ends[at] = (None, error)
-        contexts = {at: self._context(job.items[at]) for at in values}
+        contexts = {at: self._context(job.items[at], emit_hook=self._emit_hook(job, at)) for at in values}
         if task.settings.ack == "early":
             for one in contexts.values():
                 end_spawning(one)
-        context = self._context(job, contexts.values())
+        context = self._context(job, items=contexts.values())
         variables = copy_context()
         variables.run(CURRENT.set, context)
         value: Any = None
@@ -241,11 +242,7 @@ class _Runner:
 
         return self._loop.run(call(), context=variables)
 
-    def _block(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """Run the event loop until a coroutine has ended, for a `def` that waits for it."""
-        return self._loop.run(coroutine, context=copy_context())
-
-    def _context(self, job: RunRequest, items: Iterable[Context] | None = None) -> Context:
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping
         return Context(
             job_id=job.id,
             task=job.task,
@@ -259,7 +256,18 @@ class _Runner:
             scheduled_for=_instant(job.due_ms),
             items=None if items is None else lambda: items,
             costs=job.costs,
+            emit_hook=emit_hook,
         )
+
+
+class _Sent:
+    """The way of a part that the worker has got."""
+
+    def __await__(self) -> Generator[object, None, None]:
+        yield from ()
+
+
+_SENT = _Sent()
 
 
 def _reply(job: RunRequest, error: BaseException, *, unable: bool = False) -> FailedReply:

@@ -72,6 +72,15 @@ class ExtendRequest(msgspec.Struct, tag="extend"):
     attempt: int
 
 
+class EmitRequest(msgspec.Struct, tag="emit"):
+    """From the process: a partial result of the running job, or of an item of its batch, encoded."""
+
+    data: bytes
+    id: str
+    attempt: int
+    item: int | None = None
+
+
 class DoneReply(msgspec.Struct, tag="done"):
     """
     From the process: the job's result as JSON (None if none is stored), and the entries of the jobs it spawned.
@@ -125,7 +134,7 @@ class BatchReply(msgspec.Struct, tag="batch"):
 
 
 Request = StartRequest | RunRequest
-Reply = ReadyReply | ExtendRequest | DoneReply | FailedReply | BatchReply
+Reply = ReadyReply | ExtendRequest | EmitRequest | DoneReply | FailedReply | BatchReply
 
 _encode = msgspec.msgpack.Encoder().encode
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

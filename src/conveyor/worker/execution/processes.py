@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 from asyncio.subprocess import Process, create_subprocess_exec
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import msgspec
@@ -23,6 +23,7 @@ from conveyor.worker.execution.process_protocol import (
     HEAD,
     BatchReply,
     DoneReply,
+    EmitRequest,
     ExtendRequest,
     FailedReply,
     ReadyReply,
@@ -114,7 +115,7 @@ class ProcessPool:
                 self._give_back(child, "")
                 raise asyncio.CancelledError
             try:
-                reply = await child.work(_run_request(attempt), attempt.move_deadline)
+                reply = await child.work(_run_request(attempt), attempt)
             except BaseException:
                 await child.kill()
                 raise
@@ -247,14 +248,17 @@ class _PoolProcess:
         if not isinstance(reply, ReadyReply):
             raise await self._crash(subject)
 
-    async def work(self, job: RunRequest, extend: Callable[[int], None]) -> DoneReply | FailedReply | BatchReply:
-        """Run one job; raises ProcessCrashed, also for a report on another attempt."""
+    async def work(self, job: RunRequest, attempt: Attempt) -> DoneReply | FailedReply | BatchReply:
+        """Run *attempt* as *job*; raises ProcessCrashed, also for a report on another attempt."""
         subject = f"The process of {job.task} ({job.id}, attempt {job.attempt})"
         reply = await self._ask(job, subject)
         while not isinstance(reply, ReadyReply) and (reply.id, reply.attempt) == (job.id, job.attempt):
-            if not isinstance(reply, ExtendRequest):
+            if isinstance(reply, ExtendRequest):
+                attempt.move_deadline(reply.ms)
+            elif isinstance(reply, EmitRequest):
+                await _emit(attempt, reply)
+            else:
                 return reply
-            extend(reply.ms)
             reply = await self._read_reply(subject)
         raise ProcessCrashed(f"{subject} reported on something else, and is killed. Its pid was {self.pid}.")
 
@@ -341,6 +345,14 @@ def _batch_result(reply: BatchReply, batch: BatchAttempt) -> list[Any] | None:
         errors = {at: rebuild(failed, task.settings.retry) for at, failed in reply.errors.items()}
         raise BatchFailed(errors, results=results)
     return results
+
+
+async def _emit(attempt: Attempt, part: EmitRequest) -> None:
+    """Write a partial result. While many are on the way, nothing is read of the process, which then waits too."""
+    if isinstance(attempt, BatchAttempt) and part.item is not None:
+        attempt = attempt.live[part.item]
+    if attempt.ended == 0.0:
+        await attempt.emit_encoded(part.data)
 
 
 def _run_request(attempt: Attempt) -> RunRequest:

@@ -30,6 +30,7 @@ from conveyor.worker.leasing.quarantine import EarlyAcks, Quarantine
 from conveyor.worker.leasing.spawn_delivery import SpawnDelivery
 from conveyor.worker.leasing.timers import DueTimer
 from conveyor.worker.logs import log_repeated_error
+from conveyor.worker.part_writer import PartWriter
 from conveyor.worker.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -94,8 +95,7 @@ class QueueConsumer:
         self._lifecycle, self._capacity, self._executor = services.lifecycle, services.capacity, services.executor
         self.keys, self.queue, self.group, self.lease_ms = keys, keys.queue, group, lease_ms
         self._ageing = operations.ageing_flag(services.app.queue_ageing_ms(ids.logical(keys.queue)))
-        self.shared_state = services.shared_state
-        self.identity = ""
+        self.shared_state, self.identity = services.shared_state, ""
         self.wake_list = self.own_wake_list = keys.wake.encode()
         """The keys of the lists whose tokens wake an idle worker, and this one."""
         self.held: dict[str, Attempt] = {}
@@ -103,6 +103,7 @@ class QueueConsumer:
         """Of a burst, which waits for them: id → when the retry is due (monotonic)."""
         self.blobs: dict[str, str] = {}
         """Id → where the large body of the job lies."""
+        self.part_writer = PartWriter(keys, connection, services.app.sealing, lambda: self.identity)
         self.report = TurnReport()
         self.changed_handlers: set[Handler] = set()
         """Those whose counters have moved since the last turn."""
@@ -170,7 +171,7 @@ class QueueConsumer:
         if self.report:
             self._send_turn(0)
             await self._until_turn_ended()
-        await asyncio.gather(self._delivery.finish(2.0), self._scheduler.finish(2.0))
+        await asyncio.gather(*(one.finish(2.0) for one in (self._delivery, self._scheduler, self.part_writer)))
         self.has_left = True
         try:
             await self.connection.run(operations.reap(self.keys, self.identity, crashed=False), retry_for=2.0)
@@ -610,6 +611,7 @@ class QueueConsumer:
             self._lose(attempt)
 
     def _lose(self, attempt: Attempt) -> None:
+        self.part_writer.forget(attempt)
         self._executor.stop(attempt, "lost")
         self._services.app.emit(JobLost(attempt.public_id, attempt.handler.name, self.queue, attempt.number))
 
@@ -659,6 +661,10 @@ class QueueConsumer:
     def move_deadline(self, attempt: Attempt, seconds: float) -> None:
         """Set the deadline of *attempt* that many seconds ahead."""
         self._executor.deadlines.move(attempt, seconds)
+
+    def encode_part(self, value: object) -> bytes:
+        """Return the bytes of a partial result, not sealed yet; raises PayloadError."""
+        return self._services.app.part_codec.encode(value)
 
     def note_retry(self, attempt: Attempt, ms: int) -> None:
         """Note that a job of *attempt* is due again so many ms from now: a burst waits for it."""

@@ -32,7 +32,7 @@ local function announce(waiters, id, record)
   if not channels then return end
   redis.call('HDEL', waiters, id)
   -- A user may not publish, perhaps. The job has ended all the same, and callers look again after seconds.
-  for channel in string.gmatch(channels, '%S+') do
+  for channel in string.gmatch(channels, '%*?(%S+)') do -- a star: it watches (lib/changes.lua)
     redis.pcall('PUBLISH', channel, id .. '\n' .. record)
   end
 end

@@ -14,6 +14,10 @@ local function prove(none, ...)
       redis.call('DEL', none)
       redis.call(command, none, '')
       redis.call('DEL', none)
+    elseif command == 'XADD' then
+      redis.call('DEL', none)
+      redis.call(command, none, '1-1', 'v', '')
+      redis.call('DEL', none)
     elseif command == 'ZADD' then
       redis.call(command, none, 'XX', 0, '')
     elseif string.find(' RPUSH LPUSH SADD HSET HINCRBY ', name, 1, true) then
