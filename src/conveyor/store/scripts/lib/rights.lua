@@ -26,6 +26,8 @@ local function prove(none, ...)
       redis.call('DEL', none)
     elseif string.find(' HDEL HEXISTS HGET HMGET HSCAN LINDEX LPOS PEXPIRE EXPIRE SREM ZREM ZSCORE ', name, 1, true) then
       redis.call(command, none, 1)
+    elseif command == 'XREVRANGE' then
+      redis.call(command, none, '+', '-')
     elseif string.find(' LRANGE LTRIM ZCOUNT ZRANGE ', name, 1, true) then
       redis.call(command, none, 0, 0)
     else
