@@ -242,7 +242,22 @@ class _Runner:
 
         return self._loop.run(call(), context=variables)
 
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping
+    def _block(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run the event loop until a coroutine has ended, for a `def` that waits for it."""
+        return self._loop.run(coroutine, context=copy_context())
+
+    def _emit_hook(self, job: RunRequest, item: int | None = None) -> Callable[[Any], Awaitable[None]]:
+        def emit(value: Any) -> Awaitable[None]:
+            data = core_of(self._app).part_codec.encode(value)
+            self._connection.send(EmitRequest(data, job.id, job.attempt, item))
+            return _SENT
+
+        return emit
+
+    def _context(
+        self, job: RunRequest, *, items: Iterable[Context] | None = None,
+        emit_hook: Callable[[Any], Awaitable[None]] | None = None,
+    ) -> Context:  # fmt: skip
         return Context(
             job_id=job.id,
             task=job.task,
