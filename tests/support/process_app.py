@@ -194,3 +194,15 @@ def emit_parts(count: int) -> int:
     for number in range(count):
         current().emit({"number": number})
     return count
+
+
+@process()
+async def tell(place: str, context: Context = current()) -> None:
+    """Say how far it is and note it; the first attempt then ends its process when the file *place* is there."""
+    context.progress(context.attempt, 2, "telling")
+    context.notes["attempts"] = [*context.notes.get("attempts", []), context.attempt]
+    if context.attempt == 1:
+        while not Path(place).exists():
+            await asyncio.sleep(0.01)
+        os._exit(3)
+    context.progress(2, 2)

@@ -51,6 +51,7 @@ def attempt(name: str, /, **arguments: Any) -> Any:
         move_deadline=lambda ms: None,
         costs={},
         expire=lambda: False,
+        stored_notes=dict,
     )
 
 

@@ -729,6 +729,8 @@ class Admin:
                     "tags": run.tags,
                 }
                 base["payload"] = self._decoder.arguments(run, queue, lookup.id)
+            base["progress"] = self._decoder.progress(bytes(outcome.progress), queue, lookup.id)
+            base["notes"] = self._decoder.notes(bytes(outcome.notes), queue, lookup.id)
             return JobInfo(**base, status=outcome.status, errors=errors, result=result, reason=outcome.reason)
         if lookup.location == "cancelled":
             return JobInfo(**base, status="cancelled")

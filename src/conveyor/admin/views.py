@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from conveyor.ids import made_at_ms, public
+from conveyor.payload.live_records import Progress
 from conveyor.payload.pipeline import MAX_LARGE
 from conveyor.payload.records import Failure, Status
 from conveyor.payload.sealed_records import RecordDecoder
@@ -78,7 +79,7 @@ class JobInfo:
     `leased_at`: since when a worker holds the job; it runs from then on, unless all places of the worker are taken. `worker`,
     `host` and `pid`: who holds it. `timeout_ms`: the time limit of an attempt, its own or that of its task in the worker that
     holds it; None: no limit, or nobody holds it and it has none of its own. `limits`: the limits that it counts for, as
-    ``name`` or ``name:key``.
+    ``name`` or ``name:key``. `progress`, `notes`: what the job said of itself.
     """
 
     id: str
@@ -109,6 +110,8 @@ class JobInfo:
     pid: int | None = None
     timeout_ms: int | None = None
     tags: list[str] = field(default_factory=list)
+    progress: Progress | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def since(self) -> datetime | None:
@@ -219,6 +222,8 @@ def live_job(queue: str, row: JobRow, decoder: RecordDecoder, limit: int = MAX_L
         host=row.about.get("host"),
         pid=row.about.get("pid"),
         timeout_ms=envelope.extra.timeout_ms or _task_limit(row.about, envelope.task),
+        progress=decoder.progress(state.progress, queue, row.id),
+        notes=decoder.notes(state.notes, queue, row.id),
     )
 
 

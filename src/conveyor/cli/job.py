@@ -15,7 +15,7 @@ import click
 from conveyor.cli.command import CommandGroup
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.filters import selection_options
-from conveyor.cli.output import Output, Progress, confirm_options, machine_text, quantity, short_time
+from conveyor.cli.output import Output, ProgressLine, confirm_options, machine_text, quantity, short_time
 from conveyor.cli.queue import say_unanswered
 from conveyor.cli.target import Target, redis_options
 from conveyor.units import span
@@ -109,8 +109,10 @@ def show(target: Target, out: Output, id_: str) -> None:
     """
     Show everything about a job.
 
-    Its payload, errors with tracebacks, and result.
+    Its payload, progress, notes, errors with tracebacks, and result.
     """
+    from conveyor.payload.records import to_json
+
     admin = target.admin()
     info = admin.job(id_)
     why = admin.why(id_) if info.status in {"ready", "scheduled", "waiting"} else None
@@ -142,6 +144,11 @@ def show(target: Target, out: Output, id_: str) -> None:
             ("pid", None if info.pid is None else str(info.pid)),
             ("leased_at", info.leased_at),
             ("timeout", _limit(info, out)),
+            ("progress", None if info.progress is None else str(info.progress)),
+            *(
+                (f"notes.{name}", note if isinstance(note, str) else to_json(note).decode())
+                for name, note in info.notes.items()
+            ),
             ("headers", ", ".join(f"{key}={value}" for key, value in info.headers.items())),
             ("tags", ", ".join(info.tags)),
             ("payload", info.payload),
@@ -273,7 +280,7 @@ def _act_on_filter(
     kept: list[ActionResult] = []
     outcomes = Counter[str]()
     summary = out.on_terminal and not out.as_json
-    with Progress(out, "done", total) as progress:
+    with ProgressLine(out, "done", total) as progress:
         for results in admin.act_on_chosen(action, queue, state, wanted):
             outcomes.update(one.outcome for one in results)
             if out.as_json:
@@ -354,7 +361,8 @@ def _about(info: JobInfo) -> str:
             if info.task
             else ""
         )
-        return f"on {place}{limit}{f'; before: {error}' if error else ''}"
+        progress = "" if info.progress is None else f"{info.progress}, "
+        return f"{progress}on {place}{limit}{f'; before: {error}' if error else ''}"
     if error or info.payload:
         return error or info.payload or ""
     return "" if info.ran_ms is None else f"ran {span(info.ran_ms / 1000)}"

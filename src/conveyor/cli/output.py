@@ -107,7 +107,7 @@ class Output:
         return True
 
 
-class Progress:
+class ProgressLine:
     """A line on a terminal that says how far an action is, from its second second on; nothing where there is no terminal."""
 
     def __init__(self, out: Output, done: str, total: int) -> None:

@@ -14,7 +14,7 @@ from conveyor.cli.completion import complete_queues
 from conveyor.cli.filters import filter_options
 from conveyor.cli.output import (
     Output,
-    Progress,
+    ProgressLine,
     clock_time,
     confirm_options,
     iso_timestamp,
@@ -318,7 +318,7 @@ def redrive(
         if wanted is None and rate is None:
             moved = admin.redrive(name, limit=limit)
         else:
-            with Progress(out, "put back", chosen) as progress:
+            with ProgressLine(out, "put back", chosen) as progress:
                 for results in admin.act_on_chosen("redrive", name, None, wanted or ANY_JOB, limit=limit, rate=rate):
                     progress.add(sum(one.done for one in results))
             moved = progress.count

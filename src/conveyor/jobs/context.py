@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from conveyor.errors import ConfigurationError, JobCancelled
+from conveyor.jobs.live import NUMBERS, TEXTS, LiveRecord, Notes, refuse_progress
 from conveyor.units import Duration, milliseconds
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class Context:
     """
 
     __slots__ = (
-        "_charges", "_costs", "_deadline_hook", "_emit_hook", "_items", "_logger", "_spawned", "attempt", "cancelled",
+        "_charges", "_costs", "_deadline_hook", "_emit_hook", "_items", "_live", "_live_hook", "_logger", "_spawned", "attempt",
+        "cancelled",
         "enqueued_at", "headers", "job_id", "queue", "scheduled_for", "state", "tags", "task", "timed_out",
     )  # fmt: skip
 
@@ -63,6 +65,7 @@ class Context:
         items: Callable[[], Iterable[Context]] | None = None,
         costs: Mapping[str, str] | None = None,
         emit_hook: Callable[[Any], Awaitable[None]] | None = None,
+        live: Callable[[], LiveRecord] = LiveRecord,
     ) -> None:
         """
         Make the context of an attempt.
@@ -81,6 +84,7 @@ class Context:
             items: returns the contexts of a batch's items; None: it is no batch.
             costs: the argument that says the cost of each limit with one, by its name.
             emit_hook: gets each partial result; None: none can be stored.
+            live: makes what takes progress and notes, at their first use.
 
         """
         self.job_id = job_id
@@ -100,6 +104,8 @@ class Context:
         self._costs = costs or {}
         self._emit_hook = emit_hook
         self._charges: dict[str, int] = {}
+        self._live_hook = live
+        self._live: LiveRecord | None = None
         self._logger: Logger | None = None
 
     @property
@@ -144,6 +150,31 @@ class Context:
                 f"Job {self.job_id} emitted a value, and this context belongs to no worker. Pass emit_hook= to it in a test."
             )
         return self._emit_hook(value)
+
+    def progress(self, done: float | None = None, total: float | None = None, text: str | None = None) -> None:
+        """
+        Say how far the job is: *done* of *total*, with a text, or one of them alone; `job.progress()` returns it.
+
+        Call it as often as you like: at most four times a second something is written, and the last before the job ends.
+        """
+        live = self._live or open_live(self)
+        if type(done) not in NUMBERS or type(total) not in NUMBERS or type(text) not in TEXTS or not (done or text):
+            refuse_progress(done, total, text)
+        if (done is not None and not 0 <= done < math.inf) or (total is not None and not 0 <= total < math.inf):
+            refuse_progress(done, total, text)
+        live.progress = (done, total, text)
+        if not live.is_changed:
+            live.note_change()
+
+    @property
+    def notes(self) -> Notes:
+        """
+        A dict of JSON values that the next attempt of the job finds again, after a retry and after a crash.
+
+        It takes at most 8 KiB of JSON (PayloadError above). A change is written within a quarter of a second; one inside a
+        value, as ``notes["seen"].append(7)``, when the attempt ends.
+        """
+        return (self._live or open_live(self)).notes
 
     def charge(self, cost: float, limit: str | None = None) -> None:
         """
@@ -222,13 +253,10 @@ class _ContextProxy(Context):
         # The slots are empty, so every attribute arrives here.
         if name.startswith("__"):
             raise AttributeError(name)
-        source = CURRENT.get()
-        if source is None:
-            raise ConfigurationError(
-                f"context.{name}: no job is running here. A context exists only while a worker runs a job; "
-                "in a test, pass one: Context(job_id=…, …)."
-            )
-        return getattr(_context(source), name)
+        return getattr(current_context(name), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(current_context(name), name, value)
 
     def __repr__(self) -> str:
         return "current()"
@@ -261,6 +289,17 @@ def _context(source: Context | ContextSource) -> Context:
     return source if isinstance(source, Context) else source.open()
 
 
+def current_context(wanted: str) -> Context:
+    """Return the context of the running job; raises ConfigurationError, which names the member that was *wanted*, outside one."""
+    source = CURRENT.get()
+    if source is None:
+        raise ConfigurationError(
+            f"context.{wanted}: no job is running here. A context exists only while a worker runs a job; "
+            "in a test, pass one: Context(job_id=…, …)."
+        )
+    return _context(source)
+
+
 def queue_of_job() -> str | None:
     """Return the queue of the job that runs here, None outside a job."""
     source = CURRENT.get()
@@ -285,6 +324,24 @@ def charges_of(context: Context) -> dict[str, int]:
 def adopt_charges(context: Context, charges: dict[str, int]) -> None:
     """Make *charges*, told in another process, those of this context."""
     context._charges = charges  # noqa: SLF001
+
+
+def live_of(context: Context) -> LiveRecord | None:
+    """Return what an attempt has said of itself; None when it said nothing."""
+    return context._live  # noqa: SLF001
+
+
+def open_live(context: Context) -> LiveRecord:
+    """Return what takes the progress and the notes of an attempt, made at the first call; raises ConfigurationError in a batch."""
+    if context._items is not None:  # noqa: SLF001
+        raise ConfigurationError(
+            f"A batch of {context.task} has no progress and no notes of its own, since its items end each for itself. "
+            "Write: current().items[0].progress(…)."
+        )
+    live = context._live  # noqa: SLF001
+    if live is None:
+        live = context._live = context._live_hook()  # noqa: SLF001
+    return live
 
 
 def end_spawning(context: Context) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from conveyor.ids import made_at_ms, public
+from conveyor.payload.live_records import Progress
 from conveyor.payload.records import RunRecord, Status, read_outcome
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.payload.versions import sealed_name
@@ -23,7 +24,7 @@ class JobDetails:
     `arguments`: by name, as JSON values; None where they are not kept: longer than 2 KiB, sealed with a key that this program
     does not have, or of a job that ended without a kept result. `attempts`: how often it was started. `worker`: `host:pid` of
     the one that holds it, else of the last that ended an attempt. `started`: the last start, of a job that is held the instant
-    of its lease, None where that is not kept. `reason`: why it was cancelled.
+    of its lease, None where that is not kept. `reason`: why it was cancelled. `progress`, `notes`: what it said of itself.
     """
 
     id: str
@@ -39,6 +40,8 @@ class JobDetails:
     ended: datetime | None = None
     reason: str = ""
     tags: tuple[str, ...] = ()
+    progress: Progress | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 def live_details(queue: str, row: JobRow, decoder: RecordDecoder) -> JobDetails:
@@ -51,6 +54,7 @@ def live_details(queue: str, row: JobRow, decoder: RecordDecoder) -> JobDetails:
         dict(envelope.extra.headers), row.state.starts + leased,
         _holder(row) if leased else errors[-1].worker if errors else None, _instant(made_at_ms(row.id)), _instant(row.leased_ms),
         _instant(int(row.extra)) if row.status == "dead" else None, tags=tuple(envelope.tags),
+        progress=decoder.progress(row.state.progress, queue, row.id), notes=decoder.notes(row.state.notes, queue, row.id),
     )  # fmt: skip
 
 
@@ -64,6 +68,7 @@ def ended_details(queue: str, id: str, status: Status, record: bytes, decoder: R
     return JobDetails(
         public(queue, id), queue, status, run.task or None, _value(decoder.arguments(run, queue, id)), dict(run.headers),
         run.attempt, run.worker or None, enqueued, _instant(run.started), _instant(outcome.at), outcome.reason, tuple(run.tags),
+        decoder.progress(bytes(outcome.progress), queue, id), decoder.notes(bytes(outcome.notes), queue, id),
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from conveyor.jobs.why import Why
     from conveyor.payload.codec import ValueCodec
     from conveyor.payload.formats import FormatRegistry
+    from conveyor.payload.live_records import Progress
     from conveyor.payload.pipeline import PayloadPipeline
     from conveyor.store.client.client import Client
     from conveyor.store.keys import QueueKeys
@@ -191,6 +192,27 @@ class Job(Generic[R_co]):
         if row is not None:
             return live_details(str(self.queue), row, decoder)
         return ended_details(str(self.queue), self._bare_id, status, record if where == "result" else b"", decoder)
+
+    def progress(self) -> Progress | None:
+        """
+        Return how far the job said that it is (`context.progress`): `done`, `total` and `text`; None where it said nothing.
+
+        Of a job that ended it is the last, for as long as its result is kept. Raises JobNotFound.
+        """
+        refuse_in_loop(self._core.client, "job.progress()", "await job.aprogress()")
+        return None if self._is_buffered() else self._read_progress(self._look_up())
+
+    async def aprogress(self) -> Progress | None:
+        """Awaitable form of `progress`."""
+        return None if self._is_buffered() else self._read_progress(await self._alook_up())
+
+    def _read_progress(self, lookup: JobLookup) -> Progress | None:
+        from conveyor.payload.live_records import open_progress
+
+        self._status(lookup)  # raises for a job that is not known
+        where, row, record = lookup
+        stored = row.state.progress if row else bytes(read_outcome(record).progress) if where == "result" else b""
+        return open_progress(self._core.sealing, stored, str(self.queue), self._bare_id)
 
     def why(self) -> Why:
         """

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from msgspec.structs import replace as replaced
+
 from conveyor.errors import ConfigurationError, RateLimited, RetryIn
 from conveyor.ids import made_at_ms
 from conveyor.payload.records import AttemptHistory
@@ -159,7 +161,7 @@ def after_failure(
     override of the policy's for this one job. *now_ms* (since the epoch), *id* and *due_ms* serve `within`, as in `Retry.is_over`.
     """
     budget = policy.attempts if attempts is None else attempts
-    failed = AttemptHistory(attempt, history.failures + 1, history.crashes, [*history.errors, record])
+    failed = replaced(history, starts=attempt, failures=history.failures + 1, errors=[*history.errors, record])
     chosen = _chosen_ms(error)
     if chosen is None and (isinstance(error, _tuple(policy.give_up)) or not isinstance(error, _tuple(policy.on))):
         return GiveUp(failed, f"{type(error).__name__} is not retried")
@@ -197,7 +199,7 @@ def put_off_ms(age_ms: int) -> int | None:
 
 def handed_back(history: AttemptHistory, attempt: int, *, started: bool) -> AttemptHistory:
     """Return the history of a job given back at a stop: its start counts, its budget is unchanged."""
-    return AttemptHistory(attempt if started else history.starts, history.failures, history.crashes, history.errors)
+    return replaced(history, starts=attempt if started else history.starts)
 
 
 def snoozed(history: AttemptHistory, attempt: int) -> AttemptHistory:
@@ -212,7 +214,7 @@ def with_presumed_crash(history: AttemptHistory, *, alone: bool = False) -> Atte
     The crash is marked as presumed. A process that knows more about a death takes it back from jobs that were not
     running, and from a suspect that ran *alone* when another job was being executed.
     """
-    return AttemptHistory(history.starts, history.failures, history.crashes + 1, history.errors, "*" if alone else "+")
+    return replaced(history, crashes=history.crashes + 1, doubt="*" if alone else "+")
 
 
 def runs_alone(history: AttemptHistory, max_crashes: int) -> bool:

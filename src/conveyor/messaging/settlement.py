@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from conveyor.errors import ConveyorError, RateLimited, UnknownTask
 from conveyor.ids import made_at_ms
 from conveyor.messaging.declared_limits import QueueLimits, held_limit
@@ -75,7 +77,9 @@ class SettlementPolicy:
         now = self.now_ms()
         record = Failure(leased.attempt, now, "nack", "refused by nack()", worker=self.worker)
         before, attempts = leased.history, leased.envelope.extra.attempts
-        state = AttemptHistory(leased.attempt, before.failures + 1, before.crashes, [*before.errors, to_json(record)])
+        state = replace(
+            before, starts=leased.attempt, failures=before.failures + 1, errors=[*before.errors, to_json(record)]
+        )
         budget = self.retry.attempts if attempts is None else attempts
         if state.failures >= budget:
             return self._buried(leased, GiveUp(state, f"all {budget} attempts failed"), record)
@@ -94,7 +98,7 @@ class SettlementPolicy:
 
     def _given_up(self, leased: LeasedMessage, text: str, record: Failure) -> Settlement:
         before = leased.history
-        state = AttemptHistory(leased.attempt, before.failures, before.crashes, [*before.errors, to_json(record)])
+        state = replace(before, starts=leased.attempt, errors=[*before.errors, to_json(record)])
         return self._buried(leased, GiveUp(state, text), record)
 
     def undecodable(self, leased: LeasedMessage, error: ConveyorError, kind: str = "PayloadError") -> Settlement:
@@ -125,7 +129,7 @@ class SettlementPolicy:
             leased.history.starts, self.now_ms(), "crashed", f"its consumer crashed {crashes} times", worker=self.worker
         )
         before = leased.history
-        state = AttemptHistory(before.starts, before.failures, crashes, [*before.errors, to_json(record)])
+        state = replace(before, crashes=crashes, errors=[*before.errors, to_json(record)])
         return self._buried(leased, GiveUp(state, "crashed"), record)
 
     def presumed_crash(self, leased: LeasedMessage) -> Settlement | None:

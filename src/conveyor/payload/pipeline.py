@@ -29,7 +29,7 @@ LARGE_ABOVE = 256 * 1024
 _LEVEL = 1  # JSON shrinks to a sixth at level 1; level 6 takes three times as long for a few per cent more
 _SLACK = 1024  # bytes that header, nonce and tag add at most
 
-Kind = Literal[b"payload", b"result", b"error", b"blob", b"part"]
+Kind = Literal[b"payload", b"result", b"error", b"blob", b"part", b"progress", b"notes", b"logs"]
 log = logging.getLogger("conveyor.sealing")
 
 

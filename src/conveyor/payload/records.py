@@ -16,7 +16,10 @@ that this one is to run after. An older layout has the unique key among the mark
 
 State (only of jobs that are not fresh)::
 
-    <starts> <failures> <crashes>[w]\n<error JSON>\n<error JSON>…
+    <starts> <failures> <crashes>[+*]<attributes>\n<error JSON>\n<error JSON>…
+
+Attributes, each behind a blank, a tab and a letter, are JSON without control characters: ``p`` the progress, ``n`` the notes,
+both as `live_records` packs them. A reader that knows none of them reads the numbers before them.
 """
 
 from __future__ import annotations
@@ -89,7 +92,8 @@ class Outcome(msgspec.Struct, omit_defaults=True):
     """
     The end of a job.
 
-    `value` is the raw JSON of its result, `packed` the result where it is sealed or compressed, `run` what led to it.
+    `value` is the raw JSON of its result, `packed` the result where it is sealed or compressed, `run` what led to it; `progress`
+    and `notes` are the last that the job had, as in its state.
     """
 
     status: Status
@@ -99,6 +103,8 @@ class Outcome(msgspec.Struct, omit_defaults=True):
     at: int = 0
     packed: str = ""
     run: RunRecord | None = None
+    progress: msgspec.Raw = msgspec.Raw(b"")
+    notes: msgspec.Raw = msgspec.Raw(b"")
 
 
 Life = Literal["done", "start", "time"]
@@ -210,7 +216,11 @@ class Envelope(msgspec.Struct):
 
 
 class AttemptHistory(msgspec.Struct):
-    """The attempts of a job so far: starts (= the number of the last attempt), failures, crashes, errors."""
+    """
+    The attempts of a job so far: starts (= the number of the last attempt), failures, crashes, errors.
+
+    One that follows another is made with `msgspec.structs.replace`, so that what else is known of the job stays.
+    """
 
     starts: int = 0
     failures: int = 0
@@ -218,10 +228,18 @@ class AttemptHistory(msgspec.Struct):
     errors: list[bytes] = []
     doubt: str = ""
     """+ or *: the last crash was counted before it happened (`retry.with_presumed_crash`)."""
+    progress: bytes = b""
+    """The progress that the job told last, as stored."""
+    notes: bytes = b""
+    """The notes of the job, as stored."""
 
     def encode(self) -> bytes:
         """Return the stored form, with the newest ERRORS_KEPT errors."""
         head = b"%d %d %d%b" % (self.starts, self.failures, self.crashes, self.doubt.encode())
+        if self.progress:
+            head += b" \tp" + self.progress
+        if self.notes:
+            head += b" \tn" + self.notes
         return b"\n".join([head, *self.errors[-ERRORS_KEPT:]])
 
     def failures_list(self) -> list[Failure]:
@@ -234,9 +252,16 @@ class AttemptHistory(msgspec.Struct):
         if not data:
             return cls()
         head, *errors = data.split(b"\n")
-        starts, failures, crashes = head.split(b" ")[:3]
+        numbers, *attributes = head.split(b" \t")
+        starts, failures, crashes = numbers.split(b" ")[:3]
         certain = crashes.rstrip(b"+*w")  # an older layout ended it with a "w"
-        return cls(int(starts), int(failures), int(certain), errors)
+        history = cls(int(starts), int(failures), int(certain), errors)
+        for attribute in attributes:
+            if attribute[:1] == b"p":
+                history.progress = attribute[1:]
+            elif attribute[:1] == b"n":
+                history.notes = attribute[1:]
+        return history
 
 
 def _failure(data: bytes) -> Failure:

@@ -9,6 +9,7 @@ import msgspec
 
 from conveyor.errors import PayloadError
 from conveyor.payload.formats import JSON, MARK, FormatRegistry, body_text
+from conveyor.payload.live_records import Progress, open_progress, show_notes
 from conveyor.payload.pipeline import MAX_LARGE, PLAIN, PayloadPipeline
 from conveyor.payload.records import Failure, Outcome, RunRecord
 from conveyor.payload.versions import sealed_name
@@ -121,6 +122,14 @@ class RecordDecoder(NamedTuple):
             return body_text(open_result(self.sealing, outcome, queue, id, MAX_LARGE), self.formats, call=False)
         except PayloadError as error:
             return str(error)
+
+    def progress(self, stored: bytes, queue: str, id: str) -> Progress | None:  # noqa: A002
+        """Return a stored progress, with its text as far as it can be read."""
+        return open_progress(self.sealing, stored, queue, id)
+
+    def notes(self, stored: bytes, queue: str, id: str) -> dict[str, Any]:  # noqa: A002
+        """Return stored notes, or a description of those that cannot be read."""
+        return show_notes(self.sealing, stored, queue, id)
 
     def failure(self, failure: Failure, queue: str, id: str) -> Failure:  # noqa: A002
         """Return an error with its texts, as far as they can be read."""

@@ -11,11 +11,25 @@ from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
+from msgspec.structs import replace
+
 from conveyor.errors import ConveyorError, PayloadError
 from conveyor.ids import clean, made_at_ms, public
-from conveyor.jobs.context import Context, adopt_charges, adopt_spawned, charges_of, end_spawning, spawned_entries
+from conveyor.jobs.context import (
+    Context,
+    adopt_charges,
+    adopt_spawned,
+    charges_of,
+    end_spawning,
+    live_of,
+    open_live,
+    spawned_entries,
+)
+from conveyor.jobs.live import LiveRecord
+from conveyor.messaging import retry
 from conveyor.messaging.declared_limits import cost_arguments
 from conveyor.payload.failures import message, type_name
+from conveyor.payload.live_records import Progress, open_notes, pack_notes, pack_progress
 from conveyor.payload.records import AttemptHistory, Envelope
 
 if TYPE_CHECKING:
@@ -23,6 +37,7 @@ if TYPE_CHECKING:
 
     from conveyor.jobs.task import TaskDefinition
     from conveyor.messaging.declared_limits import DeclaredLimit
+    from conveyor.payload.pipeline import PayloadPipeline
     from conveyor.payload.signature import TaskSignature
     from conveyor.store.keys import QueueKeys
     from conveyor.store.operations import Settlement, TurnReport
@@ -171,6 +186,8 @@ class AttemptOwner(Protocol):
     blobs: dict[str, str]
 
     @property
+    def sealing(self) -> PayloadPipeline | None: ...
+    @property
     def part_writer(self) -> PartSink: ...
     @property
     def group(self) -> GatheringGroup: ...
@@ -184,6 +201,7 @@ class AttemptOwner(Protocol):
     def holds(self, attempt: Attempt) -> bool: ...
     def schedule(self, *, at_once: bool = False) -> None: ...
     def note_retry(self, attempt: Attempt, ms: int) -> None: ...
+    def note_change(self, attempt: Attempt) -> None: ...
     def move_deadline(self, attempt: Attempt, seconds: float) -> None: ...
     def give_way(self, seconds: float) -> None: ...
     def encode_part(self, value: object) -> bytes: ...
@@ -206,6 +224,7 @@ class Attempt:
         "handler",
         "id",
         "number",
+        "presumed",
         "runner",
         "started",
         "state",
@@ -221,6 +240,8 @@ class Attempt:
 
     Unset when the attempt was not given to threads: the event loop alone decides about it.
     """
+    presumed: bool
+    """Set when its crash was counted before it began (`Quarantine`): true when it runs alone."""
 
     def __init__(self, consumer: AttemptOwner, handler: Handler, id: str, body: bytes) -> None:  # noqa: A002
         # A plain, fresh job: the loader and `load_state` add what is rarer.
@@ -255,8 +276,39 @@ class Attempt:
 
     @property
     def history(self) -> AttemptHistory:
-        """The history of earlier attempts, as it was leased."""
-        return self.state or AttemptHistory()
+        """The history of earlier attempts, as it was leased, with what this one has said of itself."""
+        history, live = self.state or AttemptHistory(), self.live_record
+        if live is None:
+            return history
+        place = (self.consumer.sealing, self.consumer.queue, self.id)
+        if (progress := live.last_progress()) is not None:
+            history = replace(history, progress=pack_progress(place[0], progress, *place[1:]))
+        if live.notes_json is not None:
+            history = replace(history, notes=pack_notes(place[0], live.notes_json, *place[1:]))
+        return history
+
+    @property
+    def running_history(self) -> AttemptHistory:
+        """The history as Redis has it while the attempt runs: with the crash that was counted before it began."""
+        history = self.history
+        return retry.with_presumed_crash(history, alone=self.presumed) if hasattr(self, "presumed") else history
+
+    @property
+    def live_record(self) -> LiveRecord | None:
+        """The progress and notes that the attempt has told; None when it told nothing."""
+        return None if self.context is None else live_of(self.context)
+
+    def adopt_live(self, progress: Progress | None, notes_json: bytes | None) -> None:
+        """Adopt what it said of itself in another process."""
+        open_live(self.open()).adopt(progress, notes_json)
+
+    def stored_notes(self) -> dict[str, Any]:
+        """Return what earlier attempts have noted; raises PayloadError where that cannot be read here."""
+        state = self.state
+        return {} if state is None else open_notes(self.consumer.sealing, state.notes, self.consumer.queue, self.id)
+
+    def _make_live(self) -> LiveRecord:
+        return LiveRecord(lambda: self.consumer.note_change(self), self.stored_notes)
 
     @property
     def timeout(self) -> float | None:
@@ -286,6 +338,7 @@ class Attempt:
                 scheduled_for=None if due is None else datetime.fromtimestamp(due / 1000, UTC),
                 costs=self.costs,
                 emit_hook=self.emit,
+                live=self._make_live,
             )
             if self.handler.early:
                 end_spawning(self.context)  # it has ended, as far as Redis knows

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Raw
 from msgspec.structs import replace
 
 from conveyor.errors import ConveyorError, PayloadError, RateLimited, Snooze, StoreUnavailable, UnknownTask
@@ -34,6 +35,7 @@ from conveyor.worker.part_writer import KEPT_MS
 
 if TYPE_CHECKING:
     from conveyor.jobs.core import AppCore
+    from conveyor.jobs.live import LiveRecord
 
 log = logging.getLogger("conveyor.worker")
 RECENT = 32
@@ -100,6 +102,8 @@ class SettlementWriter:
         parts = consumer.part_writer.end(attempt)
         if parts is not None:
             report.others.append(parts)
+        if (live := attempt.live_record) is not None:
+            live.finish()
         unfinished = attempt.started == 0.0 or isinstance(error, asyncio.CancelledError) or stuck
         if why in {"cancel", "expired"} and (unfinished or error is not None):
             self.cancelled(report, attempt, now)
@@ -130,11 +134,12 @@ class SettlementWriter:
         keep = self._keep_ms(attempt)
         spawned = attempt.context is not None and attempt.spawned
         # Those that simply ended come first, and the other reports of an attempt must come before its end.
-        is_last = bool(report.others) and report.others[-1].id == attempt.id
-        simple = envelope.releases_in_bulk and not spawned and not is_last
-        if value is not None and keep and handler.stores:
+        is_last, live = bool(report.others) and report.others[-1].id == attempt.id, attempt.live_record
+        simple = envelope.releases_in_bulk and not spawned and not is_last and live is None
+        stores = value is not None and handler.stores
+        if keep and (stores or live is not None):
             try:
-                data = handler.task.results.encode(value)
+                data = handler.task.results.encode(value) if stores else b"null"
             except PayloadError as error:
                 self.failed(report, attempt, error, now_ms, may_retry=False)
                 return
@@ -144,14 +149,17 @@ class SettlementWriter:
             else:
                 packed = pack_result(self._sealing or PLAIN, data, attempt.consumer.queue, attempt.id)
                 record = b'{"status":"done",%b,"at":%d,"run":%b}' % (packed, now_ms, run)
+            if live is not None:
+                record = self._add_live(report, attempt, live, record)
             if simple:
                 report.add_done(attempt.id, envelope.attributes)
                 report.results[attempt.id] = (keep, record)
             else:
                 if spawned:
                     _add_spawned(report, attempt.id, spawned)
+                state = b"" if stores else b"-"
                 report.others.append(
-                    Settlement("D", attempt.id, keep, record, attributes=envelope.attributes, own_id=envelope.own_id)
+                    Settlement("D", attempt.id, keep, record, state, envelope.attributes, own_id=envelope.own_id)
                 )
         else:
             # A promised value that was returned and is not kept is told from none: `result` raises ResultExpired.
@@ -178,6 +186,19 @@ class SettlementWriter:
             report.recent.append(write_finished(attempt.id, handler.name, "done", now_ms, round(seconds * 1000)))
         if self._app.has_listener(JobDone):
             self._app.emit(JobDone(attempt.public_id, handler.name, attempt.consumer.queue, attempt.number, seconds))
+
+    def _add_live(self, report: TurnReport, attempt: Attempt, live: LiveRecord, record: bytes) -> bytes:
+        """Return the record of a success with what the job said of itself, whose last word is written before its end."""
+        history = attempt.history
+        if live.is_changed:
+            live.is_changed = False
+            report.others.append(Settlement("M", attempt.id, state=attempt.running_history.encode()))
+        members = b"".join(
+            b',"%b":%b' % (name, data)
+            for name, data in ((b"progress", history.progress), (b"notes", history.notes))
+            if data
+        )
+        return record[:-1] + members + b"}"
 
     def _run_record(self, attempt: Attempt, now_ms: int) -> bytes:
         """Return the JSON of a RunRecord, written by hand as most of it is known: it is a part of every kept result."""
@@ -271,7 +292,7 @@ class SettlementWriter:
         if self._sealing is not None:
             record = pack_refusal(self._sealing, record, error.code, attempt.consumer.queue, attempt.id)
         old = attempt.history
-        state = AttemptHistory(attempt.number, old.failures, old.crashes, [*old.errors, to_json(record)])
+        state = replace(old, starts=attempt.number, errors=[*old.errors, to_json(record)])
         attempt.handler.failed += 1
         self.dead(report, attempt, state, f"{error.code}: its payload cannot be read", now_ms, error)
 
@@ -286,7 +307,7 @@ class SettlementWriter:
     ) -> None:
         """Make a job a dead letter. Its envelope, and so its payload, stays as it is."""
         last = read_failure(state.errors[-1]) if state.errors else None
-        record = to_json(Outcome("dead", failure=last, reason=reason, at=now_ms))
+        record = to_json(_with_live(Outcome("dead", failure=last, reason=reason, at=now_ms), state))
         envelope = attempt.envelope
         report.others.append(
             Settlement("X", attempt.id, now_ms, record, state.encode(), envelope.attributes, envelope.own_id)
@@ -312,7 +333,7 @@ class SettlementWriter:
             at = datetime.fromtimestamp(crash.at / 1000, UTC).isoformat(timespec="seconds")
             message += f"; the last time, at {at} on {crash.worker}: {crash.message}"
         record = to_json(Failure(state.starts, now_ms, "crashed", message, worker=self._worker))
-        state = AttemptHistory(state.starts, state.failures, state.crashes, [*state.errors, record])
+        state = replace(state, errors=[*state.errors, record])
         log.error("✗ %s is poison: %s", attempt.label, one_line(message))
         self.dead(report, attempt, state, "crashed", now_ms)
 
@@ -320,7 +341,7 @@ class SettlementWriter:
         """Settle a job that crashed its process: count the crash, and run the job again alone, or make it dead."""
         old = attempt.history
         record = to_json(failures.describe(error, attempt.number, now_ms, self._worker))
-        state = AttemptHistory(attempt.number, old.failures, old.crashes + 1, [*old.errors, record])
+        state = replace(old, starts=attempt.number, crashes=old.crashes + 1, errors=[*old.errors, record])
         log.error("✗ %s crashed its process: %s", attempt.label, error)
         if state.crashes >= attempt.handler.task.settings.retry.max_crashes:
             attempt.state = state
@@ -377,7 +398,7 @@ class SettlementWriter:
         kind = UnknownTask.__name__ if error is None else "PayloadError"
         record = to_json(Failure(attempt.number, now_ms, kind, message, worker=self._worker))
         old = attempt.history
-        state = AttemptHistory(old.starts, old.failures, old.crashes, [*old.errors, record])
+        state = replace(old, errors=[*old.errors, record])
         self.dead(report, attempt, state, message, now_ms)
 
     def cancelled(self, report: TurnReport, attempt: Attempt, now_ms: int) -> None:
@@ -386,7 +407,7 @@ class SettlementWriter:
         if not reason:
             reason = f"{RAN}{span(max(0.0, attempt.ended - attempt.started))} on {self._worker}"
             log.info("✗ %s attempt %d cancelled: %s", attempt.label, attempt.number, reason)
-        record = to_json(Outcome("cancelled", reason=reason, at=now_ms))
+        record = to_json(_with_live(Outcome("cancelled", reason=reason, at=now_ms), attempt.history))
         envelope = attempt.envelope
         report.others.append(
             Settlement("C", attempt.id, CANCELLED_KEPT_MS, record, b"", envelope.attributes, envelope.own_id)
@@ -429,6 +450,15 @@ class SettlementWriter:
     def _snoozed(self, report: TurnReport, attempt: Attempt, snooze: Snooze) -> None:
         ms = milliseconds(snooze.delay, name="Snooze")
         self.put_off(report, attempt, ms, retry.snoozed(attempt.history, attempt.number))
+
+
+def _with_live(outcome: Outcome, state: AttemptHistory) -> Outcome:
+    """Return the end of a job with the progress and the notes of its *state*."""
+    if state.progress:
+        outcome.progress = Raw(state.progress)
+    if state.notes:
+        outcome.notes = Raw(state.notes)
+    return outcome
 
 
 def _unknown(attempt: Attempt) -> str:

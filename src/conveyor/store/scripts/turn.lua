@@ -10,7 +10,7 @@
 --       then count, and for each group of these, from the first id on, a result that is kept: ms count record…   0 ms: it is not
 --       then count, and of those of them that have attributes: id attributes
 --       then count, and for each other settlement: kind id ms record state attributes own
---            D done: keep the record ms, state "+" when a value is not kept
+--            D done: keep the record ms, state "+" when a value is not kept, "-" when the record has none
 --            X dead: announce the record, keep the state; it died no earlier than its last error, at ms since the epoch
 --            C cancelled: keep the record ms      R again after ms, with this state
 --            F back to the front, with this state ("" as it was)      M still held, with this state

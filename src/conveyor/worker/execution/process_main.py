@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable,
 from contextvars import Context as Variables
 from contextvars import copy_context
 from datetime import UTC, datetime
+from time import monotonic
 from typing import Any
 
 from conveyor.errors import UnknownTask
@@ -27,6 +28,7 @@ from conveyor.jobs.batch_task import ItemEnd, item_ends
 from conveyor.jobs.context import CURRENT, Context, charges_of, end_spawning, spawned_entries
 from conveyor.jobs.core import core_of
 from conveyor.jobs.dependencies import WorkerScope
+from conveyor.jobs.live import LiveRecord
 from conveyor.jobs.task import TaskDefinition
 from conveyor.store.fork_safety import on_fork
 from conveyor.worker.app_loading import load
@@ -38,6 +40,7 @@ from conveyor.worker.execution.process_protocol import (
     EmitRequest,
     ExtendRequest,
     FailedReply,
+    LiveReply,
     ReadyReply,
     Reply,
     Request,
@@ -47,6 +50,7 @@ from conveyor.worker.execution.process_protocol import (
     pack,
     read_request,
 )
+from conveyor.worker.leasing.live_reports import PERIOD
 from conveyor.worker.logs import configure_log
 from conveyor.worker.recycling import RecycleLimits
 
@@ -75,6 +79,7 @@ def main() -> None:
     connection.send(ReadyReply())
     while isinstance(job := connection.receive(), RunRequest):
         reply = runner.run(job)
+        runner.live_sender.finish()
         _flush()
         jobs += 1
         reply.worn = recycle_limits.used_up(jobs) or ""
@@ -86,6 +91,7 @@ class _ParentConnection:
     """The connection to the worker: requests come in, replies go out. A copy that a job forks has none."""
 
     def __init__(self, descriptor: int) -> None:
+        self._sending = threading.Lock()  # a timer and threads of the job tell what is new beside it
         self._socket: socket.socket | None = socket.socket(fileno=descriptor)
         self._socket.set_inheritable(False)
         on_fork(self)
@@ -98,7 +104,8 @@ class _ParentConnection:
 
     def send(self, message: Reply) -> None:
         if self._socket is not None:
-            self._socket.sendall(pack(message))
+            with self._sending:
+                self._socket.sendall(pack(message))
 
     def receive(self) -> Request | None:
         head = self._exactly(HEAD.size)
@@ -113,6 +120,51 @@ class _ParentConnection:
         return b"" if count else b"".join(parts)
 
 
+class _LiveSender:
+    """Sends what a job of this process says of itself: at once, then at most every `PERIOD`, and the last before its end."""
+
+    def __init__(self, connection: _ParentConnection) -> None:
+        self._connection = connection
+        self._told: dict[str, tuple[int, LiveRecord]] = {}  # the attempts that have said something, by their ids
+        self._timer: threading.Timer | None = None
+        self._sent_at = 0.0
+        self._lock = threading.Lock()
+
+    def record(self, job: RunRequest) -> LiveRecord:
+        """Return what takes the news of a job."""
+        live = LiveRecord(self._on_change, lambda: job.notes)
+        self._told[job.id] = (job.attempt, live)
+        return live
+
+    def _on_change(self) -> None:
+        wait = self._sent_at + PERIOD - monotonic()
+        if wait <= 0:
+            self.send()
+        elif self._timer is None:
+            self._timer = threading.Timer(wait, self.send)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def send(self) -> None:
+        """Send what is new."""
+        with self._lock:
+            self._timer, self._sent_at = None, monotonic()
+            for id_, (attempt, live) in list(self._told.items()):
+                if live.is_changed:
+                    live.is_changed = False
+                    progress = live.last_progress()
+                    numbers = None if progress is None else (progress.done, progress.total, progress.text)
+                    self._connection.send(LiveReply(id_, attempt, numbers, live.notes_json))
+
+    def finish(self) -> None:
+        """Send the last news of the jobs that have ended."""
+        if self._told:
+            for _, live in self._told.values():
+                live.finish()
+            self.send()
+            self._told.clear()
+
+
 class _Runner:
     """
     The app with its lifespans, and the jobs.
@@ -123,6 +175,7 @@ class _Runner:
 
     def __init__(self, connection: _ParentConnection) -> None:
         self._connection = connection
+        self.live_sender = _LiveSender(connection)
         self._loop = asyncio.Runner()
         self._fork_guard = ForkGuard(self._loop.get_loop())
         self._closing = asyncio.Event()
@@ -272,6 +325,7 @@ class _Runner:
             items=None if items is None else lambda: items,
             costs=job.costs,
             emit_hook=emit_hook,
+            live=lambda: self.live_sender.record(job),
         )
 
 

@@ -58,6 +58,7 @@ class RunRequest(msgspec.Struct, tag="job"):
     items: list[RunRequest] = []
     tags: list[str] = []
     costs: dict[str, str] = {}
+    notes: dict[str, Any] = {}
 
 
 class ReadyReply(msgspec.Struct, tag="ready"):
@@ -79,6 +80,19 @@ class EmitRequest(msgspec.Struct, tag="emit"):
     id: str
     attempt: int
     item: int | None = None
+
+
+class LiveReply(msgspec.Struct, tag="live"):
+    """
+    From the process: what the running job, or one of a batch, said of itself: done, total and text, and its notes as JSON.
+
+    None: nothing new.
+    """
+
+    id: str
+    attempt: int
+    progress: tuple[float | None, float | None, str] | None
+    notes: bytes | None
 
 
 class DoneReply(msgspec.Struct, tag="done"):
@@ -134,7 +148,7 @@ class BatchReply(msgspec.Struct, tag="batch"):
 
 
 Request = StartRequest | RunRequest
-Reply = ReadyReply | ExtendRequest | EmitRequest | DoneReply | FailedReply | BatchReply
+Reply = ReadyReply | ExtendRequest | EmitRequest | LiveReply | DoneReply | FailedReply | BatchReply
 
 _encode = msgspec.msgpack.Encoder().encode
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

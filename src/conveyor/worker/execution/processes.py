@@ -18,6 +18,7 @@ import msgspec
 
 from conveyor import ids
 from conveyor.errors import BatchFailed, ConfigurationError
+from conveyor.payload.live_records import Progress
 from conveyor.worker.execution.batches import BatchAttempt
 from conveyor.worker.execution.process_protocol import (
     HEAD,
@@ -26,6 +27,7 @@ from conveyor.worker.execution.process_protocol import (
     EmitRequest,
     ExtendRequest,
     FailedReply,
+    LiveReply,
     ReadyReply,
     Reply,
     Request,
@@ -252,8 +254,13 @@ class _PoolProcess:
         """Run *attempt* as *job*; raises ProcessCrashed, also for a report on another attempt."""
         subject = f"The process of {job.task} ({job.id}, attempt {job.attempt})"
         reply = await self._ask(job, subject)
-        while not isinstance(reply, ReadyReply) and (reply.id, reply.attempt) == (job.id, job.attempt):
-            if isinstance(reply, ExtendRequest):
+        while not isinstance(reply, ReadyReply):
+            if isinstance(reply, LiveReply):
+                if not _adopt_live(attempt, reply):
+                    break
+            elif (reply.id, reply.attempt) != (job.id, job.attempt):
+                break
+            elif isinstance(reply, ExtendRequest):
                 attempt.move_deadline(reply.ms)
             elif isinstance(reply, EmitRequest):
                 await _emit(attempt, reply)
@@ -333,6 +340,16 @@ def _refuse_overrides(task: TaskDefinition, injection: Injection) -> None:
         )
 
 
+def _adopt_live(attempt: Attempt, reply: LiveReply) -> bool:
+    """Pass on what a job said of itself; False when it is none of those that run there."""
+    jobs = attempt.live if isinstance(attempt, BatchAttempt) else [attempt]
+    for one in jobs:
+        if (one.public_id, one.number) == (reply.id, reply.attempt):
+            one.adopt_live(None if reply.progress is None else Progress(*reply.progress), reply.notes)
+            return True
+    return False
+
+
 def _batch_result(reply: BatchReply, batch: BatchAttempt) -> list[Any] | None:
     """Return the results of a batch, as its function would have returned them; raises BatchFailed where some items failed."""
     task = batch.handler.task
@@ -371,6 +388,7 @@ def _run_request(attempt: Attempt) -> RunRequest:
         due_ms=attempt.envelope.due_ms,
         items=[_run_request(item) for item in attempt.live] if isinstance(attempt, BatchAttempt) else [],
         costs=attempt.costs,
+        notes={} if isinstance(attempt, BatchAttempt) else attempt.stored_notes(),
     )
 
 

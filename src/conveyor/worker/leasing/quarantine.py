@@ -90,6 +90,7 @@ class Quarantine:
             attempt = self._crashed_once.popleft()
             if held.get(attempt.id) is attempt and attempt.ended == 0.0:
                 charge = Settlement("M", attempt.id, state=retry.with_presumed_crash(attempt.history).encode())
+                attempt.presumed = False
                 self._charged[attempt.id] = charge, attempt
                 report.others.append(charge)
         poison: list[Attempt] = []
@@ -101,6 +102,7 @@ class Quarantine:
                 poison.append(attempt)
                 continue
             self._started_alone = attempt
+            attempt.presumed = True
             self._charge = Settlement(
                 "M", attempt.id, state=retry.with_presumed_crash(attempt.history, alone=True).encode()
             )

@@ -25,6 +25,7 @@ from conveyor.store.worker_commands import read_command
 from conveyor.worker.attempt import Attempt, Handler
 from conveyor.worker.leasing.capacity import JobSizeEstimate
 from conveyor.worker.leasing.list_intake import ListIntake
+from conveyor.worker.leasing.live_reports import LiveReports
 from conveyor.worker.leasing.membership import Reaper, differences, longest_pause, register, register_again
 from conveyor.worker.leasing.quarantine import EarlyAcks, Quarantine
 from conveyor.worker.leasing.spawn_delivery import SpawnDelivery
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AsyncExitStack
 
+    from conveyor.payload.pipeline import PayloadPipeline
     from conveyor.store.keys import QueueKeys
     from conveyor.store.script import Call
     from conveyor.store.transport.async_connection import AsyncConnection
@@ -119,7 +121,7 @@ class QueueConsumer:
             lambda: self._executor.free, lambda slots: services.capacity.note_reserved(self, slots)
         )
         self.early_acks, self.due_timer = EarlyAcks(), DueTimer(self._on_due)
-        self._reaper = Reaper(keys, connection, lease_ms)
+        self._reaper, self._live_reports = Reaper(keys, connection, lease_ms), LiveReports(self._report_live)
         self._scheduler = Scheduler(keys, services.app)
         self._delivery = SpawnDelivery(keys, services.app, self.schedule)
         self._intake: ListIntake | None = None
@@ -165,6 +167,7 @@ class QueueConsumer:
     async def leave(self) -> None:
         """Send what is left to report and take the registration away; nothing that is still held is charged."""
         self.due_timer.close()
+        self._live_reports.close()
         if self._report_timer is not None:
             self._report_timer.cancel()
         await self._until_turn_ended()
@@ -185,6 +188,11 @@ class QueueConsumer:
             await self._turn_ended.wait()
 
     # -- state ----------------------------------------------------------------------------------------------------
+
+    @property
+    def sealing(self) -> PayloadPipeline | None:
+        """The keys of the app, with which it seals what it stores of jobs."""
+        return self._services.app.sealing
 
     @property
     def now_ms(self) -> int:
@@ -670,6 +678,19 @@ class QueueConsumer:
         """Note that a job of *attempt* is due again so many ms from now: a burst waits for it."""
         if self._services.is_burst:  # another worker may take it, so that others would remember it for ever
             self.own_retries[attempt.id] = monotonic() + ms / 1000
+
+    def note_change(self, attempt: Attempt) -> None:
+        """Note that an attempt said something new of itself, which is written soon; from any thread."""
+        self._live_reports.note(attempt)
+
+    def _report_live(self, attempts: list[Attempt]) -> None:
+        for attempt in attempts:
+            live = attempt.live_record
+            if live is not None and live.is_changed and attempt.ended == 0.0 and self.holds(attempt):
+                live.is_changed = False  # first: what the job says from now on is news again
+                self.report.others.append(Settlement("M", attempt.id, state=attempt.running_history.encode()))
+        if self.report:
+            self.schedule()
 
     def give_way(self, seconds: float) -> None:
         """Let other workers be first for so many seconds: what comes due then are jobs that this one cannot run."""

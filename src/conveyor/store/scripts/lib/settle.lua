@@ -98,7 +98,7 @@ local function settle_other(queue, leased, i, now, asked, ended)
   elseif kind == 'G' then
     queue.charges[#queue.charges + 1] = {record, ms}
   elseif kind == 'D' or kind == 'C' then
-    local mark = kind == 'D' and (ms > 0 and '+' or attempts == '+' and '+' or '-') or nil
+    local mark = kind == 'D' and (attempts ~= '' and attempts or ms > 0 and '+' or '-') or nil
     redis.call('HDEL', queue.jobs, id)
     list_tags(queue.untagged, found.tags, id)
     finish(queue, id, ms, ms == 0 and mark == '+' and '+' or record, found, mark, kind == 'D')
