@@ -27,6 +27,7 @@ from conveyor.messaging.retry import Retry
 from conveyor.payload.blobs import FileStore
 from conveyor.store import inspection, limits, operations, schedules, worker_commands
 from conveyor.store.job_filter import Walk
+from conveyor.store.keys import expiring_queues, known_queues
 from conveyor.worker.shared_memory import ChildInfo, LeaseIdentity
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
 from support.manual_worker import ManualWorker, eventually
@@ -157,6 +158,13 @@ def schedule(app: Conveyor) -> None:
     app.schedules.delete("hourly")
 
 
+def forget_expired(app: Conveyor) -> None:
+    """List the queues when one of those that expire is gone and another is not."""
+    app.client.run(operations.announce(known_queues(NAMESPACE), "gone", operations.SOME_EXPIRE))
+    app.client.run(operations.look_at(expiring_queues(NAMESPACE), {"default": 1, "gone": 2}))
+    assert "gone" not in app.client.queues()
+
+
 def look_at_limits(app: Conveyor) -> None:
     """Show limits, groups, and what waits at them."""
     keys = app.client.keys("levelled")
@@ -171,6 +179,10 @@ def produce(app: Conveyor) -> None:
     """Push and enqueue in every way, and ask for it."""
     level(app, lease=False)
     schedule(app)
+    app.queue("reply", expires="1h").push(1)
+    app.client._announced._refresh_at = 0.0  # as half a minute later
+    app.queue("reply2", expires="1h").push(1)
+    forget_expired(app)
     orders, double = app.queue("orders"), app.tasks["shop.double"]
     orders.push({"n": 1})
     orders.push_many([1, 2, 3], priority=3)
@@ -275,6 +287,7 @@ def operate(app: Conveyor) -> None:
     line = app.client.keys("default").ready[0]
     assert app.client.execute("LPOP", line, key=line)
     assert admin.repair("default") == 1
+    forget_expired(app)
     app.topic("order.created").subscribe("audit")
     assert app.topic("order.created").unsubscribe("audit") == 1
     acted = [admin.retry(["scheduled"]), admin.cancel(["leased", "ready"])]
@@ -371,6 +384,10 @@ def _die(app: Conveyor) -> None:
 
 def _consume(app: Conveyor) -> None:
     """Consume messages, one of them with a lease of its own."""
+    app.queue("reply", expires="1h").push(1)
+    app.client._announced._refresh_at = 0.0  # as half a minute later
+    app.queue("reply2", expires="1h").push(1)
+    forget_expired(app)
     orders = app.queue("orders")
     ids = orders.push_many([1, 2])
     assert app.job(ids[1]).why().queue == "orders"

@@ -72,9 +72,10 @@ _PRODUCER = Role(
         operations.FORGET, operations.CANCEL, streams.READ_STREAM,
         inspection.GET_JOB, inspection.WHY, inspection.COUNTS, partitions.CLAIM_PARTITIONS,
         inspection.FIND_JOBS, partitions.COUNT, topics.PUBLISH, topics.SUBSCRIBE, topics.SUBSCRIBERS,
-        limits.DECLARE_LIMITS, schedules.SCHEDULE_PUT, schedules.SCHEDULE_CHANGE, schedules.SCHEDULE_READ,
+        limits.DECLARE_LIMITS, operations.SET_EXPIRY, schedules.SCHEDULE_PUT, schedules.SCHEDULE_CHANGE, schedules.SCHEDULE_READ,
     ),
-    (*_RUN_SCRIPT, "hgetall", "hget", "hdel", "hsetnx", "sadd", "smembers", "subscribe", "ping", "zcard"),
+    (*_RUN_SCRIPT, "hgetall", "hget", "hdel", "hsetnx", "sadd", "smembers", "subscribe", "ping", "zcard",
+     "smismember", "exists", "srem", "zadd", "zrange", "zrem", "pttl"),
     channels=True,
 )  # fmt: skip
 _WORKER = Role(
@@ -114,7 +115,7 @@ _OPERATOR = Role(
         operations.CANCEL, partitions.CLAIM_PARTITIONS, partitions.REPARTITION, inspection.UNPLACED, operations.REPAIR,
         operations.DELETE, topics.SUBSCRIBE, limits.SET_LIMITS, worker_commands.COMMAND_WORKER,
     ),
-    ("get", "sadd", "srem", "hscan", "scan", "exists", "del"),
+    ("get", "sadd", "srem", "hscan", "scan", "exists", "del", "zadd", "zrange", "zrem", "zcard", "pttl"),
     channels=True,
 ).combined_with(_DASHBOARD)  # fmt: skip
 _SENTINEL = Role(
@@ -198,7 +199,10 @@ def rules(
         names |= {"wait", "info", "config|get", *(["waitaof"] if server == "7.2" else [])}
     return AclRules(
         role, user,
-        (*(f"{namespace}:{one}" for one in ("queues", "outboxes", "schedules", "{*}:*")), *(_key_pattern(one) for one in lists)),
+        (
+            *(f"{namespace}:{one}" for one in ("queues", "expiring", "outboxes", "schedules", "{*}:*")),
+            *(_key_pattern(one) for one in lists),
+        ),
         (f"{namespace}:replies:*",) if definition.channels else (), tuple(sorted(names)),
     )  # fmt: skip
 

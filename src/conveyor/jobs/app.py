@@ -178,24 +178,24 @@ class Conveyor:
     def queue(
         self, name: str, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int | None = None,
         retry: Retry | None = None, max_crashes: int | None = None, max_length: int | None = None, full: Full = "raise",
-        limits: Sequence[Rate | Concurrency] | None = None, ageing: Duration | None = None, version: int = 1,
-        upcast: UpcastMessage | None = None,
+        limits: Sequence[Rate | Concurrency] | None = None, ageing: Duration | None = None, expires: Duration | None = None,
+        version: int = 1, upcast: UpcastMessage | None = None,
         format: FormatChoice | None = None, **durability: Unpack[DurabilityOptions],
     ) -> Queue[Any]: ...  # fmt: skip
     @overload
     def queue(
         self, name: str, type: type[T], *, partitions: int = 1, lease: Duration | None = None, max_attempts: int | None = None,
         retry: Retry | None = None, max_crashes: int | None = None, max_length: int | None = None, full: Full = "raise",
-        limits: Sequence[Rate | Concurrency] | None = None, ageing: Duration | None = None, version: int = 1,
-        upcast: UpcastMessage | None = None,
+        limits: Sequence[Rate | Concurrency] | None = None, ageing: Duration | None = None, expires: Duration | None = None,
+        version: int = 1, upcast: UpcastMessage | None = None,
         format: FormatChoice | None = None, **durability: Unpack[DurabilityOptions],
     ) -> Queue[T]: ...  # fmt: skip
     @overload
     def queue(
         self, name: str, type: Any, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int | None = None,
         retry: Retry | None = None, max_crashes: int | None = None, max_length: int | None = None, full: Full = "raise",
-        limits: Sequence[Rate | Concurrency] | None = None, ageing: Duration | None = None, version: int = 1,
-        upcast: UpcastMessage | None = None,
+        limits: Sequence[Rate | Concurrency] | None = None, ageing: Duration | None = None, expires: Duration | None = None,
+        version: int = 1, upcast: UpcastMessage | None = None,
         format: FormatChoice | None = None, **durability: Unpack[DurabilityOptions],
     ) -> Queue[Any]: ...  # fmt: skip
 
@@ -213,6 +213,7 @@ class Conveyor:
         full: Full = "raise",
         limits: Sequence[Rate | Concurrency] | None = None,
         ageing: Duration | None = None,
+        expires: Duration | None = None,
         version: int = 1,
         upcast: UpcastMessage | None = None,
         format: FormatChoice | None = None,  # noqa: A002
@@ -226,8 +227,10 @@ class Conveyor:
         consumers died while they handled it. The first such death is charged to all that the consumer held, so it alone
         gives up nothing. `max_length` is how many may be unfinished, `full` what a push beyond that does. `limits` hold for all
         that starts from it: `Rate` and `Concurrency`. `ageing` raises what waits by one priority each time it has waited that
-        long. `version`, `upcast(version, value)` and `format` are as for a task. With `partitions` the queue is spread over so
-        many, which may lie on several nodes: order holds within each, and all programs must say the same number. `fsync` and
+        long. With `expires` the queue goes, with all of its keys and its name, when it is empty and nobody has pushed to it,
+        consumed from it or waited for it for so long (at least ten seconds). `version`, `upcast(version, value)` and `format` are
+        as for a task. With `partitions` the queue is spread over so many, which may lie on several nodes: order holds within
+        each, and all programs must say the same number. `fsync` and
         `wait_replicas` make each push, of jobs too, wait until it is on disk and until that many replicas have it, each
         for `wait_timeout`; after that comes DurabilityNotReached. The same declaration again returns the same object; with
         other options it raises ConfigurationError.
@@ -235,7 +238,7 @@ class Conveyor:
         return self._core.declare_queue(
             name, type, partitions=partitions, lease=lease, max_attempts=max_attempts, retry=retry,
             max_crashes=max_crashes, max_length=max_length, full=full, limits=limits,
-            ageing=ageing, version=version, upcast=upcast, format=format, **durability,
+            ageing=ageing, expires=expires, version=version, upcast=upcast, format=format, **durability,
         )  # fmt: skip
 
     def plain_list(

@@ -46,6 +46,8 @@ MOST_SELECTIONS = 64
 UpcastMessage = Callable[[int, Any], Any]
 """From a version and a message of that version to the message as the next version has it."""
 
+SHORTEST_EXPIRY_MS = 10_000
+
 
 class QueueRegistry:
     """
@@ -329,6 +331,7 @@ class QueueRegistry:
         full: Full,
         limits: Sequence[Rate | Concurrency] | None,
         ageing: Duration | None,
+        expires: Duration | None,
         version: int,
         upcast: UpcastMessage | None,
         format: FormatChoice | None,  # noqa: A002
@@ -338,22 +341,25 @@ class QueueRegistry:
         ids.queue_name(name)
         lease_ms = self.lease_ms if lease is None else positive_ms(lease, "lease")
         ageing_ms = 0 if ageing is None else positive_ms(ageing, "ageing")
+        expires_ms = _expiry_ms(name, expires, partitions, limits)
         asks, policy = requested_durability(durability), retry_policy(retry, max_attempts, max_crashes)
         options = {
             "kind": "queue", "type": type, "lease_ms": lease_ms, "retry": policy, "max_length": max_length,
             "full": full, "ageing": ageing_ms, "partitions": partitions, "version": version, "upcast": upcast, "durability": asks,
-            "format": format, "limits": _limit_list(name, limits),
+            "format": format, "limits": _limit_list(name, limits), "expires": expires_ms,
         }  # fmt: skip
         if self._is_declared(name, options):
             return self.queues[name]
         queue = self._make_queue(
             name, type, partitions, lease_ms=lease_ms, retry=policy, max_length=max_length, full=full, limits=limits,
-            ageing_ms=ageing_ms, durability=asks, max_payload=self.max_whole, sealing=self.sealing,
+            ageing_ms=ageing_ms, durability=asks, expires_ms=expires_ms, max_payload=self.max_whole, sealing=self.sealing,
             version=version, upcast=upcast,
             formats=self.formats.with_writer(format), middlewares=self._push_middlewares,
         )  # fmt: skip
         self._take_limits(queue)
         self.queues[name], self._declared[name] = queue, options
+        if expires_ms:
+            self._keys[name] = queue.keys
         self._check_messages(name)
         if max_length is not None or asks is not None or name in self.partitioned or name in self.limited:
             self.bounded[name] = queue
@@ -471,6 +477,24 @@ def _weights(queues: QueueNames, call: str) -> dict[Queue[Any] | str, float]:
             f"{call} takes queues with weights above 0, such as {{'mail': 3, 'orders': 1}}, not {queues!r}."
         )
     return weights
+
+
+def _expiry_ms(name: str, expires: Duration | None, partitions: object, limits: object) -> int:
+    """Return in ms after which time a queue goes that nobody uses, 0: it stays. Raises ConfigurationError."""
+    if expires is None:
+        return 0
+    if (expires_ms := positive_ms(expires, "expires")) < SHORTEST_EXPIRY_MS:
+        raise ConfigurationError(
+            f"queue({name!r}): expires={expires!r} is too short, since a consumer that waits says so every 5 seconds. Give 10 "
+            "seconds or more."
+        )
+    if partitions != 1:
+        raise ConfigurationError(f"queue({name!r}): expires= is for a queue in one piece. Leave partitions= out.")
+    if limits:
+        raise ConfigurationError(
+            f"queue({name!r}): expires= and limits= exclude each other, since the limits would be forgotten with the queue."
+        )
+    return expires_ms
 
 
 def _limit_list(queue: str, limits: object) -> tuple[object, ...]:

@@ -19,6 +19,7 @@ from conveyor.store import operations, topics
 from conveyor.store import partitions as partitioning
 from conveyor.store.client.client import Client
 from conveyor.store.client.programs import adrive, drive
+from conveyor.store.client.queue_index import withdrawing
 from conveyor.store.client.queue_scan import keys_containing
 from conveyor.store.keys import QueueKeys, known_queues
 from conveyor.store.operations import Remains
@@ -185,13 +186,8 @@ def _settle_inboxes(client: Client, place: QueueKeys, found: _Keys) -> Calls:
 
 def withdraw(client: Client, places: Sequence[QueueKeys]) -> Calls:
     """Remove queues from the set of known ones; those that were begun anew meanwhile are added again."""
-    known = known_queues(client.namespace)
     client.note_forgotten(*places)
-    yield operations.withdraw_names(known, *(place.queue for place in places))
-    for place in places:
-        names = [place.conf, place.jobs, *([] if place.foreign is None else [place.foreign])]
-        if (yield operations.exists(*names)):
-            yield operations.announce(known, place.queue)
+    yield from withdrawing(client.namespace, places)
 
 
 def _sum(one: Remains, other: Remains) -> Remains:

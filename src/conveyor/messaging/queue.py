@@ -174,6 +174,7 @@ class Queue(MessageSource[T]):
         limits: Sequence[Rate | Concurrency] | None = None,
         ageing_ms: int = 0,
         durability: Durability | None = None,
+        expires_ms: int = 0,
         max_payload: int = MAX_PAYLOAD,
         sealing: PayloadPipeline | None = None,
         version: int = 1,
@@ -184,6 +185,7 @@ class Queue(MessageSource[T]):
         """Declare the queue; nothing is sent. Each push goes through *middlewares*. Raises ConfigurationError."""
         self.name = self._checked_name(name)
         self.client = client
+        self.expires_ms = expires_ms
         self.keys = self._keys()
         self.codec: FormatCodec[T] = codec_for(
             type, formats=formats, max_payload=max_payload, what=f"A message of queue '{name}'"
@@ -220,7 +222,7 @@ class Queue(MessageSource[T]):
         return ids.queue_name(name)
 
     def _keys(self) -> QueueKeys:
-        return self.client.keys(self.name)
+        return QueueKeys(self.client.namespace, self.name, expires=self.expires_ms)
 
     def _make_publisher(self) -> Publisher[T]:
         target = self.client.redis_target(self.durability)

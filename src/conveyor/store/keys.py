@@ -1,8 +1,9 @@
 """
 The names of all keys, in one place.
 
-All keys of a queue have the same hash tag, the queue's name, so each step is one script in one slot of a cluster. Two
-keys have no tag: `<namespace>:queues`, the set of known queues, and `<namespace>:outboxes`, that of database outboxes.
+All keys of a queue have the same hash tag, the queue's name, so each step is one script in one slot of a cluster. Three
+keys have no tag: `<namespace>:queues`, the set of known queues, `<namespace>:expiring`, those of them that go when nobody uses
+them, and `<namespace>:outboxes`, that of database outboxes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ PRIORITIES = 10
 def known_queues(namespace: str) -> str:
     """Return the key of the set of known queues."""
     return f"{namespace}:queues"
+
+
+def expiring_queues(namespace: str) -> str:
+    """Return the key of the sorted set of queues that go when nobody uses them: when to look next whether one is gone."""
+    return f"{namespace}:expiring"
 
 
 def database_outboxes(namespace: str) -> str:
@@ -40,15 +46,19 @@ class QueueKeys:
         foreign: the plain list that this queue shares with other programs, None for an ordinary queue. A list that has a
             hash tag of its own lends it to the other keys.
         partitions: the number of partitions that this program declares for the queue. Scripts refuse any other.
+        expires: the ms after which the queue goes when nobody uses it, as this program declares it; 0: it stays.
     """
 
     __slots__ = (
-        "conf", "dead", "due", "foreign", "intake", "jobs", "none", "outbox", "partitions", "prefix", "queue",
+        "conf", "dead", "due", "expires", "foreign", "intake", "jobs", "none", "outbox", "partitions", "prefix", "queue",
         "ready", "recent", "room", "state", "upkeep", "waiters", "wake", "workers",
     )  # fmt: skip
 
-    def __init__(self, namespace: str, queue: str, *, foreign: str | None = None, partitions: int = 1) -> None:
+    def __init__(
+        self, namespace: str, queue: str, *, foreign: str | None = None, partitions: int = 1, expires: int = 0
+    ) -> None:
         self.queue = queue
+        self.expires = expires
         self.partitions = partitions
         self.foreign = foreign
         self.prefix = prefix = f"{namespace}:{{{queue}}}:" if foreign is None else _foreign_prefix(namespace, foreign)

@@ -7,7 +7,7 @@ None of them talks to Redis: the runners in `transport/` do.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from hashlib import blake2b
@@ -38,6 +38,14 @@ WAKE, IDLE_TURN, FIND_WORK = Script("wake"), Script("idle_turn"), Script("find_w
 REPAIR, LEAVE_ROOM = Script("repair"), Script("leave_room")
 DELETE, SMEMBERS = Script("delete"), Script("SMEMBERS")
 SADD, SREM, SET, DEL, EXISTS = Script("SADD"), Script("SREM"), Script("SET"), Script("DEL"), Script("EXISTS")
+SMISMEMBER, ZADD, ZREM, ZRANGE, ZCARD = (
+    Script("SMISMEMBER"),
+    Script("ZADD"),
+    Script("ZREM"),
+    Script("ZRANGE"),
+    Script("ZCARD"),
+)
+SET_EXPIRY, PTTL = Script("set_expiry"), Script("PTTL")
 
 LANE_MS = 7_200_000
 """Milliseconds for which the scripts keep number and reply of the last push of a sequence (key `lane:`)."""
@@ -146,8 +154,47 @@ def withdraw_names(known: str, *queues: str) -> Call[int]:
 
 
 def known_names(known: str) -> Call[list[str]]:
-    """Return the call that reads the set *known* of all queues."""
+    """Return the call that reads the set *known* of all queues; `SOME_EXPIRE` may be among them."""
     return Command(SMEMBERS, (known,), (), _read_ids)
+
+
+SOME_EXPIRE = "\t"
+"""A member of the set of known queues beside their names: some of the queues go when nobody uses them."""
+
+
+def are_known(known: str, *queues: str) -> Call[list[bool]]:
+    """Return the call that tells which of *queues* are in the set *known* of all queues."""
+    return Command(SMISMEMBER, (known,), queues, lambda reply: [one == 1 for one in reply])
+
+
+def set_expiry(keys: QueueKeys) -> Call[bool]:
+    """Return the call that records after which time the queue goes when nobody uses it."""
+    return Call(SET_EXPIRY, (keys.conf, keys.none), (str(keys.expires),), bool)
+
+
+def look_at(expiring: str, times: Mapping[str, int]) -> Call[int]:
+    """Return the call that notes in the set *expiring* when to look whether queues are gone: *times* by name, in ms."""
+    return Command(ZADD, (expiring,), [str(word) for name, at in times.items() for word in (at, name)], int)
+
+
+def expiring_names(expiring: str, now: int, most: int) -> Call[list[str]]:
+    """Return the call that reads *most* names of the set *expiring* that are to be looked at by *now* (ms)."""
+    return Command(ZRANGE, (expiring,), ("-inf", str(now), "BYSCORE", "LIMIT", "0", str(most)), _read_ids)
+
+
+def stop_looking(expiring: str, *queues: str) -> Call[int]:
+    """Return the call that takes *queues* out of the set *expiring*."""
+    return Command(ZREM, (expiring,), queues, int)
+
+
+def count_expiring(expiring: str) -> Call[int]:
+    """Return the call that counts the set *expiring*."""
+    return Command(ZCARD, (expiring,), (), int)
+
+
+def time_to_live(key: str) -> Call[int]:
+    """Return the call that tells how long *key* lives (ms): -1 for ever, -2 when there is none."""
+    return Command(PTTL, (key,), (), int)
 
 
 def exists(*keys: str) -> Call[bool]:
@@ -442,6 +489,7 @@ class TurnReply:
     missing: list[str] = field(default_factory=list)
     outbox: bool = False  # it was checked, and is not empty
     schedules: list[str] = field(default_factory=list)  # whose instant has come: this worker is to carry it out
+    expires: bool = False  # the queue goes when nobody uses it
 
 
 class WorkerUnregistered(Exception):
@@ -536,8 +584,8 @@ def _read_turn(number: int, reply: list[Any]) -> TurnReply:
         now, held, next_due if next_due >= 0 else None, more == 1, [id_.decode() for id_ in lost],
         [id_.decode() for id_ in ids], envelopes, states,
         [(overdue[i].decode(), int(float(overdue[i + 1]))) for i in range(0, len(overdue), 2)] if overdue else [],
-        [id_.decode() for id_ in cancelled], paused == 1, [id_.decode() for id_ in missing], outbox == 1,
-        [name.decode() for name in ticks],
+        [id_.decode() for id_ in cancelled], paused & 1 == 1, [id_.decode() for id_ in missing], outbox == 1,
+        [name.decode() for name in ticks], paused & 2 == 2,
     )  # fmt: skip
 
 

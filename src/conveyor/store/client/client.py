@@ -28,7 +28,8 @@ from conveyor.store.client.batching import LoopConnections, PushBatcher, chunks,
 from conveyor.store.client.confirmed import ConfirmedConnections, ConfirmedTarget
 from conveyor.store.client.durability import Durability, DurabilityRequest
 from conveyor.store.client.outages import ServerOutages
-from conveyor.store.client.queue_index import QueueIndex
+from conveyor.store.client.programs import adrive, drive
+from conveyor.store.client.queue_index import QueueIndex, removing_expired
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.keys import QueueKeys, check_namespace, known_queues
 from conveyor.store.max_length import MaxLength
@@ -98,7 +99,7 @@ class Client:
         self._free_at: dict[Endpoint, deque[PushConnection]] = {}
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopConnections] = weakref.WeakKeyDictionary()
         self._last_loop: LoopConnections | None = None
-        self._announced = QueueIndex()
+        self._announced = QueueIndex(self.namespace)
         self.outages = ServerOutages()
         self._confirmed_connections: ConfirmedConnections | None = None
         self._room: RoomLine | None = None
@@ -331,7 +332,16 @@ class Client:
         except StoreUnavailable:
             if self._single or not (names := self._find_queues()):
                 raise
-        return names or self._find_queues()
+        return self._without_expired(names) or self._find_queues()
+
+    def _without_expired(self, names: list[str]) -> list[str]:
+        """Return the *names* of queues without those that nobody used and that are gone, which leave the set of known ones."""
+        if operations.SOME_EXPIRE not in names:
+            return names
+        gone = {operations.SOME_EXPIRE}
+        with suppress(ConveyorError):  # a user that only reads may not write the set
+            gone |= drive(removing_expired(self.namespace), self.run)
+        return [name for name in names if name not in gone]
 
     def _find_queues(self) -> list[str]:
         from conveyor.store.client.queue_scan import find_queues
@@ -357,22 +367,24 @@ class Client:
             refuse_in_loop()
 
     def announce(self, *queues: QueueKeys, retry_for: float | None = None) -> None:
-        """Make queues known before their first push: the set has no hash tag, so it cannot be part of the push."""
-        if names := self._announced.due([keys.queue for keys in queues]):
-            with self._announcing(names):
-                self.run(operations.announce(known_queues(self.namespace), *names), retry_for=retry_for)
+        """
+        Make queues known before their first push: the set has no hash tag, so it cannot be part of the push.
+
+        A queue that expires gets its time too.
+        """
+        if self._announced.is_due(queues):
+            with self._announcing():
+                drive(self._announced.announcing(queues), partial(self.run, retry_for=retry_for))
 
     @contextmanager
-    def _announcing(self, names: list[str]) -> Iterator[None]:
-        """Note that the block has made *names* known. On several nodes, that of the set may be away: then it is tried later."""
+    def _announcing(self) -> Iterator[None]:
+        """Enter the block that makes names known. On several nodes, that of the set may be away: then it is tried later."""
         try:
             yield
         except StoreUnavailable:
             if self._single:
                 raise
             self._announced.pause()
-        else:
-            self._announced.add(names)
 
     def announce_again(self, *queues: QueueKeys) -> None:
         """Make queues known that a push or a registration found new in Redis; where that fails, the next push does it."""
@@ -488,9 +500,9 @@ class Client:
 
     async def aannounce(self, *queues: QueueKeys, retry_for: float | None = None) -> None:
         """Awaitable form of `announce`."""
-        if names := self._announced.due([keys.queue for keys in queues]):
-            with self._announcing(names):
-                await self.arun(operations.announce(known_queues(self.namespace), *names), retry_for=retry_for)
+        if self._announced.is_due(queues):
+            with self._announcing():
+                await adrive(self._announced.announcing(queues), partial(self.arun, retry_for=retry_for))
 
     async def aannounce_again(self, *queues: QueueKeys) -> None:
         """Awaitable form of `announce_again`."""
@@ -502,7 +514,10 @@ class Client:
     async def aqueues(self) -> list[str]:
         """Awaitable form of `queues`."""
         known = known_queues(self.namespace)
-        return _names(await self.aexecute("SMEMBERS", known, key=known)) or await in_thread(self._find_queues)
+        names = _names(await self.aexecute("SMEMBERS", known, key=known))
+        if operations.SOME_EXPIRE in names:
+            names = await in_thread(partial(self._without_expired, names))
+        return names or await in_thread(self._find_queues)
 
     def async_connection(self, keys: QueueKeys | str) -> AsyncConnection:
         """Return this event loop's connection for these keys."""

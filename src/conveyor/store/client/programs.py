@@ -8,9 +8,8 @@ call, it is a pair: what blocks, and what is awaited.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from conveyor.store.client.client import Client
 from conveyor.store.operations import LIST_INTAKE
 from conveyor.store.script import Call
 
@@ -24,7 +23,18 @@ StepProgram = Generator[Step, Any, Any]
 AsyncRun = Callable[..., Awaitable[Any]]
 
 
-def run_once(client: Client, call: Call[Any], *, retry_for: float | None = None, deadline: float | None = None) -> Any:
+class CallRunner(Protocol):
+    """The part of a client that carries out calls."""
+
+    retry_for: float
+
+    def run(self, call: Call[V], *, retry_for: float | None = None, deadline: float | None = None) -> V: ...
+    async def arun(self, call: Call[V], *, retry_for: float | None = None, deadline: float | None = None) -> V: ...
+
+
+def run_once(
+    client: CallRunner, call: Call[Any], *, retry_for: float | None = None, deadline: float | None = None
+) -> Any:
     """
     Carry out *call*, repeated only when that is harmless.
 
@@ -34,13 +44,13 @@ def run_once(client: Client, call: Call[Any], *, retry_for: float | None = None,
 
 
 async def arun_once(
-    client: Client, call: Call[Any], *, retry_for: float | None = None, deadline: float | None = None
+    client: CallRunner, call: Call[Any], *, retry_for: float | None = None, deadline: float | None = None
 ) -> Any:
     """Awaitable form of `run_once`."""
     return await client.arun(call, retry_for=_retry_for(client, call, retry_for), deadline=deadline)
 
 
-def _retry_for(client: Client, call: Call[Any], most: float | None) -> float:
+def _retry_for(client: CallRunner, call: Call[Any], most: float | None) -> float:
     """Return the seconds for which *call* is repeated, *most* at most."""
     # An intake is never repeated: it would store new entries over old ones.
     return 0.0 if call.script is LIST_INTAKE else client.retry_for if most is None else most

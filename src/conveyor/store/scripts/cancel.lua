@@ -1,5 +1,5 @@
 -- Cancel or delete jobs, wherever they are. For a leased job its worker is asked. One step of a walk.
--- needs: numbers keys tokens listed envelope tags unique outcome rights limits groups kept_result ended_mark leased leased_order heads walk room
+-- needs: numbers keys tokens listed envelope tags unique outcome rights limits groups kept_result ended_mark leased leased_order heads walk room expiry
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7 waiters  8 none  9 wake
 -- ARGV  1 "cancel" leaves a record, "delete" leaves nothing and takes dead letters too  2… as in lib/walk.lua
@@ -11,7 +11,7 @@ local jobs, cancels = KEYS[1], ARGV[1] == 'cancel'
 local queue, untagged = {
   prefix = string.sub(jobs, 1, -5), jobs = jobs, state = KEYS[2], waiters = KEYS[7], due = KEYS[3], conf = KEYS[6],
 }, {}
-local walk, workers, line, reruns = walk_jobs(queue.prefix, 2, false, 8), nil, nil, false
+local walk, workers, line, expires, reruns = walk_jobs(queue.prefix, 2, false, 8), nil, nil, nil, false
 
 -- Tell whether a job is in a group. The first that is costs the proof of what leaving a group needs.
 local function is_grouped(found)
@@ -36,7 +36,8 @@ local function cancel_job(id)
 
   if not workers then
     check('HLEN', queue.state, queue.waiters)
-    line = redis.call('HGET', KEYS[6], 'line')
+    local conf = redis.call('HMGET', KEYS[6], 'line', 'expires')
+    line, expires = conf[1], conf[2]
     workers = redis.call('ZRANGE', KEYS[5], 0, -1)
     prove(queue.prefix .. 'none', 'HDEL', 'ZREM', 'HEXISTS', 'HSET', 'HINCRBY', 'SET', 'GET', 'DEL', 'PEXPIRE')
   end
@@ -109,6 +110,7 @@ if queue.limits then
   if queue.moved or queue.counters.alarms > 0 then wake(KEYS[9]) end
 end
 if line then call_next(queue.prefix) end
+if expires then pcall(renew_expiry, queue.prefix, clock()) end
 local reply = reply_of(walk, gone)
 for _, one in ipairs(codes) do reply[#reply + 1] = one end
 return reply

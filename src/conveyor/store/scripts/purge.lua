@@ -1,5 +1,5 @@
 -- Remove jobs that wait, from the front, in one bounded batch. Jobs that arrive after a purge began survive it.
--- needs: numbers keys tokens envelope tags unique outcome rights limits groups room
+-- needs: numbers keys tokens envelope tags unique outcome rights limits groups room expiry
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 conf  6 waiters  7-16 ready:0 … ready:9  17 none
 --       18 wake
@@ -12,7 +12,8 @@ local queue = {prefix = prefix, jobs = jobs, due = KEYS[3], conf = KEYS[5]}
 begin_groups(queue)
 local ids, groups = {}, {} -- the group of each id that was taken from one
 check('HLEN', KEYS[2], KEYS[6])
-local line = redis.call('HGET', KEYS[5], 'line')
+local conf = redis.call('HMGET', KEYS[5], 'line', 'expires')
+local line = conf[1]
 check('LLEN', unpack(KEYS, 7, 16))
 local reruns = prefix .. 'reruns'
 check('HLEN', reruns)
@@ -117,4 +118,5 @@ if grouped then
   if queue.moved or queue.counters.alarms > 0 then wake(KEYS[18]) end
 end
 if line then call_next(prefix) end
+if conf[2] then pcall(renew_expiry, prefix, now) end
 return {#ids - #alarms, removed}

@@ -1,5 +1,5 @@
 -- Accept messages: all of them, or none.
--- needs: numbers keys tokens sequence envelope tags unique key_holder conflict outcome rights limits groups room admission drop accept
+-- needs: numbers keys tokens sequence envelope tags unique key_holder conflict outcome rights limits groups room admission drop expiry accept
 --
 -- KEYS  1 lane:<producer>  2 jobs  3 due  4 wake  5 conf  6 dead  7-16 ready:0 … ready:9  17 none
 -- ARGV  1 number of this push in its sequence, "<last> <first>" of one that stands for several
@@ -22,7 +22,9 @@ if refusal then return refusal end
 reply = store()
 local name = string.sub(KEYS[1], #KEYS[2] - 3) -- behind the prefix of the queue
 if string.sub(name, 1, 6) == 'inbox:' then
-  redis.call('SET', KEYS[1], reply) -- of an outbox, which may repeat a push however late
+  -- Of an outbox, which may repeat a push however late. A queue that goes when nobody uses it keeps it for a week.
+  if redis.call('HGET', KEYS[5], 'expires') then redis.call('SET', KEYS[1], reply, 'PX', 604800000)
+  else redis.call('SET', KEYS[1], reply) end
 else
   redis.call('SET', KEYS[1], reply, 'PX', sequence_ms(KEYS[1]))
 end

@@ -1,5 +1,6 @@
 -- Accept plain messages, all of them or none: messages that need an envelope and an entry and no more. This script needs no
--- part and repeats a few lines of push.lua and its parts, because it is called most: it takes 14 µs in Redis instead of 33.
+-- part but one and repeats a few lines of push.lua and its parts, because it is called most: it takes 14 µs in Redis instead of 33.
+-- needs: expiry
 --
 -- KEYS  1 lane:<producer>  2 jobs  3 ready:0  4 wake  5 conf  6 dead
 -- ARGV  1 number of this push in its sequence  2 maximum length (0: none)  3 partitions of the queue (1: none)
@@ -7,7 +8,7 @@
 -- returns as push.lua: "<number>\nok", "<number>\nok\n\t", "<number>\nfull\n<length>\n<maximum>", "<number>\nschema\n<found>",
 --         "<number>\npartitions\n<found>", "<number>\nlate"
 local number = ARGV[1]
-local conf = redis.call('HMGET', KEYS[5], 'schema', 'max_length', 'stubs', 'partitions', 'line', 'bound')
+local conf = redis.call('HMGET', KEYS[5], 'schema', 'max_length', 'stubs', 'partitions', 'line', 'bound', 'expires')
 if (conf[1] or '1') ~= '1' and conf[1] ~= '2' then return number .. '\nschema\n' .. conf[1] end
 local function repeated()
   local seen = redis.call('GET', KEYS[1])
@@ -46,6 +47,13 @@ local function failed(answer)
   if type(answer) ~= 'table' or not answer.err then return false end
   if last then redis.call('SET', KEYS[1], last, 'PX', kept) else redis.call('DEL', KEYS[1]) end
   return true
+end
+if conf[7] then
+  local kept_on, problem = pcall(renew_expiry, string.sub(KEYS[5], 1, -5), 0, true)
+  if not kept_on then
+    failed({err = ''})
+    return type(problem) == 'table' and problem or {err = problem}
+  end
 end
 if last_argument == 5 then
   local answer = redis.pcall('HSET', KEYS[2], ARGV[4], ARGV[5])

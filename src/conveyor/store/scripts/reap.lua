@@ -1,5 +1,5 @@
 -- Remove a worker's registration and return the jobs that it held to the front, so that the oldest is leased first.
--- needs: numbers keys listed tokens envelope tags unique outcome leased_order rights limits paused_tasks groups serving room
+-- needs: numbers keys listed tokens envelope tags unique outcome leased_order rights limits paused_tasks groups serving room expiry
 --
 -- KEYS  1 leased:<worker>  2 workers  3 jobs  4 state  5 wake  6 waiters  7-16 ready:0 … ready:9  17 none
 --       18 due  19 conf
@@ -25,7 +25,8 @@ local states = #ids > 0 and redis.call('HMGET', state, unpack(ids)) or {}
 local queue = {
   prefix = string.sub(jobs, 1, -5), jobs = jobs, state = state, waiters = KEYS[6], due = KEYS[18], conf = KEYS[19],
 }
-queue.tasks = read_paused(redis.call('HGET', queue.conf, 'paused_tasks'))
+local conf = redis.call('HMGET', queue.conf, 'paused_tasks', 'expires')
+queue.tasks = read_paused(conf[1])
 local lists, groups, grouped = {}, {}, {}
 check('HLEN', KEYS[6])
 local line = known[3] and redis.call('HGET', string.sub(jobs, 1, -5) .. 'conf', 'line')
@@ -97,4 +98,5 @@ if #grouped > 0 then
 end
 if returned > 0 or queue.moved then wake(KEYS[5]) end
 if line then call_next(queue.prefix) end
+if conf[2] then pcall(renew_expiry, queue.prefix, now) end
 return returned

@@ -1,5 +1,5 @@
 -- Register a worker under an identity that was never used before. Repeating it changes nothing.
--- needs: numbers keys look rights listed serving
+-- needs: numbers keys look rights listed serving expiry
 --
 -- KEYS  1 leased:<worker>  2 workers  3 conf  4 none
 --       then, to register only where there is work: 5 due  6 dead  7-16 ready:0 … ready:9, and the list and intake of a plain list
@@ -9,7 +9,7 @@
 -- returns now_ms and 1 when the queue was new here, else 0; or -1 and the schema found when the layout is another version's,
 --         or -2 and the partitions found, "" none yet, when their number is another,
 --         or -3 and a command that the worker's steps need and this user may not send,
---         or -4, now_ms, and when the next job is due (ms; -1: none): there is no work, and nothing was written
+--         or -4, now_ms, and when the next job is due (ms; -1: none): there is no work, and no worker was registered
 -- Return the first of the commands that this user may not send, nil when all are allowed.
 local function first_refused(none, commands)
   for _, command in ipairs(commands) do
@@ -23,7 +23,7 @@ local function first_refused(none, commands)
   end
 end
 
-local conf = redis.call('HMGET', KEYS[3], 'schema', 'partitions')
+local conf = redis.call('HMGET', KEYS[3], 'schema', 'partitions', 'expires')
 local schema = conf[1]
 if (schema or '1') ~= '1' and schema ~= '2' then return {-1, schema} end
 local now = clock()
@@ -39,7 +39,10 @@ end
 if KEYS[5] and redis.call('HEXISTS', KEYS[1], '\tturn') == 0 then
   local idle, next_due = is_idle()
   -- A partition that no program has used yet has no number, and holds nothing.
-  if idle and (conf[2] or ARGV[4]) == ARGV[4] then return {-4, now, next_due} end
+  if idle and (conf[2] or ARGV[4]) == ARGV[4] then
+    if conf[3] then renew_expiry(string.sub(KEYS[3], 1, -5), now) end
+    return {-4, now, next_due}
+  end
 end
 if (conf[2] or '1') ~= ARGV[4] then return {-2, conf[2] or ''} end
 check('ZCARD', KEYS[2])
@@ -61,4 +64,5 @@ if ARGV[6] ~= '' then
   note_tasks(KEYS[3], ARGV[6], ARGV[7])
   note_seen(KEYS[3], ARGV[3], now)
 end
+if conf[3] then renew_expiry(string.sub(KEYS[3], 1, -5), now) end
 return {now, schema and 0 or 1}

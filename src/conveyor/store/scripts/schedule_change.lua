@@ -1,5 +1,5 @@
 -- Pause, resume or delete a schedule, or put its alarm off.
--- needs: numbers tokens rights schedules
+-- needs: numbers tokens rights schedules expiry
 --
 -- KEYS  1 schedule:<name>  2 schedules  3 due  4 conf  5 wake  6 none
 -- ARGV  1 name  2 "pause" · "resume": from the instant in 3 on · "delete" · "defer": its alarm, to the instant in 3, as nobody here
@@ -9,13 +9,14 @@ local key, action, now = KEYS[1], ARGV[2], clock()
 local known = redis.call('HMGET', key, 'digest', 'next', 'paused', 'runs')
 redis.call('SCARD', KEYS[2])
 redis.call('ZRANGE', KEYS[3], 0, 0)
-redis.call('HLEN', KEYS[4])
+local expires = redis.call('HGET', KEYS[4], 'expires')
 if ARGV[3] ~= '' then number_in(ARGV[3]) end
 prove(KEYS[6], 'ZREM', 'DEL', 'SREM', 'HDEL', 'HSET', 'ZADD', 'HINCRBY')
 if not known[1] or action == 'delete' then
   set_schedule_alarm(KEYS[3], KEYS[4], KEYS[5], ARGV[1], '')
   redis.call('DEL', key)
   redis.call('SREM', KEYS[2], ARGV[1])
+  if expires then pcall(renew_expiry, string.sub(KEYS[4], 1, -5), now) end
   return known[1] and 1 or -1
 end
 if action == 'defer' then

@@ -1,5 +1,5 @@
 -- Declare a schedule: a new one, or another definition of one that is there. The same definition changes nothing.
--- needs: numbers tokens rights schedules
+-- needs: numbers tokens rights schedules expiry
 --
 -- KEYS  1 schedule:<name>  2 schedules  3 due  4 conf  5 wake  6 none
 -- ARGV  1 name  2 digest of the definition  3 the definition (JSON)  4 what it enqueues (an entry of an outbox)
@@ -13,11 +13,12 @@ if ARGV[6] ~= '' then number_in(ARGV[6]) end
 local now = clock()
 redis.call('SCARD', KEYS[2])
 redis.call('ZRANGE', due, 0, 0)
-redis.call('HLEN', conf)
+local expires = redis.call('HGET', conf, 'expires')
 prove(KEYS[6], 'ZREM', 'SADD', 'HSET', 'ZADD', 'HINCRBY')
 redis.call('SADD', KEYS[2], ARGV[1])
 redis.call('HSET', key, 'digest', ARGV[2], 'spec', ARGV[3], 'entry', ARGV[4], 'origin', ARGV[5], 'next', ARGV[6], 'declared', int(now))
 -- An instant that had come and that nobody had carried out yet belongs to the definition of before.
 if known[3] and known[3] ~= '' and tonumber(known[3]) <= now then note_skipped(key, known[5], known[3], now, 'superseded', 1) end
 if known[4] ~= '1' then set_schedule_alarm(due, conf, KEYS[5], ARGV[1], ARGV[6]) end
+if expires then pcall(renew_expiry, string.sub(conf, 1, -5), now) end
 return known[1] and 2 or 1

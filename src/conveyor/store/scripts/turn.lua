@@ -1,5 +1,5 @@
 -- A worker's whole round trip: settle what it has finished, then lease up to N more jobs to it.
--- needs: numbers keys listed tokens envelope tags unique released outcome leased_order ended results rights parts limits paused_tasks groups settle promote lease rotation ageing upkeep room
+-- needs: numbers keys listed tokens envelope tags unique released outcome leased_order ended results rights parts limits paused_tasks groups settle promote lease rotation ageing upkeep room expiry
 --
 -- KEYS  1 jobs  2 state  3 leased:<worker>  4 workers  5 due  6 wake  7 conf  8 dead  9 recent  10 waiters
 --       11-20 ready:0 … ready:9  21 none
@@ -22,7 +22,7 @@
 --       then count, (field increment)… for this minute's counters
 --       then count, entries for the list of recently finished jobs
 -- returns {0} the worker is not registered · {-1} a late copy of an older turn · else
---         {number of the turn, now_ms, held, next_due_ms or -1, more, lost ids, ids, envelopes, states, overdue (worker end)…, cancelled ids, paused,
+--         {number of the turn, now_ms, held, next_due_ms or -1, more, lost ids, ids, envelopes, states, overdue (worker end)…, cancelled ids, 1 when it is paused plus 2 when it expires,
 --          ids whose envelope is gone, 1 when the flag l was given and the outbox is not empty, names of schedules to carry out}
 local queue = {
   prefix = string.sub(KEYS[1], 1, -5), jobs = KEYS[1], state = KEYS[2], due = KEYS[5], conf = KEYS[7], dead = KEYS[8],
@@ -42,7 +42,7 @@ local last = tonumber(about[1])
 -- A worker that has left only gets its last reply again: its hash expires, and new leases would expire with it.
 if not last or (about[3] and number ~= last) then return {0} end
 if number < last then return {-1} end
-local conf = redis.call('HMGET', queue.conf, 'paused', 'line', 'waiting', 'paused_tasks')
+local conf = redis.call('HMGET', queue.conf, 'paused', 'line', 'waiting', 'paused_tasks', 'expires')
 -- A queue that never had a job with a group or a limit costs no command for them.
 local paused, line, grouped = conf[1] == '1', conf[2], conf[3]
 
@@ -198,5 +198,6 @@ if looks then
 end
 if line then call_next(queue.prefix) end
 change_tags('ZREM', queue.prefix, queue.untagged)
-return {number, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused and 1 or 0, missing, outbox,
+if conf[5] then pcall(renew_expiry, queue.prefix, now) end
+return {number, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, (paused and 1 or 0) + (conf[5] and 2 or 0), missing, outbox,
   queue.schedules}

@@ -109,7 +109,7 @@ class QueueConsumer:
         self.report = TurnReport()
         self.changed_handlers: set[Handler] = set()
         """Those whose counters have moved since the last turn."""
-        self._has_more = self._is_paused = False
+        self._has_more = self._is_paused = self._expires = False
         self._is_woken = False  # a token was taken while a turn was under way, which may have come too early for it
         self.backlog = 0
         """Attempts that are leased here and have not started."""
@@ -244,6 +244,8 @@ class QueueConsumer:
     @property
     def is_quiet(self) -> bool:
         """True when a turn would have nothing to say, so that an idle turn is enough."""
+        if self._expires:
+            return False  # each turn says that the queue is in use
         busy = self.held or self.report or self.is_turning or self.changed_handlers or self.quarantine.in_use
         return not (busy or self._intake is not None or self.has_left or self._reaper.has_suspects)
 
@@ -505,6 +507,7 @@ class QueueConsumer:
             self._advance_quarantine()
         self._capacity.note_held(self, bool(held or self.early_acks))
         self._is_paused, was_woken, self._is_woken = turn.paused, self._is_woken, False
+        self._expires = turn.expires
         self.has_more = was_woken or turn.more or (len(turn.ids) >= self._wanted > 0)
         if turn.ids:
             self.group.note_turn(self)

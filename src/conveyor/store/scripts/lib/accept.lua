@@ -5,7 +5,7 @@
 -- returns     the reply of a push that is refused; or nil, and the function that stores everything and returns the reply
 local function prepare_push(KEYS, ARGV)
   local jobs, due, conf, dead = KEYS[2], KEYS[3], KEYS[5], KEYS[6]
-  local conf_now = redis.call('HMGET', conf, 'max_length', 'schema', 'stubs', 'partitions', 'line', 'bound')
+  local conf_now = redis.call('HMGET', conf, 'max_length', 'schema', 'stubs', 'partitions', 'line', 'bound', 'expires')
   if (conf_now[2] or '1') ~= '1' and conf_now[2] ~= '2' then return ARGV[1] .. '\nschema\n' .. conf_now[2] end
   if (conf_now[4] or '1') ~= ARGV[3] then return ARGV[1] .. '\npartitions\n' .. (conf_now[4] or '') end
   -- "?" leaves the maximum to what producers have declared, "!" to nobody.
@@ -117,8 +117,10 @@ local function prepare_push(KEYS, ARGV)
   if queue then prove(none, 'LPUSH', 'RPUSH', 'SADD', 'HINCRBY') end
   if fronts then prove_groups(none) end
   if appends and (prepends or schedules) then prove(none, 'RPUSH') end
+  if conf_now[7] then prove(none, 'PTTL', 'PERSIST') end
   if drops then prove(none, 'LTRIM', 'ZREM', 'HGET', 'HINCRBY', 'PEXPIRE', 'GET', 'DEL', 'RPUSH') end
   return nil, function()
+    if conf_now[7] then renew_expiry(prefix, 0, true) end
     if drops then drop(KEYS, prefix, drops) end
     if conf_now[2] ~= '2' then redis.call('HSET', conf, 'schema', '2') end
 
@@ -205,6 +207,7 @@ local function prepare_push(KEYS, ARGV)
     if takeable then wake(KEYS[4]) end
     if leaves then redis.call('ZREM', prefix .. 'room', leaves) end
     if conf_now[5] then call_next(prefix) end
+    if conf_now[7] then pcall(renew_expiry, prefix, clock()) end -- it may have stored nothing
     return reply
   end
 end

@@ -1,0 +1,12 @@
+-- Record after which time a queue goes that nobody uses. A queue that is new gets its settings here.
+-- needs: numbers expiry
+--
+-- KEYS  1 conf  2 none
+-- ARGV  1 ms
+-- returns 1; 0 when the layout is another version's, and nothing was changed
+local schema = redis.call('HGET', KEYS[1], 'schema')
+if (schema or '1') ~= '1' and schema ~= '2' then return 0 end
+redis.call('HDEL', KEYS[1], '\t') -- a removal first, so that a full Redis takes the rest
+redis.call('HSET', KEYS[1], 'schema', '2', 'expires', int(number_in(ARGV[1])))
+renew_expiry(string.sub(KEYS[1], 1, -5), clock())
+return 1
