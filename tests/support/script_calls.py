@@ -211,6 +211,9 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
         lambda k: operations.delete(k, "delete"),
         {"jobs", "due", "dead", "workers", "conf", "outbox", "leased:w"} | {f"ready:{n}" for n in range(10)},
     ),
+    "set_expiry": (
+        lambda k: operations.set_expiry(QueueKeys("c", "q", foreign="q", expires=60_000)), {"conf", "jobs", "workers"},
+    ),
     "counts": (inspection.counts, {"jobs", "due", "dead", "workers", "conf", "ready:0", "foreign", "leased:w", "outbox"}),
     "list_jobs": (lambda k: inspection.list_jobs(k, "ready", 0, 9), {"jobs", "state", "ready:0", "ready:9"}),
     "find_jobs": (

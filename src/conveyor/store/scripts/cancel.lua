@@ -110,7 +110,7 @@ if queue.limits then
   if queue.moved or queue.counters.alarms > 0 then wake(KEYS[9]) end
 end
 if line then call_next(queue.prefix) end
-if expires then pcall(renew_expiry, queue.prefix, clock()) end
+if expires then pcall(function() renew_expiry(queue.prefix, clock()) end) end
 local reply = reply_of(walk, gone)
 for _, one in ipairs(codes) do reply[#reply + 1] = one end
 return reply

@@ -118,5 +118,5 @@ if grouped then
   if queue.moved or queue.counters.alarms > 0 then wake(KEYS[18]) end
 end
 if line then call_next(prefix) end
-if conf[2] then pcall(renew_expiry, prefix, now) end
+if conf[2] then pcall(function() renew_expiry(prefix, now) end) end
 return {#ids - #alarms, removed}

@@ -49,7 +49,7 @@ local function failed(answer)
   return true
 end
 if conf[7] then
-  local kept_on, problem = pcall(renew_expiry, string.sub(KEYS[5], 1, -5), 0, true)
+  local kept_on, problem = pcall(function() renew_expiry(string.sub(KEYS[5], 1, -5), 0, true) end)
   if not kept_on then
     failed({err = ''})
     return type(problem) == 'table' and problem or {err = problem}

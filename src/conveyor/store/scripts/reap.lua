@@ -98,5 +98,5 @@ if #grouped > 0 then
 end
 if returned > 0 or queue.moved then wake(KEYS[5]) end
 if line then call_next(queue.prefix) end
-if conf[2] then pcall(renew_expiry, queue.prefix, now) end
+if conf[2] then pcall(function() renew_expiry(queue.prefix, now) end) end
 return returned

@@ -16,7 +16,7 @@ if not known[1] or action == 'delete' then
   set_schedule_alarm(KEYS[3], KEYS[4], KEYS[5], ARGV[1], '')
   redis.call('DEL', key)
   redis.call('SREM', KEYS[2], ARGV[1])
-  if expires then pcall(renew_expiry, string.sub(KEYS[4], 1, -5), now) end
+  if expires then pcall(function() renew_expiry(string.sub(KEYS[4], 1, -5), now) end) end
   return known[1] and 1 or -1
 end
 if action == 'defer' then

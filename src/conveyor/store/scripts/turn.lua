@@ -198,6 +198,6 @@ if looks then
 end
 if line then call_next(queue.prefix) end
 change_tags('ZREM', queue.prefix, queue.untagged)
-if conf[5] then pcall(renew_expiry, queue.prefix, now) end
+if conf[5] then pcall(function() renew_expiry(queue.prefix, now) end) end
 return {number, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, (paused and 1 or 0) + (conf[5] and 2 or 0), missing, outbox,
   queue.schedules}

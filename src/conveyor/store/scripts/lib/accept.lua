@@ -207,7 +207,7 @@ local function prepare_push(KEYS, ARGV)
     if takeable then wake(KEYS[4]) end
     if leaves then redis.call('ZREM', prefix .. 'room', leaves) end
     if conf_now[5] then call_next(prefix) end
-    if conf_now[7] then pcall(renew_expiry, prefix, clock()) end -- it may have stored nothing
+    if conf_now[7] then pcall(function() renew_expiry(prefix, clock()) end) end -- it may have stored nothing
     return reply
   end
 end

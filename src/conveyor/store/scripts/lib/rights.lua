@@ -24,7 +24,7 @@ local function prove(none, ...)
       redis.call('DEL', none)
       redis.call(command, none, '', 1)
       redis.call('DEL', none)
-    elseif string.find(' HDEL HEXISTS HGET HMGET HSCAN LINDEX LPOS PEXPIRE EXPIRE SREM ZREM ZSCORE ', name, 1, true) then
+    elseif string.find(' HDEL HEXISTS HGET HMGET HSCAN LINDEX LPOS PEXPIRE PEXPIREAT EXPIRE SREM ZREM ZSCORE ', name, 1, true) then
       redis.call(command, none, 1)
     elseif command == 'XREVRANGE' then
       redis.call(command, none, '+', '-')
