@@ -31,7 +31,7 @@ Calls = Generator[Call[Any], Any, None]
 
 
 class _Known(NamedTuple):
-    """What must be known of a queue to tell whether it exists."""
+    """The facts by which a queue is found again."""
 
     foreign: str | None
     expires: int
