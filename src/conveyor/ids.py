@@ -22,6 +22,7 @@ _ORDERED_TABLE = bytes.maketrans(_STANDARD, _ORDERED)
 _STANDARD_TABLE = bytes.maketrans(_ORDERED, _STANDARD)
 _GENERATED = re.compile(r"[0-9A-Z_a-z~]{22}")
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+_LABEL = re.compile(r"[A-Za-z0-9_.+=-]{1,64}")
 _QUEUE_OR_PARTITION = re.compile(r"[A-Za-z0-9_.:-]{1,128}(/\d{1,3})?")
 LENGTH = 22
 _ACTING = "\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
@@ -63,6 +64,19 @@ def new_ids(count: int) -> list[str]:
     encode = b2a_base64
     raws = [stamp + n.to_bytes(10, "big") for n in range(start, start + count)]
     return [encode(raw)[:LENGTH].translate(_ORDERED_TABLE).decode() for raw in raws]
+
+
+def build_of_program() -> str:
+    """Return the build of this program, from ``CONVEYOR_BUILD``; "" where that is not set. Raises ConfigurationError."""
+    build = os.environ.get("CONVEYOR_BUILD", "")
+    return label_text(build, "CONVEYOR_BUILD") if build else ""
+
+
+def label_text(label: object, what: str = "a label") -> str:
+    """Return a label of a worker, or a build, if it is valid; raises ConfigurationError."""
+    if not isinstance(label, str) or not _LABEL.fullmatch(label):
+        raise ConfigurationError(f"Invalid {what} {label!r}: use 1 to 64 characters out of A-Z a-z 0-9 _ . + = -")
+    return label
 
 
 def new_identity() -> str:

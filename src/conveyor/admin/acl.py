@@ -113,7 +113,7 @@ _OPERATOR = Role(
         operations.CONFIGURE, operations.PURGE, operations.LIST_INTAKE, operations.REDRIVE,
         operations.PROMOTE,
         operations.CANCEL, partitions.CLAIM_PARTITIONS, partitions.REPARTITION, inspection.UNPLACED, operations.REPAIR,
-        operations.DELETE, topics.SUBSCRIBE, limits.SET_LIMITS, worker_commands.COMMAND_WORKER,
+        operations.DELETE, topics.SUBSCRIBE, limits.SET_LIMITS, worker_commands.COMMAND_WORKER, worker_commands.RELEASE_BUILD,
     ),
     ("get", "sadd", "srem", "hscan", "scan", "exists", "del", "zadd", "zrange", "zrem", "zcard", "pttl"),
     channels=True,

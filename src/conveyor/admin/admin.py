@@ -35,7 +35,7 @@ from conveyor.admin.views import (
 )
 from conveyor.admin.worker_control import WorkerProcess, command, find_process, leased_job, processes_of
 from conveyor.errors import ConfigurationError, JobNotFound, StoreUnavailable
-from conveyor.ids import logical, made_at_ms, public, queue_name, split
+from conveyor.ids import label_text, logical, made_at_ms, public, queue_name, split
 from conveyor.jobs.why import QueueCause, Why, explain, queue_causes
 from conveyor.messaging.deletion import refuse_in_use
 from conveyor.messaging.maintenance import redrive_batch
@@ -235,6 +235,23 @@ class Admin:
                 call = redrive_batch(self._directory.keys(part), Walk(ids=bare[first : first + PAGE_SIZE]))
                 moved += self.client.run(call)
         return moved
+
+    def release_build(self, name: str, build: str) -> int:
+        """
+        Release the jobs of a queue that are pinned to a build, so that any worker runs them; return how many.
+
+        Those that waited for a worker of it start now.
+        """
+        label_text(build, "build")
+        released = 0
+        for part in self._directory.partition_names(name):
+            cursor = "0"
+            while True:
+                cursor, count = self.client.run(worker_commands.release_build(self._keys(part), cursor, build))
+                released += count
+                if cursor == "0":
+                    break
+        return released
 
     def repair(self, name: str) -> int:
         """
@@ -488,6 +505,7 @@ class Admin:
     arepartition = _awaitable(repartition)
     aredrive = _awaitable(redrive)
     arepair = _awaitable(repair)
+    arelease_build = _awaitable(release_build)
     aworkers = _awaitable(workers)
     aworker_processes = _awaitable(worker_processes)
     aworker_process = _awaitable(worker_process)

@@ -346,6 +346,20 @@ def repair(target: Target, out: Output, name: str) -> None:
 
 @queue.command()
 @_NAME
+@click.option("--build", required=True, metavar="BUILD", help="The build that the jobs are pinned to.")
+@redis_options
+def release(target: Target, out: Output, name: str, build: str) -> None:
+    """Release the jobs that are pinned to a build (@app.task(pin="build")): any worker runs them then."""
+    admin = target.admin()
+    admin.queue(name)  # an unknown name is an error
+    released = admin.release_build(name, build)
+    if not released and out.on_terminal and not out.as_json:
+        out.say(f"No job of {name} is pinned to build {build}.")
+    _print_count(out, "release", name, "released", released, dry_run=False)
+
+
+@queue.command()
+@_NAME
 @confirm_options
 @redis_options
 def delete(target: Target, out: Output, name: str, yes: bool, dry_run: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from conveyor import ids
 from conveyor.cli.app import task_modules
 from conveyor.cli.command import LeafCommand, SharedArgument, shared_option, verbose_option
 from conveyor.cli.completion import complete_queues
@@ -63,6 +64,10 @@ _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
     "--health-port", metavar="[HOST:]PORT", envvar="CONVEYOR_HEALTH_PORT",
     help="Serve /livez, /readyz, /metrics and details at / on this port.  [default: none]",
 )  # fmt: skip
+@click.option(
+    "--label", "labels", multiple=True, metavar="LABEL", envvar="CONVEYOR_LABELS",
+    help="What tasks may require of a worker, such as gpu; may be repeated.",
+)  # fmt: skip
 @click.option("--allow-eviction", is_flag=True, help="Start although Redis may delete jobs when its memory is full.")
 @shared_option("--url")
 @shared_option("--namespace", help="Must match the app's namespace.  [env: CONVEYOR_NAMESPACE]")
@@ -71,7 +76,7 @@ _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
 def worker(
     ctx: click.Context, app_name: str | None, app_option: str | None, include: tuple[str, ...], queues: tuple[str, ...],
     concurrency: int, threads: int, processes: int, max_jobs: int | None, max_memory: str | None, burst: bool, grace: str,
-    allow_eviction: bool, url: str | None, namespace: str | None, health_port: str | None,
+    allow_eviction: bool, url: str | None, namespace: str | None, health_port: str | None, labels: tuple[str, ...],
 ) -> int:  # fmt: skip
     """
     Run the jobs of an app until it is stopped.
@@ -97,6 +102,7 @@ def worker(
             name, queues=chosen, concurrency=concurrency, threads=threads, processes=processes, burst=burst,
             grace=seconds, max_jobs=max_jobs, max_memory=_parse_size(max_memory), verbose=verbose,
             health=None if health_port is None else health.bind(health_port), metrics=_metrics(app),
+            labels=tuple(ids.label_text(one, "--label") for text in labels for one in text.split(",")),
         )
     )  # fmt: skip
 

@@ -350,7 +350,8 @@ class Conveyor:
         max_payload: Size | None = None, unique: Unique | None = None,
         limits: Sequence[Rate | Concurrency] | None = None, group_by: str | None = None,
         debounce: Debounce | None = None, throttle: Throttle | None = None, version: int = 1, upcast: Upcast | None = None,
-        format: FormatChoice | None = None, tags: Iterable[str] | None = None,
+        format: FormatChoice | None = None, tags: Iterable[str] | None = None, requires: str | Iterable[str] = (),
+        pin: Literal["build"] | None = None,
     ) -> TaskDecorator: ...  # fmt: skip
 
     def task(
@@ -377,6 +378,8 @@ class Conveyor:
         upcast: Upcast | None = None,
         format: FormatChoice | None = None,  # noqa: A002
         tags: Iterable[str] | None = None,
+        requires: str | Iterable[str] = (),
+        pin: Literal["build"] | None = None,
         **unknown: object,
     ) -> Any:
         """
@@ -388,14 +391,15 @@ class Conveyor:
         thread for a `def`. `version` is the version of the payload's layout; `upcast(version, arguments)` turns the
         arguments of that version into those of the next. `format` is how arguments and results are written; None: as
         the app says. `tags` are those of each of its jobs, besides a job's own. `limits` say how many of its jobs may start
-        in a time or run at a time; jobs that are equal in the argument `group_by` run in their order, one at a time. Raises
+        in a time or run at a time; jobs that are equal in the argument `group_by` run in their order, one at a time. `requires`
+        names labels of the workers that run it, `pin="build"` keeps a job to workers of the build that enqueued it. Raises
         ConfigurationError, also for a function whose arguments JSON cannot carry.
         """
         if unknown:
             refuse_unknown("@app.task()", unknown, TASK_OPTIONS)
         options = task_options(
             timeout=timeout, retry=retry, keep_result=keep_result, ack=ack, expires=expires, priority=priority,
-            version=version, upcast=upcast, tags=tags, limits=limits, group_by=group_by,
+            version=version, upcast=upcast, tags=tags, limits=limits, group_by=group_by, requires=requires, pin=pin,
         )  # fmt: skip
 
         def add(function: Callable[..., Any]) -> Task[..., Any]:
@@ -427,6 +431,8 @@ class Conveyor:
         format: FormatChoice | None = None,  # noqa: A002
         tags: Iterable[str] | None = None,
         limits: Sequence[Rate | Concurrency] | None = None,
+        requires: str | Iterable[str] = (),
+        pin: Literal["build"] | None = None,
         **unknown: object,
     ) -> BatchDecorator:
         """
@@ -443,7 +449,7 @@ class Conveyor:
         plan = batch_plan(size, within, group_by)
         options = task_options(
             timeout=timeout, retry=retry, keep_result=keep_result, ack=ack, expires=expires, priority=priority,
-            version=version, upcast=upcast, tags=tags, limits=limits,
+            version=version, upcast=upcast, tags=tags, limits=limits, requires=requires, pin=pin,
         )  # fmt: skip
 
         def add(function: Callable[..., Any]) -> Any:
@@ -746,6 +752,7 @@ class Conveyor:
         burst: bool = False,
         grace: Duration = "30s",
         allow_eviction: bool = False,
+        labels: Iterable[str] = (),
     ) -> AbstractAsyncContextManager[Any]:
         """
         Return a worker for `async with`, which runs jobs inside this program until the block ends.
@@ -753,12 +760,12 @@ class Conveyor:
         `queues` maps names to weights (None: the queues of all tasks). `concurrency` limits the jobs on the loop,
         `threads` those on threads. `burst` stops the worker when the queues are drained. `grace` is the time that
         running jobs get at the end. A server that may delete jobs when its memory is full is refused (E10), unless
-        `allow_eviction`.
+        `allow_eviction`. `labels`: those that tasks may require of a worker.
         """
         # By name: the package stands above this one, and an app that only enqueues never loads it.
         made = import_module("conveyor.worker.embedded").EmbeddedWorker(
             self, queues=queues, concurrency=concurrency, threads=threads, burst=burst, grace=grace,
-            allow_eviction=allow_eviction,
+            allow_eviction=allow_eviction, labels=labels,
         )  # fmt: skip
         return cast("AbstractAsyncContextManager[Any]", made)
 

@@ -68,6 +68,8 @@ def task_options(
     tags: Iterable[str] | None,
     limits: Sequence[Rate | Concurrency] | None = None,
     group_by: str | None = None,
+    requires: str | Iterable[str] = (),
+    pin: Literal["build"] | None = None,
 ) -> TaskOptions:
     """Return the options of a task, checked; raises ConfigurationError."""
     check_path("group_by", group_by)
@@ -83,7 +85,17 @@ def task_options(
         tags=ids.tag_texts(tags),
         limits=limits,
         group_by=group_by,
+        requires=_labels(requires),
+        pin=None if pin is None else _one_of("pin", pin, ("build",)),
     )
+
+
+def _labels(requires: str | Iterable[str]) -> tuple[str, ...]:
+    """Return the labels that a task requires of a worker; raises ConfigurationError."""
+    if not isinstance(requires, str | Iterable):
+        raise ConfigurationError(f'requires takes a label, or several: requires="gpu", not {requires!r}.')
+    given = [requires] if isinstance(requires, str) else [*requires]
+    return tuple(dict.fromkeys(ids.label_text(one, "label in requires") for one in given))
 
 
 def register(

@@ -7,6 +7,8 @@ from datetime import datetime
 from time import monotonic
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from conveyor import ids
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.messaging.push_options import MAX_HEADERS, Outgoing
@@ -71,11 +73,11 @@ def with_options(
 
 def entry_of(
     outgoing: Outgoing, body: bytes, sealing: PayloadPipeline | None, uniqueness: TaskUniqueness | None,
-    limits: tuple[str, ...] = (), *, deferred: bool,
+    limits: tuple[str, ...] = (), *, deferred: bool, needs: EnvelopeOptions | None = None,
 ) -> Entry:  # fmt: skip
     """
     Return the entry that is pushed; *body* are the encoded arguments, which *sealing* wraps; *uniqueness* is the task's,
-    *limits* as in an entry.
+    *limits* as in an entry, *needs* what the job requires of a worker.
 
     A *deferred* job gets an id as a spawned one has: Redis may hear of it later than a caller that waits for it.
     """
@@ -86,10 +88,13 @@ def entry_of(
         delay_ms, unique = uniqueness.delay(outgoing), None
         if uniqueness.raises and deferred:
             uniqueness.refuse_deferred(outgoing.task)
-    extra = None
+    extra = needs
     options = (outgoing.timeout_ms, outgoing.keep_ms, outgoing.attempts)
     if outgoing.headers or outgoing.version != 1 or options != (None, None, None):
-        extra = EnvelopeOptions(check_headers(outgoing.headers), *options, outgoing.version)
+        extra = msgspec.structs.replace(
+            needs or EnvelopeOptions(), headers=check_headers(outgoing.headers), timeout_ms=options[0], keep_ms=options[1],
+            attempts=options[2], version=outgoing.version,
+        )  # fmt: skip
     own = deferred or outgoing.id is not None
     if outgoing.id is not None:
         id_ = ids.given_id(outgoing.id)

@@ -28,7 +28,7 @@ from conveyor.messaging.retry import Retry
 from conveyor.payload.codec import ValueCodec, encode_json, show
 from conveyor.payload.formats import JSON, FormatRegistry, codec_for
 from conveyor.payload.key_text import member_reader
-from conveyor.payload.records import write_envelope
+from conveyor.payload.records import EnvelopeOptions, write_envelope
 from conveyor.payload.signature import TaskSignature
 from conveyor.store.client.durability import DurabilityRequest, durability_request
 from conveyor.store.operations import Entry
@@ -87,6 +87,13 @@ class TaskOptions:
     tags: tuple[str, ...] = ()
     limits: Sequence[Rate | Concurrency] | None = None
     group_by: str | None = None
+    requires: tuple[str, ...] = ()
+    pin: Literal["build"] | None = None
+
+    def needs(self) -> EnvelopeOptions | None:
+        """Return what a job of this program requires of a worker, as its envelope holds it; None: nothing."""
+        build = ids.build_of_program() if self.pin else ""
+        return EnvelopeOptions(pin=build, requires=list(self.requires)) if build or self.requires else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +172,10 @@ class TaskDefinition:
         self.limits = declare_limits(task_owner(name), options.limits, prefix=name, group_by=options.group_by)
         self.loads = bool(self.limits) or options.group_by is not None
         """True when its jobs have limits of the task, or a group."""
+        self.needs = options.needs()
         self.plain = (
             options.priority == 0 and options.expires_ms is None and core.sealing is None and options.version == 1
-            and not options.tags and not self.loads and self.uniqueness is None
+            and not options.tags and not self.loads and self.uniqueness is None and self.needs is None
         )  # fmt: skip
         """True when a call without options is stored as a bare envelope."""
         self.outgoing = Outgoing(
@@ -208,17 +216,20 @@ class TaskDefinition:
         *turns*: as in `Partitions.partition_of`.
         """
         sent, body, limits = self.encoded(outgoing, args, kwargs)
-        entry = entry_of(sent, body, self.core.sealing, self.uniqueness, limits, deferred=self.core.client.deferring)
+        deferred, needs = self.core.client.deferring, self.needs
+        entry = entry_of(sent, body, self.core.sealing, self.uniqueness, limits, deferred=deferred, needs=needs)
         return self.core.place(sent.queue, entry, turns), entry
 
     async def aprepare(self, outgoing: Outgoing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
         """Awaitable form of `prepare`."""
-        sealing, deferred = self.core.sealing, self.core.client.deferring
+        sealing, deferred, needs = self.core.sealing, self.core.client.deferring, self.needs
         sent, body, limits = self.encoded(outgoing, args, kwargs)
         if sealing is None or not sealing.is_large(body, b"payload"):
-            entry = entry_of(sent, body, sealing, self.uniqueness, limits, deferred=deferred)
+            entry = entry_of(sent, body, sealing, self.uniqueness, limits, deferred=deferred, needs=needs)
         else:  # it is written to a store, which blocks
-            entry = await asyncio.to_thread(entry_of, sent, body, sealing, self.uniqueness, limits, deferred=deferred)
+            entry = await asyncio.to_thread(
+                entry_of, sent, body, sealing, self.uniqueness, limits, deferred=deferred, needs=needs
+            )
         return self.core.place(sent.queue, entry), entry
 
     def encoded(

@@ -15,8 +15,8 @@ from conveyor.store.inspection import JobRow, QueueFacts, WaitFacts
 from conveyor.units import span
 
 Cause = Literal[
-    "queue-paused", "task-paused", "group-paused", "unknown-task", "no-worker", "limit", "group", "scheduled", "position",
-    "buffer", "parent", "rerun", "running", "ended",
+    "queue-paused", "task-paused", "group-paused", "unknown-task", "label", "build", "no-worker", "limit", "group", "scheduled",
+    "position", "buffer", "parent", "rerun", "running", "ended",
 ]  # fmt: skip
 
 
@@ -26,15 +26,16 @@ class Why:
     The cause of a job's waiting; `str` of it is a sentence.
 
     `kind` is the first cause that a lease meets, in this order: `queue-paused`, `task-paused` and `group-paused` · `unknown-task`:
-    no worker of the queue knows the task · `no-worker`: nothing serves the queue · `limit`: one is full · `group`: another job of
+    no worker of the queue knows the task · `label`: none has the labels that it requires · `build`: none is of the build that it is
+    pinned to · `no-worker`: nothing serves the queue · `limit`: one is full · `group`: another job of
     its group comes first · `scheduled` · `position`: others are before it. Besides: `buffer`: it is still in this program ·
     `parent`: the job that spawned it has not ended · `rerun`: it runs once more when the job that has its unique key has ended ·
     `running` and `ended`: it does not wait. `also` holds the further causes, in the same order.
 
-    `name`: of the queue, task, limit, group or worker that the cause is about; `key`: of a limit by a key. `opens_at`: when it is
-    over by itself. `ahead` of `total` jobs are leased before it, at a limit groups; at least so many where `exact` is false.
-    `used` of `most` slots or starts of the limit are in use. `behind`: the job of the group that comes first, whose status is
-    `behind_status`. `estimate`: seconds until its turn at the
+    `name`: of the queue, task, label, build, limit, group or worker that the cause is about; `key`: of a limit by a key.
+    `opens_at`: when it is over by itself. `ahead` of `total` jobs are leased before it, at a limit groups; at least so many
+    where `exact` is false. `used` of `most` slots or starts of the limit are in use. `behind`: the job of the group that comes
+    first, whose status is `behind_status`. `estimate`: seconds until its turn at the
     present rate, None where nothing ended lately. `seen`, `seen_name`: when a worker that knew the task was last seen. `since`:
     since when it runs. `error`: of its last attempt.
     """
@@ -98,6 +99,9 @@ def _causes(base: Why, row: JobRow, facts: WaitFacts, decoder: RecordDecoder) ->
         yield replace(base, kind="group-paused", name=facts.group)
     if base.task and facts.workers and not facts.may_know:
         yield replace(seen, kind="unknown-task", name=base.task)
+    if facts.workers:
+        for kind, name in missing_skills(row.envelope.extra.pin, row.envelope.extra.requires, facts.skills):
+            yield replace(base, kind=kind, name=name)
     if not serving:
         yield replace(seen, kind="no-worker", name=base.queue)
     yield from _limit_causes(base, facts)
@@ -116,6 +120,17 @@ def _causes(base: Why, row: JobRow, facts: WaitFacts, decoder: RecordDecoder) ->
     yield replace(
         base, kind="position", name=base.queue, ahead=facts.ahead, exact=facts.exact, total=facts.total, estimate=estimate,
     )  # fmt: skip
+
+
+def missing_skills(
+    build: str, labels: Sequence[str], skills: Sequence[tuple[str, Sequence[str]]]
+) -> Iterator[tuple[Cause, str]]:
+    """Yield what keeps a job from all workers with these *skills* (build and labels of each): ("label", …) and ("build", …)."""
+    if labels and not any(set(labels) <= set(has) for _, has in skills):
+        alone = [one for one in labels if not any(one in has for _, has in skills)]
+        yield "label", ", ".join(alone or labels)
+    if build and not any(build == of for of, _ in skills):
+        yield "build", build
 
 
 def _limit_causes(base: Why, facts: WaitFacts) -> Iterator[Why]:
@@ -226,6 +241,14 @@ _SENTENCES: dict[str, Callable[[Why], str]] = {
     "task-paused": lambda why: f"Task {why.name!r} is paused. Resume it:  conveyor queue resume --task {why.name}",
     "group-paused": lambda why: f"Group {why.name!r} is paused.",
     "unknown-task": _unknown_task,
+    "label": lambda why: (
+        f"It requires a worker with the label {why.name!r}, and none serves queue {why.queue!r}.  Start one:  "
+        f"conveyor worker … {' '.join(f'--label {one}' for one in why.name.split(', '))}"
+    ),
+    "build": lambda why: (
+        f"It is pinned to build {why.name!r}, and no worker of it serves queue {why.queue!r}.  Release such jobs:  "
+        f"conveyor queue release {why.queue} --build {why.name}"
+    ),
     "no-worker": _no_worker,
     "limit": _limit,
     "group": _group,
@@ -282,6 +305,12 @@ def queue_causes(queue: str, waiting: int, parts: Sequence[QueueFacts]) -> list[
         found.append(
             QueueCause("unknown-task", queue, task, jobs, looked, None, _instant(seen) if seen else None, name, now)
         )
+    requirements = Counter[tuple[Cause, str]]()
+    skills = [skill for one in parts for skill in one.skills]
+    for build, labels, jobs in (need for one in parts for need in one.needs):
+        requirements.update(dict.fromkeys(missing_skills(build, labels, skills) if skills else (), jobs))
+    for (kind, name), jobs in requirements.items():
+        found.append(QueueCause(kind, queue, name, jobs, looked, at=now))
     for what, serving, needed in (
         ("worker", max(one.workers for one in parts), looked > messages),
         ("consumer", max(one.consumers for one in parts), messages > 0),
@@ -310,10 +339,14 @@ def _wait(cause: QueueCause) -> str:
     return f"{cause.jobs:,} {'job waits' if cause.jobs == 1 else 'jobs wait'}"
 
 
-def _unknown_tasks(cause: QueueCause) -> str:
-    need = (
+def _need(cause: QueueCause) -> str:
+    return (
         f"{cause.jobs:,} of the {cause.looked:,} jobs that were looked at {'needs' if cause.jobs == 1 else 'need'} it"
     )
+
+
+def _unknown_tasks(cause: QueueCause) -> str:
+    need = _need(cause)
     seen = f", last seen at {_clock(cause.seen, cause.at)} on {cause.seen_name or 'a worker'}" if cause.seen else ""
     return f"No worker knows the task {cause.name!r}{seen}: {need}."
 
@@ -325,6 +358,11 @@ _QUEUE_SENTENCES: dict[str, Callable[[QueueCause], str]] = {
     ),
     "queue-paused": lambda cause: f"It is paused: {_wait(cause)}.",
     "unknown-task": _unknown_tasks,
+    "label": lambda cause: f"No worker has the label {cause.name!r}: {_need(cause)}.",
+    "build": lambda cause: (
+        f"No worker is of build {cause.name!r}: {_need(cause)}.  Release them:  "
+        f"conveyor queue release {cause.queue} --build {cause.name}"
+    ),
     "no-worker": lambda cause: f"No {cause.name} serves it: {_wait(cause)}.",
     "scheduled": lambda cause: (
         f"{cause.jobs:,} {'job is' if cause.jobs == 1 else 'jobs are'} scheduled, the first for {_clock(cause.opens_at, cause.at)}."

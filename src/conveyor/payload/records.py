@@ -47,14 +47,20 @@ ERRORS_KEPT = 20
 class EnvelopeOptions(
     msgspec.Struct, frozen=True, omit_defaults=True, rename={"timeout_ms": "timeout", "keep_ms": "keep"}
 ):
-    """The rarely used part of an envelope: headers, options given for this one job, and the topic that a message is of."""
+    """
+    The rarely used part of an envelope: headers, options given for this one job, and the topic that a message is of.
 
+    `pin`: the build whose workers alone run the job; it comes first, where a script finds it. `requires`: labels of the worker.
+    """
+
+    pin: str = ""
     headers: dict[str, str] = {}
     timeout_ms: int | None = None
     keep_ms: int | None = None
     attempts: int | None = None
     version: int = 1
     topic: str = ""
+    requires: list[str] = []
 
 
 class Failure(msgspec.Struct, omit_defaults=True):

@@ -125,6 +125,8 @@ class WaitFacts:
     limit_used: int = 0
     limit_ahead: int = 0
     limit_opens: int = -1
+    skills: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """(build, labels) of the workers that serve the queue, each once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,12 +326,14 @@ def why(keys: QueueKeys, id: str) -> Call[WaitFacts]:  # noqa: A002
         job = _read_job(id)(reply[0])
         if len(reply) == 2:
             return WaitFacts(job, int(reply[1]))
-        now, paused, workers, consumers, known, seen, where, task, group, limit = reply[1:]
+        now, paused, workers, consumers, known, seen, where, task, group, limit, skills = reply[1:]
         ahead, exact, total, ended, window = where
+        used, before, opens = map(int, limit[2:])
         return WaitFacts(
             job, int(now), paused == 1, workers, consumers, known == 1, *_read_seen(seen),
             ahead, exact == 1, total, ended, window, task[0] == 1, int(task[1]), group[0].decode(), group[1] == 1,
-            group[2].decode(), group[3].decode(), int(group[4]), limit[0].decode(), limit[1].decode(), *map(int, limit[2:]),
+            group[2].decode(), group[3].decode(), int(group[4]), limit[0].decode(), limit[1].decode(), used, before, opens,
+            _read_skills(skills),
         )  # fmt: skip
 
     return Call(WHY, (*_job_keys(keys, id), keys.conf, *keys.ready), (id, str(LOOKED_AT)), decode)
@@ -356,21 +360,47 @@ class QueueFacts:
     messages: int
     paused_tasks: tuple[tuple[str, int], ...] = ()
     limits: tuple[tuple[str, int, str], ...] = ()
+    needs: tuple[tuple[str, tuple[str, ...], int], ...] = ()
+    """(build, labels, jobs) that jobs which were looked at require of a worker."""
+    skills: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """As in `WaitFacts`."""
 
 
 def queue_causes(keys: QueueKeys, count: int = 100) -> Call[QueueFacts]:
     """Return the call that reads why the jobs of a queue wait, of the first *count* that are ready and that are scheduled."""
 
     def decode(reply: list[Any]) -> QueueFacts:
-        (now, paused, workers, consumers, scheduled, first_due), unknown, looked, messages, paused_tasks, limits = reply
+        (
+            (now, is_paused, workers, consumers, scheduled, first_due),
+            unknown,
+            looked,
+            messages,
+            paused,
+            needed,
+            skills,
+            limits,
+        ) = reply
         tasks = tuple((one[0].decode(), one[1], *_read_seen(one[2])) for one in unknown)
         return QueueFacts(
-            now, paused == 1, workers, consumers, scheduled, first_due, tasks, looked, messages,
-            tuple((one[0].decode(), one[1]) for one in paused_tasks),
+            now, is_paused == 1, workers, consumers, scheduled, first_due, tasks, looked, messages,
+            tuple((one[0].decode(), one[1]) for one in paused),
             tuple((one[0].decode(), one[1], one[2].decode()) for one in limits),
+            tuple((*_read_skills([one[0]])[0], one[1]) for one in needed), _read_skills(skills),
         )  # fmt: skip
 
     return Call(QUEUE_CAUSES, (keys.jobs, keys.due, keys.workers, keys.conf, *keys.ready), (str(count),), decode)
+
+
+def _read_skills(found: list[bytes]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Read builds and labels; those of a damaged registration are none."""
+    skills = []
+    for one in found:
+        build, _, labels = one.decode(errors="replace").partition("\t")
+        try:
+            skills.append((build, tuple(msgspec.json.decode(labels, type=list[str]))))
+        except msgspec.MsgspecError:
+            skills.append((build, ()))
+    return tuple(skills)
 
 
 def _read_seen(data: bytes) -> tuple[int, str]:

@@ -19,6 +19,7 @@ from conveyor.store.script import Call, Command, Script
 COMMAND_WORKER, DESCRIBE_WORKER, LEASED_JOBS = (
     Script("command_worker"), Script("describe_worker"), Script("leased_jobs"),
 )  # fmt: skip
+RELEASE_BUILD = Script("release_build")
 SET, GET = Script("SET"), Script("GET")
 ANSWER_MS = 60_000
 """For how long an answer is kept, in ms."""
@@ -82,6 +83,14 @@ def read_answer(command: WorkerCommand) -> Call[bytes | None]:
 def describe(keys: QueueKeys, worker: str, about: bytes) -> Call[bool]:
     """Return the call that replaces what a worker said of itself when it registered."""
     return Call(DESCRIBE_WORKER, (keys.leased(worker),), (about.ljust(65),), bool)
+
+
+def release_build(keys: QueueKeys, cursor: str, build: str) -> Call[tuple[str, int]]:
+    """Return the call that releases a page of the jobs pinned to *build*; it yields the next cursor ("0": the end) and how many."""
+    return Call(
+        RELEASE_BUILD, (keys.jobs, keys.due, keys.wake), (cursor, build, "1000"),
+        lambda reply: (reply[0].decode(), int(reply[1])),
+    )  # fmt: skip
 
 
 def leased_jobs(keys: QueueKeys, worker: str, most: int) -> Call[list[LeasedRow]]:

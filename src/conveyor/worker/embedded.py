@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from time import monotonic
 from typing import TYPE_CHECKING, Self
@@ -31,6 +31,7 @@ class EmbeddedWorker:
     def __init__(
         self, app: Conveyor, *, queues: Mapping[str, float] | None = None, concurrency: int = 100, threads: int = 8,
         burst: bool = False, grace: Duration = 30.0, allow_eviction: bool = False,
+        labels: Iterable[str] = (),
     ) -> None:  # fmt: skip
         """The parameters are those of `app.worker`."""
         for name, value in (("concurrency", concurrency), ("threads", threads)):
@@ -43,7 +44,7 @@ class EmbeddedWorker:
             )
         self._worker = Worker(
             app, queues=queues, concurrency=concurrency, threads=threads, burst=burst,
-            grace=milliseconds(grace, name="grace") / 1000, before_leasing=self._keep_leases,
+            grace=milliseconds(grace, name="grace") / 1000, before_leasing=self._keep_leases, labels=labels,
         )  # fmt: skip
         self._app = app
         self._allow_eviction = allow_eviction

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from conveyor.errors import ConveyorError, PayloadError
 from conveyor.payload.codec import UnreadablePayload
 from conveyor.payload.pipeline import PLAIN
-from conveyor.payload.records import read_leniently
+from conveyor.payload.records import EnvelopeOptions, read_leniently
 from conveyor.payload.versions import OldPayload, PayloadTooNew, sealed_name, upcast_body
 from conveyor.payload.wrapped import MAGIC
 from conveyor.store.operations import TurnReport
@@ -33,13 +33,21 @@ log = logging.getLogger("conveyor.worker")
 class JobLoader:
     """Makes attempts of such jobs, and opens their bodies. One for each worker."""
 
-    def __init__(self, app: AppCore, settlement_writer: SettlementWriter, running_table: RunningTable | None) -> None:
+    def __init__(
+        self,
+        app: AppCore,
+        settlement_writer: SettlementWriter,
+        running_table: RunningTable | None,
+        unmet: Callable[[EnvelopeOptions], ConveyorError | None],
+    ) -> None:
         """
         Args:
             app: the app whose tasks run.
             settlement_writer: that of the worker.
             running_table: where a supervisor reads which job's body is being opened; None without one.
+            unmet: returns why a job with these options needs another worker; None: it does not.
         """
+        self._unmet = unmet
         self._sealing = app.sealing
         self._task_of_list = {name: listed.task for name, listed in app.plain_lists.items()}
         self._settlement_writer = settlement_writer
@@ -68,6 +76,8 @@ class JobLoader:
             load_error = PayloadError(f"E15 The envelope cannot be read: {damage}.", code="E15")
         elif handler is not None and handler.kind == "unknown":
             load_error = handler.load_error
+        elif (missing := self._unmet(envelope.extra)) is not None:
+            load_error = missing
         elif handler is not None and envelope.extra.version > handler.task.settings.version:
             load_error = PayloadTooNew(
                 f"The payload of {envelope.task}()", envelope.extra.version, handler.task.settings.version

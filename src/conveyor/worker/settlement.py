@@ -32,6 +32,7 @@ from conveyor.worker.attempt import Attempt, error_line, one_line
 from conveyor.worker.execution.processes import ProcessCrashed, ProcessUnavailable
 from conveyor.worker.logs import log_repeated_error
 from conveyor.worker.part_writer import KEPT_MS
+from conveyor.worker.requirements import RequirementUnmet
 
 if TYPE_CHECKING:
     from conveyor.jobs.core import AppCore
@@ -44,6 +45,10 @@ LOGGED_PER_SECOND = 10
 """Successes logged per second, one line each; the rest as one number."""
 ARGUMENTS_KEPT = 2048
 """Bytes of arguments that are kept with a result, at most: results lie in small hashes, and memory is for jobs to come."""
+LONGEST_REQUIREMENT_MS = 30_000
+"""
+The longest pause in ms of a job that needs another worker: such a worker may serve the same queue, and come to its end of work.
+"""
 CANCELLED_KEPT_MS = 600_000
 """For how long the outcome of a cancelled job is kept, in ms."""
 
@@ -354,16 +359,16 @@ class SettlementWriter:
         Return a job that cannot run here, for a worker that can run it: after 2 s at first, later for as long as it is old.
 
         No attempt is used. *error* says why; None: the task is not known. What no worker knew for a day is dead; what
-        waits for a process or a store is not.
+        waits for a process, a store, a label or a build is not.
         """
         consumer = attempt.consumer
-        now, unlimited = consumer.now_ms, isinstance(error, ProcessUnavailable | StoreUnavailable)
+        now, unlimited = consumer.now_ms, isinstance(error, ProcessUnavailable | StoreUnavailable | RequirementUnmet)
         pause = retry.put_off_ms(now - (made_at_ms(attempt.id) or attempt.envelope.due_ms or now))
         if pause is None and not unlimited:
             self._give_up(consumer.report, attempt, error, now)
             return
-        pause = pause or 600_000
-        if isinstance(error, ProcessUnavailable):
+        pause = min(pause or 600_000, LONGEST_REQUIREMENT_MS if isinstance(error, RequirementUnmet) else 600_000)
+        if isinstance(error, ProcessUnavailable | RequirementUnmet):
             self._explain(attempt, error)
         else:
             what = f"Job {attempt.public_id}" if attempt.handler.name else "It"
@@ -375,7 +380,7 @@ class SettlementWriter:
         state = attempt.state.encode() if attempt.state else b""
         consumer.report.others.append(Settlement("R", attempt.id, pause, state=state))
 
-    def _explain(self, attempt: Attempt, error: ProcessUnavailable) -> None:
+    def _explain(self, attempt: Attempt, error: ConveyorError) -> None:
         """Log why jobs of a task wait: once if nothing here will change that, else once a minute."""
         text = clean_lines(
             f"{error.code} {str(error).rstrip()}\n"

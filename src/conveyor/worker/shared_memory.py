@@ -56,6 +56,7 @@ class ChildSpec(msgspec.Struct, frozen=True, tag="spec"):
     max_jobs: int | None = None
     max_memory: int | None = None
     await_until: float = 0.0
+    labels: tuple[str, ...] = ()
     declares: bool = False
     """Whether the child stores the schedules that its app declares."""
 

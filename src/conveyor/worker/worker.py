@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import platform
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack, suppress
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.leasing.wakeup import WorkerConnections
 from conveyor.worker.lifecycle import Lifecycle
 from conveyor.worker.recycling import RecycleLimits
+from conveyor.worker.requirements import unmet
 from conveyor.worker.scheduler import declare_schedules
 from conveyor.worker.services import WorkerServices
 from conveyor.worker.settlement import SettlementWriter
@@ -58,7 +59,7 @@ class Worker:
         self, app: Conveyor, *, queues: Mapping[str, float] | None = None, concurrency: int = 100, threads: int = 8,
         burst: bool = False, grace: float = 30.0, slot: ChildSlot | None = None, reference: str | None = None,
         recycle_limits: RecycleLimits | None = None, await_until: float = 0.0,
-        before_leasing: Callable[[], None] = lambda: None, declares: bool = True,
+        before_leasing: Callable[[], None] = lambda: None, declares: bool = True, labels: Iterable[str] = (),
     ) -> None:  # fmt: skip
         """
         Args:
@@ -73,9 +74,11 @@ class Worker:
             recycle_limits: above these the worker asks to be replaced, which takes a supervisor.
             await_until: monotonic time before which no burst ends.
             before_leasing: called when all queues are registered, before the first job is leased.
+            labels: what tasks may require of a worker.
             declares: store the schedules that decorators of the app declare.
         """
         self.app = core_of(app)
+        self._labels, self._build = sorted({ids.label_text(one) for one in labels}), ids.build_of_program()
         self.name = f"{platform.node()}:{os.getpid()}"
         self.lifecycle = Lifecycle()
         self.retiring = self._stopped_by_command = False
@@ -83,7 +86,9 @@ class Worker:
         self.consumers: list[QueueConsumer] = []
         self.settlement_writer = SettlementWriter(self.app, self.name)
         self._running_table = None if slot is None else slot.running_table()
-        self.loader = JobLoader(self.app, self.settlement_writer, self._running_table)
+        self.loader = JobLoader(
+            self.app, self.settlement_writer, self._running_table, lambda extra: unmet(extra, self._labels, self._build)
+        )
         self._created_at = self.last_tick = monotonic()
         self._queues = queue_weights(self.app, queues)
         self._limits = (concurrency, threads)
@@ -330,6 +335,7 @@ class Worker:
             kind="worker", name=self.name, host=platform.node(), pid=os.getpid(), started=int(time() * 1000),
             concurrency=concurrency, threads=threads, weight=weight, tasks=len(self.app.definitions),
             version=installed_version(), python=platform.python_version(), state=self._state(),
+            labels=self._labels, build=self._build,
             supervisor=None if self._slot is None else os.getppid(),
             task_set=operations.task_set(self.app.definitions),
             timeouts={name: ms for name, task in self.app.definitions.items() if (ms := task.settings.timeout_ms)},

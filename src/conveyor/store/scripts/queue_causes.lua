@@ -7,6 +7,7 @@
 --         then, of the jobs that were looked at, for each task that no worker knows: {task, jobs, when one was last seen (ms) and its name}
 --         behind it how many jobs were looked at, and how many of them are messages
 --         for each task that is paused: {task, jobs that wait for it, a group as one, but for those that no turn has met yet}
+--         what the jobs that were looked at require: {build, a tab and labels as JSON, jobs}, and the same of the workers (lib/serving.lua)
 --         for each limit at which groups wait, of a thousand groups: {limit, groups, what conf says of it}
 local queue = {prefix = string.sub(KEYS[1], 1, -5), conf = KEYS[4], workers = KEYS[3]}
 local most, now = number_in(ARGV[1]), clock()
@@ -19,6 +20,15 @@ for i = 14, 5, -1 do
 end
 for i = 1, #first, 2 do ids[#ids + 1] = first[i] end
 
+-- Read what a job requires of a worker, from the options in the second line of its envelope; nil when it requires nothing.
+local function needs_of(envelope)
+  local line = string.match(envelope, '^[^\n]*\n[^\n\t]*\t([^\n]*)\n')
+  if not line then return nil end
+  local build, labels = string.match(line, '^{"pin":"([^"]+)"') or '', string.match(line, '"requires":(%[[^%]]*%])') or '[]'
+  return (build ~= '' or labels ~= '[]') and build .. '\t' .. labels or nil
+end
+
+local needs, needed = {}, {}
 local counts, names, looked, messages, size = {}, {}, 0, 0, 0
 for _, id in ipairs(ids) do
   local envelope = size < 1048576 and redis.call('HGET', KEYS[1], id)
@@ -29,6 +39,11 @@ for _, id in ipairs(ids) do
     else
       if not counts[task] then names[#names + 1] = task end
       counts[task] = (counts[task] or 0) + 1
+      local need = needs_of(envelope)
+      if need then
+        if not needs[need] then needed[#needed + 1] = need end
+        needs[need] = (needs[need] or 0) + 1
+      end
     end
   end
 end
@@ -61,15 +76,16 @@ local function held_up()
   return tasks, limits
 end
 
-local workers, consumers, sets = serving(queue, now)
+local workers, consumers, sets, skills = serving(queue, now)
 local paused_tasks, limits = held_up()
 local known, unknown = #names > 0 and task_sets(queue) or {}, {}
 for _, task in ipairs(workers > 0 and names or {}) do
   local knows, seen = knows_task(task, sets, known)
   if knows == 0 then unknown[#unknown + 1] = {task, counts[task], seen} end
 end
+for i, need in ipairs(needed) do needed[i] = {need, needs[need]} end
 return {
   {now, redis.call('HGET', queue.conf, 'paused') == '1' and 1 or 0, workers, consumers, redis.call('ZCARD', KEYS[2]),
     first[2] and tonumber(first[2]) or -1},
-  unknown, looked, messages, paused_tasks, limits,
+  unknown, looked, messages, paused_tasks, needed, skills, limits,
 }

@@ -10,6 +10,7 @@
 --         {1 when its task is paused; until when it is held (ms; 0)}
 --         {key of its group, or ""; 1 when that is paused; the job that it waits for, or ""; the place of that, and when that is due (ms), or -1}
 --         {the limit that is full, or ""; what conf says of it; slots or starts in use; jobs and groups before it; when it opens (ms), or -1}
+--         what lib/serving.lua says of the builds and labels of the workers
 local queue = {
   prefix = string.sub(KEYS[1], 1, -5), jobs = KEYS[1], state = KEYS[2], due = KEYS[3], dead = KEYS[4], workers = KEYS[5], conf = KEYS[8],
 }
@@ -121,7 +122,7 @@ local function group_causes()
   }
 end
 
-local workers, consumers, sets = serving(queue, now)
+local workers, consumers, sets, skills = serving(queue, now)
 local known, seen = 1, ''
 if task ~= '' then known, seen = knows_task(task, sets, task_sets(queue)) end
 local where, in_group, at_limit = {0, 1, 0, 0, 0}, {'', 0, '', '', -1}, {'', '', 0, 0, -1}
@@ -133,5 +134,5 @@ end
 local held_until = queue.tasks and tonumber(redis.call('HGET', queue.prefix .. 'limits', '\t;' .. task) or 0) or 0
 return {
   place, now, conf[1] == '1' and 1 or 0, workers, consumers, known, seen, where,
-  {queue.tasks and queue.tasks[task] and 1 or 0, held_until > now and held_until or 0}, in_group, at_limit,
+  {queue.tasks and queue.tasks[task] and 1 or 0, held_until > now and held_until or 0}, in_group, at_limit, skills,
 }

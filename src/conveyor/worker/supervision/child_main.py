@@ -95,6 +95,7 @@ def start_app(spec: ChildSpec, slot: ChildSlot) -> tuple[ChildInfo, Runnable]:
         recycle_limits=RecycleLimits(spec.max_jobs, spec.max_memory),
         await_until=spec.await_until,
         declares=spec.declares,
+        labels=spec.labels,
     )
     address, attachment = app.client.address, app.client.server_handle
     url = address.url if attachment is None else f"embedded:{attachment.directory}"

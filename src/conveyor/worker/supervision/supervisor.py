@@ -55,6 +55,7 @@ def run(
     python: str = sys.executable,
     health: socket.socket | None = None,
     metrics: Callable[[], str] | None = None,
+    labels: tuple[str, ...] = (),
 ) -> int:
     """
     Run worker processes for ``module:attribute`` until a signal (with *burst* until all is drained); return the exit code.
@@ -64,7 +65,7 @@ def run(
     configure_log(verbose=verbose)
     spec = ChildSpec(
         app_reference, queues, concurrency, threads, burst=burst, grace=grace, verbose=verbose, path=tuple(sys.path),
-        max_jobs=max_jobs, max_memory=max_memory,
+        max_jobs=max_jobs, max_memory=max_memory, labels=labels,
     )  # fmt: skip
     supervisor = Supervisor(spec, processes=processes, python=python)
     if health is not None:
@@ -366,6 +367,7 @@ def banner(info: ChildInfo, spec: ChildSpec, processes: int) -> list[str]:
         f"  queues     {queues}",
         f"  tasks      {info.tasks}{names}",
         f"  processes  {processes}, each with {spec.concurrency} jobs at a time and {spec.threads} threads",
+        *([f"  labels     {', '.join(spec.labels)}"] if spec.labels else []),
         *([f"  replaced   after {' or '.join(limits)}"] if limits else []),
     ]
 

@@ -5,9 +5,10 @@
 -- Read who serves a queue now.
 -- queue    fields prefix, conf and workers are used
 -- now      ms
--- returns  number of workers, number of consumers of messages, digests that the workers named as keys (true for one that named none)
+-- returns  number of workers, number of consumers of messages, digests that the workers named as keys (true for one that named none),
+--          list of the different builds and labels of the workers: build, a tab and the labels as JSON
 local function serving(queue, now)
-  local workers, consumers, sets = 0, 0, {}
+  local workers, consumers, sets, skills, known = 0, 0, {}, {}, {}
   local found = redis.call('ZRANGE', queue.workers, 0, 999, 'WITHSCORES')
   for i = 1, #found, 2 do
     if tonumber(found[i + 1]) > now then
@@ -16,11 +17,16 @@ local function serving(queue, now)
       if kind ~= 'consumer' and kind ~= 'pull' then
         workers = workers + 1
         sets[string.match(about, '"task_set":"(%x+)"') or true] = true
+        local skill = (string.match(about, '"build":"([^"]*)"') or '') .. '\t' .. (string.match(about, '"labels":(%[[^%]]*%])') or '[]')
+        if not known[skill] then
+          known[skill] = true
+          skills[#skills + 1] = skill
+        end
       end
       if kind ~= 'worker' then consumers = consumers + 1 end
     end
   end
-  return workers, consumers, sets
+  return workers, consumers, sets, skills
 end
 
 -- Read the sets of tasks that workers of a queue have named.

@@ -1,0 +1,108 @@
+"""Jobs that need a worker with a label, or of the build that enqueued them."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conveyor.admin.admin import Admin
+from conveyor.errors import ConfigurationError
+from conveyor.jobs.app import Conveyor
+from conveyor.jobs.context import current
+from support.running_worker import audit, counts, working
+from support.shell import Shell
+
+APP = """
+from conveyor import Conveyor
+app = Conveyor()
+@app.task(name="train", requires="gpu")
+async def train() -> None: ...
+"""
+
+
+@pytest.fixture
+async def app(url: str) -> Any:
+    """An app on the emptied server."""
+    app = Conveyor(url)
+    yield app
+    await app.aclose()
+
+
+async def why(job: Any, kind: str) -> str:
+    """Wait until the job waits for that cause; return its sentence."""
+    while True:
+        found = await job.awhy()
+        for one in (found, *found.also):
+            if one.kind == kind:
+                return str(one)
+        await asyncio.sleep(0.01)
+
+
+async def test_a_job_waits_for_a_worker_with_its_labels(app: Conveyor) -> None:
+    """A worker without the label leaves it, visibly and free of charge; one that has all of them runs it, as its first attempt."""
+
+    @app.task(requires=["gpu", "eu"])
+    async def train() -> int:
+        return current().attempt
+
+    @app.task
+    async def plain() -> str:
+        return "plain"
+
+    job = await train.aenqueue()
+    async with working(app, labels=["eu"]):
+        assert await (await plain.aenqueue()).aresult(timeout="60s") == "plain"
+        assert "the label 'gpu'" in await why(job, "label")
+        causes = await Admin(app.client).acauses("default")
+        assert [(one.kind, one.name, one.jobs) for one in causes if one.kind == "label"] == [("label", "gpu", 1)]
+        while (await counts(app)).scheduled == 0:  # it was leased, and put off
+            await asyncio.sleep(0.005)
+        async with working(app, labels=["gpu", "eu", "big"]):
+            assert await job.aresult(timeout="60s") == 1
+    assert await audit(app) == []
+
+
+async def test_a_pinned_job_waits_for_its_build_until_it_is_released(
+    app: Conveyor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers of another build leave it; released by an operator, any worker runs it."""
+    monkeypatch.setenv("CONVEYOR_BUILD", "v1")
+
+    @app.task(pin="build")
+    async def bill() -> dict[str, str]:
+        return dict(current().headers)
+
+    headers = {"pin": '{"pin":"v1"', "build": "v1"}
+    jobs = [await bill.aenqueue(), await bill.options(headers=headers).aenqueue()]
+    monkeypatch.setenv("CONVEYOR_BUILD", "v2")
+    admin = Admin(app.client)
+    async with working(app):
+        assert "pinned to build 'v1'" in await why(jobs[0], "build")
+        while (await counts(app)).scheduled < 2:
+            await asyncio.sleep(0.005)
+        assert await admin.arelease_build("default", "v2") == 0
+        assert await admin.arelease_build("default", "v1") == 2
+        assert [await job.aresult(timeout="60s") for job in jobs] == [{}, headers]
+
+
+def test_labels_that_are_none_are_refused(url: str) -> None:
+    """Nothing is declared with a label that no worker could be given."""
+    app = Conveyor(url)
+    for wrong in ({"requires": "a b"}, {"requires": [""]}, {"requires": 5}, {"pin": "version"}, {"requires": "x" * 65}):
+        with pytest.raises(ConfigurationError):
+            app.task(**wrong)(print)  # type: ignore[call-overload]
+    app.close()
+
+
+def test_a_worker_gets_its_labels_on_the_command_line(url: str, tmp_path: Path) -> None:
+    """`--label` reaches the processes of a worker, which run what needs it."""
+    shell = Shell(tmp_path, url)
+    shell.write("shop.py", APP)
+    with Conveyor(url) as app:
+        job = app.task(name="train", requires="gpu")(lambda: None).enqueue()
+        done = shell.run("worker", "shop:app", "--label", "gpu,eu", "--burst")
+        assert (done.returncode, "labels     gpu, eu" in done.stderr) == (0, True), done.stderr
+        assert job.status() == "done"
