@@ -108,7 +108,7 @@ STATE = AttemptHistory(3, 2, 1, [to_json(FAILURE), to_json(Failure(3, 5, "crashe
 
 def written() -> dict[str, bytes]:
     """Return the files of this version whose bytes are reproducible."""
-    extra = EnvelopeOptions({"trace": "1\n2"}, 2000, 60_000, 3, 2)
+    extra = EnvelopeOptions(headers={"trace": "1\n2"}, timeout_ms=2000, keep_ms=60_000, attempts=3, version=2)
     shelf = Shelf()
     sealing(shelf).wrap(large_body(), **PLACE)
     return {
@@ -168,7 +168,9 @@ def test_every_release_is_still_read(golden):
     assert (plain.task, plain.body, plain.is_plain) == ("mail.send", body(), True)
     assert (extra.priority, extra.expires_ms, extra.due_ms) == (9, 1_764_000_000_000, 1_763_000_000_000)
     assert (extra.own_id, extra.unique, extra.body) == (True, "order 7", body())
-    assert extra.extra == EnvelopeOptions({"trace": "1\n2"}, 2000, 60_000, 3, 2)
+    assert extra.extra == EnvelopeOptions(
+        headers={"trace": "1\n2"}, timeout_ms=2000, keep_ms=60_000, attempts=3, version=2
+    )
     assert (message.task, message.body) == ("", b'{"id":1}')
     args, kwargs = TaskSignature(mail, "mail.send").decode(plain.body)
     assert (args, kwargs) == (["ada@example.org", 2, "a", "ü\n"], {"urgent": True, "x": 1.5})

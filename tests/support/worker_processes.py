@@ -24,6 +24,7 @@ from conveyor.store import inspection, operations
 from conveyor.worker.leasing import heartbeat
 from conveyor.worker.logs import configure_log
 from conveyor.worker.shared_memory import ChildSpec
+from conveyor.worker.supervision import autoscale
 from conveyor.worker.supervision.supervisor import Supervisor
 from support import journal_app
 from support.server_kinds import connect
@@ -207,12 +208,15 @@ def supervise(options: dict[str, Any]) -> int:
     """Run as the supervisor."""
     configure_log(verbose=True)
     logging.getLogger("asyncio").setLevel(logging.ERROR)
+    bounds = options.pop("autoscale", None)
+    autoscale.CALM_FOR, autoscale.SHRINK_EVERY = 1.0, 0.5
     processes, stall = options.pop("processes"), float(options.pop("max_stall", 300))
     fixed: dict[str, Any] = {
         "queues": {"default": 1.0}, "concurrency": 20, "threads": 4, "burst": False, "grace": 5.0, "path": tuple(sys.path),
     }  # fmt: skip
     spec = ChildSpec("support.journal_app:app", **{**fixed, **options})
-    return Supervisor(spec, processes=processes, max_stall=stall).run()
+    scaled = None if bounds is None else autoscale.Bounds.parse(bounds)
+    return Supervisor(spec, processes=processes, max_stall=stall, autoscale=scaled).run()
 
 
 if __name__ == "__main__":

@@ -19,16 +19,8 @@ from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.jobs.include import INCLUDE_VARIABLE
 
 WORKER_SETTINGS = (
-    "queues",
-    "concurrency",
-    "threads",
-    "processes",
-    "grace",
-    "max_jobs",
-    "max_memory",
-    "health_port",
-    "labels",
-)
+    "queues", "concurrency", "threads", "processes", "grace", "max_jobs", "max_memory", "health_port", "labels", "autoscale",
+)  # fmt: skip
 SETTINGS = ("app", "include", "url", "namespace", *WORKER_SETTINGS)
 _SKIPPED_FOLDERS = {"node_modules", "site-packages", "__pycache__", "build", "dist"}
 _MAX_FILES = 3000

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from conveyor import ids
 from conveyor.cli.app import task_modules
@@ -48,6 +49,10 @@ _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
     help="Worker processes.",
 )  # fmt: skip
 @click.option(
+    "--autoscale", metavar="LEAST..MOST", envvar="CONVEYOR_AUTOSCALE",
+    help="Worker processes by the age of the oldest job, such as 2..8, instead of --processes.",
+)  # fmt: skip
+@click.option(
     "--max-jobs", type=click.IntRange(min=1), metavar="N", envvar="CONVEYOR_MAX_JOBS",
     help="Replace a worker process by a new one after N jobs.  [default: never]",
 )  # fmt: skip
@@ -76,7 +81,8 @@ _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
 def worker(
     ctx: click.Context, app_name: str | None, app_option: str | None, include: tuple[str, ...], queues: tuple[str, ...],
     concurrency: int, threads: int, processes: int, max_jobs: int | None, max_memory: str | None, burst: bool, grace: str,
-    allow_eviction: bool, url: str | None, namespace: str | None, health_port: str | None, labels: tuple[str, ...],
+    allow_eviction: bool, url: str | None, namespace: str | None, health_port: str | None,
+    autoscale: str | None, labels: tuple[str, ...],
 ) -> int:  # fmt: skip
     """
     Run the jobs of an app until it is stopped.
@@ -93,8 +99,13 @@ def worker(
     chosen = _parse_queues(queues) or _default_queues(app, name)
     _warn_of_unused_queues(out, app, chosen)
     seconds = parse_seconds(grace, name="--grace")
+    if autoscale and (burst or ctx.get_parameter_source("processes") is ParameterSource.COMMANDLINE):
+        raise click.UsageError(
+            f"--autoscale sets the number of processes; leave out {'--burst' if burst else '--processes'}."
+        )
     _check_server(out, app, list(chosen), allow_eviction=allow_eviction)
     from conveyor.worker.supervision import health, supervisor
+    from conveyor.worker.supervision.autoscale import Bounds
 
     verbose = bool(ctx.obj and ctx.obj["verbose"])
     return int(
@@ -102,6 +113,7 @@ def worker(
             name, queues=chosen, concurrency=concurrency, threads=threads, processes=processes, burst=burst,
             grace=seconds, max_jobs=max_jobs, max_memory=_parse_size(max_memory), verbose=verbose,
             health=None if health_port is None else health.bind(health_port), metrics=_metrics(app),
+            autoscale=None if autoscale is None else Bounds.parse(autoscale),
             labels=tuple(ids.label_text(one, "--label") for text in labels for one in text.split(",")),
         )
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What jobs require of a worker: its labels, and the build that enqueued them."""
+"""The requirements of jobs on a worker: its labels, and the build that enqueued them."""
 
 from __future__ import annotations
 

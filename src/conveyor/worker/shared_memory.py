@@ -24,7 +24,18 @@ from conveyor.errors import ConfigurationError
 from conveyor.store.keys import QueueKeys
 from conveyor.worker.crash_attribution import CELLS, RunningSnapshot, RunningTable
 
-_TICK, _RETIRING, _EPOCH, _JOB_MARK, _JOB_SIZE, _FINISHED, _AWAIT, _QUIET, _RENEWALS = 0, 1, 2, 3, 4, 5, 6, 7, 16
+_TICK, _RETIRING, _EPOCH, _JOB_MARK, _JOB_SIZE, _FINISHED, _AWAIT, _QUIET, _HELD, _RENEWALS = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    16,
+)
 _RENEWAL_CELLS = 256
 _CELL_BYTES = 4096
 _JOB_ROOM = 4096
@@ -220,6 +231,15 @@ class ChildSlot:
     @quiet.setter
     def quiet(self, value: bool) -> None:
         self._cells[_QUIET] = int(value)
+
+    @property
+    def held(self) -> int:
+        """The number of jobs that the child held when its loop last turned."""
+        return self._cells[_HELD]
+
+    @held.setter
+    def held(self, value: int) -> None:
+        self._cells[_HELD] = value
 
     @property
     def await_until(self) -> float:

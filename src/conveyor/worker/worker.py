@@ -422,6 +422,7 @@ class Worker:
     def _tick(self) -> None:
         self.last_tick = monotonic()
         if self._slot is not None:
+            self._slot.held = sum(len(consumer.held) for consumer in self.consumers)
             self._slot.tick()
             self._slot.clear_job()
         if not self.ready.is_set():

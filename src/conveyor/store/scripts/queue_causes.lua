@@ -24,7 +24,7 @@ for i = 1, #first, 2 do ids[#ids + 1] = first[i] end
 local function needs_of(envelope)
   local line = string.match(envelope, '^[^\n]*\n[^\n\t]*\t([^\n]*)\n')
   if not line then return nil end
-  local build, labels = string.match(line, '^{"pin":"([^"]+)"') or '', string.match(line, '"requires":(%[[^%]]*%])') or '[]'
+  local build, labels = string.match(line, '^{"pin":"([^"]+)"') or '', string.match(line, '"requires":(%[.-%])') or '[]'
   return (build ~= '' or labels ~= '[]') and build .. '\t' .. labels or nil
 end
 

@@ -41,6 +41,7 @@ class ChildProcess:
         self.kill_reason = ""
         self.quiet = False  # it was told to lease nothing more
         self.has_successor = False  # it drains, and another process already works in its place
+        self.leaving_since = 0.0  # it is not needed any more: it takes nothing, and ends when it holds nothing
         self.failed_starts = 0
         self.stalled_since: float | None = None
         self._await_until = 0.0

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from conveyor.store.transport.url import masked
-from conveyor.units import installed_version
+from conveyor.units import installed_version, span
 from conveyor.worker.leasing.heartbeat import MAX_STALL
 from conveyor.worker.logs import LOG, configure_log, describe_end
 from conveyor.worker.recycling import megabytes
 from conveyor.worker.shared_memory import ChildInfo, ChildSpec, SharedMemory
+from conveyor.worker.supervision.autoscale import Bounds, OldestJob, next_count
 from conveyor.worker.supervision.child_main import IMPORT_FAILED, MARGIN, RECYCLE, STOPPED
 from conveyor.worker.supervision.child_process import NO_STACK, STALLED, ChildProcess
 from conveyor.worker.supervision.health import ChildFacts, HealthServer, WorkerFacts, age
@@ -32,6 +33,8 @@ from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from conveyor.store.keys import QueueKeys
 
 FAILED_STARTS = 5
 """Starts that fail one after another before the supervisor gives up."""
@@ -56,18 +59,20 @@ def run(
     health: socket.socket | None = None,
     metrics: Callable[[], str] | None = None,
     labels: tuple[str, ...] = (),
+    autoscale: Bounds | None = None,
 ) -> int:
     """
     Run worker processes for ``module:attribute`` until a signal (with *burst* until all is drained); return the exit code.
 
-    *health*: a bound socket for the health endpoints, *metrics*: what returns the text of one of them.
+    *health*: a bound socket for the health endpoints, *metrics*: what returns the text of one of them. *autoscale*: the least and
+    the most processes, instead of *processes*.
     """
     configure_log(verbose=verbose)
     spec = ChildSpec(
         app_reference, queues, concurrency, threads, burst=burst, grace=grace, verbose=verbose, path=tuple(sys.path),
         max_jobs=max_jobs, max_memory=max_memory, labels=labels,
     )  # fmt: skip
-    supervisor = Supervisor(spec, processes=processes, python=python)
+    supervisor = Supervisor(spec, processes=processes, python=python, autoscale=autoscale)
     if health is not None:
         LOG.info("  health     %s", HealthServer(health, supervisor.facts, metrics).address)
     return supervisor.run()
@@ -84,6 +89,7 @@ class Supervisor:
         python: str = sys.executable,
         child_module: str = "conveyor.worker.supervision.child_main",
         max_stall: float = MAX_STALL,
+        autoscale: Bounds | None = None,
     ) -> None:
         """
         Args:
@@ -92,13 +98,17 @@ class Supervisor:
             python: the interpreter.
             child_module: the module that each child executes.
             max_stall: seconds that a child may block its event loop before it is killed.
+            autoscale: the least and the most children, instead of *processes*.
         """
+        processes, most = (processes, processes) if autoscale is None else (autoscale.lower, autoscale.upper)
+        self._bounds, self._scaled_at = autoscale, 0.0
+        self._oldest: OldestJob | None = None
         self._spec = spec
         self._command = [python, "-m", child_module, spec.app]
         self._max_stall = max_stall
         self._processes = processes
-        self._memory = SharedMemory(2 * processes)
-        slots = [self._memory.slot(number) for number in range(2 * processes)]
+        self._memory = SharedMemory(2 * most)
+        slots = [self._memory.slot(number) for number in range(2 * most)]
         self._children = [ChildProcess(number + 1, slots[number]) for number in range(processes)]
         self._spare = slots[processes:]  # for successors, while the children that they replace drain
         self._lease_guard = LeaseGuard()
@@ -208,6 +218,8 @@ class Supervisor:
             )
         self._checked_at = now
         self._handle_signals()
+        if self._bounds is not None and self._stop_at is None:
+            self._scale(self._bounds, now)
         for child in list(self._children):
             if child.has_process:
                 code = child.exit_code()
@@ -216,8 +228,42 @@ class Supervisor:
                     self._on_exit(child, code)
                 else:
                     self._watch(child, now)
-            if child.is_due(now) and self._stop_at is None and self._may_restart(child):
+            if child.is_due(now) and not child.leaving_since and self._stop_at is None and self._may_restart(child):
                 self._start(child)
+
+    def _scale(self, bounds: Bounds, now: float) -> None:
+        """Change the number of children by the age of the oldest job, and end those that are not needed and hold nothing."""
+        staying = [one for one in self._children if not one.leaving_since and not one.has_successor]
+        for child in list(self._children):
+            if child.leaving_since and not child.has_process:
+                self._drop(child)
+            elif 0.0 < child.leaving_since < child.slot.last_tick - STALLED and child.slot.held == 0:
+                child.signal(signal.SIGTERM)
+        if self._oldest is None:
+            if (info := next((info for one in staying if (info := one.slot.info()) is not None), None)) is None:
+                return
+            self._oldest = OldestJob(info, self._served_queues)
+            self._scaled_at = now
+        oldest = self._oldest
+        wanted = next_count(bounds, len(staying), oldest.age, oldest.read_at - oldest.calm_since, now - self._scaled_at)
+        if wanted == len(staying):
+            return
+        self._scaled_at = now
+        LOG.info("Autoscale: %d processes, %s", wanted, _age_text(oldest.age))
+        numbers = {child.number for child in self._children}
+        for number in (one for one in range(1, 2 * bounds.upper + 1) if one not in numbers):
+            if len(staying) >= wanted or not self._spare:
+                break
+            staying.append(ChildProcess(number, self._spare.pop()))
+            self._children.append(staying[-1])
+        # Those that hold the fewest jobs leave first.
+        for child in sorted(staying, key=lambda one: (one.is_up, one.slot.held))[: len(staying) - wanted]:
+            child.leaving_since = now
+
+    def _served_queues(self) -> list[QueueKeys]:
+        """Return the keys of the queues and partitions that the children serve; any thread may ask."""
+        served = (one for child in list(self._children) for one in child.slot.identities() if one.current)
+        return list({one.keys.prefix: one.keys for one in served}.values())
 
     def _start(self, child: ChildProcess) -> None:
         descriptors = (self._memory.fd, self._alive_pipe[0])
@@ -255,10 +301,10 @@ class Supervisor:
             return
         if not child.is_up:
             return
-        if self._spec.quiet and not child.quiet:
+        if (self._spec.quiet or child.leaving_since) and not child.quiet:
             child.quiet = True
             child.signal(signal.SIGUSR1)
-        if child.slot.retiring and not child.has_successor and self._stop_at is None:
+        if child.slot.retiring and not child.has_successor and not child.leaving_since and self._stop_at is None:
             self._start_successor(child)
         since = max(child.slot.last_tick, self._resumed_at)
         if now - since < STALLED:
@@ -298,7 +344,7 @@ class Supervisor:
         ended = reasons.get(child.kill_reason, child.kill_reason)
         event, cause = f"Worker child {child.number} (pid {child.pid}) {ended}", f"its worker {ended}"
         by_itself = code in {0, RECYCLE, STOPPED} and child.slot.finished  # otherwise a job ended it, with any code
-        orderly = by_itself or (self._stop_at is not None and code == -signal.SIGTERM)
+        orderly = by_itself or ((self._stop_at is not None or child.leaving_since > 0) and code == -signal.SIGTERM)
         crashed = not orderly and child.kill_reason != "stop"
         info, identities = child.slot.info(), child.slot.identities()
         self._lease_guard.forget(child.slot)
@@ -319,10 +365,13 @@ class Supervisor:
             LOG.info("%s to be replaced by a fresh one", event)
         elif self._stop_at is None and not was_up:
             self._give_up_if_none_starts(child, code)
-        if child.has_successor:
-            self._children.remove(child)
-            self._spare.append(child.slot)
-            child.close()
+        if child.has_successor or child.leaving_since:
+            self._drop(child)
+
+    def _drop(self, child: ChildProcess) -> None:
+        self._children.remove(child)
+        self._spare.append(child.slot)
+        child.close()
 
     def _give_up_if_none_starts(self, child: ChildProcess, code: int) -> None:
         if child.failed_starts < FAILED_STARTS or any(other.is_up for other in self._children):
@@ -341,10 +390,12 @@ class Supervisor:
         if self._banner_printed or (info := child.slot.info()) is None:  # before the first job, where it can be
             return
         self._banner_printed = True
-        for line in banner(info, self._spec, self._processes):
+        for line in banner(info, self._spec, self._processes, self._bounds):
             LOG.info("%s", line)
 
     def _close(self) -> None:
+        if self._oldest is not None:
+            self._oldest.close()
         if not self._lease_guard.close(CLOSE_PATIENCE):
             LOG.warning("Redis does not answer: the last jobs of this worker come back when their leases end")
         for child in self._children:
@@ -354,11 +405,12 @@ class Supervisor:
             LOG.info("Stopped")
 
 
-def banner(info: ChildInfo, spec: ChildSpec, processes: int) -> list[str]:
+def banner(info: ChildInfo, spec: ChildSpec, processes: int, bounds: Bounds | None = None) -> list[str]:
     """Return the lines that a worker logs when its app is imported, at most eight."""
     weights = {queue: spec.queues.get(queue, 1.0) for queue in info.queues or spec.queues}
     queues = ", ".join(name if weight == 1 else f"{name} (weight {weight:g})" for name, weight in weights.items())
     names = f": {', '.join(info.names)}" if info.tasks <= len(info.names) else ""
+    number = str(processes) if bounds is None else f"{bounds.lower} to {bounds.upper}, by the age of the oldest job"
     limits = [f"{spec.max_jobs:,} jobs"] if spec.max_jobs else []
     limits += [megabytes(spec.max_memory)] if spec.max_memory else []
     return [
@@ -366,10 +418,14 @@ def banner(info: ChildInfo, spec: ChildSpec, processes: int) -> list[str]:
         f"  Redis      {masked(info.url)}, namespace {info.namespace}",
         f"  queues     {queues}",
         f"  tasks      {info.tasks}{names}",
-        f"  processes  {processes}, each with {spec.concurrency} jobs at a time and {spec.threads} threads",
+        f"  processes  {number}, each with {spec.concurrency} jobs at a time and {spec.threads} threads",
         *([f"  labels     {', '.join(spec.labels)}"] if spec.labels else []),
         *([f"  replaced   after {' or '.join(limits)}"] if limits else []),
     ]
+
+
+def _age_text(age: float | None) -> str:
+    return "no job waits" if age is None else f"the oldest job has waited for {span(age)}"
 
 
 def _facts_of(child: ChildProcess) -> ChildFacts:

@@ -17,7 +17,7 @@ local function serving(queue, now)
       if kind ~= 'consumer' and kind ~= 'pull' then
         workers = workers + 1
         sets[string.match(about, '"task_set":"(%x+)"') or true] = true
-        local skill = (string.match(about, '"build":"([^"]*)"') or '') .. '\t' .. (string.match(about, '"labels":(%[[^%]]*%])') or '[]')
+        local skill = (string.match(about, '"build":"([^"]*)"') or '') .. '\t' .. (string.match(about, '"labels":(%[.-%])') or '[]')
         if not known[skill] then
           known[skill] = true
           skills[#skills + 1] = skill
