@@ -4,7 +4,7 @@ import { Act, Icon, api, attempt, confirm, html, num, percent, query, toast, use
 /** What can be done with jobs: the action, its word, its permission, and the states that it is for. */
 export const ACTIONS = [
   ["retry", "Retry", "retry_jobs", ["dead"], "become ready again", "are ready again"],
-  ["promote", "Run now", "edit_jobs", ["scheduled"], "become ready now", "are ready now"],
+  ["promote", "Run now", "retry_jobs", ["scheduled"], "become ready now", "are ready now"],
   ["cancel", "Cancel", "cancel_jobs", ["ready", "scheduled", "waiting", "leased"], "are cancelled; running ones are asked to stop", "are cancelled"],
   ["delete", "Delete", "delete_jobs", ["ready", "scheduled", "waiting", "dead"], "are deleted with their arguments; this cannot be undone", "are deleted"],
 ];

@@ -60,7 +60,7 @@ function FilterBar({ value, error }) {
   };
   return html`<form class="stack" onSubmit=${send}><div class="searchbox"><${Icon} name="search" />
       <input ref=${input} id="filter" type="search" role="combobox" aria-label="Filter" aria-expanded=${String(list.length > 0)} aria-controls="completions" aria-autocomplete="list" aria-activedescendant=${at >= 0 ? `completion-${at}` : null}
-        aria-invalid=${error ? "true" : null} placeholder="state:dead task:mail.* error:Timeout age:>1h &quot;free text&quot;" autocomplete="off" spellcheck=${false} value=${text}
+        aria-invalid=${error ? "true" : null} placeholder=${'state:dead task:mail.* error:Timeout age:>1h "free text"'} autocomplete="off" spellcheck=${false} value=${text}
         onInput=${(e) => { setText(e.target.value); setOpen(true); setAt(-1); }} onFocus=${() => setOpen(true)} onBlur=${() => setTimeout(() => setOpen(false), 150)} onKeyDown=${key} />
       ${list.length > 0 && html`<ul class="completions" id="completions" role="listbox" aria-label="Completions">${list.map((one, i) => html`<li id=${`completion-${i}`} role="option" aria-selected=${String(i === at)} onMouseDown=${(e) => { e.preventDefault(); take(one); }}><code>${one[0]}</code><span class="muted">${one[1]}</span></li>`)}</ul>`}
     </div>

@@ -68,7 +68,7 @@ function Queue({ route }) {
   return html`<${Head} title=${name} crumb=${html`<a href=${href("queues")}>Queues</a>`} sub=${q && html`<${Marks} q=${q} />${q.partitions > 1 ? ` ${q.partitions} partitions` : ""}${q.max_length ? ` at most ${num(q.max_length)} jobs` : ""}`}>
       ${q && html`${pauseOrResume(q, answer.again)}
         <${Act} ...${act} action="retry_jobs" kind="small" disabled=${!q.dead} run=${redrive}>Retry dead<//>
-        ${q.unplaced > 0 && html`<${Act} ...${act} action="edit_jobs" kind="small" run=${() => api.post("queues/repair", { queue: name })} said=${(a) => `${num(a.repaired)} jobs are back in their place.`}>Repair<//>`}
+        ${q.unplaced > 0 && html`<${Act} ...${act} action="retry_jobs" kind="small" run=${() => api.post("queues/repair", { queue: name })} said=${(a) => `${num(a.repaired)} jobs are back in their place.`}>Repair<//>`}
         <${Act} ...${act} action="purge_queues" kind="small danger" disabled=${!q.dead} run=${() => purge(true)}>Delete dead<//>
         <${Act} ...${act} action="purge_queues" kind="small danger" disabled=${!(q.ready + q.scheduled + q.waiting)} run=${() => purge(false)}>Purge<//>
         <${Act} ...${act} action="purge_queues" kind="small danger" disabled=${q.ready + q.scheduled + q.waiting + q.leased + q.dead > 0} run=${remove}>Delete<//>`}<//>
