@@ -394,6 +394,18 @@ def test_limits_of_a_message_queue(app: Conveyor) -> None:
     assert used(app.limits.list("mail")) == {}
 
 
+def test_a_schedule_is_not_listed_as_a_limit(app: Conveyor) -> None:
+    """Limits of a queue with a schedule are listed; the schedule, which is due beside them, is none of them."""
+
+    @app.task(name="report", queue="reports", limits=[Rate(5, "1m")])
+    def report() -> None: ...
+
+    app.schedules.put("nightly", report.s(), every="1d")
+    assert [one.name for one in app.limits.list("reports")] == ["report.rate"]
+    app.schedules.delete("nightly")
+    app.client.execute("DEL", app.client.keys("reports").conf, key=app.client.keys("reports").conf)
+
+
 def test_a_consumer_that_is_told_to_wait_holds_the_limit(app: Conveyor) -> None:
     """RateLimited out of `with message` holds the limit of the queue, and costs no attempt."""
     calls = app.queue("calls", limits=[Rate(100, "1s")], max_attempts=1)

@@ -301,13 +301,13 @@ REDIS = {
 AUDIT = [
     {"id": f"{9 - n}-0", "at": at(-600 * n), "who": who, "what": what, "target": target, "filter": text, "count": count, "detail": ""}
     for n, (who, what, target, text, count) in enumerate([
-        ("ada", "retry_jobs", "", "state:dead task:mail.send_welcome", 87), ("ada", "pause_queues", "imports", "", 1),
-        ("command line (deploy@web-1)", "manage_limits", "mail", "smtp = 1000/1m", 1),
+        ("ada", "retry", "", "state:dead task:mail.send_welcome", 87), ("ada", "pause", "imports", "", 1),
+        ("command line (deploy@web-1)", "set limit", "mail", "", 1),
     ])
 ]  # fmt: skip
 TOPICS = [
-    {"name": "user.created", "subscribers": ["emails", "audit", "crm"], "published": 18_204, "nobody": False},
-    {"name": "order.paid", "subscribers": [], "published": 12, "nobody": True},
+    {"name": "user.created", "subscribers": ["emails", "audit", "crm"], "published": 18_204, "nobody": 0},
+    {"name": "order.paid", "subscribers": [], "published": 12, "nobody": 12},
 ]
 
 

@@ -54,8 +54,10 @@ def set_(target: Target, out: Output, queue: str, limit: str, key: str | None, n
 
     QUEUE may be a task of the app too.
     """
+    from conveyor.messaging.declared_limits import parse_limit
+
     control, _ = _control(target, queue)
-    value = _parse(limit, smooth=smooth)
+    value = parse_limit(limit, smooth=smooth)
     known = {state.name: state for state in control.list(queue)}
     if name is not None and name not in known:
         listed = f"It has: {', '.join(sorted(known))}." if known else "It has none."
@@ -104,19 +106,6 @@ def _control(target: Target, queue: str | None) -> tuple[LimitControl, list[str]
         raise QueueNotFound(f"No queue or task {queue!r}, in Redis or in the app.")
     control: LimitControl = target.app.limits
     return control, sorted({*known, *core.limits} - {*core.plain_lists}) if queue is None else [queue]
-
-
-def _parse(text: str, *, smooth: bool) -> Rate | Concurrency:
-    """Return the limit that *text* stands for: ``500/1m`` or ``50``. Raises ConfigurationError."""
-    from conveyor.messaging.limits import Concurrency, Rate
-
-    number, slash, per = text.partition("/")
-    count = number.replace("_", "").replace(",", "")
-    if not count.isdigit() or (slash and not per) or (smooth and not slash):
-        raise ConfigurationError(
-            f"A limit is a rate such as 500/1m, or a concurrency such as 50, not {text!r}. --smooth needs a rate."
-        )
-    return Rate(int(count), per, smooth=smooth) if slash else Concurrency(int(count))
 
 
 def _named(limit: Rate | Concurrency, name: str | None) -> Rate | Concurrency:

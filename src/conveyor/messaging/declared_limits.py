@@ -130,6 +130,17 @@ def short_limit(limit: Rate | Concurrency) -> str:
     return f"{limit.n}/{shortest_text(limit.per_ms)}" if isinstance(limit, Rate) else str(limit.n)
 
 
+def parse_limit(text: str, *, smooth: bool = False) -> Rate | Concurrency:
+    """Return the limit that *text* stands for: ``500/1m`` or ``50``. Raises ConfigurationError."""
+    number, slash, per = text.partition("/")
+    count = number.replace("_", "").replace(",", "")
+    if not (count.isascii() and count.isdigit()) or (slash and not per) or (smooth and not slash):
+        raise ConfigurationError(
+            f"A limit is a rate such as 500/1m, or a concurrency such as 50, not {text!r}. --smooth needs a rate."
+        )
+    return Rate(int(count), per, smooth=smooth) if slash else Concurrency(int(count))
+
+
 def declare_limits(
     owner: str, limits: Iterable[Rate | Concurrency] | None, *, prefix: str = "", group_by: str | None = None
 ) -> tuple[DeclaredLimit, ...]:

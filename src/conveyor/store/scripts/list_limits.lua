@@ -34,7 +34,8 @@ if ARGV[1] == 'limits' then
   end
   local function declared(name)
     if string.byte(name) == 9 then name = string.sub(name, 2) end
-    return string.byte(name) ~= 58 and string.byte(name) ~= 59 and name or nil
+    local first = string.byte(name)
+    return first ~= 58 and first ~= 59 and first ~= 9 and name or nil -- 9: a schedule, which is due beside limits
   end
   scan('limits', 1, declared)
   scan('waits', 2, declared)

@@ -9,13 +9,14 @@ function Topics() {
   };
   return html`<${Head} title="Topics" sub="What is published is copied to each subscribed queue." />
     <${Answer} of=${answer}>${(data) => html`<${Card} body=${false} label="Topics">${data.topics.length ? html`<${Table} label="Topics" rows=${data.topics} keyOf=${(t) => t.name} columns=${[
-      { name: "name", title: "Topic", sort: (t) => t.name, cell: (t) => html`<span class="name">${t.name}</span>${t.nobody && html` <span class="tag warning">nobody is subscribed</span>`}` },
+      { name: "name", title: "Topic", sort: (t) => t.name, cell: (t) => html`<span class="name">${t.name || "(all others)"}</span>${t.subscribers.length === 0 && html` <span class="tag warning">nobody is subscribed</span>`}` },
       { name: "subscribers", title: "Queues", cell: (t) => html`<span class="row">${t.subscribers.map((queue) => html`<span class="tag"><a class="quiet" href=${queueHref(queue)}>${queue}</a><${Act} action="manage_schedules" kind="cross" title=${`Unsubscribe ${queue}`} again=${answer.again} run=${() => drop(t.name, queue)}><span aria-hidden="true">×</span><span class="hidden">Unsubscribe ${queue}</span><//></span>`)}</span>` },
+      { name: "nobody", title: "Reached nobody", num: true, tall: true, sort: (t) => t.nobody, cell: (t) => html`<${Count} n=${t.nobody} state="warning" />` },
       { name: "published", title: "Published", num: true, sort: (t) => t.published, cell: (t) => html`<${Count} n=${t.published} />` },
     ]} />` : html`<${Empty} title="No topics yet" code=${"app.topic(\"user.created\").subscribe(\"emails\", \"audit\")\napp.topic(\"user.created\").publish({\"id\": 7})"}>A topic copies each message to all queues that are subscribed to it.<//>`}<//>`}<//>`;
 }
 
-const LEVELS = { ok: ["done", "check"], warning: ["warning", "failures"], problem: ["dead", "failures"] };
+const LEVELS = { ok: ["done", "check"], note: ["cancelled", "more"], warning: ["warning", "failures"], problem: ["dead", "failures"] };
 const yesNo = (value) => (value == null ? "–" : value === true ? "on" : value === false ? "off" : String(value));
 
 function Redis() {
@@ -41,8 +42,6 @@ function Redis() {
     }}<//>`;
 }
 
-const DID = { retry_jobs: "retried jobs", cancel_jobs: "cancelled jobs", delete_jobs: "deleted jobs", edit_jobs: "changed jobs", enqueue_jobs: "enqueued jobs", pause_queues: "paused or resumed", purge_queues: "purged", manage_schedules: "changed a schedule", manage_limits: "changed a limit", stop_workers: "stopped a worker" };
-
 function Audit() {
   const answer = useQuery("audit?limit=100", { every: 5000 });
   const [more, setMore] = useState({ entries: [], next: undefined });
@@ -55,7 +54,7 @@ function Audit() {
     <${Answer} of=${answer}>${(data) => html`<${Card} body=${false} label="Audit">${data.entries.length ? html`<${Table} label="Audit" rows=${[...data.entries, ...more.entries]} keyOf=${(e) => e.id} columns=${[
       { name: "at", title: "When", cell: (e) => html`<${Time} at=${e.at} />` },
       { name: "who", title: "Who", cell: (e) => e.who || html`<span class="muted">unknown</span>` },
-      { name: "what", title: "What", cell: (e) => html`${DID[e.what] ?? e.what}${e.target ? html` <strong>${e.target}</strong>` : ""}` },
+      { name: "what", title: "What", cell: (e) => html`${e.what}${e.target ? html` <strong>${e.target}</strong>` : ""}` },
       { name: "filter", title: "Of", tall: true, cell: (e) => html`${e.filter && html`<a class="mono" href=${jobsHref(e.filter)}>${e.filter}</a>`} <span class="muted">${e.detail}</span>` },
       { name: "count", title: "Count", num: true, cell: (e) => html`<${Count} n=${e.count} />` },
     ]} />` : html`<${Empty} title="Nobody has changed anything yet">Each action stands here with who did it, to what, and when.<//>`}
