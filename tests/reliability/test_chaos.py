@@ -1,4 +1,4 @@
-"""A chaos run as part of the suite: everything at once, short here, two minutes where `CONVEYOR_CHAOS_SECONDS` says so."""
+"""A chaos run as part of the suite: everything at once, short here, a minute in CI, where `CONVEYOR_CHAOS_SECONDS` says so."""
 
 from __future__ import annotations
 
