@@ -100,6 +100,21 @@ def test_groups_take_turns_with_plain_jobs(seeded: SeededQueue) -> None:
     assert not seeded.redis.exists(seeded.keys.prefix + "credits")
 
 
+@pytest.mark.parametrize("most", [1, 3, 7, 10, 48])
+def test_a_weight_is_a_share_however_many_a_turn_leases(seeded: SeededQueue, most: int) -> None:
+    """Of two groups the one with weight 4 gets four jobs for each of the other, in turns of any size, and never falls behind."""
+    declare(seeded, open="c 1000 key")
+    for key in ("light", "heavy"):
+        seeded.push(*(entry(f"{key}{n:03}", limits=(f"1:open:{key}",)) for n in range(300)))
+    seeded.run(limits.set_group(seeded.keys, "heavy", weight=4, paused=None))
+    seeded.register("w")
+    leased: list[str] = []
+    while len(leased) < 300:
+        leased += seeded.turn("w", len(leased) + 1, most).ids
+        heavy = sum(one.startswith("heavy") for one in leased)
+        assert abs(heavy - 4 * (len(leased) - heavy)) <= 4
+
+
 def test_paused_key_stands_still(seeded: SeededQueue) -> None:
     """Nothing of a paused key is leased until it is resumed; what it had pushed meanwhile comes too."""
     seeded.push(entry("a1", group="a"), entry("b1", group="b"))

@@ -49,7 +49,8 @@ local function read_groups(queue, priority, entries, room, whole, now)
       local s = queue.limits[one.limit]
       local closed = string.byte(one.group) == 103
       -- Of a group that runs one at a time, and runs, the first job is enough: it tells which other limits are left unused.
-      one.share = one.credit or s.weight * rounds
+      -- The rest is what the group has left of its turn in the first round.
+      one.share = (one.credit or s.weight) + s.weight * (rounds - 1)
       one.most = closed and (s.count > 0 or (rounds > 1 and not may_be_open(queue, priority, one))) and 1 or math.min(one.share, room)
       one.ids = redis.call('LRANGE', queue.prefix .. 'group:' .. priority .. ':' .. one.group, 0, one.most)
     end
