@@ -32,6 +32,7 @@ class CommandEntry(NamedTuple):
 
 COMMANDS: dict[str, CommandEntry] = {
     "demo": CommandEntry("conveyor.cli.demo.command:demo", "Watch real jobs run while a worker is killed.", "Run"),
+    "dev": CommandEntry("conveyor.cli.dev:dev", "Run server, worker and dashboard, and reload on change.", "Run"),
     "worker": CommandEntry("conveyor.cli.worker:worker", "Run the jobs of an app.", "Run"),
     "relay": CommandEntry(
         "conveyor.cli.relay:relay", "Deliver jobs that were enqueued in database transactions.", "Run"

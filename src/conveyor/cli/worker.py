@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import click
@@ -61,6 +62,7 @@ _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
     help="Replace a worker process that uses more memory than this, such as 500MB.  [default: never]",
 )  # fmt: skip
 @click.option("--burst", is_flag=True, help="Exit 0 when everything is drained.")
+@click.option("--reload", is_flag=True, help="Start anew when a source file below the working directory changes.")
 @click.option(
     "--grace", default="30s", show_default=True, envvar="CONVEYOR_GRACE",
     help="How long running jobs may continue after a stop.",
@@ -82,7 +84,7 @@ def worker(
     ctx: click.Context, app_name: str | None, app_option: str | None, include: tuple[str, ...], queues: tuple[str, ...],
     concurrency: int, threads: int, processes: int, max_jobs: int | None, max_memory: str | None, burst: bool, grace: str,
     allow_eviction: bool, url: str | None, namespace: str | None, health_port: str | None,
-    autoscale: str | None, labels: tuple[str, ...],
+    autoscale: str | None, labels: tuple[str, ...], reload: bool,
 ) -> int:  # fmt: skip
     """
     Run the jobs of an app until it is stopped.
@@ -108,11 +110,13 @@ def worker(
     from conveyor.worker.supervision.autoscale import Bounds
 
     verbose = bool(ctx.obj and ctx.obj["verbose"])
+    served = {} if reload and not queues else chosen  # what the changed code names
     return int(
         supervisor.run(
-            name, queues=chosen, concurrency=concurrency, threads=threads, processes=processes, burst=burst,
+            name, queues=served, concurrency=concurrency, threads=threads, processes=processes, burst=burst,
             grace=seconds, max_jobs=max_jobs, max_memory=_parse_size(max_memory), verbose=verbose,
             health=None if health_port is None else health.bind(health_port), metrics=_metrics(app),
+            reload=(Path.cwd(),) if reload else (),
             autoscale=None if autoscale is None else Bounds.parse(autoscale),
             labels=tuple(ids.label_text(one, "--label") for text in labels for one in text.split(",")),
         )

@@ -42,6 +42,7 @@ class ChildProcess:
         self.quiet = False  # it was told to lease nothing more
         self.has_successor = False  # it drains, and another process already works in its place
         self.leaving_since = 0.0  # it is not needed any more: it takes nothing, and ends when it holds nothing
+        self.reloading_since = 0.0  # it ends, and is started again with changed code
         self.failed_starts = 0
         self.stalled_since: float | None = None
         self._await_until = 0.0
@@ -72,7 +73,7 @@ class ChildProcess:
         """Start a process with *command*, to which the number of the slot and the descriptors were added."""
         self._await_until = max(self._await_until, self.slot.await_until)
         self.slot.prepare(msgspec.structs.replace(spec, await_until=self._await_until))
-        self.kill_reason, self.stalled_since, self.dead_child = "", None, None
+        self.kill_reason, self.stalled_since, self.dead_child, self.reloading_since = "", None, None, 0.0
         self._stacks_due_at.clear()
         self.quiet = spec.quiet
         self._started = monotonic()
@@ -82,6 +83,14 @@ class ChildProcess:
             pass_fds=(*descriptors, self._stacks),
             process_group=0,  # ctrl-c at a terminal reaches the supervisor alone, which passes it on
         )
+
+    def hold(self) -> None:
+        """Do not start again before `release`: its code has to be changed first."""
+        self._start_at = float("inf")
+
+    def release(self) -> None:
+        """Start at once, with what has been changed."""
+        self._start_at, self.failed_starts, self._quick_deaths = 0.0, 0, 0
 
     def is_due(self, now: float) -> bool:
         """Tell whether a (new) process may start."""

@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 from collections import deque
+from pathlib import Path
 from time import monotonic
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from conveyor.worker.supervision.child_main import IMPORT_FAILED, MARGIN, RECYCL
 from conveyor.worker.supervision.child_process import NO_STACK, STALLED, ChildProcess
 from conveyor.worker.supervision.health import ChildFacts, HealthServer, WorkerFacts, age
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
+from conveyor.worker.supervision.reload import SourceWatcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 FAILED_STARTS = 5
 """Starts that fail one after another before the supervisor gives up."""
+RELOAD_GRACE = 2.0
+"""Seconds that running jobs get at a reload."""
 CLOSE_PATIENCE = 2.0
 """Seconds that a supervisor without children waits until Redis has their last leases back."""
 _CHECK_EVERY, _CHECK_EVERY_QUICK = 0.25, 0.05
@@ -60,19 +64,20 @@ def run(
     metrics: Callable[[], str] | None = None,
     labels: tuple[str, ...] = (),
     autoscale: Bounds | None = None,
+    reload: tuple[Path, ...] = (),
 ) -> int:
     """
     Run worker processes for ``module:attribute`` until a signal (with *burst* until all is drained); return the exit code.
 
     *health*: a bound socket for the health endpoints, *metrics*: what returns the text of one of them. *autoscale*: the least and
-    the most processes, instead of *processes*.
+    the most processes, instead of *processes*. *reload*: folders whose source files are watched: a change replaces the processes.
     """
     configure_log(verbose=verbose)
     spec = ChildSpec(
         app_reference, queues, concurrency, threads, burst=burst, grace=grace, verbose=verbose, path=tuple(sys.path),
         max_jobs=max_jobs, max_memory=max_memory, labels=labels,
     )  # fmt: skip
-    supervisor = Supervisor(spec, processes=processes, python=python, autoscale=autoscale)
+    supervisor = Supervisor(spec, processes=processes, python=python, autoscale=autoscale, reload=reload)
     if health is not None:
         LOG.info("  health     %s", HealthServer(health, supervisor.facts, metrics).address)
     return supervisor.run()
@@ -90,6 +95,7 @@ class Supervisor:
         child_module: str = "conveyor.worker.supervision.child_main",
         max_stall: float = MAX_STALL,
         autoscale: Bounds | None = None,
+        reload: tuple[Path, ...] = (),
     ) -> None:
         """
         Args:
@@ -99,7 +105,9 @@ class Supervisor:
             child_module: the module that each child executes.
             max_stall: seconds that a child may block its event loop before it is killed.
             autoscale: the least and the most children, instead of *processes*.
+            reload: folders whose source files are watched; a change replaces the children.
         """
+        self._sources = SourceWatcher(reload) if reload else None
         processes, most = (processes, processes) if autoscale is None else (autoscale.lower, autoscale.upper)
         self._bounds, self._scaled_at = autoscale, 0.0
         self._oldest: OldestJob | None = None
@@ -220,6 +228,8 @@ class Supervisor:
         self._handle_signals()
         if self._bounds is not None and self._stop_at is None:
             self._scale(self._bounds, now)
+        if self._sources is not None and self._stop_at is None and (changed := self._sources.changed()):
+            self._reload(changed, now)
         for child in list(self._children):
             if child.has_process:
                 code = child.exit_code()
@@ -230,6 +240,16 @@ class Supervisor:
                     self._watch(child, now)
             if child.is_due(now) and not child.leaving_since and self._stop_at is None and self._may_restart(child):
                 self._start(child)
+
+    def _reload(self, changed: list[str], now: float) -> None:
+        """Replace all children: their code has changed. Running jobs get a moment, and are handed back then."""
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        LOG.info("Reload: %s%s changed", os.path.relpath(changed[0]), more)
+        for child in self._children:
+            child.release()
+            if child.has_process:
+                child.reloading_since = now
+                child.signal(signal.SIGTERM)
 
     def _scale(self, bounds: Bounds, now: float) -> None:
         """Change the number of children by the age of the oldest job, and end those that are not needed and hold nothing."""
@@ -299,6 +319,9 @@ class Supervisor:
         if self._stop_at is not None and now >= self._stop_at:
             child.kill("stop")
             return
+        if child.reloading_since and now - child.reloading_since > RELOAD_GRACE:
+            child.reloading_since = now
+            child.signal(signal.SIGINT)
         if not child.is_up:
             return
         if (self._spec.quiet or child.leaving_since) and not child.quiet:
@@ -340,11 +363,14 @@ class Supervisor:
     # -- deaths ---------------------------------------------------------------------------------------------------
 
     def _on_exit(self, child: ChildProcess, code: int) -> None:
+        reloading = child.reloading_since > 0
         reasons = {"": describe_end(code), "stop": "was ended after its grace"}
         ended = reasons.get(child.kill_reason, child.kill_reason)
         event, cause = f"Worker child {child.number} (pid {child.pid}) {ended}", f"its worker {ended}"
         by_itself = code in {0, RECYCLE, STOPPED} and child.slot.finished  # otherwise a job ended it, with any code
-        orderly = by_itself or ((self._stop_at is not None or child.leaving_since > 0) and code == -signal.SIGTERM)
+        orderly = by_itself or (
+            (self._stop_at is not None or child.leaving_since > 0 or reloading) and code == -signal.SIGTERM
+        )
         crashed = not orderly and child.kill_reason != "stop"
         info, identities = child.slot.info(), child.slot.identities()
         self._lease_guard.forget(child.slot)
@@ -363,6 +389,10 @@ class Supervisor:
             LOG.info("%s by a command, and is not started again", event.replace(ended, "was stopped"))
         elif code == RECYCLE and by_itself and self._stop_at is None:
             LOG.info("%s to be replaced by a fresh one", event)
+        elif self._stop_at is None and not was_up and self._sources is not None:
+            if not reloading:
+                child.hold()
+                LOG.info("Reload: the next change of a source file starts it again")
         elif self._stop_at is None and not was_up:
             self._give_up_if_none_starts(child, code)
         if child.has_successor or child.leaving_since:
