@@ -19,7 +19,8 @@ Every error has a `code`, says what happened with its values, and says what to d
     ├── DurabilityNotReached   E29  stored, but not confirmed by fsync or replicas as requested
     ├── QueueNotFound          E30  no queue of that name is known
     ├── ScheduleNotFound       E51  no schedule of that name is known
-    └── WorkerNotFound         E56  no worker of that name serves a queue
+    ├── WorkerNotFound         E56  no worker of that name serves a queue
+    └── InvalidFilter          E58  a filter of jobs that cannot be read, and where
 
 `Snooze` and `RetryIn` are not errors: a job raises them to run again later, without using an attempt and with.
 `BatchFailed` is not one of them either: a batch raises it to say which of its items failed.
@@ -53,6 +54,20 @@ class ConfigurationError(ConveyorError):
     """Something is declared or set up wrongly; nothing was stored."""
 
     code = "E02"
+
+
+class InvalidFilter(ConfigurationError):
+    """A filter of jobs cannot be read; `position` is the column, from 0, at which that shows."""
+
+    code = "E58"
+
+    def __init__(self, message: str, position: int = 0) -> None:
+        super().__init__(message)
+        self.position = position
+
+    def __reduce__(self) -> tuple[type[InvalidFilter], tuple[str, int]]:
+        """Support pickling, for callers with several processes."""
+        return type(self), (str(self), self.position)
 
 
 class PayloadError(ConveyorError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from time import time
 from typing import Any
 
 from conveyor.messaging import outbox
@@ -215,6 +216,13 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
         lambda k: operations.set_expiry(QueueKeys("c", "q", foreign="q", expires=60_000)), {"conf", "jobs", "workers"},
     ),
     "counts": (inspection.counts, {"jobs", "due", "dead", "workers", "conf", "ready:0", "foreign", "leased:w", "outbox"}),
+    "count_queues": (
+        lambda k: inspection.count_queues([k], 2),
+        {"jobs", "due", "dead", "workers", "conf", "ready:0", "leased:w", "outbox"},
+    ),
+    "read_stats": (
+        lambda k: inspection.read_stats(k, "minutes", int(time() // 60), int(time() // 60) + 1), {"stats"},
+    ),
     "list_jobs": (lambda k: inspection.list_jobs(k, "ready", 0, 9), {"jobs", "state", "ready:0", "ready:9"}),
     "find_jobs": (
         lambda k: inspection.find_jobs(k, Walk()), {"jobs", "state", "due", "dead", "workers", "leased:w"},
@@ -261,6 +269,8 @@ READS = {
     "held_ids",
     "delete",
     "counts",
+    "count_queues",
+    "read_stats",
     "list_jobs",
     "find_jobs",
     "find_jobs-tagged",

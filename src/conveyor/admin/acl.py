@@ -93,6 +93,8 @@ _DASHBOARD = Role(
     "reads status, doctor, and lists of queues, jobs and workers; changes nothing",
     (
         inspection.COUNTS,
+        inspection.COUNT_QUEUES,
+        inspection.READ_STATS,
         inspection.LIST_JOBS,
         inspection.FIND_JOBS,
         inspection.GET_JOB,
@@ -104,7 +106,7 @@ _DASHBOARD = Role(
         partitions.COUNT,
         limits.LIST_LIMITS,
     ),
-    (*_RUN_SCRIPT, "hgetall", "smembers", "llen", "hget", "ping", "info", "time"),
+    (*_RUN_SCRIPT, "hgetall", "smembers", "llen", "hget", "ping", "info", "time", "xrevrange"),
 )
 _OPERATOR = Role(
     "operator",
@@ -115,7 +117,7 @@ _OPERATOR = Role(
         operations.CANCEL, partitions.CLAIM_PARTITIONS, partitions.REPARTITION, inspection.UNPLACED, operations.REPAIR,
         operations.DELETE, topics.SUBSCRIBE, limits.SET_LIMITS, worker_commands.COMMAND_WORKER, worker_commands.RELEASE_BUILD,
     ),
-    ("get", "sadd", "srem", "hscan", "scan", "exists", "del", "zadd", "zrange", "zrem", "zcard", "pttl"),
+    ("get", "sadd", "srem", "hscan", "scan", "exists", "del", "zadd", "zrange", "zrem", "zcard", "pttl", "xadd", "expire"),
     channels=True,
 ).combined_with(_DASHBOARD)  # fmt: skip
 _SENTINEL = Role(

@@ -7,9 +7,12 @@ Calls block, and each has an awaitable twin that runs in a thread. Workers never
 
 from __future__ import annotations
 
+import logging
+import re
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial, wraps
@@ -17,16 +20,20 @@ from itertools import islice
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from conveyor.admin import doctor
+from conveyor.admin.job_query import JobQuery
 from conveyor.admin.job_search import FailureCount
 from conveyor.admin.queue_directory import QueueDirectory
+from conveyor.admin.search import MOST_LOOKED, JobSearch, MatchCount, SearchPage
 from conveyor.admin.views import (
     LIVE,
     STATES,
     ActionResult,
+    AuditEntry,
     FailureSummary,
     JobInfo,
     QueueInfo,
     WorkerInfo,
+    audit_entry,
     error_info,
     finished_job,
     instant,
@@ -34,23 +41,25 @@ from conveyor.admin.views import (
     live_job,
 )
 from conveyor.admin.worker_control import WorkerProcess, command, find_process, leased_job, processes_of
-from conveyor.errors import ConfigurationError, JobNotFound, StoreUnavailable
+from conveyor.errors import ConfigurationError, ConveyorError, JobNotFound, StoreUnavailable
 from conveyor.ids import label_text, logical, made_at_ms, public, queue_name, split
+from conveyor.jobs.core import core_of
 from conveyor.jobs.why import QueueCause, Why, explain, queue_causes
 from conveyor.messaging.deletion import refuse_in_use
 from conveyor.messaging.maintenance import redrive_batch
 from conveyor.messaging.partitions import refuse_full
-from conveyor.messaging.selection import ActionName, JobWalk, Pace, Walks, act, last_error
+from conveyor.messaging.selection import ACTED_ON, ActionName, JobWalk, Pace, Walks, act, last_error
 from conveyor.payload.codec import MAX_PAYLOAD
 from conveyor.payload.formats import JSON, FormatRegistry
 from conveyor.payload.pipeline import PayloadPipeline
 from conveyor.payload.records import Status, read_outcome
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store import inspection, limits, operations, worker_commands
+from conveyor.store.audit_log import audit_key, keep_audit, note_action, read_audit
 from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability
 from conveyor.store.client.outages import FIRST_TRY
-from conveyor.store.inspection import FinishedJob, JobRow
+from conveyor.store.inspection import Ended, FinishedJob, JobRow, QueueCounts
 from conveyor.store.job_filter import ANY_JOB, JobFilter, Walk
 from conveyor.store.keys import PRIORITIES, QueueKeys
 from conveyor.store.script import Call
@@ -61,9 +70,14 @@ from conveyor.units import Duration, milliseconds
 T = TypeVar("T")
 P = ParamSpec("P")
 
+logger = logging.getLogger("conveyor.admin")
 PAGE_SIZE = 500
 SEARCH_SIZE = 200
 """Entries that one call looks at when jobs of one task are wanted."""
+_MOST_NOTED = 2_000
+"""Characters of one field in the audit."""
+_IDS_NOTED = 10
+_ENTRY = re.compile(r"\d{1,20}-\d{1,20}")
 _AT_A_TIME = 100
 """Jobs that a thread reads before an awaiting caller gets them."""
 
@@ -118,6 +132,8 @@ class Admin:
         *durability_requests*: the durability that queues request for every push; the doctor checks it.
         """
         self.durability_requests = durability_requests or {}
+        self.who = ""
+        """The name of the user or account for the audit; "": nothing is noted."""
         self._decoder = RecordDecoder(sealing, formats)
         self._seals = sealing is not None
         self.client = client
@@ -130,15 +146,78 @@ class Admin:
         self.cut_short: set[str] = set()
         """The queues and partitions in which a search ended for that."""
 
+    @classmethod
+    def of_app(cls, app: Any, client: Client | None = None) -> Admin:
+        """Return the interface to the queues of an app, with its keys and formats; *client*: instead of the app's own."""
+        core = core_of(app)
+        requests = {name: queue.durability for name, queue in core.queues.items() if queue.durability is not None}
+        return cls(
+            client or core.client, plain_lists=core.plain_lists, sealing=core.sealing, formats=core.formats,
+            durability_requests=requests,
+        )  # fmt: skip
+
+    def acting_as(self, who: str) -> Admin:
+        """Return the same interface for somebody, who stands in the audit with every action."""
+        other = copy(self)
+        other.who, other.unanswered, other.cut_short = who, set(), set()
+        return other
+
     def names(self) -> list[str]:
         """Return the names of all known queues, sorted. A queue with partitions is listed once."""
         return self._directory.names()
 
+    # -- audit ----------------------------------------------------------------------------------------------------
+
+    def note(
+        self, what: str, target: str = "", *, chosen_by: str = "", count: int | None = None, detail: str = ""
+    ) -> None:
+        """
+        Note in the audit that somebody (`who`) did something; nothing where nobody is named. *chosen_by*: the filter.
+
+        What was done stays done when it cannot be noted, as for a user of Redis who may not write there: a warning is logged.
+        """
+        if not self.who:
+            return
+        fields = {
+            "who": self.who, "what": what, "target": target, "filter": chosen_by, "count": "" if count is None else str(count),
+            "detail": detail,
+        }  # fmt: skip
+        kept = {name: text[:_MOST_NOTED] for name, text in fields.items() if text}
+        try:
+            key = audit_key(self.client.namespace)
+            self.client.run(note_action(key, kept), retry_for=0.0)
+            self.client.run(keep_audit(key), retry_for=0.0)
+        except ConveyorError as error:
+            logger.warning("%s by %s could not be noted in the audit: %s", what, self.who, error)
+
+    def audit(self, *, limit: int = 50, before: str | None = None) -> list[AuditEntry]:
+        """Return what people did, the newest first; *before*: what they did before the entry of this id."""
+        if before is not None and not _ENTRY.fullmatch(before):
+            raise ConfigurationError(
+                f"before must be the id of an entry, such as 1790000000000-0, not {before[:50]!r}."
+            )
+        rows = self.client.run(read_audit(audit_key(self.client.namespace), before, limit))
+        return [audit_entry(row) for row in rows]
+
     # -- queues ---------------------------------------------------------------------------------------------------
 
-    def queues(self) -> list[QueueInfo]:
-        """Return all known queues, by name."""
-        return [self._queue_info(name) for name in self.names()]
+    def queues(self, names: Collection[str] | None = None) -> list[QueueInfo]:
+        """Return all known queues (None), or those of *names* that are known, by name."""
+        everything = self._directory.everything()
+        if names is not None:
+            everything = {name: parts for name, parts in everything.items() if name in names}
+        counts = self._search.counts([part for parts in everything.values() for part in parts])
+        return [
+            _queue_info(name, parts, {part: counts.get(part) for part in parts}) for name, parts in everything.items()
+        ]
+
+    def ended_lately(self, names: Collection[str], minutes: int) -> dict[str, list[Ended]]:
+        """Return what ended in each of the last whole minutes in these queues, the oldest first."""
+        return self._search.ended(names, minutes)
+
+    def state_counts(self, queue: str | None = None) -> dict[str, int]:
+        """Count the jobs of a queue, or of all (None), by state; of `done` those that are still listed."""
+        return self._search.state_counts(queue)
 
     def queue(self, name: str) -> QueueInfo:
         """Return one queue, or one partition (``orders/3``). Raises QueueNotFound."""
@@ -166,10 +245,12 @@ class Admin:
     def pause(self, name: str) -> None:
         """Pause a queue: workers lease nothing more from it. Jobs that run are not affected."""
         self._directory.queue(name).pause()
+        self.note("pause", name)
 
     def resume(self, name: str) -> None:
         """Resume a paused queue."""
         self._directory.queue(name).resume()
+        self.note("resume", name)
 
     def pause_task(self, task: str, queue: str | None = None) -> list[str]:
         """Have the jobs of a task wait, in one queue or in all that exist (None); return the queues. Other jobs go on."""
@@ -184,6 +265,7 @@ class Admin:
         places = self._partition_names(queue)
         for name in places:
             self.client.run(limits.pause_task(self._keys(name), task, paused=paused))
+        self.note("pause task" if paused else "resume task", queue or "all queues", detail=task)
         return list(dict.fromkeys(map(logical, places))) if queue is None else [queue]
 
     def purge(self, name: str, *, dead: bool = False) -> int:
@@ -192,7 +274,9 @@ class Admin:
 
         Jobs that arrive during the call are kept. Call it again if it was interrupted.
         """
-        return self._directory.queue(name).purge(dead)
+        removed = self._directory.queue(name).purge(dead)
+        self.note("purge dead letters" if dead else "purge", name, count=removed)
+        return removed
 
     def refuse_full(self, name: str) -> None:
         """Raise ConfigurationError (E35) when a queue is not empty: its partitions cannot change."""
@@ -204,7 +288,9 @@ class Admin:
 
         Raises ConfigurationError.
         """
-        return self._directory.queue(name).repartition(partitions)
+        former = self._directory.queue(name).repartition(partitions)
+        self.note("repartition", name, count=partitions)
+        return former
 
     def refuse_in_use(self, name: str) -> None:
         """Raise ConfigurationError (E35) when a queue could not be deleted now."""
@@ -217,6 +303,7 @@ class Admin:
         Raises QueueNotFound; ConfigurationError (E35), with nothing deleted, for a queue in use.
         """
         self._directory.queue(name).delete()
+        self.note("delete queue", name)
 
     def redrive(self, name: str, *, limit: int | None = None, ids: Sequence[str] = ()) -> int:
         """
@@ -224,7 +311,11 @@ class Admin:
 
         *limit*: at most so many, None: all. *ids*: only these, one or many, with or without the name of the queue.
         """
-        ids = _each(ids)
+        moved = self._redrive(name, limit, _each(ids))
+        self.note("redrive", name, count=moved)
+        return moved
+
+    def _redrive(self, name: str, limit: int | None, ids: Sequence[str]) -> int:
         queue = self._directory.queue(name)
         if not ids:
             return queue.redrive(limit)
@@ -260,7 +351,9 @@ class Admin:
         Workers and producers may go on meanwhile. The ids of the queue are read in pages, then what was found is looked up
         again in the step that puts it back.
         """
-        return sum(self._repair(self._keys(part)) for part in self._directory.partition_names(name))
+        repaired = sum(self._repair(self._keys(part)) for part in self._directory.partition_names(name))
+        self.note("repair", name, count=repaired)
+        return repaired
 
     def workers(self, queue: str | None = None) -> list[WorkerInfo]:
         """
@@ -421,6 +514,38 @@ class Admin:
         for acted in act(self.client, walks, Pace(rate), limit):
             yield [ActionResult(*one) for one in acted]
 
+    @property
+    def _search(self) -> JobSearch:
+        return JobSearch(self.client, self._directory, self._decoder, sealed=self._seals, ask=self._ask)
+
+    def search(
+        self, query: JobQuery, *, cursor: str | None = None, offset: int = 0, limit: int = 50, most: int = MOST_LOOKED,
+        seconds: float = 3600.0,
+    ) -> SearchPage:  # fmt: skip
+        """
+        Return jobs that a filter accepts, in the order of `each_job`: a page of *limit* at most, with bounded work.
+
+        *cursor*: the `next` of the page before; without it the page begins after *offset* jobs. At most *most* jobs are looked at,
+        for about *seconds*; the `footer` says what was not. Of bodies about 2 KiB are read, unless the filter looks into them.
+        """
+        return self._search.page(query, cursor=cursor, offset=offset, limit=limit, most=most, seconds=seconds)
+
+    def count_matching(
+        self, query: JobQuery, action: ActionName | None = None, *, seconds: float = 3600.0
+    ) -> MatchCount:
+        """Count the jobs that a filter chooses, of those that *action* is for, for about *seconds*."""
+        return self._search.count(query, ACTED_ON[action] if action else (), seconds=seconds)
+
+    def act_on_matching(
+        self, action: ActionName, query: JobQuery, *, limit: int | None = None, rate: str | None = None
+    ) -> Iterator[list[ActionResult]]:
+        """
+        Carry out *action* on all jobs that a filter chooses; yield what became of them, step by step.
+
+        *limit* and *rate* as in `act_on_chosen`. Raises ConfigurationError.
+        """
+        return self._search.act(action, query, limit=limit, rate=rate)
+
     def failures(self, queue: str | None = None, *, most: int | None = None) -> FailureSummary:
         """
         Count dead letters by queue, task and last error, with when the first and the last of them died; read in pages.
@@ -473,15 +598,22 @@ class Admin:
 
     def retry(self, ids: Iterable[str]) -> list[ActionResult]:
         """Put dead jobs back with a new budget of attempts, and make scheduled ones ready now; *ids*: one or many."""
-        return [self._retry(one) for one in _each(ids)]
+        return self._noted("retry", [self._retry(one) for one in _each(ids)])
 
     def cancel(self, ids: Iterable[str]) -> list[ActionResult]:
         """Cancel jobs that have not ended, *ids*: one or many. For a running job, its worker is asked to stop it."""
-        return [self._cancel(one) for one in _each(ids)]
+        return self._noted("cancel", [self._cancel(one) for one in _each(ids)])
 
     def delete(self, ids: Iterable[str]) -> list[ActionResult]:
         """Remove jobs and dead letters completely; *ids*: one or many. Leased jobs are refused."""
-        return [self._delete(one) for one in _each(ids)]
+        return self._noted("delete", [self._delete(one) for one in _each(ids)])
+
+    def _noted(self, what: str, results: list[ActionResult]) -> list[ActionResult]:
+        """Note an action on ids, and return its results."""
+        done = [one.id for one in results if one.done]
+        if done:
+            self.note(what, ", ".join(done[:_IDS_NOTED]), count=len(done))
+        return results
 
     def doctor(self) -> doctor.HealthReport:
         """Examine the server and the queues."""
@@ -495,6 +627,10 @@ class Admin:
     aqueue = _awaitable(queue)
     acauses = _awaitable(causes)
     apartitions = _awaitable(partitions)
+    aended_lately = _awaitable(ended_lately)
+    astate_counts = _awaitable(state_counts)
+    anote = _awaitable(note)
+    aaudit = _awaitable(audit)
     apause = _awaitable(pause)
     apause_task = _awaitable(pause_task)
     aresume_task = _awaitable(resume_task)
@@ -513,6 +649,8 @@ class Admin:
     astop_worker = _awaitable(stop_worker)
     aworker_stack = _awaitable(worker_stack)
     ajobs = _awaitable(jobs)
+    asearch = _awaitable(search)
+    acount_matching = _awaitable(count_matching)
     afailures = _awaitable(failures)
     acount_jobs = _awaitable(count_jobs)
     acount_chosen = _awaitable(count_chosen)
@@ -550,6 +688,12 @@ class Admin:
     ) -> AsyncIterator[list[ActionResult]]:  # fmt: skip
         """Awaitable form of `act_on_chosen`."""
         return _pages(self.act_on_chosen(action, queue, state, wanted, limit=limit, rate=rate), 1)
+
+    def aact_on_matching(
+        self, action: ActionName, query: JobQuery, *, limit: int | None = None, rate: str | None = None
+    ) -> AsyncIterator[list[ActionResult]]:
+        """Awaitable form of `act_on_matching`."""
+        return _pages(self.act_on_matching(action, query, limit=limit, rate=rate), 1)
 
     def aeach_id(self, queue: str | None, state: str | None, wanted: JobFilter) -> AsyncIterator[tuple[str, str]]:
         """Awaitable form of `each_id`."""
@@ -605,16 +749,8 @@ class Admin:
                 return
 
     def _queue_info(self, name: str) -> QueueInfo:
-        partitions = self._directory.partition_names(name)
-        answers = {part: self._ask(part, inspection.counts(self._keys(part))) for part in partitions}
-        unanswered = tuple(part for part, counts in answers.items() if counts is None)
-        counts = inspection.total([counts for counts in answers.values() if counts is not None] or [inspection.NOTHING])
-        oldest = counts.oldest_age if counts.ready else None  # the first entry may be the stub of a cancelled job
-        return QueueInfo(
-            name, counts.ready, counts.scheduled, counts.waiting, counts.leased, counts.dead, counts.workers,
-            oldest, counts.paused, counts.max_length, len(partitions), counts.outbox, counts.unplaced, unanswered,
-            counts.blocked, counts.dropped,
-        )  # fmt: skip
+        parts = self._directory.partition_names(name)
+        return _queue_info(name, parts, {part: self._ask(part, inspection.counts(self._keys(part))) for part in parts})
 
     def _count_entries(self, keys: QueueKeys, state: str) -> int:
         """Count the entries of a state in Redis, with stubs of cancelled jobs still in the list."""
@@ -667,7 +803,9 @@ class Admin:
     ) -> Iterator[JobRow]:
         most = total if self.most_looked is None or wanted.is_empty else min(total, self.most_looked)
         while offset < most:
-            call = inspection.list_jobs(keys, state, offset, size, wanted, heads=heads, ignores_error=self._seals)
+            call = inspection.list_jobs(
+                keys, state, offset, size, wanted, reads="heads" if heads else "", ignores_error=self._seals
+            )
             page = self.client.run(call)
             yield from page.rows
             if not page.entries:
@@ -793,6 +931,18 @@ class Admin:
         if reply == -1:
             return ActionResult(one, "refused", "a worker has leased it; cancel it first")
         return ActionResult(one, "refused", f"it is {_state_of(lookup)}; nothing of it is in the queue")
+
+
+def _queue_info(name: str, partitions: Sequence[str], answers: Mapping[str, QueueCounts | None]) -> QueueInfo:
+    """Return a queue of which the counts of all partitions that answer are known."""
+    unanswered = tuple(part for part in partitions if answers[part] is None)
+    counts = inspection.total([counts for counts in answers.values() if counts is not None] or [inspection.NOTHING])
+    oldest = counts.oldest_age if counts.ready else None  # the first entry may be the stub of a cancelled job
+    return QueueInfo(
+        name, counts.ready, counts.scheduled, counts.waiting, counts.leased, counts.dead, counts.workers,
+        oldest, counts.paused, counts.max_length, len(partitions), counts.outbox, counts.unplaced, unanswered,
+        counts.blocked, counts.dropped,
+    )  # fmt: skip
 
 
 def _each(ids: Iterable[str]) -> list[str]:

@@ -35,6 +35,15 @@ class QueueDirectory:
         """Return the names of all known queues, sorted."""
         return sorted(self._partition_counts())
 
+    def everything(self) -> dict[str, list[str]]:
+        """Return the names of all known queues, sorted, each with the names of its partitions; one read of them all."""
+        known = self._partition_counts()
+        return {name: partition_names(name, known[name]) for name in sorted(known)}
+
+    def is_plain_list(self, name: str) -> bool:
+        """Tell whether a queue is a list that is shared with other programs."""
+        return name in self._plain_lists
+
     def partition_names(self, name: str) -> list[str]:
         """
         Return the names of a queue's partitions; a partition (``orders/3``) names itself alone.

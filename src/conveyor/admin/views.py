@@ -12,6 +12,7 @@ from conveyor.payload.pipeline import MAX_LARGE
 from conveyor.payload.records import Failure, Status
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.payload.versions import sealed_name
+from conveyor.store.audit_log import AuditRow
 from conveyor.store.inspection import FinishedJob, JobRow
 
 STATES: tuple[Status, ...] = ("leased", "ready", "waiting", "scheduled", "dead", "done")
@@ -184,6 +185,34 @@ class ActionResult:
     def done(self) -> bool:
         """Whether the action was carried out."""
         return self.outcome not in {"refused", "not found"}
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEntry:
+    """
+    An action that somebody took.
+
+    `who`: the user of the dashboard, or the account on a machine. `target`: a queue, ids of jobs, a schedule. `filter`: of an
+    action on all jobs that a filter chooses. `count`: how many it was done to, None where that means nothing.
+    """
+
+    id: str
+    at: datetime
+    who: str
+    what: str
+    target: str = ""
+    filter: str = ""
+    count: int | None = None
+    detail: str = ""
+
+
+def audit_entry(row: AuditRow) -> AuditEntry:
+    """Return an entry of the audit as it was stored."""
+    fields, count = row.fields, row.fields.get("count", "")
+    return AuditEntry(
+        row.id, instant(int(row.id.partition("-")[0])), fields.get("who", ""), fields.get("what", ""), fields.get("target", ""),
+        fields.get("filter", ""), int(count) if count.isdigit() else None, fields.get("detail", ""),
+    )  # fmt: skip
 
 
 def live_job(queue: str, row: JobRow, decoder: RecordDecoder, limit: int = MAX_LARGE) -> JobInfo:

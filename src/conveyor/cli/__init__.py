@@ -49,6 +49,7 @@ COMMANDS: dict[str, CommandEntry] = {
     "limits": CommandEntry("conveyor.cli.limits:limits", "Show and change rate and concurrency limits.", "Look"),
     "schedule": CommandEntry("conveyor.cli.schedule:schedule", "List, show, run, pause and delete schedules.", "Look"),
     "workers": CommandEntry("conveyor.cli.workers:workers", "List, show, quiet and stop worker processes.", "Look"),
+    "dashboard": CommandEntry("conveyor.cli.dashboard:dashboard", "Serve the dashboard and the HTTP API.", "Look"),
     "doctor": CommandEntry("conveyor.cli.doctor:doctor", "Examine the server: eviction, durability, latency.", "Look"),
     "acl": CommandEntry("conveyor.cli.acl:acl", "Print least-privilege ACL rules for Redis.", "Look"),
     "help": CommandEntry("conveyor.cli.help:help_", "Show the help of a command.", "Help"),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from dataclasses import fields as dataclass_fields
 from datetime import timedelta
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,6 +23,7 @@ from conveyor.units import span
 
 if TYPE_CHECKING:
     from conveyor.admin.admin import Admin
+    from conveyor.admin.job_query import JobQuery
     from conveyor.admin.views import ActionResult, ErrorInfo, JobInfo
     from conveyor.jobs.why import Why
     from conveyor.messaging.selection import ActionName
@@ -40,21 +42,29 @@ def job() -> None:
 
 
 @job.command("list")
+@click.argument("words", metavar="[FILTER]", nargs=-1)
 @selection_options
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many.  [default: 50 on a terminal, else all]")
 @click.option("--offset", type=click.IntRange(min=0), default=0, help="Skip so many first.")
 @click.option("-q", "--ids", "ids_only", is_flag=True, help="Print ids only.")
 @redis_options
 def list_(
-    target: Target, out: Output, queue: str | None, state: str | None, wanted: JobFilter | None, limit: int | None,
-    offset: int, ids_only: bool,
+    target: Target, out: Output, words: tuple[str, ...], queue: str | None, state: str | None, wanted: JobFilter | None,
+    limit: int | None, offset: int, ids_only: bool,
 ) -> None:  # fmt: skip
     """
     List jobs, in the order in which they are leased.
 
+    FILTER: such as  state:dead task:mail.* error:timeout tag:vip args.user.id:42 age:>1h  instead of options.
+
     Without --state: all that have not ended, and dead ones. Dead and done ones come newest first.
     """
     admin = target.admin()
+    if words:
+        if wanted is not None:
+            raise click.UsageError("Give a FILTER, or --tag, --task, --error, --since and --older, not both.")
+        _list_matching(out, admin, words, queue, state, offset, limit, ids_only)
+        return
     if out.on_terminal and not out.as_json:
         _show_page(out, admin, queue, state, wanted, offset, limit or SHOWN, ids_only)
         say_unanswered(out, admin)
@@ -67,6 +77,54 @@ def list_(
     for info in jobs:
         out.line(info.id if ids_only else "\t".join(map(machine_text, _row(info))))
     say_unanswered(out, admin)
+
+
+def _list_matching(
+    out: Output, admin: Admin, words: Sequence[str], queue: str | None, state: str | None, offset: int, limit: int | None,
+    ids_only: bool,
+) -> None:  # fmt: skip
+    """List the jobs that a filter chooses: on a terminal a page in bounded work, elsewhere all."""
+    from conveyor.admin.job_query import parse
+
+    query = parse(" ".join(map(_quoted, words))).joined(queue, state)
+    if out.on_terminal and not out.as_json:
+        page = admin.search(query, offset=offset, limit=limit or SHOWN, most=SEARCHED)
+        if ids_only:
+            for info in page.jobs:
+                out.line(info.id)
+        elif page.jobs:
+            _print_jobs(out, page.jobs)
+        else:
+            out.say("No jobs match.")
+        if page.next is not None:
+            searched = f"Searched {min(page.looked, page.total):,} of {page.total:,} jobs. " if page.footer else ""
+            out.say(f"{searched}More: --limit {2 * (limit or SHOWN)}, or --offset {offset + len(page.jobs)}")
+    else:
+        jobs = islice(_each_match(admin, query, offset), limit)
+        if out.as_json:
+            out.document("jobs", jobs=list(jobs))
+        else:
+            for info in jobs:
+                out.line(info.id if ids_only else "\t".join(map(machine_text, _row(info))))
+    say_unanswered(out, admin)
+
+
+def _each_match(admin: Admin, query: JobQuery, offset: int) -> Iterator[JobInfo]:
+    page = admin.search(query, offset=offset, limit=500)
+    yield from page.jobs
+    while page.next is not None:
+        page = admin.search(query, cursor=page.next, limit=500)
+        yield from page.jobs
+
+
+def _quoted(word: str) -> str:
+    """Return a term as the filter language has it, of which the shell has taken the quotation marks away."""
+    if '"' in word or not any(sign.isspace() for sign in word):
+        return word
+    name, colon, value = word.partition(":")
+    if colon and not any(sign.isspace() for sign in name):
+        return f'{name}:"{value}"'
+    return f'"{word}"'
 
 
 def _crash_place(error: ErrorInfo) -> str:

@@ -104,17 +104,7 @@ class Target:
         client = self.client()
         if self._app is None:
             return Admin(client)
-        from conveyor.jobs.core import core_of
-
-        core = core_of(self._app)
-        requests = {name: queue.durability for name, queue in core.queues.items() if queue.durability is not None}
-        return Admin(
-            client,
-            plain_lists=core.plain_lists,
-            sealing=core.sealing,
-            formats=core.formats,
-            durability_requests=requests,
-        )
+        return Admin.of_app(self._app, client)
 
     def _namespace(self) -> str | None:
         return self.namespace or os.environ.get("CONVEYOR_NAMESPACE") or self.settings.namespace

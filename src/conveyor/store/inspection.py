@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -20,6 +20,7 @@ COUNTS, LIST_JOBS, GET_JOB, WHY = Script("counts"), Script("list_jobs"), Script(
 FIND_JOBS, ZCARD = Script("find_jobs"), Script("ZCARD")
 WORKERS, AUDIT, UNPLACED = Script("workers"), Script("audit"), Script("unplaced")
 QUEUE_CAUSES = Script("queue_causes")
+COUNT_QUEUES, READ_STATS = Script("count_queues"), Script("read_stats")
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,36 +198,92 @@ def _read_counts(reply: list[Any]) -> QueueCounts:
     )
 
 
+class Ended(NamedTuple):
+    """The attempts that ended in one minute: done, failed (the job is dead) and to be tried again; -1 each: not known."""
+
+    done: int
+    failed: int
+    retried: int
+
+
+def count_queues(queues: Sequence[QueueKeys], minutes: int) -> Call[list[tuple[QueueCounts, list[Ended]]]]:
+    """
+    Return the call that counts *queues* of one server, a hundred at most, with what ended in the last whole *minutes*.
+
+    Entries of plain lists are left out.
+    """
+
+    def decode(reply: list[Any]) -> list[tuple[QueueCounts, list[Ended]]]:
+        return [
+            (_read_counts(counts), [Ended(*ended[at : at + 3]) for at in range(0, len(ended), 3)])
+            for counts, ended in reply
+        ]
+
+    return Call(COUNT_QUEUES, [keys.jobs for keys in queues], (str(minutes),), decode)
+
+
+class StatsPage(NamedTuple):
+    """Counters by the number of their minute or hour, and the first number that was not read."""
+
+    next: int
+    counters: dict[int, dict[str, int]]
+
+
+def read_stats(keys: QueueKeys, unit: Literal["minutes", "hours"], first: int, last: int) -> Call[StatsPage]:
+    """Return the call that reads the counters of the minutes or hours *first* to *last* since the epoch, as far as it comes."""
+
+    def decode(reply: list[Any]) -> StatsPage:
+        found: dict[int, dict[str, int]] = {}
+        for at in range(1, len(reply), 2):
+            sums: dict[str, int] = {}
+            for one in range(0, len(reply[at + 1]), 2):
+                name = reply[at + 1][one].decode(errors="replace")
+                sums[name] = sums.get(name, 0) + int(reply[at + 1][one + 1])
+            found[reply[at]] = sums
+        return StatsPage(reply[0], found)
+
+    return Call(READ_STATS, (keys.jobs, keys.none), (unit, str(first), str(last)), decode)
+
+
+Reading = Literal["", "heads", "short"]
+"""The part of jobs that is read: all, none of their bodies, or the first 2 KiB of these."""
+
+
 def list_jobs(
-    keys: QueueKeys, status: str, offset: int, count: int, wanted: JobFilter = ANY_JOB, *, heads: bool = False,
+    keys: QueueKeys, status: str, offset: int, count: int, wanted: JobFilter = ANY_JOB, *, reads: Reading = "",
     ignores_error: bool = False,
 ) -> Call[JobPage]:  # fmt: skip
     """
     Return the call that reads one page of the jobs in a state: ready, scheduled, waiting, leased, dead (newest first), dead-oldest.
 
     *wanted*: only these, whatever its tag; the others among *count* entries count as looked at. *ignores_error*: as in `Walk`.
-    *heads*: jobs without their bodies, and of their errors only the last, without its traceback. Large jobs make a page shorter.
+    *reads*: all of the jobs, or "heads": without their bodies, and of their errors only the last, without its traceback; "short":
+    with the beginning of their bodies. Large jobs make a page shorter.
     """
     wanted = replace(wanted, tag=None)
     args = (
         status,
         str(offset),
         str(count),
-        "heads" if heads else "",
+        reads,
         *Walk(wanted, ignores_error=ignores_error).filter(),
     )
     return Call(LIST_JOBS, _list_keys(keys), args, lambda reply: JobPage(_read_rows(status, reply), reply[0]))
 
 
-def whole_jobs(keys: QueueKeys, heads: Sequence[JobRow]) -> Call[JobPage]:
-    """Return the call that reads a page of the jobs of which *heads* are known; those that are gone by then are left out."""
+def whole_jobs(keys: QueueKeys, heads: Sequence[JobRow], reads: Reading = "") -> Call[JobPage]:
+    """
+    Return the call that reads a page of the jobs of which *heads* are known; those that are gone by then are left out.
+
+    *reads*: as in `list_jobs`.
+    """
     known = {row.id: row for row in heads}
 
     def decode(reply: list[Any]) -> JobPage:
         rows = [replace(known[row.id], envelope=row.envelope, state=row.state) for row in _read_rows("ready", reply)]
         return JobPage(rows, reply[0])
 
-    return Call(LIST_JOBS, _list_keys(keys), ("ids", "0", "500", "", *Walk().filter(), *known), decode)
+    return Call(LIST_JOBS, _list_keys(keys), ("ids", "0", "500", reads, *Walk().filter(), *known), decode)
 
 
 class FoundJobs(NamedTuple):

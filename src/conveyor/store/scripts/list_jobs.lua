@@ -6,11 +6,12 @@
 -- ARGV  1 ready, waiting, scheduled, leased, dead, dead-oldest or done · ids for those from 11 on, in whatever state
 --       2 offset  3 count of entries (at most 500)
 --       4 "heads": of each job the envelope without its body, and the state with the last error alone, without its traceback
+--         "short": likewise, with the beginning of the body
 --       5-10 a filter as in lib/walk.lua, its tag and states "", all "" for done and ids  11… ids
 -- returns {entries looked at, 0 when no later one can be wanted, (id, envelope or "", state or "", extra)…}    extra: due or death in ms, the entry of a finished job, or
 --         of a leased one, separated by tabs: its worker, since when (ms, or ""), and at the first of a worker what it said of itself
 local prefix = string.sub(KEYS[1], 1, -5)
-local offset, count, heads = tonumber(ARGV[2]), math.min(tonumber(ARGV[3]), 500), ARGV[4] == 'heads'
+local offset, count, heads = tonumber(ARGV[2]), math.min(tonumber(ARGV[3]), 500), ARGV[4]
 local rows, extras, stop = {}, {}, offset + count - 1
 local holders, facts, filter = {}, {}, read_filter(5)
 
@@ -113,7 +114,7 @@ for i, id in ipairs(rows) do
   if wanted ~= false then
     local state = job.state or redis.call('HGET', KEYS[2], id) or ''
     if not job.state then size = size + #state end
-    if heads then envelope, state = without_body(envelope), with_last_error(state) end
+    if heads ~= '' then envelope, state = heads == 'heads' and without_body(envelope) or with_short_body(envelope), with_last_error(state) end
     local extra, worker = extras[i] or '', holders[i]
     if worker then
       extra = worker .. '\t' .. extra .. '\t' .. facts[worker]

@@ -69,13 +69,13 @@ local stats_at = other_at + 7 * other_count
 local stats_count = tonumber(ARGV[stats_at])
 local recent_at = stats_at + 1 + 2 * stats_count
 local recent_count = tonumber(ARGV[recent_at])
-local stats = queue.prefix .. 'stats:' .. int(math.floor(now / 60000))
+local minute = math.floor(now / 60000)
 redis.call('HLEN', queue.jobs)
 local keeps = string.find(flags, 'k', 1, true)
 if keeps then redis.call('ZCARD', workers) end
 local first_due = redis.call('ZRANGE', queue.due, 0, 0, 'WITHSCORES')
 if recent_count > 0 then redis.call('LLEN', recent) end
-if stats_count > 0 then redis.call('HLEN', stats) end
+local begins = stats_count > 0 and redis.call('HLEN', queue.prefix .. 'stats:' .. int(minute)) == 0
 if looks then redis.call('ZCARD', queue.dead) end
 local stateful = redis.call('HLEN', queue.state) > 0
 local urgent = redis.call('EXISTS', unpack(KEYS, 12, 20)) > 0
@@ -188,7 +188,7 @@ if leaves then
   if type(redis.pcall('PEXPIRE', leased, 10000)) == 'number' then redis.pcall('ZREM', workers, worker) end
 end
 
-if stats_count > 0 then add_counters(stats, stats_at + 1, stats_count) end
+if stats_count > 0 then add_counters(queue.prefix, minute, stats_at + 1, stats_count, begins) end
 if recent_count > 0 then add_recent(recent, recent_at + 1, recent_count) end
 local overdue, outbox = {}, 0
 if looks then

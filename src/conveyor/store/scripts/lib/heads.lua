@@ -8,6 +8,16 @@ local function without_body(envelope)
   return string.sub(envelope, 1, string.find(envelope, '\n', first + 1, true) or first)
 end
 
+-- Cut the body of an envelope to its first 2,048 bytes. A sealed or compressed one, which begins with a control character, is
+-- of no use in parts.
+-- envelope  as it is stored in jobs
+-- returns   the shorter one
+local function with_short_body(envelope)
+  local head = #without_body(envelope)
+  local sealed = #envelope <= head + 2048 or string.byte(envelope, head + 1) < 32 or string.byte(envelope, head + 1) > 126
+  return sealed and envelope or string.sub(envelope, 1, head + 2048)
+end
+
 -- Cut off a state all errors but the last, and the traceback of that. No text within JSON holds a bare quotation mark, so that
 -- what is cut at is the member itself.
 -- state    as it is stored

@@ -36,14 +36,31 @@ local function trim_dead(queue, now)
   end
 end
 
--- Add to the counters of this minute. They are kept for 25 hours.
--- stats    key stats:<minute>
+-- Add to the counters of this minute. The first of a minute adds the counters of the minute before, in which something ended,
+-- to those of its hour: so nobody has to come by when an hour is over. Minutes are kept for 25 hours, hours for 31 days, and the
+-- last minute as long as an hour, for it is not a part of one yet.
+-- prefix   of the queue's keys
+-- minute   since the epoch
 -- at       where in ARGV the pairs (field, increment) stand
 -- count    number of pairs
+-- begins   whether the minute has no counters yet
 -- returns  nothing
-local function add_counters(stats, at, count)
+local function add_counters(prefix, minute, at, count, begins)
+  local stats = prefix .. 'stats:' .. int(minute)
+  if begins then
+    local last = tonumber(redis.pcall('GET', prefix .. 'stats:last'))
+    if last and last ~= minute then
+      local before, hour = prefix .. 'stats:' .. int(last), prefix .. 'stats:h' .. int(math.floor(last / 60))
+      local size = redis.pcall('HLEN', before)
+      local counters = type(size) == 'number' and size <= 5000 and redis.pcall('HGETALL', before) or {}
+      for i = 1, #counters, 2 do redis.pcall('HINCRBY', hour, counters[i], counters[i + 1]) end
+      redis.pcall('EXPIRE', before, math.max(1, 90000 - 60 * math.abs(minute - last)))
+      redis.pcall('EXPIRE', hour, 2678400)
+    end
+    redis.pcall('SET', prefix .. 'stats:last', int(minute), 'EX', 2678400)
+  end
   for i = at, at + 2 * count - 1, 2 do redis.pcall('HINCRBY', stats, ARGV[i], ARGV[i + 1]) end
-  redis.pcall('EXPIRE', stats, 90000)
+  redis.pcall('EXPIRE', stats, 2678400)
 end
 
 -- Add to the list of recently finished jobs, which keeps 1,000.

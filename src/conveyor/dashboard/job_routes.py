@@ -1,0 +1,151 @@
+"""The routes of the HTTP API about jobs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+from conveyor.admin.job_query import JobQuery, parse
+from conveyor.admin.views import JobInfo
+from conveyor.dashboard.access import Action
+from conveyor.dashboard.documents import job_document, job_row, why_document
+from conveyor.dashboard.endpoint import ApiCall, ApiRoute, Field, NotAllowed
+from conveyor.dashboard.queue_routes import OFFSET, PAGE
+
+SECONDS = 0.06
+"""The time for which one call searches, so that an answer takes less than 100 ms; the next one goes on."""
+MOST_IDS = 1_000
+ACTIONS_OF: dict[str, Action] = {
+    "retry": "retry_jobs",
+    "promote": "retry_jobs",
+    "cancel": "cancel_jobs",
+    "delete": "delete_jobs",
+}
+FILTER = {
+    "filter": Field("text", "a filter, such as state:dead task:mail.*", default=""),
+    "queue": Field("text", "only of this queue"),
+    "state": Field("text", "only in this state"),
+}
+
+
+def query_of(call: ApiCall) -> JobQuery:
+    """Return the filter of a request. Raises NotAllowed for one that looks into payloads which the visitor may not see."""
+    query = parse(call["filter"]).joined(call["queue"], call["state"])
+    if query.reads_payloads and not call.access.allows("view_payloads"):
+        raise NotAllowed("view_payloads")
+    return query
+
+
+def filter_document(query: JobQuery) -> dict[str, Any]:
+    """Return the parts of a filter that the pages show as chosen."""
+    return {
+        "text": query.text, "queue": query.queue, "state": ",".join(query.states) or None, "task": query.wanted.task,
+        "tag": query.wanted.tag,
+    }  # fmt: skip
+
+
+def list_jobs(call: ApiCall) -> dict[str, Any]:
+    """Return a page of jobs, found in bounded work; the footer says what was not searched yet."""
+    query = query_of(call)
+    page = call.admin.search(query, cursor=call["cursor"], offset=call["offset"], limit=call["limit"], seconds=SECONDS)
+    newest = set(query.states) <= {"dead", "done"} and query.states
+    return {
+        "jobs": [job_row(info, call.access) for info in page.jobs], "next": page.next, "looked": page.looked,
+        "total": page.total, "footer": page.footer, "filter": filter_document(query),
+        "order": "newest first" if newest else "lease order",
+    }  # fmt: skip
+
+
+def count_states(call: ApiCall) -> dict[str, Any]:
+    """Return how many jobs are in each state."""
+    return dict(call.admin.state_counts(call["queue"]))
+
+
+def count_matching(call: ApiCall) -> dict[str, Any]:
+    """Return how many jobs a filter chooses; not exact where that takes longer."""
+    found = call.admin.count_matching(query_of(call), seconds=0.5)
+    return {"count": found.count, "states": found.states, "exact": found.exact}
+
+
+def show_job(call: ApiCall) -> dict[str, Any]:
+    """Return everything about a job, and why it waits."""
+    info = call.admin.job(call["id"])
+    why = call.admin.why(call["id"]) if info.status in {"ready", "scheduled", "waiting", "leased"} else None
+    document = job_document(info, call.access)
+    return {
+        "job": document, "why": None if why is None else why_document(why), "path": _path(info), "attempts": [],
+        "history": None, "progress": document["progress"], "notes": document["notes"], "logs": None,
+        "actions": _possible(info), "copy": _copies(info, call),
+    }  # fmt: skip
+
+
+def act_on_jobs(call: ApiCall) -> dict[str, Any]:
+    """Act on jobs that are named by their ids."""
+    acts = {
+        "retry": call.admin.retry, "promote": call.admin.retry, "cancel": call.admin.cancel, "delete": call.admin.delete,
+    }  # fmt: skip
+    results = acts[call["action"]](call["ids"])
+    return {"results": results, "done": sum(one.done for one in results)}
+
+
+def _possible(info: JobInfo) -> list[str]:
+    return {
+        "dead": ["retry", "delete"], "scheduled": ["promote", "cancel", "delete"], "ready": ["cancel", "delete"],
+        "waiting": ["cancel", "delete"], "leased": ["cancel"],
+    }.get(info.status, [])  # fmt: skip
+
+
+def _path(info: JobInfo) -> list[str]:
+    """Return the states that a job went through, as far as its record tells."""
+    path = ["scheduled"] if info.status == "scheduled" and not info.attempt else []
+    if info.status == "scheduled" and info.attempt:
+        path = ["ready", "leased", "scheduled"]
+    elif info.status == "waiting":
+        path = ["waiting"]
+    elif info.status != "scheduled":
+        path = ["ready"]
+        if info.attempt or info.status in {"leased", "done"}:
+            path.append("leased")
+    return path if path and path[-1] == info.status else [*path, info.status]
+
+
+def _copies(info: JobInfo, call: ApiCall) -> dict[str, str | None]:
+    """Return the call that would enqueue a job once more, as Python and as a command; none where its arguments may not be seen."""
+    if not call.access.allows("view_payloads") or info.payload is None or len(info.payload) > MOST_IDS * 10:
+        return {"python": None, "command": None}
+    if not info.task:
+        queue = info.queue.partition("/")[0]
+        return {
+            "python": f"app.queue({queue!r}).push(json.loads({info.payload!r}))",
+            "command": f"conveyor push {shlex.quote(queue)} {shlex.quote(info.payload)}",
+        }
+    try:
+        arguments = json.loads(info.payload)
+    except ValueError:
+        return {"python": None, "command": None}
+    if not isinstance(arguments, dict):
+        return {"python": None, "command": None}
+    named = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    return {
+        "python": f"app.tasks[{info.task!r}].enqueue({named})",
+        "command": f"conveyor enqueue {shlex.quote(info.task)} --args {shlex.quote(info.payload)}",
+    }
+
+
+JOB_ENDPOINTS = (
+    ApiRoute(
+        "GET", "jobs", "jobs", "List jobs by a filter", list_jobs,
+        fields={**FILTER, "cursor": Field("text", "the next of the page before"), "offset": OFFSET, "limit": PAGE},
+    ),
+    ApiRoute("GET", "jobs/counts", "job-counts", "Count jobs by state", count_states, fields={"queue": FILTER["queue"]}),
+    ApiRoute("GET", "jobs/matching", "job-matches", "Count the jobs that a filter chooses", count_matching, fields=FILTER),
+    ApiRoute("GET", "job", "job", "Show a job", show_job, fields={"id": Field("text", "the id of a job", required=True)}),
+    ApiRoute(
+        "POST", "jobs/actions", "job-actions", "Retry, cancel or delete jobs by their ids", act_on_jobs, ACTIONS_OF,
+        {
+            "action": Field("text", "what to do", required=True, choices=tuple(ACTIONS_OF)),
+            "ids": Field("texts", "ids of jobs", required=True, most=MOST_IDS),
+        },
+    ),
+)  # fmt: skip

@@ -1,0 +1,120 @@
+"""The routes of the HTTP API about queues."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from conveyor.admin.views import QueueInfo
+from conveyor.dashboard.documents import cause_document, queue_document
+from conveyor.dashboard.endpoint import ApiCall, ApiRoute, Field
+
+PAGE = Field("number", "rows of a page", default=50, least=1, most=100)
+OFFSET = Field("number", "rows before the page", default=0)
+QUEUE = Field("text", "the name of a queue", required=True)
+MOST_COUNTED = 1_000
+"""Queues that are counted to sort by something else than the name."""
+
+
+def list_queues(call: ApiCall) -> dict[str, Any]:
+    """Return a page of queues; those of the page are counted, or all where they are sorted by a count."""
+    names = [name for name in call.admin.names() if call["q"].casefold() in name.casefold()]
+    begin, end = call["offset"], call["offset"] + call["limit"]
+    by_name = call["sort"] == "name" or len(names) > MOST_COUNTED
+    counted = call.admin.queues(names[begin:end] if by_name else names)
+    if not by_name:
+        counted = sorted(counted, key=lambda info: -(getattr(info, call["sort"]) or 0))[begin:end]
+    ended = call.admin.ended_lately([info.name for info in counted], 5)
+    queues = [
+        {**queue_document(info), "recent": {"done": [one.done for one in last], "failed": [one.failed for one in last]}}
+        for info in counted
+        if (last := ended.get(info.name, [])) is not None
+    ]
+    return {
+        "queues": queues, "total": len(names), "offset": begin, "limit": call["limit"],
+        "read": len(counted) if by_name else len(names),
+    }  # fmt: skip
+
+
+def show_queue(call: ApiCall) -> dict[str, Any]:
+    """Return one queue, why its jobs wait, and who serves it."""
+    name = call["name"]
+    info: QueueInfo = call.admin.queue(name)
+    limits, groups = call.service.limits_of(name)
+    return {
+        "queue": queue_document(info),
+        "partitions": [queue_document(one) for one in call.admin.partitions(name)],
+        "causes": [cause_document(one) for one in call.admin.causes(name, info.ready + info.waiting)],
+        "workers": call.service.workers(call.admin, name),
+        "limits": limits,
+        "groups": groups,
+        "paused_tasks": [],
+    }
+
+
+def pause(call: ApiCall) -> dict[str, Any]:
+    """Pause a queue, or one task in it, or in all queues."""
+    return _pause(call, paused=True)
+
+
+def resume(call: ApiCall) -> dict[str, Any]:
+    """End a pause."""
+    return _pause(call, paused=False)
+
+
+def _pause(call: ApiCall, *, paused: bool) -> dict[str, Any]:
+    queue, task = call["queue"], call["task"]
+    if task is not None:
+        change = call.admin.pause_task if paused else call.admin.resume_task
+        return {"queue": queue, "task": task, "queues": change(task, queue)}
+    (call.admin.pause if paused else call.admin.resume)(queue or "")
+    return {"queue": queue, "task": None, "queues": [queue]}
+
+
+def purge(call: ApiCall) -> dict[str, Any]:
+    """Remove all jobs that are not leased, or the dead letters."""
+    return {"removed": call.admin.purge(call["queue"], dead=call["dead"])}
+
+
+def redrive(call: ApiCall) -> dict[str, Any]:
+    """Put dead letters back."""
+    return {"moved": call.admin.redrive(call["queue"], limit=call["limit"])}
+
+
+def repair(call: ApiCall) -> dict[str, Any]:
+    """Put jobs back that are in no place."""
+    return {"repaired": call.admin.repair(call["queue"])}
+
+
+def delete(call: ApiCall) -> dict[str, Any]:
+    """Delete an empty queue that nothing serves."""
+    call.admin.delete_queue(call["queue"])
+    return {"deleted": True}
+
+
+_ONE = {"queue": QUEUE}
+_PAUSED = {
+    "queue": Field("text", "the name of a queue; with a task none for all"),
+    "task": Field("text", "the name of a task"),
+}
+QUEUE_ENDPOINTS = (
+    ApiRoute(
+        "GET", "queues", "queues", "List queues with their counts", list_queues,
+        fields={
+            "q": Field("text", "a part of the name", default=""), "offset": OFFSET, "limit": PAGE,
+            "sort": Field("text", "the order", default="name", choices=("name", "ready", "dead", "oldest_age")),
+        },
+    ),
+    ApiRoute("GET", "queue", "queue", "Show a queue", show_queue, fields={"name": QUEUE}),
+    ApiRoute("POST", "queues/pause", "queue-paused", "Pause a queue or a task", pause, "pause_queues", _PAUSED),
+    ApiRoute("POST", "queues/resume", "queue-resumed", "Resume a queue or a task", resume, "pause_queues", _PAUSED),
+    ApiRoute(
+        "POST", "queues/purge", "queue-purged", "Remove jobs that are not leased, or dead letters", purge, "purge_queues",
+        {**_ONE, "dead": Field("flag", "the dead letters instead", default=False)},
+    ),
+    ApiRoute(
+        "POST", "queues/redrive", "queue-redriven", "Put dead letters back", redrive, "retry_jobs",
+        {**_ONE, "limit": Field("number", "at most so many", least=1)},
+    ),
+    ApiRoute("POST", "queues/repair", "queue-repaired", "Put jobs back that are in no place", repair, "retry_jobs", _ONE),
+    ApiRoute("POST", "queues/delete", "queue-deleted", "Delete an empty queue", delete, "purge_queues", _ONE),
+)  # fmt: skip

@@ -1,0 +1,134 @@
+"""The part that all requests to one dashboard share: the app, its administration, and who may do what."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request
+
+from conveyor.admin.admin import Admin
+from conveyor.admin.views import WorkerInfo
+from conveyor.dashboard.access import Access, Authorize, LoginRequired, bearer_access
+from conveyor.ids import logical
+from conveyor.messaging.declared_limits import short_limit
+from conveyor.messaging.limit_control import GroupControl, LimitControl, LimitState
+
+if TYPE_CHECKING:
+    from conveyor.jobs.core import AppCore
+
+logger = logging.getLogger("conveyor.dashboard")
+_MOST_GROUPS = 100
+_NOT_SHOWN = {"tasks", "timeouts"}
+"""Facts of a worker that are long, and for programs."""
+
+
+class Service:
+    """
+    The inside of a dashboard.
+
+    *core* is that of the app, which knows tasks, keys and limits; None: a client alone is known.
+    """
+
+    def __init__(
+        self, admin: Admin, core: AppCore | None, *, authorize: Authorize | None, tokens: Mapping[str, Access],
+        read_only: bool, hosts: Sequence[str] | None,
+    ) -> None:  # fmt: skip
+        self.admin = admin
+        self.core = core
+        self.tokens = dict(tokens)
+        self.read_only = read_only
+        self.hosts = None if hosts is None else tuple(host.lower() for host in hosts)
+        self._authorize = authorize
+        self.streams = True
+        """Whether server-sent events can be sent; not below WSGI."""
+        self.version = installed_version()
+
+    async def access(self, request: Request) -> tuple[Access, bool]:
+        """
+        Return the rights of a visitor, and whether a token gave them.
+
+        Raises LoginRequired. Whatever else `authorize` raises or returns gives none.
+        """
+        access, by_token = bearer_access(request, self.tokens) if self.tokens else None, True
+        if access is None:
+            access, by_token = await self._asked(request), False
+        if not by_token and access.user is None and (name := _user_of(request)):
+            access = access.named(name)
+        return (access.without_changes() if self.read_only else access), by_token
+
+    async def _asked(self, request: Request) -> Access:
+        if self._authorize is None:
+            if self.tokens:
+                raise LoginRequired("Bearer")
+            return Access.DENY
+        found: Any = self._authorize(request)
+        if inspect.isawaitable(found):
+            found = await found
+        if not isinstance(found, Access):
+            logger.error("authorize= of the dashboard returned %r instead of an Access: access is denied", found)
+            return Access.DENY
+        return found
+
+    def admin_for(self, access: Access) -> Admin:
+        """Return the administration with the visitor's name in the audit."""
+        return self.admin.acting_as(access.user or "dashboard")
+
+    # -- what several pages show ----------------------------------------------------------------------------------
+
+    def workers(self, admin: Admin, queue: str | None = None) -> list[dict[str, Any]]:
+        """Return the worker processes, each with the queues that it serves."""
+        processes: dict[tuple[str, int | None, str], list[WorkerInfo]] = {}
+        for worker in admin.workers(queue):
+            processes.setdefault((worker.host, worker.pid, "" if worker.pid else worker.id), []).append(worker)
+        now = datetime.now(UTC)
+        return [
+            {
+                "id": f"{host}:{pid}" if pid else id_, "host": host, "pid": pid,
+                "queues": list(dict.fromkeys(logical(one.queue) for one in group)), "held": sum(one.held for one in group),
+                "lease_ends": (ends := max(one.lease_ends for one in group)), "silent": ends <= now,
+                "about": {key: value for key, value in group[0].about.items() if key not in _NOT_SHOWN},
+                "identities": [one.id for one in group],
+            }
+            for (host, pid, id_), group in processes.items()
+        ]  # fmt: skip
+
+    def limits_of(self, queue: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return the limits and the groups of a queue."""
+        client = self.admin.client
+        control = LimitControl(client) if self.core is None else LimitControl(client, self.core.find_limits)
+        limits = [limit_document(one) for one in control.list(queue)]
+        return limits, [asdict(one) for one in GroupControl(client).list(queue, _MOST_GROUPS)]
+
+    async def stop(self) -> None:
+        """End what goes on in the background."""
+
+
+def limit_document(state: LimitState) -> dict[str, Any]:
+    """Return a limit."""
+    return {
+        "queue": state.queue, "name": state.name, "key": state.key, "kind": state.limit.kind, "by": state.limit.by,
+        "limit": short_limit(state.limit), "declared": None if state.declared is None else short_limit(state.declared),
+        "overridden": state.overridden, "used": state.used, "most": state.limit.n, "waiting": state.waiting,
+        "opens_at": state.opens_at,
+    }  # fmt: skip
+
+
+def installed_version() -> str:
+    """Return the version of the installed package."""
+    try:
+        return version("conveyor")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _user_of(request: Request) -> str | None:
+    """Return the name of the user that the application's own authentication has found."""
+    user = request.scope.get("user")
+    name = getattr(user, "display_name", None) or getattr(user, "username", None)
+    return name if isinstance(name, str) and name else None

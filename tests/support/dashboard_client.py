@@ -1,0 +1,71 @@
+"""Requests to a dashboard without a socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import httpx
+
+from conveyor.dashboard.endpoint import ApiRoute
+
+OWN_PAGE = {"sec-fetch-site": "same-origin"}
+"""What a browser sends with a request of the dashboard's own page."""
+_SAMPLES: dict[str, Any] = {
+    "text": "x",
+    "number": 1,
+    "flag": False,
+    "texts": ["x"],
+    "object": {},
+    "list": [{}],
+    "any": 1,
+}
+
+
+def ask(
+    site: Any, method: str, path: str, inputs: Mapping[str, Any], headers: Mapping[str, str] | None = None,
+    auth: tuple[str, str] | None = None,
+) -> httpx.Response:  # fmt: skip
+    """Return the response to one call of the API; a POST is one of the dashboard's own page unless *headers* say otherwise."""
+
+    async def send() -> httpx.Response:
+        async with _client(site, auth) as client:
+            return await _send(client, method, path, inputs, headers)
+
+    return asyncio.run(send())
+
+
+def ask_all(site: Any, calls: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[int]:
+    """Return the status codes of several calls, made one after the other."""
+
+    async def send() -> list[int]:
+        async with _client(site, None) as client:
+            return [(await _send(client, *call, None)).status_code for call in calls]
+
+    return asyncio.run(send())
+
+
+def _client(site: Any, auth: tuple[str, str] | None) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(site, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://here", auth=auth)
+
+
+async def _send(
+    client: httpx.AsyncClient, method: str, path: str, inputs: Mapping[str, Any], headers: Mapping[str, str] | None
+) -> httpx.Response:
+    if method == "GET":
+        return await client.get(f"/api/v1/{path}", params={k: str(v) for k, v in inputs.items()}, headers=headers)
+    given = {"content-type": "application/json", **(OWN_PAGE if headers is None else headers)}
+    return await client.request(method, f"/api/v1/{path}", content=json.dumps(inputs), headers=given)
+
+
+def inputs_of(endpoint: ApiRoute, choice: str | None = None) -> dict[str, Any]:
+    """Return the inputs that a route needs, of something that is not there; *choice*: of its actions."""
+    inputs = {
+        name: one.choices[0] if one.choices else _SAMPLES[one.kind]
+        for name, one in endpoint.fields.items()
+        if one.required
+    }
+    return inputs if choice is None else {**inputs, endpoint.chosen_by: choice}
