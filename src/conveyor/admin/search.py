@@ -59,7 +59,7 @@ class MatchCount:
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class _SearchStep:
     """The jobs that one step has found, out of *looked*; where it began, and where the next one does (None: at the end)."""
 
     looked: int
@@ -206,7 +206,7 @@ class JobSearch:
                 return page(_place(places, number + 1, skip))
         return page(None)
 
-    def _steps(self, part: str, state: str, query: JobQuery, at: str, limit: int) -> Iterator[_Step]:
+    def _steps(self, part: str, state: str, query: JobQuery, at: str, limit: int) -> Iterator[_SearchStep]:
         """Yield the jobs of one queue or partition that the filter accepts, step by step, from *at* on."""
         if query.wanted.tag is not None:
             yield from self._tag_steps(part, state, query, at)
@@ -223,7 +223,7 @@ class JobSearch:
                 looked, jobs = page.entries, self._accepted(part, page.rows, query)
             if not looked:
                 return
-            yield _Step(looked, jobs, str(offset), str(offset + looked))
+            yield _SearchStep(looked, jobs, str(offset), str(offset + looked))
             offset += looked
 
     def _read(self, keys: QueueKeys, state: str, offset: int, size: int, query: JobQuery) -> inspection.JobPage:
@@ -240,7 +240,7 @@ class JobSearch:
         jobs = [live_job(part, row, self._decoder, MAX_PAYLOAD) for row in rows]
         return [job for job in jobs if query.accepts(job)]
 
-    def _tag_steps(self, part: str, state: str, query: JobQuery, at: str) -> Iterator[_Step]:
+    def _tag_steps(self, part: str, state: str, query: JobQuery, at: str) -> Iterator[_SearchStep]:
         keys = self._directory.keys(part)
         walk = Walks(query.wanted, self._decoder, self._sealed).finding(keys, (state,))
         walk.cursor = begins = at
@@ -253,7 +253,7 @@ class JobSearch:
             ]
             if walk.unsure or walk.pending:
                 continue  # the cursor is behind these already
-            yield _Step(walk.looked - looked, jobs, begins, None if walk.ended else walk.cursor)
+            yield _SearchStep(walk.looked - looked, jobs, begins, None if walk.ended else walk.cursor)
             looked, jobs, begins = walk.looked, [], walk.cursor
 
     def _whole(self, keys: QueueKeys, rows: Sequence[JobRow], reads: inspection.Reading = "") -> list[JobRow]:
