@@ -34,6 +34,7 @@ NAMES = {
         "Event JobCancelledEvent JobDead JobDone JobEvent JobLost JobRetried JobStarted WorkerStarted WorkerStopped"
     ),
     "conveyor.admin": "Admin sweep",
+    "conveyor.dashboard": "Access BasicAuth dashboard wsgi_dashboard",
     "conveyor.sql": "Ledger Outbox",
 }
 """What may be imported, by module: a name that is missing here is not public, one that disappears breaks programs."""
