@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import ClassVar
 
 
@@ -84,6 +85,37 @@ class WorkerStopped(Event):
 
     name: ClassVar[str] = "worker-stopped"
     worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobUpdate:
+    """
+    An update that `job.watch()` yields: the state of a job has changed.
+
+    `id` is where to go on (``job.watch(after=update.id)``). `attempt` counts from 1; before a start it is the number of the
+    attempt to come. `at` is the instant where it is known.
+    """
+
+    id: str
+    job_id: str
+    state: str
+    attempt: int
+    at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class StateChanged(JobUpdate):
+    """The job is scheduled, ready, waiting or leased now; `error` is that of the attempt before, where it has failed."""
+
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class JobEnded(JobUpdate):
+    """The job is done, dead or cancelled; `reason` says why it was cancelled, `error` is the last one of a dead job."""
+
+    reason: str = ""
+    error: str = ""
 
 
 EVENTS: dict[str, type[Event]] = {

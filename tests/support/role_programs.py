@@ -101,6 +101,7 @@ def shop(url: str) -> Iterator[Conveyor]:
 
     @app.task(name="shop.chain")
     async def chain(context: Context = current()) -> None:
+        await context.emit(1)
         context.spawn(double.options(delay="1ms").s(1))
 
     @app.task(name="shop.long")
@@ -211,6 +212,8 @@ def produce(app: Conveyor) -> None:
     except TimeoutError:
         pass
     assert app.job("done").result(timeout=60) == 2
+    assert list(app.job("done").stream()) == []
+    assert [one.state for one in app.job("done").watch()][-1] == "done"
     waiting = threading.Thread(target=lambda: _ended(job))
     waiting.start()
     eventually(

@@ -69,7 +69,7 @@ _PRODUCER = Role(
     (
         operations.PUSH, operations.PUSH_PLAIN, operations.WITHDRAW, operations.LEAVE_ROOM, plain_list.LIST_PUSH,
         operations.AWAIT_RESULT,
-        operations.FORGET, operations.CANCEL, streams.READ_STREAM,
+        operations.FORGET, operations.CANCEL, streams.READ_STREAM, inspection.WATCH_JOBS,
         inspection.GET_JOB, inspection.WHY, inspection.COUNTS, partitions.CLAIM_PARTITIONS,
         inspection.FIND_JOBS, partitions.COUNT, topics.PUBLISH, topics.SUBSCRIBE, topics.SUBSCRIBERS,
         limits.DECLARE_LIMITS, operations.SET_EXPIRY, schedules.SCHEDULE_PUT, schedules.SCHEDULE_CHANGE, schedules.SCHEDULE_READ,

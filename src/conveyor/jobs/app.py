@@ -30,7 +30,7 @@ from conveyor.jobs.dependencies import overriding
 from conveyor.jobs.hints import APP_OPTIONS, TASK_OPTIONS, refuse_unknown
 from conveyor.jobs.hooks import Lifespan
 from conveyor.jobs.include import check_include
-from conveyor.jobs.job import Job, refuse_in_loop
+from conveyor.jobs.job import Job, awatch_jobs, refuse_in_loop, watch_jobs
 from conveyor.jobs.registry import UpcastMessage
 from conveyor.jobs.schedule import make_timing
 from conveyor.jobs.schedules import Schedules, declare
@@ -48,7 +48,7 @@ from conveyor.units import Duration, Size, positive_ms, size
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from conveyor.events import Event
+    from conveyor.events import Event, JobUpdate
     from conveyor.jobs.decorator import CronDecorator
     from conveyor.jobs.job_selection import CancelledJobs, JobSelection
     from conveyor.jobs.registry import QueueNames
@@ -527,6 +527,24 @@ class Conveyor:
             add_count(error, len(jobs))
             raise
         return jobs
+
+    def watch(
+        self, jobs: Iterable[Job[Any] | str], after: Mapping[str, str] | None = None
+    ) -> Generator[JobUpdate, None, None]:
+        """
+        Yield what happens to *jobs* (handles or ids), as `Job.watch` does for one, until all have ended.
+
+        *after*: the id of the last update that was seen of each, by the id of the job. A program has one subscription for all
+        jobs that it watches, however many watch them.
+        """
+        refuse_in_loop(self.client, "app.watch()", "async for update in app.awatch(…)")
+        return watch_jobs(self._core, [self.job(one) if isinstance(one, str) else one for one in jobs], after)
+
+    def awatch(
+        self, jobs: Iterable[Job[Any] | str], after: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[JobUpdate, None]:
+        """Awaitable form of `watch`."""
+        return awatch_jobs(self._core, [self.job(one) if isinstance(one, str) else one for one in jobs], after)
 
     def external_task(self, name: str, *, queue: str = "default") -> Task[..., Any]:
         """

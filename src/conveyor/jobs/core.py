@@ -11,6 +11,7 @@ from conveyor.jobs.context import queue_of_job
 from conveyor.jobs.hooks import Hooks
 from conveyor.jobs.registry import QueueRegistry
 from conveyor.jobs.results import ResultSubscriber
+from conveyor.jobs.watching import WatchHub
 
 if TYPE_CHECKING:
     from conveyor.jobs.schedule import Declaration
@@ -60,6 +61,7 @@ class AppCore(QueueRegistry, Hooks):
         """The modules that a worker and the command line import, so that their tasks are known."""
         self._module = module  # which made the app
         self.result_subscriber = ResultSubscriber(client)
+        self.watch_hub = WatchHub(client, self.result_subscriber)
         self.tasks: dict[str, Task[..., Any]] = {}
         self.external_tasks: dict[str, Task[..., Any]] = {}
         """Tasks whose functions other programs have, by name: enqueued here and never run."""
@@ -90,11 +92,13 @@ class AppCore(QueueRegistry, Hooks):
 
     def close(self) -> None:
         """Close the connections of this process and leave the embedded server; a later use opens them again."""
+        self.watch_hub.close()
         self.result_subscriber.close()
         self.client.close()
 
     async def aclose(self) -> None:
         """Close the connections of this event loop, then the rest."""
+        self.watch_hub.close()
         self.result_subscriber.close()
         await self.client.aclose()
 

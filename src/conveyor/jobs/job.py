@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from asyncio import _get_running_loop, sleep
-from collections.abc import AsyncGenerator, Generator, Mapping
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from time import monotonic
 from time import sleep as pause_blocking
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast
@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast
 from conveyor import ids
 from conveyor.errors import ConfigurationError, ConveyorError, JobCancelled, JobFailed, JobNotFound, ResultExpired
 from conveyor.jobs.stream import Part, PartReader, place_of
+from conveyor.jobs.watching import Changes, WatchedJob, WatchHub, check_after, places
 from conveyor.payload.records import RAN, Failure, Status, read_leniently, read_outcome
 from conveyor.store import inspection, operations
 from conveyor.store.operations import ExistingId
 from conveyor.units import Duration, milliseconds
 
 if TYPE_CHECKING:
+    from conveyor.events import JobUpdate
     from conveyor.jobs.details import JobDetails
     from conveyor.jobs.results import ResultSubscriber, WaitReply
     from conveyor.jobs.why import Why
@@ -60,6 +62,8 @@ class JobCore(Protocol):
     def client(self) -> Client: ...
     @property
     def result_subscriber(self) -> ResultSubscriber: ...
+    @property
+    def watch_hub(self) -> WatchHub: ...
     @property
     def definitions(self) -> Mapping[str, ResultSpec]: ...
     @property
@@ -457,6 +461,26 @@ class Job(Generic[R_co]):
         finally:
             await parts.aclose()
 
+    # -- watching -------------------------------------------------------------------------------------------------
+
+    def watch(self, after: str | None = None) -> Generator[JobUpdate, None, None]:
+        """
+        Yield what happens to the job, as `StateChanged` and at last `JobEnded` (`conveyor.events`), until it has ended.
+
+        It begins with the first state, also of a job that has run for long. *after*: the `id` of the last update that was seen.
+        Redis announces the changes, and starts and ends are also found that were missed while it was away. Raises JobNotFound,
+        and ConfigurationError for an *after* that is no id of an update.
+        """
+        refuse_in_loop(self._core.client, "job.watch()", "async for update in job.awatch()")
+        return watch_jobs(self._core, [self], after)
+
+    def awatch(self, after: str | None = None) -> AsyncGenerator[JobUpdate, None]:
+        """Awaitable form of `watch`."""
+        return awatch_jobs(self._core, [self], after)
+
+    def _watched(self) -> WatchedJob:
+        return WatchedJob(self._keys(), self._bare_id, self._is_buffered)
+
     def _part_reader(self, place: tuple[int, int] | None) -> PartReader:
         core = self._core
         return PartReader(
@@ -515,6 +539,45 @@ class Job(Generic[R_co]):
             raise TimeoutError(
                 f"Job {self.id} waits until its parent has ended. It was not cancelled: ask again later."
             )
+
+
+def watch_jobs(core: JobCore, jobs: Sequence[Job[Any]], after: object) -> Generator[JobUpdate, None, None]:
+    """Yield what happens to *jobs*, until all have ended; *after* is checked at once."""
+    check_after(after, len(jobs))
+
+    def watch() -> Generator[JobUpdate, None, None]:
+        for job in jobs:
+            if job.queue is None:
+                job._look_up()  # noqa: SLF001
+        yield from core.watch_hub.watch(_changes(core, jobs, after))
+
+    return watch()
+
+
+def awatch_jobs(core: JobCore, jobs: Sequence[Job[Any]], after: object) -> AsyncGenerator[JobUpdate, None]:
+    """Awaitable form of `watch_jobs`."""
+    check_after(after, len(jobs))
+
+    async def watch() -> AsyncGenerator[JobUpdate, None]:
+        for job in jobs:
+            if job.queue is None:
+                await job._alook_up()  # noqa: SLF001
+        updates = core.watch_hub.awatch(_changes(core, jobs, after))
+        try:
+            async for update in updates:
+                yield update
+        finally:
+            await updates.aclose()
+
+    return watch()
+
+
+def _changes(core: JobCore, jobs: Sequence[Job[Any]], after: object) -> list[Changes]:
+    from conveyor.payload.sealed_records import RecordDecoder
+
+    decoder = RecordDecoder(core.sealing, core.formats)
+    watched = [job._watched() for job in jobs]  # noqa: SLF001
+    return [Changes(one, place, decoder) for one, place in zip(watched, places(after, watched), strict=True)]
 
 
 def _cancellation() -> Generator[float, int, CancelAnswer | None]:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from conveyor.ids import made_at_ms
+from conveyor.ids import made_at_ms, may_arrive_later
 from conveyor.payload.records import AttemptHistory, Envelope, Status, read_envelope, read_leniently
 from conveyor.store.job_filter import ANY_JOB, JobFilter, Walk, WalkStep, read_step
 from conveyor.store.keys import QueueKeys
@@ -19,7 +19,7 @@ DAMAGED = "(damaged)"
 COUNTS, LIST_JOBS, GET_JOB, WHY = Script("counts"), Script("list_jobs"), Script("get_job"), Script("why")
 FIND_JOBS, ZCARD = Script("find_jobs"), Script("ZCARD")
 WORKERS, AUDIT, UNPLACED = Script("workers"), Script("audit"), Script("unplaced")
-QUEUE_CAUSES = Script("queue_causes")
+QUEUE_CAUSES, WATCH_JOBS = Script("queue_causes"), Script("watch_jobs")
 COUNT_QUEUES, READ_STATS = Script("count_queues"), Script("read_stats")
 
 
@@ -374,6 +374,18 @@ def _read_finished(entry: bytes) -> FinishedJob:
 def get_job(keys: QueueKeys, id: str) -> Call[tuple[str, JobRow | None, bytes]]:  # noqa: A002
     """Return the call that says all about a job: (place, row, outcome record or mark); places as in get_job.lua."""
     return Call(GET_JOB, _job_keys(keys, id), (id,), _read_job(id))
+
+
+def watch_jobs(keys: QueueKeys, wanted: Sequence[str], channel: str) -> Call[list[tuple[str, JobRow | None, bytes]]]:
+    """Return the call that reads several jobs, as `get_job`, and registers *channel* for the changes of those that live."""
+    args = [channel]
+    for id_ in wanted:
+        args += (id_, "1" if may_arrive_later(id_) else "")
+    names = (keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.waiters, keys.none)
+    return Call(
+        WATCH_JOBS, names, args,
+        lambda reply: [_read_job(id_)(place) for id_, place in zip(wanted, reply, strict=True)],
+    )  # fmt: skip
 
 
 def why(keys: QueueKeys, id: str) -> Call[WaitFacts]:  # noqa: A002

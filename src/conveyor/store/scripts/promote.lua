@@ -1,5 +1,5 @@
 -- Make scheduled jobs ready now. One step of a walk.
--- needs: numbers keys tokens envelope rights limits groups leased leased_order heads walk
+-- needs: numbers keys tokens envelope rights changes limits groups leased leased_order heads walk
 --
 -- KEYS  1 due  2 jobs  3 wake  4-13 ready:0 … ready:9  14 conf  15 none
 -- ARGV  1… as in lib/walk.lua; of those that it finds the scheduled ones
@@ -35,6 +35,7 @@ if joining then
   write_counters(queue)
 end
 if #moved > 0 then wake(KEYS[3]) end
+if #moved > 0 and redis.call('HLEN', prefix .. 'waiters') > 0 then announce_changes(prefix .. 'waiters', moved, 's') end
 local reply = reply_of(walk, gone)
 for _, id in ipairs(moved) do reply[#reply + 1] = id end
 return reply

@@ -1,5 +1,5 @@
 -- Remove a worker's registration and return the jobs that it held to the front, so that the oldest is leased first.
--- needs: numbers keys listed tokens envelope tags unique outcome leased_order rights limits paused_tasks groups serving room expiry
+-- needs: numbers keys listed tokens envelope tags unique outcome leased_order rights changes limits paused_tasks groups serving room expiry
 --
 -- KEYS  1 leased:<worker>  2 workers  3 jobs  4 state  5 wake  6 waiters  7-16 ready:0 … ready:9  17 none
 --       18 due  19 conf
@@ -97,6 +97,7 @@ if #grouped > 0 then
   write_counters(queue)
 end
 if returned > 0 or queue.moved then wake(KEYS[5]) end
+if redis.call('HLEN', queue.waiters) > 0 then announce_changes(queue.waiters, ids, 's') end
 if line then call_next(queue.prefix) end
 if conf[2] then pcall(function() renew_expiry(queue.prefix, now) end) end
 return returned

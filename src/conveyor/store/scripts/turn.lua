@@ -1,5 +1,5 @@
 -- A worker's whole round trip: settle what it has finished, then lease up to N more jobs to it.
--- needs: numbers keys listed tokens envelope tags unique released outcome leased_order ended results rights parts limits paused_tasks groups settle promote lease rotation ageing upkeep room expiry
+-- needs: numbers keys listed tokens envelope tags unique released outcome leased_order ended results rights changes parts limits paused_tasks groups settle promote lease rotation ageing upkeep room expiry
 --
 -- KEYS  1 jobs  2 state  3 leased:<worker>  4 workers  5 due  6 wake  7 conf  8 dead  9 recent  10 waiters
 --       11-20 ready:0 … ready:9  21 none
@@ -81,6 +81,7 @@ local stateful = redis.call('HLEN', queue.state) > 0
 local urgent = redis.call('EXISTS', unpack(KEYS, 12, 20)) > 0
 if urgent then check('LLEN', unpack(KEYS, 12, 20)) end
 local awaited = redis.call('HLEN', queue.waiters) > 0
+if awaited then queue.changed = {} end -- ids of jobs that live, whose state changes
 local done, others, lost, kinds = read_settlements(queue, leased, 7, done_count, other_at, other_count)
 grouped = grouped or kinds.L
 if grouped then
@@ -199,5 +200,9 @@ end
 if line then call_next(queue.prefix) end
 change_tags('ZREM', queue.prefix, queue.untagged)
 if conf[5] then pcall(function() renew_expiry(queue.prefix, now) end) end
+if queue.changed then
+  for i = 1, taken do queue.changed[#queue.changed + 1] = ids[i] end
+  announce_changes(queue.waiters, queue.changed, 's')
+end
 return {number, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, (paused and 1 or 0) + (conf[5] and 2 or 0), missing, outbox,
   queue.schedules}

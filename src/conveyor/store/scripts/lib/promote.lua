@@ -22,10 +22,12 @@ local function promote_due(queue, first, now, missing)
       local group = found and group_of(found)
       if group then
         grouped[#grouped + 1] = {id, found.priority, group}
+        if queue.changed then queue.changed[#queue.changed + 1] = id end
       elseif envelope then
         local priority = found and found.priority or 0
         if priority > 0 then urgent = true end
         redis.call('RPUSH', KEYS[queue.ready + priority], id)
+        if queue.changed then queue.changed[#queue.changed + 1] = id end
       elseif string.byte(id, 2) == 9 then
         -- The alarm of a schedule: this worker carries it out, and another one is asked when it does not.
         queue.schedules[#queue.schedules + 1] = string.sub(id, 3)

@@ -91,6 +91,7 @@ local function settle_other(queue, leased, i, now, asked, ended)
     local ids = kind == 'R' and queue.retried or queue.freed
     ids[#ids + 1] = id
   end
+  if queue.changed and kind ~= 'S' and kind ~= 'G' and kind ~= 'E' then queue.changed[#queue.changed + 1] = id end
   if kind == 'S' then
     redis.call('RPUSH', queue.prefix .. 'outbox', record)
   elseif kind == 'E' then
