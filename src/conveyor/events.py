@@ -111,6 +111,15 @@ class StateChanged(JobUpdate):
 
 
 @dataclass(frozen=True, slots=True)
+class ProgressChanged(JobUpdate):
+    """The job has told a progress: `done` of `total`, and a text; None and "" stand for what it did not tell."""
+
+    done: float | None = None
+    total: float | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class JobEnded(JobUpdate):
     """The job is done, dead or cancelled; `reason` says why it was cancelled, `error` is the last one of a dead job."""
 

@@ -31,7 +31,7 @@ NAMES = {
         "LeaseLost PayloadError QueueFull QueueNotFound RateLimited ResultExpired RetryIn Snooze StoreUnavailable UnknownTask"
     ),
     "conveyor.events": (
-        "Event JobCancelledEvent JobDead JobDone JobEnded JobEvent JobLost JobRetried JobStarted JobUpdate StateChanged WorkerStarted "
+        "Event JobCancelledEvent JobDead JobDone JobEnded JobEvent JobLost JobRetried JobStarted JobUpdate ProgressChanged StateChanged WorkerStarted "
         "WorkerStopped"
     ),
     "conveyor.admin": "Admin sweep",

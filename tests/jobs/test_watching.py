@@ -10,7 +10,7 @@ import pytest
 import redis as redis_py
 
 from conveyor import ConfigurationError, Conveyor, JobNotFound, Retry, current
-from conveyor.events import JobEnded, JobUpdate, StateChanged
+from conveyor.events import JobEnded, JobUpdate, ProgressChanged, StateChanged
 from conveyor.jobs import watching
 from conveyor.payload.records import AttemptHistory, Failure, Outcome, to_json
 from conveyor.store import operations
@@ -140,6 +140,30 @@ async def test_a_real_run_and_its_replay(app: Conveyor, redis: redis_py.Redis) -
     assert [one for one in told(later) if not one.endswith(("ready", "scheduled"))] == ended
     assert [one for one in told(resumed) if not one.endswith(("ready", "scheduled"))] == ["3-leased", "3-done"]
     await until(lambda: not redis.exists(WAITERS))
+
+
+async def test_progress_is_told(app: Conveyor) -> None:
+    """A progress reaches the watcher while the job runs, and the last one is not told again to one that goes on behind it."""
+    go_on = asyncio.Event()
+
+    @app.task
+    async def count() -> None:
+        current().progress(3, 10, "counting")
+        await go_on.wait()
+
+    job = await count.aenqueue()
+    async with working(app):
+        async for update in job.awatch():
+            if isinstance(update, ProgressChanged):
+                assert (update.state, update.done, update.total, update.text) == ("leased", 3, 10, "counting")
+                break
+        resumed = asyncio.create_task(until_end(job, update.id))
+        go_on.set()
+        assert await resumed == ["1-done"]
+
+
+async def until_end(job: Any, after: str) -> list[str]:
+    return [update.id async for update in job.awatch(after)]
 
 
 async def test_many_watchers_share_a_subscription(app: Conveyor, redis: redis_py.Redis) -> None:

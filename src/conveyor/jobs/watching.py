@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from conveyor.errors import ConfigurationError, ConveyorError, JobNotFound, StoreUnavailable
-from conveyor.events import JobEnded, JobUpdate, StateChanged
+from conveyor.events import JobEnded, JobUpdate, ProgressChanged, StateChanged
 from conveyor.ids import may_arrive_later, public
 from conveyor.jobs.results import CHECK_AGAIN, Listener, OutageTimer, call_soon, release
 from conveyor.payload.records import AttemptHistory, Failure, read_outcome
@@ -150,6 +151,7 @@ class Changes:
         attempt = row.state.starts + 1
         if row.status == "leased":
             self._start(events, attempt, row.leased_ms)
+            self._tell_progress(events, attempt, row.state.progress)
         elif _STAGES[self.place.state] == 1 or row.status != self.place.state:
             if events and events[-1].attempt == attempt and events[-1].state in {"ready", "scheduled"}:
                 last = events.pop()  # it was a guess, from what is left of it
@@ -157,6 +159,16 @@ class Changes:
                 self._add(events, StateChanged, Place(attempt, row.status), error=error)
             else:
                 self._add(events, StateChanged, Place(attempt, row.status))
+
+    def _tell_progress(self, events: list[JobUpdate], attempt: int, stored: bytes) -> None:
+        assert self.place is not None
+        mark = f"{zlib.crc32(stored):08x}" if stored else ""
+        if not stored or mark == self.place.progress:
+            return
+        known = self._decoder.progress(stored, self.job.keys.queue, self.job.id)
+        if known is not None:
+            place = Place(attempt, "leased", mark)
+            self._add(events, ProgressChanged, place, done=known.done, total=known.total, text=known.text)
 
     def _end(
         self, events: list[JobUpdate], state: Status, attempt: int, at: int, reason: str, failure: Failure | None
