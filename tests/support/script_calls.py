@@ -175,6 +175,10 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
         lambda k: operations.redrive_some(k, Walk(JobFilter(tag="a"), ("dead",))), {"dead", "jobs", "state", "ready:3", "tag:a"},
     ),
     "promote": (lambda k: operations.promote(k, "s1"), {"due", "jobs", "ready:2"}),
+    "update-ready": (
+        lambda k: operations.update(k, "r2", b"p5\n" + REST[1:], delay_ms=60_000, priority=3, attributes="\tgg", rest=REST),
+        {"jobs", "due", "dead", "workers", "leased:w", "conf"} | {f"ready:{n}" for n in range(10)},
+    ),
     "purge-ready": (
         lambda k: operations.purge(k, "ready", 10), {"jobs", "state", "conf", "waiters"} | {f"ready:{n}" for n in range(10)},
     ),

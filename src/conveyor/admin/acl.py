@@ -69,7 +69,7 @@ _PRODUCER = Role(
     (
         operations.PUSH, operations.PUSH_PLAIN, operations.WITHDRAW, operations.LEAVE_ROOM, plain_list.LIST_PUSH,
         operations.AWAIT_RESULT,
-        operations.FORGET, operations.CANCEL, streams.READ_STREAM, inspection.WATCH_JOBS,
+        operations.FORGET, operations.CANCEL, operations.UPDATE, streams.READ_STREAM, inspection.WATCH_JOBS,
         inspection.GET_JOB, inspection.WHY, inspection.COUNTS, partitions.CLAIM_PARTITIONS,
         inspection.FIND_JOBS, partitions.COUNT, topics.PUBLISH, topics.SUBSCRIBE, topics.SUBSCRIBERS,
         limits.DECLARE_LIMITS, operations.SET_EXPIRY, schedules.SCHEDULE_PUT, schedules.SCHEDULE_CHANGE, schedules.SCHEDULE_READ,
@@ -113,7 +113,7 @@ _OPERATOR = Role(
     "reads, and acts on queues and jobs: pause, purge, redrive, repair, retry, cancel, delete",
     (
         operations.CONFIGURE, operations.PURGE, operations.LIST_INTAKE, operations.REDRIVE,
-        operations.PROMOTE,
+        operations.PROMOTE, operations.UPDATE,
         operations.CANCEL, partitions.CLAIM_PARTITIONS, partitions.REPARTITION, inspection.UNPLACED, operations.REPAIR,
         operations.DELETE, topics.SUBSCRIBE, limits.SET_LIMITS, worker_commands.COMMAND_WORKER, worker_commands.RELEASE_BUILD,
     ),

@@ -883,6 +883,7 @@ class Admin:
                     "worker": run.worker,
                     "headers": run.headers,
                     "tags": run.tags,
+                    "origin": run.origin or None,
                 }
                 base["payload"] = self._decoder.arguments(run, queue, lookup.id)
             base["progress"] = self._decoder.progress(bytes(outcome.progress), queue, lookup.id)

@@ -80,7 +80,7 @@ class JobInfo:
     `leased_at`: since when a worker holds the job; it runs from then on, unless all places of the worker are taken. `worker`,
     `host` and `pid`: who holds it. `timeout_ms`: the time limit of an attempt, its own or that of its task in the worker that
     holds it; None: no limit, or nobody holds it and it has none of its own. `limits`: the limits that it counts for, as
-    ``name`` or ``name:key``. `progress`, `notes`: what the job said of itself.
+    ``name`` or ``name:key``. `progress`, `notes`: what the job said of itself. `origin`: the job that it runs again.
     """
 
     id: str
@@ -113,6 +113,7 @@ class JobInfo:
     tags: list[str] = field(default_factory=list)
     progress: Progress | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    origin: str | None = None
 
     @property
     def since(self) -> datetime | None:
@@ -169,16 +170,22 @@ class FailureSummary:
     total: int
 
 
+Outcome = Literal[
+    "retried", "enqueued", "changed", "cancelled", "asked", "deleted", "done", "dead", "refused", "not found"
+]  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class ActionResult:
     """
     The result of an action on one id.
 
-    `refused`, `not found`: nothing changed. `asked`: the worker that runs the job was asked to stop it.
+    `refused`, `not found`: nothing changed. `asked`: the worker that runs the job was asked to stop it. `done`, `dead`: it ended so
+    before it was cancelled.
     """
 
     id: str
-    outcome: Literal["retried", "cancelled", "asked", "deleted", "refused", "not found"]
+    outcome: Outcome
     detail: str = ""
 
     @property
@@ -244,6 +251,7 @@ def live_job(queue: str, row: JobRow, decoder: RecordDecoder, limit: int = MAX_L
         keys=[str(key) for key in envelope.keys],
         headers=dict(envelope.extra.headers),
         tags=envelope.tags,
+        origin=envelope.extra.origin or None,
         payload=decoder.preview(envelope.body, queue, name, row.id, limit=limit, call=bool(envelope.task)),
         errors=[error_info(decoder.failure(failure, queue, row.id)) for failure in state.failures_list()],
         worker=row.extra if leased else None,

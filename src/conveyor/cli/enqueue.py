@@ -11,7 +11,7 @@ import click
 
 from conveyor.cli.command import LeafCommand
 from conveyor.cli.completion import complete_queues, complete_tasks
-from conveyor.cli.output import Output, machine_text, parse_seconds
+from conveyor.cli.output import Output, machine_text, parse_instant, parse_seconds
 from conveyor.cli.target import Target, redis_options
 from conveyor.errors import ConfigurationError, JobFailed, PayloadError, UnknownTask
 
@@ -55,10 +55,10 @@ def enqueue(
     seconds = None if timeout is None else parse_seconds(timeout, name="--timeout")
     _, app = target.load_app()
     chosen = _find_task(app, task)
-    args, kwargs = _parse_arguments(definition_of(chosen).signature, pairs, document)
+    args, kwargs = parse_arguments(definition_of(chosen).signature, pairs, document)
     delay_seconds = None if delay is None else parse_seconds(delay, name="--in")
     bound = chosen.options(
-        delay=delay_seconds, at=_parse_instant(at), queue=queue, priority=priority, id=own_id, tags=tags
+        delay=delay_seconds, at=parse_instant(at), queue=queue, priority=priority, id=own_id, tags=tags
     )
     job = bound.enqueue(*args, **kwargs)
     if not wait:
@@ -111,9 +111,10 @@ def _find_task(app: Any, name: str) -> Any:
     raise UnknownTask(f"There is no task {name!r}.{advice}\nKnown: {known}. Nothing was enqueued.")
 
 
-def _parse_arguments(
+def parse_arguments(
     signature: TaskSignature, pairs: tuple[str, ...], document: str | None
 ) -> tuple[Sequence[Any], dict[str, Any]]:
+    """Return the arguments by position and by name that a command line gives; raises PayloadError."""
     args: Sequence[Any] = []
     kwargs: dict[str, Any] = {}
     if document is not None:
@@ -140,19 +141,3 @@ def _parse_arguments(
             raise PayloadError(f"Argument {name!r} is given twice. Nothing was enqueued.")
         kwargs[name] = signature.convert_text(name, text)
     return args, kwargs
-
-
-def _parse_instant(text: str | None) -> Any:
-    if text is None:
-        return None
-    from datetime import datetime
-
-    try:
-        instant = datetime.fromisoformat(text)
-    except ValueError as error:
-        raise ConfigurationError(f"--at {text!r} is not an ISO 8601 instant such as 2026-05-01T09:00+02:00.") from error
-    if instant.tzinfo is None:
-        raise ConfigurationError(
-            f"--at {text!r} has no time zone. Add one: 2026-05-01T09:00+02:00, or Z for UTC.", code="E18"
-        )
-    return instant

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from dataclasses import fields as dataclass_fields
 from datetime import timedelta
 from itertools import islice
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,15 +17,33 @@ import click
 from conveyor.cli.command import CommandGroup
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.filters import selection_options
-from conveyor.cli.output import Output, ProgressLine, confirm_options, machine_text, quantity, short_time
+from conveyor.cli.output import (
+    Output,
+    ProgressLine,
+    confirm_options,
+    machine_text,
+    parse_instant,
+    parse_seconds,
+    quantity,
+    short_time,
+)
 from conveyor.cli.queue import say_unanswered
 from conveyor.cli.target import Target, redis_options
+from conveyor.errors import (
+    ConfigurationError,
+    JobCancelled,
+    JobFailed,
+    JobNotFound,
+    PayloadError,
+    ResultExpired,
+    UnknownTask,
+)
 from conveyor.units import span
 
 if TYPE_CHECKING:
     from conveyor.admin.admin import Admin
     from conveyor.admin.job_query import JobQuery
-    from conveyor.admin.views import ActionResult, ErrorInfo, JobInfo
+    from conveyor.admin.views import ActionResult, ErrorInfo, JobInfo, Outcome
     from conveyor.jobs.why import Why
     from conveyor.messaging.selection import ActionName
     from conveyor.store.job_filter import JobFilter
@@ -38,7 +57,7 @@ SEARCHED = 200_000
 
 @click.group(cls=CommandGroup)
 def job() -> None:
-    """List, show, explain, retry, cancel and delete jobs and messages."""
+    """List, show, explain, change, retry, cancel and delete jobs and messages."""
 
 
 @job.command("list")
@@ -209,6 +228,7 @@ def show(target: Target, out: Output, id_: str) -> None:
             ),
             ("headers", ", ".join(f"{key}={value}" for key, value in info.headers.items())),
             ("tags", ", ".join(info.tags)),
+            ("origin", info.origin),
             ("payload", info.payload),
             ("result", info.result),
             *(
@@ -247,17 +267,76 @@ def _why_document(why: Why) -> dict[str, Any]:
 
 
 @job.command()
+@click.argument("id_", metavar="ID")
+@click.argument("pairs", nargs=-1, metavar="[K=V]...")
+@click.option("--args", "document", metavar="JSON", help="New arguments as a JSON object; the others stay.")
+@click.option("--in", "delay", metavar="10m", help="Start it after this delay; 0 for now.")
+@click.option("--at", metavar="ISO", help="Start it at this time: 2026-05-01T09:00+02:00.")
+@click.option("--priority", type=click.IntRange(0, 9), help="0 to 9, higher goes first.")
+@redis_options
+def update(
+    target: Target, out: Output, id_: str, pairs: tuple[str, ...], document: str | None, delay: str | None, at: str | None,
+    priority: int | None,
+) -> int:  # fmt: skip
+    """
+    Change a job that waits: when it starts, its priority, or some of its arguments.
+
+    Exit code 6: it has started, or ended. Arguments are checked by the signature of the task, so they need the app.
+    """
+    if delay is not None and at is not None:
+        raise click.UsageError("--in and --at both say when: give one of them.")
+    if not (pairs or document or delay or at) and priority is None:
+        raise click.UsageError("Nothing is to change: give --in, --at, --priority, or arguments as K=V.")
+    app = target.load_app()[1] if pairs or document else target.app_or_client()
+    handle, changes = app.job(id_), {}
+    if pairs or document:
+        changes["args"] = _new_arguments(app, handle, pairs, document)
+    seconds = None if delay is None else parse_seconds(delay, name="--in")
+    done = handle.update(delay=seconds, at=parse_instant(at), priority=priority, **changes)
+    outcome = _outcome(handle.id, "changed" if done else "refused", "" if done else f"it is {handle.status()}")
+    _show_outcomes(out, "update", [outcome])
+    return ExitCode.OK if done else ExitCode.REFUSED
+
+
+def _outcome(id_: str, outcome: Outcome, detail: str = "") -> ActionResult:
+    from conveyor.admin.views import ActionResult
+
+    return ActionResult(id_, outcome, detail)
+
+
+def _new_arguments(app: Any, handle: Any, pairs: tuple[str, ...], document: str | None) -> dict[str, Any]:
+    """Return the new arguments of a job by name, in the types of its task's parameters."""
+    from conveyor.cli.enqueue import parse_arguments
+    from conveyor.jobs.task import definition_of
+
+    handle.status()  # learns the task
+    if handle.task not in app.tasks:
+        return {pair.partition("=")[0]: None for pair in pairs} or {"": None}  # `update` says what is missing
+    args, kwargs = parse_arguments(definition_of(app.tasks[handle.task]).signature, pairs, document)
+    if args:
+        raise PayloadError("--args takes an object: the new arguments by name. Nothing was changed.")
+    return kwargs
+
+
+@job.command()
 @click.argument("ids", nargs=-1, metavar="[ID... | -]")
+@click.option(
+    "--again", is_flag=True, help="Enqueue new jobs with the arguments of these, which have ended, well or not."
+)
 @selection_options
 @confirm_options
 @redis_options
-def retry(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run: bool, **selection: Any) -> int:
+def retry(
+    target: Target, out: Output, ids: tuple[str, ...], again: bool, yes: bool, dry_run: bool, **selection: Any
+) -> int:
     """
     Make dead and scheduled jobs ready now.
 
     Dead ones get a new budget of attempts. Jobs are named by ids, or chosen by options: of those the dead ones, unless --state
     says otherwise.
     """
+    if again:
+        return _run_again(target, out, _named_ids(ids, **selection), dry_run=dry_run)
     admin = target.admin()
     action: ActionName = "promote" if selection["state"] == "scheduled" else "redrive"
     if (chosen := _named_ids(ids, **selection)) is None:
@@ -268,22 +347,94 @@ def retry(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run:
     return _act(out, "retry", chosen, admin.retry, "Retry {}?" if dry_run else "", yes=yes, dry_run=dry_run)
 
 
+def _run_again(target: Target, out: Output, chosen: list[str] | None, *, dry_run: bool) -> int:
+    """Enqueue a new job for each of some that have ended, and print their ids."""
+    if chosen is None:
+        raise click.UsageError("--again takes ids.")
+    if dry_run:
+        out.say(f"Would enqueue {_describe_ids(chosen)} again.")
+        return ExitCode.OK
+    app = target.load_app()[1]
+    results: list[ActionResult] = []
+    for one in chosen:
+        try:
+            results.append(_outcome(one, "enqueued", app.job(one).rerun().id))
+        except JobNotFound:
+            results.append(_outcome(one, "not found", ""))
+        except (ConfigurationError, UnknownTask, ResultExpired, PayloadError) as error:
+            results.append(_outcome(one, "refused", str(error).partition("\n")[0]))
+    _show_outcomes(out, "retry", results)
+    if any(one.outcome == "not found" for one in results):
+        return ExitCode.NOT_FOUND
+    return ExitCode.REFUSED if any(one.outcome == "refused" for one in results) else ExitCode.OK
+
+
 @job.command()
 @click.argument("ids", nargs=-1, metavar="[ID... | -]")
+@click.option("--wait", is_flag=True, help="Wait until they have ended, and tell how.")
+@click.option("--timeout", metavar="5s", help="With --wait: exit 124 when it takes longer.")
 @selection_options
 @confirm_options
 @redis_options
-def cancel(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run: bool, **selection: Any) -> int:
+def cancel(
+    target: Target,
+    out: Output,
+    ids: tuple[str, ...],
+    wait: bool,
+    timeout: str | None,
+    yes: bool,
+    dry_run: bool,
+    **selection: Any,
+) -> int:
     """
     Cancel jobs that have not ended.
 
-    A running job is stopped by its worker. Jobs are named by ids, or chosen by options.
+    A running job is stopped by its worker. Jobs are named by ids, or chosen by options. With --wait the exit code is 6 when one
+    of them ended otherwise.
     """
+    if timeout is not None and not wait:
+        raise click.UsageError("--timeout goes with --wait.")
+    if wait:
+        return _cancel_and_wait(target, out, _named_ids(ids, **selection), timeout, yes=yes, dry_run=dry_run)
     admin, question = target.admin(), "Cancel {}?"
     if (chosen := _named_ids(ids, **selection)) is None:
         return _act_on_filter(out, admin, "cancel", "cancel", question, yes=yes, dry_run=dry_run, **selection)
     asks = len(chosen) > 1 or dry_run
     return _act(out, "cancel", chosen, admin.cancel, question if asks else "", yes=yes, dry_run=dry_run)
+
+
+def _cancel_and_wait(
+    target: Target, out: Output, chosen: list[str] | None, timeout: str | None, *, yes: bool, dry_run: bool
+) -> int:
+    """Cancel jobs, wait until each has ended, and print how."""
+    if chosen is None:
+        raise click.UsageError("--wait takes ids.")
+    if len(chosen) > 1 and not out.confirm(f"Cancel {_describe_ids(chosen)}?", yes=yes, dry_run=dry_run):
+        return ExitCode.OK
+    deadline = None if timeout is None else monotonic() + parse_seconds(timeout, name="--timeout")
+    handles = [target.app_or_client().job(one) for one in chosen]
+    for handle in handles:
+        handle.cancel()
+    ends = [_end_of(handle, None if deadline is None else max(0.0, deadline - monotonic())) for handle in handles]
+    _show_outcomes(out, "cancel", ends)
+    if any(end.outcome == "asked" for end in ends):
+        return ExitCode.TIMED_OUT
+    return ExitCode.OK if all(end.outcome == "cancelled" for end in ends) else ExitCode.REFUSED
+
+
+def _end_of(handle: Any, seconds: float | None) -> ActionResult:
+    """Wait until a job that was cancelled has ended, and return how."""
+    try:
+        handle.result(timeout=seconds)
+    except JobCancelled as error:
+        return _outcome(handle.id, "cancelled", str(error))
+    except JobFailed as error:
+        return _outcome(handle.id, "dead", f"{error.type}: {error.message}")
+    except TimeoutError:
+        return _outcome(handle.id, "asked", "its worker was asked to stop it, and it has not ended")
+    except ResultExpired:
+        pass
+    return _outcome(handle.id, "done", "it ended well before it could be stopped")
 
 
 @job.command()
@@ -367,13 +518,17 @@ def _act(
     if question and not out.confirm(question.format(_describe_ids(chosen)), yes=yes, dry_run=dry_run):
         return ExitCode.OK
     results = action(chosen)
+    _show_outcomes(out, schema, results)
+    if any(one.outcome == "not found" for one in results):
+        return ExitCode.NOT_FOUND
+    return ExitCode.OK if all(one.done for one in results) else ExitCode.REFUSED
+
+
+def _show_outcomes(out: Output, schema: str, results: Sequence[ActionResult]) -> None:
     if out.as_json:
         out.document(schema, jobs=results)
     else:
         _print_outcomes(out, results, always=True)
-    if any(one.outcome == "not found" for one in results):
-        return ExitCode.NOT_FOUND
-    return ExitCode.OK if all(one.done for one in results) else ExitCode.REFUSED
 
 
 def _print_outcomes(out: Output, results: Sequence[ActionResult], *, always: bool = False) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import click
 
 from conveyor.cli.exit import ExitCode
+from conveyor.errors import ConfigurationError
 from conveyor.ids import CONTROL_IN_LINES, clean, clean_lines
 from conveyor.units import span
 
@@ -272,3 +273,18 @@ def _print_aligned(
 def _colour_state(cell: str) -> str:
     colour = _COLOURS.get(cell.strip())
     return click.style(cell, fg=colour) if colour else cell
+
+
+def parse_instant(text: str | None) -> datetime | None:
+    """Return what --at says; raises ConfigurationError."""
+    if text is None:
+        return None
+    try:
+        instant = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigurationError(f"--at {text!r} is not an ISO 8601 instant such as 2026-05-01T09:00+02:00.") from error
+    if instant.tzinfo is None:
+        raise ConfigurationError(
+            f"--at {text!r} has no time zone. Add one: 2026-05-01T09:00+02:00, or Z for UTC.", code="E18"
+        )
+    return instant

@@ -97,6 +97,17 @@ class Target:
         """The app that `client` had to load; None: flags and environment were enough."""
         return self._app
 
+    def app_or_client(self) -> Any:
+        """Return the app, or where none is named one without tasks on the server: for what a handle of a job does."""
+        if reference(self.app_name, self.settings) is not None:
+            return self.load_app()[1]
+        from conveyor.jobs.app import Conveyor
+
+        app = Conveyor(self.url or self.server_url, namespace=self._namespace() or "conveyor")
+        app.client.retry_for = self.retry_for
+        click.get_current_context().call_on_close(app.close)
+        return app
+
     def admin(self) -> Admin:
         """Return the administration interface of the client."""
         from conveyor.admin.admin import Admin

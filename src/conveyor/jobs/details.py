@@ -24,7 +24,8 @@ class JobDetails:
     `arguments`: by name, as JSON values; None where they are not kept: longer than 2 KiB, sealed with a key that this program
     does not have, or of a job that ended without a kept result. `attempts`: how often it was started. `worker`: `host:pid` of
     the one that holds it, else of the last that ended an attempt. `started`: the last start, of a job that is held the instant
-    of its lease, None where that is not kept. `reason`: why it was cancelled. `progress`, `notes`: what it said of itself.
+    of its lease, None where that is not kept. `reason`: why it was cancelled. `origin`: the id of the job that this one runs again.
+    `progress`, `notes`: what it said of itself.
     """
 
     id: str
@@ -40,6 +41,7 @@ class JobDetails:
     ended: datetime | None = None
     reason: str = ""
     tags: tuple[str, ...] = ()
+    origin: str | None = None
     progress: Progress | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -55,6 +57,7 @@ def live_details(queue: str, row: JobRow, decoder: RecordDecoder) -> JobDetails:
         _holder(row) if leased else errors[-1].worker if errors else None, _instant(made_at_ms(row.id)), _instant(row.leased_ms),
         _instant(int(row.extra)) if row.status == "dead" else None, tags=tuple(envelope.tags),
         progress=decoder.progress(row.state.progress, queue, row.id), notes=decoder.notes(row.state.notes, queue, row.id),
+        origin=envelope.extra.origin or None,
     )  # fmt: skip
 
 
@@ -68,6 +71,7 @@ def ended_details(queue: str, id: str, status: Status, record: bytes, decoder: R
     return JobDetails(
         public(queue, id), queue, status, run.task or None, _value(decoder.arguments(run, queue, id)), dict(run.headers),
         run.attempt, run.worker or None, enqueued, _instant(run.started), _instant(outcome.at), outcome.reason, tuple(run.tags),
+        run.origin or None,
         decoder.progress(bytes(outcome.progress), queue, id), decoder.notes(bytes(outcome.notes), queue, id),
     )  # fmt: skip
 

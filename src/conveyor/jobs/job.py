@@ -18,7 +18,10 @@ from conveyor.store.operations import ExistingId
 from conveyor.units import Duration, milliseconds
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from conveyor.events import JobUpdate
+    from conveyor.jobs.changes import Again, JobChange
     from conveyor.jobs.details import JobDetails
     from conveyor.jobs.results import ResultSubscriber, WaitReply
     from conveyor.jobs.why import Why
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from conveyor.payload.pipeline import PayloadPipeline
     from conveyor.store.client.client import Client
     from conveyor.store.keys import QueueKeys
+    from conveyor.store.script import Call
 
 _POLL = 0.02
 """Seconds between two checks of the buffer of this program."""
@@ -534,11 +538,91 @@ class Job(Generic[R_co]):
             self._refuse_waiting(self._status(await self._alook_up()))
         return answer or ""
 
-    def _refuse_waiting(self, status: Status) -> None:
+    def _refuse_waiting(self, status: Status, done: str = "cancelled") -> None:
         if status == "waiting":
-            raise TimeoutError(
-                f"Job {self.id} waits until its parent has ended. It was not cancelled: ask again later."
+            raise TimeoutError(f"Job {self.id} waits until its parent has ended. It was not {done}: ask again later.")
+
+    # -- changing, running again ----------------------------------------------------------------------------------
+
+    def update(
+        self, *, delay: Duration | None = None, at: datetime | None = None, priority: int | None = None,
+        args: Mapping[str, Any] | None = None,
+    ) -> bool:  # fmt: skip
+        """
+        Change the job while it waits, in one step; return False when it has started, or ended.
+
+        It is due after *delay*, 0 for now, or *at* an instant. *args* take the places of stored arguments of those names and are
+        checked as those of a call. A job that waits for its next attempt can be changed too. Raises PayloadError for
+        arguments that do not fit, ConfigurationError for what cannot be changed (a unique key), UnknownTask for arguments of a
+        task that this program does not know, and what `cancel` does. Then nothing is changed.
+        """
+        refuse_in_loop(self._core.client, "job.update()", "await job.aupdate()")
+        change, client = self._change(delay, at, priority, args), self._core.client
+        self._wait_for_buffer(client.retry_for)
+        while (call := self._update_call(change, self._look_up())) is not None:
+            if (answer := client.run(call)) >= 0:
+                return self._updated(change, answer)
+        return False
+
+    async def aupdate(
+        self, *, delay: Duration | None = None, at: datetime | None = None, priority: int | None = None,
+        args: Mapping[str, Any] | None = None,
+    ) -> bool:  # fmt: skip
+        """Awaitable form of `update`."""
+        change, client = self._change(delay, at, priority, args), self._core.client
+        await self._await_buffer(client.retry_for)
+        while (call := self._update_call(change, await self._alook_up())) is not None:
+            if (answer := await client.arun(call)) >= 0:
+                return self._updated(change, answer)
+        return False
+
+    def _change(
+        self, delay: Duration | None, at: datetime | None, priority: int | None, args: Mapping[str, Any] | None
+    ) -> JobChange:
+        from conveyor.jobs.changes import JobChange
+
+        return JobChange(self._core, delay, at, priority, args)
+
+    def _update_call(self, change: JobChange, lookup: JobLookup) -> Call[operations.UpdateAnswer] | None:
+        """Return the call that changes the job as it was read; None when it does not wait."""
+        row = lookup[1]
+        if row is None:
+            self._refuse_waiting(self._status(lookup), "changed")
+        return None if row is None or row.status in {"leased", "dead"} else change.call(self._keys(), row)
+
+    def _updated(self, change: JobChange, answer: int) -> bool:
+        if answer and change.replaced_blob is not None and self._core.sealing is not None:
+            self._core.sealing.delete(change.replaced_blob)
+        return answer == 1
+
+    def rerun(self) -> Job[R_co]:
+        """
+        Enqueue a new job with the task, arguments and options of this one, which has ended; return its handle.
+
+        The new one knows this one as `info().origin`. The arguments of a dead letter are kept as long as it is, those of a job
+        that ended well as long as its result, up to 2 KiB. Raises ResultExpired without them, ConfigurationError for a job that
+        has not ended, UnknownTask for a task that this program does not know, JobNotFound, and what `enqueue` does.
+        """
+        refuse_in_loop(self._core.client, "job.rerun()", "await job.arerun()")
+        again = self._again(self._look_up())
+        return cast("Job[R_co]", again.task.enqueue(again.outgoing, None, again.args, again.kwargs))
+
+    async def arerun(self) -> Job[R_co]:
+        """Awaitable form of `rerun`."""
+        again = self._again(await self._alook_up())
+        return cast("Job[R_co]", await again.task.aenqueue(again.outgoing, None, again.args, again.kwargs))
+
+    def _again(self, lookup: JobLookup) -> Again:
+        from conveyor.jobs.changes import run_again
+
+        where, row, record = lookup
+        if self._is_buffered() or (row is None and self._status(lookup) == "waiting"):
+            raise ConfigurationError(
+                f"Job {self.id} waits: only a job that has ended runs again. Nothing was enqueued."
             )
+        return run_again(
+            self._core, str(self.queue), self._bare_id, row, read_outcome(record) if where == "result" else None
+        )
 
 
 def watch_jobs(core: JobCore, jobs: Sequence[Job[Any]], after: object) -> Generator[JobUpdate, None, None]:

@@ -90,10 +90,10 @@ def entry_of(
             uniqueness.refuse_deferred(outgoing.task)
     extra = needs
     options = (outgoing.timeout_ms, outgoing.keep_ms, outgoing.attempts)
-    if outgoing.headers or outgoing.version != 1 or options != (None, None, None):
+    if outgoing.headers or outgoing.version != 1 or options != (None, None, None) or outgoing.origin:
         extra = msgspec.structs.replace(
             needs or EnvelopeOptions(), headers=check_headers(outgoing.headers), timeout_ms=options[0], keep_ms=options[1],
-            attempts=options[2], version=outgoing.version,
+            attempts=options[2], version=outgoing.version, origin=outgoing.origin,
         )  # fmt: skip
     own = deferred or outgoing.id is not None
     if outgoing.id is not None:

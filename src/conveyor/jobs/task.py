@@ -257,6 +257,7 @@ class TaskDefinition:
             tags=outgoing.tags,
             room_timeout_ms=outgoing.room_timeout_ms,
             group=outgoing.group,
+            origin=outgoing.origin,
         )
         if self.core.push_middlewares:
             for middleware in self.core.push_middlewares:

@@ -43,7 +43,8 @@ class Outgoing:
     and `queue` is empty. All but `task`, `topic` and `version` may be changed, of a message `queue` neither, nor what only a
     job has: `timeout_ms`, `keep_ms`, `attempts`. `headers` reach the job as `context.headers`, a consumer as
     `message.headers`, and `tags` likewise. Times in ms. `id` is the caller's own, None when one will be made. None elsewhere:
-    as the task, or the queue, has it. `room_timeout_ms`: how long its producer waits for room in a full queue.
+    as the task, or the queue, has it. `room_timeout_ms`: how long its producer waits for room in a full queue. `origin`: the id of
+    the job that this one runs again.
     """
 
     task: str
@@ -67,6 +68,7 @@ class Outgoing:
     room_timeout_ms: int | None = None
     topic: str = ""
     group: str | None = None
+    origin: str = ""
 
 
 class LoadKeys(NamedTuple):

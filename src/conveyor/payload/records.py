@@ -51,6 +51,7 @@ class EnvelopeOptions(
     The rarely used part of an envelope: headers, options given for this one job, and the topic that a message is of.
 
     `pin`: the build whose workers alone run the job; it comes first, where a script finds it. `requires`: labels of the worker.
+    `origin`: the public id of the job that this one runs again.
     """
 
     pin: str = ""
@@ -61,6 +62,7 @@ class EnvelopeOptions(
     version: int = 1
     topic: str = ""
     requires: list[str] = []
+    origin: str = ""
 
 
 class Failure(msgspec.Struct, omit_defaults=True):
@@ -92,6 +94,7 @@ class RunRecord(msgspec.Struct, omit_defaults=True):
     version: int = 1
     body: msgspec.Raw = msgspec.Raw(b"")
     packed: str = ""
+    origin: str = ""
 
 
 class Outcome(msgspec.Struct, omit_defaults=True):

@@ -111,7 +111,7 @@ class RecordDecoder(NamedTuple):
     def arguments(self, run: RunRecord, queue: str, id: str) -> str | None:  # noqa: A002
         """Return the arguments of a run as people see them; None where they are not kept."""
         try:
-            body = _bytes(run.packed) if run.packed else bytes(run.body)
+            body = stored_arguments(run)
         except PayloadError as error:
             return str(error)
         return self.preview(body, queue, sealed_name(run.task, run.version), id, call=True) if body else None
@@ -134,6 +134,11 @@ class RecordDecoder(NamedTuple):
     def failure(self, failure: Failure, queue: str, id: str) -> Failure:  # noqa: A002
         """Return an error with its texts, as far as they can be read."""
         return open_failure(self.sealing, failure, queue, id)
+
+
+def stored_arguments(run: RunRecord) -> bytes:
+    """Return the arguments of a run as its envelope had them; b"" where they are not kept. Raises PayloadError."""
+    return _bytes(run.packed) if run.packed else bytes(run.body)
 
 
 def _text(data: bytes) -> bytes:

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import msgspec
@@ -228,6 +228,30 @@ class TaskSignature:
             return list(values), {}
         return self._spread(values)
 
+    def changed(self, body: bytes, changes: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """
+        Return the arguments of a stored call with some of them replaced by name; those that were not given stay away.
+
+        Raises PayloadError: E03 for a name that is no argument, E15 where the stored ones do not fit the function.
+        """
+        for name in changes:
+            if name in self.injected or not (name in self._parameters or self._others):
+                raise self.refusal(str(self._misfit((), {name: None})))
+        args, kwargs = self.decode(body)
+        values = self._signature.bind(*args, **kwargs).arguments
+        given = _names(body) if body[:1] != MARK else self.formats.split_arguments(body)[1].keys()
+        if self._rest or self._others or not given <= {"*", "**"}:  # else it was enqueued without this signature
+            for name in [name for name in values if self._key(name) not in given]:
+                del values[name]
+        others = dict(values.pop(self._others, {})) if self._others else {}
+        rest = values.pop(self._rest, ()) if self._rest else ()
+        for name, value in changes.items():
+            own = name in self._parameters and name not in {self._rest, self._others}
+            (values if own else others)[name] = value
+        by_position = self._positional if rest else self._positional_only
+        positional = [values.pop(name) for name in by_position if name in values]
+        return (*positional, *rest), values | others
+
     def _bind_external(self, body: bytes) -> tuple[Any, ...] | None:
         """Return the values of a call that was enqueued without this signature: ``{"*": […], "**": {…}}``; else None."""
         try:
@@ -371,6 +395,10 @@ class TaskSignature:
 
     def _default(self, name: str) -> Any:
         return self._parameters[name].default
+
+
+def _names(body: bytes) -> Set[str]:
+    return msgspec.json.decode(body, type=dict[str, msgspec.Raw]).keys()
 
 
 class _ExternalCall(msgspec.Struct, forbid_unknown_fields=True, rename={"args": "*", "kwargs": "**"}):

@@ -83,6 +83,8 @@ class JobRow:
     extra: str
     leased_ms: int = 0
     about: dict[str, Any] = field(default_factory=dict)
+    raw: bytes = b""
+    """Its envelope as it is stored, where one job was read."""
 
 
 LOOKED_AT = 10_000
@@ -488,7 +490,7 @@ def _read_job(id: str) -> Callable[[list[bytes]], tuple[str, JobRow | None, byte
         if not reply[1]:
             return place, None, reply[3]
         row = _read_row(id, place, reply[1], reply[2], reply[3:], {})  # type: ignore[arg-type]
-        return place, row, b""
+        return place, replace(row, raw=reply[1]), b""
 
     return decode
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from hashlib import blake2b
+from hashlib import blake2b, sha1
 from math import inf
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -32,6 +32,7 @@ PUSH, TURN, REGISTER, HEARTBEAT, REAP = (
     Script("reap"),
 )
 EXTEND, HELD_IDS, CANCEL, REDRIVE = Script("extend"), Script("held_ids"), Script("cancel"), Script("redrive")
+UPDATE = Script("update")
 PROMOTE, PURGE, CONFIGURE, LIST_INTAKE = Script("promote"), Script("purge"), Script("configure"), Script("list_intake")
 AWAIT_RESULT, FORGET, WITHDRAW = Script("await_result"), Script("forget"), Script("withdraw")
 WAKE, IDLE_TURN, FIND_WORK = Script("wake"), Script("idle_turn"), Script("find_work")
@@ -819,6 +820,25 @@ def promote_some(keys: QueueKeys, walk: Walk) -> Call[Promoted]:
     """Return the call that makes the scheduled jobs ready that one step of *walk* finds."""
     names = (keys.due, keys.jobs, keys.wake, *keys.ready, keys.conf, keys.none)
     return Call(PROMOTE, names, walk.arguments(), lambda reply: Promoted(read_step(reply), _read_ids(reply[5:])))
+
+
+UpdateAnswer = Literal[1, 0, -1]
+"""The answers of update.lua: changed, it does not wait, or it is another by now."""
+
+
+def update(
+    keys: QueueKeys, id: str, envelope: bytes, *, priority: int, attributes: str, rest: bytes, delay_ms: int | None = None,  # noqa: A002
+    due_at_ms: int | None = None,
+) -> Call[UpdateAnswer]:  # fmt: skip
+    """
+    Return the call that changes a job that waits, if it is stored as *envelope* says still.
+
+    *rest* is its new envelope behind the first line. Without *delay_ms* and *due_at_ms* it is due when it was.
+    """
+    names = (keys.jobs, keys.due, keys.wake, *keys.ready, keys.conf, keys.none, keys.workers, keys.dead)
+    digest = sha1(envelope, usedforsecurity=False).hexdigest()
+    times = ("" if one is None else str(one) for one in (delay_ms, due_at_ms))
+    return Call(UPDATE, names, (id, digest, *times, str(priority), attributes, rest), int)  # type: ignore[arg-type]
 
 
 def purge(keys: QueueKeys, place: str, limit: int) -> Call[tuple[int, int]]:

@@ -14,10 +14,11 @@ from time import monotonic, perf_counter
 from typing import TYPE_CHECKING
 
 from conveyor.errors import ConveyorError, PayloadError
+from conveyor.jobs.changes import open_arguments
 from conveyor.payload.codec import UnreadablePayload
 from conveyor.payload.pipeline import PLAIN
 from conveyor.payload.records import EnvelopeOptions, read_leniently
-from conveyor.payload.versions import OldPayload, PayloadTooNew, sealed_name, upcast_body
+from conveyor.payload.versions import PayloadTooNew
 from conveyor.payload.wrapped import MAGIC
 from conveyor.store.operations import TurnReport
 from conveyor.worker.attempt import Attempt, AttemptOwner, Handler, SealedAttempt
@@ -110,21 +111,13 @@ class JobLoader:
 
     def open(self, attempt: Attempt) -> bytes:
         """Return the arguments' JSON in this worker's version of the task; raises PayloadError, BlobUnavailable."""
-        envelope, handler, consumer = attempt.envelope, attempt.handler, attempt.consumer
-        body, task, queue = envelope.body, handler.task, consumer.queue
-        sealing = self._sealing or PLAIN
-        if consumer.keys.foreign is None or handler.name != self._task_of_list.get(queue):
-            name = sealed_name(handler.name, envelope.extra.version)
-            reference = sealing.reference(body, queue=queue, task=name, id=attempt.id)
-            if reference is not None:
-                consumer.blobs[attempt.id] = reference.name
-            limit = task.signature.max_payload
-            body = sealing.unwrap(body, queue=queue, task=name, id=attempt.id, limit=limit)
-        version, current = envelope.extra.version, task.settings.version
-        if version < current and task.settings.upcast is not None:
-            signature = task.signature
-            old = OldPayload(f"The payload of {handler.name}()", signature.max_payload, signature.formats, call=True)
-            body = upcast_body(body, version, current, task.settings.upcast, old)
+        handler, consumer = attempt.handler, attempt.consumer
+        bare = consumer.keys.foreign is not None and handler.name == self._task_of_list.get(consumer.queue)
+        body, blob = open_arguments(
+            handler.task, attempt.envelope, consumer.queue, attempt.id, None if bare else self._sealing or PLAIN
+        )
+        if blob is not None:
+            consumer.blobs[attempt.id] = blob
         return body
 
     def begin(self, attempt: Attempt, submit: Callable[[Attempt], None], fail: Callable[..., None]) -> None:

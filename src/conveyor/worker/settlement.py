@@ -220,6 +220,8 @@ class SettlementWriter:
             members.append(b'"tags":%b' % to_json(tags))
         if envelope.extra.version != 1:
             members.append(b'"version":%d' % envelope.extra.version)
+        if envelope.extra.origin:
+            members.append(b'"origin":%b' % to_json(envelope.extra.origin))
         body = attempt.body if envelope is PLAIN_ENVELOPE else envelope.body
         if len(body) <= ARGUMENTS_KEPT and attempt.id not in attempt.consumer.blobs:
             members.append(pack_arguments(body))

@@ -28,7 +28,7 @@ local function prove(none, ...)
       redis.call(command, none, 1)
     elseif command == 'XREVRANGE' then
       redis.call(command, none, '+', '-')
-    elseif string.find(' LRANGE LTRIM ZCOUNT ZRANGE ', name, 1, true) then
+    elseif string.find(' LRANGE LREM LTRIM ZCOUNT ZRANGE ', name, 1, true) then
       redis.call(command, none, 0, 0)
     else
       redis.call(command, none)
