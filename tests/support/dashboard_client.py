@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 
 from conveyor.dashboard.endpoint import ApiRoute
+from conveyor.dashboard.web import Dashboard
 
 OWN_PAGE = {"sec-fetch-site": "same-origin"}
 """What a browser sends with a request of the dashboard's own page."""
@@ -48,6 +49,8 @@ def ask_all(site: Any, calls: Sequence[tuple[str, str, Mapping[str, Any]]]) -> l
 
 
 def _client(site: Any, auth: tuple[str, str] | None) -> httpx.AsyncClient:
+    if isinstance(site, Dashboard):
+        site.service.streams = False  # the transport waits for the end of a response, and a stream has none
     transport = httpx.ASGITransport(site, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://here", auth=auth)
 

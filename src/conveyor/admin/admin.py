@@ -20,6 +20,7 @@ from itertools import islice
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from conveyor.admin import doctor
+from conveyor.admin.history import History, read_history
 from conveyor.admin.job_query import JobQuery
 from conveyor.admin.job_search import FailureCount
 from conveyor.admin.queue_directory import QueueDirectory
@@ -214,6 +215,14 @@ class Admin:
     def ended_lately(self, names: Collection[str], minutes: int) -> dict[str, list[Ended]]:
         """Return what ended in each of the last whole minutes in these queues, the oldest first."""
         return self._search.ended(names, minutes)
+
+    def history(self, range: str = "1h", *, queue: str | None = None, task: str | None = None) -> History:  # noqa: A002
+        """
+        Return what ended in each minute of the last 15m, 1h, 6h, 24h, or in each hour of the last 7d, 30d.
+
+        *queue*, *task*: only there, only of it. Raises ConfigurationError and QueueNotFound.
+        """
+        return read_history(self.client, self._directory, range, queue, task)
 
     def state_counts(self, queue: str | None = None) -> dict[str, int]:
         """Count the jobs of a queue, or of all (None), by state; of `done` those that are still listed."""
@@ -623,6 +632,7 @@ class Admin:
 
     # In a thread each, since a read of many queues is many calls; a caller that is cancelled does not stop it.
     anames = _awaitable(names)
+    ahistory = _awaitable(history)
     aqueues = _awaitable(queues)
     aqueue = _awaitable(queue)
     acauses = _awaitable(causes)

@@ -6,24 +6,28 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.requests import Request
 
 from conveyor.admin.admin import Admin
 from conveyor.admin.views import WorkerInfo
 from conveyor.dashboard.access import Access, Authorize, LoginRequired, bearer_access
+from conveyor.dashboard.live import LiveView
 from conveyor.ids import logical
+from conveyor.jobs.core import AppCore
+from conveyor.jobs.schedules import Schedule, Schedules
 from conveyor.messaging.declared_limits import short_limit
 from conveyor.messaging.limit_control import GroupControl, LimitControl, LimitState
-
-if TYPE_CHECKING:
-    from conveyor.jobs.core import AppCore
+from conveyor.payload.codec import MAX_PAYLOAD
+from conveyor.payload.formats import JSON
 
 logger = logging.getLogger("conveyor.dashboard")
 _MOST_GROUPS = 100
+LATE = timedelta(minutes=1)
+"""How far behind its instant a schedule is called late: workers decide within seconds."""
 _NOT_SHOWN = {"tasks", "timeouts"}
 """Facts of a worker that are long, and for programs."""
 
@@ -48,6 +52,7 @@ class Service:
         self.streams = True
         """Whether server-sent events can be sent; not below WSGI."""
         self.version = installed_version()
+        self.live = LiveView(admin, lambda: len(self.workers(admin)), self.schedules)
 
     async def access(self, request: Request) -> tuple[Access, bool]:
         """
@@ -98,6 +103,16 @@ class Service:
             for (host, pid, id_), group in processes.items()
         ]  # fmt: skip
 
+    def app_core(self) -> AppCore:
+        """Return the inside of the app, or of one that declares nothing."""
+        if self.core is not None:
+            return self.core
+        return AppCore(self.admin.client, lease_ms=15_000, max_payload=MAX_PAYLOAD, sealing=None, formats=JSON)
+
+    def schedules(self) -> list[dict[str, Any]]:
+        """Return all schedules."""
+        return [schedule_document(one) for one in Schedules(self.app_core()).list()]
+
     def limits_of(self, queue: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Return the limits and the groups of a queue."""
         client = self.admin.client
@@ -107,6 +122,16 @@ class Service:
 
     async def stop(self) -> None:
         """End what goes on in the background."""
+
+
+def schedule_document(one: Schedule) -> dict[str, Any]:
+    """Return a schedule with its next and its last instants."""
+    return {
+        "name": one.name, "when": one.when, "task": one.task, "queue": one.queue, "origin": one.origin, "paused": one.paused,
+        "due": one.due, "overlap": one.overlap, "missed": one.missed, "fired": one.fired, "skipped": one.skipped,
+        "next": one.next(5), "runs": [asdict(run) for run in one.runs()],
+        "late": not one.paused and one.due is not None and one.due < datetime.now(UTC) - LATE,
+    }  # fmt: skip
 
 
 def limit_document(state: LimitState) -> dict[str, Any]:

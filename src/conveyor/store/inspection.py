@@ -16,6 +16,8 @@ from conveyor.store.script import Call, Command, Script
 
 DAMAGED = "(damaged)"
 """The host of a worker whose facts cannot be read."""
+BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000, 3_600_000)
+"""Upper bounds of the duration histogram in ms. The last field counts what took longer."""
 COUNTS, LIST_JOBS, GET_JOB, WHY = Script("counts"), Script("list_jobs"), Script("get_job"), Script("why")
 FIND_JOBS, ZCARD = Script("find_jobs"), Script("ZCARD")
 WORKERS, AUDIT, UNPLACED = Script("workers"), Script("audit"), Script("unplaced")
@@ -217,11 +219,16 @@ def count_queues(queues: Sequence[QueueKeys], minutes: int) -> Call[list[tuple[Q
 
     def decode(reply: list[Any]) -> list[tuple[QueueCounts, list[Ended]]]:
         return [
-            (_read_counts(counts), [Ended(*ended[at : at + 3]) for at in range(0, len(ended), 3)])
+            (_read_counts(counts), [_read_ended(*ended[at : at + 3]) for at in range(0, len(ended), 3)])
             for counts, ended in reply
         ]
 
     return Call(COUNT_QUEUES, [keys.jobs for keys in queues], (str(minutes),), decode)
+
+
+def _read_ended(done: int, failed: int, retried: int) -> Ended:
+    """Return what ended, from counters of which each retry counts as a failure too."""
+    return Ended(done, max(0, failed - retried) if failed >= 0 else -1, retried)
 
 
 class StatsPage(NamedTuple):

@@ -31,6 +31,7 @@ from conveyor.messaging.declared_limits import cost_arguments
 from conveyor.payload.failures import message, type_name
 from conveyor.payload.live_records import Progress, open_notes, pack_notes, pack_progress
 from conveyor.payload.records import AttemptHistory, Envelope
+from conveyor.store.inspection import BUCKETS_MS
 
 if TYPE_CHECKING:
     import asyncio
@@ -41,10 +42,6 @@ if TYPE_CHECKING:
     from conveyor.payload.signature import TaskSignature
     from conveyor.store.keys import QueueKeys
     from conveyor.store.operations import Settlement, TurnReport
-
-
-BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000, 3_600_000)
-"""Upper bounds of the duration histogram in ms. The last field counts what took longer."""
 
 
 Decode = Callable[[bytes], tuple[list[Any], dict[str, Any]]]

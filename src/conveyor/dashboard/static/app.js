@@ -201,16 +201,21 @@ export const live = {
     on("away", ({ message }) => live.say("lost", message));
     source.onerror = () => {
       live.failures += 1;
-      live.say("lost");
-      if (source.readyState === EventSource.CLOSED || live.failures > 2) {
+      const refused = source.readyState === EventSource.CLOSED; // by a server that sends no events, which is asked instead
+      if (!refused) live.say("lost");
+      if (refused || live.failures > 2) {
+        live.failures = 3;
         live.stop();
-        live.timer = setTimeout(live.restart, 2000);
+        live.timer = setTimeout(live.restart, refused ? 0 : 2000);
       }
     };
     live.source = source;
   },
   async poll() {
-    try { live.take(await request("GET", "snapshot")); live.failures = 0; } catch (error) { live.say("lost", error.status ? error.message : ""); }
+    try {
+      live.take(await request("GET", "snapshot"));
+      if (live.session?.live === "sse") { live.failures = 0; live.restart(); return; }
+    } catch (error) { live.say("lost", error.status ? error.message : ""); }
     if (settings.every) live.timer = setTimeout(live.poll, Math.max(2, settings.every) * 1000);
   },
 };
@@ -361,7 +366,7 @@ export const Card = ({ title, side, children, body = true, label }) => html`<sec
 export const Empty = ({ title, children, code }) => html`<div class="empty"><strong>${title}</strong>${children && html`<p>${children}</p>`}${code && html`<pre tabindex="0">${code}</pre>`}</div>`;
 
 /** An error of the API, or nothing. */
-export const Problem = ({ error }) => error && html`<div class="problem" role="alert">${error.code && html`<strong>${error.code} </strong>`}${error.message}</div>`;
+export const Problem = ({ error }) => error?.message && html`<div class="problem" role="alert">${error.code && html`<strong>${error.code} </strong>`}${error.message}</div>`;
 
 /** A page's head: its title, what it is about, its buttons. */
 export function Head({ title, crumb, sub, children }) {
@@ -466,7 +471,7 @@ export function Chart({ label, start, step, series, unit = num, height = 180, ma
     pointed.emit();
   };
   const leave = () => { pointed.at = null; pointed.emit(); };
-  const line = (values) => values.map((v, i) => (v == null ? "" : `${values[i - 1] == null ? "M" : "L"}${x(i).toFixed(1)},${y(v).toFixed(1)}`)).join("");
+  const line = (values) => values.map((v, i) => (v == null ? "" : `${values[i - 1] == null ? "M" : "L"}${x(i).toFixed(1)},${y(v).toFixed(1)}${values[i - 1] == null && values[i + 1] == null ? "h.01" : ""}`)).join("");
   const heights = new Array(n).fill(0);
   const column = Math.max(1, (w / n) * 0.72);
   return html`<figure class="chart" ref=${box}>
@@ -649,8 +654,7 @@ function Overview() {
   const { data: hour } = useHistory("1h");
   if (!data) return html`<${Head} title="Overview" /><div class="loading" role="status">Loading …</div>`;
   const { totals = {}, queues = [], flags = [] } = data;
-  const said = new Set(flags.map((flag) => flag.text));
-  const findings = (checks.data?.findings ?? []).filter((one) => !said.has(one.text)).map((one) => ({ ...one, links: [{ page: "redis" }] }));
+  const findings = (checks.data?.findings ?? []).filter((one) => !(one.name === "queue" && flags.some((flag) => flag.kind === "no-worker"))).map((one) => ({ ...one, links: [{ page: "redis" }] }));
   const failing = (hour?.tasks ?? []).filter((task) => task.failed || task.retried).sort((a, b) => b.failed - a.failed || b.retried - a.retried).slice(0, 6);
   const largest = [...queues].sort((a, b) => b.ready + b.leased + b.dead - (a.ready + a.leased + a.dead)).slice(0, 6);
   const oldest = queues.reduce((a, b) => ((b.oldest_age ?? -1) > (a?.oldest_age ?? -1) ? b : a), null);

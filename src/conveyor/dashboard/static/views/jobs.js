@@ -106,7 +106,7 @@ function Jobs({ route }) {
     <${FilterBar} value=${filter} error=${filterError} />
     <nav class="tabs" aria-label="States"><a href=${tab("")} aria-current=${state ? null : "true"}>All</a>${TABS.map((name) => html`<a href=${tab(name)} aria-current=${state === name ? "true" : null}><i class="dot" data-state=${name}></i>${stateWord(name)}<span class="n">${counts.data ? num(counts.data[name] ?? 0) : ""}</span></a>`)}</nav>
     <${Operations} />
-    <${Answer} of=${filterError ? { data: answer.data, error: null } : answer}>${(data) => html`<section class="card" aria-label="Jobs" onMouseEnter=${() => setOver(true)} onMouseLeave=${() => setOver(false)}>
+    <${Answer} of=${filterError ? { data: answer.data, error: answer.data ? null : {} } : answer}>${(data) => html`<section class="card" aria-label="Jobs" onMouseEnter=${() => setOver(true)} onMouseLeave=${() => setOver(false)}>
       ${rows.length ? html`<${Table} label="Jobs" rows=${rows} keyOf=${(job) => job.id} columns=${COLUMNS} chosen=${all ? new Set(rows.map((job) => job.id)) : chosen} onChoose=${(set) => { setAll(false); setChosen(set); }} />`
         : filter ? html`<${Empty} title="No job matches">${data.footer ?? "Take a word out of the filter, or look at another state."}<//>`
           : html`<${Empty} title="No job here" code=${"@app.task\ndef greet(name: str) -> str: ...\n\ngreet.enqueue(\"Ada\")"}>Jobs stand here as soon as one is enqueued.<//>`}

@@ -1,0 +1,160 @@
+"""What ended in the last minutes, hours and days, from the counters that workers write: the one reader of them over time."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from conveyor.errors import ConfigurationError, StoreUnavailable
+from conveyor.store.inspection import BUCKETS_MS, read_stats
+
+if TYPE_CHECKING:
+    from conveyor.admin.queue_directory import QueueDirectory
+    from conveyor.store.client.client import Client
+
+RANGES: dict[str, tuple[Literal["minutes", "hours"], int]] = {
+    "15m": ("minutes", 15), "1h": ("minutes", 60), "6h": ("minutes", 360), "24h": ("minutes", 1440), "7d": ("hours", 168),
+    "30d": ("hours", 720),
+}  # fmt: skip
+_SECONDS_OF = {"minutes": 60, "hours": 3600}
+_OUTCOMES = ("done", "failed", "retried")
+_PERCENTILES = {"p50_ms": 0.5, "p95_ms": 0.95, "p99_ms": 0.99}
+_MOST_TASKS = 50
+_MOST_SECONDS = 0.08
+"""How long queue after queue is read, so that an answer takes less than 100 ms."""
+
+
+@dataclass(slots=True)
+class _Sums:
+    """The counters of a time or a task: outcomes, ms of successful runs, and their number by bucket of duration."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    run_ms: int = 0
+    buckets: Counter[int] = field(default_factory=Counter)
+
+    def add(self, kind: str, number: int) -> None:
+        if kind in _OUTCOMES:
+            self.outcomes[kind] += number
+            if kind == "retried":  # it is counted as failed too
+                self.outcomes["failed"] -= number
+        elif kind == "ms":
+            self.run_ms += number
+        elif kind.startswith("le") and kind[2:].isdigit():
+            self.buckets[int(kind[2:])] += number
+
+    def figures(self) -> dict[str, float | None]:
+        """Return the percentiles and the mean of the duration of successful runs, None each without any."""
+        done = sum(self.buckets.values())
+        found: dict[str, float | None] = {name: quantile(self.buckets, share) for name, share in _PERCENTILES.items()}
+        return {**found, "mean_ms": round(self.run_ms / done, 1) if done else None}
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """
+    What ended in each minute or hour of a range.
+
+    `step`: seconds of each; `times`: when each began, since the epoch. Attempts that were `done`, `failed` (the job is dead) and
+    `retried`; percentiles of how long successful ones ran, None where there were none. `tasks`: the sums of each task, those with
+    most attempts first. `read_queues` of `queues_total` were read in the time of one call.
+    """
+
+    range: str
+    step: int
+    times: list[int]
+    done: list[int]
+    failed: list[int]
+    retried: list[int]
+    p50_ms: list[float | None]
+    p95_ms: list[float | None]
+    p99_ms: list[float | None]
+    mean_ms: list[float | None]
+    tasks: list[dict[str, Any]]
+    read_queues: int
+    queues_total: int
+
+
+def read_history(
+    client: Client, directory: QueueDirectory, range: str, queue: str | None, task: str | None,  # noqa: A002
+    seconds: float = _MOST_SECONDS,
+) -> History:  # fmt: skip
+    """Return the history of all queues or one, and of all tasks or one. Raises ConfigurationError and QueueNotFound."""
+    if range not in RANGES:
+        raise ConfigurationError(f"range must be one of {', '.join(RANGES)}, not {range!r}.")
+    unit, count = RANGES[range]
+    step = _SECONDS_OF[unit]
+    last = int(time.time()) // step
+    first = last - count + 1
+    everything = directory.everything() if queue is None else {queue: directory.partition_names(queue)}
+    times = {number: _Sums() for number in _numbers(first, last)}
+    tasks: dict[str, _Sums] = {}
+    until, read = time.monotonic() + seconds, 0
+    for parts in everything.values():
+        for part in parts:
+            _read(client, directory, part, unit, (first, last), task, times, tasks)
+        read += 1
+        if time.monotonic() > until:
+            break
+    figures = [sums.figures() for sums in times.values()]
+    outcomes: dict[str, Any] = {name: [sums.outcomes[name] for sums in times.values()] for name in _OUTCOMES}
+    lists: dict[str, Any] = {name: [one[name] for one in figures] for name in (*_PERCENTILES, "mean_ms")}
+    return History(
+        range, step, [number * step for number in times], **outcomes, **lists, tasks=_tasks(tasks), read_queues=read,
+        queues_total=len(everything),
+    )  # fmt: skip
+
+
+def _numbers(first: int, last: int) -> Iterable[int]:
+    return range(first, last + 1)
+
+
+def _read(
+    client: Client, directory: QueueDirectory, part: str, unit: Literal["minutes", "hours"], span: tuple[int, int],
+    task: str | None, times: Mapping[int, _Sums], tasks: dict[str, _Sums],
+) -> None:  # fmt: skip
+    """Add the counters of one queue or partition, unless the server that has it does not answer."""
+    at, last = span
+    keys = directory.keys(part)
+    while at <= last:
+        if client.is_away(keys):
+            return
+        try:
+            page = client.run(read_stats(keys, unit, at, last))
+        except StoreUnavailable:
+            if not client.note_away(keys):
+                raise
+            return
+        for number, counters in page.counters.items():
+            for name, value in counters.items():
+                kind, _, of = name.partition(":")
+                if task is None or of == task:
+                    times[number].add(kind, value)
+                    tasks.setdefault(of, _Sums()).add(kind, value)
+        at = max(page.next, at + 1)
+
+
+def _tasks(found: Mapping[str, _Sums]) -> list[dict[str, Any]]:
+    """Return the sums of the tasks of which attempts ended."""
+    ended = {name: sums for name, sums in found.items() if sums.outcomes.total()}
+    names = sorted(ended, key=lambda name: (-ended[name].outcomes.total(), name))[:_MOST_TASKS]
+    return [
+        {"task": name, **{kind: ended[name].outcomes[kind] for kind in _OUTCOMES}, **ended[name].figures()}
+        for name in names
+    ]
+
+
+def quantile(buckets: Mapping[int, int], share: float) -> float | None:
+    """Return a quantile of durations in ms that are counted in buckets, spread evenly in each; None without any."""
+    rest = share * sum(buckets.values())
+    if not rest:
+        return None
+    for bucket in sorted(buckets):
+        if rest <= buckets[bucket]:
+            low = BUCKETS_MS[bucket - 1] if 0 < bucket <= len(BUCKETS_MS) else 0
+            high = BUCKETS_MS[bucket] if bucket < len(BUCKETS_MS) else BUCKETS_MS[-1]
+            return round(low + (high - low) * rest / buckets[bucket], 1)
+        rest -= buckets[bucket]
+    return float(BUCKETS_MS[-1])

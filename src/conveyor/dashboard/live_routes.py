@@ -1,0 +1,96 @@
+"""The routes of the HTTP API that a page follows: who looks, the snapshot of the whole, and what ended over time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from starlette.responses import Response, StreamingResponse
+
+from conveyor.admin.history import RANGES
+from conveyor.dashboard.endpoint import ApiCall, ApiRoute, Field
+from conveyor.dashboard.live import event
+from conveyor.errors import ConveyorError
+from conveyor.store.transport.endpoint import in_thread
+
+_MOST_NAMES = 1_000
+
+
+def session(call: ApiCall) -> dict[str, Any]:
+    """Return who asks, what they may do, and what is looked at."""
+    core, admin = call.service.core, call.admin
+    actions = sorted(call.access.actions)
+    return {
+        "user": call.access.user, "actions": actions, "view_payloads": call.access.allows("view_payloads"),
+        "read_only": not set(actions) - {"view_payloads"}, "namespace": admin.client.namespace,
+        "version": call.service.version, "server_url": str(admin.client.address),
+        "live": "sse" if call.service.streams else "poll",
+        "tasks": [] if core is None else sorted(core.tasks)[:_MOST_NAMES], "queues": admin.names()[:_MOST_NAMES],
+    }  # fmt: skip
+
+
+async def snapshot(call: ApiCall) -> dict[str, Any]:
+    """Return the counts of all queues, and what asks for attention."""
+    return await call.service.live.snapshot.get()
+
+
+async def overview(call: ApiCall) -> dict[str, Any]:
+    """Return the snapshot with the findings of the doctor."""
+    live = call.service.live
+    return {**await live.snapshot.get(), **await live.findings.get()}
+
+
+def history(call: ApiCall) -> dict[str, Any]:
+    """Return what ended in each minute or hour."""
+    return asdict(call.admin.history(call["range"], queue=call["queue"], task=call["task"]))
+
+
+async def stream(call: ApiCall) -> Response:
+    """Send the session, then snapshots for as long as the visitor follows; with `history` what ended in the last hour too."""
+    if not call.service.streams:
+        return Response(status_code=204)  # tells the browser not to try again
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    return StreamingResponse(_events(call), headers=headers, media_type="text/event-stream")
+
+
+async def _events(call: ApiCall) -> AsyncIterator[bytes]:
+    live, told = call.service.live, float("-inf")
+    greeted = False
+    while True:
+        try:
+            if not greeted:
+                yield event("session", await in_thread(partial(session, call)))
+                greeted = True
+            yield event("snapshot", await live.snapshot.get())
+            if call["history"] and time.monotonic() - told >= _HISTORY_SECONDS:
+                yield event("history", await live.hour.get())
+                told = time.monotonic()
+        except ConveyorError as error:
+            yield event("away", {"message": str(error)})
+        await asyncio.sleep(call["seconds"])
+
+
+_HISTORY_SECONDS = 30.0
+LIVE_ENDPOINTS = (
+    ApiRoute("GET", "session", "session", "Show who asks and what they may do", session),
+    ApiRoute("GET", "snapshot", "snapshot", "Count all queues, and list what asks for attention", snapshot),
+    ApiRoute("GET", "overview", "overview", "Show the snapshot with the findings of the doctor", overview),
+    ApiRoute(
+        "GET", "stream", "stream", "Follow the snapshot as server-sent events", stream,
+        fields={
+            "seconds": Field("number", "the time between two snapshots", default=1, least=1, most=60),
+            "history": Field("text", "1h: what ended in the last hour too", choices=("1h",)),
+        },
+    ),
+    ApiRoute(
+        "GET", "history", "history", "Show what ended over time", history,
+        fields={
+            "range": Field("text", "how far back", default="1h", choices=tuple(RANGES)),
+            "queue": Field("text", "only of this queue"), "task": Field("text", "only of this task"),
+        },
+    ),
+)  # fmt: skip

@@ -1,0 +1,225 @@
+"""The routes of the HTTP API about schedules, workers, limits, groups, topics, the server and the audit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from conveyor.admin.server_info import read_server_info
+from conveyor.dashboard.endpoint import ApiCall, ApiRoute, Field
+from conveyor.dashboard.service import limit_document, schedule_document
+from conveyor.jobs.schedules import Schedule, Schedules
+from conveyor.messaging.declared_limits import parse_limit
+from conveyor.messaging.limit_control import GroupControl, LimitControl
+
+if TYPE_CHECKING:
+    from conveyor.messaging.topic import Topic
+
+SECONDS = 0.06
+"""How long one call reads queue after queue, so that an answer takes less than 100 ms."""
+_MOST_GROUPS = 100
+_AUDIT_PAGE = Field("number", "entries of a page", default=50, least=1, most=100)
+_NAME = Field("text", "the name of a schedule", required=True)
+_TOPIC = {
+    "topic": Field("text", "the name of a topic, or a pattern", required=True),
+    "queues": Field("texts", "names of queues", required=True, most=100),
+}
+
+
+# -- schedules ------------------------------------------------------------------------------------------------------
+
+
+def list_schedules(call: ApiCall) -> dict[str, Any]:
+    """Return all schedules with their next and their last instants."""
+    return {"schedules": call.service.schedules()}
+
+
+def show_schedule(call: ApiCall) -> dict[str, Any]:
+    """Return one schedule."""
+    return {"schedule": schedule_document(Schedules(call.service.app_core()).get(call["name"]))}
+
+
+def run_schedule(call: ApiCall) -> dict[str, Any]:
+    """Enqueue a job of a schedule now."""
+    job = Schedules(call.service.app_core()).get(call["name"]).run()
+    call.admin.note("run schedule", call["name"], detail=job.id)
+    return {"name": call["name"], "id": job.id}
+
+
+def _change_schedule(word: str, change: Callable[[Schedule], None]) -> Callable[[ApiCall], dict[str, Any]]:
+    def handle(call: ApiCall) -> dict[str, Any]:
+        change(Schedules(call.service.app_core()).get(call["name"]))
+        call.admin.note(f"{word} schedule", call["name"])
+        return {"name": call["name"]}
+
+    return handle
+
+
+# -- workers ----------------------------------------------------------------------------------------------------------
+
+
+def list_workers(call: ApiCall) -> dict[str, Any]:
+    """Return the worker processes."""
+    return {"workers": call.service.workers(call.admin), "footer": None}
+
+
+# -- limits and groups ------------------------------------------------------------------------------------------------
+
+
+def _limits(call: ApiCall) -> LimitControl:
+    client, core = call.admin.client, call.service.core
+    return LimitControl(client) if core is None else LimitControl(client, core.find_limits)
+
+
+def list_limits(call: ApiCall) -> dict[str, Any]:
+    """Return the limits and groups of all queues, or of those that were read in the time of one call."""
+    names, until = call.admin.names(), monotonic() + SECONDS
+    control, groups = _limits(call), GroupControl(call.admin.client)
+    found: list[dict[str, Any]] = []
+    grouped: list[dict[str, Any]] = []
+    read = 0
+    for name in names:
+        found += [limit_document(one) for one in control.list(name)]
+        grouped += [asdict(one) for one in groups.list(name, _MOST_GROUPS)]
+        read += 1
+        if monotonic() > until:
+            break
+    footer = (
+        None if read == len(names) else f"Read {read:,} of {len(names):,} queues; a queue's own page has its limits."
+    )
+    return {"limits": found, "groups": grouped, "footer": footer}
+
+
+def set_limit(call: ApiCall) -> dict[str, Any]:
+    """Change a limit until it is reset."""
+    limit = parse_limit(call["limit"], smooth=call["smooth"])
+    named = limit if call["name"] is None else replace(limit, name=call["name"])
+    _limits(call).set(call["queue"], named, call["key"])
+    call.admin.note("set limit", call["queue"], detail=_detail(call["name"], call["key"], call["limit"]))
+    return {"queue": call["queue"], "name": call["name"], "key": call["key"], "limit": call["limit"]}
+
+
+def reset_limit(call: ApiCall) -> dict[str, Any]:
+    """Give a limit back to what code declares."""
+    count = _limits(call).reset(call["queue"], call["name"], call["key"])
+    call.admin.note("reset limit", call["queue"], detail=_detail(call["name"], call["key"]))
+    return {"queue": call["queue"], "reset": count}
+
+
+def set_group(call: ApiCall) -> dict[str, Any]:
+    """Set the weight of a group, or pause it."""
+    GroupControl(call.admin.client).set(call["queue"], call["key"], weight=call["weight"], paused=call["paused"])
+    paused = {None: None, True: "paused", False: "resumed"}[call["paused"]]
+    weight = None if call["weight"] is None else f"weight {call['weight']}"
+    call.admin.note("set group", call["queue"], detail=_detail(call["key"], paused, weight))
+    return {"queue": call["queue"], "key": call["key"], "weight": call["weight"], "paused": call["paused"]}
+
+
+def _detail(*parts: str | None) -> str:
+    return " ".join(part for part in parts if part)
+
+
+# -- topics -----------------------------------------------------------------------------------------------------------
+
+
+def list_topics(call: ApiCall) -> dict[str, Any]:
+    """Return the topics, and the queues that subscribe to each."""
+    return {"topics": [asdict(one) for one in call.service.app_core().topics.read_all()]}
+
+
+def _topic(call: ApiCall) -> Topic[Any]:
+    return call.service.app_core().topics.make(call["topic"], Any, version=1, format=None)
+
+
+def subscribe(call: ApiCall) -> dict[str, Any]:
+    """Subscribe queues to a topic."""
+    changed = _topic(call).subscribe(*call["queues"])
+    call.admin.note("subscribe", call["topic"], count=changed, detail=_detail(*call["queues"]))
+    return {"topic": call["topic"], "subscribed": changed}
+
+
+def unsubscribe(call: ApiCall) -> dict[str, Any]:
+    """End subscriptions to a topic."""
+    changed = _topic(call).unsubscribe(*call["queues"])
+    call.admin.note("unsubscribe", call["topic"], count=changed, detail=_detail(*call["queues"]))
+    return {"topic": call["topic"], "unsubscribed": changed}
+
+
+# -- the server and the audit -----------------------------------------------------------------------------------------
+
+
+def show_server(call: ApiCall) -> dict[str, Any]:
+    """Return what the server says of itself, and the findings of the doctor."""
+    report = call.admin.doctor()
+    return {
+        **asdict(read_server_info(call.admin.client)), "url": report.url, "family": report.family, "version": report.version,
+        "latency_ms": report.latency_ms, "durability": report.durability, "replicas": report.replicas,
+        "findings": [asdict(one) for one in report.findings],
+    }  # fmt: skip
+
+
+def show_audit(call: ApiCall) -> dict[str, Any]:
+    """Return what people did, the newest first."""
+    entries = call.admin.audit(limit=call["limit"], before=call["before"])
+    return {
+        "entries": [asdict(one) for one in entries],
+        "next": entries[-1].id if len(entries) == call["limit"] else None,
+    }
+
+
+def _schedule_endpoints() -> Iterable[ApiRoute]:
+    changes: dict[str, tuple[str, Callable[[ApiCall], dict[str, Any]]]] = {
+        "run": ("Enqueue a job of a schedule now", run_schedule),
+        "pause": ("Let a schedule stand still", _change_schedule("pause", Schedule.pause)),
+        "resume": ("Let a schedule go on", _change_schedule("resume", Schedule.resume)),
+        "delete": ("Remove a schedule", _change_schedule("delete", Schedule.delete)),
+    }
+    for word, (summary, handle) in changes.items():
+        path = f"schedules/{word}"
+        yield ApiRoute("POST", path, f"schedule-{word}", summary, handle, "manage_schedules", {"name": _NAME})
+
+
+_LIMIT = {
+    "queue": Field("text", "the name of a queue or a task", required=True),
+    "name": Field("text", "the name of a limit"),
+    "key": Field("text", "one key of it"),
+}
+SYSTEM_ENDPOINTS = (
+    ApiRoute("GET", "schedules", "schedules", "List schedules", list_schedules),
+    ApiRoute("GET", "schedule", "schedule", "Show a schedule", show_schedule, fields={"name": _NAME}),
+    *_schedule_endpoints(),
+    ApiRoute("GET", "workers", "workers", "List worker processes", list_workers),
+    ApiRoute("GET", "limits", "limits", "List limits and groups", list_limits),
+    ApiRoute(
+        "POST", "limits/set", "limit-set", "Change a limit until it is reset", set_limit, "manage_limits",
+        {
+            **_LIMIT, "limit": Field("text", "500/1m is a rate, 50 a concurrency", required=True),
+            "smooth": Field("flag", "space the starts of a rate evenly", default=False),
+        },
+    ),
+    ApiRoute(
+        "POST", "limits/reset", "limits-reset", "Give limits back to what code declares", reset_limit, "manage_limits", _LIMIT
+    ),
+    ApiRoute(
+        "POST", "groups/set", "group-set", "Set the weight of a group, or pause it", set_group, "manage_limits",
+        {
+            "queue": Field("text", "the name of a queue", required=True), "key": Field("text", "the key of a group", required=True),
+            "weight": Field("number", "its turns for one of another", least=1, most=1000),
+            "paused": Field("flag", "whether it stands still"),
+        },
+    ),
+    ApiRoute("GET", "topics", "topics", "List topics", list_topics),
+    ApiRoute(
+        "POST", "topics/subscribe", "topic-subscribed", "Subscribe queues to a topic", subscribe, "manage_schedules", _TOPIC
+    ),
+    ApiRoute(
+        "POST", "topics/unsubscribe", "topic-unsubscribed", "End subscriptions to a topic", unsubscribe, "manage_schedules", _TOPIC
+    ),
+    ApiRoute("GET", "redis", "redis", "Show the server and the findings about it", show_server),
+    ApiRoute(
+        "GET", "audit", "audit", "List what people did", show_audit,
+        fields={"limit": _AUDIT_PAGE, "before": Field("text", "the id of an entry")},
+    ),
+)  # fmt: skip

@@ -1,0 +1,193 @@
+"""What a page follows: the snapshot that all viewers share, flags, history, and the routes of schedules, limits, topics and the server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from conveyor import Concurrency, Conveyor, Retry
+from conveyor.admin.history import quantile
+from conveyor.dashboard import Access, dashboard
+from conveyor.dashboard.endpoint import ApiCall
+from conveyor.dashboard.live_routes import stream
+from conveyor.errors import StoreUnavailable
+from support.dashboard_client import ask
+from support.running_worker import drain
+
+
+def get(site: Any, path: str, **inputs: Any) -> Any:
+    """Return the document at a path."""
+    response = ask(site, "GET", path, inputs)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def post(site: Any, path: str, **inputs: Any) -> Any:
+    """Return the document of a change."""
+    response = ask(site, "POST", path, inputs)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def events_of(parts: list[bytes]) -> list[tuple[str, Any]]:
+    """Return (name, document) of server-sent events."""
+    found = []
+    for part in parts:
+        name, data, *_ = part.decode().split("\n")
+        found.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+    return found
+
+
+async def test_viewers_share_what_is_read(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fifty viewers and one cost the server the same: a snapshot is read once for all; each gets the session first."""
+    await app.queue("mail").apush({"to": "ada"})
+    site: Any = dashboard(app, lambda _: Access.ALL)
+    reads = []
+    read = site.service.live._read_snapshot
+    monkeypatch.setattr(site.service.live.snapshot, "_make", lambda: reads.append(1) or read())
+    monkeypatch.setattr(site.service.live.snapshot, "_seconds", 3600.0)
+
+    async def view() -> list[tuple[str, Any]]:
+        call = ApiCall(site.service, site.service.admin, Access.ALL, {"seconds": 1, "history": "1h"})
+        body: AsyncIterator[Any] = (await stream(call)).body_iterator  # type: ignore[attr-defined]
+        return events_of([await anext(body) for _ in range(3)])
+
+    seen = await asyncio.gather(*(view() for _ in range(50)))
+    assert len(reads) == 1
+    assert {tuple(name for name, _ in events) for events in seen} == {("session", "snapshot", "history")}
+    snapshot = seen[0][1][1]
+    assert (snapshot["totals"]["ready"], snapshot["queues"][0]["name"]) == (1, "mail")
+    await app.aclose()
+
+
+async def test_a_viewer_is_told_that_redis_is_away(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Redis a stream goes on, and says what is wrong."""
+    site: Any = dashboard(app, lambda _: Access.ALL)
+
+    def fail() -> dict[str, Any]:
+        raise StoreUnavailable("Redis does not answer.")
+
+    monkeypatch.setattr(site.service.live.snapshot, "_make", fail)
+    call = ApiCall(site.service, site.service.admin, Access.ALL, {"seconds": 1, "history": None})
+    body: AsyncIterator[Any] = (await stream(call)).body_iterator  # type: ignore[attr-defined]
+    events = events_of([await anext(body) for _ in range(2)])
+    assert [name for name, _ in events] == ["session", "away"]
+    assert events[1][1]["message"] == "Redis does not answer."
+    await app.aclose()
+
+
+def test_history_counts_what_ended_and_how_long_it_ran(app: Conveyor) -> None:
+    """Each range has its minutes or hours; outcomes are counted once; a task or a queue alone has its own figures."""
+
+    @app.task(name="flaky", queue="mail", retry=Retry(attempts=2, backoff="1ms", jitter=False))
+    def flaky(fails: bool) -> None:
+        if fails:
+            raise ValueError("no")
+
+    for fails in (False, False, True):
+        flaky.enqueue(fails)
+    asyncio.run(drain(app))
+    site = dashboard(app, lambda _: Access.ALL)
+    for name, step, count in (("15m", 60, 15), ("24h", 60, 1440), ("30d", 3600, 720)):
+        found = get(site, "history", range=name)
+        assert (found["step"], len(found["times"]), len(found["p95_ms"])) == (step, count, count)
+        assert [sum(found[kind]) for kind in ("done", "failed", "retried")] == [2, 1, 1]
+        assert found["tasks"][0] | {"task": "flaky", "done": 2, "failed": 1, "retried": 1} == found["tasks"][0]
+    assert sum(get(site, "history", task="other")["done"]) == 0
+    assert sum(get(site, "history", queue="mail")["done"]) == 2
+    assert ask(site, "GET", "history", {"range": "2h"}).status_code == 422
+    assert ask(site, "GET", "history", {"queue": "none"}).status_code == 404
+    app.queue("mail").purge(dead=True)
+
+
+@pytest.mark.parametrize(
+    ("buckets", "share", "expected"),
+    [
+        ({}, 0.5, None),
+        ({0: 4}, 0.5, 2.5),
+        ({3: 1}, 0.99, 49.8),
+        ({0: 1, 15: 1}, 0.99, 3_600_000.0),
+        ({0: 90, 7: 10}, 0.95, 750.0),
+    ],
+)
+def test_a_percentile_lies_in_its_bucket(buckets: dict[int, int], share: float, expected: float | None) -> None:
+    """A percentile out of a histogram is spread evenly in its bucket; there is none of nothing."""
+    assert quantile(buckets, share) == expected
+
+
+def test_flags_appear_by_themselves(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queue without a worker, a task that only fails, and a schedule that stands still are flagged, each with a link."""
+    monkeypatch.setattr("conveyor.dashboard.service.LATE", timedelta(0))
+
+    @app.task(name="broken", queue="mail", retry=Retry(attempts=2, backoff="1ms", jitter=False))
+    def broken() -> None:
+        raise ValueError("no")
+
+    broken.enqueue()
+    asyncio.run(drain(app))
+    app.queue("lonely").push(1)
+    app.schedules.put("tick", broken.s(), every="1s")
+    site: Any = dashboard(app, lambda _: Access.ALL)
+    until = time.monotonic() + 60
+    while True:  # until an instant of the schedule has passed
+        site.service.live._flags = (0.0, [])
+        site.service.live.snapshot._found = None
+        flags = {flag["kind"]: flag for flag in get(site, "snapshot")["flags"]}
+        if "schedule-stands-still" in flags or time.monotonic() > until:
+            break
+    assert flags["no-worker"]["text"].startswith("1 job is ready in 'lonely' since ")
+    assert flags["failing"]["links"] == [{"page": "jobs", "filter": "state:dead task:broken"}]
+    assert flags["schedule-stands-still"]["links"][0] == {"page": "schedule", "name": "tick"}
+    app.schedules.delete("tick")
+    app.queue("lonely").purge()
+    app.queue("mail").purge(dead=True)
+
+
+def test_schedules_limits_groups_and_topics_are_changed(app: Conveyor) -> None:
+    """What the pages of schedules, limits and topics change is changed, noted in the audit under the visitor's name, and shown."""
+
+    @app.task(name="report", queue="reports", limits=[Concurrency(5, by="tenant")])
+    def report(tenant: str) -> None: ...
+
+    site = dashboard(app, lambda _: Access.ALL.named("ada"))
+    app.schedules.put("nightly", report.s("a"), every="1d")
+    post(site, "schedules/pause", name="nightly")
+    assert get(site, "schedules")["schedules"][0]["paused"] is True
+    post(site, "schedules/resume", name="nightly")
+    assert get(site, "schedule", name="nightly")["schedule"]["late"] is False
+    assert post(site, "schedules/run", name="nightly")["id"].startswith("reports:")
+    post(site, "schedules/delete", name="nightly")
+    assert ask(site, "POST", "schedules/run", {"name": "nightly"}).status_code == 404
+    [limit] = [one for one in get(site, "limits")["limits"] if one["key"] is None]
+    post(site, "limits/set", queue="reports", name=limit["name"], limit="2")
+    assert [one["limit"] for one in get(site, "limits")["limits"] if one["overridden"]] == ["2"]
+    assert post(site, "limits/reset", queue="reports")["reset"] == 1
+    assert ask(site, "POST", "limits/set", {"queue": "reports", "limit": "many"}).status_code == 422
+    post(site, "groups/set", queue="reports", key="a", paused=True)
+    assert any(one["paused"] for one in get(site, "limits")["groups"])
+    post(site, "groups/set", queue="reports", key="a", paused=False)
+    post(site, "topics/subscribe", topic="user.created", queues=["emails"])
+    assert get(site, "topics")["topics"][0]["subscribers"] == ["emails"]
+    post(site, "topics/unsubscribe", topic="user.created", queues=["emails"])
+    entries = get(site, "audit", limit=3)
+    assert [(one["who"], one["what"]) for one in entries["entries"]][:2] == [
+        ("ada", "unsubscribe"),
+        ("ada", "subscribe"),
+    ]
+    assert get(site, "audit", limit=3, before=entries["next"])["entries"][0]["what"] == "set group"
+    app.queue("reports").purge()
+    app.client.execute("DEL", app.client.keys("reports").conf, key=app.client.keys("reports").conf)
+
+
+def test_the_server_tells_about_itself(app: Conveyor) -> None:
+    """The page of the server has its memory, its policy and what the doctor says; the password is nowhere."""
+    found = get(dashboard(app, lambda _: Access.ALL), "redis")
+    assert found["memory"]["policy"] == "noeviction"
+    assert found["memory"]["used"] > 0
+    assert {one["level"] for one in found["findings"]} <= {"ok", "note", "warning", "problem"}
