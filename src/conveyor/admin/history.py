@@ -1,4 +1,4 @@
-"""What ended in the last minutes, hours and days, from the counters that workers write: the one reader of them over time."""
+"""Attempts that ended in the last minutes, hours and days, by the counters that workers write."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OUTCOMES = ("done", "failed", "retried")
 _PERCENTILES = {"p50_ms": 0.5, "p95_ms": 0.95, "p99_ms": 0.99}
 _MOST_TASKS = 50
 _MOST_SECONDS = 0.08
-"""How long queue after queue is read, so that an answer takes less than 100 ms."""
+"""The time in which queue after queue is read, so that an answer takes less than 100 ms."""
 
 
 @dataclass(slots=True)
@@ -55,7 +55,7 @@ class _Sums:
 @dataclass(frozen=True, slots=True)
 class History:
     """
-    What ended in each minute or hour of a range.
+    The attempts that ended in each minute or hour of a range.
 
     `step`: seconds of each; `times`: when each began, since the epoch. Attempts that were `done`, `failed` (the job is dead) and
     `retried`; percentiles of how long successful ones ran, None where there were none. `tasks`: the sums of each task, those with

@@ -22,7 +22,7 @@ MOST_QUEUES = 200
 """Queues that a snapshot has, by name."""
 _STATES = ("ready", "scheduled", "waiting", "leased", "dead")
 _FLAGS_SECONDS = 5.0
-"""How old flags may be: they are read less often than counts."""
+"""The age that flags may have: they are read less often than counts."""
 _MOST_FLAGS = 20
 
 

@@ -27,7 +27,7 @@ from conveyor.payload.formats import JSON
 logger = logging.getLogger("conveyor.dashboard")
 _MOST_GROUPS = 100
 LATE = timedelta(minutes=1)
-"""How far behind its instant a schedule is called late: workers decide within seconds."""
+"""A schedule is late when it is so far behind its instant: workers decide within seconds."""
 _NOT_SHOWN = {"tasks", "timeouts"}
 """Facts of a worker that are long, and for programs."""
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from conveyor.messaging.topic import Topic
 
 SECONDS = 0.06
-"""How long one call reads queue after queue, so that an answer takes less than 100 ms."""
+"""The time in which one call reads queue after queue, so that an answer takes less than 100 ms."""
 _MOST_GROUPS = 100
 _AUDIT_PAGE = Field("number", "entries of a page", default=50, least=1, most=100)
 _NAME = Field("text", "the name of a schedule", required=True)
