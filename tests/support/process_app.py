@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import logging
 import os
 import re
 import signal
@@ -206,3 +207,14 @@ async def tell(place: str, context: Context = current()) -> None:
             await asyncio.sleep(0.01)
         os._exit(3)
     context.progress(2, 2)
+
+
+@process()
+def complain(how: str) -> None:
+    """Log two lines, then fail, or end the process when its worker has got them."""
+    current().logger.warning("from %s", how)
+    logging.getLogger("shop").warning("before the end")
+    if how == "crash":
+        time.sleep(0.6)
+        os._exit(3)
+    raise LookupError

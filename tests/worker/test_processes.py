@@ -42,7 +42,7 @@ Run = Callable[..., Awaitable[Any]]
 def attempt(name: str, /, **arguments: Any) -> Any:
     task = process_app.app.tasks[f"support.process_app.{name}"]
     return SimpleNamespace(
-        handler=SimpleNamespace(name=task.name, task=definition_of(task)),
+        handler=SimpleNamespace(name=task.name, task=definition_of(task), keeps_logs=False),
         body=json.dumps(arguments).encode(),
         public_id=ids.public("default", ID),
         number=3,

@@ -75,7 +75,7 @@ _PRODUCER = Role(
         limits.DECLARE_LIMITS, operations.SET_EXPIRY, schedules.SCHEDULE_PUT, schedules.SCHEDULE_CHANGE, schedules.SCHEDULE_READ,
     ),
     (*_RUN_SCRIPT, "hgetall", "hget", "hdel", "hsetnx", "sadd", "smembers", "subscribe", "ping", "zcard",
-     "smismember", "exists", "srem", "zadd", "zrange", "zrem", "pttl"),
+     "smismember", "exists", "srem", "zadd", "zrange", "zrem", "pttl", "lrange"),
     channels=True,
 )  # fmt: skip
 _WORKER = Role(
@@ -106,7 +106,7 @@ _DASHBOARD = Role(
         partitions.COUNT,
         limits.LIST_LIMITS,
     ),
-    (*_RUN_SCRIPT, "hgetall", "smembers", "llen", "hget", "ping", "info", "time", "xrevrange"),
+    (*_RUN_SCRIPT, "hgetall", "smembers", "llen", "hget", "ping", "info", "time", "xrevrange", "lrange"),
 )
 _OPERATOR = Role(
     "operator",

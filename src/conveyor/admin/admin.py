@@ -12,11 +12,13 @@ import re
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial, wraps
 from itertools import islice
+from time import monotonic, sleep
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from conveyor.admin import doctor
@@ -52,6 +54,7 @@ from conveyor.messaging.partitions import refuse_full
 from conveyor.messaging.selection import ACTED_ON, ActionName, JobWalk, Pace, Walks, act, last_error
 from conveyor.payload.codec import MAX_PAYLOAD
 from conveyor.payload.formats import JSON, FormatRegistry
+from conveyor.payload.live_records import LogLine
 from conveyor.payload.pipeline import PayloadPipeline
 from conveyor.payload.records import Status, read_outcome
 from conveyor.payload.sealed_records import RecordDecoder
@@ -65,7 +68,7 @@ from conveyor.store.job_filter import ANY_JOB, JobFilter, Walk
 from conveyor.store.keys import PRIORITIES, QueueKeys
 from conveyor.store.script import Call
 from conveyor.store.transport.endpoint import in_thread
-from conveyor.store.worker_commands import Action
+from conveyor.store.worker_commands import FOLLOWED, Action
 from conveyor.units import Duration, milliseconds
 
 T = TypeVar("T")
@@ -596,6 +599,38 @@ class Admin:
         status = row.status if row else read_outcome(record).status if where == "result" else ended
         return explain(status, lookup.keys.queue, facts, self._decoder)
 
+    def logs(self, public_id: str) -> list[LogLine]:
+        """Return what a job has logged, as far as it is kept: seven days, also of a job that is not known any more."""
+        keys, id_ = self._keys_of_logs(public_id), split(public_id)[1]
+        portions = self.client.run(inspection.read_logs(keys, id_))
+        return self._decoder.lines(portions, keys.queue, id_)
+
+    def follow_logs(self, public_id: str, *, pause: float = 0.25) -> Iterator[LogLine]:
+        """Yield what a job has logged, and then what it logs while it runs, until it has ended; looks every *pause* seconds."""
+        keys, id_ = self._keys_of_logs(public_id), split(public_id)[1]
+        read, asked_at = 0, -FOLLOWED
+        while True:
+            where, row, _ = self.client.run(inspection.get_job(keys, id_))
+            if where == "leased" and row is not None and monotonic() - asked_at > FOLLOWED / 3:
+                asked_at = monotonic()
+                command = worker_commands.new_command(keys, "logs", id_)
+                with suppress(ConveyorError):  # a user who may not: the lines come when they are kept
+                    self.client.run(worker_commands.send(keys, row.extra, command))
+            portions = self.client.run(inspection.read_logs(keys, id_, read))
+            read += len(portions)
+            yield from self._decoder.lines(portions, keys.queue, id_)
+            if not portions and (row is None or row.status == "dead"):
+                return
+            if not portions:
+                sleep(pause)
+
+    def _keys_of_logs(self, public_id: str) -> QueueKeys:
+        """Return the keys of the queue that a job is in, or was in as its id says; raises JobNotFound."""
+        lookup, queue = self._find(public_id), split(public_id)[0]
+        if lookup is not None:
+            return lookup.keys
+        return self._keys(queue) if queue is not None else self._found(public_id).keys
+
     def _found(self, public_id: str) -> _JobLookup:
         lookup = self._find(public_id)
         if lookup is None:
@@ -666,6 +701,7 @@ class Admin:
     acount_chosen = _awaitable(count_chosen)
     ajob = _awaitable(job)
     awhy = _awaitable(why)
+    alogs = _awaitable(logs)
     aretry = _awaitable(retry)
     acancel = _awaitable(cancel)
     adelete = _awaitable(delete)

@@ -245,6 +245,30 @@ def show(target: Target, out: Output, id_: str) -> None:
 
 @job.command()
 @click.argument("id_", metavar="ID")
+@click.option("-f", "--follow", is_flag=True, help="Go on with what the job logs, until it has ended.")
+@redis_options
+def logs(target: Target, out: Output, id_: str, follow: bool) -> None:
+    """
+    Show what a job has logged.
+
+    Kept are the lines of attempts that failed, or as the task says (logs="always"), for seven days. A job that is followed sends
+    its lines while it runs.
+    """
+    admin = target.admin()
+    if out.as_json and not follow:
+        out.document("logs", id=id_, lines=admin.logs(id_))
+        return
+    for line in admin.follow_logs(id_) if follow else admin.logs(id_):
+        if out.as_json:
+            out.document("log", id=id_, line=line)
+        elif out.on_terminal:
+            out.line(str(line))
+        else:
+            out.line("\t".join(map(machine_text, (line.at, line.level, line.logger, line.attempt, line.message))))
+
+
+@job.command()
+@click.argument("id_", metavar="ID")
 @redis_options
 def why(target: Target, out: Output, id_: str) -> None:
     """

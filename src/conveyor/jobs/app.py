@@ -34,7 +34,7 @@ from conveyor.jobs.job import Job, awatch_jobs, refuse_in_loop, watch_jobs
 from conveyor.jobs.registry import UpcastMessage
 from conveyor.jobs.schedule import make_timing
 from conveyor.jobs.schedules import Schedules, declare
-from conveyor.jobs.task import AsyncTask, RunIn, SyncTask, Task, TaskCall, Upcast
+from conveyor.jobs.task import AsyncTask, Logs, RunIn, SyncTask, Task, TaskCall, Upcast
 from conveyor.messaging.limit_control import GroupControl, LimitControl
 from conveyor.messaging.retry import Retry
 from conveyor.payload.codec import MAX_PAYLOAD, show
@@ -351,7 +351,7 @@ class Conveyor:
         limits: Sequence[Rate | Concurrency] | None = None, group_by: str | None = None,
         debounce: Debounce | None = None, throttle: Throttle | None = None, version: int = 1, upcast: Upcast | None = None,
         format: FormatChoice | None = None, tags: Iterable[str] | None = None, requires: str | Iterable[str] = (),
-        pin: Literal["build"] | None = None,
+        pin: Literal["build"] | None = None, logs: Logs = "failure",
     ) -> TaskDecorator: ...  # fmt: skip
 
     def task(
@@ -380,6 +380,7 @@ class Conveyor:
         tags: Iterable[str] | None = None,
         requires: str | Iterable[str] = (),
         pin: Literal["build"] | None = None,
+        logs: Logs = "failure",
         **unknown: object,
     ) -> Any:
         """
@@ -392,14 +393,16 @@ class Conveyor:
         arguments of that version into those of the next. `format` is how arguments and results are written; None: as
         the app says. `tags` are those of each of its jobs, besides a job's own. `limits` say how many of its jobs may start
         in a time or run at a time; jobs that are equal in the argument `group_by` run in their order, one at a time. `requires`
-        names labels of the workers that run it, `pin="build"` keeps a job to workers of the build that enqueued it. Raises
-        ConfigurationError, also for a function whose arguments JSON cannot carry.
+        names labels of the workers that run it, `pin="build"` keeps a job to workers of the build that enqueued it. `logs` says
+        when the lines that a job logs are kept: of attempts that fail, always, or never. Raises ConfigurationError, also for a
+        function whose arguments JSON cannot carry.
         """
         if unknown:
             refuse_unknown("@app.task()", unknown, TASK_OPTIONS)
         options = task_options(
             timeout=timeout, retry=retry, keep_result=keep_result, ack=ack, expires=expires, priority=priority,
             version=version, upcast=upcast, tags=tags, limits=limits, group_by=group_by, requires=requires, pin=pin,
+            logs=logs,
         )  # fmt: skip
 
         def add(function: Callable[..., Any]) -> Task[..., Any]:
@@ -433,6 +436,7 @@ class Conveyor:
         limits: Sequence[Rate | Concurrency] | None = None,
         requires: str | Iterable[str] = (),
         pin: Literal["build"] | None = None,
+        logs: Logs = "failure",
         **unknown: object,
     ) -> BatchDecorator:
         """
@@ -450,6 +454,7 @@ class Conveyor:
         options = task_options(
             timeout=timeout, retry=retry, keep_result=keep_result, ack=ack, expires=expires, priority=priority,
             version=version, upcast=upcast, tags=tags, limits=limits, requires=requires, pin=pin,
+            logs=logs,
         )  # fmt: skip
 
         def add(function: Callable[..., Any]) -> Any:

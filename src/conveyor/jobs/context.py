@@ -14,6 +14,8 @@ from conveyor.jobs.live import NUMBERS, TEXTS, LiveRecord, Notes, refuse_progres
 from conveyor.units import Duration, milliseconds
 
 if TYPE_CHECKING:
+    from conveyor.jobs.job_log import JobLog
+
     Logger = logging.LoggerAdapter[logging.Logger]
 
 _LOGGER = logging.getLogger("conveyor.job")
@@ -44,10 +46,12 @@ class Context:
     """
 
     __slots__ = (
-        "_charges", "_costs", "_deadline_hook", "_emit_hook", "_items", "_live", "_live_hook", "_logger", "_spawned", "attempt",
-        "cancelled",
+        "_charges", "_costs", "_deadline_hook", "_emit_hook", "_items", "_live", "_live_hook", "_log", "_log_hook", "_logger",
+        "_spawned", "attempt", "cancelled",
         "enqueued_at", "headers", "job_id", "queue", "scheduled_for", "state", "tags", "task", "timed_out",
     )  # fmt: skip
+    _live: LiveRecord | None
+    _log: JobLog | None
 
     def __init__(
         self,
@@ -66,6 +70,7 @@ class Context:
         costs: Mapping[str, str] | None = None,
         emit_hook: Callable[[Any], Awaitable[None]] | None = None,
         live: Callable[[], LiveRecord] = LiveRecord,
+        log: Callable[[], JobLog] | None = None,
     ) -> None:
         """
         Make the context of an attempt.
@@ -85,6 +90,7 @@ class Context:
             costs: the argument that says the cost of each limit with one, by its name.
             emit_hook: gets each partial result; None: none can be stored.
             live: makes what takes progress and notes, at their first use.
+            log: makes what takes the lines that the job logs, at the first of them; None: they are not kept.
 
         """
         self.job_id = job_id
@@ -104,8 +110,8 @@ class Context:
         self._costs = costs or {}
         self._emit_hook = emit_hook
         self._charges: dict[str, int] = {}
-        self._live_hook = live
-        self._live: LiveRecord | None = None
+        self._live_hook, self._log_hook = live, log
+        self._live = self._log = None
         self._logger: Logger | None = None
 
     @property
@@ -342,6 +348,19 @@ def open_live(context: Context) -> LiveRecord:
     if live is None:
         live = context._live = context._live_hook()  # noqa: SLF001
     return live
+
+
+def log_of(source: Context | ContextSource, *, made: bool = False) -> JobLog | None:
+    """Return what takes the lines of a job, made at the first call unless *made*; None: none are kept, or none was made."""
+    context = _context(source)
+    if context._log is None and context._log_hook is not None and not made:  # noqa: SLF001
+        context._log = context._log_hook()  # noqa: SLF001
+    return context._log  # noqa: SLF001
+
+
+def share_log(context: Context, log: JobLog) -> None:
+    """Make the lines of a batch those of one of its items, unless that has some of its own."""
+    context._log = context._log or log  # noqa: SLF001
 
 
 def end_spawning(context: Context) -> None:

@@ -13,6 +13,7 @@ from conveyor.jobs.job_options import check_priority
 from conveyor.jobs.task import (
     AsyncTask,
     BatchPlan,
+    Logs,
     RunIn,
     SyncTask,
     Task,
@@ -70,6 +71,7 @@ def task_options(
     group_by: str | None = None,
     requires: str | Iterable[str] = (),
     pin: Literal["build"] | None = None,
+    logs: Logs = "failure",
 ) -> TaskOptions:
     """Return the options of a task, checked; raises ConfigurationError."""
     check_path("group_by", group_by)
@@ -87,6 +89,7 @@ def task_options(
         group_by=group_by,
         requires=_labels(requires),
         pin=None if pin is None else _one_of("pin", pin, ("build",)),
+        logs=_one_of("logs", logs, ("failure", "always", "never")),
     )
 
 

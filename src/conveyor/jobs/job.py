@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from conveyor.jobs.why import Why
     from conveyor.payload.codec import ValueCodec
     from conveyor.payload.formats import FormatRegistry
-    from conveyor.payload.live_records import Progress
+    from conveyor.payload.live_records import LogLine, Progress
     from conveyor.payload.pipeline import PayloadPipeline
     from conveyor.store.client.client import Client
     from conveyor.store.keys import QueueKeys
@@ -221,6 +221,29 @@ class Job(Generic[R_co]):
         where, row, record = lookup
         stored = row.state.progress if row else bytes(read_outcome(record).progress) if where == "result" else b""
         return open_progress(self._core.sealing, stored, str(self.queue), self._bare_id)
+
+    def logs(self) -> list[LogLine]:
+        """
+        Return what the job has logged, as far as it is kept: of attempts that failed, or as the task says (``logs=``).
+
+        Lines are kept for seven days, also when the job is not known any more. Raises JobNotFound for an id without its queue
+        that is in no queue.
+        """
+        refuse_in_loop(self._core.client, "job.logs()", "await job.alogs()")
+        if self.queue is None:
+            self._look_up()
+        return self._read_lines(self._core.client.run(inspection.read_logs(self._keys(), self._bare_id)))
+
+    async def alogs(self) -> list[LogLine]:
+        """Awaitable form of `logs`."""
+        if self.queue is None:
+            await self._alook_up()
+        return self._read_lines(await self._core.client.arun(inspection.read_logs(self._keys(), self._bare_id)))
+
+    def _read_lines(self, portions: list[bytes]) -> list[LogLine]:
+        from conveyor.payload.sealed_records import RecordDecoder
+
+        return RecordDecoder(self._core.sealing, self._core.formats).lines(portions, str(self.queue), self._bare_id)
 
     def why(self) -> Why:
         """

@@ -43,6 +43,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 RunIn = Literal["loop", "thread", "process"]
+Logs = Literal["failure", "always", "never"]
 Upcast = Callable[[int, dict[str, Any]], dict[str, Any]]
 """Turns the arguments of a version into those of the next version."""
 
@@ -87,6 +88,7 @@ class TaskOptions:
     tags: tuple[str, ...] = ()
     limits: Sequence[Rate | Concurrency] | None = None
     group_by: str | None = None
+    logs: Logs = "failure"
     requires: tuple[str, ...] = ()
     pin: Literal["build"] | None = None
 

@@ -1,9 +1,11 @@
-"""The progress and the notes of a job, as they are stored. Their texts are as secret as its arguments."""
+"""The progress, notes and log lines of a job, as they are stored. Their texts are as secret as its arguments."""
 
 from __future__ import annotations
 
 import binascii
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -42,6 +44,24 @@ class Progress:
         return ": ".join(part for part in (counts, self.text) if part)
 
 
+StoredLine = tuple[int, str, str, str]
+"""A line that a job logged: ms since the epoch, level, logger and text."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """A line that a job logged: when, at what level, through which logger, in which attempt."""
+
+    at: datetime
+    level: str
+    logger: str
+    message: str
+    attempt: int
+
+    def __str__(self) -> str:
+        return f"{self.at.astimezone():%H:%M:%S} {self.level:<7} {self.message}"
+
+
 class _StoredProgress(msgspec.Struct, omit_defaults=True):
     done: float | None = None
     total: float | None = None
@@ -50,6 +70,7 @@ class _StoredProgress(msgspec.Struct, omit_defaults=True):
 
 
 _PROGRESS = msgspec.json.Decoder(_StoredProgress)
+_LINES = msgspec.json.Decoder(tuple[int, list[StoredLine]])
 _encode = msgspec.json.Encoder().encode
 
 
@@ -108,6 +129,30 @@ def show_notes(sealing: PayloadPipeline | None, stored: bytes, queue: str, id: s
         return open_notes(sealing, stored, queue, id)
     except PayloadError as error:
         return {"(unreadable)": f"{error.code}: {error}"}
+
+
+def pack_lines(
+    sealing: PayloadPipeline | None, lines: Sequence[StoredLine], attempt: int, queue: str, id: str  # noqa: A002
+) -> bytes:  # fmt: skip
+    """Return the stored form of lines of an attempt: JSON, or that wrapped."""
+    data = _encode((attempt, lines))
+    return data if sealing is None else _wrap(sealing, data, queue, id, b"logs")
+
+
+def open_lines(sealing: PayloadPipeline | None, stored: bytes, queue: str, id: str) -> list[LogLine]:  # noqa: A002
+    """Return stored lines; those that cannot be read here are one that says so. Stored bytes never make it raise."""
+    try:
+        data = (sealing or PLAIN).unwrap(stored, queue=queue, task="", id=id, kind=b"logs", limit=_LIMIT)
+        attempt, lines = _LINES.decode(data)
+        return [
+            LogLine(datetime.fromtimestamp(at / 1000, UTC), level, logger, message, attempt)
+            for at, level, logger, message in lines
+        ]
+    except PayloadError as error:
+        text = f"{describe(stored)}; {error.code}"
+    except (msgspec.MsgspecError, ValueError, OverflowError, OSError) as error:
+        text = f"these lines cannot be read: {error}"
+    return [LogLine(datetime.fromtimestamp(0, UTC), "ERROR", "conveyor", text, 0)]
 
 
 def _wrap(sealing: PayloadPipeline, body: bytes, queue: str, id_: str, kind: Kind) -> bytes:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import binascii
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import msgspec
 
 from conveyor.errors import PayloadError
 from conveyor.payload.formats import JSON, MARK, FormatRegistry, body_text
-from conveyor.payload.live_records import Progress, open_progress, show_notes
+from conveyor.payload.live_records import LogLine, Progress, open_lines, open_progress, show_notes
 from conveyor.payload.pipeline import MAX_LARGE, PLAIN, PayloadPipeline
 from conveyor.payload.records import Failure, Outcome, RunRecord
 from conveyor.payload.versions import sealed_name
@@ -130,6 +131,10 @@ class RecordDecoder(NamedTuple):
     def notes(self, stored: bytes, queue: str, id: str) -> dict[str, Any]:  # noqa: A002
         """Return stored notes, or a description of those that cannot be read."""
         return show_notes(self.sealing, stored, queue, id)
+
+    def lines(self, portions: Iterable[bytes], queue: str, id: str) -> list[LogLine]:  # noqa: A002
+        """Return stored lines, as far as they can be read."""
+        return [line for portion in portions for line in open_lines(self.sealing, portion, queue, id)]
 
     def failure(self, failure: Failure, queue: str, id: str) -> Failure:  # noqa: A002
         """Return an error with its texts, as far as they can be read."""

@@ -19,6 +19,7 @@ DAMAGED = "(damaged)"
 BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000, 3_600_000)
 """Upper bounds of the duration histogram in ms. The last field counts what took longer."""
 COUNTS, LIST_JOBS, GET_JOB, WHY = Script("counts"), Script("list_jobs"), Script("get_job"), Script("why")
+LRANGE = Script("LRANGE")
 FIND_JOBS, ZCARD = Script("find_jobs"), Script("ZCARD")
 WORKERS, AUDIT, UNPLACED = Script("workers"), Script("audit"), Script("unplaced")
 QUEUE_CAUSES, WATCH_JOBS = Script("queue_causes"), Script("watch_jobs")
@@ -500,6 +501,15 @@ def _read_job(id: str) -> Callable[[list[bytes]], tuple[str, JobRow | None, byte
         return place, replace(row, raw=reply[1]), b""
 
     return decode
+
+
+def read_logs(keys: QueueKeys, id: str, first: int = 0) -> Call[list[bytes]]:  # noqa: A002
+    """Return the call that reads what is kept of the lines of a job: portions, as they were stored, from the *first* on."""
+    return Command(LRANGE, (keys.logs(id),), (str(first), "-1"), _read_portions)
+
+
+def _read_portions(reply: list[bytes]) -> list[bytes]:
+    return reply
 
 
 def workers(keys: QueueKeys) -> Call[list[WorkerRow]]:

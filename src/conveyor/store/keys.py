@@ -121,6 +121,10 @@ class QueueKeys:
         """Return the key of the outcome of a job that has a key of its own."""
         return f"{self.prefix}result:{id}"
 
+    def logs(self, id: str) -> str:  # noqa: A002
+        """Return the key of the list of what a job has logged."""
+        return f"{self.prefix}logs:{id}"
+
     def stream(self, id: str) -> str:  # noqa: A002
         """Return the key of the stream of a job's partial results."""
         return f"{self.prefix}stream:{id}"

@@ -440,7 +440,7 @@ class Settlement:
     @property
     def stays(self) -> bool:
         """True for what leaves the job leased to its worker."""
-        return self.kind in {"M", "K"}
+        return self.kind in {"M", "K", "T"}
 
 
 @dataclass(slots=True)

@@ -1,8 +1,8 @@
 """
-Commands to a worker: quiet, stop, stack.
+Commands to a worker: quiet, stop, stack, logs.
 
 A command travels as an element of the list on which the worker blocks anyway, and is answered in a key of its own. It is
-data: a worker knows three of them, and runs nothing that it reads.
+data: a worker knows four of them, and runs nothing that it reads.
 """
 
 from __future__ import annotations
@@ -21,20 +21,23 @@ COMMAND_WORKER, DESCRIBE_WORKER, LEASED_JOBS = (
 )  # fmt: skip
 RELEASE_BUILD = Script("release_build")
 SET, GET = Script("SET"), Script("GET")
+FOLLOWED = 15.0
+"""Seconds for which the lines of a job are sent at once, after somebody asked for it."""
 ANSWER_MS = 60_000
 """For how long an answer is kept, in ms."""
 MOST_STACK = 256 * 1024
 """Bytes of the stacks that a worker sends, at most."""
 
-Action = Literal["quiet", "stop", "stack"]
+Action = Literal["quiet", "stop", "stack", "logs"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
 
 
 class WorkerCommand(msgspec.Struct, frozen=True, rename={"action": "do"}):
-    """One command, and the key that gets the answer."""
+    """One command, and the key that gets the answer; *logs* is about a job that the worker holds, and is not answered."""
 
     action: Action
     answer: str
+    job: str = ""
 
 
 class LeasedRow(NamedTuple):
@@ -48,9 +51,9 @@ class LeasedRow(NamedTuple):
 _DECODER = msgspec.json.Decoder(WorkerCommand)
 
 
-def new_command(keys: QueueKeys, action: Action) -> WorkerCommand:
-    """Return a command to a worker of that queue, with an answer of its own."""
-    return WorkerCommand(action, keys.answer(new_identity()))
+def new_command(keys: QueueKeys, action: Action, job: str = "") -> WorkerCommand:
+    """Return a command to a worker of that queue, with an answer of its own; *job*: what it is about."""
+    return WorkerCommand(action, keys.answer(new_identity()), job)
 
 
 def read_command(keys: QueueKeys, data: bytes) -> WorkerCommand | None:

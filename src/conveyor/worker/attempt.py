@@ -22,14 +22,16 @@ from conveyor.jobs.context import (
     charges_of,
     end_spawning,
     live_of,
+    log_of,
     open_live,
     spawned_entries,
 )
+from conveyor.jobs.job_log import JobLog
 from conveyor.jobs.live import LiveRecord
 from conveyor.messaging import retry
 from conveyor.messaging.declared_limits import cost_arguments
 from conveyor.payload.failures import message, type_name
-from conveyor.payload.live_records import Progress, open_notes, pack_notes, pack_progress
+from conveyor.payload.live_records import Progress, StoredLine, open_notes, pack_notes, pack_progress
 from conveyor.payload.records import AttemptHistory, Envelope
 from conveyor.store.inspection import BUCKETS_MS
 
@@ -78,6 +80,7 @@ class Handler:
         "failed",
         "fills",
         "function",
+        "keeps_logs",
         "kind",
         "limits",
         "load_error",
@@ -110,6 +113,9 @@ class Handler:
         """True when the worker fills parameters of it: its context, or dependencies."""
         self.timeout: float | None = None if task.settings.timeout_ms is None else task.settings.timeout_ms / 1000
         self.early = task.settings.ack == "early"
+        self.keeps_logs = (
+            task.settings.logs != "never" and not self.early
+        )  # one that is acknowledged has no place for them
         self.stores = not task.returns_none
         self.done = self.failed = self.retried = 0
         self.run_ms = 0.0
@@ -120,7 +126,7 @@ class Handler:
         """Return the handler of a job that cannot run here, because of *load_error*; None: the task is not known."""
         handler = cls.__new__(cls)
         handler.name, handler.kind, handler.load_error = name, "unknown", load_error
-        handler.early = handler.stores = False
+        handler.early = handler.stores = handler.keeps_logs = False
         handler.limits, handler.costs = {}, {}
         handler.done = handler.failed = handler.retried = 0
         handler.timeout = None
@@ -304,6 +310,24 @@ class Attempt:
         state = self.state
         return {} if state is None else open_notes(self.consumer.sealing, state.notes, self.consumer.queue, self.id)
 
+    @property
+    def log(self) -> JobLog | None:
+        """The lines that it has logged; None when it logged none, or they are not kept."""
+        return None if self.context is None else log_of(self.context, made=True)
+
+    def follow(self, seconds: float) -> None:
+        """Have its lines sent at once for so many seconds."""
+        if (log := log_of(self.open())) is not None:
+            log.follow(seconds)
+
+    def adopt_lines(self, lines: list[StoredLine]) -> None:
+        """Add lines that it logged in another process."""
+        if (log := log_of(self.open())) is not None:
+            log.add(lines)
+
+    def _make_log(self) -> JobLog:
+        return JobLog(lambda: self.consumer.note_change(self))
+
     def _make_live(self) -> LiveRecord:
         return LiveRecord(lambda: self.consumer.note_change(self), self.stored_notes)
 
@@ -336,6 +360,7 @@ class Attempt:
                 costs=self.costs,
                 emit_hook=self.emit,
                 live=self._make_live,
+                log=self._make_log if self.handler.keeps_logs else None,
             )
             if self.handler.early:
                 end_spawning(self.context)  # it has ended, as far as Redis knows

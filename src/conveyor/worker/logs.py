@@ -50,10 +50,16 @@ def configure_log(*, verbose: bool = False) -> None:
     if not logging.getLogger().handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
-        logging.basicConfig(handlers=[handler])
+        handler.addFilter(_is_for_the_terminal)
+        # INFO of the loggers of a program is kept with the job that logs it, and not shown.
+        logging.basicConfig(handlers=[handler], level=logging.INFO)
     logger = logging.getLogger("conveyor")
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def _is_for_the_terminal(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or record.name.partition(".")[0] == "conveyor"
 
 
 def describe_end(code: int) -> str:

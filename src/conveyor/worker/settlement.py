@@ -21,6 +21,7 @@ from conveyor.messaging import retry
 from conveyor.messaging.declared_limits import charge_of, held_limit
 from conveyor.payload import failures
 from conveyor.payload.codec import UnreadablePayload
+from conveyor.payload.live_records import pack_lines
 from conveyor.payload.pipeline import PLAIN
 from conveyor.payload.records import NOT_STARTED, RAN, AttemptHistory, Failure, Outcome, read_failure, to_json
 from conveyor.payload.sealed_records import pack_arguments, pack_failure, pack_refusal, pack_result
@@ -36,6 +37,7 @@ from conveyor.worker.requirements import RequirementUnmet
 
 if TYPE_CHECKING:
     from conveyor.jobs.core import AppCore
+    from conveyor.jobs.job_log import JobLog
     from conveyor.jobs.live import LiveRecord
 
 log = logging.getLogger("conveyor.worker")
@@ -49,6 +51,8 @@ LONGEST_REQUIREMENT_MS = 30_000
 """
 The longest pause in ms of a job that needs another worker: such a worker may serve the same queue, and come to its end of work.
 """
+LOGS_KEPT_MS = 7 * 86_400_000
+"""For how long the lines of a job are kept, in ms, from the last of them on."""
 CANCELLED_KEPT_MS = 600_000
 """For how long the outcome of a cancelled job is kept, in ms."""
 
@@ -109,6 +113,8 @@ class SettlementWriter:
             report.others.append(parts)
         if (live := attempt.live_record) is not None:
             live.finish()
+        if attempt.log is not None:
+            self._keep_log(report, attempt, attempt.log, failed=error is not None or why is not None)
         unfinished = attempt.started == 0.0 or isinstance(error, asyncio.CancelledError) or stuck
         if why in {"cancel", "expired"} and (unfinished or error is not None):
             self.cancelled(report, attempt, now)
@@ -191,6 +197,25 @@ class SettlementWriter:
             report.recent.append(write_finished(attempt.id, handler.name, "done", now_ms, round(seconds * 1000)))
         if self._app.has_listener(JobDone):
             self._app.emit(JobDone(attempt.public_id, handler.name, attempt.consumer.queue, attempt.number, seconds))
+
+    def report_live(self, report: TurnReport, attempt: Attempt) -> None:
+        """Report what a running attempt says of itself, as far as it is new, and its lines while somebody follows them."""
+        live, lines = attempt.live_record, attempt.log
+        if live is not None and live.is_changed:
+            live.is_changed = False  # first: what the job says from now on is news again
+            report.others.append(Settlement("M", attempt.id, state=attempt.running_history.encode()))
+        if lines is not None and lines.is_followed:
+            self._send_lines(report, attempt, lines)
+
+    def _keep_log(self, report: TurnReport, attempt: Attempt, lines: JobLog, *, failed: bool) -> None:
+        """Report the lines of an attempt that ends, where its task says that they are kept, or somebody follows them."""
+        if failed or attempt.handler.task.settings.logs == "always" or lines.is_followed:
+            self._send_lines(report, attempt, lines)
+
+    def _send_lines(self, report: TurnReport, attempt: Attempt, log: JobLog) -> None:
+        if lines := log.take():
+            record = pack_lines(self._sealing, lines, attempt.number, attempt.consumer.queue, attempt.id)
+            report.others.append(Settlement("T", attempt.id, LOGS_KEPT_MS, record))
 
     def _add_live(self, report: TurnReport, attempt: Attempt, live: LiveRecord, record: bytes) -> bytes:
         """Return the record of a success with what the job said of itself, whose last word is written before its end."""

@@ -33,6 +33,7 @@ from conveyor.worker.leasing.membership import LeaseHolder, partition_keys, queu
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.leasing.wakeup import WorkerConnections
 from conveyor.worker.lifecycle import Lifecycle
+from conveyor.worker.log_capture import keep_logs
 from conveyor.worker.recycling import RecycleLimits
 from conveyor.worker.requirements import unmet
 from conveyor.worker.scheduler import declare_schedules
@@ -144,6 +145,7 @@ class Worker:
     async def start(self, stack: AsyncExitStack) -> None:
         """Connect, run the lifespan, register, and begin."""
         self.executor = self._make_executor()
+        stack.callback(keep_logs())
         self._watch_loop(stack)  # first: a start may wait for Redis, and a loop that waits is not blocked
         self.connections = WorkerConnections(
             self.name, self.lifecycle, self.app.client, lambda: self.capacity.has_room, self._after_turn

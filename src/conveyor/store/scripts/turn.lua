@@ -17,6 +17,7 @@
 --            L as F, and the limit in record is held for ms      G still held; the limit in record is charged with ms more, or less
 --            R, F and L of a job whose cancellation was asked: it ends cancelled
 --            K still held: it runs, and was told of its cancellation
+--            T still held; the record, lines that the job has logged, is added to logs:<id>, which is kept for ms
 --            E still held; the record has parts of its stream (lib/parts.lua), which is kept for ms
 --            S still held; the record goes into the outbox (the D that follows it is then accepted, too)
 --       then count, (field increment)… for this minute's counters

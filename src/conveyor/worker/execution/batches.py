@@ -14,7 +14,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from conveyor.jobs.batch_task import item_ends
-from conveyor.jobs.context import Context
+from conveyor.jobs.context import Context, share_log
+from conveyor.jobs.job_log import JobLog
 from conveyor.jobs.task import BatchPlan
 from conveyor.payload import failures
 from conveyor.payload.records import Envelope
@@ -119,6 +120,7 @@ class BatchAttempt(Attempt):
                 state=first.state, deadline_hook=self.move_deadline, enqueued_at=first.enqueued_at,
                 scheduled_for=first.scheduled_for,
                 items=lambda: [item.open() for item in self.live],
+                log=JobLog if self.handler.keeps_logs else None,
             )  # fmt: skip
             if self.stop_reason is not None:
                 self.flag_context()
@@ -318,6 +320,8 @@ class BatchGatherer:
         for item in batch.items:
             self._batch_of.pop(item, None)
             item.ended = batch.ended
+            if batch.log is not None:
+                share_log(item.open(), batch.log)
             left_out = asyncio.CancelledError() if item.stop_reason is not None else error
             result, failure = ends.get(item, (None, left_out))
             ended.append((item, result, None if failure is None else failures.safe_exception(failure)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import math
 import os
 import select
 import signal
@@ -28,6 +29,7 @@ from conveyor.jobs.batch_task import ItemEnd, item_ends
 from conveyor.jobs.context import CURRENT, Context, charges_of, end_spawning, spawned_entries
 from conveyor.jobs.core import core_of
 from conveyor.jobs.dependencies import WorkerScope
+from conveyor.jobs.job_log import JobLog
 from conveyor.jobs.live import LiveRecord
 from conveyor.jobs.task import TaskDefinition
 from conveyor.store.fork_safety import on_fork
@@ -51,6 +53,7 @@ from conveyor.worker.execution.process_protocol import (
     read_request,
 )
 from conveyor.worker.leasing.live_reports import PERIOD
+from conveyor.worker.log_capture import keep_logs
 from conveyor.worker.logs import configure_log
 from conveyor.worker.recycling import RecycleLimits
 
@@ -68,6 +71,7 @@ def main() -> None:
         return
     sys.path[:] = start.path
     configure_log(verbose=start.verbose)
+    keep_logs()
     runner = _Runner(connection)
     try:
         runner.open(start)
@@ -126,6 +130,7 @@ class _LiveSender:
     def __init__(self, connection: _ParentConnection) -> None:
         self._connection = connection
         self._told: dict[str, tuple[int, LiveRecord]] = {}  # the attempts that have said something, by their ids
+        self._logs: dict[str, tuple[int, JobLog]] = {}  # likewise those that have logged something
         self._timer: threading.Timer | None = None
         self._sent_at = 0.0
         self._lock = threading.Lock()
@@ -135,6 +140,13 @@ class _LiveSender:
         live = LiveRecord(self._on_change, lambda: job.notes)
         self._told[job.id] = (job.attempt, live)
         return live
+
+    def log(self, job: RunRequest) -> JobLog:
+        """Return what takes the lines of a job, and sends them while it runs: its process may end without a word."""
+        log = JobLog(self._on_change)
+        log.follow(math.inf)
+        self._logs[job.id] = (job.attempt, log)
+        return log
 
     def _on_change(self) -> None:
         wait = self._sent_at + PERIOD - monotonic()
@@ -155,14 +167,18 @@ class _LiveSender:
                     progress = live.last_progress()
                     numbers = None if progress is None else (progress.done, progress.total, progress.text)
                     self._connection.send(LiveReply(id_, attempt, numbers, live.notes_json))
+            for id_, (attempt, log) in list(self._logs.items()):
+                if lines := log.take():
+                    self._connection.send(LiveReply(id_, attempt, lines=lines))
 
     def finish(self) -> None:
         """Send the last news of the jobs that have ended."""
-        if self._told:
+        if self._told or self._logs:
             for _, live in self._told.values():
                 live.finish()
             self.send()
             self._told.clear()
+            self._logs.clear()
 
 
 class _Runner:
@@ -326,6 +342,7 @@ class _Runner:
             costs=job.costs,
             emit_hook=emit_hook,
             live=lambda: self.live_sender.record(job),
+            log=(lambda: self.live_sender.log(job)) if job.keeps_logs else None,
         )
 
 

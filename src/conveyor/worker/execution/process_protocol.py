@@ -59,6 +59,7 @@ class RunRequest(msgspec.Struct, tag="job"):
     tags: list[str] = []
     costs: dict[str, str] = {}
     notes: dict[str, Any] = {}
+    keeps_logs: bool = True
 
 
 class ReadyReply(msgspec.Struct, tag="ready"):
@@ -86,13 +87,14 @@ class LiveReply(msgspec.Struct, tag="live"):
     """
     From the process: what the running job, or one of a batch, said of itself: done, total and text, and its notes as JSON.
 
-    None: nothing new.
+    None: nothing new. `lines` are those that it logged since; of a batch they are of all its items.
     """
 
     id: str
     attempt: int
-    progress: tuple[float | None, float | None, str] | None
-    notes: bytes | None
+    progress: tuple[float | None, float | None, str] | None = None
+    notes: bytes | None = None
+    lines: list[tuple[int, str, str, str]] = []
 
 
 class DoneReply(msgspec.Struct, tag="done"):

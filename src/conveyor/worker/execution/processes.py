@@ -342,9 +342,14 @@ def _refuse_overrides(task: TaskDefinition, injection: Injection) -> None:
 
 def _adopt_live(attempt: Attempt, reply: LiveReply) -> bool:
     """Pass on what a job said of itself; False when it is none of those that run there."""
-    jobs = attempt.live if isinstance(attempt, BatchAttempt) else [attempt]
+    jobs = [attempt, *attempt.live] if isinstance(attempt, BatchAttempt) else [attempt]
     for one in jobs:
-        if (one.public_id, one.number) == (reply.id, reply.attempt):
+        if (one.public_id, one.number) != (reply.id, reply.attempt):
+            continue
+        if reply.lines:
+            one.adopt_lines(reply.lines)
+            return True
+        if not isinstance(one, BatchAttempt):  # whose id is that of its first item
             one.adopt_live(None if reply.progress is None else Progress(*reply.progress), reply.notes)
             return True
     return False
@@ -389,6 +394,7 @@ def _run_request(attempt: Attempt) -> RunRequest:
         items=[_run_request(item) for item in attempt.live] if isinstance(attempt, BatchAttempt) else [],
         costs=attempt.costs,
         notes={} if isinstance(attempt, BatchAttempt) else attempt.stored_notes(),
+        keeps_logs=attempt.handler.keeps_logs,
     )
 
 

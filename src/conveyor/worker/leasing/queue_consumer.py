@@ -21,7 +21,7 @@ from conveyor.store.operations import MOST_HELD, Settlement, StaleTurn, TurnRepl
 from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import WrongReply
 from conveyor.store.transport import eviction, wakeup
-from conveyor.store.worker_commands import read_command
+from conveyor.store.worker_commands import FOLLOWED, read_command
 from conveyor.worker.attempt import Attempt, Handler
 from conveyor.worker.leasing.capacity import JobSizeEstimate
 from conveyor.worker.leasing.list_intake import ListIntake
@@ -286,7 +286,12 @@ class QueueConsumer:
         if command is None:
             self.on_token()
             return True
-        self._services.carry_out(self, command)
+        if command.action == "logs":
+            attempt = self.held.get(command.job)
+            if attempt is not None and attempt.ended == 0.0:
+                attempt.follow(FOLLOWED)
+        else:
+            self._services.carry_out(self, command)
         return False
 
     def on_token(self) -> None:
@@ -688,10 +693,8 @@ class QueueConsumer:
 
     def _report_live(self, attempts: list[Attempt]) -> None:
         for attempt in attempts:
-            live = attempt.live_record
-            if live is not None and live.is_changed and attempt.ended == 0.0 and self.holds(attempt):
-                live.is_changed = False  # first: what the job says from now on is news again
-                self.report.others.append(Settlement("M", attempt.id, state=attempt.running_history.encode()))
+            if attempt.ended == 0.0 and self.holds(attempt):
+                self._services.settlement_writer.report_live(self.report, attempt)
         if self.report:
             self.schedule()
 

@@ -20,6 +20,7 @@ local function read_settlements(queue, leased, done_at, done_count, other_at, ot
     number_in(ARGV[i + 2])
     if ARGV[i] == 'X' then redis.call('ZCARD', queue.dead) end
     if ARGV[i] == 'S' then redis.call('LLEN', queue.prefix .. 'outbox') end
+    if ARGV[i] == 'T' then redis.call('LLEN', queue.prefix .. 'logs:' .. ARGV[i + 1]) end
     if ARGV[i] == 'E' then new_parts(queue.prefix .. 'stream:' .. ARGV[i + 1], ARGV[i + 3]) end
     if redis.call('HEXISTS', leased, ARGV[i + 1]) == 1 then
       others[#others + 1] = i
@@ -27,7 +28,7 @@ local function read_settlements(queue, leased, done_at, done_count, other_at, ot
       if (ARGV[i] == 'D' or ARGV[i] == 'C') and ARGV[i + 2] ~= '0' then kinds.keep = true end
       if ARGV[i + 5] ~= '' and attributes(ARGV[i + 5], {}).keys then kinds.unique = true end
       if ARGV[i + 6] == '1' then kinds.own = true end
-    elseif ARGV[i] ~= 'S' and ARGV[i] ~= 'G' and ARGV[i] ~= 'E' then
+    elseif ARGV[i] ~= 'S' and ARGV[i] ~= 'G' and ARGV[i] ~= 'E' and ARGV[i] ~= 'T' then
       lost[#lost + 1] = ARGV[i + 1]
     end
   end
@@ -46,6 +47,7 @@ local function prove_settlements(none, kinds, results, asked)
   if results and #results.own > 0 or kinds.keep or kinds.own then prove(none, 'SET') end
   if kinds.unique then prove(none, 'GET', 'DEL', 'SET', 'RPUSH') end
   if kinds.S then prove(none, 'RPUSH') end
+  if kinds.T then prove(none, 'RPUSH', 'LTRIM', 'PEXPIRE') end
   if kinds.E then prove(none, 'XADD', 'PEXPIRE') end
   if next(kinds) then prove(none, 'HGET') end
   if kinds.F or kinds.L then prove(none, 'LPUSH') end
@@ -85,7 +87,7 @@ local function settle_other(queue, leased, i, now, asked, ended)
   local kind, id, ms, record, attempts = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4]
   local found = attributes(ARGV[i + 5], {own = ARGV[i + 6] == '1'})
   -- Of two settlements of one job in a report the first counts.
-  local keeps = kind == 'M' or kind == 'S' or kind == 'K' or kind == 'G' or kind == 'E'
+  local keeps = kind == 'M' or kind == 'S' or kind == 'K' or kind == 'G' or kind == 'E' or kind == 'T'
   if redis.call(keeps and 'HEXISTS' or 'HDEL', leased, id) == 0 then return false end
   if queue.grouped and not keeps then
     local ids = kind == 'R' and queue.retried or queue.freed
@@ -94,6 +96,11 @@ local function settle_other(queue, leased, i, now, asked, ended)
   if queue.changed and kind ~= 'S' and kind ~= 'G' and kind ~= 'E' then queue.changed[#queue.changed + 1] = id end
   if kind == 'S' then
     redis.call('RPUSH', queue.prefix .. 'outbox', record)
+  elseif kind == 'T' then
+    local key = queue.prefix .. 'logs:' .. id
+    redis.call('RPUSH', key, record)
+    redis.call('LTRIM', key, -2000, -1)
+    redis.call('PEXPIRE', key, int(ms))
   elseif kind == 'E' then
     add_parts(queue.prefix .. 'stream:' .. id, record, ms)
   elseif kind == 'G' then
