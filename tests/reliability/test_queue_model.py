@@ -24,7 +24,9 @@ EXAMPLES = int(os.environ.get("CONVEYOR_MODEL_EXAMPLES", "200"))
 STEPS = int(os.environ.get("CONVEYOR_MODEL_STEPS", "50"))
 SEED = int(os.environ.get("CONVEYOR_MODEL_SEED", "20261124"))
 PARTS = 4
-"""Runs of their own seeds, so that they share the cores."""
+"""Tests of their own seeds, so that they share the cores."""
+EXAMPLES_A_RUN = 5
+"""Many short runs meet what is rare sooner than a long one: the examples of one run are more alike."""
 
 
 @pytest.fixture
@@ -49,19 +51,21 @@ def test_queue_and_model_stay_alike(seeded: SeededQueue, part: int) -> None:
     The run is the same each time; `CONVEYOR_MODEL_SEED` makes another, and EXAMPLES and STEPS a longer one.
     """
     machine = type("Bound", (QueueMachine,), {"seeded": seeded})
-    print(f"model: {EXAMPLES // PARTS} examples of {STEPS} steps, seed {SEED + part}")
-    run_state_machine_as_test(
-        seed(SEED + part)(machine),
-        settings=settings(
-            max_examples=EXAMPLES // PARTS,
-            stateful_step_count=STEPS,
-            derandomize=False,
-            database=None,
-            deadline=None,
-            phases=[Phase.generate, Phase.shrink],
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    first, runs = SEED + 1000 * part, -(-EXAMPLES // (PARTS * EXAMPLES_A_RUN))
+    for number in range(first, first + runs):
+        print(f"model: {EXAMPLES_A_RUN} examples of {STEPS} steps, seed {number}")
+        run_state_machine_as_test(
+            seed(number)(machine),
+            settings=settings(
+                max_examples=EXAMPLES_A_RUN,
+                stateful_step_count=STEPS,
+                derandomize=False,
+                database=None,
+                deadline=None,
+                phases=[Phase.generate, Phase.shrink],
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
 
 
 @pytest.mark.long

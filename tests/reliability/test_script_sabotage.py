@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import redis as redis_py
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from conveyor.errors import ConveyorError
@@ -77,20 +77,42 @@ def seeded(redis: redis_py.Redis, url: str) -> Iterator[SeededQueue]:
     redis.flushall(asynchronous=False)
 
 
+FIRST_SEED = {
+    "turn takes the tags from dead letters": 24,
+    "push overwrites a job of the same id": 7,
+    "reap forgets cancellations": 9,
+    "turn frees a window with its job": 11,
+    "reap turns the order round": 23,
+    "turn acknowledges what others hold": 11,
+    "push forgets that something has changed": 17,
+}
+"""The seeds that met what is rarely met, when these lines were written: the search for one takes a minute otherwise."""
+SEEDS = 600
+
+
 @pytest.mark.long
 @pytest.mark.standalone_only("tries the model, which is left to single servers")
 @pytest.mark.parametrize("name", SABOTAGES)
 def test_sabotage_is_caught(seeded: SeededQueue, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """A short run against the model fails when the script is broken in this way."""
+    """A short run against the model, with one of many seeds, fails when the script is broken in this way."""
     break_script(monkeypatch, operations, *SABOTAGES[name])
+    first = FIRST_SEED.get(name, 1)
 
-    with pytest.raises(CAUGHT) as caught:
+    # Many runs of a few examples differ more from each other than the examples of one long run do.
+    caught = next(filter(None, (difference(seeded, n) for n in range(first, first + SEEDS))), None)
+
+    assert caught is not None, "no run differs from the model"
+    assert "user_script" not in str(caught), "the sabotage does not even run"
+
+
+def difference(seeded: SeededQueue, number: int) -> BaseException | None:
+    """Return the error of a run with a seed; None: it is like the model."""
+    try:
         run_state_machine_as_test(
-            type("Sabotaged", (QueueMachine,), {"seeded": seeded}),
+            seed(number)(type("Sabotaged", (QueueMachine,), {"seeded": seeded})),
             settings=settings(
-                max_examples=1500,  # a run ends at the first difference: only what is rarely met needs many
+                max_examples=3,
                 stateful_step_count=40,
-                derandomize=True,
                 database=None,
                 deadline=None,
                 phases=[Phase.generate],
@@ -98,5 +120,6 @@ def test_sabotage_is_caught(seeded: SeededQueue, monkeypatch: pytest.MonkeyPatch
                 suppress_health_check=list(HealthCheck),
             ),
         )
-
-    assert "user_script" not in str(caught.value), "the sabotage does not even run"
+    except CAUGHT as error:
+        return error
+    return None
