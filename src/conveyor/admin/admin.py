@@ -11,7 +11,17 @@ import logging
 import re
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Collection,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
@@ -45,6 +55,7 @@ from conveyor.admin.views import (
 )
 from conveyor.admin.worker_control import WorkerProcess, command, find_process, leased_job, processes_of
 from conveyor.errors import ConfigurationError, ConveyorError, JobNotFound, StoreUnavailable
+from conveyor.events import JobUpdate
 from conveyor.ids import label_text, logical, made_at_ms, public, queue_name, split
 from conveyor.jobs.core import core_of
 from conveyor.jobs.why import QueueCause, Why, explain, queue_causes
@@ -630,6 +641,21 @@ class Admin:
         if lookup is not None:
             return lookup.keys
         return self._keys(queue) if queue is not None else self._found(public_id).keys
+
+    def watch(self, *ids: str) -> Generator[JobUpdate, None, None]:
+        """Yield what happens to jobs, as `Job.watch` does, until all have ended. Raises JobNotFound."""
+        from conveyor.jobs.results import ResultSubscriber
+        from conveyor.jobs.watching import Changes, WatchedJob, WatchHub
+
+        found = [self._found(one) for one in ids]
+        subscriber = ResultSubscriber(self.client)
+        hub = WatchHub(self.client, subscriber)
+        jobs = [WatchedJob(one.keys, one.id, lambda: False) for one in found]
+        try:
+            yield from hub.watch([Changes(job, None, self._decoder) for job in jobs])
+        finally:
+            hub.close()
+            subscriber.close()
 
     def _found(self, public_id: str) -> _JobLookup:
         lookup = self._find(public_id)

@@ -81,12 +81,12 @@ def _wait_for_result(out: Output, job: Any, seconds: float | None) -> str:
     try:
         if seconds is None or seconds > SAY_AFTER:
             try:
-                return value_text(job.result(timeout=SAY_AFTER))
+                return value_text(job.result(timeout=SAY_AFTER, bar=True))
             except TimeoutError as error:
                 text = str(error).replace(" and was not cancelled: ask again later", "")
                 out.say(f"Still waiting; ctrl-C ends only this. {text}")
                 seconds = None if seconds is None else seconds - SAY_AFTER
-        return value_text(job.result(timeout=seconds))
+        return value_text(job.result(timeout=seconds, bar=True))
     except JobFailed as error:
         if error.traceback:
             for line in error.traceback.rstrip().split("\n"):

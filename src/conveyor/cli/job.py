@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from conveyor.admin.admin import Admin
     from conveyor.admin.job_query import JobQuery
     from conveyor.admin.views import ActionResult, ErrorInfo, JobInfo, Outcome
+    from conveyor.events import JobUpdate
     from conveyor.jobs.why import Why
     from conveyor.messaging.selection import ActionName
     from conveyor.store.job_filter import JobFilter
@@ -340,6 +341,52 @@ def _new_arguments(app: Any, handle: Any, pairs: tuple[str, ...], document: str 
     if args:
         raise PayloadError("--args takes an object: the new arguments by name. Nothing was changed.")
     return kwargs
+
+
+@job.command()
+@click.argument("ids", nargs=-1, required=True, metavar="ID...")
+@redis_options
+def watch(target: Target, out: Output, ids: tuple[str, ...]) -> int:
+    """
+    Show what happens to jobs until they have ended.
+
+    A line for each state; the progress as a bar on a terminal, else as lines too. Exits 0 when all are done, 7 when one is dead
+    or cancelled. Ctrl-C ends only the watching.
+    """
+    from conveyor.events import JobEnded, ProgressChanged
+    from conveyor.jobs.progress_bar import ProgressBar
+
+    bar, code = ProgressBar(), ExitCode.OK
+    try:
+        for one in target.admin().watch(*ids):
+            if isinstance(one, ProgressChanged) and bar.on_terminal and not out.as_json:
+                bar.show(one.done, one.total, one.text)
+                continue
+            bar.close()
+            if out.as_json:
+                out.document("update", **{**asdict(one), "kind": type(one).__name__})
+            else:
+                out.line("\t".join(machine_text(cell) for cell in _update_cells(one)))
+            if isinstance(one, JobEnded) and one.state != "done":
+                code = ExitCode.JOB_FAILED
+    finally:
+        bar.close()
+    return code
+
+
+def _update_cells(update: JobUpdate) -> list[object]:
+    """Return the id of a job, its state, the attempt, and what else an update says."""
+    from conveyor.events import JobEnded, ProgressChanged, StateChanged
+
+    more = ""
+    if isinstance(update, ProgressChanged):
+        counts = "" if update.done is None else f"{update.done:g}" + (f" of {update.total:g}" if update.total else "")
+        more = " ".join(part for part in (counts, update.text) if part)
+    elif isinstance(update, JobEnded):
+        more = update.reason or update.error
+    elif isinstance(update, StateChanged):
+        more = update.error
+    return [update.job_id, update.state, f"attempt {update.attempt}", *([more] if more else [])]
 
 
 @job.command()

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Never, ParamSpec, Self, TypeVar,
 from conveyor import ids
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.jobs.batch_task import BatchDecorator, batch_plan
-from conveyor.jobs.bulk import ChunkSender, add_count, chunks, spread_out
+from conveyor.jobs.bulk import ChunkSender, add_count, bulk_bar, chunks, spread_out
 from conveyor.jobs.core import AppCore
 from conveyor.jobs.decorator import TaskDecorator, external_task, named_task, register, task_options
 from conveyor.jobs.dependencies import overriding
@@ -495,29 +495,41 @@ class Conveyor:
     # -- jobs -----------------------------------------------------------------------------------------------------
 
     def enqueue_many(
-        self, calls: Iterable[TaskCall[R]], *, spread: Duration | None = None, jitter: Duration | None = None
+        self,
+        calls: Iterable[TaskCall[R]],
+        *,
+        spread: Duration | None = None,
+        jitter: Duration | None = None,
+        bar: bool = False,
     ) -> list[Job[R]]:
         """
         Enqueue many calls (``task.s(…)``) in a few round trips, each queue's in their order; return their handles.
 
         *spread* distributes their starts evenly over that time from now, and *jitter* puts each off by up to that; both add
-        to what a call has of `delay` or `at`, and a generator is taken whole first. Each thousand for a queue is accepted
+        to what a call has of `delay` or `at`, and a generator is taken whole first. *bar* draws on a terminal (standard error) how
+        many are stored. Each thousand for a queue is accepted
         whole or not at all. A call that does not fit raises PayloadError. Of a list nothing is stored then; of a generator
         nothing is stored from that thousand on.
         """
         refuse_in_loop(self.client, "app.enqueue_many()", "await app.aenqueue_many(…)")
         sender = ChunkSender()
         try:
-            with sender:
+            with sender, bulk_bar(calls, wanted=bar) as show:
                 for chunk in chunks(self._core, spread_out(calls, spread, jitter)):
                     sender.send(chunk)
+                    show(len(sender.jobs))
         except ConveyorError as error:
             add_count(error, len(sender.jobs))
             raise
         return sender.jobs
 
     async def aenqueue_many(
-        self, calls: Iterable[TaskCall[R]], *, spread: Duration | None = None, jitter: Duration | None = None
+        self,
+        calls: Iterable[TaskCall[R]],
+        *,
+        spread: Duration | None = None,
+        jitter: Duration | None = None,
+        bar: bool = False,
     ) -> list[Job[R]]:
         """Awaitable form of `enqueue_many`."""
         jobs: list[Job[R]] = []
@@ -525,9 +537,11 @@ class Conveyor:
         prepared = chunks(self._core, spread_out(calls, spread, jitter))
         try:
             # Large bodies are written while a chunk is prepared, which would block the loop.
-            while chunk := await asyncio.to_thread(next, prepared, None) if stored else next(prepared, None):
-                await chunk.apush()
-                jobs += chunk.jobs
+            with bulk_bar(calls, wanted=bar) as show:
+                while chunk := await asyncio.to_thread(next, prepared, None) if stored else next(prepared, None):
+                    await chunk.apush()
+                    jobs += chunk.jobs
+                    show(len(jobs))
         except ConveyorError as error:
             add_count(error, len(jobs))
             raise

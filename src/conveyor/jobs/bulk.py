@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -197,3 +198,18 @@ def add_count(error: ConveyorError, count: int) -> None:
     """Add a note to *error* with the number of jobs that were enqueued before it."""
     if count:
         error.add_note(f"{count} jobs were enqueued before it.")
+
+
+@contextmanager
+def bulk_bar(calls: Iterable[object], *, wanted: bool) -> Iterator[Callable[[int], None]]:
+    """Give the function that draws how many of *calls* are stored; where no bar is *wanted*, it does nothing."""
+    if not wanted:
+        yield lambda stored: None
+        return
+    from conveyor.jobs.progress_bar import ProgressBar
+
+    bar, total = ProgressBar(), len(calls) if isinstance(calls, Sized) else None
+    try:
+        yield lambda stored: bar.show(stored, total, "enqueued")
+    finally:
+        bar.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from asyncio import _get_running_loop, sleep
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from time import monotonic
 from time import sleep as pause_blocking
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast
@@ -343,9 +344,9 @@ class Job(Generic[R_co]):
 
     # -- result ---------------------------------------------------------------------------------------------------
 
-    def result(self, timeout: Duration | None = None) -> R_co:
+    def result(self, timeout: Duration | None = None, *, bar: bool = False) -> R_co:
         """
-        Wait until the job has ended and return its result.
+        Wait until the job has ended and return its result; with *bar* draw its progress on a terminal (standard error).
 
         Raises TimeoutError after *timeout* (None: no limit), JobFailed, JobCancelled, ResultExpired when the job has
         finished and its value is no longer kept, and JobNotFound when it is not known, or not any more. Redis announces the
@@ -358,24 +359,34 @@ class Job(Generic[R_co]):
         if self.queue is None or self.task is None:
             self._look_up()  # the task knows the type of the result, and only a live job names its task
         try:
-            reply = self._core.result_subscriber.outcome(self._keys(), self._bare_id, remaining)
+            with self._bar(bar):
+                reply = self._core.result_subscriber.outcome(self._keys(), self._bare_id, remaining)
         except KeyboardInterrupt as stop:
             raise stop.with_traceback(None) from None  # no need to show where it waited
         if reply is None:
             raise self._timeout_error(seconds, self._situation(end))
         return self._read_result(reply)
 
-    async def aresult(self, timeout: Duration | None = None) -> R_co:  # noqa: ASYNC109  the twin of result
+    async def aresult(self, timeout: Duration | None = None, *, bar: bool = False) -> R_co:  # noqa: ASYNC109  the twin of result
         """Awaitable form of `result`."""
         seconds = _timeout_seconds(timeout)
         end = self._core.client.deadline(seconds)
         remaining = seconds if self._core.client.buffer is None else await self._await_buffer(seconds)
         if self.queue is None or self.task is None:
             await self._alook_up()
-        reply = await self._core.result_subscriber.aoutcome(self._keys(), self._bare_id, remaining)
+        with self._bar(bar):
+            reply = await self._core.result_subscriber.aoutcome(self._keys(), self._bare_id, remaining)
         if reply is None:
             raise self._timeout_error(seconds, await self._asituation(end))
         return self._read_result(reply)
+
+    def _bar(self, wanted: bool) -> AbstractContextManager[None]:
+        """Return the block in which the progress of the job is drawn, or an empty one."""
+        if not wanted:
+            return nullcontext()
+        from conveyor.jobs.progress_bar import JobBar
+
+        return JobBar(self._core.watch_hub, _changes(self._core, [self], None))
 
     def _situation(self, deadline: float | None) -> str:
         """Return why the job has not ended, as far as Redis knows; "" when it does not answer."""

@@ -263,7 +263,7 @@ class WatchHub:
         lock = threading.Lock()
         lock.acquire()
         watcher = Watcher(jobs, lambda: release(lock))
-        self._add(watcher)
+        self.add(watcher)
         try:
             while True:
                 yield from watcher.take()
@@ -271,13 +271,13 @@ class WatchHub:
                     return
                 lock.acquire()
         finally:
-            self._remove(watcher)
+            self.remove(watcher)
 
     async def awatch(self, jobs: Sequence[Changes]) -> AsyncGenerator[JobUpdate, None]:
         """Awaitable form of `watch`."""
         loop, event = asyncio.get_running_loop(), asyncio.Event()
         watcher = Watcher(jobs, lambda: call_soon(loop, event.set))
-        self._add(watcher)
+        self.add(watcher)
         try:
             while True:
                 event.clear()
@@ -287,9 +287,10 @@ class WatchHub:
                     return
                 await event.wait()
         finally:
-            self._remove(watcher)
+            self.remove(watcher)
 
-    def _add(self, watcher: Watcher) -> None:
+    def add(self, watcher: Watcher) -> None:
+        """Give a watcher what happens from now on, and what Redis holds now."""
         with self._lock:
             for key in watcher.live:
                 watched = self._watched.get(key)
@@ -305,7 +306,8 @@ class WatchHub:
                 self._thread.start()
         self._changed.set()
 
-    def _remove(self, watcher: Watcher) -> None:
+    def remove(self, watcher: Watcher) -> None:
+        """Give a watcher nothing more."""
         with self._lock:
             for key in watcher.jobs:
                 watched = self._watched.get(key)

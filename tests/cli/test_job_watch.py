@@ -1,0 +1,136 @@
+"""`conveyor job watch` and progress bars: states as lines, the progress as a bar on a terminal, and the exit codes."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conveyor.jobs.app import Conveyor
+from conveyor.jobs.context import current
+from conveyor.jobs.progress_bar import progress_line
+from conveyor.payload.records import AttemptHistory
+from conveyor.store.operations import Settlement
+from support.manual_worker import ManualWorker, drain, eventually
+from support.running_worker import working
+from support.shell import Shell
+from support.terminal import on_terminal
+from support.time_limits import PATIENCE
+
+
+@pytest.fixture
+def app(url: str) -> Iterator[Conveyor]:
+    with Conveyor(url) as app:
+        yield app
+
+
+@pytest.fixture
+def shell(url: str, tmp_path: Path) -> Shell:
+    return Shell(tmp_path, url)
+
+
+class Terminal(io.StringIO):
+    """A terminal that remembers what was drawn."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_updates_as_lines_and_documents(shell: Shell, app: Conveyor) -> None:
+    """In a pipe each update is a line, with --json a document; a job that died makes the command exit 7."""
+    job = app.external_task("shop.pay").enqueue(1)
+    manual = ManualWorker(app)
+    [id_] = manual.take()
+    manual.dead(id_, None)
+    manual.leave()
+    done, shown = shell.run("job", "watch", job.id), shell.run("job", "watch", job.id, "--json")
+    assert (done.returncode, shown.returncode) == (7, 7)
+    assert [line.split("\t")[1] for line in done.stdout.splitlines()] == ["ready", "leased", "dead"]
+    documents = [json.loads(line) for line in shown.stdout.splitlines()]
+    assert [one["kind"] for one in documents] == ["StateChanged", "StateChanged", "JobEnded"]
+    assert {one["schema"] for one in documents} == {"conveyor/update@1"}
+    assert shell.run("job", "watch", "default:0000000000000000000000").returncode == 5
+    app.queue("default").purge(dead=True)
+
+
+def test_ctrl_c_ends_only_the_watching(shell: Shell, app: Conveyor) -> None:
+    """A SIGINT ends the command with 130; the job goes on."""
+    job = app.external_task("shop.pay").enqueue(1)
+    with subprocess.Popen(
+        [sys.executable, "-m", "conveyor", "job", "watch", job.id], cwd=shell.directory, env=shell.environment(),
+        stdout=subprocess.PIPE, text=True,
+    ) as command:  # fmt: skip
+        assert command.stdout is not None
+        assert "ready" in command.stdout.readline()
+        command.send_signal(signal.SIGINT)
+        assert command.wait(PATIENCE) == 130
+    assert job.status() == "ready"
+    drain(app)
+
+
+def test_a_bar_on_a_terminal(shell: Shell, app: Conveyor) -> None:
+    """On a terminal the progress is a bar that goes away at the end; the states stay."""
+    job = app.external_task("shop.pay").enqueue(1)
+    manual = ManualWorker(app)
+    [id_] = manual.take()
+    state = AttemptHistory(progress=b'{"done":3,"total":12,"text":"resizing"}').encode()
+    manual.turn(0, Settlement("M", id_, state=state))
+
+    def end() -> None:
+        eventually(lambda: app.client.execute("HLEN", manual.keys.waiters) == 1)
+        manual.done(id_, 1)
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    shown = on_terminal(shell, "job", "watch", job.id)
+    ending.join(PATIENCE)
+    manual.leave()
+    assert "██████░░░░░░░░░░░░░░░░░░   25%  3 of 12  resizing" in shown
+    assert "done" in shown.splitlines()[-1]
+
+
+async def test_a_result_with_a_bar(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`result(bar=True)` draws the progress and leaves the line empty; without a terminal nothing is drawn or watched."""
+    terminal = Terminal()
+    app = Conveyor(url)
+
+    @app.task
+    async def count() -> int:
+        for number in range(1, 4):
+            current().progress(number, 3, "counting")
+        return 3
+
+    calls: Any = [count.s() for _ in range(3)]
+    async with app, working(app):
+        job = await count.aenqueue()
+        assert await job.aresult(bar=True) == 3
+        monkeypatch.setattr(sys, "stderr", terminal)
+        job = await count.options(delay="50ms").aenqueue()
+        assert await job.aresult(bar=True) == 3
+        jobs = await app.aenqueue_many(calls, bar=True)
+        monkeypatch.undo()
+        assert [await one.aresult() for one in jobs] == [3, 3, 3]
+    drawn = terminal.getvalue()
+    assert f"{job.id} is scheduled" in drawn
+    assert "3 of 3  enqueued" in drawn
+    assert drawn.endswith("\r\x1b[K")
+
+
+def test_a_line_fits_the_terminal() -> None:
+    """A line says what is known, and is cut to the width; control characters of a job do not reach the terminal."""
+    assert progress_line(1, None, "", None, 80) == "1"
+    assert progress_line(None, None, "a\x1b[2Jb", None, 80) == "a\\x1b[2Jb"
+    assert progress_line(5, 10, "x" * 200, 75.0, 60).startswith(
+        "████████████░░░░░░░░░░░░   50%  5 of 10  1:15 left  xx"
+    )
+    assert len(progress_line(5, 10, "x" * 200, 75.0, 60)) == 59
