@@ -1,0 +1,124 @@
+"""Two things that people come to the dashboard for, done in a real browser on a real server, as a new user would."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+import uvicorn
+
+from conveyor import Conveyor, Retry
+from conveyor.dashboard import Access, dashboard
+from support.browser import open_browser, open_page
+from support.running_worker import drain
+
+Browse = Callable[[Callable[[Any], Any]], Any]
+
+
+@contextmanager
+def served(app: Conveyor) -> Iterator[str]:
+    """Serve the dashboard of an app on a port of this machine; yield its address."""
+    site = dashboard(app, lambda _: Access.ALL.named("ada"))
+    config = uvicorn.Config(site, port=0, log_level="error", lifespan="off", ws="none", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    with config.bind_socket() as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        server.should_exit = True
+        thread.join(60)
+
+
+@contextmanager
+def page_beside() -> Iterator[Browse]:
+    """Open a page in a thread of its own, where its steps are done: its event loop would keep this thread from using the app."""
+    stack = ExitStack()
+    with ThreadPoolExecutor(1) as thread:
+        page = thread.submit(lambda: stack.enter_context(open_page(stack.enter_context(open_browser())))).result()
+        try:
+            yield lambda step: thread.submit(step, page).result()
+        finally:
+            thread.submit(stack.close).result()
+
+
+@pytest.fixture
+def browse() -> Iterator[Browse]:
+    with page_beside() as steps:
+        yield steps
+
+
+def test_failing_task_is_found_read_and_retried(browse: Browse, app: Conveyor) -> None:
+    """The task that fails is found, the reason is read, all of its dead jobs are retried, and the queue drains."""
+    broken = True
+
+    @app.task(name="mail.send", queue="mail", retry=Retry(attempts=1))
+    def send(user: int) -> None:
+        if broken and user % 2:
+            raise TimeoutError("smtp.example.com did not answer")
+
+    for user in range(6):
+        send.enqueue(2**53 + user)
+    asyncio.run(drain(app))
+
+    def find_and_retry(page: Any) -> None:
+        page.goto(url)
+        page.click("section[aria-label^='Failing tasks'] a:text-is('mail.send')")
+        page.wait_for_selector("section[aria-label=Jobs] tbody tr >> nth=2")
+        page.click("tbody tr:first-child a.name")
+        page.wait_for_selector(".why:has-text('failed for good after 1 attempt: TimeoutError: smtp.example.com')")
+        assert "test_journeys.py" in page.inner_text(".trace .user")
+        assert re.search(r'"user": 900719925474099[357]', page.inner_text("pre[aria-label=Arguments]"))
+        page.go_back()
+        page.check("input[aria-label^='Choose all']")
+        page.click(".bar button:text-is('Retry')")
+        page.wait_for_selector(".toast:has-text('3 jobs are ready again.')")
+        page.goto(f"{url}queue?name=mail")
+        page.wait_for_selector(".tile:has-text('Ready') .value:text-is('3')")
+        page.wait_for_selector(".tile:has-text('Dead') .value:text-is('0')")
+
+    def see_it_drain(page: Any) -> None:
+        page.wait_for_selector(".tile:has-text('Ready') .value:text-is('0')")
+        page.goto(f"{url}audit")
+        page.wait_for_selector("tr:has-text('ada'):has-text('retry')")
+
+    with served(app) as url:
+        browse(find_and_retry)
+        broken = False
+        asyncio.run(drain(app))
+        browse(see_it_drain)
+
+
+def test_waiting_job_says_why(browse: Browse, app: Conveyor) -> None:
+    """From the overview to a job that nothing serves: it says so in the words of `why()`; a pause is said there too, and its end."""
+
+    @app.task(name="reports.build", queue="reports")
+    def build() -> None: ...
+
+    job = build.enqueue()
+    sentence = str(job.why())
+    assert sentence.startswith("No worker")
+
+    def read(page: Any) -> None:
+        page.goto(url)
+        page.click("section[aria-label='Needs attention'] a:text-is('reports')")
+        page.click(".tile:has-text('Ready')")
+        page.click("tbody tr:first-child a.name")
+        page.wait_for_selector(".why")
+        assert sentence in page.inner_text(".why")
+        page.click(".crumb a:text-is('reports')")
+        page.click("button:text-is('Pause')")
+        page.wait_for_selector(".head .tag:text-is('paused')")
+        page.goto(f"{url}job?id={job.id}")
+        page.wait_for_selector(".why:has-text('paused')")
+
+    with served(app) as url:
+        browse(read)
+        app.queue("reports").resume()
+        asyncio.run(drain(app))
+        browse(lambda page: page.wait_for_selector(".head .state:text-is('done')"))
