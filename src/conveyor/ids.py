@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from binascii import b2a_base64
+from binascii import a2b_base64, b2a_base64
 from collections.abc import Iterable
 from time import time
 
@@ -88,9 +88,7 @@ def made_at_ms(id: str) -> int | None:  # noqa: A002
     """Return when a generated id was made (ms, by its maker's clock); None for an id chosen by the caller."""
     if not _GENERATED.fullmatch(id):
         return None
-    from base64 import b64decode
-
-    return int.from_bytes(b64decode(id[:8].encode().translate(_STANDARD_TABLE)), "big")
+    return int.from_bytes(a2b_base64(id[:8].encode().translate(_STANDARD_TABLE)), "big")
 
 
 def is_generated(id: str) -> bool:  # noqa: A002

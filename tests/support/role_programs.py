@@ -253,6 +253,7 @@ def look(app: Conveyor) -> None:
     assert {one.name for one in admin.queues()} >= {"default"}
     assert admin.queue("default").dead >= 1
     assert admin.workers("default")
+    assert "conveyor_redis_up 1" in admin.metrics_text()
     assert admin.worker_processes(jobs=1)
     for state in ("ready", "scheduled", "leased", "dead", "done"):
         admin.jobs("default", state)

@@ -242,6 +242,7 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
         lambda k: inspection.why(k, "r1"),
         {"jobs", "state", "due", "dead", "workers", "leased:w", "conf", "ready:0", "ready:9", "stats"},
     ),
+    "read_totals": (lambda k: inspection.read_totals([k]), set()),
     "queue_causes": (
         inspection.queue_causes, {"jobs", "due", "workers", "leased:w", "conf", "ready:0", "ready:9"},
     ),
@@ -275,6 +276,7 @@ READS = {
     "counts",
     "count_queues",
     "read_stats",
+    "read_totals",
     "list_jobs",
     "find_jobs",
     "find_jobs-tagged",

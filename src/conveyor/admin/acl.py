@@ -100,6 +100,7 @@ _DASHBOARD = Role(
         inspection.GET_JOB,
         inspection.WHY,
         inspection.QUEUE_CAUSES,
+        inspection.READ_TOTALS,
         inspection.WORKERS,
         worker_commands.LEASED_JOBS,
         inspection.AUDIT,

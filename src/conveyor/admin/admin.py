@@ -31,7 +31,7 @@ from itertools import islice
 from time import monotonic, sleep
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from conveyor.admin import doctor
+from conveyor.admin import doctor, metrics
 from conveyor.admin.history import History, read_history
 from conveyor.admin.job_query import JobQuery
 from conveyor.admin.job_search import FailureCount
@@ -78,6 +78,7 @@ from conveyor.store.inspection import Ended, FinishedJob, JobRow, QueueCounts
 from conveyor.store.job_filter import ANY_JOB, JobFilter, Walk
 from conveyor.store.keys import PRIORITIES, QueueKeys
 from conveyor.store.script import Call
+from conveyor.store.transport import replies
 from conveyor.store.transport.endpoint import in_thread
 from conveyor.store.worker_commands import FOLLOWED, Action
 from conveyor.units import Duration, milliseconds
@@ -439,6 +440,38 @@ class Admin:
         found.sort(key=lambda job: job.since or process.seen)
         return replace(process, jobs=found[:most])
 
+    # -- metrics --------------------------------------------------------------------------------------------------
+
+    def metrics_text(self) -> str:
+        """
+        Return metrics as Prometheus reads them: of all queues, tasks and the server, the same from every program.
+
+        While Redis does not answer, they say that and no more.
+        """
+        try:
+            server = replies.parse_info(self.client.execute("INFO", retry_for=0.0))
+            queues = self.queues()
+            totals = self._task_totals()
+        except StoreUnavailable:
+            return metrics.render((), {}, None)
+        return metrics.render(queues, totals, server)
+
+    def _task_totals(self) -> dict[str, dict[str, metrics.TaskTotals]]:
+        counters: dict[str, Counter[str]] = {}
+        parts = iter([(name, part) for name, some in self._directory.everything().items() for part in some])
+        # In a cluster each partition is in a slot of its own.
+        while some := list(islice(parts, _AT_A_TIME if self.client.has_one_endpoint else 1)):
+            found = self._ask(some[0][1], inspection.read_totals([self._keys(part) for _, part in some]))
+            for (name, _), one in zip(some, found or (), strict=False):
+                counters.setdefault(name, Counter()).update(one)
+        return {name: metrics.task_totals(total) for name, total in counters.items()}
+
+    def load(self, queues: Collection[str] = ()) -> dict[str, metrics.LoadView]:
+        """Return the work of *queues*, all that are known when none is named, for an autoscaler. Raises QueueNotFound."""
+        names = _each(queues)
+        infos = [self._queue_info(name) for name in names] if names else self.queues()
+        return {info.name: metrics.load_view(info) for info in infos}
+
     # -- jobs -----------------------------------------------------------------------------------------------------
 
     def jobs(
@@ -733,6 +766,8 @@ class Admin:
     adelete = _awaitable(delete)
     adelete_queue = _awaitable(delete_queue)
     adoctor = _awaitable(doctor)
+    ametrics_text = _awaitable(metrics_text)
+    aload = _awaitable(load)
 
     def aeach_job(
         self,

@@ -51,6 +51,7 @@ COMMANDS: dict[str, CommandEntry] = {
     "workers": CommandEntry("conveyor.cli.workers:workers", "List, show, quiet and stop worker processes.", "Look"),
     "dashboard": CommandEntry("conveyor.cli.dashboard:dashboard", "Serve the dashboard and the HTTP API.", "Look"),
     "doctor": CommandEntry("conveyor.cli.doctor:doctor", "Examine the server: eviction, durability, latency.", "Look"),
+    "metrics": CommandEntry("conveyor.cli.metrics:metrics", "Print what Prometheus scrapes.", "Look"),
     "acl": CommandEntry("conveyor.cli.acl:acl", "Print least-privilege ACL rules for Redis.", "Look"),
     "help": CommandEntry("conveyor.cli.help:help_", "Show the help of a command.", "Help"),
     "completion": CommandEntry(

@@ -24,6 +24,7 @@ FIND_JOBS, ZCARD = Script("find_jobs"), Script("ZCARD")
 WORKERS, AUDIT, UNPLACED = Script("workers"), Script("audit"), Script("unplaced")
 QUEUE_CAUSES, WATCH_JOBS = Script("queue_causes"), Script("watch_jobs")
 COUNT_QUEUES, READ_STATS = Script("count_queues"), Script("read_stats")
+READ_TOTALS = Script("read_totals")
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +202,23 @@ def _read_counts(reply: list[Any]) -> QueueCounts:
         max(0, unplaced),
         *more,
     )
+
+
+def read_totals(queues: Sequence[QueueKeys]) -> Call[list[dict[str, int]]]:
+    """Return the call that reads the counters of *queues*, all at one server and in a cluster one, since they were begun."""
+
+    def decode(reply: list[Any]) -> list[dict[str, int]]:
+        totals: list[dict[str, int]] = []
+        for at in range(0, len(reply), 2):
+            counters: dict[str, int] = {}
+            for part in reply[at : at + 2]:
+                for one in range(0, len(part), 2):
+                    name = part[one].decode(errors="replace")
+                    counters[name] = counters.get(name, 0) + int(part[one + 1])
+            totals.append(counters)
+        return totals
+
+    return Call(READ_TOTALS, [keys.jobs for keys in queues], (), decode)
 
 
 class Ended(NamedTuple):

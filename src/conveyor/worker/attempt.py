@@ -75,6 +75,7 @@ class Handler:
         "buckets",
         "costs",
         "decode",
+        "delays",
         "done",
         "early",
         "failed",
@@ -90,6 +91,7 @@ class Handler:
         "stores",
         "task",
         "timeout",
+        "waits",
     )  # fmt: skip
 
     def __init__(
@@ -120,6 +122,10 @@ class Handler:
         self.done = self.failed = self.retried = 0
         self.run_ms = 0.0
         self.buckets: dict[int, int] = {}
+        self.delays: dict[int, int] = {}
+        """First starts by how long after its instant a job started, in buckets as those of the durations."""
+        self.waits: dict[str, float] = {}
+        """The ms that jobs have waited, by what for."""
 
     @classmethod
     def unknown(cls, name: str, load_error: ConveyorError | None = None) -> Handler:
@@ -129,6 +135,7 @@ class Handler:
         handler.early = handler.stores = handler.keeps_logs = False
         handler.limits, handler.costs = {}, {}
         handler.done = handler.failed = handler.retried = 0
+        handler.delays, handler.waits = {}, {}
         handler.timeout = None
         return handler
 
@@ -140,6 +147,12 @@ class Handler:
         bucket = 0 if ms <= 5 else bisect_left(BUCKETS_MS, ms)
         self.buckets[bucket] = self.buckets.get(bucket, 0) + 1
 
+    def count_start(self, ms: float, cause: str) -> None:
+        """Count the first start of a job, *ms* after it could have started, and what it may have waited for."""
+        bucket = 0 if ms <= 5 else bisect_left(BUCKETS_MS, ms)
+        self.delays[bucket] = self.delays.get(bucket, 0) + 1
+        self.waits[cause] = self.waits.get(cause, 0.0) + ms
+
     def drain(self, into: dict[str, int]) -> None:
         """Move the counters into *into*, as fields of this minute's hash."""
         name = self.name
@@ -150,6 +163,12 @@ class Handler:
                 into[f"le{bucket}:{name}"] = count
             self.buckets = {}
             self.done, self.run_ms = 0, 0.0
+        if self.waits:
+            for bucket, count in self.delays.items():
+                into[f"at{bucket}:{name}"] = count
+            for cause, ms in self.waits.items():
+                into[f"wait:{cause}:{name}"] = round(ms)
+            self.delays, self.waits = {}, {}
         if self.failed:
             into["failed:" + name] = self.failed
             self.failed = 0

@@ -63,6 +63,17 @@ def _add_spawned(report: TurnReport, id: str, spawned: list[bytes]) -> None:  # 
     report.spawned = True
 
 
+def _count_start(attempt: Attempt, now_ms: int) -> None:
+    """Count when a job started that starts for the first time. One of an id of the caller's own tells no time."""
+    envelope = attempt.envelope
+    if (due := envelope.due_ms or made_at_ms(attempt.id)) is not None:
+        cause = "queue"
+        if envelope.attributes:
+            cause = "limit" if envelope.limits else "group" if envelope.group is not None else cause
+        started = now_ms - max(0.0, attempt.ended - attempt.started) * 1000
+        attempt.handler.count_start(max(0.0, started - due), cause)
+
+
 class SettlementWriter:
     """
     Settles attempts into the report of their consumer.
@@ -115,6 +126,8 @@ class SettlementWriter:
             live.finish()
         if attempt.log is not None:
             self._keep_log(report, attempt, attempt.log, failed=error is not None or why is not None)
+        if attempt.number == 1 and attempt.started:
+            _count_start(attempt, now)
         unfinished = attempt.started == 0.0 or isinstance(error, asyncio.CancelledError) or stuck
         if why in {"cancel", "expired"} and (unfinished or error is not None):
             self.cancelled(report, attempt, now)
@@ -279,6 +292,7 @@ class SettlementWriter:
         handler.failed += 1
         if isinstance(decision, retry.RetryAfter):
             handler.retried += 1
+            handler.waits["retry"] = handler.waits.get("retry", 0.0) + decision.ms
             self.put_off(report, attempt, decision.ms, decision.history)
             budget = attempt.envelope.extra.attempts or policy.attempts
             self.failure_log.log(

@@ -37,7 +37,8 @@ local function trim_dead(queue, now)
 end
 
 -- Add to the counters of this minute. The first of a minute adds the counters of the minute before, in which something ended,
--- to those of its hour: so nobody has to come by when an hour is over. Minutes are kept for 25 hours, hours for 31 days, and the
+-- to those of its hour: so nobody has to come by when an hour is over. They are
+-- added to the sums of all time too, which metrics need, since those may never fall. Minutes are kept for 25 hours, hours for 31 days, and the
 -- last minute as long as an hour, for it is not a part of one yet.
 -- prefix   of the queue's keys
 -- minute   since the epoch
@@ -53,7 +54,12 @@ local function add_counters(prefix, minute, at, count, begins)
       local before, hour = prefix .. 'stats:' .. int(last), prefix .. 'stats:h' .. int(math.floor(last / 60))
       local size = redis.pcall('HLEN', before)
       local counters = type(size) == 'number' and size <= 5000 and redis.pcall('HGETALL', before) or {}
-      for i = 1, #counters, 2 do redis.pcall('HINCRBY', hour, counters[i], counters[i + 1]) end
+      local total = prefix .. 'stats:total'
+      for i = 1, #counters, 2 do
+        redis.pcall('HINCRBY', hour, counters[i], counters[i + 1])
+        redis.pcall('HINCRBY', total, counters[i], counters[i + 1])
+      end
+      redis.pcall('EXPIRE', total, 2678400)
       redis.pcall('EXPIRE', before, math.max(1, 90000 - 60 * math.abs(minute - last)))
       redis.pcall('EXPIRE', hour, 2678400)
     end

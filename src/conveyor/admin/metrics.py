@@ -1,0 +1,212 @@
+"""
+Metrics as Prometheus reads them, from what Redis holds: the same numbers whichever program is asked.
+
+The counters are those that workers write for each minute, with the sums of all minutes before. They begin at zero again
+when a queue was deleted, or when nothing ended in it for 31 days.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from conveyor.admin.views import QueueInfo
+from conveyor.store.inspection import BUCKETS_MS
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+CAUSES = ("queue", "limit", "group", "retry")
+"""What a job has waited for."""
+_STATES = ("ready", "scheduled", "waiting", "leased", "dead")
+_SECONDS = [f"{bound / 1000:g}" for bound in BUCKETS_MS]
+
+
+@dataclass(slots=True)
+class TaskTotals:
+    """The counters of one task in one queue. Histograms by the number of their bucket, times in ms."""
+
+    done: int = 0
+    failed: int = 0
+    retried: int = 0
+    ran_ms: int = 0
+    durations: dict[int, int] = field(default_factory=dict)
+    delays: dict[int, int] = field(default_factory=dict)
+    waits: dict[str, int] = field(default_factory=dict)
+
+
+def task_totals(counters: Mapping[str, int]) -> dict[str, TaskTotals]:
+    """Return the counters of a queue by task, from the fields that workers write."""
+    totals: dict[str, TaskTotals] = defaultdict(TaskTotals)
+    for name, value in counters.items():
+        kind, _, task = name.partition(":")
+        if kind == "wait":
+            cause, _, task = task.partition(":")
+            totals[task].waits[cause] = value
+        elif kind in {"done", "failed", "retried"}:
+            setattr(totals[task], kind, value)
+        elif kind == "ms":
+            totals[task].ran_ms = value
+        elif kind[:2] in {"le", "at"} and kind[2:].isdigit():
+            histogram = totals[task].durations if kind[:2] == "le" else totals[task].delays
+            histogram[int(kind[2:])] = value
+    return dict(totals)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadView:
+    """
+    The work of one queue, as an autoscaler needs it.
+
+    `ready` jobs could start now, `waiting` ones wait for a group or a limit, `leased` ones are held by workers, `workers` is how
+    many processes serve the queue. `oldest_age`: seconds since the oldest ready job could have started; 0 without one.
+    """
+
+    ready: int = 0
+    waiting: int = 0
+    scheduled: int = 0
+    leased: int = 0
+    workers: int = 0
+    oldest_age: float = 0.0
+    paused: bool = False
+
+
+def load_view(info: QueueInfo) -> LoadView:
+    """Return the work of a queue."""
+    return LoadView(
+        info.ready,
+        info.waiting,
+        info.scheduled,
+        info.leased,
+        info.workers,
+        round(info.oldest_age or 0.0, 3),
+        info.paused,
+    )
+
+
+def load_json(views: Mapping[str, LoadView]) -> dict[str, Any]:
+    """Return the document of ``/load``: the queues, and the sums of those that are not paused."""
+    active = [view for view in views.values() if not view.paused]
+    total: dict[str, Any] = {
+        name: sum(getattr(view, name) for view in active) for name in ("ready", "waiting", "scheduled", "leased")
+    }
+    total["workers"] = max((view.workers for view in active), default=0)
+    total["oldest_age"] = max((view.oldest_age for view in active), default=0.0)
+    return {
+        "schema": "conveyor/load@1",
+        "queues": {name: asdict(view) for name, view in sorted(views.items())},
+        "total": total,
+    }
+
+
+class _Family:
+    """One metric with its samples."""
+
+    def __init__(self, name: str, kind: str, help_: str) -> None:
+        self._head = f"# HELP {name} {help_}\n# TYPE {name} {kind}\n"
+        self._name, self._samples = name, list[str]()
+
+    def add(self, value: float, suffix: str = "", **labels: str) -> None:
+        text = ",".join(f'{label}="{_escaped(one)}"' for label, one in labels.items())
+        self._samples.append(
+            f"{self._name}{suffix}{{{text}}} {value:.15g}\n" if text else f"{self._name} {value:.15g}\n"
+        )
+
+    def add_histogram(self, buckets: Mapping[int, int], total: float, **labels: str) -> None:
+        count = 0
+        for at, bound in enumerate([*_SECONDS, "+Inf"]):
+            count += buckets.get(at, 0)
+            self.add(count, "_bucket", **labels, le=bound)
+        self.add(total, "_sum", **labels)
+        self.add(count, "_count", **labels)
+
+    def text(self) -> str:
+        return self._head + "".join(self._samples) if self._samples else ""
+
+
+def _escaped(label: str) -> str:
+    return label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def render(
+    queues: Iterable[QueueInfo], totals: Mapping[str, Mapping[str, TaskTotals]], server: Mapping[str, Any] | None
+) -> str:
+    """
+    Return the text of a scrape.
+
+    *totals*: by queue and task. *server*: the reply to INFO; None: Redis does not answer, and nothing else is known.
+    """
+    families = [*_server_families(server), *_queue_families(queues), *_task_families(totals)]
+    return "".join(family.text() for family in families)
+
+
+def _server_families(server: Mapping[str, Any] | None) -> Iterator[_Family]:
+    up = _Family("conveyor_redis_up", "gauge", "1 when Redis answers.")
+    up.add(0 if server is None else 1)
+    yield up
+    for name, kind, info, help_ in (
+        ("conveyor_redis_memory_bytes", "gauge", "used_memory", "Memory that Redis uses."),
+        ("conveyor_redis_memory_max_bytes", "gauge", "maxmemory", "Memory that Redis may use; 0: no limit."),
+        (
+            "conveyor_redis_evicted_keys_total",
+            "counter",
+            "evicted_keys",
+            "Keys that Redis has evicted: each may be a lost job.",
+        ),
+        ("conveyor_redis_clients", "gauge", "connected_clients", "Connections to Redis."),
+    ):
+        family = _Family(name, kind, help_)
+        if server is not None and info in server:
+            family.add(float(server[info]))
+        yield family
+
+
+def _queue_families(queues: Iterable[QueueInfo]) -> Iterator[_Family]:
+    jobs = _Family("conveyor_queue_jobs", "gauge", "Jobs and messages by state.")
+    gauges = {
+        "oldest_age": _Family(
+            "conveyor_queue_oldest_seconds", "gauge", "Since when the oldest ready job could have started."
+        ),
+        "paused": _Family("conveyor_queue_paused", "gauge", "1 when the queue is paused."),
+        "workers": _Family("conveyor_queue_workers", "gauge", "Workers and consumers that serve the queue."),
+        "outbox": _Family("conveyor_queue_outbox_jobs", "gauge", "Spawned jobs that are not delivered yet."),
+        "unplaced": _Family("conveyor_queue_unplaced_jobs", "gauge", "Jobs with a record that are in no place."),
+        "blocked": _Family("conveyor_queue_blocked_producers", "gauge", "Producers that wait for room."),
+        "dropped": _Family("conveyor_queue_dropped_total", "counter", "Jobs that were dropped for newer ones."),
+        "max_length": _Family(
+            "conveyor_queue_max_length", "gauge", "Jobs that the queue takes, where that is limited."
+        ),
+    }
+    for info in queues:
+        for state in _STATES:
+            jobs.add(getattr(info, state), queue=info.name, state=state)
+        for name, family in gauges.items():
+            value = getattr(info, name)
+            if value is not None or name == "oldest_age":
+                family.add(float(value or 0), queue=info.name)
+    yield jobs
+    yield from gauges.values()
+
+
+def _task_families(totals: Mapping[str, Mapping[str, TaskTotals]]) -> Iterator[_Family]:
+    finished = _Family(
+        "conveyor_jobs_finished_total", "counter", "Attempts that ended: succeeded, retried (comes again), dead."
+    )
+    duration = _Family("conveyor_job_duration_seconds", "histogram", "Run time of attempts that succeeded.")
+    delay = _Family("conveyor_job_start_delay_seconds", "histogram", "First start of a job minus when it was due.")
+    waits = _Family("conveyor_job_wait_seconds_total", "counter", "Time that jobs have waited, by what for.")
+    for queue, tasks in sorted(totals.items()):
+        for task, one in sorted(tasks.items()):
+            labels = {"queue": queue, "task": task}
+            ended = {"succeeded": one.done, "retried": one.retried, "dead": max(0, one.failed - one.retried)}
+            for outcome, count in ended.items():
+                finished.add(count, **labels, outcome=outcome)
+            if one.done:
+                duration.add_histogram(one.durations, one.ran_ms / 1000, **labels)
+            if one.delays:
+                waited = sum(ms for cause, ms in one.waits.items() if cause != "retry")
+                delay.add_histogram(one.delays, waited / 1000, **labels)
+            for cause in CAUSES:
+                if cause in one.waits:
+                    waits.add(one.waits[cause] / 1000, **labels, cause=cause)
+    yield from (finished, duration, delay, waits)

@@ -1,0 +1,1 @@
+"""Integrations with other libraries. Each module imports its own, which an extra of the same name installs."""

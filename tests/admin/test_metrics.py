@@ -1,0 +1,159 @@
+"""Metrics: what Prometheus reads is what happened, the same from every program, and never falls."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis as redis_py
+
+from conveyor import Concurrency, Conveyor, Retry
+from conveyor.admin.admin import Admin
+from conveyor.admin.metrics import TaskTotals, load_json, render, task_totals
+from conveyor.errors import QueueNotFound
+from support.running_worker import drain
+from support.shell import Shell
+
+_SAMPLE = re.compile(r'([a-z_]+)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)*)\})? ([0-9.e+-]+)')
+
+
+def samples(text: str) -> dict[tuple[str, ...], float]:
+    """Return the samples of a scrape by name and values of labels; each line must be of the format."""
+    found: dict[tuple[str, ...], float] = {}
+    for line in text.splitlines():
+        if line.startswith("# "):
+            assert line.split(" ")[1] in {"HELP", "TYPE"}
+            continue
+        match = _SAMPLE.fullmatch(line)
+        assert match is not None, line
+        labels = re.findall(r'"((?:[^"\\]|\\.)*)"', match[2] or "")
+        assert (match[1], *labels) not in found, line
+        found[match[1], *labels] = float(match[3])
+    return found
+
+
+@pytest.fixture
+async def app(url: str) -> Any:
+    """An app with a task that does well, one that fails, and one that waits for its turn."""
+    async with Conveyor(url) as app:
+
+        @app.task(name="well", queue="mail")
+        async def well(n: int) -> None: ...
+
+        @app.task(name="bad", queue="mail", retry=Retry(attempts=2, backoff="20ms", jitter=False))
+        async def bad() -> None:
+            raise ValueError("as asked")
+
+        @app.task(name="slow", queue="mail", limits=[Concurrency(1)])
+        async def slow() -> None: ...
+
+        yield app
+
+
+async def test_counters_are_what_happened(app: Conveyor, redis: redis_py.Redis) -> None:
+    """Successes, retries, dead letters, run times, delays of starts and waits are counted by queue and task."""
+    well, bad, slow = (app.tasks[name] for name in ("well", "bad", "slow"))
+    for n in range(5):
+        await well.aenqueue(n)
+    await bad.aenqueue()
+    await slow.aenqueue()
+    await drain(app)
+    found = samples(await Admin(app.client).ametrics_text())
+    assert found["conveyor_redis_up",] == 1
+    assert found["conveyor_jobs_finished_total", "mail", "well", "succeeded"] == 5
+    assert found["conveyor_jobs_finished_total", "mail", "bad", "retried"] == 1
+    assert found["conveyor_jobs_finished_total", "mail", "bad", "dead"] == 1
+    assert found["conveyor_job_duration_seconds_count", "mail", "well"] == 5
+    assert found["conveyor_job_duration_seconds_bucket", "mail", "well", "+Inf"] == 5
+    for task, count in (("well", 5), ("bad", 1), ("slow", 1)):
+        assert found["conveyor_job_start_delay_seconds_count", "mail", task] == count
+    assert found["conveyor_job_wait_seconds_total", "mail", "bad", "retry"] == 0.02
+    assert ("conveyor_job_wait_seconds_total", "mail", "slow", "limit") in found
+    assert ("conveyor_job_wait_seconds_total", "mail", "well", "queue") in found
+    assert found["conveyor_queue_jobs", "mail", "dead"] == 1
+    assert found["conveyor_queue_jobs", "mail", "ready"] == 0
+    await app.queue("mail").apurge(dead=True)
+
+
+async def test_counters_never_fall(app: Conveyor, redis: redis_py.Redis) -> None:
+    """The counters of minutes that are over are kept as sums, so what was counted once stays counted."""
+    for round_ in range(1, 4):
+        await app.tasks["well"].aenqueue(1)
+        await drain(app)
+        found = samples(await Admin(app.client).ametrics_text())
+        assert found["conveyor_jobs_finished_total", "mail", "well", "succeeded"] == round_
+        # As if all that had been an hour before.
+        last = int(redis.get("conveyor:{mail}:stats:last") or 0)
+        redis.rename(f"conveyor:{{mail}}:stats:{last}", f"conveyor:{{mail}}:stats:{last - 60 * round_}")
+        redis.set("conveyor:{mail}:stats:last", last - 60 * round_, ex=60)
+    redis.delete(*redis.scan_iter("conveyor:{mail}:stats:[0-9h]*"))
+    found = samples(await Admin(app.client).ametrics_text())
+    assert (
+        found["conveyor_jobs_finished_total", "mail", "well", "succeeded"] == 2
+    )  # the last minute is gone, the sums are not
+
+
+def test_format_and_hostile_names() -> None:
+    """Names are escaped, histograms are cumulative, and without Redis only that is said."""
+    totals_ = task_totals(
+        {'done:a"b\\c\nd': 3, 'ms:a"b\\c\nd': 1500, 'le0:a"b\\c\nd': 1, 'le15:a"b\\c\nd': 2, "odd": 1, "x:y": 2}
+    )
+    text = render((), {"q": totals_}, {"used_memory": 5})
+    found = samples(text)
+    name = 'a\\"b\\\\c\\nd'
+    assert found["conveyor_job_duration_seconds_bucket", "q", name, "0.005"] == 1
+    assert found["conveyor_job_duration_seconds_bucket", "q", name, "3600"] == 1
+    assert found["conveyor_job_duration_seconds_bucket", "q", name, "+Inf"] == 3
+    assert found["conveyor_job_duration_seconds_sum", "q", name] == 1.5
+    assert samples(render((), {}, None)) == {("conveyor_redis_up",): 0.0}
+    assert task_totals({}) == {}
+    assert TaskTotals().waits == {}
+
+
+def test_redis_that_is_away_is_a_metric() -> None:
+    """Without Redis the metrics say so instead of failing."""
+    with Conveyor("redis://127.0.0.1:1") as app:
+        assert samples(Admin(app.client).metrics_text()) == {("conveyor_redis_up",): 0.0}
+
+
+@pytest.fixture
+def loaded(url: str) -> Iterator[Conveyor]:
+    """An app whose queues hold something."""
+    with Conveyor(url) as app:
+        app.queue("a").push_many(range(3))
+        app.queue("b").push(1, delay="1h")
+        yield app
+        for name in ("a", "b"):
+            app.queue(name).purge()
+
+
+def test_load_for_autoscalers(loaded: Conveyor, url: str, tmp_path: Path) -> None:
+    """The load is of the queues that are named, or of all; a paused one does not count; a name that is none is refused."""
+    admin, shell = Admin(loaded.client), Shell(tmp_path, url)
+    document = load_json(admin.load())
+    assert document["total"]["ready"] == 3
+    assert document["queues"]["b"]["scheduled"] == 1
+    admin.pause("a")
+    assert load_json(admin.load("a"))["total"]["ready"] == 0
+    with pytest.raises(QueueNotFound):
+        admin.load(["nobody"])
+    assert json.loads(shell.run("metrics", "--load", "a").stdout)["queues"]["a"]["ready"] == 3
+    printed = shell.run("metrics").stdout
+    assert samples(printed)["conveyor_queue_jobs", "a", "ready"] == 3
+    assert samples(printed)["conveyor_queue_paused", "a"] == 1
+
+
+def test_board_and_alerts_name_metrics_that_exist(loaded: Conveyor) -> None:
+    """Each metric of the Grafana board and of the alert rules is one that the text has, or that a task would have."""
+    folder = Path(__file__).parents[2] / "docs/grafana"
+    board, alerts = (folder / "conveyor.json").read_text(), (folder / "alerts.yml").read_text()
+    assert json.loads(board)["panels"]
+    counters = {"done:t": 1, "ms:t": 1, "le0:t": 1, "at0:t": 1, "wait:queue:t": 1}
+    info = {"used_memory": 1, "maxmemory": 1, "evicted_keys": 0, "connected_clients": 1}
+    text = render(Admin(loaded.client).queues(), {"a": task_totals(counters)}, info)
+    for named in set(re.findall(r"conveyor_[a-z_]+", board + alerts)):
+        assert any(line.startswith((named + "{", named + " ")) for line in text.splitlines()), named

@@ -1,0 +1,149 @@
+"""Traces of OpenTelemetry: a run is linked to its push, across a worker, by the conventions for messaging."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from conveyor import Conveyor, Retry, Snooze, current
+from support.running_worker import drain
+
+trace = pytest.importorskip("opentelemetry.sdk.trace", reason="needs opentelemetry-sdk, which the extra dev installs")
+
+from opentelemetry.sdk.metrics import MeterProvider  # noqa: E402
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader  # noqa: E402
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor  # noqa: E402
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter  # noqa: E402
+from opentelemetry.trace import SpanKind, StatusCode, get_current_span  # noqa: E402
+
+from conveyor.contrib.opentelemetry import OpenTelemetry, instrument  # noqa: E402
+
+
+class Recorder:
+    """The spans and metrics that a program has recorded."""
+
+    def __init__(self) -> None:
+        self.exporter, self.reader = InMemorySpanExporter(), InMemoryMetricReader()
+        self.tracer_provider = trace.TracerProvider()
+        self.tracer_provider.add_span_processor(SimpleSpanProcessor(self.exporter))
+        self.meter_provider = MeterProvider(metric_readers=[self.reader])
+
+    def spans(self, name: str) -> list[Any]:
+        return [span for span in self.exporter.get_finished_spans() if span.name == name]
+
+    def metrics(self) -> dict[str, int]:
+        """Return how many points each metric has."""
+        data = self.reader.get_metrics_data()
+        return {
+            one.name: sum(getattr(point, "value", 0) or getattr(point, "count", 0) for point in one.data.data_points)
+            for resource in data.resource_metrics
+            for scope in resource.scope_metrics
+            for one in scope.metrics
+        }
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+async def test_a_run_is_linked_to_its_push(url: str, recorder: Recorder) -> None:
+    """Push and run are one trace with a link; the job sees the span of its run, also on a thread; a scheduled one begins a trace."""
+    seen: list[int] = []
+    async with Conveyor(url) as app:
+        instrument(app, tracer_provider=recorder.tracer_provider, meter_provider=recorder.meter_provider)
+
+        @app.task(name="loop", queue="mail")
+        async def loop() -> None:
+            seen.append(get_current_span().get_span_context().span_id)
+
+        @app.task(name="thread", queue="mail")
+        def thread() -> None:
+            seen.append(get_current_span().get_span_context().span_id)
+
+        job = await loop.aenqueue()
+        await thread.aenqueue()
+        await drain(app)
+    [sent], [ran], [on_thread] = (
+        recorder.spans(name) for name in ("send mail loop", "process mail loop", "process mail thread")
+    )
+    assert (sent.kind, ran.kind) == (SpanKind.PRODUCER, SpanKind.CONSUMER)
+    assert ran.parent.span_id == sent.context.span_id
+    assert ran.context.trace_id == sent.context.trace_id
+    assert [link.context.span_id for link in ran.links] == [sent.context.span_id]
+    assert set(seen) == {ran.context.span_id, on_thread.context.span_id}
+    assert ran.attributes["messaging.message.id"] == job.id
+    assert ran.attributes["messaging.message.receive.latency"] >= 0
+    expected = {
+        "messaging.system": "conveyor", "messaging.operation.type": "process", "messaging.operation.name": "process",
+        "messaging.destination.name": "mail", "messaging.conveyor.task.name": "loop", "messaging.conveyor.attempt": 1,
+        "messaging.message.retry.count": 0,
+    }  # fmt: skip
+    assert expected.items() <= dict(ran.attributes).items()
+    assert recorder.metrics() == {
+        "messaging.client.sent.messages": 2, "messaging.client.consumed.messages": 2, "messaging.process.duration": 2,
+    }  # fmt: skip
+
+
+async def test_errors_are_recorded_and_expected_ones_are_not(url: str, recorder: Recorder) -> None:
+    """An attempt that raises has an error status, type and event, though it is tried again; one that snoozes has none."""
+    async with Conveyor(url) as app:
+        instrument(app, tracer_provider=recorder.tracer_provider, trace_parent="never")
+
+        @app.task(name="bad", queue="mail", retry=Retry(attempts=2, backoff="1ms", jitter=False))
+        async def bad() -> None:
+            raise KeyError("as asked")
+
+        @app.task(name="later", queue="mail")
+        async def later() -> None:
+            if not recorder.spans("process mail later"):
+                raise Snooze("1ms")
+
+        await bad.aenqueue()
+        await later.aenqueue()
+        await drain(app)
+        await app.queue("mail").apurge(dead=True)
+    first, second = recorder.spans("process mail bad")
+    for attempt, span in enumerate((first, second), 1):
+        assert span.status.status_code is StatusCode.ERROR
+        assert span.attributes["error.type"] == "KeyError"
+        assert span.attributes["messaging.conveyor.attempt"] == attempt
+        assert [event.name for event in span.events] == ["exception"]
+        assert span.parent is None
+        assert len(span.links) == 1
+    snoozed = recorder.spans("process mail later")[0]
+    assert snoozed.status.status_code is StatusCode.UNSET
+    assert snoozed.attributes["messaging.conveyor.outcome"] == "Snooze"
+
+
+def test_messages_carry_the_trace_too(url: str, recorder: Recorder) -> None:
+    """A message that is pushed and handled is one trace, with the headers of the program beside it."""
+    with Conveyor(url) as app:
+        telemetry = OpenTelemetry(recorder.tracer_provider, recorder.meter_provider)
+        app.middleware(telemetry)
+        queue = app.queue("mail")
+        queue.push(1, headers={"own": "kept"})
+        [message] = queue.pull()
+        assert message.headers["own"] == "kept"
+        assert "traceparent" in message.headers
+        with message, telemetry.process(message):
+            pass
+    [sent], [handled] = recorder.spans("send mail"), recorder.spans("process mail")
+    assert handled.context.trace_id == sent.context.trace_id
+    assert handled.attributes["messaging.message.id"] == message.id
+
+
+async def test_without_a_provider_nothing_is_recorded(url: str) -> None:
+    """A program without an SDK runs as ever, and its jobs carry no header of a trace."""
+    async with Conveyor(url) as app:
+        instrument(app)
+        headers: list[dict[str, str]] = []
+
+        @app.task(queue="mail")
+        async def plain() -> None:
+            headers.append(dict(current().headers))
+
+        await plain.aenqueue()
+        await drain(app)
+    assert headers == [{}]
