@@ -17,7 +17,7 @@ from conveyor.store.inspection import BUCKETS_MS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 CAUSES = ("queue", "limit", "group", "retry")
-"""What a job has waited for."""
+"""The things that a job may have waited for."""
 _STATES = ("ready", "scheduled", "waiting", "leased", "dead")
 _SECONDS = [f"{bound / 1000:g}" for bound in BUCKETS_MS]
 

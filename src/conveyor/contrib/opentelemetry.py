@@ -21,7 +21,7 @@ from conveyor import CallNext, Context, Conveyor, Message, Middleware, Outgoing,
 
 TraceParent = Literal["auto", "always", "never"]
 _EXPECTED = (Snooze, RateLimited)
-"""What a job raises to come again later: no error of a trace."""
+"""The exceptions by which a job comes again later: no errors of a trace."""
 
 
 class OpenTelemetry(Middleware):
