@@ -35,6 +35,8 @@ WANT = int(os.environ.get("STUB_WANT", "20"))
 class StubWorker:
     """Leases up to WANT jobs of one queue, and runs them all at once."""
 
+    login = None
+
     def __init__(self, spec: ChildSpec, slot: ChildSlot, url: str) -> None:
         self.spec, self.slot = spec, slot
         self.client = Client(url, namespace="test")

@@ -170,7 +170,7 @@ def _check_nodes(client: Client, cluster: Cluster, report: HealthReport) -> bool
     except OSError as error:
         raise replies.unavailable(str(cluster), error) from error
     for address in nodes:
-        node = Client(address.url, retry_for=client.retry_for)
+        node = Client(address.url, retry_for=client.retry_for, login=client.login)
         try:
             one = HealthReport(address.host)
             _check_server(node, one)

@@ -116,7 +116,7 @@ def worker(
             name, queues=served, concurrency=concurrency, threads=threads, processes=processes, burst=burst,
             grace=seconds, max_jobs=max_jobs, max_memory=_parse_size(max_memory), verbose=verbose,
             health=None if health_port is None else health.bind(health_port), metrics=_metrics(app),
-            reload=(Path.cwd(),) if reload else (),
+            reload=(Path.cwd(),) if reload else (), login=app.client.login,
             autoscale=None if autoscale is None else Bounds.parse(autoscale),
             labels=tuple(ids.label_text(one, "--label") for text in labels for one in text.split(",")),
         )

@@ -43,6 +43,7 @@ from conveyor.payload.pipeline import LARGE_ABOVE, MAX_LARGE, make_pipeline
 from conveyor.store import limits
 from conveyor.store.client.client import Client
 from conveyor.store.max_length import Full
+from conveyor.store.transport.credentials import CredentialProvider, Credentials, LoginProvider
 from conveyor.units import Duration, Size, positive_ms, size
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class Conveyor:
         include: Sequence[str] = (),
         timeout: Duration | None = None,
         blocking_in_loop: BlockingInLoop = "refuse",
+        credentials: Credentials | CredentialProvider | None = None,
         **unknown: Never,
     ) -> None:
         """
@@ -131,13 +133,15 @@ class Conveyor:
                 command line to import; a program that enqueues imports what it needs.
             timeout: the longest a call may take, connecting and repeating included, before StoreUnavailable. None: 5 s.
             blocking_in_loop: ``"refuse"``: a blocking method raises E06 where an event loop runs; ``"allow"``: it blocks it.
+            credentials: a function that returns a password, or (user, password), asked at each connection; or a CredentialProvider
+                of redis-py. None: those of the URL.
             **unknown: none: a name that another library has is refused with what to write here.
 
         """
         if unknown:
             refuse_unknown("Conveyor()", unknown, APP_OPTIONS)
         max_payload = size(max_payload, "max_payload")
-        client = make_client(url, namespace, buffer, timeout, blocking_in_loop)
+        client = make_client(url, namespace, buffer, timeout, blocking_in_loop, credentials)
         self._core = AppCore(
             client, lease_ms=positive_ms(lease, "lease"), max_payload=max_payload,
             sealing=make_pipeline(
@@ -850,6 +854,7 @@ def make_client(
     buffer: Buffer | None,
     timeout: Duration | None = None,
     blocking_in_loop: BlockingInLoop = "refuse",
+    credentials: Credentials | CredentialProvider | None = None,
 ) -> Client:
     """
     Return the client of an app: with a buffer, or without (None).
@@ -864,6 +869,7 @@ def make_client(
         "namespace": namespace,
         "timeout": None if timeout is None else positive_ms(timeout, "timeout") / 1000,
         "allow_in_loop": blocking_in_loop == "allow",
+        "login": None if credentials is None else LoginProvider(credentials),
     }
     if buffer is None:
         return Client(url, **options)

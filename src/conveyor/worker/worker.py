@@ -43,6 +43,7 @@ from conveyor.worker.shutdown import BurstMonitor, DrainMonitor, running
 
 if TYPE_CHECKING:
     from conveyor.jobs.app import Conveyor
+    from conveyor.store.transport.credentials import LoginProvider
     from conveyor.store.worker_commands import WorkerCommand
     from conveyor.worker.shared_memory import ChildSlot
 
@@ -107,6 +108,11 @@ class Worker:
     def queues(self) -> tuple[str, ...]:
         """The names of the queues it leases from."""
         return tuple(self._queues)
+
+    @property
+    def login(self) -> LoginProvider | None:
+        """That of the app, asked at each connection; None: the URL has user and password."""
+        return self.app.client.login
 
     # -- start ----------------------------------------------------------------------------------------------------
 

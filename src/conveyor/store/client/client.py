@@ -37,6 +37,7 @@ from conveyor.store.operations import Entry, ProducerSequence
 from conveyor.store.script import Argument, Call
 from conveyor.store.transport.async_connection import AsyncConnection
 from conveyor.store.transport.connection import Connection
+from conveyor.store.transport.credentials import LoginProvider
 from conveyor.store.transport.endpoint import in_thread
 from conveyor.store.transport.replies import CallTimeout
 from conveyor.store.transport.topology import embedded_directory, topology_of
@@ -73,22 +74,24 @@ class Client:
         timeout: float | None = None,
         retry_for: float | None = None,
         allow_in_loop: bool = False,
+        login: LoginProvider | None = None,
     ) -> None:
         """
         Make a client; nothing is opened. Raises ConfigurationError.
 
         *timeout*: seconds that one call may take (None: `TIMEOUT`), *retry_for*: those for which it is repeated (None: all of
-        them). *allow_in_loop*: blocking calls may block a running event loop.
+        them). *allow_in_loop*: blocking calls may block a running event loop. *login*: asked for user and
+        password at each connection; the embedded server has none.
         """
         self.namespace = check_namespace(namespace)
         self.retry_for = retry_for if retry_for is not None else TIMEOUT if timeout is None else timeout
         self.allow_in_loop = allow_in_loop
-        self._url = configured_url(url)
+        self._url, self.login = configured_url(url), login
         self._single = self._standalone = True  # one endpoint for all keys, and always the same
         if self._url is not None and self._url.startswith("embedded:"):
             embedded_directory(self._url)  # a wrong URL is refused here, not at the first push
         elif self._url is not None:
-            topology = topology_of(self._url)
+            topology = topology_of(self._url, login=login)
             self._single, self._standalone = topology.single, isinstance(topology, StandaloneServer)
         # Only a cluster has slots that move, and whoever sets a timeout means it for them too.
         self.timeout = CallTimeout(TIMEOUT if timeout is None else timeout, firm=self._single or timeout is not None)
@@ -125,7 +128,7 @@ class Client:
     def _resolve(self) -> Topology:
         if self._url is not None and not self._url.startswith("embedded:"):
             # A short retry time means a short wait for a host that drops packets.
-            return topology_of(self._url, min(TIMEOUT, max(self.retry_for, 0.5)))
+            return topology_of(self._url, min(TIMEOUT, max(self.retry_for, 0.5)), self.login)
         from conveyor.store.embedded import server
 
         directory: Path | None = None
@@ -358,7 +361,7 @@ class Client:
         """Return a client for one node of a cluster."""
         return Client(
             url, namespace=self.namespace, timeout=self.timeout.seconds, retry_for=self.retry_for,
-            allow_in_loop=self.allow_in_loop,
+            allow_in_loop=self.allow_in_loop, login=self.login,
         )  # fmt: skip
 
     def refuse_in_loop(self) -> None:

@@ -15,6 +15,7 @@ from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.transport import replies
 from conveyor.store.transport.connection import fatal_reply, query
+from conveyor.store.transport.credentials import LoginProvider
 from conveyor.store.transport.endpoint import (
     FAILOVER_REPLY_TIMEOUT,
     Endpoint,
@@ -64,8 +65,10 @@ class Cluster:
 
     single = False
 
-    def __init__(self, url: str, connect_timeout: float = CONNECT_TIMEOUT) -> None:
-        self.url = url
+    def __init__(
+        self, url: str, connect_timeout: float = CONNECT_TIMEOUT, *, login: LoginProvider | None = None
+    ) -> None:
+        self.url, self._login = url, login
         self._timeout = min(connect_timeout, CONNECT_TIMEOUT)
         self._hosts = split_hosts(url, 6379)
         database = dict(self._hosts.options).get("db", self._hosts.path) or "0"
@@ -197,7 +200,7 @@ class Cluster:
         )
 
     def _ask(self, server: HostPort, deadline: float) -> tuple[bytes, list[Any]]:
-        node = StandaloneServer(self._hosts.url(*server), min(self._timeout, QUERY_TIMEOUT), QUERY_TIMEOUT)
+        node = StandaloneServer(self._hosts.url(*server), min(self._timeout, QUERY_TIMEOUT), QUERY_TIMEOUT, self._login)
         deadline = half_left(deadline)
         connection = node.open(read_timeout=time_left(deadline, QUERY_TIMEOUT), deadline=deadline)
         try:
@@ -234,7 +237,9 @@ class Cluster:
     def _node(self, server: HostPort) -> StandaloneServer:
         node = self._nodes.get(server)
         if node is None:
-            node = self._nodes[server] = StandaloneServer(self._hosts.url(*server), self._timeout, HANDSHAKE_TIMEOUT)
+            node = self._nodes[server] = StandaloneServer(
+                self._hosts.url(*server), self._timeout, HANDSHAKE_TIMEOUT, self._login
+            )
         return node
 
     def server_of(self, node: StandaloneServer) -> HostPort | None:

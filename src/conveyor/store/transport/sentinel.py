@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.store.transport import replies
 from conveyor.store.transport.connection import aquery, fatal_reply, query
+from conveyor.store.transport.credentials import LoginProvider
 from conveyor.store.transport.endpoint import (
     FAILOVER_REPLY_TIMEOUT,
     Endpoint,
@@ -48,8 +49,10 @@ class Sentinel:
 
     single = True
 
-    def __init__(self, url: str, connect_timeout: float = CONNECT_TIMEOUT) -> None:
-        self.url = url
+    def __init__(
+        self, url: str, connect_timeout: float = CONNECT_TIMEOUT, *, login: LoginProvider | None = None
+    ) -> None:
+        self.url, self._login = url, login
         self._timeout = min(connect_timeout, CONNECT_TIMEOUT)
         hosts = split_hosts(url, 26379)
         if not hosts.path or "/" in hosts.path:
@@ -135,7 +138,9 @@ class Sentinel:
 
     def server(self, server: HostPort) -> StandaloneServer:
         """Return a server by host and port, with the credentials of this URL."""
-        return StandaloneServer(self._server.url(*server, database=self._database), self._timeout, HANDSHAKE_TIMEOUT)
+        return StandaloneServer(
+            self._server.url(*server, database=self._database), self._timeout, HANDSHAKE_TIMEOUT, self._login
+        )
 
     def sentinels(self) -> list[StandaloneServer]:
         """Return the sentinels, the one that answered last first."""

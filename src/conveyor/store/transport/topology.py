@@ -7,6 +7,7 @@ import logging
 from urllib.parse import parse_qs
 
 from conveyor.errors import ConfigurationError
+from conveyor.store.transport.credentials import LoginProvider
 from conveyor.store.transport.endpoint import Topology
 from conveyor.store.transport.url import StandaloneServer, masked, split_url
 
@@ -16,8 +17,8 @@ SCHEMES = (
 )  # fmt: skip
 
 
-def topology_of(url: str, connect_timeout: float | None = None) -> Topology:
-    """Return the topology that *url* names; connects to nothing. Raises ConfigurationError."""
+def topology_of(url: str, connect_timeout: float | None = None, login: LoginProvider | None = None) -> Topology:
+    """Return the topology that *url* names; connects to nothing. *login*: for its servers. Raises ConfigurationError."""
     parts = split_url(url)
     whole = parts.scheme
     if whole.startswith("rediss") and parse_qs(parts.query).get("ssl_cert_reqs") == ["none"]:
@@ -29,12 +30,14 @@ def topology_of(url: str, connect_timeout: float | None = None) -> Topology:
     if topology == "sentinel":
         from conveyor.store.transport.sentinel import Sentinel
 
-        return Sentinel(url, *timeout)
+        return Sentinel(url, *timeout, login=login)
     if topology == "cluster":
         from conveyor.store.transport.cluster import Cluster
 
-        return Cluster(url, *timeout)
-    return StandaloneServer(url, *timeout)
+        return Cluster(url, *timeout, login=login)
+    if connect_timeout is None:
+        return StandaloneServer(url, login=login)
+    return StandaloneServer(url, connect_timeout, login=login)
 
 
 def embedded_directory(url: str) -> str:

@@ -21,6 +21,7 @@ from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urls
 
 from conveyor.errors import ConfigurationError
 from conveyor.store.fork_safety import lazy_property
+from conveyor.store.transport.credentials import LoginProvider
 from conveyor.store.transport.endpoint import REPLY_TIMEOUT, time_left
 
 if TYPE_CHECKING:
@@ -114,6 +115,8 @@ class StandaloneServer:
     connect_timeout: float = _CONNECT_TIMEOUT
     handshake_timeout: float = REPLY_TIMEOUT
     """Seconds for the first exchange on a new connection (AUTH, SELECT): connecting succeeds even to a frozen server."""
+    login: LoginProvider | None = field(default=None, compare=False, repr=False)
+    """Asked at each connection, instead of the user and the password of the URL."""
 
     def __post_init__(self) -> None:
         parts = self._parts
@@ -155,6 +158,7 @@ class StandaloneServer:
             raise ConfigurationError(f"{self} is not a Redis URL: {redact(str(error))}") from None
         parameters.pop("connection_class", None)
         self._use_password_file(parameters)
+        self._use_login(parameters)
         # RESP2 is enough, and every supported server speaks it. redis-py must not retry: it does not know what may be repeated.
         local = self._parts.scheme == "unix"
         alive = {} if local else {"socket_keepalive": True, "socket_keepalive_options": _ALIVE}
@@ -171,6 +175,14 @@ class StandaloneServer:
         if parameters.pop("password", None):
             raise ConfigurationError(f"{self} has both a password and a password_file. Leave one out.")
         parameters["credential_provider"] = PasswordFile(path, parameters.pop("username", None))
+
+    def _use_login(self, parameters: dict[str, Any]) -> None:
+        if self.login is None:
+            return
+        if parameters.pop("password", None) or "credential_provider" in parameters:
+            raise ConfigurationError(f"{self} has a password, and the app has credentials=. Leave one out.")
+        parameters.pop("username", None)
+        parameters["credential_provider"] = self.login
 
     def _check_parameters(self, parameters: dict[str, Any]) -> None:
         """Raise ConfigurationError for parameters that redis-py rejects: now, not at the first call."""

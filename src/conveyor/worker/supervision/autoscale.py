@@ -15,6 +15,7 @@ from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.store import inspection
 from conveyor.store.client.client import Client
 from conveyor.store.keys import QueueKeys
+from conveyor.store.transport.credentials import LoginProvider
 from conveyor.worker.logs import LOG
 from conveyor.worker.shared_memory import ChildInfo
 
@@ -69,12 +70,16 @@ def next_count(bounds: Bounds, count: int, age: float | None, calm: float, uncha
 class OldestJob:
     """A thread that reads the age of the oldest job of the queues of a worker, twice a second."""
 
-    def __init__(self, info: ChildInfo, queues: Callable[[], Collection[QueueKeys]]) -> None:
+    def __init__(
+        self, info: ChildInfo, queues: Callable[[], Collection[QueueKeys]], login: LoginProvider | None = None
+    ) -> None:
         """
         Args:
             info: where Redis is.
             queues: returns the keys of the queues (or partitions) that the worker serves now.
+            login: asked for user and password at each connection.
         """
+        self._login = login
         self._info, self._queues = info, queues
         self.age: float | None = None
         """None: no job could start."""
@@ -90,7 +95,7 @@ class OldestJob:
         self._thread.join(2.0)
 
     def _run(self) -> None:
-        client = Client(self._info.url, namespace=self._info.namespace, retry_for=1.0)
+        client = Client(self._info.url, namespace=self._info.namespace, retry_for=1.0, login=self._login)
         while not self._stop.wait(LOOK_EVERY):
             try:
                 counts = [client.run(inspection.counts(keys)) for keys in self._queues()]

@@ -22,6 +22,7 @@ from itertools import islice
 from typing import NoReturn, Protocol
 
 from conveyor.errors import ConveyorError
+from conveyor.store.transport.credentials import LoginProvider
 from conveyor.worker.app_loading import load
 from conveyor.worker.logs import LOG, configure_log
 from conveyor.worker.recycling import RecycleLimits
@@ -40,6 +41,10 @@ MARGIN = 2.0
 
 class Runnable(Protocol):
     """The worker of a child: `worker.Worker`, or a small one in tests."""
+
+    @property
+    def login(self) -> LoginProvider | None:
+        """That of its app, asked at each connection; None: the URL has user and password."""
 
     async def run(self) -> int:
         """Run until stopped or drained; return the exit code."""
@@ -180,7 +185,7 @@ def _end_after_supervisor(
     """Wait for the end of the supervisor; then drain, and guard the leases of this child until it ends."""
     os.read(alive_fd, 1)
     LOG.warning("The supervisor is gone: worker %d drains and ends", os.getpid())
-    lease_guard = LeaseGuard()
+    lease_guard = LeaseGuard(worker.login)
     lease_guard.watch(slot)
     loop.call_soon_threadsafe(worker.stop)
     time.sleep(grace + MARGIN)

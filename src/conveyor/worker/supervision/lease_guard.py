@@ -17,6 +17,7 @@ from time import monotonic
 from conveyor.errors import ConveyorError
 from conveyor.store import operations
 from conveyor.store.client.client import Client
+from conveyor.store.transport.credentials import LoginProvider
 from conveyor.units import span
 from conveyor.worker.crash_attribution import RunningSnapshot
 from conveyor.worker.logs import LOG
@@ -79,7 +80,9 @@ class _GuardedStep:
 class LeaseGuard:
     """A thread that renews for watched slots and returns the jobs of dead children, however long Redis is away."""
 
-    def __init__(self) -> None:
+    def __init__(self, login: LoginProvider | None = None) -> None:
+        """*login*: asked for user and password at each connection; None: the URL has them."""
+        self._login = login
         self._slots: list[ChildSlot] = []
         self._dead_children: deque[DeadChild] = deque()
         self._lock = threading.Lock()
@@ -212,7 +215,7 @@ class LeaseGuard:
         key = (info.url, info.namespace)
         client = self._clients.get(key)
         if client is None:
-            client = Client(info.url, namespace=info.namespace)
+            client = Client(info.url, namespace=info.namespace, login=self._login)
             client.execute("PING", retry_for=0.0)
             LOG.debug("The lease guard is connected to %s", client.address)
             self._clients[key] = client

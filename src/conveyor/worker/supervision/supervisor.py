@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from conveyor.store.transport.credentials import LoginProvider
 from conveyor.store.transport.url import masked
 from conveyor.units import installed_version, span
 from conveyor.worker.leasing.heartbeat import MAX_STALL
@@ -65,19 +66,21 @@ def run(
     labels: tuple[str, ...] = (),
     autoscale: Bounds | None = None,
     reload: tuple[Path, ...] = (),
+    login: LoginProvider | None = None,
 ) -> int:
     """
     Run worker processes for ``module:attribute`` until a signal (with *burst* until all is drained); return the exit code.
 
     *health*: a bound socket for the health endpoints, *metrics*: what returns the text of one of them. *autoscale*: the least and
     the most processes, instead of *processes*. *reload*: folders whose source files are watched: a change replaces the processes.
+    *login*: that of the app, asked at each connection.
     """
     configure_log(verbose=verbose)
     spec = ChildSpec(
         app_reference, queues, concurrency, threads, burst=burst, grace=grace, verbose=verbose, path=tuple(sys.path),
         max_jobs=max_jobs, max_memory=max_memory, labels=labels,
     )  # fmt: skip
-    supervisor = Supervisor(spec, processes=processes, python=python, autoscale=autoscale, reload=reload)
+    supervisor = Supervisor(spec, processes=processes, python=python, autoscale=autoscale, reload=reload, login=login)
     if health is not None:
         LOG.info("  health     %s", HealthServer(health, supervisor.facts, metrics).address)
     return supervisor.run()
@@ -96,6 +99,7 @@ class Supervisor:
         max_stall: float = MAX_STALL,
         autoscale: Bounds | None = None,
         reload: tuple[Path, ...] = (),
+        login: LoginProvider | None = None,
     ) -> None:
         """
         Args:
@@ -106,6 +110,7 @@ class Supervisor:
             max_stall: seconds that a child may block its event loop before it is killed.
             autoscale: the least and the most children, instead of *processes*.
             reload: folders whose source files are watched; a change replaces the children.
+            login: asked for user and password at each connection; None: the URL has them.
         """
         self._sources = SourceWatcher(reload) if reload else None
         processes, most = (processes, processes) if autoscale is None else (autoscale.lower, autoscale.upper)
@@ -119,7 +124,8 @@ class Supervisor:
         slots = [self._memory.slot(number) for number in range(2 * most)]
         self._children = [ChildProcess(number + 1, slots[number]) for number in range(processes)]
         self._spare = slots[processes:]  # for successors, while the children that they replace drain
-        self._lease_guard = LeaseGuard()
+        self._login = login
+        self._lease_guard = LeaseGuard(login)
         self._alive_pipe = os.pipe()  # children read it: it ends with this process, however that dies
         self._signals: deque[int] = deque()
         self._stop_signals = 0
@@ -262,7 +268,7 @@ class Supervisor:
         if self._oldest is None:
             if (info := next((info for one in staying if (info := one.slot.info()) is not None), None)) is None:
                 return
-            self._oldest = OldestJob(info, self._served_queues)
+            self._oldest = OldestJob(info, self._served_queues, self._login)
             self._scaled_at = now
         oldest = self._oldest
         wanted = next_count(bounds, len(staying), oldest.age, oldest.read_at - oldest.calm_since, now - self._scaled_at)
