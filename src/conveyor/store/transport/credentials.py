@@ -14,7 +14,7 @@ Credentials = Callable[[], Login]
 
 
 class CredentialProvider(Protocol):
-    """What redis-py calls a credential provider: those of redis-py and redis-entraid are such objects."""
+    """An object that redis-py calls a credential provider: those of redis-py and redis-entraid are such."""
 
     def get_credentials(self) -> Any:
         """Return (password,) or (user, password)."""
@@ -25,7 +25,7 @@ class LoginProvider:
     """A callable, or a provider, as redis-py asks for credentials at each connection."""
 
     def __init__(self, source: Credentials | CredentialProvider) -> None:
-        """Take what an app was given; raises ConfigurationError."""
+        """Make it of the value that an app was given; raises ConfigurationError."""
         call: Any = getattr(source, "get_credentials", source)
         if not callable(call) or inspect.iscoroutinefunction(call) or isinstance(source, type):
             raise ConfigurationError(
