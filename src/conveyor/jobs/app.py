@@ -93,26 +93,14 @@ class Conveyor:
     """The groups of queues while programs run: weight and pause."""
 
     def __init__(
-        self,
-        url: str | None = None,
-        *,
-        namespace: str = "conveyor",
-        lease: Duration = "15s",
-        keys: Mapping[str, str | bytes] | None = None,
-        encrypt: bool = False,
-        max_payload: Size = MAX_PAYLOAD,
-        compress: Size | None = None,
-        large: BlobStore | None = None,
-        large_above: Size = LARGE_ABOVE,
-        max_large: Size = MAX_LARGE,
-        format: FormatChoice | Sequence[FormatChoice] = "json",  # noqa: A002
-        buffer: Buffer | None = None,
-        include: Sequence[str] = (),
-        timeout: Duration | None = None,
-        blocking_in_loop: BlockingInLoop = "refuse",
-        credentials: Credentials | CredentialProvider | None = None,
+        self, url: str | None = None, *, namespace: str = "conveyor", lease: Duration = "15s",
+        keys: Mapping[str, str | bytes] | None = None, encrypt: bool = False, max_payload: Size = MAX_PAYLOAD,
+        compress: Size | None = None, large: BlobStore | None = None, large_above: Size = LARGE_ABOVE,
+        max_large: Size = MAX_LARGE, format: FormatChoice | Sequence[FormatChoice] = "json",  # noqa: A002
+        buffer: Buffer | None = None, include: Sequence[str] = (), timeout: Duration | None = None,
+        blocking_in_loop: BlockingInLoop = "refuse", credentials: Credentials | CredentialProvider | None = None,
         **unknown: Never,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """
         Make the app; raises ConfigurationError.
 
