@@ -21,6 +21,7 @@ from conveyor.cli.target import Target
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.jobs.include import INCLUDE_VARIABLE
 from conveyor.units import size
+from conveyor.worker.logs import FORMAT_VARIABLE, FORMATS
 
 _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
 
@@ -75,6 +76,10 @@ _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
     "--label", "labels", multiple=True, metavar="LABEL", envvar="CONVEYOR_LABELS",
     help="What tasks may require of a worker, such as gpu; may be repeated.",
 )  # fmt: skip
+@click.option(
+    "--log-format", type=click.Choice(FORMATS), default=FORMATS[0], show_default=True, envvar=FORMAT_VARIABLE,
+    help="The lines of the log: text for people, or JSON with the job of each line.",
+)  # fmt: skip
 @click.option("--allow-eviction", is_flag=True, help="Start although Redis may delete jobs when its memory is full.")
 @shared_option("--url")
 @shared_option("--namespace", help="Must match the app's namespace.  [env: CONVEYOR_NAMESPACE]")
@@ -84,7 +89,7 @@ def worker(
     ctx: click.Context, app_name: str | None, app_option: str | None, include: tuple[str, ...], queues: tuple[str, ...],
     concurrency: int, threads: int, processes: int, max_jobs: int | None, max_memory: str | None, burst: bool, grace: str,
     allow_eviction: bool, url: str | None, namespace: str | None, health_port: str | None,
-    autoscale: str | None, labels: tuple[str, ...], reload: bool,
+    autoscale: str | None, labels: tuple[str, ...], reload: bool, log_format: str,
 ) -> int:  # fmt: skip
     """
     Run the jobs of an app until it is stopped.
@@ -97,6 +102,7 @@ def worker(
         raise click.UsageError(f"APP is {app_name!r} and --app is {app_option!r}: give one of them.")
     if include:
         os.environ[INCLUDE_VARIABLE] = ",".join(include)  # for the processes of the worker too
+    os.environ[FORMAT_VARIABLE] = log_format  # for the processes of the worker too
     name, app = Target(url, namespace, app_name or app_option).load_app()
     chosen = _parse_queues(queues) or _default_queues(app, name)
     _warn_of_unused_queues(out, app, chosen)

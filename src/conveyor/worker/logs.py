@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import signal
+from datetime import UTC, datetime
 from time import monotonic
 from typing import Any
 
 from conveyor.ids import clean_lines
+from conveyor.jobs.context import CURRENT, Context
 
 LOG = logging.getLogger("conveyor.worker")
+FORMATS = ("text", "json")
+FORMAT_VARIABLE = "CONVEYOR_LOG_FORMAT"
+"""The variable of the environment by which all processes of a worker know the format."""
 REPEAT_AFTER = 60.0
 """Seconds until the same error is logged again."""
 _SIGNAL_HINTS = {
@@ -45,11 +52,40 @@ class SafeFormatter(logging.Formatter):
         return clean_lines(text).replace("\x1b", "\\x1b")
 
 
+class JsonFormatter(logging.Formatter):
+    """A formatter that writes a record as one line of JSON, with the job that runs where it was logged."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        line: dict[str, Any] = {
+            "at": at, "level": record.levelname, "logger": record.name, "message": record.getMessage(), "pid": record.process,
+        }  # fmt: skip
+        facts = vars(record)
+        source = CURRENT.get()
+        if "job_id" in facts:
+            line |= {name: facts.get(name) for name in _JOB}
+        elif source is not None:
+            context = source if isinstance(source, Context) else source.open()
+            line |= {name: getattr(context, name) for name in _JOB}
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=True, default=str)
+
+
+_JOB = ("job_id", "task", "queue", "attempt")
+
+
 def configure_log(*, verbose: bool = False) -> None:
-    """Log INFO and above (DEBUG with *verbose*) to standard error, unless the program has configured logging."""
+    """
+    Log INFO and above (DEBUG with *verbose*) to standard error, unless the program has configured logging.
+
+    The format is that of `FORMAT_VARIABLE`.
+    """
     if not logging.getLogger().handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
+        text = SafeFormatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
+        handler.setFormatter(JsonFormatter() if os.environ.get(FORMAT_VARIABLE) == "json" else text)
         handler.addFilter(_is_for_the_terminal)
         # INFO of the loggers of a program is kept with the job that logs it, and not shown.
         logging.basicConfig(handlers=[handler], level=logging.INFO)
