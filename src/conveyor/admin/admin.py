@@ -58,6 +58,7 @@ from conveyor.errors import ConfigurationError, ConveyorError, JobNotFound, Stor
 from conveyor.events import JobUpdate
 from conveyor.ids import label_text, logical, made_at_ms, public, queue_name, split
 from conveyor.jobs.core import core_of
+from conveyor.jobs.history import HistoryEntry, ended_history, live_history
 from conveyor.jobs.why import QueueCause, Why, explain, queue_causes
 from conveyor.messaging.deletion import refuse_in_use
 from conveyor.messaging.maintenance import redrive_batch
@@ -643,6 +644,13 @@ class Admin:
         status = row.status if row else read_outcome(record).status if where == "result" else ended
         return explain(status, lookup.keys.queue, facts, self._decoder)
 
+    def history_of(self, public_id: str) -> list[HistoryEntry]:
+        """Return the states that a job came into, oldest first. Raises JobNotFound."""
+        lookup = self._found(public_id)
+        if lookup.row is not None:
+            return live_history(lookup.keys.queue, lookup.row, self._decoder)
+        return ended_history(lookup.id, lookup.record if lookup.location == "result" else b"")
+
     def logs(self, public_id: str) -> list[LogLine]:
         """Return what a job has logged, as far as it is kept: seven days, also of a job that is not known any more."""
         keys, id_ = self._keys_of_logs(public_id), split(public_id)[1]
@@ -761,6 +769,7 @@ class Admin:
     ajob = _awaitable(job)
     awhy = _awaitable(why)
     alogs = _awaitable(logs)
+    ahistory_of = _awaitable(history_of)
     aretry = _awaitable(retry)
     acancel = _awaitable(cancel)
     adelete = _awaitable(delete)

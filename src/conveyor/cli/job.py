@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from conveyor.admin.job_query import JobQuery
     from conveyor.admin.views import ActionResult, ErrorInfo, JobInfo, Outcome
     from conveyor.events import JobUpdate
+    from conveyor.jobs.history import HistoryEntry
     from conveyor.jobs.why import Why
     from conveyor.messaging.selection import ActionName
     from conveyor.store.job_filter import JobFilter
@@ -189,13 +190,12 @@ def show(target: Target, out: Output, id_: str) -> None:
 
     Its payload, progress, notes, errors with tracebacks, and result.
     """
-    from conveyor.payload.records import to_json
-
     admin = target.admin()
     info = admin.job(id_)
+    history = admin.history_of(id_)
     why = admin.why(id_) if info.status in {"ready", "scheduled", "waiting"} else None
     if out.as_json:
-        out.document("job", job=info, why=why and _why_document(why))
+        out.document("job", job=info, why=why and _why_document(why), history=history)
         return
     out.pairs(
         [
@@ -223,10 +223,7 @@ def show(target: Target, out: Output, id_: str) -> None:
             ("leased_at", info.leased_at),
             ("timeout", _limit(info, out)),
             ("progress", None if info.progress is None else str(info.progress)),
-            *(
-                (f"notes.{name}", note if isinstance(note, str) else to_json(note).decode())
-                for name, note in info.notes.items()
-            ),
+            *((f"notes.{name}", _note_text(note)) for name, note in info.notes.items()),
             ("headers", ", ".join(f"{key}={value}" for key, value in info.headers.items())),
             ("tags", ", ".join(info.tags)),
             ("origin", info.origin),
@@ -236,12 +233,27 @@ def show(target: Target, out: Output, id_: str) -> None:
                 (f"error.{error.attempt}", f"{error.type}: {error.message}{_crash_place(error)}")
                 for error in info.errors
             ),
+            *((f"history.{number}", _history_line(entry)) for number, entry in enumerate(history, 1)),
         ]
     )
     if info.errors and info.errors[-1].traceback and out.on_terminal:
         out.line("")
         for line in info.errors[-1].traceback.rstrip().split("\n"):
             out.line(f"  {machine_text(line)}")
+
+
+def _note_text(note: Any) -> str:
+    from conveyor.payload.records import to_json
+
+    return note if isinstance(note, str) else to_json(note).decode()
+
+
+def _history_line(entry: HistoryEntry) -> str:
+    """Return one state of a job's history: when, what, in which attempt, where and why."""
+    attempt = f" attempt {entry.attempt}" if entry.attempt else ""
+    where = f" on {entry.worker}" if entry.worker else ""
+    by = f" by {entry.by}" if entry.by else ""
+    return f"{machine_text(entry.at)} {entry.state}{attempt}{where}{by}{f': {entry.reason}' if entry.reason else ''}"
 
 
 @job.command()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from conveyor.events import JobUpdate
     from conveyor.jobs.changes import Again, JobChange
     from conveyor.jobs.details import JobDetails
+    from conveyor.jobs.history import HistoryEntry
     from conveyor.jobs.results import ResultSubscriber, WaitReply
     from conveyor.jobs.why import Why
     from conveyor.payload.codec import ValueCodec
@@ -222,6 +223,29 @@ class Job(Generic[R_co]):
         where, row, record = lookup
         stored = row.state.progress if row else bytes(read_outcome(record).progress) if where == "result" else b""
         return open_progress(self._core.sealing, stored, str(self.queue), self._bare_id)
+
+    def history(self) -> list[HistoryEntry]:
+        """
+        Return the states that the job came into, oldest first: when, on which worker, and why.
+
+        It is read from what is kept of the job: of one that ended, from its result. Raises JobNotFound.
+        """
+        refuse_in_loop(self._core.client, "job.history()", "await job.ahistory()")
+        return [] if self._is_buffered() else self._read_history(self._look_up())
+
+    async def ahistory(self) -> list[HistoryEntry]:
+        """Awaitable form of `history`."""
+        return [] if self._is_buffered() else self._read_history(await self._alook_up())
+
+    def _read_history(self, lookup: JobLookup) -> list[HistoryEntry]:
+        from conveyor.jobs.history import ended_history, live_history
+        from conveyor.payload.sealed_records import RecordDecoder
+
+        self._status(lookup)  # raises for a job that is not known
+        where, row, record = lookup
+        if row is None:
+            return ended_history(self._bare_id, record if where == "result" else b"")
+        return live_history(str(self.queue), row, RecordDecoder(self._core.sealing, self._core.formats))
 
     def logs(self) -> list[LogLine]:
         """

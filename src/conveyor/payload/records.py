@@ -19,13 +19,15 @@ State (only of jobs that are not fresh)::
     <starts> <failures> <crashes>[+*]<attributes>\n<error JSON>\n<error JSON>…
 
 Attributes, each behind a blank, a tab and a letter, are JSON without control characters: ``p`` the progress, ``n`` the notes,
-both as `live_records` packs them. A reader that knows none of them reads the numbers before them.
+both as `live_records` packs them, ``h`` (any number) an event of its history. A reader that knows none of them reads the numbers
+before them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -77,12 +79,23 @@ class Failure(msgspec.Struct, omit_defaults=True):
     packed: str = ""
 
 
+class PastEvent(msgspec.Struct, omit_defaults=True):
+    """A state that a job came into, `at` in ms since the epoch."""
+
+    state: str
+    at: int = 0
+    worker: str = ""
+    reason: str = ""
+    by: str = ""
+    attempt: int = 0
+
+
 class RunRecord(msgspec.Struct, omit_defaults=True):
     """
     The run whose result is kept: the task, the number of the attempt, `host:pid` of the worker, and its start (ms).
 
     The arguments are in `body` as raw JSON, or in `packed` as they were sealed or compressed, in base64; in none of them when
-    they are long.
+    they are long. `past` is what earlier attempts came to.
     """
 
     task: str = ""
@@ -95,6 +108,7 @@ class RunRecord(msgspec.Struct, omit_defaults=True):
     body: msgspec.Raw = msgspec.Raw(b"")
     packed: str = ""
     origin: str = ""
+    past: list[PastEvent] = []
 
 
 class Outcome(msgspec.Struct, omit_defaults=True):
@@ -241,6 +255,8 @@ class AttemptHistory(msgspec.Struct):
     """The progress that the job told last, as stored."""
     notes: bytes = b""
     """The notes of the job, as stored."""
+    events: list[bytes] = []
+    """States that nothing else tells of, as stored, newest last; no more than ERRORS_KEPT."""
 
     def encode(self) -> bytes:
         """Return the stored form, with the newest ERRORS_KEPT errors."""
@@ -249,7 +265,21 @@ class AttemptHistory(msgspec.Struct):
             head += b" \tp" + self.progress
         if self.notes:
             head += b" \tn" + self.notes
+        for event in self.events[-ERRORS_KEPT:]:
+            head += b" \th" + event
         return b"\n".join([head, *self.errors[-ERRORS_KEPT:]])
+
+    def events_list(self) -> list[PastEvent]:
+        """Return the events as values; damaged ones are left out."""
+        events = []
+        for data in self.events:
+            with suppress(msgspec.MsgspecError, UnicodeDecodeError):
+                events.append(_EVENT.decode(data))
+        return events
+
+    def with_event(self, event: PastEvent) -> AttemptHistory:
+        """Return the same with one event more."""
+        return msgspec.structs.replace(self, events=[*self.events, to_json(event)])
 
     def failures_list(self) -> list[Failure]:
         """Return the errors of every attempt, oldest first; a damaged one is replaced by a note."""
@@ -270,6 +300,8 @@ class AttemptHistory(msgspec.Struct):
                 history.progress = attribute[1:]
             elif attribute[:1] == b"n":
                 history.notes = attribute[1:]
+            elif attribute[:1] == b"h":
+                history.events = [*history.events, attribute[1:]]
         return history
 
 
@@ -282,6 +314,7 @@ def _failure(data: bytes) -> Failure:
 
 _ONLY_KEYS = re.compile(r"(?:\t[ukmagl][^\t]*)*")
 _FAILURE = msgspec.json.Decoder(Failure)
+_EVENT = msgspec.json.Decoder(PastEvent)
 _EXTRA = msgspec.json.Decoder(EnvelopeOptions)
 _OUTCOME = msgspec.json.Decoder(Outcome)
 _encode = msgspec.json.Encoder().encode

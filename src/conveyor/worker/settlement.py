@@ -17,13 +17,23 @@ from conveyor.events import JobCancelledEvent, JobDead, JobDone, JobRetried
 from conveyor.ids import clean, clean_lines, made_at_ms
 from conveyor.jobs.batch_task import BatchMisreported
 from conveyor.jobs.context import end_spawning
+from conveyor.jobs.history import past_events
 from conveyor.messaging import retry
 from conveyor.messaging.declared_limits import charge_of, held_limit
 from conveyor.payload import failures
 from conveyor.payload.codec import UnreadablePayload
 from conveyor.payload.live_records import pack_lines
 from conveyor.payload.pipeline import PLAIN
-from conveyor.payload.records import NOT_STARTED, RAN, AttemptHistory, Failure, Outcome, read_failure, to_json
+from conveyor.payload.records import (
+    NOT_STARTED,
+    RAN,
+    AttemptHistory,
+    Failure,
+    Outcome,
+    PastEvent,
+    read_failure,
+    to_json,
+)
 from conveyor.payload.sealed_records import pack_arguments, pack_failure, pack_refusal, pack_result
 from conveyor.store.inspection import write_finished
 from conveyor.store.operations import Settlement, TurnReport
@@ -247,7 +257,8 @@ class SettlementWriter:
         """Return the JSON of a RunRecord, written by hand as most of it is known: it is a part of every kept result."""
         envelope, name = attempt.envelope, attempt.handler.name.encode()
         started = now_ms - round((attempt.ended - attempt.started) * 1000)
-        if envelope is PLAIN_ENVELOPE and attempt.body[:1] == b"{" and len(attempt.body) <= ARGUMENTS_KEPT:
+        fresh = attempt.state is None
+        if fresh and envelope is PLAIN_ENVELOPE and attempt.body[:1] == b"{" and len(attempt.body) <= ARGUMENTS_KEPT:
             return b'{"task":"%b","attempt":%d,"started":%d,"body":%b,%b' % (
                 name, attempt.number, started, attempt.body, self._worker_member,
             )  # fmt: skip
@@ -256,6 +267,8 @@ class SettlementWriter:
             members.append(b'"headers":%b' % to_json(envelope.extra.headers))
         if tags := envelope.tags:
             members.append(b'"tags":%b' % to_json(tags))
+        if attempt.state is not None and (past := past_events(attempt.state)):
+            members.append(b'"past":%b' % to_json(past))
         if envelope.extra.version != 1:
             members.append(b'"version":%d' % envelope.extra.version)
         if envelope.extra.origin:
@@ -466,7 +479,8 @@ class SettlementWriter:
     def handed_back(self, report: TurnReport, attempt: Attempt, *, started: bool) -> None:
         """Return a job to the front of its queue. It costs no attempt."""
         if started or attempt.state is not None:
-            state = retry.handed_back(attempt.history, attempt.number, started=started).encode()
+            history = retry.handed_back(attempt.history, attempt.number, started=started)
+            state = (self._with_event(history, attempt, "returned") if started else history).encode()
         else:
             state = b""
         report.others.append(Settlement("F", attempt.id, state=state))
@@ -485,7 +499,7 @@ class SettlementWriter:
     def _rate_limited(self, report: TurnReport, attempt: Attempt, ms: int) -> None:
         """Return a job that a service refused for now, and hold its limit until then; where it has none, its task."""
         envelope = attempt.envelope
-        history = retry.snoozed(attempt.history, attempt.number)
+        history = self._with_event(retry.snoozed(attempt.history, attempt.number), attempt, "snoozed", "rate-limited")
         limit = held_limit(envelope.limits, envelope.group, attempt.handler.limits) or f";{attempt.handler.name}"
         log.info("✗ %s rate-limited for %s: %s waits", attempt.label, span(ms / 1000), clean(limit.removeprefix(";")))
         report.others.append(
@@ -495,7 +509,14 @@ class SettlementWriter:
 
     def _snoozed(self, report: TurnReport, attempt: Attempt, snooze: Snooze) -> None:
         ms = milliseconds(snooze.delay, name="Snooze")
-        self.put_off(report, attempt, ms, retry.snoozed(attempt.history, attempt.number))
+        history = retry.snoozed(attempt.history, attempt.number)
+        self.put_off(report, attempt, ms, self._with_event(history, attempt, "snoozed"))
+
+    def _with_event(self, history: AttemptHistory, attempt: Attempt, state: str, reason: str = "") -> AttemptHistory:
+        """Return *history* with what became of an attempt, where no error tells of it."""
+        return history.with_event(
+            PastEvent(state, attempt.consumer.now_ms, self._worker, reason, attempt=attempt.number)
+        )
 
 
 def _with_live(outcome: Outcome, state: AttemptHistory) -> Outcome:

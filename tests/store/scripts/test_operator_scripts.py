@@ -20,6 +20,9 @@ CANCELLED = '{"status":"cancelled","at":now}'
 
 # -- cancel, delete ---------------------------------------------------------------------------------------------------
 
+REDRIVEN = ' .h{"state":"redriven","at":now}'
+"""The event of its history, as a dump shows it."""
+
 
 @pytest.mark.redis6
 @pytest.mark.parametrize("delete", [False, True])
@@ -162,7 +165,7 @@ def test_redrive_takes_the_oldest(seeded: SeededQueue) -> None:
     assert seeded.since(before) == {
         "dead": {"c": before["dead"]["c"]},
         "ready:0": ["r", "a", "b"],
-        "state": {"a": "4 0 0\n{}", "b": "4 0 0\n{}", "c": "4 3 1\n{}"},
+        "state": {"a": f"4 0 0{REDRIVEN}\n{{}}", "b": f"4 0 0{REDRIVEN}\n{{}}", "c": "4 3 1\n{}"},
         "wake ~3600s": ["1"],
     }
     assert seeded.audit() == []
@@ -185,7 +188,7 @@ def test_redrive_survives_an_odd_state(seeded: SeededQueue, state: bytes) -> Non
     """A dead letter whose state cannot be read comes back too, as a fresh one."""
     seeded.add_dead("a", "b", state=state)
     assert seeded.run(operations.redrive(seeded.keys)) == 2
-    assert seeded.dump()["state"] == {"a": "0 0 0", "b": "0 0 0"}
+    assert seeded.dump()["state"] == {"a": f"0 0 0{REDRIVEN}", "b": f"0 0 0{REDRIVEN}"}
     assert seeded.audit() == []
 
 

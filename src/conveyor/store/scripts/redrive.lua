@@ -50,6 +50,7 @@ for i, envelope in ipairs(redis.call('HMGET', KEYS[2], unpack(found_ids))) do
 end
 if #ids == 0 then return answer() end
 local states = redis.call('HMGET', KEYS[3], unpack(ids))
+local event = ' \th{"state":"redriven","at":' .. int(clock()) .. '}'
 prove(prefix .. 'none', 'ZREM', 'HSET', 'SET', 'RPUSH')
 if grouped then
   begin_groups(queue)
@@ -60,8 +61,8 @@ for i, id in ipairs(ids) do
   gone[id] = true
   if envelopes[i] then
     local found = marks(envelopes[i])
-    local starts, rest = string.match(states[i] or '', '^(%d+) %d+ %d+w?(.*)$')
-    redis.call('HSET', KEYS[3], id, (starts or '0') .. ' 0 0' .. (rest or ''))
+    local starts, about, errors = string.match(states[i] or '', '^(%d+) %d+ %d+w?([^\n]*)(.*)$')
+    redis.call('HSET', KEYS[3], id, (starts or '0') .. ' 0 0' .. (about or '') .. event .. (errors or ''))
     -- The job lives again, so its own id is taken until a day after it ends, and its unique key until it ends.
     if found and found.own then redis.call('SET', prefix .. 'unique:i:' .. id, id) end
     for _, key in ipairs(found and found.keys or {}) do
