@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import (
     AsyncIterator,
@@ -32,9 +33,10 @@ from time import monotonic, sleep
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from conveyor.admin import doctor, metrics
+from conveyor.admin.failure_matrix import MATRIX_RANGES, FailureMatrix, FailureTable
 from conveyor.admin.history import History, read_history
 from conveyor.admin.job_query import JobQuery
-from conveyor.admin.job_search import FailureCount
+from conveyor.admin.job_search import FailureCount, last_failure
 from conveyor.admin.queue_directory import QueueDirectory
 from conveyor.admin.search import MOST_LOOKED, JobSearch, MatchCount, SearchPage
 from conveyor.admin.views import (
@@ -68,7 +70,7 @@ from conveyor.payload.codec import MAX_PAYLOAD
 from conveyor.payload.formats import JSON, FormatRegistry
 from conveyor.payload.live_records import LogLine
 from conveyor.payload.pipeline import PayloadPipeline
-from conveyor.payload.records import Status, read_outcome
+from conveyor.payload.records import AttemptHistory, Status, read_envelope, read_outcome
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store import inspection, limits, operations, worker_commands
 from conveyor.store.audit_log import audit_key, keep_audit, note_action, read_audit
@@ -227,6 +229,39 @@ class Admin:
         return [
             _queue_info(name, parts, {part: counts.get(part) for part in parts}) for name, parts in everything.items()
         ]
+
+    def failure_matrix(self, range: str = "24h", *, queue: str | None = None, most: int = 5_000) -> FailureMatrix:  # noqa: A002
+        """Return dead letters by what they have in common and by time; of at most *most*, the newest. Raises ConfigurationError."""
+        if range not in MATRIX_RANGES:
+            raise ConfigurationError(f"There is no range {range!r}. Known: {', '.join(MATRIX_RANGES)}.")
+        table, total, cut = FailureTable(range, int(time.time() * 1000), self._decoder), 0, False
+        counts = self._search.counts(self._partition_names(queue))
+        busy = {part: one.dead for part, one in counts.items() if one.dead}
+        for part, dead in busy.items():
+            total += dead
+            offset, share = 0, -(-most // len(busy))
+            while offset < min(dead, share):
+                size = min(PAGE_SIZE, share - offset)
+                page = self.client.run(inspection.list_jobs(self._keys(part), "dead", offset, size, reads="heads"))
+                offset += page.entries
+                if not page.entries or not table.add(logical(part), part, page.rows):
+                    break
+            else:
+                cut = cut or offset < dead
+        return table.matrix(self._tracebacks(table.samples()), total, cut=cut)
+
+    def _tracebacks(self, samples: Iterable[tuple[str, str]]) -> dict[str, str]:
+        """Return the last traceback of each of these jobs by its public id; those that are gone are left out."""
+        by_part: dict[str, list[str]] = {}
+        for part, id_ in samples:
+            by_part.setdefault(part, []).append(split(id_)[1])
+        found: dict[str, str] = {}
+        for part, ids in by_part.items():
+            rows = [JobRow(id_, "dead", read_envelope(b"\n\n"), AttemptHistory(0, 0, 0), "") for id_ in ids]
+            for row in self._whole(self._keys(part), iter(rows)):
+                if failure := last_failure(row, part, self._decoder):
+                    found[public(part, row.id)] = failure.traceback
+        return found
 
     def ended_lately(self, names: Collection[str], minutes: int) -> dict[str, list[Ended]]:
         """Return what ended in each of the last whole minutes in these queues, the oldest first."""
@@ -735,6 +770,7 @@ class Admin:
     # In a thread each, since a read of many queues is many calls; a caller that is cancelled does not stop it.
     anames = _awaitable(names)
     ahistory = _awaitable(history)
+    afailure_matrix = _awaitable(failure_matrix)
     aqueues = _awaitable(queues)
     aqueue = _awaitable(queue)
     acauses = _awaitable(causes)

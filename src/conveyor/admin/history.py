@@ -19,7 +19,7 @@ RANGES: dict[str, tuple[Literal["minutes", "hours"], int]] = {
     "15m": ("minutes", 15), "1h": ("minutes", 60), "6h": ("minutes", 360), "24h": ("minutes", 1440), "7d": ("hours", 168),
     "30d": ("hours", 720),
 }  # fmt: skip
-_SECONDS_OF = {"minutes": 60, "hours": 3600}
+SECONDS_OF = {"minutes": 60, "hours": 3600}
 _OUTCOMES = ("done", "failed", "retried")
 _PERCENTILES = {"p50_ms": 0.5, "p95_ms": 0.95, "p99_ms": 0.99}
 _MOST_TASKS = 50
@@ -85,7 +85,7 @@ def read_history(
     if range not in RANGES:
         raise ConfigurationError(f"range must be one of {', '.join(RANGES)}, not {range!r}.")
     unit, count = RANGES[range]
-    step = _SECONDS_OF[unit]
+    step = SECONDS_OF[unit]
     last = int(time.time()) // step
     first = last - count + 1
     everything = directory.everything() if queue is None else {queue: directory.partition_names(queue)}

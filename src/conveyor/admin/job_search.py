@@ -39,6 +39,12 @@ class _Tally:
     id: str
 
 
+def message_pattern(message: str) -> tuple[str, str]:
+    """Return the first line of a message, and the same with "…" for what differs between failures of one kind."""
+    line = _first_line(message)
+    return line, _VARIABLE.sub("…", line)
+
+
 class FailureCount:
     """Counts dead letters by queue, task, class and message of their last error. The parts of messages that differ do not count."""
 

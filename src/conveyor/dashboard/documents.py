@@ -24,8 +24,8 @@ HIDDEN_OF_ERRORS = ("message", "traceback", "frames")
 
 
 def encoded(schema: str, document: Mapping[str, Any]) -> bytes:
-    """Return a document with its schema as JSON."""
-    whole = {"schema": f"conveyor/{schema}@1", **document}
+    """Return a document with its schema as JSON; without one where that is ""."""
+    whole = {**({"schema": f"conveyor/{schema}@1"} if schema else {}), **document}
     text = json.dumps(whole, default=_to_json, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.encode("utf-8", "backslashreplace")
 

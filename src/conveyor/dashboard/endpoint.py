@@ -88,6 +88,8 @@ class ApiCall:
     admin: Admin
     access: Access
     values: Mapping[str, Any]
+    base: str = "/"
+    """The path below which the dashboard is, with a slash at its end."""
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import asdict
 from typing import Any
 
+from conveyor.admin.failure_matrix import MATRIX_RANGES
 from conveyor.admin.job_query import JobQuery, parse
 from conveyor.admin.views import JobInfo
 from conveyor.dashboard.access import Action
-from conveyor.dashboard.documents import job_document, job_row, why_document
+from conveyor.dashboard.documents import hide, job_document, job_row, why_document
 from conveyor.dashboard.endpoint import ApiCall, ApiRoute, Field, NotAllowed
+from conveyor.dashboard.operations import Operation
 from conveyor.dashboard.queue_routes import OFFSET, PAGE
+from conveyor.errors import ConfigurationError
+from conveyor.messaging.selection import ActionName
 
 SECONDS = 0.06
 """The time for which one call searches, so that an answer takes less than 100 ms; the next one goes on."""
@@ -133,6 +138,46 @@ def _copies(info: JobInfo, call: ApiCall) -> dict[str, str | None]:
     }
 
 
+def list_failures(call: ApiCall) -> dict[str, Any]:
+    """Return failures by what they have in common and by time."""
+    document = asdict(call.admin.failure_matrix(call["range"], queue=call["queue"]))
+    groups = [hide(one, call.access) for one in document["groups"]]
+    if not call.access.allows("view_payloads"):
+        groups = [{**one, "filter": None} for one in groups]  # it has a part of the message
+    return {**document, "groups": groups}
+
+
+def start_operation(call: ApiCall) -> dict[str, Any]:
+    """Begin an action on all jobs that a filter chooses."""
+    query, shown = query_of(call), call["action"]
+    if not call["filter"].strip() and not call["queue"] and not call["state"]:
+        raise ConfigurationError("This would be done to every job of every queue: give a filter, a queue or a state.")
+    actions: dict[str, ActionName] = {"retry": "redrive", "promote": "promote", "cancel": "cancel", "delete": "delete"}
+    action = "promote" if shown == "retry" and query.states == ("scheduled",) else actions[shown]
+    operation = call.service.operations.start(call.admin, action, shown, query, limit=call["limit"], rate=call["rate"])
+    return {"operation": asdict(operation)}
+
+
+def list_operations(call: ApiCall) -> dict[str, Any]:
+    """Return the operations of this process, the newest first."""
+    return {"operations": [_operation(one, call) for one in call.service.operations.all()]}
+
+
+def show_operation(call: ApiCall) -> dict[str, Any]:
+    """Return one operation."""
+    return {"operation": _operation(call.service.operations.get(call["id"]), call)}
+
+
+def stop_operation(call: ApiCall) -> dict[str, Any]:
+    """Have an operation end after its present step; what it has done stays done."""
+    return {"operation": _operation(call.service.operations.stop(call["id"]), call)}
+
+
+def _operation(one: Operation, call: ApiCall) -> dict[str, Any]:
+    return {**asdict(one), **({} if call.access.allows("view_payloads") else {"filter": None})}
+
+
+_ID = {"id": Field("text", "the id of an operation", required=True)}
 JOB_ENDPOINTS = (
     ApiRoute(
         "GET", "jobs", "jobs", "List jobs by a filter", list_jobs,
@@ -147,5 +192,26 @@ JOB_ENDPOINTS = (
             "action": Field("text", "what to do", required=True, choices=tuple(ACTIONS_OF)),
             "ids": Field("texts", "ids of jobs", required=True, most=MOST_IDS),
         },
+    ),
+    ApiRoute(
+        "POST", "operations", "operation", "Act on all jobs that a filter chooses, in the background", start_operation,
+        ACTIONS_OF,
+        {
+            "action": Field("text", "what to do", required=True, choices=tuple(ACTIONS_OF)), **FILTER,
+            "limit": Field("number", "at most so many", least=1), "rate": Field("text", "such as 100/s"),
+        },
+        status=202,
+    ),
+    ApiRoute(
+        "GET", "failures", "failures", "Show failures by kind and time", list_failures,
+        fields={
+            "range": Field("text", "how far back", default="24h", choices=MATRIX_RANGES),
+            "queue": Field("text", "only of this queue"),
+        },
+    ),
+    ApiRoute("GET", "operations", "operations", "List operations", list_operations),
+    ApiRoute("GET", "operation", "operation", "Show an operation", show_operation, fields=_ID),
+    ApiRoute(
+        "POST", "operations/stop", "operation", "Stop an operation", stop_operation, "cancel_jobs", _ID
     ),
 )  # fmt: skip

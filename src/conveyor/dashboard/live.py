@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from conveyor.dashboard.documents import encoded
+from conveyor.dashboard.operations import Operations
 from conveyor.errors import ConveyorError
 from conveyor.store.transport.endpoint import in_thread
 from conveyor.units import span
@@ -54,8 +55,15 @@ class LiveView:
     *workers*: counts the worker processes. *schedules*: returns the documents of all schedules.
     """
 
-    def __init__(self, admin: Admin, workers: Callable[[], int], schedules: Callable[[], list[dict[str, Any]]]) -> None:
+    def __init__(
+        self,
+        admin: Admin,
+        workers: Callable[[], int],
+        schedules: Callable[[], list[dict[str, Any]]],
+        operations: Operations,
+    ) -> None:
         self._admin, self._count_workers, self._schedules = admin, workers, schedules
+        self._operations = operations
         self._flags: tuple[float, list[dict[str, Any]]] = (0.0, [])
         self._workers = 0
         self.snapshot = Shared(self._read_snapshot, 0.9)
@@ -90,6 +98,7 @@ class LiveView:
                 name: sum(max(0, getattr(one, name)) for one in minute) for name in ("done", "failed", "retried")
             },
             "flags": self._flags[1],
+            "operations": self._operations.shown(),
         }  # fmt: skip
 
     # -- flags ------------------------------------------------------------------------------------------------------

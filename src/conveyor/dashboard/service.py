@@ -16,6 +16,7 @@ from conveyor.admin.admin import Admin
 from conveyor.admin.views import WorkerInfo
 from conveyor.dashboard.access import Access, Authorize, LoginRequired, bearer_access
 from conveyor.dashboard.live import LiveView
+from conveyor.dashboard.operations import Operations
 from conveyor.ids import logical
 from conveyor.jobs.core import AppCore
 from conveyor.jobs.schedules import Schedule, Schedules
@@ -52,7 +53,8 @@ class Service:
         self.streams = True
         """Whether server-sent events can be sent; not below WSGI."""
         self.version = installed_version()
-        self.live = LiveView(admin, lambda: len(self.workers(admin)), self.schedules)
+        self.operations = Operations()
+        self.live = LiveView(admin, lambda: len(self.workers(admin)), self.schedules, self.operations)
 
     async def access(self, request: Request) -> tuple[Access, bool]:
         """
@@ -122,6 +124,7 @@ class Service:
 
     async def stop(self) -> None:
         """End what goes on in the background."""
+        self.operations.stop_all()
 
 
 def schedule_document(one: Schedule) -> dict[str, Any]:

@@ -183,8 +183,7 @@ class Dashboard:
         file = STATIC / "index.html"
         if not file.is_file():
             return Response("The pages of the dashboard are not installed.\n", 404, media_type="text/plain")
-        base = request.scope.get("root_path", "").rstrip("/") + "/"
-        text = file.read_text("utf-8").replace("{{base}}", html.escape(base, quote=True))
+        text = file.read_text("utf-8").replace("{{base}}", html.escape(_base(request), quote=True))
         return _cached(request, text.encode(), "text/html; charset=utf-8")
 
     async def _file(self, request: Request) -> Response:
@@ -223,7 +222,7 @@ class Dashboard:
             action = endpoint.needed(given)
             if not access.allows(action):
                 raise NotAllowed(action or "")
-            call = ApiCall(self.service, self.service.admin_for(access), access, endpoint.read(given))
+            call = ApiCall(self.service, self.service.admin_for(access), access, endpoint.read(given), _base(request))
             if inspect.iscoroutinefunction(endpoint.handle):
                 found = await endpoint.handle(call)
             else:  # it waits for Redis
@@ -269,6 +268,11 @@ async def _inputs(endpoint: ApiRoute, request: Request, *, by_token: bool) -> di
     if not isinstance(given, dict):
         raise ConfigurationError("The body must be a JSON object.")
     return given
+
+
+def _base(request: Request) -> str:
+    root: str = request.scope.get("root_path", "")
+    return root.rstrip("/") + "/"
 
 
 def _path(request: Request) -> str:

@@ -1,0 +1,196 @@
+"""The HTTP API on a real server: what it shows, what it does, and how it answers bad input."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+from conveyor import Conveyor
+from conveyor.admin import Admin
+from conveyor.admin.job_query import parse
+from conveyor.dashboard import Access, dashboard
+from conveyor.errors import InvalidFilter
+from support.dashboard_client import ask
+from support.server_process import Server
+
+pytestmark = pytest.mark.leaves_keys("jobs are left to be looked at")
+
+
+@pytest.fixture
+def site(app: Conveyor) -> Any:
+    return dashboard(app, lambda _: Access.ALL.named("ada"))
+
+
+def get(site: Any, path: str, **inputs: Any) -> dict[str, Any]:
+    answer = ask(site, "GET", path, inputs)
+    assert answer.status_code == 200, answer.text
+    return answer.json()  # type: ignore[no-any-return]
+
+
+def post(site: Any, path: str, **inputs: Any) -> dict[str, Any]:
+    answer = ask(site, "POST", path, inputs)
+    assert answer.status_code in {200, 202}, answer.text
+    return answer.json()  # type: ignore[no-any-return]
+
+
+def fail(app: Conveyor, count: int) -> None:
+    """Leave so many dead jobs of one task, whose messages differ by a number, and one of another."""
+
+    @app.task(queue="mail", retry=1)
+    def send(user: int) -> None:
+        raise ValueError(f"no such user {user}")
+
+    @app.task(queue="mail", retry=1)
+    def other() -> None:
+        raise KeyError("x")
+
+    async def run() -> None:
+        for user in range(count):
+            await send.options(tags=["vip"] if user == 3 else []).aenqueue(user)
+        await other.aenqueue()
+        async with app.worker(queues={"mail": 1}):
+            while (await app.queue("mail").astats()).dead < count + 1:
+                await asyncio.sleep(0.02)
+        await app.aclose()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_a_failing_task_is_found_and_all_its_dead_jobs_are_retried(app: Conveyor, site: Any) -> None:
+    """From the table of failures to its jobs, to a retry of all of them in the background, which the audit names."""
+    fail(app, 7)
+    groups = get(site, "failures")["groups"]
+    assert [(one["type"], one["count"], sum(one["cells"])) for one in groups] == [
+        ("ValueError", 7, 7),
+        ("KeyError", 1, 1),
+    ]
+    assert groups[0]["frame"].startswith("dashboard/test_api.py:")
+    assert groups[0]["frame"].endswith(" send")
+    page = get(site, "jobs", filter=groups[0]["filter"], limit=3)
+    assert len(page["jobs"]) == 3
+    assert get(site, "jobs/matching", filter=groups[0]["filter"])["states"] == {"dead": 7}
+
+    job = get(site, "job", id=page["jobs"][0]["id"])
+    assert job["job"]["errors"][0]["frames"][-1]["own"] is True
+    assert job["actions"] == ["retry", "delete"]
+    operation = post(site, "operations", action="retry", filter=groups[0]["filter"])["operation"]
+    deadline = time.monotonic() + 60
+    while (shown := get(site, "operation", id=operation["id"])["operation"])["state"] == "running":
+        assert time.monotonic() < deadline
+    assert (shown["state"], shown["done"], shown["refused"], shown["user"]) == ("done", 7, 0, "ada")
+    stats = app.queue("mail").stats()
+    assert (stats.ready, stats.dead) == (7, 1)
+    [entry] = get(site, "audit")["entries"]
+    assert (entry["who"], entry["what"], entry["count"], entry["filter"]) == ("ada", "retry", 7, groups[0]["filter"])
+
+
+def test_history_is_what_ended(app: Conveyor, site: Any) -> None:
+    """History by minute and by hour counts each attempt once."""
+    fail(app, 4)
+    for name in ("15m", "24h", "7d", "30d"):
+        found = get(site, "history", range=name)
+        assert sum(found["failed"]) == 5, name
+        assert len(found["failed"]) == len(found["times"]) == len(found["p99_ms"])
+        assert {one["task"].rpartition(".")[2]: one["failed"] for one in found["tasks"]} == {"send": 4, "other": 1}
+    assert sum(get(site, "history", range="15m", queue="mail", task=found["tasks"][0]["task"])["failed"]) == 4
+
+
+def test_pages_of_jobs_hold_each_job_once(app: Conveyor, site: Any) -> None:
+    """Pages by their cursor hold every job of all queues and states once, with and without a filter."""
+    for queue in ("a", "b"):
+        app.queue(queue).push_many([{"n": n} for n in range(23)])
+        app.queue(queue).push({"n": 99}, delay="1h")
+    for text, expected in (("", 48), ("-body.n:99", 46), ("body.n:*", 48), ("state:scheduled", 2), ("queue:a", 24)):
+        ids, cursor = [], ""
+        while cursor is not None:
+            page = get(site, "jobs", filter=text, limit=5, cursor=cursor)
+            assert len(page["jobs"]) <= 5
+            ids += [one["id"] for one in page["jobs"]]
+            cursor = page["next"]
+        assert len(ids) == len(set(ids)) == expected, text
+
+
+@pytest.mark.parametrize(
+    ("text", "position"),
+    [
+        ("sate:dead", 0), ("task:x sate:dead", 7), ("state:gone", 6), ("state:", 6), ('error:"x', 6), ("age:1h", 4), ("age:>x", 4),
+        ("attempt:many", 8), ('""', 0), ("header:x", 7), ("state.x:dead", 0), ("since:2026-13-01", 6),
+    ],
+)  # fmt: skip
+def test_a_filter_that_cannot_be_read_says_where(text: str, position: int) -> None:
+    """The error of a filter names the column at which it cannot be read."""
+    with pytest.raises(InvalidFilter, match=f"Column {position + 1} ") as caught:
+        parse(text)
+    assert caught.value.position == position
+
+
+def test_the_filter_language_chooses(app: Conveyor) -> None:
+    """Each field chooses the jobs that have it, and a minus the others."""
+    fail(app, 5)
+    app.queue("orders").push({"user": {"id": 42}, "note": "Grüße"}, headers={"trace": "t1"}, priority=3)
+    admin = Admin.of_app(app)
+    for text, count in {
+        "": 7, "state:dead": 6, "queue:orders": 1, "queue:o*": 1, "task:*.send": 5, "-task:*.send": 2, "error:NO": 5,
+        'error:"user 3"': 1, "tag:vip": 1, "tag:vip state:ready": 0, "args.user:2": 1, "body.user.id:42": 1, "args.user:4*": 1,
+        "grüße": 1, '"no such user 1"': 1, "age:>1h": 0, "age:<1h": 7, "-age:<1h": 0, "attempt:1": 6, "attempt:>=2": 0,
+        "priority:3": 1, "header.trace:t*": 1, "state:ready,dead": 7, "since:1h older:0s error:keyerror": 1,
+    }.items():  # fmt: skip
+        query = parse(text)
+        assert len(admin.search(query, limit=100).jobs) == count, text
+        assert admin.count_matching(query).count == count, text
+
+
+def test_bad_input_is_answered_calmly(app: Conveyor, site: Any) -> None:
+    """Pages of any number, binary bodies, large payloads and wrong types get a small answer, and never a 500."""
+    app.queue("a.b:c-d_e").push({"big": "x" * 500_000})
+    for inputs in (
+        {"offset": 10**12},
+        {"offset": -5},
+        {"limit": -3},
+        {"limit": 10**30},
+        {"cursor": "x\ny\n-1\nz"},
+        {"cursor": "a"},
+    ):
+        get(site, "jobs", **inputs)
+    get(site, "queues", offset=10**12)
+    rows = get(site, "jobs")["jobs"]
+    assert len(rows[0]["args"]) < 300
+    shown = get(site, "job", id=rows[0]["id"])["job"]
+    assert len(shown["payload"]) <= 64 * 1024 + 1
+    assert shown["payload_size"] > 500_000
+    for path, inputs, status in (
+        ("job", {"id": "none/such?#"}, 404), ("queue", {"name": ".."}, 404), ("jobs", {"limit": "x"}, 422), ("jobs", {"page": 1}, 422),
+        ("history", {"range": "1y"}, 422), ("job", {}, 422), ("schedule", {"name": "x"}, 404), ("operation", {"id": "x"}, 422),
+        ("audit", {"before": "x y"}, 422), ("jobs", {"filter": "x" * 5000}, 422),
+    ):  # fmt: skip
+        assert ask(site, "GET", path, inputs).status_code == status, path
+    for inputs in ({"queue": 5}, {"queue": None}, {"queue": ["a"]}, {}, {"queue": "none"}):
+        assert ask(site, "POST", "queues/purge", inputs).status_code in {404, 422}
+    assert ask(site, "POST", "operations", {"action": "delete"}).status_code == 422
+    assert ask(site, "POST", "operations", {"action": "fly", "filter": "state:dead"}).status_code == 422
+
+
+def test_a_server_that_goes_away_is_a_503(start_server: Any) -> None:
+    """While Redis does not answer, each page says so, and it works again after that."""
+    server: Server = start_server()
+    with Conveyor(server.url, timeout="0.3s") as app:
+        app.queue("mail").push(1)
+        site = dashboard(app, lambda _: Access.ALL)
+        get(site, "queues")
+        server.kill()
+        for path in ("queues", "jobs", "snapshot", "session"):
+            answer = ask(site, "GET", path, {})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "E01"), path
+
+
+def test_the_description_names_every_route(site: Any) -> None:
+    """The OpenAPI description has each route with its inputs."""
+    document = get(site, "openapi.json")
+    assert document["openapi"] == "3.1.0"
+    assert document["paths"]["/jobs"]["get"]["parameters"][0]["name"] == "filter"
+    assert document["paths"]["/queues/purge"]["post"]["requestBody"]["content"]["application/json"]["schema"][
+        "required"
+    ] == ["queue"]
