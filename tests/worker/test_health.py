@@ -92,6 +92,7 @@ def test_a_worker_tells_whether_it_takes_jobs(url: str, tmp_path: Path) -> None:
         )
         (process,) = document["processes"]
         assert fetch(base + "nothing")[0] == 404
+        assert fetch(base + "metrics")[0] == 200
 
         os.kill(process["pid"], signal.SIGSTOP)
         until(lambda: fetch(base + "readyz")[0] == 503)

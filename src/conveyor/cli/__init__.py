@@ -44,6 +44,7 @@ COMMANDS: dict[str, CommandEntry] = {
     ),
     "topic": CommandEntry("conveyor.cli.topic:topic", "List topics, subscribe queues to them, publish.", "Send"),
     "status": CommandEntry("conveyor.cli.status:status", "Show queues, workers and problems on one screen.", "Look"),
+    "top": CommandEntry("conveyor.cli.top:top", "Show queues and workers live in a terminal.", "Look"),
     "queue": CommandEntry("conveyor.cli.queue:queue", "List, pause, purge and redrive queues.", "Look"),
     "job": CommandEntry("conveyor.cli.job:job", "List, show, explain, retry, cancel and delete jobs.", "Look"),
     "limits": CommandEntry("conveyor.cli.limits:limits", "Show and change rate and concurrency limits.", "Look"),

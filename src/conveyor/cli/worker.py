@@ -129,12 +129,11 @@ def worker(
     )  # fmt: skip
 
 
-def _metrics(app: Any) -> Callable[[], str] | None:
-    """Return what makes the text of `/metrics`; None where this version has none."""
+def _metrics(app: Any) -> Callable[[], str]:
+    """Return what makes the text of `/metrics`."""
     from conveyor.admin.admin import Admin
 
-    text: Callable[[], str] | None = getattr(Admin(app.client), "metrics_text", None)
-    return text
+    return Admin(app.client).metrics_text
 
 
 def _parse_size(given: str | None) -> int | None:

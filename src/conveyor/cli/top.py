@@ -1,0 +1,32 @@
+"""`conveyor top`: queues and workers, live in a terminal."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import click
+
+from conveyor.cli.command import LeafCommand
+from conveyor.cli.output import Output
+from conveyor.cli.target import Target, redis_options
+from conveyor.errors import ConfigurationError
+
+
+@click.command(cls=LeafCommand)
+@click.option(
+    "--every", type=click.FloatRange(0.2, 3600), default=1.0, show_default=True, help="Seconds between two looks."
+)
+@redis_options
+def top(target: Target, out: Output, every: float) -> None:
+    """
+    Show queues and workers live: what waits, what runs, what is wrong. q ends it.
+
+    p pauses or resumes the queue under the cursor. It needs the extra tui:  pip install "conveyor[tui]"
+    """
+    if find_spec("textual") is None:
+        raise ConfigurationError('conveyor top needs Textual:  pip install "conveyor[tui]"')
+    if out.as_json or not out.on_terminal:
+        raise ConfigurationError("conveyor top draws on a terminal. For programs:  conveyor status --json")
+    from conveyor.cli.top_screen import Top
+
+    Top(target.admin(), every).run()

@@ -1,0 +1,48 @@
+"""`conveyor top`, the live view in a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from conveyor import Conveyor
+from conveyor.admin.admin import Admin
+
+pytest.importorskip("textual")
+
+
+@pytest.mark.leaves_keys("a job is left to be looked at")
+async def test_it_shows_queues_and_workers_and_pauses(url: str) -> None:
+    """Rows follow what is in Redis, and the key p pauses the queue under the cursor and resumes it."""
+    from textual.widgets import DataTable, Static
+
+    from conveyor.cli.top_screen import Top
+
+    app = Conveyor(url)
+    await app.queue("mail").apush({"n": 1})
+    screen = Top(Admin(app.client), every=3600)
+
+    def cell(table: str, row: str, column: str) -> Any:
+        return screen.query_one(table, DataTable).get_cell(row, column)
+
+    async with screen.run_test(size=(120, 30)) as pilot:
+        await pilot.pause()
+        assert "1 ready" in str(screen.query_one("#totals", Static).render())
+        assert (cell("#queues", "mail", "ready"), cell("#queues", "mail", "state")) == ("1", "no worker")
+        assert screen.query_one("#workers", DataTable).row_count == 0
+
+        await pilot.press("p")
+        assert cell("#queues", "mail", "state") == "paused"
+        assert (await app.queue("mail").astats()).paused
+        await pilot.press("p")
+        assert not (await app.queue("mail").astats()).paused
+
+        await app.queue("mail").apush({"n": 2})
+        async with app.worker(queues={"mail": 1}):
+            await pilot.press("r")
+            assert screen.query_one("#workers", DataTable).row_count == 1
+        await pilot.press("r")
+        assert screen.query_one("#workers", DataTable).row_count == 0
+        await pilot.press("q")
+    await app.aclose()
