@@ -28,6 +28,7 @@ def served(app: Conveyor) -> Iterator[str]:
     config = uvicorn.Config(site, port=0, log_level="error", lifespan="off", ws="none", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     with config.bind_socket() as listener:
+        listener.listen()  # what connects before the server has started waits for it
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/"

@@ -49,29 +49,31 @@ export function StateDiagram({ path: given }) {
 }
 
 const WAITS = { queue: ["ready", "in the queue"], limit: ["waiting", "at a limit"], group: ["leased", "in its group"], retry: ["retry", "for the retry"], time: ["scheduled", "for its time"] };
-const OUTCOMES = { done: "done", failed: "dead", crashed: "dead", running: "leased" };
+const OUTCOMES = { done: "done", failed: "dead", crashed: "dead", running: "leased", returned: "ready", snoozed: "scheduled", cancelled: "cancelled" };
 
 /** The attempts on one axis of time: what each waited for, and how long it ran. */
 export function Timeline({ attempts }) {
   const parts = attempts.map((one) => {
-    const began = ms(one.began) ?? (ms(one.ended) != null && one.ran_ms != null ? ms(one.ended) - one.ran_ms : null);
+    // Of an attempt whose start is not kept the whole is drawn from the end of the one before: it waited and ran.
+    const whole = one.began == null && one.since != null && one.ended != null;
+    const began = ms(one.began) ?? (whole ? ms(one.since) : ms(one.ended) != null && one.ran_ms != null ? ms(one.ended) - one.ran_ms : null);
     const ended = ms(one.ended) ?? (one.outcome === "running" ? live.now() : began != null ? began + (one.ran_ms ?? 0) : null);
     const waits = one.waited ?? [];
     const total = waits.reduce((sum, wait) => sum + wait.seconds * 1000, 0);
-    return { one, began, ended, waits, from: began == null ? null : began - total };
+    return { one, began, ended, waits, whole, from: began == null ? null : began - total };
   });
   const known = parts.filter((part) => part.began != null);
   const first = Math.min(...known.map((part) => part.from)), last = Math.max(...known.map((part) => part.ended ?? part.began));
   const wide = Math.max(1, last - first);
   const place = (from, to) => ({ left: `${(100 * (from - first)) / wide}%`, width: `${(100 * (to - from)) / wide}%` });
-  return html`<div class="timeline">${parts.map(({ one, began, ended, waits, from }) => {
+  return html`<div class="timeline">${parts.map(({ one, began, ended, waits, whole, from }) => {
     let at = from;
     return html`<span class="nowrap">Attempt ${num(one.number)}</span>
       <span class="track" role="img" aria-label=${`Attempt ${one.number}: ${one.outcome}`}>${began != null && html`${waits.map((wait) => {
         const start = at;
         at += wait.seconds * 1000;
         return html`<i class="wait" data-state=${WAITS[wait.kind]?.[0] ?? "ready"} style=${place(start, at)} title=${`waited ${span(wait.seconds * 1000)} ${WAITS[wait.kind]?.[1] ?? wait.kind}`}></i>`;
-      })}<i data-state=${OUTCOMES[one.outcome] ?? "leased"} style=${place(began, ended ?? began)} title=${`ran ${span(one.ran_ms ?? ended - began)}`}></i>`}</span>
-      <span class="small muted nowrap">${waits.filter((wait) => wait.seconds >= 0.001).map((wait) => `${span(wait.seconds * 1000)} ${WAITS[wait.kind]?.[1] ?? wait.kind}, `)}${one.outcome === "running" ? html`runs for <${Elapsed} since=${one.began} />` : one.ran_ms != null ? `ran ${span(one.ran_ms)}` : html`<${Time} at=${one.ended ?? one.began} />`}</span>`;
+      })}<i class=${whole ? "wait" : ""} data-state=${OUTCOMES[one.outcome] ?? "leased"} style=${place(began, ended ?? began)} title=${`${whole ? "waited and ran" : "ran"} ${span(one.ran_ms ?? ended - began)}`}></i>${whole && html`<i data-state=${OUTCOMES[one.outcome] ?? "leased"} style=${{ ...place(ended, ended), marginLeft: "-3px", width: "3px" }}></i>`}`}</span>
+      <span class="small muted nowrap">${waits.filter((wait) => wait.seconds >= 0.001).map((wait) => `${span(wait.seconds * 1000)} ${WAITS[wait.kind]?.[1] ?? wait.kind}, `)}${one.outcome === "running" ? html`runs for <${Elapsed} since=${one.began} />` : one.ran_ms != null ? `ran ${span(one.ran_ms)}` : whole ? `waited and ran ${span(ended - began)}` : html`<${Time} at=${one.ended ?? one.began} />`}</span>`;
   })}</div>`;
 }

@@ -19,7 +19,7 @@ export async function actOnMatching(name, filter, extra = {}) {
   const n = found.states && Object.keys(found.states).length ? sum(found.states, states) : found.count;
   if (!n) { toast(`No job that matches can be ${name === "retry" ? "retried" : name === "cancel" ? "cancelled" : name === "promote" ? "run now" : "deleted"}.`); return null; }
   const about = found.exact === false ? "About " : "";
-  if (!(await confirm(`${word} all that match?`, `${about}${num(n)} jobs that match "${filter}" ${effect}.`, `${word} ${num(n)}`, { danger: name !== "retry" && name !== "promote" }))) return null;
+  if (!(await confirm(`${word} all that match?`, html`${about}${num(n)} jobs that match <code>${filter}</code> ${effect}.`, `${word} ${num(n)}`, { danger: name !== "retry" && name !== "promote" }))) return null;
   const { operation } = await api.post("operations", { action: name, filter, ...extra });
   toast(`${word}: started for ${num(n)} jobs.`);
   return operation;
