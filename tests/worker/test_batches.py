@@ -20,6 +20,7 @@ from conveyor import (
     ConfigurationError,
     Context,
     Conveyor,
+    Debounce,
     Job,
     JobCancelled,
     JobFailed,
@@ -28,6 +29,8 @@ from conveyor import (
     Retry,
     RetryIn,
     Snooze,
+    Throttle,
+    Unique,
     current,
 )
 from conveyor.events import Event
@@ -929,3 +932,38 @@ def test_a_wrong_item_is_refused_before_it_is_stored(app: Conveyor) -> None:
         with pytest.raises(ConfigurationError, match="BatchFailed takes"):
             BatchFailed(wrong_errors)  # type: ignore[arg-type]
     assert len(app.queue("default")) == 0
+
+
+async def test_equal_items_are_one_job(app: Conveyor) -> None:
+    """`unique`, `debounce` and `throttle` compare items by a field or whole; a key ends with its item, and the batch has each once."""
+    seen: dict[str, list[list[Row]]] = {"keyed": [], "latest": [], "first": []}
+
+    @app.batch_task(size=10, within="20ms", unique=Unique(by=("rows.id",)))
+    async def keyed(rows: list[Row]) -> None:
+        seen["keyed"].append(rows)
+
+    @app.batch_task(size=10, within="20ms", debounce=Debounce("50ms", by="rows.id"))
+    async def latest(rows: list[Row]) -> None:
+        seen["latest"].append(rows)
+
+    @app.batch_task(size=10, within="20ms", throttle=Throttle("1h", by="rows.id"))
+    async def first(rows: list[Row]) -> None:
+        seen["first"].append(rows)
+
+    jobs = [await keyed.aenqueue(Row(n % 2, "a")) for n in range(4)]
+    assert [job.duplicate for job in jobs] == [False, False, True, True]
+    for tenant in ("a", "b"):
+        await latest.aenqueue(Row(1, tenant))
+        await first.aenqueue(Row(1, tenant))
+    async with working(app):
+        await until(lambda: all(seen.values()))
+        assert [sorted(row.id for row in rows) for rows in seen["keyed"]] == [[0, 1]]
+        assert seen["latest"] == [[Row(1, "b")]]
+        assert seen["first"] == [[Row(1, "a")]]
+        await jobs[0].aresult(timeout=60)
+        assert not (await keyed.aenqueue(Row(0, "c"))).duplicate
+        await until(lambda: len(seen["keyed"]) == 2)
+    with pytest.raises(ConfigurationError, match="takes a Unique"):
+
+        @app.batch_task(size=1, within="1s", unique="id")  # type: ignore[arg-type]
+        async def wrong(rows: list[Row]) -> None: ...

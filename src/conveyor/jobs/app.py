@@ -421,6 +421,9 @@ class Conveyor:
         expires: Duration | None = None,
         priority: int = 0,
         max_payload: Size | None = None,
+        unique: Unique | None = None,
+        debounce: Debounce | None = None,
+        throttle: Throttle | None = None,
         version: int = 1,
         upcast: Upcast | None = None,
         format: FormatChoice | None = None,  # noqa: A002
@@ -438,7 +441,8 @@ class Conveyor:
         `group_by` names a field of the items (``"customer.id"``: a field of a field): a batch holds items that are equal in
         it. The function returns a list with one result per item, or None; it raises `BatchFailed` when only some items
         failed, and any other error for all of them. Each item has its own attempts and its own result. `timeout` limits one
-        call of the function, `limits` count items; the other options are those of `task`. Raises ConfigurationError.
+        call of the function, `limits` count items, and `unique`, `debounce` and `throttle` compare them (``by="row.id"``,
+        a field of the item); the other options are those of `task`. Raises ConfigurationError.
         """
         if unknown:
             refuse_unknown("@app.batch_task()", unknown, TASK_OPTIONS)
@@ -451,8 +455,9 @@ class Conveyor:
 
         def add(function: Callable[..., Any]) -> Any:
             return register(
-                self._core, function, name, ids.queue_name(queue), run_in, options, max_payload, format, plan
-            )
+                self._core, function, name, ids.queue_name(queue), run_in, options, max_payload, format, plan,
+                uniqueness=(unique, debounce, throttle),
+            )  # fmt: skip
 
         return add
 
