@@ -383,7 +383,7 @@ class LeaseSession:
                 reported[leased.id] = leased
                 if not settlement.stays:
                     ended.append(leased)
-            if settlement.kind == "D" and settlement.releases_in_bulk:
+            if settlement.kind == "D" and not settlement.own_id:
                 report.add_done(settlement.id, settlement.attributes)  # the cheapest end: many travel in one command
             else:
                 report.others.append(settlement)

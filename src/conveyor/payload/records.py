@@ -202,11 +202,6 @@ class Envelope(msgspec.Struct):
         return not self.own_id and not self.attributes
 
     @property
-    def releases_in_bulk(self) -> bool:
-        """True when what it holds can be given back together with that of other jobs that are done."""
-        return releases_in_bulk(self.attributes, own_id=self.own_id)
-
-    @property
     def keys(self) -> list[JobKey]:
         """The unique keys."""
         return [JobKey.read(one) for one in self.attributes.split("\t") if one[:1] in {"u", "k"}]
@@ -312,7 +307,6 @@ def _failure(data: bytes) -> Failure:
         return Failure(0, 0, "unreadable", "the stored error cannot be read")
 
 
-_ONLY_KEYS = re.compile(r"(?:\t[ukmagl][^\t]*)*")
 _FAILURE = msgspec.json.Decoder(Failure)
 _EVENT = msgspec.json.Decoder(PastEvent)
 _EXTRA = msgspec.json.Decoder(EnvelopeOptions)
@@ -397,11 +391,6 @@ def write_attributes(
     for tag in tags:
         text += "\tt" + tag
     return text
-
-
-def releases_in_bulk(attributes: str, *, own_id: bool) -> bool:
-    """Tell whether what a job holds can be given back together with that of other jobs that are done."""
-    return not own_id and (not attributes or _ONLY_KEYS.fullmatch(attributes) is not None)
 
 
 def read_attribute(attributes: str, letter: str) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 from conveyor.errors import ConfigurationError, Duplicate, QueueFull
 from conveyor.ids import may_arrive_later, public
-from conveyor.payload.records import JobKey, releases_in_bulk, to_json, write_attributes, write_envelope
+from conveyor.payload.records import JobKey, to_json, write_attributes, write_envelope
 from conveyor.store.job_filter import UNLIMITED, Walk, WalkStep, read_step
 from conveyor.store.keys import QueueKeys
 from conveyor.store.max_length import argument_of
@@ -433,11 +433,6 @@ class Settlement:
     own_id: bool = False
 
     @property
-    def releases_in_bulk(self) -> bool:
-        """True when what the job holds can be given back together with that of others."""
-        return releases_in_bulk(self.attributes, own_id=self.own_id)
-
-    @property
     def stays(self) -> bool:
         """True for what leaves the job leased to its worker."""
         return self.kind in {"M", "K", "T"}
@@ -456,15 +451,15 @@ class TurnReport:
     results: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     """Of jobs in `done`: for how long (ms) which record is kept; (0, b"") of a value that is not kept."""
     released: dict[str, str] = field(default_factory=dict)
-    """The attributes of those in `done` that have unique keys."""
+    """The attributes of those in `done` that have unique keys or tags."""
 
     def __bool__(self) -> bool:
         return bool(self.done or self.others)
 
     def add_done(self, id: str, attributes: str) -> None:  # noqa: A002
-        """Add a job that is simply done, with the attributes of its envelope."""
+        """Add a job that is simply done and has no id of its own, with the attributes of its envelope."""
         self.done.append(id)
-        if "\tu" in attributes or "\tk" in attributes:
+        if attributes and ("\tu" in attributes or "\tk" in attributes or "\tt" in attributes):
             self.released[id] = attributes
 
 

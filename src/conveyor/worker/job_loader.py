@@ -17,7 +17,7 @@ from conveyor.errors import ConveyorError, PayloadError
 from conveyor.jobs.changes import open_arguments
 from conveyor.payload.codec import UnreadablePayload
 from conveyor.payload.pipeline import PLAIN
-from conveyor.payload.records import EnvelopeOptions, read_leniently
+from conveyor.payload.records import Envelope, EnvelopeOptions, read_leniently
 from conveyor.payload.versions import PayloadTooNew
 from conveyor.payload.wrapped import MAGIC
 from conveyor.store.operations import TurnReport
@@ -29,6 +29,22 @@ if TYPE_CHECKING:
     from conveyor.worker.settlement import SettlementWriter
 
 log = logging.getLogger("conveyor.worker")
+
+
+def _load_attributes(consumer: AttemptOwner, plain: Mapping[bytes, Handler], id_: str, data: bytes) -> Attempt | None:
+    """Return an attempt at a job that has attributes and no marks, when the rest of its envelope is that of a plain one."""
+    first = data.find(b"\n")
+    second = data.find(b"\n", first + 1)
+    handler = plain.get(data[first : second + 2])
+    if handler is None:
+        return None
+    try:
+        attributes = data[:first].decode()
+    except UnicodeDecodeError:
+        return None
+    attempt = Attempt(consumer, handler, id_, data[second + 1 :])
+    attempt.envelope = Envelope(handler.name, attempt.body, attributes=attributes)
+    return attempt
 
 
 class JobLoader:
@@ -68,8 +84,22 @@ class JobLoader:
             names &= {self._task_of_list.get(queue)} if foreign else set()
         return {b"\n%b\n{" % name.encode(): handlers[name] for name in names}
 
-    def load(self, consumer: AttemptOwner, handlers: Mapping[str, Handler], id_: str, data: bytes) -> Attempt:
-        """Return an attempt at a job. One that cannot run here has a handler of kind "unknown", for `set_aside`."""
+    def load(
+        self,
+        consumer: AttemptOwner,
+        handlers: Mapping[str, Handler],
+        id_: str,
+        data: bytes,
+        *,
+        plain: Mapping[bytes, Handler],
+    ) -> Attempt:
+        """
+        Return an attempt at a job. One that cannot run here has a handler of kind "unknown", for `set_aside`.
+
+        *plain* is what `plain_handlers` returns.
+        """
+        if data[:1] == b"\t" and (attempt := _load_attributes(consumer, plain, id_, data)) is not None:
+            return attempt
         envelope, _, damage = read_leniently(data, None)
         handler = handlers.get(envelope.task)
         load_error: ConveyorError | None = None

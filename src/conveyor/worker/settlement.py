@@ -169,7 +169,7 @@ class SettlementWriter:
         spawned = attempt.context is not None and attempt.spawned
         # Those that simply ended come first, and the other reports of an attempt must come before its end.
         is_last, live = bool(report.others) and report.others[-1].id == attempt.id, attempt.live_record
-        simple = envelope.releases_in_bulk and not spawned and not is_last and live is None
+        simple = not envelope.own_id and not spawned and not is_last and live is None
         stores = value is not None and handler.stores
         if keep and (stores or live is not None):
             try:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from conveyor.errors import ConveyorError
+from conveyor.payload.records import write_attributes
 from conveyor.store import inspection, limits, operations
 from conveyor.store.operations import Settlement, TurnReport
 from support.script_faults import LimitedUser, Snapshot, break_script, commands_sent
@@ -474,3 +475,73 @@ def test_refused_command_refuses_whole(seeded: SeededQueue, url: str, name: str)
         assert seeded.audit() == [], f"with -{command}"
     limited.client.close()
     user.close()
+
+
+def test_hashes_of_many_slots_are_tables(seeded: SeededQueue) -> None:
+    """A turn of many jobs keeps slots and their counts as tables: a list would be searched for every job."""
+    declare(seeded, one="c 1000")
+    seeded.push(
+        *(entry(f"a{n:02}", limits=("1:one",)) for n in range(40)),
+        *(entry(f"b{n:02}", group=f"{n}") for n in range(40)),
+    )
+    seeded.register("w")
+    leased = seeded.turn("w", 1, 80).ids
+    assert len(leased) == 80
+    for name in ("slots", "limits"):
+        assert seeded.redis.object("encoding", seeded.keys.prefix + name) in {"hashtable", b"hashtable"}
+    assert seeded.audit() == []
+    assert [one.used for one in seeded.run(limits.list_limits(seeded.keys)) if one.name == "one"] == [40]
+    seeded.turn("w", 2, done=leased)
+    assert seeded.audit() == []
+    assert not seeded.redis.exists(seeded.keys.prefix + "slots", seeded.keys.prefix + "limits")
+
+
+@pytest.mark.parametrize(
+    "attributes", [{"limits": ("1:one",)}, {"tags": ("t",)}, {"limits": ("1:one",), "tags": ("t",)}]
+)
+def test_alike_jobs_cost_a_turn_no_command_each(seeded: SeededQueue, attributes: dict[str, Any]) -> None:
+    """A turn that settles and leases forty jobs with the same limit or tag sends as many commands as one of four."""
+    declare(seeded, one="c 1000")
+    seeded.register("w")
+    sent, number, text = [], 0, write_attributes(**attributes)
+    for count in (4, 40):
+        seeded.push(*(entry(f"{count}-{part}-{n}", **attributes) for part in "ab" for n in range(count)))
+        number += 1
+        first = seeded.turn("w", number, count).ids
+        assert len(first) == count
+        report = TurnReport()
+        for id_ in first:
+            report.add_done(id_, text)
+        number += 1
+        calls = command_calls(seeded.redis)
+        second = seeded.turn("w", number, count, report=report).ids
+        sent.append(command_calls(seeded.redis) - calls)
+        assert len(second) == count
+        number += 1
+        seeded.turn("w", number, report=TurnReport(done=second, released=dict.fromkeys(second, text)))
+        assert seeded.audit() == []
+    assert sent[0] == sent[1]
+
+
+def command_calls(client: Any) -> int:
+    """Return how many commands the server has carried out, those of scripts too."""
+    return sum(
+        one["calls"]
+        for name, one in client.info("commandstats").items()
+        if name not in {"cmdstat_info", "cmdstat_ping"}
+    )
+
+
+@pytest.mark.parametrize("group", ["g", None])
+def test_lost_job_is_no_other_one(seeded: SeededQueue, group: str | None) -> None:
+    """Jobs that the server has lost are reported, and those behind them in their group, which have the same first line, are leased."""
+    declare(seeded, open="c 1000 key")
+    seeded.push(
+        *(entry(f"a{n}", group=group, limits=("1:open:g",)) for n in range(5)),
+        *(entry(f"b{n}", group="b") for n in range(3)),
+    )
+    seeded.redis.hdel(seeded.keys.jobs, "a0", "a2", "b0")
+    seeded.register("w")
+    found = [seeded.turn("w", number, 9) for number in range(1, 4)]
+    assert sorted(id_ for reply in found for id_ in reply.missing) == ["a0", "a2", "b0"]
+    assert sorted(id_ for reply in found for id_ in reply.ids) == ["a1", "a3", "a4", "b1"]

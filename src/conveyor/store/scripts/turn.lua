@@ -8,7 +8,7 @@
 --         a<ms> raise what waits longer than that (lib/ageing.lua)
 --       6 count, ids of jobs that are simply done
 --       then count, and for each group of these, from the first id on, a result that is kept: ms count record…   0 ms: it is not
---       then count, and of those of them that have attributes: id attributes
+--       then count, and of those of them that have unique keys or tags: id attributes
 --       then count, and for each other settlement: kind id ms record state attributes own
 --            D done: keep the record ms, state "+" when a value is not kept, "-" when the record has none
 --            X dead: announce the record, keep the state; it died no earlier than its last error, at ms since the epoch
@@ -90,7 +90,11 @@ if grouped then
   queue.tasks = read_paused(conf[4]) or (kinds.L and {})
   queue.grouped, queue.freed, queue.retried, queue.charges = true, {}, {}, {}
 end
-local releases = released_count > 0 or kinds.unique or (about[2] and (kinds.R or kinds.F))
+local keyed = false -- some that are simply done have unique keys
+for i = released_at + 2, released_at + 2 * released_count, 2 do
+  keyed = keyed or string.find(ARGV[i], '\tu', 1, true) or string.find(ARGV[i], '\tk', 1, true)
+end
+local releases = keyed or kinds.unique or (about[2] and (kinds.R or kinds.F))
 if releases then redis.call('HLEN', queue.prefix .. 'reruns') end
 local ended = {}
 local results = groups > 0 and plan_results(queue, done, 7, groups_at, groups, now, ended)
@@ -110,7 +114,7 @@ end
 redis.call('HDEL', leased, '\t')
 if awaited then prove(KEYS[21], 'HGET') end
 if results or #others > 0 then prove_settlements(KEYS[21], kinds, results, about[2]) end
-if released_count > 0 then prove(KEYS[21], 'MGET', 'DEL', 'SET', 'HGET', 'RPUSH') end
+if keyed then prove(KEYS[21], 'MGET', 'DEL', 'SET', 'HGET', 'RPUSH') end
 if promotes then prove(KEYS[21], 'ZREM', 'RPUSH') end
 if ageing then prove(KEYS[21], 'RPUSH', 'LPUSH', 'LTRIM') end
 if grouped then
@@ -133,7 +137,7 @@ if not keeps then redis.call('ZADD', workers, now + lease_ms, worker)
 elseif kinds.R or kinds.X or releases then prove(KEYS[21], 'ZADD') end
 redis.call('HSET', leased, '\tturn', number)
 if #done > 0 then settle_done(queue, leased, done, results, stateful, awaited) end
-if released_count > 0 then release_done(queue.prefix, done, released_at + 1, released_count) end
+if released_count > 0 then release_done(queue.prefix, queue.untagged, lost, released_at + 1, released_count) end
 for _, i in ipairs(others) do
   if settle_other(queue, leased, i, now, about[2], ended) then urgent = true end
 end

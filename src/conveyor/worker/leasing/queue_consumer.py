@@ -564,7 +564,7 @@ class QueueConsumer:
             if handler is not None:
                 attempt = Attempt(self, handler, id_, data[end + 1 :])
             else:
-                attempt = self._services.loader.load(self, handlers, id_, data)
+                attempt = self._services.loader.load(self, handlers, id_, data, plain=lookup)
             held[id_] = attempt
             if states and states[at] is not None:
                 attempt.load_state(states[at])  # type: ignore[arg-type]

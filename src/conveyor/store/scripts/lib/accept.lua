@@ -29,7 +29,7 @@ local function prepare_push(KEYS, ARGV)
   local ids, answers, claimed, tagged = {}, {}, {}, {}
   local parsed = {} -- attributes by their text: many jobs of a push have the same
   local now, appends, prepends, schedules, owns, fronts
-  local queue -- where a job has a group or a limit
+  local queue, checked = nil, {} -- where a job has a group or a limit
   local push = {prefix = prefix, jobs = jobs, due = due, dead = dead, keys = {}, rests = {}, successors = {}}
   local at, runs = 5, #ARGV
   while at <= runs do
@@ -68,7 +68,9 @@ local function prepare_push(KEYS, ARGV)
             queue = {prefix = prefix, jobs = jobs, conf = conf, due = due}
             begin_groups(queue)
           end
-          check('LLEN', prefix .. 'group:' .. ARGV[i + 6] .. ':' .. group)
+          local list = list_of(queue, ARGV[i + 6], group)
+          if not checked[list] then redis.call('LLEN', list) end
+          checked[list] = true
           if ARGV[i + 9] == '1' then fronts = true end
         end
         local answer = holder and {'kept', holder}

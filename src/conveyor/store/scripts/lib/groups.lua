@@ -5,6 +5,14 @@
 -- Slots of concurrency limits belong to ids (hash slots: id → limits), and limits counts them. Whoever touches a limit and
 -- leaves room moves its first ticket to the front of its ready list; a limit that only time opens has an alarm \t<limit> in due.
 
+-- Name the list of a group.
+-- queue    field prefix is used
+-- priority, group  as said
+-- returns  the key
+local function list_of(queue, priority, group)
+  return queue.prefix .. 'group:' .. priority .. ':' .. group
+end
+
 -- Name the limit of a group's key: what an operator pauses and weighs, and what a group that runs one at a time holds.
 -- group    its name
 -- returns  :<key>
@@ -53,7 +61,7 @@ end
 -- group    of the job
 -- fact     its limits as third, their costs as fourth
 -- now      ms
--- returns  its name, nil when all have room; true when the job's group runs one at a time
+-- returns  its name, nil when all have room; true when the job's group runs one at a time; how many jobs like it have room
 local function full_limit(queue, group, fact, now)
   local names, costs, closed = fact[3], fact[4], string.byte(group) == 103
   for i = 2, closed and #names or 0 do
@@ -61,12 +69,15 @@ local function full_limit(queue, group, fact, now)
     local s, colon = queue.limits[names[i]], string.find(names[i], ':', 1, true)
     if s.kind == 'c' and colon and string.sub(names[i], colon) == names[1] then closed = false end
   end
+  local least = 1000000
   for i, name in ipairs(names) do
     local s = queue.limits[name]
-    local cost = s.kind == 'r' and math.min(costs[i], s.n) or 1
-    if room_of(queue, s, now, closed) < cost then return name, closed end
+    local room = room_of(queue, s, now, closed)
+    if s.kind == 'r' then room = math.floor(room / math.min(costs[i], s.n)) end
+    if room < 1 then return name, closed, 0 end
+    if room < least then least = room end
   end
-  return nil, closed
+  return nil, closed, least
 end
 
 -- Note that limits may have room, or that the entry in a ready list that would have used it is not one any more.
@@ -116,7 +127,7 @@ end
 -- front     true: before the others
 -- returns   true when there is a new ticket
 local function join_group(queue, priority, group, id, front)
-  local key = queue.prefix .. 'group:' .. priority .. ':' .. group
+  local key = list_of(queue, priority, group)
   local length = redis.call(front and 'LPUSH' or 'RPUSH', key, id)
   queue.counters.waiting = queue.counters.waiting + 1
   if length == 1 then
@@ -131,6 +142,31 @@ local function join_group(queue, priority, group, id, front)
   return false
 end
 
+-- Count what jobs hold, by the texts of their slots: many have the same.
+-- ids      of the jobs; one that is there twice counts once
+-- texts    field slots of each, false when it holds none
+-- keeps    true: the slot of a group's key is left out
+-- returns  names of the limits; name → how many slots; text → the slot that is left out, nil when there is none
+local function count_slots(ids, texts, keeps)
+  local names, given, kept, counts, seen = {}, {}, {}, {}, {}
+  for i = 1, #ids do
+    local text = texts[i]
+    if text and not seen[ids[i]] then
+      counts[text], seen[ids[i]] = (counts[text] or 0) + 1, true
+    end
+  end
+  for text, count in pairs(counts) do
+    for name in string.gmatch(text, '[^\t]+') do
+      if keeps and string.byte(name) == 58 then kept[text] = name
+      else
+        if not given[name] then names[#names + 1] = name end
+        given[name] = (given[name] or 0) + count
+      end
+    end
+  end
+  return names, given, kept
+end
+
 -- Give back the slots that jobs hold.
 -- queue    as begin_groups makes it
 -- ids      of the jobs; those that hold none count too
@@ -138,20 +174,14 @@ end
 -- returns  nothing
 local function give_back(queue, ids, keeps)
   if #ids == 0 then return end
-  local texts, slots, limits = read_fields(queue.prefix .. 'slots', ids), queue.prefix .. 'slots', queue.prefix .. 'limits'
-  local given, names, gone, kept, seen = {}, {}, {}, {}, {}
-  for i, id in ipairs(ids) do
-    local text, stays = not seen[id] and texts[i], nil
-    seen[id] = true
-    for name in string.gmatch(text or '', '[^\t]+') do
-      if keeps and string.byte(name) == 58 then stays = name
-      else
-        if not given[name] then names[#names + 1] = name end
-        given[name] = (given[name] or 0) + 1
-      end
-    end
-    if text and not stays then gone[#gone + 1] = id
-    elseif stays and stays ~= text then kept[#kept + 1], kept[#kept + 2] = id, stays end
+  local slots, limits = queue.prefix .. 'slots', queue.prefix .. 'limits'
+  local texts = read_fields(slots, ids)
+  local names, given, stays = count_slots(ids, texts, keeps)
+  local gone, kept = {}, {}
+  for i = 1, #ids do
+    local text = texts[i]
+    if text and not stays[text] then gone[#gone + 1] = ids[i]
+    elseif text and stays[text] ~= text then kept[#kept + 1], kept[#kept + 2] = ids[i], stays[text] end
   end
   if #gone > 0 then in_chunks('HDEL', slots, gone, 1, #gone) end
   if #kept > 0 then in_chunks('HSET', slots, kept, 1, #kept) end
@@ -159,7 +189,7 @@ local function give_back(queue, ids, keeps)
   local counts, changed, empty = read_fields(limits, names), {}, {}
   for i, name in ipairs(names) do
     local left = tonumber(counts[i] or 0) - given[name]
-    if left > 0 then changed[#changed + 1], changed[#changed + 2] = name, int(left) else empty[#empty + 1] = name end
+    if left > 0 then changed[#changed + 1], changed[#changed + 2] = name, left else empty[#empty + 1] = name end
     if queue.limits[name] then queue.limits[name].count = math.max(left, 0) end
   end
   if #empty > 0 then in_chunks('HDEL', limits, empty, 1, #empty) end
@@ -202,7 +232,7 @@ end
 -- name     of the limit
 -- returns  its cost
 local function first_cost(queue, member, name)
-  local id = redis.call('LINDEX', queue.prefix .. 'group:' .. string.sub(member, 1, 1) .. ':' .. string.sub(member, 2), 0)
+  local id = redis.call('LINDEX', list_of(queue, string.sub(member, 1, 1), string.sub(member, 2)), 0)
   local found = id and marks(redis.call('HGET', queue.jobs, id) or '\n')
   for _, limit in ipairs(found and found.limits or {}) do
     local cost, other = string.match(limit, '^(%d+):(.*)$')
@@ -221,6 +251,8 @@ local function pass_on(queue, now, most)
   local names = queue.touches
   if #names == 0 then return end
   queue.touched, queue.touches = {}, {}
+  -- Where many are asked about, most often nothing waits at all.
+  if #names > 8 and redis.call('EXISTS', queue.prefix .. 'waits') == 0 then return end
   local keys, waited = {}, 0
   for i, name in ipairs(names) do keys[i] = queue.prefix .. 'limit:' .. name end
   for first = 1, #keys, 7000 do waited = waited + redis.call('EXISTS', unpack(keys, first, math.min(first + 6999, #keys))) end

@@ -38,6 +38,8 @@ end
 -- envelope  as it is stored; false when there is none
 -- returns   true when the job can be leased
 local function usable(queue, id, envelope, now, missing)
+  local first = envelope and string.byte(envelope)
+  if first == 10 or first == 9 then return true end -- it has no marks
   local fate, found = fate_of(envelope, now)
   if fate then discard(queue, id, fate, found, now, missing) end
   return not fate
@@ -81,7 +83,7 @@ local function take_ready(queue, want, urgent, first, first_envelopes, unusual, 
       else
         for i = 1, count do
           local id = heads[i]
-          if (found[i] and string.byte(found[i]) == 10) or usable(queue, id, found[i], now, missing) then
+          if usable(queue, id, found[i], now, missing) then
             taken = taken + 1
             ids[taken], envelopes[taken] = id, found[i]
           end

@@ -19,40 +19,81 @@ local function read_fields(key, fields)
   return values
 end
 
+-- Have a hash kept as a table where many fields are written to it. A hash of few short values is a list that each command searches, and
+-- one value above 64 bytes makes it a table.
+-- pairs    fields and values; where they are many the first value is filled up
+-- filler   a character that its readers pass over
+-- returns  nothing
+local function widen(pairs, filler)
+  if #pairs > 32 then pairs[2] = pairs[2] .. string.rep(filler, 65) end
+end
+
+-- Read the fields of conf that define limits.
+-- queue    field conf is used
+-- names    of the limits
+-- returns  field → text; true when every field of conf is there
+local function read_definitions(queue, names)
+  local texts, fields = {}, {}
+  -- Where many are read, the whole of a small conf costs less than three fields for each.
+  if #names > 20 and redis.call('HLEN', queue.conf) <= #names then
+    local all = redis.call('HGETALL', queue.conf)
+    for i = 1, #all, 2 do texts[all[i]] = all[i + 1] end
+    return texts, true
+  end
+  for _, name in ipairs(names) do
+    local at, colon = #fields, string.find(name, ':', 1, true)
+    if string.byte(name) == 59 then
+      fields[at + 1] = 'paused_tasks'
+    elseif colon == 1 then
+      local key = string.sub(name, 2)
+      fields[at + 1], fields[at + 2] = 'paused:' .. key, 'weight:' .. key
+    else
+      local base = colon and string.sub(name, 1, colon - 1) or name
+      fields[at + 1], fields[at + 2] = 'limit:' .. base, 'override:' .. base
+      if colon then fields[at + 3] = 'override:' .. name end
+    end
+  end
+  for i, text in ipairs(read_fields(queue.conf, fields)) do texts[fields[i]] = text end
+  return texts, false
+end
+
 -- Read limits, those that were not read before in this step.
 -- queue    fields prefix and conf are used; limits: name → state, is filled
 -- names    of the limits
 -- returns  nothing
 local function load_limits(queue, names)
-  local states, wanted, fields, taken = queue.limits, {}, {}, {}
+  local states, wanted, taken = queue.limits, {}, {}
   for _, name in ipairs(names) do
     if not states[name] then
-      local at, colon, count = #fields, string.find(name, ':', 1, true), #wanted
-      states[name] = {name = name}
-      wanted[count + 1] = name
-      if string.byte(name) == 59 then
-        fields[at + 1], fields[at + 2], fields[at + 3] = 'paused_tasks', '\t', '\t'
-      elseif colon == 1 then
-        local key = string.sub(name, 2)
-        fields[at + 1], fields[at + 2], fields[at + 3] = 'paused:' .. key, 'weight:' .. key, '\t'
-      else
-        local base = colon and string.sub(name, 1, colon - 1) or name
-        fields[at + 1], fields[at + 2], fields[at + 3] = 'limit:' .. base, 'override:' .. base, 'override:' .. name
-      end
-      taken[2 * count + 1], taken[2 * count + 2] = name, '\t' .. name
+      local count = #wanted
+      states[name] = {name = name, kind = nil, count = 0, held = 0, paused = false, weight = 1, n = nil, free = nil}
+      wanted[count + 1], taken[2 * count + 1], taken[2 * count + 2] = name, name, '\t' .. name
     end
   end
   if #wanted == 0 then return end
-  local conf, counts = read_fields(queue.conf, fields), read_fields(queue.prefix .. 'limits', taken)
+  local texts, whole = read_definitions(queue, wanted)
+  local counts, keyed = read_fields(queue.prefix .. 'limits', taken), not whole
+  for field in pairs(whole and texts or {}) do
+    if string.find(field, '^paused:') or string.find(field, '^weight:') then keyed = true end
+  end
   for i, name in ipairs(wanted) do
-    local s, first, second, third = states[name], conf[3 * i - 2], conf[3 * i - 1], conf[3 * i]
-    s.count, s.held = tonumber(counts[2 * i - 1] or 0), tonumber(counts[2 * i] or 0)
-    if string.byte(name) == 59 then
-      s.kind, s.paused, s.weight = 'p', string.find('\n' .. (first or '') .. '\n', '\n' .. string.sub(name, 2) .. '\n', 1, true) ~= nil, 1000
-    elseif string.byte(name) == 58 then
-      s.kind, s.paused, s.weight = 'k', first == '1', math.min(math.max(tonumber(second or 1) or 1, 1), 1000)
+    local s = states[name]
+    local count, held = counts[2 * i - 1], counts[2 * i]
+    if count then s.count = tonumber(count) end
+    if held then s.held = tonumber(held) end
+    if string.byte(name) == 58 then
+      local key = keyed and string.sub(name, 2)
+      s.kind = 'k'
+      if keyed then
+        s.paused = texts['paused:' .. key] == '1'
+        s.weight = math.min(math.max(tonumber(texts['weight:' .. key] or 1) or 1, 1), 1000)
+      end
+    elseif string.byte(name) == 59 then
+      local paused = '\n' .. (texts.paused_tasks or '') .. '\n'
+      s.kind, s.paused, s.weight = 'p', string.find(paused, '\n' .. string.sub(name, 2) .. '\n', 1, true) ~= nil, 1000
     else
-      local text = third or second or first or ''
+      local base = string.match(name, '^[^:]*')
+      local text = texts['override:' .. name] or texts['override:' .. base] or texts['limit:' .. base] or ''
       local n, per, smooth = string.match(text, '^r (%d+) (%d+) ?([01]?)')
       if n then
         s.kind, s.n, s.per, s.smooth = 'r', math.max(tonumber(n), 1), math.max(tonumber(per), 1), smooth == '1'

@@ -6,7 +6,7 @@
 -- one      {group, limit (of its key)}
 -- returns  true or false
 local function may_be_open(queue, priority, one)
-  local id = redis.call('LINDEX', queue.prefix .. 'group:' .. priority .. ':' .. one.group, 0)
+  local id = redis.call('LINDEX', list_of(queue, priority, one.group), 0)
   local found = id and marks(redis.call('HGET', queue.jobs, id) or '\n')
   for _, limit in ipairs(found and found.limits or {}) do
     if string.sub(limit, -#one.limit) == one.limit then return true end
@@ -27,7 +27,7 @@ local function read_groups(queue, priority, entries, room, whole, now)
   for i, entry in ipairs(entries) do
     if string.byte(entry) == 9 then
       local group = string.sub(entry, 2)
-      groups[i] = {group = group, limit = key_limit(group)}
+      groups[i] = {group = group, limit = key_limit(group), share = 1, most = 1, first = 0, ids = false, credit = nil}
       keys[#keys + 1] = groups[i].limit
     else
       plain = plain + 1
@@ -42,6 +42,7 @@ local function read_groups(queue, priority, entries, room, whole, now)
   end
   -- A turn that asked for less than a weight has left the rest of it, and the ticket in front.
   for i, rest in ipairs(read_fields(queue.prefix .. 'credits', members)) do owners[i].credit = tonumber(rest or nil) end
+  local lead = list_of(queue, priority, '')
   local rounds = whole and math.max(1, math.floor((room - plain) / shares)) or 1
   for i = 1, #entries do
     local one = groups[i]
@@ -52,79 +53,119 @@ local function read_groups(queue, priority, entries, room, whole, now)
       -- The rest is what the group has left of its turn in the first round.
       one.share = (one.credit or s.weight) + s.weight * (rounds - 1)
       one.most = closed and (s.count > 0 or (rounds > 1 and not may_be_open(queue, priority, one))) and 1 or math.min(one.share, room)
-      one.ids = redis.call('LRANGE', queue.prefix .. 'group:' .. priority .. ':' .. one.group, 0, one.most)
+      one.ids = redis.call('LRANGE', lead .. one.group, '0', one.most == 1 and '1' or one.most)
     end
   end
   return groups
 end
 
+-- Read what is said of a job that cannot be leased as it is, or is in a group.
+-- queue, now  as for read_groups
+-- one      its group
+-- envelope as it is stored; false when there is none
+-- names    its limits are added to this list
+-- returns  {fate, marks, limits' names, their costs}
+local function read_fact(queue, one, envelope, names, now)
+  local fate, found = fate_of(envelope, now)
+  local limits, costs = limits_of_job(queue, found, one.group, envelope)
+  for at = 2, #limits do names[#names + 1] = limits[at] end
+  return {fate, found, limits, costs}
+end
+
 -- Read the envelopes of a round, and the limits of its jobs.
--- queue, entries, groups, now  as for read_groups
--- returns  envelope by id; {fate, marks, limits' names, their costs} by id, of jobs that are in a group or cannot be leased
+-- queue, entries, groups, now  as for read_groups; each of groups gets first: where its ids stand before the first
+-- returns  ids, those of plain jobs and those that groups may lease, in order; their envelopes; of those that are in a group
+--          or cannot be leased {fate, marks, limits' names, their costs}, the same for jobs with the same first line
 local function read_jobs(queue, entries, groups, now)
-  local ids, envelopes, facts, names = {}, {}, {}, {}
+  local ids, count, facts, names = {}, 0, {}, {}
   for i, entry in ipairs(entries) do
     local one = groups[i]
-    if not one then ids[#ids + 1] = entry end
-    for _, id in ipairs(one and one.ids or {}) do ids[#ids + 1] = id end
-  end
-  for i, envelope in ipairs(read_fields(queue.jobs, ids)) do envelopes[ids[i]] = envelope end
-  for i, entry in ipairs(entries) do
-    local one = groups[i]
-    if not one then
-      local envelope = envelopes[entry]
-      if not envelope or string.byte(envelope) ~= 10 then
-        local fate, found = fate_of(envelope, now)
-        facts[entry] = {fate, found}
+    if one then
+      one.first = count
+      for at = 1, math.min(#one.ids, one.most) do
+        count = count + 1
+        ids[count] = one.ids[at]
       end
+    else
+      count = count + 1
+      ids[count] = entry
+    end
+  end
+  local envelopes = read_fields(queue.jobs, ids)
+  local at = 0
+  for i, entry in ipairs(entries) do
+    local one, envelope = groups[i], nil
+    if one then
+      local lines, last, fact = {}, at + math.min(#one.ids, one.most), nil
+      local own = entry .. '\n' -- the first line of a job that has this group and no more
+      local line = own
+      while at < last do
+        at = at + 1
+        envelope = envelopes[at]
+        if not envelope or queue.tasks then
+          facts[at] = read_fact(queue, one, envelope, names, now)
+        else
+          if string.sub(envelope, 1, #line) ~= line then
+            line = string.match(envelope, '^[^\n]*\n') or envelope
+            fact = lines[line]
+          end
+          if not fact then
+            local closed = line == own and string.byte(one.group) == 103
+            fact = closed and {nil, nil, {one.limit}, {1}} or read_fact(queue, one, envelope, names, now)
+            lines[line] = fact
+          end
+          facts[at] = fact
+        end
+      end
+    else
+      at = at + 1
+      envelope = envelopes[at]
+      if not envelope or string.byte(envelope) ~= 10 then facts[at] = {fate_of(envelope, now)} end
       local task = queue.tasks and task_of(envelope)
       if task and queue.tasks[task] ~= nil then
-        facts[entry] = facts[entry] or {}
-        facts[entry].task, names[#names + 1] = task, ';' .. task
+        facts[at] = facts[at] or {}
+        facts[at].task, names[#names + 1] = task, ';' .. task
       end
-    end
-    -- Jobs of a group often have the same first line, and then the same facts, unless their tasks count too.
-    local alike = {}
-    for _, id in ipairs(one and one.ids or {}) do
-      local line = envelopes[id] and not queue.tasks and string.match(envelopes[id], '^[^\n]*')
-      local fact = alike[line]
-      if not fact then
-        local fate, found = fate_of(envelopes[id], now)
-        local limits, costs = limits_of_job(queue, found, one.group, envelopes[id])
-        fact = {fate, found, limits, costs}
-        if line then alike[line] = fact end
-        for at = 2, #limits do names[#names + 1] = limits[at] end
-      end
-      facts[id] = fact
     end
   end
   load_limits(queue, names)
-  return envelopes, facts
+  return ids, envelopes, facts
 end
 
--- Let a job pass its limits. Nothing is written here.
+-- Lease jobs.
+-- plan     fields ids, envelopes and count are filled
+-- ids, envelopes, first, count  the jobs are those behind the first ones
+-- returns  nothing
+local function lease_next(plan, ids, envelopes, first, count)
+  local taken = plan.count
+  for at = 1, count do plan.ids[taken + at], plan.envelopes[taken + at] = ids[first + at], envelopes[first + at] end
+  plan.count = taken + count
+end
+
+-- Let jobs with the same limits pass them. Nothing is written here.
 -- queue    as for read_groups
 -- fact     as read_jobs returns it
 -- closed   as full_limit returns it
 -- plan     fields slots, changed and passed are filled
--- id       of the job
+-- ids, first, count  the jobs are those behind the first ones
 -- returns  nothing
-local function pass(queue, fact, closed, plan, id)
+local function pass(queue, fact, closed, plan, ids, first, count)
   local names, costs, held = fact[3], fact[4], {}
   for i, name in ipairs(names) do
     local s = queue.limits[name]
     if s.kind == 'c' or (s.kind == 'k' and closed) then
       held[#held + 1] = name
-      s.count = s.count + 1
+      s.count = s.count + count
       plan.changed[name] = s
     elseif s.kind == 'r' then
-      local cost, so_far = math.min(costs[i], s.n), plan.passed[name] or {0, 0}
+      local cost, so_far = math.min(costs[i], s.n) * count, plan.passed[name] or {0, 0}
       s.free = s.free - cost
-      plan.passed[name] = {so_far[1] + 1, so_far[2] + cost}
+      plan.passed[name] = {so_far[1] + count, so_far[2] + cost}
     end
   end
   if #held > 0 then
-    plan.slots[#plan.slots + 1], plan.slots[#plan.slots + 2] = id, table.concat(held, '\t')
+    local slots, text, size = plan.slots, held[2] and table.concat(held, '\t') or held[1], #plan.slots
+    for at = 1, count do slots[size + 2 * at - 1], slots[size + 2 * at] = ids[first + at], text end
   end
   touch(queue, names)
 end
@@ -132,45 +173,49 @@ end
 -- Decide what becomes of a ticket and of the first jobs of its group. Nothing is written here.
 -- queue, now  as for read_groups
 -- one      the group, as read_groups returns it
--- facts    as read_jobs returns them
--- room     how many jobs may be leased
+-- ids, envelopes, facts  as read_jobs returns them
+-- room     how many jobs the round may lease
 -- plan     is filled
--- returns  the jobs leased
-local function plan_group(queue, one, facts, room, plan, now)
-  local leased, removed, full = {}, 0, nil
-  for at = 1, math.min(#one.ids, one.most) do
-    local id = one.ids[at]
-    local fact = facts[id]
+-- returns  nothing
+local function plan_group(queue, one, ids, envelopes, facts, room, plan, now)
+  local before, removed, full, last = plan.count, 0, nil, math.min(#one.ids, one.most)
+  while removed < last do
+    local first = one.first + removed
+    local fact = facts[first + 1]
     if fact[1] then
-      plan.dropped[#plan.dropped + 1] = id
+      plan.dropped[#plan.dropped + 1] = {ids[first + 1], fact}
       touch(queue, fact[3])
+      removed = removed + 1
     else
-      if #leased >= room then break end
-      local name, closed = full_limit(queue, one.group, fact, now)
+      if plan.count >= room then break end
+      local name, closed, most = full_limit(queue, one.group, fact, now)
       if name then
         full = name
         touch(queue, fact[3])
         break
       end
-      pass(queue, fact, closed, plan, id)
-      leased[#leased + 1] = id
+      local count = 1
+      most = math.min(most, room - plan.count, last - removed)
+      while count < most and facts[first + count + 1] == fact do count = count + 1 end
+      pass(queue, fact, closed, plan, ids, first, count)
+      lease_next(plan, ids, envelopes, first, count)
+      removed = removed + count
     end
-    removed = removed + 1
   end
+  local leased = plan.count - before
   plan.removed[#plan.removed + 1] = {one.group, removed}
   if full then plan.waiting[#plan.waiting + 1] = {one.group, full}
   elseif #one.ids == removed and removed <= one.most then plan.ended[#plan.ended + 1] = one.group
   -- Jobs of a task that was paused go before others: their ticket stays in front.
   elseif string.byte(one.group) == 112 then plan.front[#plan.front + 1] = '\t' .. one.group
-  elseif #leased == 0 or (one.share - #leased) % queue.limits[one.limit].weight > 0 then
+  elseif leased == 0 or (one.share - leased) % queue.limits[one.limit].weight > 0 then
     plan.front[#plan.front + 1] = '\t' .. one.group
-    if #leased > 0 then
-      plan.credits[#plan.credits + 1] = {one.group, (one.share - #leased) % queue.limits[one.limit].weight}
+    if leased > 0 then
+      plan.credits[#plan.credits + 1] = {one.group, (one.share - leased) % queue.limits[one.limit].weight}
     end
-    return leased
+    return
   else plan.tail[#plan.tail + 1] = '\t' .. one.group end
   if one.credit then plan.credits[#plan.credits + 1] = {one.group} end
-  return leased
 end
 
 -- Move tickets to the limits at which they wait.
@@ -204,7 +249,7 @@ local function set_aside(queue, priority, aside)
     ids[task][#ids[task] + 1] = one[2]
   end
   for _, task in ipairs(tasks) do
-    local key, count = queue.prefix .. 'group:' .. priority .. ':p' .. task, #ids[task]
+    local key, count = list_of(queue, priority, 'p' .. task), #ids[task]
     in_chunks('RPUSH', key, ids[task], 1, count)
     queue.counters.waiting = queue.counters.waiting + count
     if redis.call('LLEN', key) == count then park(queue, priority, {{'p' .. task, ';' .. task}}) end
@@ -214,17 +259,18 @@ end
 -- Write what a round has decided, apart from the jobs that are held.
 -- queue, priority, now  as for read_groups
 -- plan     what plan_group has filled, and used: how many entries were decided about
--- facts    as read_jobs returns them
 -- missing  ids without an envelope are added to this list
 -- returns  nothing
-local function write_round(queue, priority, plan, facts, now, missing)
+local function write_round(queue, priority, plan, now, missing)
   local ready, prefix = KEYS[queue.ready + priority], queue.prefix
   redis.call('LTRIM', ready, plan.used, -1)
+  local lead, left = list_of(queue, priority, ''), 0
   for _, one in ipairs(plan.removed) do
-    local key, count = prefix .. 'group:' .. priority .. ':' .. one[1], one[2]
+    local key, count = lead .. one[1], one[2]
     if count == 1 then redis.call('LPOP', key) elseif count > 1 then redis.call('LTRIM', key, count, -1) end
-    queue.counters.waiting = queue.counters.waiting - count
+    left = left + count
   end
+  queue.counters.waiting = queue.counters.waiting - left
   if #plan.tail > 0 then redis.call('RPUSH', ready, unpack(plan.tail)) end
   for i = #plan.front, 1, -1 do redis.call('LPUSH', ready, plan.front[i]) end
   for _, one in ipairs(plan.credits) do
@@ -232,19 +278,26 @@ local function write_round(queue, priority, plan, facts, now, missing)
     else redis.call('HDEL', prefix .. 'credits', priority .. one[1]) end
   end
   if #plan.ended > 0 then
-    for i, group in ipairs(plan.ended) do plan.ended[i] = priority .. group end
+    local digit = int(priority)
+    for i, group in ipairs(plan.ended) do plan.ended[i] = digit .. group end
     redis.call('SREM', prefix .. 'tickets', unpack(plan.ended))
     redis.call('HDEL', prefix .. 'credits', unpack(plan.ended)) -- its weight may be 1 by now, and then nothing else looks for a rest
   end
-  if #plan.slots > 0 then redis.call('HSET', prefix .. 'slots', unpack(plan.slots)) end
+  if #plan.slots > 0 then
+    widen(plan.slots, '\t')
+    redis.call('HSET', prefix .. 'slots', unpack(plan.slots))
+  end
   local counts = {}
-  for name, s in pairs(plan.changed) do counts[#counts + 1], counts[#counts + 2] = name, int(s.count) end
-  if #counts > 0 then in_chunks('HSET', prefix .. 'limits', counts, 1, #counts) end
+  for name, s in pairs(plan.changed) do counts[#counts + 1], counts[#counts + 2] = name, s.count end
+  if #counts > 0 then
+    widen(counts, ' ')
+    in_chunks('HSET', prefix .. 'limits', counts, 1, #counts)
+  end
   for name, passed in pairs(plan.passed) do write_rate(queue, queue.limits[name], passed, now) end
   if #plan.waiting > 0 then park(queue, priority, plan.waiting) end
   if #plan.aside > 0 then set_aside(queue, priority, plan.aside) end
-  for _, id in ipairs(plan.dropped) do
-    local fact = facts[id]
+  for _, one in ipairs(plan.dropped) do
+    local id, fact = one[1], one[2]
     if fact[1] == 'stub' and fact[3] and string.byte(fact[3][1]) ~= 59 then queue.counters.waiting_stubs = queue.counters.waiting_stubs - 1 end
     discard(queue, id, fact[1], fact[2], now, missing)
   end
@@ -253,7 +306,7 @@ end
 -- Make one round.
 -- queue, priority, room, now  as for read_groups
 -- most     how many tickets it may decide about
--- hold_all function(ids, envelopes) holds what is leased
+-- hold_all function(ids, envelopes, count) holds what is leased
 -- missing  as for write_round
 -- returns  true when the list may have more, the number of entries decided about
 local function make_round(queue, priority, room, most, hold_all, now, missing)
@@ -264,30 +317,33 @@ local function make_round(queue, priority, room, most, hold_all, now, missing)
   if not whole then entries[count + 1] = nil end
   if #entries == 0 then return false, 0 end
   local groups = read_groups(queue, priority, entries, room, whole, now)
-  local envelopes, facts = read_jobs(queue, entries, groups, now)
+  local ids, envelopes, facts = read_jobs(queue, entries, groups, now)
   local plan = {
-    used = 0, dropped = {}, slots = {}, changed = {}, passed = {}, removed = {}, waiting = {}, ended = {}, tail = {}, front = {},
-    credits = {}, aside = {},
+    used = 0, ids = {}, envelopes = {}, count = 0, dropped = {}, slots = {}, changed = {}, passed = {}, removed = {}, waiting = {},
+    ended = {}, tail = {}, front = {}, credits = {}, aside = {},
   }
-  local ids, taken = {}, {}
+  local at = 0
   for i, entry in ipairs(entries) do
-    if #ids >= room then break end
-    local fact = facts[entry]
-    if groups[i] then
-      for _, id in ipairs(plan_group(queue, groups[i], facts, room - #ids, plan, now)) do ids[#ids + 1] = id end
-    elseif fact and fact[1] then
-      plan.dropped[#plan.dropped + 1] = entry
-    elseif fact and fact.task and room_of(queue, queue.limits[';' .. fact.task], now) < 1 then
-      plan.aside[#plan.aside + 1] = {fact.task, entry}
+    if plan.count >= room then break end
+    local one, fact = groups[i], facts[at + 1]
+    if one then
+      plan_group(queue, one, ids, envelopes, facts, room, plan, now)
+      at = at + math.min(#one.ids, one.most)
     else
-      ids[#ids + 1] = entry
+      if fact and fact[1] then
+        plan.dropped[#plan.dropped + 1] = {entry, fact}
+      elseif fact and fact.task and room_of(queue, queue.limits[';' .. fact.task], now) < 1 then
+        plan.aside[#plan.aside + 1] = {fact.task, entry}
+      else
+        lease_next(plan, ids, envelopes, at, 1)
+      end
+      at = at + 1
     end
     plan.used = i
   end
-  for i, id in ipairs(ids) do taken[i] = envelopes[id] end
-  if #ids > 0 then hold_all(ids, taken) end
-  write_round(queue, priority, plan, facts, now, missing)
-  pass_on(queue, now, room - #ids)
+  if plan.count > 0 then hold_all(plan.ids, plan.envelopes, plan.count) end
+  write_round(queue, priority, plan, now, missing)
+  pass_on(queue, now, room - plan.count)
   return plan.used < #entries or not whole or #plan.tail > 0 or #plan.front > 0 or queue.moved ~= nil, plan.used
 end
 
@@ -300,10 +356,10 @@ end
 -- returns  ids, their envelopes, their number, true when it has stopped though there may be more
 local function take_rotating(queue, leased, number, want, urgent, now, missing)
   local ids, envelopes, taken, decided, priority = {}, {}, 0, 0, urgent and 9 or 0
-  local function hold_found(found, texts)
-    for i, id in ipairs(found) do ids[taken + i], envelopes[taken + i] = id, texts[i] end
-    hold(leased, number, found, #found, taken)
-    taken = taken + #found
+  local function hold_found(found, texts, count)
+    for i = 1, count do ids[taken + i], envelopes[taken + i] = found[i], texts[i] end
+    hold(leased, number, found, count, taken)
+    taken = taken + count
   end
   -- A step takes a few milliseconds at most: tickets that all must wait are left to the next.
   local most = 2 * want + 100
