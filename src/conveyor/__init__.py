@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from conveyor.jobs.job import Job
     from conveyor.jobs.task import Task
     from conveyor.jobs.uniqueness import Debounce, Throttle, Unique
+    from conveyor.jobs.webhooks import Webhook
     from conveyor.jobs.why import Why
     from conveyor.messaging.limits import Concurrency, Rate
     from conveyor.messaging.message import Message
@@ -84,6 +85,7 @@ __all__ = [
     "TopicInfo",
     "Unique",
     "UnknownTask",
+    "Webhook",
     "Why",
     "current",
 ]
@@ -114,6 +116,7 @@ _HOME = {
     "Topic": "messaging.topic",
     "TopicInfo": "messaging.topic",
     "Unique": "jobs.uniqueness",
+    "Webhook": "jobs.webhooks",
     "Why": "jobs.why",
     "current": "jobs.context",
 }

@@ -24,7 +24,7 @@ NAMES = {
         "BatchFailed BlobStore BlobUnavailable Buffer CallNext Concurrency ConfigurationError Context Conveyor ConveyorError Debounce "
         "Depends Duplicate DurabilityNotReached FileStore Format Job JobCancelled JobFailed JobNotFound LeaseLost Message Middleware "
         "Outgoing PayloadError PlainList Queue QueueFull Rate RateLimited ResultExpired Retry RetryIn Snooze StoreUnavailable "
-        "Task Throttle Topic TopicInfo Unique UnknownTask Why current"
+        "Task Throttle Topic TopicInfo Unique UnknownTask Webhook Why current"
     ),
     "conveyor.errors": (
         "BatchFailed ConfigurationError ConveyorError Duplicate DurabilityNotReached JobCancelled JobFailed JobNotFound "

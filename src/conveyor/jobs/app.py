@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from conveyor.jobs.registry import QueueNames
     from conveyor.jobs.schedule import Missed, Overlap
     from conveyor.jobs.uniqueness import Debounce, Throttle, Unique
+    from conveyor.jobs.webhooks import Webhook
     from conveyor.messaging.limits import Concurrency, Rate
     from conveyor.messaging.message import Message, OnError
     from conveyor.messaging.plain_list import PlainList
@@ -344,6 +345,7 @@ class Conveyor:
         debounce: Debounce | None = None, throttle: Throttle | None = None, version: int = 1, upcast: Upcast | None = None,
         format: FormatChoice | None = None, tags: Iterable[str] | None = None, requires: str | Iterable[str] = (),
         pin: Literal["build"] | None = None, logs: Logs = "failure",
+        webhook: Webhook | None = None,
     ) -> TaskDecorator: ...  # fmt: skip
 
     def task(
@@ -372,6 +374,7 @@ class Conveyor:
         tags: Iterable[str] | None = None,
         requires: str | Iterable[str] = (),
         pin: Literal["build"] | None = None,
+        webhook: Webhook | None = None,
         logs: Logs = "failure",
         **unknown: object,
     ) -> Any:
@@ -386,15 +389,15 @@ class Conveyor:
         the app says. `tags` are those of each of its jobs, besides a job's own. `limits` say how many of its jobs may start
         in a time or run at a time; jobs that are equal in the argument `group_by` run in their order, one at a time. `requires`
         names labels of the workers that run it, `pin="build"` keeps a job to workers of the build that enqueued it. `logs` says
-        when the lines that a job logs are kept: of attempts that fail, always, or never. Raises ConfigurationError, also for a
-        function whose arguments JSON cannot carry.
+        when the lines that a job logs are kept: of attempts that fail, always, or never. `webhook` is told how its jobs end.
+        Raises ConfigurationError, also for a function whose arguments JSON cannot carry.
         """
         if unknown:
             refuse_unknown("@app.task()", unknown, TASK_OPTIONS)
         options = task_options(
             timeout=timeout, retry=retry, keep_result=keep_result, ack=ack, expires=expires, priority=priority,
             version=version, upcast=upcast, tags=tags, limits=limits, group_by=group_by, requires=requires, pin=pin,
-            logs=logs,
+            webhook=webhook, logs=logs,
         )  # fmt: skip
 
         def add(function: Callable[..., Any]) -> Task[..., Any]:

@@ -7,7 +7,9 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError
+from conveyor.jobs import webhooks
 from conveyor.jobs.batch_task import BatchTask, item_function
+from conveyor.jobs.context import current
 from conveyor.jobs.core import AppCore
 from conveyor.jobs.job_options import check_priority
 from conveyor.jobs.task import (
@@ -24,6 +26,7 @@ from conveyor.jobs.task import (
     is_async,
 )
 from conveyor.jobs.uniqueness import DeclaredUniqueness
+from conveyor.jobs.webhooks import Webhook
 from conveyor.messaging.limits import Concurrency, Rate, check_path
 from conveyor.messaging.retry import Retry
 from conveyor.payload.formats import FormatChoice
@@ -72,6 +75,7 @@ def task_options(
     requires: str | Iterable[str] = (),
     pin: Literal["build"] | None = None,
     logs: Logs = "failure",
+    webhook: Webhook | None = None,
 ) -> TaskOptions:
     """Return the options of a task, checked; raises ConfigurationError."""
     check_path("group_by", group_by)
@@ -89,8 +93,19 @@ def task_options(
         group_by=group_by,
         requires=_labels(requires),
         pin=None if pin is None else _one_of("pin", pin, ("build",)),
+        webhook=_webhook(webhook, ack),
         logs=_one_of("logs", logs, ("failure", "always", "never")),
     )
+
+
+def _webhook(webhook: Webhook | None, ack: str) -> Webhook | None:
+    if webhook is not None and not isinstance(webhook, Webhook):
+        raise ConfigurationError(
+            f'webhook takes a Webhook: webhook=Webhook("https://…", secret="whsec_…"), not {webhook!r}.'
+        )
+    if webhook is not None and ack == "early":
+        raise ConfigurationError('webhook does not go with ack="early": such a job has ended before it runs.')
+    return webhook
 
 
 def _labels(requires: str | Iterable[str]) -> tuple[str, ...]:
@@ -149,7 +164,25 @@ def register(
     task = kind(definition)
     core.definitions[name], core.tasks[name] = definition, task
     core.add_task(name, queue)
+    if options.webhook is not None:
+        _add_delivery(core, queue)
     return task
+
+
+def _add_delivery(core: AppCore, queue: str) -> None:
+    """Add the internal task that delivers webhooks to an app, once."""
+    if webhooks.TASK in core.tasks:
+        return
+
+    def deliver(task: str, told: dict[str, Any]) -> int:
+        definition = core.definitions.get(task)
+        webhook = None if definition is None else definition.settings.webhook
+        if webhook is None:
+            raise webhooks.WebhookRefused(f"Task {task!r} has no webhook in this program any more.")
+        return webhooks.send(webhook, current().job_id, told)
+
+    options = TaskOptions(timeout_ms=60_000, retry=webhooks.DELIVERY)
+    register(core, deliver, webhooks.TASK, queue, "thread", options, None, None)
 
 
 def external_task(core: AppCore, name: str, queue: str) -> Task[..., Any]:

@@ -36,6 +36,7 @@ from conveyor.units import Duration
 
 if TYPE_CHECKING:
     from conveyor.jobs.hooks import Middleware
+    from conveyor.jobs.webhooks import Webhook
     from conveyor.messaging.limits import Concurrency, Rate
     from conveyor.store.keys import QueueKeys
 
@@ -91,6 +92,7 @@ class TaskOptions:
     logs: Logs = "failure"
     requires: tuple[str, ...] = ()
     pin: Literal["build"] | None = None
+    webhook: Webhook | None = None
 
     def needs(self) -> EnvelopeOptions | None:
         """Return what a job of this program requires of a worker, as its envelope holds it; None: nothing."""

@@ -14,7 +14,8 @@ from msgspec.structs import replace
 
 from conveyor.errors import ConveyorError, PayloadError, RateLimited, Snooze, StoreUnavailable, UnknownTask
 from conveyor.events import JobCancelledEvent, JobDead, JobDone, JobRetried
-from conveyor.ids import clean, clean_lines, made_at_ms
+from conveyor.ids import clean, clean_lines, logical, made_at_ms
+from conveyor.jobs import webhooks
 from conveyor.jobs.batch_task import BatchMisreported
 from conveyor.jobs.context import end_spawning
 from conveyor.jobs.history import past_events
@@ -166,7 +167,8 @@ class SettlementWriter:
         handler, envelope = attempt.handler, attempt.envelope
         seconds = attempt.ended - attempt.started
         keep = self._keep_ms(attempt)
-        spawned = attempt.context is not None and attempt.spawned
+        told = handler.task.settings.webhook and self._told(attempt, "done", now_ms)
+        spawned = [*attempt.spawned, *told] if told else attempt.context is not None and attempt.spawned
         # Those that simply ended come first, and the other reports of an attempt must come before its end.
         is_last, live = bool(report.others) and report.others[-1].id == attempt.id, attempt.live_record
         simple = not envelope.own_id and not spawned and not is_last and live is None
@@ -252,6 +254,23 @@ class SettlementWriter:
             if data
         )
         return record[:-1] + members + b"}"
+
+    def _told(
+        self, attempt: Attempt, state: webhooks.Ending, now_ms: int, failure: Failure | None = None
+    ) -> list[bytes]:
+        """Return the entry of an outbox for the job that tells a webhook of this end; none where the task has no webhook for it."""
+        webhook = None if attempt.handler.kind == "unknown" else attempt.handler.task.settings.webhook
+        if webhook is None or state not in webhook.on:
+            return []
+        name, queue = attempt.handler.name, logical(attempt.consumer.queue)
+        told = webhooks.told_of(attempt.public_id, name, queue, attempt.number, now_ms) | {"state": state}
+        if failure is not None:  # the text of a sealed error says only that it is sealed
+            told["error"] = {"type": failure.type, "message": failure.message}
+        try:
+            return [self._app.tasks[webhooks.TASK].options(queue=queue).s(name, told).follow()[1]]
+        except ConveyorError as error:
+            log.error("the webhook of %s cannot be enqueued: %s", attempt.label, one_line(failures.message(error)))
+            return []
 
     def _run_record(self, attempt: Attempt, now_ms: int) -> bytes:
         """Return the JSON of a RunRecord, written by hand as most of it is known: it is a part of every kept result."""
@@ -368,6 +387,8 @@ class SettlementWriter:
         last = read_failure(state.errors[-1]) if state.errors else None
         record = to_json(_with_live(Outcome("dead", failure=last, reason=reason, at=now_ms), state))
         envelope = attempt.envelope
+        if told := self._told(attempt, "dead", now_ms, last):
+            _add_spawned(report, attempt.id, told)
         report.others.append(
             Settlement("X", attempt.id, now_ms, record, state.encode(), envelope.attributes, envelope.own_id)
         )

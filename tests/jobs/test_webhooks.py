@@ -1,0 +1,141 @@
+"""Webhooks: each end is told once, signed; failures are tried again, and nothing private is reached."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from conveyor import ConfigurationError, Conveyor, Retry, Webhook
+from conveyor.jobs import webhooks
+from support.running_worker import drain
+
+SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
+
+
+class Receiver:
+    """A receiver of webhooks: `answers` are its next statuses, then 204."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, dict[str, str], bytes]] = []
+        self.answers: list[int] = []
+        receiver = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                receiver.requests.append((self.path, {key.lower(): value for key, value in self.headers.items()}, body))
+                self.send_response(receiver.answers.pop(0) if receiver.answers else 204)
+                self.send_header("location", "/elsewhere")
+                self.send_header("retry-after", "0")
+                self.end_headers()
+
+            def log_message(self, *words: object) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread.start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}/hook?token=1"
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    receiver = Receiver()
+    yield receiver
+    receiver.close()
+
+
+@pytest.fixture
+async def app(url: str) -> Any:
+    """An app on the emptied server."""
+    app = Conveyor(url)
+    yield app
+    await app.aclose()
+
+
+async def test_each_end_is_told_and_signed(app: Conveyor, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A success and a death are told once each; a receiver that fails or redirects is tried again with the same id."""
+    fast = Retry(attempts=10, backoff="1ms", jitter=False, give_up=(webhooks.WebhookRefused,))
+    monkeypatch.setattr(webhooks, "DELIVERY", fast)
+    receiver.answers = [500, 302, 429]
+
+    @app.task(name="pay", queue="money", webhook=Webhook(receiver.url, SECRET, allow_private=True), retry=1)
+    async def pay(n: int) -> int:
+        return 1 // n
+
+    @app.task(name="quiet", webhook=Webhook(receiver.url, SECRET, on=["dead"], allow_private=True))
+    async def quiet() -> None: ...
+
+    good, bad = await pay.aenqueue(1), await pay.aenqueue(0)
+    await quiet.aenqueue()
+    await drain(app)
+    told = [(headers["webhook-id"], json.loads(body)) for _, headers, body in receiver.requests]
+    assert len(told) == 5  # two ends, one of them or both after three refusals
+    assert {(one["type"], one["data"]["id"], one["data"]["state"]) for _, one in told} == {
+        ("job.done", good.id, "done"), ("job.dead", bad.id, "dead"),
+    }  # fmt: skip
+    assert len({id_ for id_, _ in told}) == 2
+    [error] = {one["data"]["error"]["type"] for _, one in told if one["type"] == "job.dead"}
+    assert error == "ZeroDivisionError"
+    for path, headers, body in receiver.requests:
+        assert path == "/hook?token=1"
+        signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
+        expected = base64.b64encode(hmac.digest(bytes(range(32)), signed, hashlib.sha256)).decode()
+        assert headers["webhook-signature"] == f"v1,{expected}"
+    app.queue("money")
+    await app.queue("money").apurge(dead=True)
+
+
+async def test_a_private_address_is_not_reached(
+    app: Conveyor, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that leads to this machine is refused when the webhook is delivered, once, and nothing is sent."""
+    found = [(2, 1, 6, "", ("127.0.0.1", receiver.server.server_port))]
+    monkeypatch.setattr(webhooks.socket, "getaddrinfo", lambda *words, **options: found)
+
+    @app.task(webhook=Webhook("https://hooks.example.org/x", SECRET))
+    async def work() -> None: ...
+
+    await work.aenqueue()
+    await drain(app)
+    assert receiver.requests == []
+    [letter] = [one async for one in app.queue("default").adead_letters()]
+    assert letter.attempts == 1
+    assert "private" in letter.error
+    await app.queue("default").apurge(dead=True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"url": "ftp://example.org"}, {"url": "https://user:pass@example.org/"}, {"url": "http://example.org/"},
+        {"url": "https://127.0.0.1/"}, {"url": "https://localhost/"}, {"url": "https://10.1.2.3/"}, {"url": "https://[::1]/"},
+        {"url": "https://[::ffff:10.0.0.1]/"}, {"url": "https://169.254.169.254/latest"}, {"url": 7},
+        {"secret": "short"}, {"secret": "whsec_c2hvcnQ="}, {"on": ["started"]}, {"on": "done"},
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused(words: dict[str, Any]) -> None:
+    """A URL that is none, readable or private, a weak secret and an unknown end are refused where they are written."""
+    with pytest.raises(ConfigurationError):
+        Webhook(**{"url": "https://example.org/", "secret": SECRET, **words})
+
+
+def test_a_webhook_needs_a_job_that_ends(url: str) -> None:
+    """An early acknowledgement and a plain URL are refused."""
+    with Conveyor(url) as app:
+        with pytest.raises(ConfigurationError, match="early"):
+            app.task(ack="early", webhook=Webhook("https://example.org/", SECRET))(lambda: None)
+        with pytest.raises(ConfigurationError, match="takes a Webhook"):
+            app.task(webhook="https://example.org/")(lambda: None)  # type: ignore[arg-type,call-overload]
