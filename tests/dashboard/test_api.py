@@ -6,11 +6,13 @@ import asyncio
 import time
 from typing import Any
 
+import httpx
 import pytest
 
 from conveyor import Conveyor
 from conveyor.admin import Admin
 from conveyor.admin.job_query import parse
+from conveyor.cli import main
 from conveyor.dashboard import Access, dashboard
 from conveyor.errors import InvalidFilter
 from support.dashboard_client import ask
@@ -194,3 +196,87 @@ def test_the_description_names_every_route(site: Any) -> None:
     assert document["paths"]["/queues/purge"]["post"]["requestBody"]["content"]["application/json"]["schema"][
         "required"
     ] == ["queue"]
+
+
+def test_push_and_enqueue_over_http(app: Conveyor) -> None:
+    """A program with a token pushes messages and enqueues jobs, whose arguments are checked, and what was refused stored nothing."""
+
+    @app.task(queue="mail")
+    def send(to: str, times: int = 1) -> None: ...
+
+    site = dashboard(app, tokens={"secret": Access.only("enqueue_jobs").named("shop")})
+
+    def call(path: str, **inputs: Any) -> Any:
+        return ask(site, "POST", path, inputs, {"authorization": "Bearer secret"})
+
+    pushed = call("push", queue="orders", messages=[{"n": 1}, {"n": 2}], tags=["vip"], headers={"a": "b"}).json()
+    assert len(pushed["ids"]) == 2
+    assert call("push", queue="orders", messages=[{"n": 1}], id="own").json()["ids"] == ["own"]
+    job = call("enqueue", task=send.name, kwargs={"to": "ada"}, priority=3, delay="1h").json()
+    assert app.count_jobs(tag="vip") == 2
+    assert [one.priority for one in Admin.of_app(app).jobs("mail")] == [3]
+    assert job["id"].startswith("mail:")
+    for path, inputs in (
+        ("enqueue", {"task": "none"}), ("enqueue", {"task": send.name, "kwargs": {"to": 5}}), ("enqueue", {"task": send.name}),
+        ("push", {"queue": "a b", "messages": [1]}), ("push", {"queue": "orders", "messages": [1, 2], "id": "x"}),
+        ("push", {"queue": "orders", "messages": [1], "headers": {"a": 1}}), ("push", {"queue": "orders", "messages": {}}),
+        ("push", {"queue": "orders", "messages": [1], "delay": "soon"}),
+    ):  # fmt: skip
+        assert call(path, **inputs).status_code == 422, (path, inputs)
+    assert (len(app.queue("orders")), len(app.queue("mail"))) == (3, 1)
+    assert (
+        ask(
+            dashboard(Admin.of_app(app), lambda _: Access.ALL), "POST", "push", {"queue": "x", "messages": [1]}
+        ).status_code
+        == 422
+    )
+    assert {one.who for one in Admin.of_app(app).audit()} == {"shop"}
+
+
+def test_pages_are_compressed_and_kept(site: Any) -> None:
+    """A page and its files come compressed, once; asked again with its tag it is not sent."""
+
+    async def ask_for(path: str, **headers: str) -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(site), base_url="http://here") as client:
+            return await client.get(path, headers=headers)
+
+    for path in ("/", "/static/app.js"):
+        first = asyncio.run(ask_for(path))
+        assert (first.status_code, first.headers["content-encoding"]) == (200, "gzip")
+        again = {"if-none-match": first.headers["etag"]}
+        assert asyncio.run(ask_for(path, **again)).status_code == 304
+        assert asyncio.run(ask_for(path, **{"accept-encoding": "identity"})).text == first.text
+
+
+def test_a_minute_that_is_over_is_added_to_its_hour_once(app: Conveyor, redis: Any) -> None:
+    """The first end in another minute adds the counters of the last one to its hour, and later ends add nothing more."""
+    keys = app.client.keys("mail")
+    last = int(time.time() // 60) - 65
+    redis.hset(f"{keys.prefix}stats:{last}", mapping={"done:x": 5, "failed:x": 2})
+    redis.set(f"{keys.prefix}stats:last", last)
+    redis.sadd("conveyor:queues", "mail")
+    assert sum(Admin.of_app(app).history("7d", task="x").done) == 5
+    for _ in range(2):
+        fail(app, 1)
+        app.queue("mail").purge(dead=True)
+    hour = redis.hgetall(f"{keys.prefix}stats:h{last // 60}")
+    assert {name: int(count) for name, count in hour.items()} == {b"done:x": 5, b"failed:x": 2}
+    assert 0 < redis.ttl(f"{keys.prefix}stats:{last}") <= 90_000
+    assert redis.ttl(f"{keys.prefix}stats:h{last // 60}") > 86_400 * 30
+    assert sum(Admin.of_app(app).history("7d", task="x").done) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--host", "0.0.0.0"], "--auth NAME:PASSWORD"),
+        (["--host", "0.0.0.0", "--auth", "ada"], "NAME:PASSWORD"),
+        (["--auth", ":x"], "NAME:PASSWORD"),
+    ],
+)
+def test_another_address_needs_a_login(
+    options: list[str], message: str, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command listens at no address of others without a login, and says what to give."""
+    assert main(["dashboard", "--url", url, *options]) == 2
+    assert message in capsys.readouterr().err

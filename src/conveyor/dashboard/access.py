@@ -15,7 +15,7 @@ from starlette.requests import Request
 from conveyor.errors import ConfigurationError
 
 Action = Literal[
-    "retry_jobs", "cancel_jobs", "delete_jobs", "edit_jobs", "enqueue_jobs", "pull_messages", "pause_queues", "purge_queues",
+    "retry_jobs", "cancel_jobs", "delete_jobs", "edit_jobs", "enqueue_jobs", "pause_queues", "purge_queues",
     "manage_schedules", "manage_limits", "stop_workers", "view_payloads",
 ]  # fmt: skip
 ACTIONS: tuple[Action, ...] = get_args(Action)

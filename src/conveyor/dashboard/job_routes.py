@@ -16,11 +16,14 @@ from conveyor.dashboard.endpoint import ApiCall, ApiRoute, Field, NotAllowed
 from conveyor.dashboard.operations import Operation
 from conveyor.dashboard.queue_routes import OFFSET, PAGE
 from conveyor.errors import ConfigurationError
+from conveyor.jobs.history import HistoryEntry
 from conveyor.messaging.selection import ActionName
 
 SECONDS = 0.06
 """The time for which one call searches, so that an answer takes less than 100 ms; the next one goes on."""
 MOST_IDS = 1_000
+MOST_LINES = 500
+"""Lines of a job's log on its page, the newest."""
 ACTIONS_OF: dict[str, Action] = {
     "retry": "retry_jobs",
     "promote": "retry_jobs",
@@ -80,9 +83,19 @@ def show_job(call: ApiCall) -> dict[str, Any]:
     document = job_document(info, call.access)
     return {
         "job": document, "why": None if why is None else why_document(why), "path": _path(info), "attempts": [],
-        "history": None, "progress": document["progress"], "notes": document["notes"], "logs": None,
+        "history": [hide_reason(one, call) for one in call.admin.history_of(call["id"])],
+        "progress": document["progress"], "notes": document["notes"],
+        "logs": [
+            {"at": one.at, "level": one.level, "logger": one.logger, "text": one.message, "attempt": one.attempt}
+            for one in call.admin.logs(call["id"])[-MOST_LINES:]
+        ] if call.access.allows("view_payloads") else None,
         "actions": _possible(info), "copy": _copies(info, call),
     }  # fmt: skip
+
+
+def hide_reason(entry: HistoryEntry, call: ApiCall) -> dict[str, Any]:
+    """Return a state that a job came into; without its reason, which may be an error, where payloads are not seen."""
+    return {**asdict(entry), **({} if call.access.allows("view_payloads") else {"reason": None})}
 
 
 def act_on_jobs(call: ApiCall) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from conveyor.dashboard.job_routes import JOB_ENDPOINTS
 from conveyor.dashboard.live_routes import LIVE_ENDPOINTS
 from conveyor.dashboard.openapi import describe
 from conveyor.dashboard.queue_routes import QUEUE_ENDPOINTS
+from conveyor.dashboard.send_routes import SEND_ROUTES
 from conveyor.dashboard.system_routes import SYSTEM_ENDPOINTS
 
 
@@ -18,4 +19,11 @@ def openapi(call: ApiCall) -> dict[str, Any]:
 
 
 _DESCRIPTION = ApiRoute("GET", "openapi.json", "", "Describe the API", openapi)
-ENDPOINTS: tuple[ApiRoute, ...] = (_DESCRIPTION, *LIVE_ENDPOINTS, *QUEUE_ENDPOINTS, *JOB_ENDPOINTS, *SYSTEM_ENDPOINTS)
+ENDPOINTS: tuple[ApiRoute, ...] = (
+    _DESCRIPTION,
+    *LIVE_ENDPOINTS,
+    *QUEUE_ENDPOINTS,
+    *JOB_ENDPOINTS,
+    *SEND_ROUTES,
+    *SYSTEM_ENDPOINTS,
+)

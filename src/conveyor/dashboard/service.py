@@ -46,6 +46,8 @@ class Service:
     ) -> None:  # fmt: skip
         self.admin = admin
         self.core = core
+        self.app: Any = None
+        """The app itself, by which messages and jobs are stored; None: only a client is known."""
         self.tokens = dict(tokens)
         self.read_only = read_only
         self.hosts = None if hosts is None else tuple(host.lower() for host in hosts)

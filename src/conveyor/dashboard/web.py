@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import html
 import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import sha256
 from mimetypes import guess_type
 from pathlib import Path
@@ -103,7 +104,9 @@ def make_dashboard(
 ) -> Dashboard:  # fmt: skip
     """Return the dashboard of what *admin* administers; *app* knows its tasks, None: no app is known."""
     core = None if app is None else core_of(app)
-    return Dashboard(Service(admin, core, authorize=authorize, tokens=tokens, read_only=read_only, hosts=hosts))
+    service = Service(admin, core, authorize=authorize, tokens=tokens, read_only=read_only, hosts=hosts)
+    service.app = app
+    return Dashboard(service)
 
 
 def wsgi_dashboard(
@@ -287,7 +290,15 @@ def _cached(request: Request, body: bytes, kind: str, *, store: bool = True) -> 
     headers = {"etag": tag, "cache-control": "no-cache" if store else "no-store"}
     if tag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
+    if store and "gzip" in request.headers.get("accept-encoding", ""):
+        body, headers = _compressed(body), {**headers, "content-encoding": "gzip", "vary": "accept-encoding"}
     return Response(body, headers=headers, media_type=kind)
+
+
+@lru_cache(64)
+def _compressed(body: bytes) -> bytes:
+    """Return a page or file compressed; each is compressed once."""
+    return gzip.compress(body, 9, mtime=0)
 
 
 def _refusal(error: LoginRequired | TooManyAttempts) -> Response:
