@@ -24,6 +24,7 @@ async def say() -> str:
 """
 
 
+@pytest.mark.row("A44")
 async def test_tokens_are_asked_for_at_each_connection(start_server: Any) -> None:
     """Rotated and cut off, programs and workers log in again with the token of then; a source that fails is tried again."""
     server, tokens, token = start_server(), itertools.count(), ["", ""]

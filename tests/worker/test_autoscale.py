@@ -42,6 +42,7 @@ def test_bounds_that_are_none_are_refused(text: str) -> None:
         Bounds.parse(text)
 
 
+@pytest.mark.row("A42")
 def test_processes_come_with_a_burst_and_go_after_it(url: str, tmp_path: Path) -> None:
     """A burst starts processes up to the upper bound; then all but the lower bound end, and no job runs twice or is charged."""
     with worker_processes(url, tmp_path) as processes:

@@ -7,6 +7,8 @@ import signal
 import threading
 from pathlib import Path
 
+import pytest
+
 from conveyor import Conveyor
 from conveyor.worker.supervision.reload import SourceWatcher
 from support.shell import Shell
@@ -35,6 +37,7 @@ def test_a_watcher_sees_what_came_went_and_changed(tmp_path: Path) -> None:
     assert not until(lambda: [watcher.changed()])[0]
 
 
+@pytest.mark.row("A43")
 def test_a_worker_runs_the_code_of_now(url: str, tmp_path: Path) -> None:
     """A change replaces the process; code that cannot be imported waits for the next change, and loses no job."""
     shell = Shell(tmp_path, url)

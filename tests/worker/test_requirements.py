@@ -41,6 +41,7 @@ async def why(job: Any, kind: str) -> str:
         await asyncio.sleep(0.01)
 
 
+@pytest.mark.row("A41")
 async def test_a_job_waits_for_a_worker_with_its_labels(app: Conveyor) -> None:
     """A worker without the label leaves it, visibly and free of charge; one that has all of them runs it, as its first attempt."""
 
@@ -65,6 +66,7 @@ async def test_a_job_waits_for_a_worker_with_its_labels(app: Conveyor) -> None:
     assert await audit(app) == []
 
 
+@pytest.mark.row("A41")
 async def test_a_pinned_job_waits_for_its_build_until_it_is_released(
     app: Conveyor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
