@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
 
+import httpx
 import pytest
 
 from conveyor import Concurrency, Conveyor, Retry
@@ -191,3 +192,22 @@ def test_the_server_tells_about_itself(app: Conveyor) -> None:
     assert found["memory"]["policy"] == "noeviction"
     assert found["memory"]["used"] > 0
     assert {one["level"] for one in found["findings"]} <= {"ok", "note", "warning", "problem"}
+
+
+def test_scrapers_and_autoscalers_are_answered(app: Conveyor) -> None:
+    """`/metrics` is the text of Prometheus, for whoever may look; `load` is the work of one queue or of all."""
+    app.queue("mail").push_many([1, 2])
+    open_site = dashboard(app, authorize=lambda _: Access.READ_ONLY)
+    scraped = asyncio.run(_get(open_site, "/metrics"))
+    assert scraped.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert 'conveyor_queue_jobs{queue="mail",state="ready"} 2' in scraped.text
+    assert ask(open_site, "GET", "load", {"queue": "mail"}).json()["total"]["ready"] == 2
+    assert ask(open_site, "GET", "load", {}).json()["queues"].keys() == {"mail"}
+    assert ask(open_site, "GET", "load", {"queue": "nobody"}).status_code == 404
+    assert asyncio.run(_get(dashboard(app), "/metrics")).status_code == 403
+    app.queue("mail").purge()
+
+
+async def _get(site: Any, path: str) -> httpx.Response:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(site), base_url="http://here") as client:
+        return await client.get(path)

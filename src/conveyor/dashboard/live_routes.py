@@ -12,6 +12,7 @@ from typing import Any
 from starlette.responses import Response, StreamingResponse
 
 from conveyor.admin.history import RANGES
+from conveyor.admin.metrics import CONTENT_TYPE, load_json
 from conveyor.dashboard.endpoint import ApiCall, ApiRoute, Field
 from conveyor.dashboard.live import event
 from conveyor.errors import ConveyorError
@@ -49,6 +50,17 @@ def history(call: ApiCall) -> dict[str, Any]:
     return asdict(call.admin.history(call["range"], queue=call["queue"], task=call["task"]))
 
 
+def metrics(call: ApiCall) -> Response:
+    """Return what Prometheus scrapes."""
+    return Response(call.admin.metrics_text(), headers={"content-type": CONTENT_TYPE, "cache-control": "no-store"})
+
+
+def load(call: ApiCall) -> dict[str, Any]:
+    """Return the work of a queue, or of all, for an autoscaler."""
+    views = call.admin.load([call["queue"]] if call["queue"] else ())
+    return {name: value for name, value in load_json(views).items() if name != "schema"}
+
+
 async def stream(call: ApiCall) -> Response:
     """Send the session, then snapshots for as long as the visitor follows; with `history` what ended in the last hour too."""
     if not call.service.streams:
@@ -75,7 +87,13 @@ async def _events(call: ApiCall) -> AsyncIterator[bytes]:
 
 
 _HISTORY_SECONDS = 30.0
+METRICS = ApiRoute("GET", "metrics", "metrics", "Show what Prometheus scrapes", metrics)
 LIVE_ENDPOINTS = (
+    METRICS,
+    ApiRoute(
+        "GET", "load", "load", "Show the work of a queue for an autoscaler", load,
+        fields={"queue": Field("text", "only of this queue")},
+    ),
     ApiRoute("GET", "session", "session", "Show who asks and what they may do", session),
     ApiRoute("GET", "snapshot", "snapshot", "Count all queues, and list what asks for attention", snapshot),
     ApiRoute("GET", "overview", "overview", "Show the snapshot with the findings of the doctor", overview),

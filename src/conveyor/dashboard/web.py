@@ -31,6 +31,7 @@ from conveyor.dashboard.access import (
     is_own_page,
 )
 from conveyor.dashboard.endpoint import MOST_BODY, ApiCall, ApiRoute, NotAllowed
+from conveyor.dashboard.live_routes import METRICS
 from conveyor.dashboard.routes import ENDPOINTS
 from conveyor.dashboard.service import Service
 from conveyor.errors import (
@@ -139,6 +140,7 @@ class Dashboard:
         routes += [
             Route("/api/{path:path}", self._unknown, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
             Route("/static/{path:path}", self._file, methods=["GET"]),
+            Route("/metrics", partial(self._answer, METRICS), methods=["GET"]),  # where scrapers look
             Route("/{path:path}", self._page, methods=["GET"]),
         ]
         self._app = Starlette(routes=routes, lifespan=self._lifespan)
