@@ -123,7 +123,8 @@ def test_end_gives_back_the_unique_key(seeded: SeededQueue, kind: str) -> None:
     seeded.register("w")
     seeded.turn("w", 1, 1)
 
-    seeded.turn("w", 2, others=[Settlement(kind, "a", state=b"1 1 0", attributes="\tuk", own_id=True)])
+    state_then = b"" if kind == "D" else b"1 1 0"
+    seeded.turn("w", 2, others=[Settlement(kind, "a", state=state_then, attributes="\tuk", own_id=True)])
 
     state = seeded.dump()
     assert "unique:k:k" not in state
@@ -240,13 +241,19 @@ def test_cancel_request_reaches_its_worker(seeded: SeededQueue) -> None:
 
 
 def test_counters_and_recent(seeded: SeededQueue) -> None:
-    """Counters of this minute add up and expire after a day; the recently finished are newest first, 1,000 at most."""
+    """Counters of this minute add up and expire after a month, if no later minute begins; the recently finished are newest first, 1,000 at most."""
     seeded.register("w")
     seeded.turn("w", 1, report=TurnReport(stats={"t:done": 2, "t:failed": 1}, recent=[b"1", b"2"]))
     seeded.turn("w", 2, report=TurnReport(stats={"t:done": 3}, recent=[b"3"]))
 
     state = seeded.dump()
-    assert state["stats ~90000s"] == {"t:done": 5, "t:failed": 1}
+    counted = dict.fromkeys((b"t:done", b"t:failed"), 0)
+    for key in seeded.redis.scan_iter(f"{seeded.keys.prefix}stats:*"):
+        if key.rpartition(b":")[2].isdigit():  # of a minute
+            assert 0 < seeded.redis.ttl(key) <= 2_678_400
+            for name, value in seeded.redis.hgetall(key).items():
+                counted[name] += int(value)
+    assert counted == {b"t:done": 5, b"t:failed": 1}
     assert state["recent"] == ["3", "2", "1"]
 
     seeded.turn("w", 3, report=TurnReport(recent=[b"%d" % n for n in range(9000)]))
