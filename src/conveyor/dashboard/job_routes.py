@@ -13,6 +13,7 @@ from conveyor.admin.views import JobInfo
 from conveyor.dashboard.access import Action
 from conveyor.dashboard.documents import hide, job_document, job_row, why_document
 from conveyor.dashboard.endpoint import ApiCall, ApiRoute, Field, NotAllowed
+from conveyor.dashboard.job_timeline import attempts_of, path_of
 from conveyor.dashboard.operations import Operation
 from conveyor.dashboard.queue_routes import OFFSET, PAGE
 from conveyor.errors import ConfigurationError
@@ -80,10 +81,10 @@ def show_job(call: ApiCall) -> dict[str, Any]:
     """Return everything about a job, and why it waits."""
     info = call.admin.job(call["id"])
     why = call.admin.why(call["id"]) if info.status in {"ready", "scheduled", "waiting", "leased"} else None
-    document = job_document(info, call.access)
+    document, entries = job_document(info, call.access), call.admin.history_of(call["id"])
     return {
-        "job": document, "why": None if why is None else why_document(why), "path": _path(info), "attempts": [],
-        "history": [hide_reason(one, call) for one in call.admin.history_of(call["id"])],
+        "job": document, "why": None if why is None else why_document(why), "path": path_of(entries, info.status),
+        "attempts": attempts_of(entries), "history": [hide_reason(one, call) for one in entries],
         "progress": document["progress"], "notes": document["notes"],
         "logs": [
             {"at": one.at, "level": one.level, "logger": one.logger, "text": one.message, "attempt": one.attempt}
@@ -112,20 +113,6 @@ def _possible(info: JobInfo) -> list[str]:
         "dead": ["retry", "delete"], "scheduled": ["promote", "cancel", "delete"], "ready": ["cancel", "delete"],
         "waiting": ["cancel", "delete"], "leased": ["cancel"],
     }.get(info.status, [])  # fmt: skip
-
-
-def _path(info: JobInfo) -> list[str]:
-    """Return the states that a job went through, as far as its record tells."""
-    path = ["scheduled"] if info.status == "scheduled" and not info.attempt else []
-    if info.status == "scheduled" and info.attempt:
-        path = ["ready", "leased", "scheduled"]
-    elif info.status == "waiting":
-        path = ["waiting"]
-    elif info.status != "scheduled":
-        path = ["ready"]
-        if info.attempt or info.status in {"leased", "done"}:
-            path.append("leased")
-    return path if path and path[-1] == info.status else [*path, info.status]
 
 
 def _copies(info: JobInfo, call: ApiCall) -> dict[str, str | None]:

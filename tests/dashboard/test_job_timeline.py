@@ -1,0 +1,46 @@
+"""The attempts of a job over time, and its path, out of its history."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+from conveyor.dashboard.job_timeline import attempts_of, path_of
+from conveyor.jobs.history import HistoryEntry
+
+
+def entries(*states: tuple[str, float, int]) -> list[HistoryEntry]:
+    """Return a history of (state, seconds, attempt)."""
+    start = datetime(2026, 11, 28, tzinfo=UTC)
+    return [
+        HistoryEntry(state, start + timedelta(seconds=at), "web-1:7", attempt=attempt) for state, at, attempt in states
+    ]
+
+
+def test_attempts_that_failed_and_one_that_went_well() -> None:
+    """An attempt whose start is not kept has its span alone; the last one tells what it waited for and how long it ran."""
+    history = entries(("pushed", 0, 0), ("failed", 5, 1), ("crashed", 9, 2), ("leased", 12, 3), ("done", 13.5, 3))
+    first, second, third = attempts_of(history)
+    assert (first["number"], first["outcome"], first["began"], first["since"]) == (1, "failed", None, history[0].at)
+    assert (second["outcome"], second["since"]) == ("crashed", history[1].at)
+    assert (third["number"], third["outcome"], third["ran_ms"]) == (3, "done", 1500)
+    assert third["waited"] == [{"kind": "queue", "seconds": 3.0}]
+    assert path_of(history, "done") == ["ready", "leased", "scheduled", "leased", "ready", "leased", "done"]
+
+
+def test_a_dead_job_has_its_last_error_once() -> None:
+    """The last error and the death of a job are one attempt, and lead to no retry on its path."""
+    history = entries(("pushed", 0, 0), ("failed", 5, 1), ("failed", 9, 2), ("dead", 9, 2))
+    assert [one["number"] for one in attempts_of(history)] == [1, 2]
+    assert path_of(history, "dead") == ["ready", "leased", "scheduled", "leased", "dead"]
+
+
+def test_running_and_waiting_jobs() -> None:
+    """An attempt that runs has no end; a job that waits for its retry has no attempt beyond those that ended."""
+    running = entries(("pushed", 0, 0), ("failed", 5, 1), ("leased", 7, 2))
+    assert [(one["outcome"], one["ended"]) for one in attempts_of(running)][1] == ("running", None)
+    assert attempts_of(running)[1]["waited"] == [{"kind": "retry", "seconds": 2.0}]
+    assert path_of(running, "leased")[-1] == "leased"
+    waiting = entries(("pushed", 0, 0), ("failed", 5, 1))
+    assert len(attempts_of(waiting)) == 1
+    assert path_of(waiting, "scheduled") == ["ready", "leased", "scheduled"]
+    assert attempts_of(entries(("pushed", 0, 0), ("cancelled", 3, 0))) == []
