@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import time
 from collections.abc import AsyncIterator, Iterator
 
-from conveyor import Conveyor, Depends
+from conveyor import Conveyor, Depends, current
 
 app = Conveyor(namespace=os.environ.get("DEPENDENCY_NAMESPACE", "dependencies"))
 
@@ -24,7 +26,11 @@ async def engine() -> AsyncIterator[int]:
 
 def session(engine: int = Depends(engine, scope="worker")) -> Iterator[str]:
     note("open session")
-    yield f"session {engine > 0}"
+    try:
+        yield f"session {engine > 0}"
+    except BaseException as error:
+        note(f"roll back {type(error).__name__}")
+        raise
     note("close session")
 
 
@@ -38,6 +44,30 @@ def plain(name: str, session: str = Depends(session)) -> tuple[str, int]:
 @app.task(run_in="process", retry=1)
 async def awaited(name: str, session: str = Depends(session)) -> tuple[str, int]:
     return f"{session} of {name}", os.getpid()
+
+
+@app.task(run_in="process", retry=1, timeout="0.2s", timeout_hard="60s")
+def slow(session: str = Depends(session)) -> None:
+    while True:
+        time.sleep(0.01)
+
+
+@app.task(run_in="process", retry=1, timeout="0.2s", timeout_hard="60s")
+async def aslow(session: str = Depends(session)) -> None:
+    current().extend("0.3s")
+    await asyncio.sleep(60)
+
+
+@app.task(run_in="process", retry=1, timeout="0.1s", timeout_hard="0.6s")
+def stuck() -> None:
+    while True:
+        with contextlib.suppress(TimeoutError):
+            time.sleep(60)
+
+
+@app.task(run_in="process", fresh=True)
+def pid() -> int:
+    return os.getpid()
 
 
 @app.batch_task(size=2, within="1s", run_in="process")

@@ -345,7 +345,7 @@ class Conveyor:
         debounce: Debounce | None = None, throttle: Throttle | None = None, version: int = 1, upcast: Upcast | None = None,
         format: FormatChoice | None = None, tags: Iterable[str] | None = None, requires: str | Iterable[str] = (),
         pin: Literal["build"] | None = None, logs: Logs = "failure",
-        webhook: Webhook | None = None,
+        webhook: Webhook | None = None, timeout_hard: Duration | None = None, fresh: bool = False,
     ) -> TaskDecorator: ...  # fmt: skip
 
     def task(
@@ -376,6 +376,8 @@ class Conveyor:
         pin: Literal["build"] | None = None,
         webhook: Webhook | None = None,
         logs: Logs = "failure",
+        timeout_hard: Duration | None = None,
+        fresh: bool = False,
         **unknown: object,
     ) -> Any:
         """
@@ -390,14 +392,14 @@ class Conveyor:
         in a time or run at a time; jobs that are equal in the argument `group_by` run in their order, one at a time. `requires`
         names labels of the workers that run it, `pin="build"` keeps a job to workers of the build that enqueued it. `logs` says
         when the lines that a job logs are kept: of attempts that fail, always, or never. `webhook` is told how its jobs end.
-        Raises ConfigurationError, also for a function whose arguments JSON cannot carry.
+        With ``run_in="process"``, `fresh` is a process for each job, and `timeout_hard` kills one after its `timeout`. Raises ConfigurationError.
         """
         if unknown:
             refuse_unknown("@app.task()", unknown, TASK_OPTIONS)
         options = task_options(
             timeout=timeout, retry=retry, keep_result=keep_result, ack=ack, expires=expires, priority=priority,
             version=version, upcast=upcast, tags=tags, limits=limits, group_by=group_by, requires=requires, pin=pin,
-            webhook=webhook, logs=logs,
+            webhook=webhook, logs=logs, timeout_hard=timeout_hard, fresh=fresh,
         )  # fmt: skip
 
         def add(function: Callable[..., Any]) -> Task[..., Any]:

@@ -76,9 +76,14 @@ def task_options(
     pin: Literal["build"] | None = None,
     logs: Logs = "failure",
     webhook: Webhook | None = None,
+    timeout_hard: Duration | None = None,
+    fresh: bool = False,
 ) -> TaskOptions:
     """Return the options of a task, checked; raises ConfigurationError."""
     check_path("group_by", group_by)
+    hard_ms = None if timeout_hard is None else positive_ms(timeout_hard, "timeout_hard")
+    if hard_ms is not None and timeout is not None and hard_ms <= positive_ms(timeout, "timeout"):
+        raise ConfigurationError("timeout_hard must be longer than timeout, which raises in the function before.")
     return TaskOptions(
         timeout_ms=None if timeout is None else positive_ms(timeout, "timeout"),
         retry=_retry(retry),
@@ -95,6 +100,8 @@ def task_options(
         pin=None if pin is None else _one_of("pin", pin, ("build",)),
         webhook=_webhook(webhook, ack),
         logs=_one_of("logs", logs, ("failure", "always", "never")),
+        timeout_hard_ms=hard_ms,
+        fresh=bool(fresh),
     )
 
 
@@ -144,6 +151,12 @@ def register(
     where: RunIn = _one_of("run_in", run_in or ("loop" if awaitable else "thread"), ("loop", "thread", "process"))
     if where == "thread" and awaitable:
         raise ConfigurationError(f"{name}: run_in='thread' needs a plain `def`; an `async def` runs on the loop.")
+    if where != "process" and (options.fresh or options.timeout_hard_ms is not None):
+        option = "fresh" if options.fresh else "timeout_hard"
+        raise ConfigurationError(
+            f"{name}: {option}= is for a task with run_in='process'. Nothing can kill a coroutine or a thread; `timeout` stops "
+            "them as far as they let themselves be stopped."
+        )
     limit = None if max_payload is None else size(max_payload, "@app.task(max_payload=…)")
     definition = TaskDefinition(
         core,

@@ -93,6 +93,8 @@ class TaskOptions:
     requires: tuple[str, ...] = ()
     pin: Literal["build"] | None = None
     webhook: Webhook | None = None
+    timeout_hard_ms: int | None = None
+    fresh: bool = False
 
     def needs(self) -> EnvelopeOptions | None:
         """Return what a job of this program requires of a worker, as its envelope holds it; None: nothing."""

@@ -91,6 +91,7 @@ class Handler:
         "stores",
         "task",
         "timeout",
+        "timeout_hard",
         "waits",
     )  # fmt: skip
 
@@ -114,6 +115,8 @@ class Handler:
         self.fills = bool(task.signature.injected)
         """True when the worker fills parameters of it: its context, or dependencies."""
         self.timeout: float | None = None if task.settings.timeout_ms is None else task.settings.timeout_ms / 1000
+        hard_ms = task.settings.timeout_hard_ms
+        self.timeout_hard: float | None = None if hard_ms is None else hard_ms / 1000
         self.early = task.settings.ack == "early"
         self.keeps_logs = (
             task.settings.logs != "never" and not self.early
@@ -136,7 +139,7 @@ class Handler:
         handler.limits, handler.costs = {}, {}
         handler.done = handler.failed = handler.retried = 0
         handler.delays, handler.waits = {}, {}
-        handler.timeout = None
+        handler.timeout = handler.timeout_hard = None
         return handler
 
     def count_done(self, seconds: float) -> None:
@@ -352,7 +355,9 @@ class Attempt:
 
     @property
     def timeout(self) -> float | None:
-        """The time limit in seconds: the job's own, else its task's."""
+        """The time limit in seconds, at which it is stopped from outside: the job's own, else its task's."""
+        if self.handler.timeout_hard is not None:
+            return self.handler.timeout_hard  # until then its process keeps the other one
         own = self.envelope.extra.timeout_ms
         return own / 1000 if own is not None else self.handler.timeout
 

@@ -22,7 +22,7 @@ from contextvars import Context as Variables
 from contextvars import copy_context
 from datetime import UTC, datetime
 from time import monotonic
-from typing import Any
+from typing import Any, Self
 
 from conveyor.errors import UnknownTask
 from conveyor.jobs.batch_task import ItemEnd, item_ends
@@ -181,6 +181,57 @@ class _LiveSender:
             self._logs.clear()
 
 
+class _TimeLimit:
+    """The time limit that raises in a job, where another one kills its process: by a signal in a `def`, else by the event loop."""
+
+    def __init__(self) -> None:
+        self._seconds: float | None = None
+        self._timeout: asyncio.Timeout | None = None
+
+    def of(self, ms: int | None) -> Self:
+        """Return it as a block that limits what it runs to *ms*; None: to nothing."""
+        self._seconds = None if ms is None else ms / 1000
+        return self
+
+    def __enter__(self) -> None:
+        if self._seconds is not None:
+            signal.signal(signal.SIGALRM, self._raise)
+            signal.setitimer(signal.ITIMER_REAL, self._seconds)
+
+    def __exit__(self, *_: object) -> None:
+        if self._seconds is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    async def await_call(self, call: Awaitable[Any]) -> Any:
+        """Await a call while the event loop keeps the limit: a signal would interrupt the loop itself."""
+        if self._seconds is None:
+            return await call
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        try:
+            async with asyncio.timeout(self._seconds) as self._timeout:
+                return await call
+        except TimeoutError:
+            if self._timeout is not None and self._timeout.expired():
+                raise self._error() from None
+            raise
+        finally:
+            self._timeout = None
+
+    def extend(self, ms: int) -> None:
+        """Move the limit *ms* ahead; the one that kills stays."""
+        self._seconds = ms / 1000
+        if self._timeout is not None:
+            self._timeout.reschedule(asyncio.get_running_loop().time() + self._seconds)
+        else:
+            signal.setitimer(signal.ITIMER_REAL, self._seconds)
+
+    def _raise(self, *_: object) -> None:
+        raise self._error()
+
+    def _error(self) -> TimeoutError:
+        return TimeoutError(f"the attempt ran longer than its time limit of {self._seconds:g} s")
+
+
 class _Runner:
     """
     The app with its lifespans, and the jobs.
@@ -198,6 +249,7 @@ class _Runner:
         self._worker_scope = WorkerScope(offload=False)
         self._lifespan: asyncio.Task[None]
         self._state: Mapping[str, Any] = {}
+        self._limit = _TimeLimit()
         self._app: Any
 
     def open(self, start: StartRequest) -> None:
@@ -250,7 +302,8 @@ class _Runner:
                 end_spawning(context)
             variables = copy_context()
             variables.run(CURRENT.set, context)
-            result = self._call(task, args, kwargs, variables, context)
+            with self._limit.of(job.timeout_ms):
+                result = self._call(task, args, kwargs, variables, context)
             keep_ms = task.settings.keep_ms if job.keep_ms is None else job.keep_ms
             stored = None if task.returns_none or not keep_ms else task.results.encode(result)
             return DoneReply(job.id, job.attempt, stored, spawned_entries(context), charges=charges_of(context))
@@ -307,7 +360,7 @@ class _Runner:
 
         async def call() -> Any:
             with self._fork_guard:
-                return await function(*args, **kwargs)
+                return await self._limit.await_call(function(*args, **kwargs))
 
         return self._loop.run(call(), context=variables)
 
@@ -327,6 +380,9 @@ class _Runner:
         self, job: RunRequest, *, items: Iterable[Context] | None = None,
         emit_hook: Callable[[Any], Awaitable[None]] | None = None,
     ) -> Context:  # fmt: skip
+        def extend(ms: int) -> None:
+            self._connection.send(ExtendRequest(ms, job.id, job.attempt))
+
         return Context(
             job_id=job.id,
             task=job.task,
@@ -335,7 +391,7 @@ class _Runner:
             headers=job.headers,
             tags=job.tags,
             state=self._state,
-            deadline_hook=lambda ms: self._connection.send(ExtendRequest(ms, job.id, job.attempt)),
+            deadline_hook=self._limit.extend if job.timeout_ms is not None else extend,
             enqueued_at=_instant(job.enqueued_ms),
             scheduled_for=_instant(job.due_ms),
             items=None if items is None else lambda: items,

@@ -43,7 +43,7 @@ class RunRequest(msgspec.Struct, tag="job"):
     """
     To the process: one attempt. `body` is the arguments' raw JSON. `keep_ms` None: that of the task.
 
-    `items` are the jobs of a batch, whose `body` is empty.
+    `items` are the jobs of a batch, whose `body` is empty. `timeout_ms`: the time limit that the process itself keeps.
     """
 
     task: str
@@ -60,6 +60,7 @@ class RunRequest(msgspec.Struct, tag="job"):
     costs: dict[str, str] = {}
     notes: dict[str, Any] = {}
     keeps_logs: bool = True
+    timeout_ms: int | None = None
 
 
 class ReadyReply(msgspec.Struct, tag="ready"):

@@ -112,7 +112,8 @@ class ProcessPool:
         if task.core.overrides and task.injection is not None:
             _refuse_overrides(task, task.injection)
         async with self._slots:
-            child = await self._take()
+            fresh = task.settings.fresh
+            child = await self._take(fresh=fresh)
             if attempt.expire():
                 self._give_back(child, "")
                 raise asyncio.CancelledError
@@ -121,7 +122,7 @@ class ProcessPool:
             except BaseException:
                 await child.kill()
                 raise
-            self._give_back(child, reply.worn)
+            self._give_back(child, reply.worn, keep=not fresh)
         if not isinstance(reply, BatchReply) and reply.charges:
             attempt.set_charges(reply.charges)
         if isinstance(reply, FailedReply):
@@ -157,8 +158,8 @@ class ProcessPool:
         ending = dict(self._ending)
         await asyncio.gather(*ending.values(), *(child.kill() for child in self._alive if child not in ending))
 
-    async def _take(self) -> _PoolProcess:
-        while self._idle:
+    async def _take(self, *, fresh: bool) -> _PoolProcess:
+        while self._idle and not fresh:
             child, timer = self._idle.pop()  # the last used, so that those that are not needed become idle
             timer.cancel()
             if child.is_alive:
@@ -179,10 +180,10 @@ class ProcessPool:
             raise
         return child
 
-    def _give_back(self, child: _PoolProcess, worn: str) -> None:
+    def _give_back(self, child: _PoolProcess, worn: str, *, keep: bool = True) -> None:
         if worn:
             LOG.info('Process %d of run_in="process" %s: a fresh one takes its place', child.pid, worn)
-        if self._closed or worn:
+        if self._closed or worn or not keep:
             self._end(child)
             return
         timer = asyncio.get_running_loop().call_later(self.idle_seconds, lambda: self._retire(child))
@@ -379,7 +380,7 @@ async def _emit(attempt: Attempt, part: EmitRequest) -> None:
 
 def _run_request(attempt: Attempt) -> RunRequest:
     envelope = attempt.envelope
-    bare_id = ids.split(attempt.public_id)[1]
+    bare_id, settings = ids.split(attempt.public_id)[1], attempt.handler.task.settings
     return RunRequest(
         task=attempt.handler.name,
         body=b"" if isinstance(attempt, BatchAttempt) else attempt.body,
@@ -395,6 +396,7 @@ def _run_request(attempt: Attempt) -> RunRequest:
         costs=attempt.costs,
         notes={} if isinstance(attempt, BatchAttempt) else attempt.stored_notes(),
         keeps_logs=attempt.handler.keeps_logs,
+        timeout_ms=None if settings.timeout_hard_ms is None else envelope.extra.timeout_ms or settings.timeout_ms,
     )
 
 

@@ -1,0 +1,64 @@
+"""Tasks of run_in="process" with two time limits, and with a process for each job."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from conveyor import ConfigurationError, Conveyor, JobFailed
+from support import dependency_app
+from support.dependency_app import aslow, pid, slow, stuck
+from support.manual_worker import drain as remove_jobs
+from support.running_worker import working
+
+
+@pytest.fixture
+async def app(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Conveyor]:
+    monkeypatch.setenv("DEPENDENCY_LOG", str(tmp_path / "log"))
+    app = Conveyor(url)
+    limits = {"slow": ("0.2s", "60s"), "aslow": ("0.2s", "60s"), "stuck": ("0.1s", "0.6s"), "pid": (None, None)}
+    for task in (slow, aslow, stuck, pid):
+        soft, hard = limits[task.name.rpartition(".")[2]]
+        app.task(name=task.name, run_in="process", retry=1, timeout=soft, timeout_hard=hard, fresh=task is pid)(
+            task.function
+        )
+    yield app
+    await app.aclose()
+    await asyncio.to_thread(remove_jobs, app)
+
+
+async def test_the_limit_raises_inside_and_the_hard_one_kills(app: Conveyor, tmp_path: Path) -> None:
+    """At its timeout a job in a process sees a TimeoutError and cleans up; one that goes on is killed at timeout_hard."""
+    jobs = {task.name: await app.aenqueue(task.name) for task in (slow, aslow, stuck)}
+    texts = {}
+    async with working(app, reference="support.dependency_app:app"):
+        for name, job in jobs.items():
+            with pytest.raises(JobFailed) as failed:
+                await job.aresult(60)
+            assert failed.value.type.endswith("TimeoutError")
+            texts[name.rpartition(".")[2]] = failed.value.message.removeprefix(
+                "the attempt ran longer than its time limit of "
+            )
+    assert texts == {"slow": "0.2 s", "aslow": "0.3 s", "stuck": "0.6 s"}
+    assert (tmp_path / "log").read_text().count("roll back TimeoutError") == 1
+    assert (tmp_path / "log").read_text().count("roll back CancelledError") == 1
+
+
+async def test_fresh_starts_a_process_for_each_job(app: Conveyor) -> None:
+    """With fresh=True no two jobs share a process."""
+    jobs = [await app.aenqueue(pid.name) for _ in range(3)]
+    async with working(app, reference="support.dependency_app:app"):
+        pids = [await job.aresult(60) for job in jobs]
+    assert len(set(pids)) == 3
+
+
+def test_only_a_process_can_be_killed(app: Conveyor) -> None:
+    """A hard limit, or a fresh process, of a task elsewhere is refused, and one that is not longer than the other too."""
+    for options in ({"timeout_hard": "1m"}, {"fresh": True}):
+        with pytest.raises(ConfigurationError, match="run_in='process'"):
+            app.task(name="x", **options)(dependency_app.note)
+    with pytest.raises(ConfigurationError, match="longer than timeout"):
+        app.task(run_in="process", timeout="1m", timeout_hard="1m")
