@@ -392,7 +392,7 @@ class Conveyor:
         in a time or run at a time; jobs that are equal in the argument `group_by` run in their order, one at a time. `requires`
         names labels of the workers that run it, `pin="build"` keeps a job to workers of the build that enqueued it. `logs` says
         when the lines that a job logs are kept: of attempts that fail, always, or never. `webhook` is told how its jobs end.
-        With ``run_in="process"``, `fresh` is a process for each job, and `timeout_hard` kills one after its `timeout`. Raises ConfigurationError.
+        With ``run_in="process"``, `fresh` is a process for each job, and `timeout_hard` kills one. Raises ConfigurationError.
         """
         if unknown:
             refuse_unknown("@app.task()", unknown, TASK_OPTIONS)
