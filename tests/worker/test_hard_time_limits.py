@@ -30,6 +30,7 @@ async def app(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asyn
     await asyncio.to_thread(remove_jobs, app)
 
 
+@pytest.mark.row("A191")
 async def test_the_limit_raises_inside_and_the_hard_one_kills(app: Conveyor, tmp_path: Path) -> None:
     """At its timeout a job in a process sees a TimeoutError and cleans up; one that goes on is killed at timeout_hard."""
     jobs = {task.name: await app.aenqueue(task.name) for task in (slow, aslow, stuck)}
