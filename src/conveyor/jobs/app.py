@@ -391,8 +391,8 @@ class Conveyor:
         the app says. `tags` are those of each of its jobs, besides a job's own. `limits` say how many of its jobs may start
         in a time or run at a time; jobs that are equal in the argument `group_by` run in their order, one at a time. `requires`
         names labels of the workers that run it, `pin="build"` keeps a job to workers of the build that enqueued it. `logs` says
-        when the lines that a job logs are kept: of attempts that fail, always, or never. `webhook` is told how its jobs end.
-        With ``run_in="process"``, `fresh` is a process for each job, and `timeout_hard` kills one. Raises ConfigurationError.
+        which lines that jobs log are kept, `webhook` is told how they end. With ``run_in="process"``, `fresh` is a process for
+        each job, and `timeout_hard` kills one. Raises ConfigurationError.
         """
         if unknown:
             refuse_unknown("@app.task()", unknown, TASK_OPTIONS)
@@ -401,12 +401,10 @@ class Conveyor:
             version=version, upcast=upcast, tags=tags, limits=limits, group_by=group_by, requires=requires, pin=pin,
             webhook=webhook, logs=logs, timeout_hard=timeout_hard, fresh=fresh,
         )  # fmt: skip
+        uniqueness, where = (unique, debounce, throttle), ids.queue_name(queue)
 
         def add(function: Callable[..., Any]) -> Task[..., Any]:
-            return register(
-                self._core, function, name, ids.queue_name(queue), run_in, options, max_payload, format,
-                uniqueness=(unique, debounce, throttle),
-            )  # fmt: skip
+            return register(self._core, function, name, where, run_in, options, max_payload, format, None, uniqueness)
 
         return add if function is None else add(function)
 
