@@ -17,6 +17,7 @@ import msgspec
 from conveyor.admin import acl, doctor
 from conveyor.admin.admin import Admin
 from conveyor.admin.blob_sweep import sweep
+from conveyor.admin.job_query import parse
 from conveyor.errors import JobNotFound
 from conveyor.ids import new_identity
 from conveyor.jobs.app import Conveyor
@@ -259,6 +260,11 @@ def look(app: Conveyor) -> None:
         admin.jobs("default", state)
     assert admin.job("done").status == "done"
     admin.job("leased")
+    assert admin.search(parse("state:dead")).jobs
+    assert admin.failure_matrix().total >= 1
+    admin.history("1h")
+    admin.ended_lately(["default"], 1)
+    admin.audit()
     assert admin.why("leased").kind == "running"
     assert admin.why("ready").status == "ready"
     assert isinstance(admin.causes("default"), list)
@@ -281,7 +287,8 @@ def operate(app: Conveyor) -> None:
     admin = Admin(app.client, plain_lists=core_of(app).plain_lists)
     app.client.run(limits.set_limit(app.client.keys("levelled"), "hourly", None, "r 3 3600000 0"))
     admin.pause("default")
-    admin.resume("default")
+    admin.acting_as("ada").resume("default")
+    assert [one.who for one in admin.audit()] == ["ada"]
     keys = app.client.keys("default")
     order = worker_commands.new_command(keys, "stack")
     assert app.client.run(worker_commands.send(keys, admin.workers("default")[0].id, order))

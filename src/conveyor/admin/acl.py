@@ -127,6 +127,9 @@ _SENTINEL = Role(
     (),
     ("sentinel|get-master-addr-by-name", "sentinel|masters"),
 )
+_COMMON_KEYS = ("queues", "expiring", "outboxes", "schedules")
+_OWN_KEYS = {"dashboard": ("audit",), "operator": ("audit",)}
+"""Keys of the namespace that a role has besides those of all."""
 ROLES: dict[str, Role] = {role.name: role for role in (_PRODUCER, _WORKER, _DASHBOARD, _OPERATOR, _SENTINEL)}
 
 
@@ -203,7 +206,7 @@ def rules(
     return AclRules(
         role, user,
         (
-            *(f"{namespace}:{one}" for one in ("queues", "expiring", "outboxes", "schedules", "{*}:*")),
+            *(f"{namespace}:{one}" for one in (*_COMMON_KEYS, *_OWN_KEYS.get(role, ()), "{*}:*")),
             *(_key_pattern(one) for one in lists),
         ),
         (f"{namespace}:replies:*",) if definition.channels else (), tuple(sorted(names)),

@@ -185,7 +185,7 @@ def test_heads_bring_neither_bodies_nor_tracebacks(seeded: SeededQueue) -> None:
     for id_, state in zip(ids, states.values(), strict=True):
         seeded.redis.hset(seeded.keys.state, id_, state.encode())
 
-    call = inspection.list_jobs(seeded.keys, "dead-oldest", 0, 9, heads=True)
+    call = inspection.list_jobs(seeded.keys, "dead-oldest", 0, 9, reads="heads")
     reply = seeded.redis.execute_command(*call.command()) if seeded.run(call) else None
     rows = call.decode(reply).rows
 
@@ -203,7 +203,7 @@ def test_heads_are_read_in_bounded_steps(seeded: SeededQueue) -> None:
     """A page of heads ends when about 1 MiB was looked at, though almost nothing of it is sent."""
     ids = add_dead_jobs(seeded, *["t"] * 30, body="[1" + " " * 100_000)
     pages, offset = [], 0
-    while (page := seeded.run(inspection.list_jobs(seeded.keys, "dead-oldest", offset, 100, heads=True))).entries:
+    while (page := seeded.run(inspection.list_jobs(seeded.keys, "dead-oldest", offset, 100, reads="heads"))).entries:
         pages.append(page)
         offset += page.entries
 
@@ -214,8 +214,8 @@ def test_heads_are_read_in_bounded_steps(seeded: SeededQueue) -> None:
 def test_heads_become_whole_in_bounded_steps(seeded: SeededQueue) -> None:
     """The jobs of some heads are read in pages of about 1 MiB, in their order; those that are gone are left out."""
     ids = add_dead_jobs(seeded, *["t"] * 15, body="[1" + " " * 100_000)
-    heads = seeded.run(inspection.list_jobs(seeded.keys, "dead-oldest", 0, 100, heads=True)).rows
-    heads += seeded.run(inspection.list_jobs(seeded.keys, "dead-oldest", 11, 100, heads=True)).rows
+    heads = seeded.run(inspection.list_jobs(seeded.keys, "dead-oldest", 0, 100, reads="heads")).rows
+    heads += seeded.run(inspection.list_jobs(seeded.keys, "dead-oldest", 11, 100, reads="heads")).rows
     seeded.redis.hdel(seeded.keys.jobs, ids[3])
 
     first = seeded.run(inspection.whole_jobs(seeded.keys, heads))
