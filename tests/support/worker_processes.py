@@ -147,7 +147,7 @@ class WorkerProcesses:
         with self.client() as client:
             return sum(
                 int(value)
-                for key in client.scan_iter("*:stats:*")
+                for key in client.scan_iter("*:stats:[0-9]*")  # of minutes; sums of hours hold the same again
                 for field, value in client.hgetall(key).items()
                 if field.startswith(b"done:")
             )
