@@ -66,7 +66,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         (["nonsense"], "There is no command 'nonsense'."),
         (["queue", "ls"], "There is no command 'ls'. Did you mean 'list'?"),
         (["purge", "mail"], "There is no command 'purge'. Did you mean 'queue purge'?"),
-        (["show", "mail"], "There is no command 'show'. Did you mean 'queue show' or 'job show' or 'schedule show'?"),
+        (
+            ["show", "mail"],
+            "There is no command 'show'. Did you mean 'queue show' or 'job show' or 'schedule show' or 'workers show'?",
+        ),
         (["status", "--ulr", "x"], "No such option '--ulr'. Did you mean '--url'?"),
         (["worker", "--concurency", "5"], "No such option '--concurency'. Did you mean '--concurrency'?"),
         (["queue", "show"], "Missing argument 'QUEUE'."),
@@ -185,7 +188,7 @@ def test_completion_of_names(shell: Shell, url: str, kind: str) -> None:
     behind_colon, whole = ("high", "mail:high") if kind == "bash" else ("orders:high", "--queue=mail:high")
     expected = {
         "conveyor sta": ["status"],
-        "conveyor queue re": ["redrive", "repair", "resume"],
+        "conveyor queue re": ["redrive", "release", "repair", "resume"],
         "conveyor help queue pu": ["purge"],
         "conveyor status --ur": ["--url"],
         "conveyor completion f": ["fish"],
