@@ -64,7 +64,7 @@ def read(client: Any, keys: QueueKeys) -> dict[str, Any]:
 
 def history(text: bytes) -> tuple[int, int, int, bytes]:
     """Read a stored state without errors."""
-    starts, failures, crashes = text.split()
+    starts, failures, crashes = text.partition(b" \t")[0].split()  # attributes stand behind them
     certain = crashes.rstrip(b"+*")
     return int(starts), int(failures), int(certain), crashes[len(certain) :]
 
