@@ -32,6 +32,11 @@ _LOOSE = (
     (re.compile(r"\s+"), " "),
 )
 
+_ERASED = re.compile(r"[^\n]*\r\x1b\[K")
+"""A line that is erased, such as a progress bar, and with it the sequence that does so."""
+_STAYS = re.compile(r"conveyor worker(?= |$)(?!.* --burst)")
+"""Commands that run until ctrl-C."""
+
 
 def loose(text: str) -> str:
     """Return a line without what differs from run to run: ids, times, sizes, places."""
@@ -76,7 +81,7 @@ class Terminal:
             if error.errno != errno.EIO:
                 raise
             data = b""
-        self.printed += data.decode("utf-8", "replace").replace("\r\n", "\n")
+        self.printed = _ERASED.sub("", self.printed + data.decode("utf-8", "replace").replace("\r\n", "\n"))
         return bool(data)
 
     def wait_for(self, expected: list[str]) -> str | None:
@@ -179,7 +184,7 @@ class PageRunner:
             return
         interrupted = expected[-1:] == ["^C"]
         expected = expected[:-1] if interrupted else expected
-        stays = command.startswith("conveyor worker") and "--burst" not in command
+        stays = bool(_STAYS.match(command))
         # Without a shell in between, which ctrl-C would end as well.
         terminal = Terminal(f"exec {command}" if interrupted or stays else command, self.directory, self.environment)
         if stays and not interrupted:
