@@ -38,6 +38,8 @@ def readable(client: Any, prefix: str = "") -> dict[str, Any]:
         name = key.removeprefix(prefix)
         ttl = client.pttl(key)
         minute = name.startswith("stats:")
+        if minute and not name.removeprefix("stats:").isdigit():
+            continue  # the sums of an hour and of all time hold the same again, once a second minute has begun
         label = ("stats" if minute else name) + ("" if ttl < 0 else f" ~{_tens(ttl)}s")
         shown[label] = (
             _sum(shown.get(label, {}), value) if minute and isinstance(value, dict) else _show(name, value, now)
