@@ -326,6 +326,7 @@ async def work(app: Conveyor) -> None:
         assert await (await double.aenqueue(2)).aresult(timeout=60) == 4
         own = await double.options(delay="10ms", unique="k", id=new_identity()).aenqueue(3)
         assert await app.job(own.id).aresult(timeout=60) == 6
+        assert [part async for part in app.job(own.id).astream()] == []
         await app.tasks["shop.chain"].aenqueue()
         dying = await fail.aenqueue()
         stopping = await long.aenqueue()
