@@ -128,6 +128,8 @@ def furnish(app: Conveyor) -> ManualWorker:
         elif end:
             manual.dead(id_, None)
     level(app, lease=True)
+    for name in ("first", "second"):
+        app.queue("brief", expires="1h").push(1, id=name)
     double.options(unique="held", id="ready").enqueue(1)
     double.options(delay="1h", id="scheduled").enqueue(1)
     app.client.run(operations.await_result(app.client.keys("default"), "ready", f"{NAMESPACE}:replies:nobody"))
@@ -151,12 +153,13 @@ def level(app: Conveyor, *, lease: bool) -> None:
 
 
 def schedule(app: Conveyor) -> None:
-    """Put a schedule, act on it, and delete it."""
+    """Put a schedule, act on it and on its job, and delete it."""
     made = app.schedules.put("hourly", app.tasks["shop.double"].s(1), every="1h")
     made.pause()
     made.resume()
     assert [one.name for one in app.schedules.list()] == ["hourly"]
-    assert made.run().status() == "ready"
+    assert (job := made.run()).status() == "ready"
+    assert job.update(priority=1)
     app.schedules.delete("hourly")
 
 
@@ -307,6 +310,7 @@ def operate(app: Conveyor) -> None:
     assert [one.outcome for one in admin.delete(["dead-too"])] == ["deleted"]
     admin.purge("default")
     admin.purge("default", dead=True)
+    end_brief_queue(app, admin)
     core_of(app).plain_lists[LIST].purge()
     for number in (2, 1):
         repartition(app.client, "spread", number)
@@ -315,6 +319,15 @@ def operate(app: Conveyor) -> None:
         Conveyor(app.client.configured_url, namespace=app.namespace, large=FileStore(directory)) as sweeping,
     ):
         sweep(sweeping)
+
+
+def end_brief_queue(app: Conveyor, admin: Admin) -> None:
+    """Change, cancel and purge the messages of a queue that expires, and that has an end though it holds something."""
+    conf = app.client.keys("brief").conf
+    app.client.execute("EXPIRE", conf, 60, key=conf)
+    assert app.job("second").update(priority=1)
+    assert app.job("first").cancel()
+    assert admin.purge("brief") == 1
 
 
 async def work(app: Conveyor) -> None:
