@@ -13,7 +13,7 @@ import redis as redis_py
 from conveyor.store.keys import QueueKeys
 from conveyor.store.script import Call, Script
 from support.seeded_queue import SeededQueue, entry
-from support.server_dump import exact
+from support.server_dump import exact, postponed
 from support.server_groups import ClusterOfNodes, Node, slot_of
 
 
@@ -42,6 +42,8 @@ def plant(seeded: SeededQueue, call: Call[Any]) -> None:
             seeded.redis.set(key, "{}")
         elif kind == "results":
             seeded.redis.hset(key, "planted", "1\n{}")
+        elif kind == "stream":
+            seeded.redis.xadd(key, {"v": "1"}, id="1-1")
         elif kind == "upkeep":
             seeded.redis.set(key, "0", ex=600)
         elif kind == "room":
@@ -53,11 +55,12 @@ def plant(seeded: SeededQueue, call: Call[Any]) -> None:
 
 
 class Snapshot:
-    """All keys of a server, to be put back."""
+    """All keys of a server, to be put back: as old as they were, so that a slow test compares what is alike."""
 
     def __init__(self, client: redis_py.Redis) -> None:
         self._client = client
         self._saved = [(key, client.dump(key), max(client.pttl(key), 0)) for key in client.keys("*")]
+        self._content, self._made = exact(client), self._now()
 
     def restore(self) -> None:
         """Leave exactly these keys on the server."""
@@ -66,6 +69,16 @@ class Snapshot:
             for key, value, ttl in self._saved:
                 pipeline.restore(key, ttl, value)
             pipeline.execute()
+        age = self._now() - self._made
+        with self._client.pipeline(transaction=False) as pipeline:
+            for key, (_, value) in self._content.items():
+                for command in postponed(key, value, age):
+                    pipeline.execute_command(*command)
+            pipeline.execute()
+
+    def _now(self) -> int:
+        seconds, micros = self._client.time()
+        return int(seconds) * 1000 + int(micros) // 1000
 
 
 class Asking:

@@ -13,7 +13,14 @@ import re
 from typing import Any
 
 _INSTANT = re.compile(r"(?<!\d)1[5-9]\d{11}(?!\d)")
-_READ = {b"hash": "hgetall", b"list": "lrange", b"zset": "zrange", b"set": "smembers", b"string": "get"}
+_READ = {
+    b"hash": "hgetall",
+    b"list": "lrange",
+    b"zset": "zrange",
+    b"set": "smembers",
+    b"string": "get",
+    b"stream": "xrange",
+}
 _LATE_MS = 2_900
 """A dump is made later than what it shows was written, never earlier: so an instant keeps its name for 7.9 s."""
 _WHOLE: dict[bytes, tuple[Any, ...]] = {b"list": (0, -1), b"zset": (0, -1, False, True)}
@@ -57,6 +64,23 @@ def _tens(ms: int) -> int:
     return round((ms + _LATE_MS) / 10_000) * 10
 
 
+def postponed(key: str, value: Any, ms: int) -> list[tuple[Any, ...]]:
+    """Return the commands that let each instant that *key* holds be *ms* later."""
+
+    def later(data: bytes) -> bytes:
+        return _INSTANT.sub(lambda found: str(int(found[0]) + ms), data.decode("latin-1")).encode("latin-1")
+
+    if isinstance(value, dict):
+        return [("HSET", key, field, later(data)) for field, data in value.items() if later(data) != data]
+    if isinstance(value, bytes):
+        return [("SET", key, later(value), "KEEPTTL")] if later(value) != value else []
+    if isinstance(value, list) and value and isinstance(value[0], bytes):
+        return [("LSET", key, place, later(data)) for place, data in enumerate(value) if later(data) != data]
+    if isinstance(value, list) and value and isinstance(value[0][1], float):
+        return [("ZADD", key, score + ms, member) for member, score in value if _INSTANT.fullmatch(str(int(score)))]
+    return []
+
+
 def difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """Return the keys that are not alike, with what they hold *after*; None for one that is gone."""
     return {key: after.get(key) for key in sorted({*before, *after}) if before.get(key) != after.get(key)}
@@ -65,6 +89,8 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
 def _show(name: str, value: Any, now: int) -> Any:
     if isinstance(value, dict):
         return {_text(field, now): _field(name, _text(item, now)) for field, item in value.items()}
+    if isinstance(value, list) and value and isinstance(value[0], tuple) and isinstance(value[0][1], dict):  # a stream
+        return {_text(id_, now): _show(name, fields, now) for id_, fields in value}
     if isinstance(value, list) and value and isinstance(value[0], tuple):
         instants = not name.startswith("limit:")  # where a score is a place
         return {_text(member, now): _relative(int(score), now) if instants else int(score) for member, score in value}

@@ -18,7 +18,8 @@ for i, job in ipairs(walk.found) do
     grouped[i], joining = {job.id, found.priority, group}, true
   end
 end
-if #walk.found > 0 then prove(prefix .. 'none', 'ZREM', 'RPUSH') end
+check('HLEN', prefix .. 'waiters')
+if #walk.found > 0 then prove(prefix .. 'none', 'ZREM', 'RPUSH', 'HMGET') end
 if joining then
   begin_groups(queue)
   prove_groups(prefix .. 'none')
