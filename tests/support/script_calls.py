@@ -8,17 +8,31 @@ from time import time
 from typing import Any
 
 from conveyor.messaging import outbox
-from conveyor.store import inspection, limits, operations, partitions, plain_list, schedules, topics
+from conveyor.payload.records import EnvelopeOptions, write_envelope
+from conveyor.store import (
+    inspection,
+    limits,
+    operations,
+    partitions,
+    plain_list,
+    schedules,
+    streams,
+    topics,
+    worker_commands,
+)
 from conveyor.store.job_filter import JobFilter, Walk
 from conveyor.store.keys import QueueKeys
-from conveyor.store.operations import ProducerSequence, Settlement, TurnReport
+from conveyor.store.operations import Entry, ProducerSequence, Settlement, TurnReport
 from conveyor.store.script import Call
 from conveyor.store.topics import TopicCopies, TopicKeys
+from conveyor.store.worker_commands import WorkerCommand
 from support.seeded_queue import REST, SeededQueue, entry
 
 KEYS = QueueKeys("c", "q", foreign="q")
 REACHED = 900_000_000_000
 """The instant that the schedule has reached."""
+PARTS = streams.write_parts(1, 2, [b"2", b"33"], 2)
+"""The second and third part of the stream of a first attempt."""
 TOPICS = TopicKeys("c")
 # In the slot of the queue, so that one slot can be opened for all.
 TOPICS.prefix, TOPICS.registry, TOPICS.counts = KEYS.prefix, KEYS.prefix + "registry", KEYS.prefix + "counts"
@@ -37,7 +51,7 @@ def furnish(seeded: SeededQueue) -> None:
     seeded.push("v1", "v2")
     seeded.turn("v", 3, 2)
     seeded.push("r1", entry("r2", priority=5), "x1", entry("r3", unique="kr", own_id=True, tags=("b",)))
-    seeded.push(entry("s1", priority=2, delay_ms=60_000, own_id=True, tags=("a",)), entry("s2", delay_ms=90_000))
+    seeded.push(entry("s1", priority=2, delay_ms=60_000, own_id=True, tags=("a",)), _pinned("s2"))
     seeded.push(entry("s3", priority=7, delay_ms=60_000))
     seeded.run(operations.cancel(seeded.keys, "x1"))
     for id_ in ("h3", "v1"):
@@ -48,6 +62,7 @@ def furnish(seeded: SeededQueue) -> None:
     seeded.redis.set(seeded.keys.result("old"), "{}", ex=600)
     seeded.redis.hset(seeded.keys.result_window("h1-old"), "h1-old", "1\n{}")
     seeded.redis.expire(seeded.keys.result_window("h1-old"), 600)
+    seeded.redis.xadd(seeded.keys.stream("h1"), {"v": "1"}, id="1-1")
     seeded.redis.rpush(seeded.keys.intake, "1", "2")
     seeded.redis.rpush("q", "3", "4")
     seeded.redis.zadd(seeded.keys.due, {"s3": 1})
@@ -61,6 +76,11 @@ def furnish(seeded: SeededQueue) -> None:
     assert problems == [], problems
 
 
+def _pinned(id_: str) -> Entry:
+    """Return a scheduled job that only workers of build v1 may run."""
+    return Entry(id_, write_envelope("", b"1", EnvelopeOptions(pin="v1")), delay_ms=90_000)
+
+
 def _turn(keys: QueueKeys) -> Call[Any]:
     others = [
         Settlement("D", "h2", ms=60_000, record=b"{}", attributes="\tukh\tta\ttb", own_id=True),
@@ -69,6 +89,7 @@ def _turn(keys: QueueKeys) -> Call[Any]:
         Settlement("X", "h5", state=b"1 1 0", record=b"{}"),
         Settlement("M", "h6", state=b"1 0 1"),
         Settlement("K", "h6"),
+        Settlement("E", "h6", ms=60_000, record=PARTS),
         Settlement("R", "h7", ms=60_000, state=b"1 1 0"),
     ]
     results = {"h1": (60_000, b"{}")}
@@ -210,6 +231,20 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     ),
     "leave_room": (lambda k: operations.leave_room(k.prefix, "channel 1 1"), {"room"}),
     "wake": (lambda k: operations.wake(k.wake), set()),
+    "emit": (lambda k: streams.emit(k, "w", [("h1", PARTS)]), {"leased:w", "waiters", "stream:h1"}),
+    "read_stream": (
+        lambda k: streams.read_stream(k, "h1", "me", None), {"jobs", "dead", "waiters", "stream:h1"},
+    ),
+    "watch_jobs": (
+        lambda k: inspection.watch_jobs(k, ["h2", "s1", "gone"], "*me"),
+        {"jobs", "state", "due", "dead", "workers", "waiters", "leased:w"},
+    ),
+    "command_worker": (
+        lambda k: worker_commands.send(k, "w", WorkerCommand("stack", k.answer("a"))), {"leased:w", "wake:w"},
+    ),
+    "describe_worker": (lambda k: worker_commands.describe(k, "w", b"{}"), {"leased:w"}),
+    "leased_jobs": (lambda k: worker_commands.leased_jobs(k, "w", 9), {"leased:w", "jobs"}),
+    "release_build": (lambda k: worker_commands.release_build(k, "0", "v1"), {"jobs", "due"}),
     "await_result": (lambda k: operations.await_result(k, "r3", "me"), {"jobs", "dead", "waiters", "result:r3", "results:r3"}),
     "forget": (lambda k: operations.forget(k, "r1", "channel-r1"), {"waiters"}),
     "delete": (
@@ -285,6 +320,7 @@ READS = {
     "why",
     "queue_causes",
     "workers",
+    "leased_jobs",
     "audit",
     "partitions",
     "unplaced",

@@ -91,7 +91,7 @@ def describe(keys: QueueKeys, worker: str, about: bytes) -> Call[bool]:
 def release_build(keys: QueueKeys, cursor: str, build: str) -> Call[tuple[str, int]]:
     """Return the call that releases a page of the jobs pinned to *build*; it yields the next cursor ("0": the end) and how many."""
     return Call(
-        RELEASE_BUILD, (keys.jobs, keys.due, keys.wake), (cursor, build, "1000"),
+        RELEASE_BUILD, (keys.jobs, keys.due, keys.wake, keys.none), (cursor, build, "1000"),
         lambda reply: (reply[0].decode(), int(reply[1])),
     )  # fmt: skip
 

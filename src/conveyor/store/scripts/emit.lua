@@ -1,5 +1,5 @@
 -- Add parts to the streams of jobs that run.
--- needs: numbers rights changes parts
+-- needs: numbers keys rights changes parts
 --
 -- KEYS  1 leased:<worker>  2 waiters  3 none
 -- ARGV  1 ms that a stream is kept  then for each job: id, parts as lib/parts.lua reads them
@@ -10,7 +10,8 @@ for i = 2, #ARGV, 2 do
   held[#held + 1] = redis.call('HEXISTS', leased, ARGV[i])
   new_parts(prefix .. 'stream:' .. ARGV[i], ARGV[i + 1])
 end
-prove(KEYS[3], 'XADD', 'PEXPIRE')
+check('HLEN', waiters)
+prove(KEYS[3], 'XADD', 'PEXPIRE', 'HMGET')
 for i, is_held in ipairs(held) do
   if is_held == 1 then
     add_parts(prefix .. 'stream:' .. ARGV[2 * i], ARGV[2 * i + 1], ARGV[1])

@@ -1,13 +1,15 @@
 -- Release jobs that are pinned to a build: any worker may run them. One page of the queue's jobs.
+-- needs: numbers keys rights tokens
 --
--- KEYS  1 jobs  2 due  3 wake
+-- KEYS  1 jobs  2 due  3 wake  4 none
 -- ARGV  1 cursor  2 the build  3 how many jobs are looked at, about
 -- returns {next cursor, jobs that were released}
-local t = redis.call('TIME')
-local now = t[1] * 1000 + math.floor(t[2] / 1000)
+local now = clock()
 local page = redis.call('HSCAN', KEYS[1], ARGV[1], 'COUNT', ARGV[3])
 local pin, released = '\t{"pin":"' .. ARGV[2] .. '"', 0
+check('ZCARD', KEYS[2])
 redis.call('HDEL', KEYS[1], '\t') -- a removal first, so that a full Redis takes what follows
+prove(KEYS[4], 'HSET', 'ZSCORE', 'ZADD')
 for i = 1, #page[2], 2 do
   local id, envelope = page[2][i], page[2][i + 1]
   local head = string.find(envelope, '\n', 1, true)
@@ -20,8 +22,5 @@ for i = 1, #page[2], 2 do
     released = released + 1
   end
 end
-if released > 0 and redis.call('EXISTS', KEYS[3]) == 0 then
-  redis.pcall('RPUSH', KEYS[3], '1')
-  redis.pcall('PEXPIRE', KEYS[3], 3600000)
-end
+if released > 0 then wake(KEYS[3]) end
 return {page[1], released}
