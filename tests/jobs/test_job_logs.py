@@ -171,6 +171,7 @@ async def test_lines_of_a_batch_are_those_of_its_items(app: Conveyor) -> None:
     await Admin(app.client).adelete([job.id for job in jobs])
 
 
+@pytest.mark.row("D23")
 def test_lines_are_bounded() -> None:
     """The newest lines of an attempt are kept, within 1,000 and 64 KiB, and a line says how many were dropped."""
     log = JobLog()

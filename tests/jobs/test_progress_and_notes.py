@@ -90,6 +90,7 @@ async def test_progress_is_seen_while_the_job_runs_and_after_it(app: Conveyor, k
     assert await audit(app) == []
 
 
+@pytest.mark.row("D23")
 async def test_a_thousand_calls_are_few_writes(app: Conveyor, settlements: list[Settlement]) -> None:
     """At most four writes a second leave the worker, the last word comes before the end; a job that says nothing costs none."""
 

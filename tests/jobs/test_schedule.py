@@ -106,12 +106,14 @@ def _check(names: list[str], expressions: list[str]) -> None:
                 assert found == expected, (name, expression, change)
 
 
+@pytest.mark.row("B4")
 @pytest.mark.parametrize("name", ["Europe/Berlin", "America/New_York", "Africa/Cairo", "America/Santiago"])
 def test_the_instants_of_a_clock_change(name: str) -> None:
     """Around both changes of a year each expression is due as Debian's cron is, minute by minute."""
     _check([name], list(EXPRESSIONS))
 
 
+@pytest.mark.row("B4")
 def test_the_instants_of_any_zone(rounds: Any) -> None:
     """The same of zones and expressions that chance picks; the whole of them in the long run."""
     seed = random.randrange(10**6)
@@ -136,6 +138,7 @@ def test_an_instant_does_not_depend_on_where_one_looks_from() -> None:
                 assert timing.after(ms) == following
 
 
+@pytest.mark.row("B5")
 def test_intervals_and_single_instants() -> None:
     """An interval counts from the epoch; an instant comes once."""
     assert make_timing(every="30s").after(59_999) == 60_000
@@ -153,6 +156,7 @@ def test_intervals_and_single_instants() -> None:
     assert (str(make_timing(every=90)), str(once)) == ("every 1 m 30 s", "at 2026-12-24 17:00:00 UTC")
 
 
+@pytest.mark.row("B5")
 @pytest.mark.parametrize(
     ("declared", "message"),
     [
@@ -175,6 +179,7 @@ def test_what_never_comes_is_refused(declared: dict[str, Any], message: str) -> 
         make_timing(**declared)
 
 
+@pytest.mark.row("B6")
 def test_instants_that_passed() -> None:
     """Of instants that passed unseen the policy keeps none, the newest, or all; the rest is missed."""
     every = {"every_ms": 60_000}

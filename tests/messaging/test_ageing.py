@@ -60,6 +60,7 @@ def take(queue, count, at_once=1):
     return bodies
 
 
+@pytest.mark.row("D20")
 @pytest.mark.parametrize("at_once", [1, 3, 100])
 def test_order(queue, monkeypatch, at_once):
     """One step for each ten minutes, up to 9, to the end of the line there, however many a turn takes."""
@@ -117,6 +118,7 @@ def test_nothing_is_scanned(queue, monkeypatch, redis):
     assert abs(sent[1] - sent[0]) <= 4, sent
 
 
+@pytest.mark.row("D20")
 def test_workers_raise_too(url, monkeypatch, redis):
     """A worker leases the jobs of a queue in the same order."""
     ran = []

@@ -51,6 +51,7 @@ async def outcomes(app: Conveyor, name: str) -> list[tuple[str, int]]:
     return [(run.outcome, run.skipped) for run in reversed((await app.schedules.aget(name)).runs())]
 
 
+@pytest.mark.row("I15")
 async def test_each_instant_has_one_job(app: Conveyor, url: str, redis: Any) -> None:
     """Several workers share the schedules of decorators and of data: each instant is started once, and leaves no key behind."""
     ran: list[tuple[str, datetime | None]] = []
@@ -129,6 +130,7 @@ async def test_a_newer_definition_supersedes(app: Conveyor) -> None:
     assert await outcomes(app, "greeting") == [("superseded", 1)]
 
 
+@pytest.mark.row("B6")
 @pytest.mark.parametrize(
     ("missed", "expected"),
     [
@@ -196,6 +198,7 @@ def _hour(back: int) -> datetime:
     return datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - timedelta(hours=back)
 
 
+@pytest.mark.row("B7")
 async def test_of_many_that_carry_out_an_instant_one_does(app: Conveyor) -> None:
     """The step compares the instant and the definition: of any number of workers one enqueues the job."""
 
@@ -214,6 +217,7 @@ async def test_of_many_that_carry_out_an_instant_one_does(app: Conveyor) -> None
     assert (await app.queue("default").astats()).ready == schedule.fired
 
 
+@pytest.mark.row("B7")
 async def test_an_instant_whose_worker_dies_goes_to_another(app: Conveyor) -> None:
     """A worker that was handed an instant and does nothing leaves it to the next that asks, two seconds later."""
     ran: list[str] = []

@@ -131,6 +131,7 @@ def test_paused_key_stands_still(seeded: SeededQueue) -> None:
     assert seeded.audit() == []
 
 
+@pytest.mark.row("I14", "D18")
 def test_slots_of_a_concurrency_limit(seeded: SeededQueue) -> None:
     """Never more jobs than the limit says are leased; each way out frees a slot, and the operator's number wins until it is reset."""
     declare(seeded, few="c 2 -")
@@ -150,6 +151,7 @@ def test_slots_of_a_concurrency_limit(seeded: SeededQueue) -> None:
     assert seeded.audit() == []
 
 
+@pytest.mark.row("I14")
 def test_rate_is_exact_over_every_pair_of_starts(seeded: SeededQueue) -> None:
     """Start k comes no earlier than the length of the window after start k - n, and the limit is used while there is work."""
     declare(seeded, three="r 3 60 0 -")
@@ -355,7 +357,7 @@ def test_a_lowered_weight_leaves_nothing_behind(seeded: SeededQueue) -> None:
     assert not seeded.redis.exists(f"{seeded.keys.prefix}credits")
 
 
-@pytest.mark.row("C290")
+@pytest.mark.row("C290", "D18")
 @pytest.mark.parametrize("seed", range(4))
 def test_random_steps_leave_no_ticket_and_no_waiter_behind(seeded: SeededQueue, seed: int) -> None:
     """After every step each group has one ticket, each slot a holder, no ticket waits at a limit with room; and all drains."""
