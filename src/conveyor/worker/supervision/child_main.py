@@ -71,6 +71,10 @@ def main(start: Callable[[ChildSpec, ChildSlot], tuple[ChildInfo, Runnable]] | N
     assert spec is not None
     if spec.path:
         sys.path[:] = spec.path
+    # The first connection needs them; on a busy machine importing takes longer than a loop may be blocked.
+    import hiredis  # noqa: F401
+    import redis.asyncio  # noqa: F401
+
     configure_log(verbose=spec.verbose)
     faulthandler.enable()
     code = _run(spec, slot, alive_fd, stack_fd, start or start_app)
@@ -80,10 +84,6 @@ def main(start: Callable[[ChildSpec, ChildSlot], tuple[ChildInfo, Runnable]] | N
 
 def start_app(spec: ChildSpec, slot: ChildSlot) -> tuple[ChildInfo, Runnable]:
     """Import the app and make its worker. Empty `queues`: those that its tasks and plain lists name."""
-    # The first connection needs them; on a busy machine importing takes longer than a loop may be blocked.
-    import hiredis  # noqa: F401
-    import redis.asyncio  # noqa: F401
-
     from conveyor.worker.worker import Worker
 
     app = load(spec.app)
