@@ -296,11 +296,14 @@ def test_worker_refuses_a_server_that_evicts(shell: Shell, start_server: object)
         (["-q", "mail:0"], "weight"),
         (["--grace", "soon"], "soon"),
         (["--processes", "0"], "processes"),
-        (["--health-port", "9191"], "health-port"),
+        (["--health-port", "mail"], "health-port"),
+        (["--autoscale", "8..2"], "autoscale"),
+        (["--autoscale", "2..8", "--burst"], "autoscale"),
+        (["--label", "no label"], "label"),
     ],
 )
 def test_wrong_option_of_a_worker_is_usage(shell: Shell, words: list[str], said: str) -> None:
-    """An option that means nothing, or that does not work yet, is refused before anything starts."""
+    """An option that means nothing is refused before anything starts."""
     done = shell.run("worker", "jobs", *words)
 
     assert done.returncode == 2
@@ -323,9 +326,10 @@ def test_worker_settings_by_source(shell: Shell, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CONVEYOR_URL", shell.url or "")
     monkeypatch.setenv("CONVEYOR_THREADS", "3")
     monkeypatch.setenv("CONVEYOR_MAX_MEMORY", "1500MB")
+    monkeypatch.setenv("CONVEYOR_LABELS", "gpu,eu")
     shell.write(
         "pyproject.toml",
-        '[tool.conveyor]\napp = "jobs"\nprocesses = 4\nthreads = 2\nconcurrency = 7\nmax_jobs = 500\nqueues = {mail = 3, vip = 1}\n',
+        '[tool.conveyor]\napp = "jobs"\nprocesses = 4\nthreads = 2\nconcurrency = 7\nmax_jobs = 500\nqueues = {mail = 3, vip = 1}\nlabels = ["cpu"]\n',
     )
     try:
         result = CliRunner().invoke(cli, ["worker", "-c", "9", "--burst"], obj={"verbose": False})
@@ -333,9 +337,11 @@ def test_worker_settings_by_source(shell: Shell, monkeypatch: pytest.MonkeyPatch
         sys.modules.pop("jobs", None)
 
     assert result.exit_code == 0, result.output
+    assert callable(given.pop("metrics"))
     assert given == {
         "name": "jobs:app", "queues": {"mail": 3.0, "vip": 1.0}, "concurrency": 9, "threads": 3, "processes": 4,
         "burst": True, "grace": 30.0, "max_jobs": 500, "max_memory": 1_500_000_000, "verbose": False,
+        "labels": ("gpu", "eu"), "autoscale": None, "health": None, "login": None, "reload": (),
     }  # fmt: skip
 
 
