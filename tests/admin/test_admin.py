@@ -268,6 +268,19 @@ def test_jobs_in_no_place_are_told_and_put_back(admin: Admin, backend: Client, r
     assert set(redis.lrange(backend.keys("mail").ready[0], 0, len(lost) - 1)) == set(lost)
 
 
+async def test_jobs_are_watched_in_a_loop(admin: Admin, backend: Client) -> None:
+    """The awaitable twins of watch and follow_logs give what those give, and their errors."""
+    await asyncio.to_thread(dead, backend, "mail", "no")
+    (failed,) = await admin.ajobs("mail", "dead")
+    updates = [one async for one in admin.awatch(failed.id)]
+    assert [one.state for one in updates][-1] == "dead"
+    assert updates == await asyncio.to_thread(lambda: list(admin.watch(failed.id)))
+    assert [line async for line in admin.afollow_logs(failed.id)] == []
+    for twin in (admin.awatch, admin.afollow_logs):
+        with pytest.raises(JobNotFound):
+            assert [one async for one in twin("unheard-of")]
+
+
 async def test_awaitable_twins_do_the_same(admin: Admin, backend: Client) -> None:
     """Every method has an awaitable twin with its answer and its errors, and the loop goes on meanwhile."""
     public = [name for name in vars(Admin) if not name.startswith("_") and not isinstance(vars(Admin)[name], property)]

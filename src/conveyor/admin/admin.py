@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import (
+    AsyncGenerator,
     AsyncIterator,
     Callable,
     Collection,
@@ -23,14 +24,14 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial, wraps
 from itertools import islice
 from time import monotonic, sleep
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from conveyor.admin import doctor, metrics
 from conveyor.admin.failure_matrix import MATRIX_RANGES, FailureMatrix, FailureTable
@@ -85,6 +86,9 @@ from conveyor.store.transport import replies
 from conveyor.store.transport.endpoint import in_thread
 from conveyor.store.worker_commands import FOLLOWED, Action
 from conveyor.units import Duration, milliseconds
+
+if TYPE_CHECKING:
+    from conveyor.jobs.watching import Changes, WatchHub
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -720,6 +724,22 @@ class Admin:
 
     def watch(self, *ids: str) -> Generator[JobUpdate, None, None]:
         """Yield what happens to jobs, as `Job.watch` does, until all have ended. Raises JobNotFound."""
+        with self._changes_of(ids) as (hub, jobs):
+            yield from hub.watch(jobs)
+
+    async def awatch(self, *ids: str) -> AsyncGenerator[JobUpdate, None]:
+        """Awaitable form of `watch`."""
+        changes = self._changes_of(ids)
+        hub, jobs = await in_thread(changes.__enter__)
+        try:
+            async for one in hub.awatch(jobs):
+                yield one
+        finally:
+            await in_thread(lambda: changes.__exit__(None, None, None))
+
+    @contextmanager
+    def _changes_of(self, ids: Iterable[str]) -> Iterator[tuple[WatchHub, list[Changes]]]:
+        """Give what watches, and what it is to watch; raises JobNotFound."""
         from conveyor.jobs.results import ResultSubscriber
         from conveyor.jobs.watching import Changes, WatchedJob, WatchHub
 
@@ -728,7 +748,7 @@ class Admin:
         hub = WatchHub(self.client, subscriber)
         jobs = [WatchedJob(one.keys, one.id, lambda: False) for one in found]
         try:
-            yield from hub.watch([Changes(job, None, self._decoder) for job in jobs])
+            yield hub, [Changes(job, None, self._decoder) for job in jobs]
         finally:
             hub.close()
             subscriber.close()
@@ -846,6 +866,10 @@ class Admin:
     ) -> AsyncIterator[list[ActionResult]]:
         """Awaitable form of `act_on_matching`."""
         return _pages(self.act_on_matching(action, query, limit=limit, rate=rate), 1)
+
+    def afollow_logs(self, public_id: str, *, pause: float = 0.25) -> AsyncIterator[LogLine]:
+        """Awaitable form of `follow_logs`."""
+        return _pages(self.follow_logs(public_id, pause=pause), 1)
 
     def aeach_id(self, queue: str | None, state: str | None, wanted: JobFilter) -> AsyncIterator[tuple[str, str]]:
         """Awaitable form of `each_id`."""
