@@ -6,11 +6,12 @@ import re
 import tomllib
 from pathlib import Path
 
+import click
 import pytest
 
 import conveyor
 from conveyor import events
-from conveyor.cli import COMMANDS
+from conveyor.cli import COMMANDS, cli
 from conveyor.store.keys import QueueKeys
 from support.markdown_page import PAGES, ROOT, anchors, blocks, links, prose
 from support.page_runner import PageRunner, first_missing
@@ -132,9 +133,14 @@ def test_reference_of_settings_is_complete() -> None:
 
 
 def test_reference_of_commands_is_complete() -> None:
-    """docs/reference/cli.md has every command."""
+    """docs/reference/cli.md has every command in its table and in a section, which names the subcommands."""
     text = (ROOT / "docs/reference/cli.md").read_text()
     assert not [one for one in COMMANDS if f"\n### {one}\n" not in text or f"\n| `{one}" not in text]
+    sections = {one: text.partition(f"\n### {one}\n")[2].partition("\n### ")[0] for one in COMMANDS}
+    groups = [(one, getattr(cli.get_command(click.Context(cli), one), "commands", {})) for one in COMMANDS]
+    names = [(one, inner) for one, commands in groups for inner in commands]
+    assert names
+    assert not [pair for pair in names if not re.search(rf"`(conveyor {pair[0]} )?{pair[1]}\b", sections[pair[0]])]
 
 
 def test_comparison_finds_what_differs(tmp_path: Path) -> None:
