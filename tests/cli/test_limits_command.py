@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.shell import Shell
+from conveyor.cli import main
 
 APP = """
 from conveyor import Concurrency, Conveyor, Rate
@@ -19,15 +20,23 @@ def send(tenant: str) -> None: ...
 
 
 @pytest.mark.leaves_keys("the limits of its queue are kept")
-def test_limits_are_listed_set_and_reset(url: str, tmp_path: Path) -> None:
+def test_limits_are_listed_set_and_reset(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A change of a rate, or of one key of a limit, shows in the list until it is reset; what fits no limit is refused."""
-    (tmp_path / "shop.py").write_text(APP)
-    shell = Shell(tmp_path, url)
+    (tmp_path / "limited_shop.py").write_text(APP)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "limited_shop", raising=False)
+    monkeypatch.setenv("CONVEYOR_URL", url)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        code = main(["limits", *words, "-A", "limited_shop"])  # in this process, which is faster
+        return code, *capsys.readouterr()
 
     def limits(*words: str) -> Any:
-        done = shell.run("limits", *words, "-A", "shop", "--json")
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        code, printed, said = run(*words, "--json")
+        assert code == 0, said
+        return json.loads(printed)
 
     limits("set", "mail", "500/1m")
     limits("set", "send", "5", "--name", "send.concurrency.tenant", "--key", "acme")
@@ -46,6 +55,6 @@ def test_limits_are_listed_set_and_reset(url: str, tmp_path: Path) -> None:
         (("set", "mail", "many"), "A limit is a rate such as"), (("set", "mail", "5", "--name", "no"), "has no limit 'no'"),
         (("set", "nowhere", "5"), "No queue or task"), (("reset", "mail", "no"), "has no limit 'no'"),
     ):  # fmt: skip
-        done = shell.run("limits", *words, "-A", "shop")
-        assert done.returncode in {2, 5}
-        assert why in done.stderr
+        code, _, said = run(*words)
+        assert code in {2, 5}
+        assert why in said
