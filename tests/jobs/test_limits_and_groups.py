@@ -257,6 +257,7 @@ async def test_weight_and_pause_count_for_what_is_queued(app: Conveyor) -> None:
     @app.task(name="work", limits=[Rate(10_000, "1s", by="tenant")])
     async def work(tenant: str) -> None:
         starts.append(tenant)
+        await asyncio.sleep(0.02)  # so that a turn leases what is free, and not what quick jobs will need soon
 
     await app.aenqueue_many([work.s(tenant) for _ in range(60) for tenant in ("light", "heavy", "off")])
     await app.groups.aset("default", "heavy", weight=3)
@@ -265,7 +266,8 @@ async def test_weight_and_pause_count_for_what_is_queued(app: Conveyor) -> None:
     assert states == {"light": (1, False, 60), "heavy": (3, False, 60), "off": (1, True, 60)}
     async with working(app, concurrency=8):
         await until(lambda: len(starts) == 120)
-        assert 57 <= starts[:80].count("heavy") <= 60
+        # Exactly 60, but that a large turn names the jobs of one key after those of another; 40 without the weight.
+        assert 50 <= starts[:80].count("heavy") <= 60
         assert "off" not in starts
         await app.groups.aset("default", "off", paused=False)
         await until(lambda: len(starts) == 180)

@@ -41,8 +41,8 @@ def test_workers_with_wrong_clocks_are_on_time(url: str, tmp_path: Path, rounds:
     count = rounds(1000, 100)
     with worker_processes(url, tmp_path, lease="1s") as one:
         for shift in ("+3600s", "-3600s"):
-            one.start(env={"LD_PRELOAD": str(_LIBRARY[0]), "FAKETIME": shift, **RIGHT})
-        one.start()
+            one.start(env={"LD_PRELOAD": str(_LIBRARY[0]), "FAKETIME": shift, **RIGHT}, concurrency=12)
+        one.start(concurrency=12)  # so that each of the three takes part of the thirty jobs
         wait(lambda: len(one.registered()) == 3)
         one.app.enqueue_many(one.tasks.note.s(count + n, 2.5) for n in range(30))  # three leases long
         due: dict[int, float] = {}

@@ -284,8 +284,7 @@ class Worker:
         for consumer in self.consumers:
             consumer.hand_back()
             consumer.schedule()
-        if self.executor.gatherer is not None:
-            self.executor.gatherer.drain()
+        self.executor.drain()
         await self._drain_monitor.wait(self.consumers, self._grace)
         await self._cut_off()
         if self._background:  # before the connections close

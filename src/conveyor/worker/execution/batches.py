@@ -175,20 +175,22 @@ class BatchGatherer:
     """The batches of a worker that gather, and those that run."""
 
     def __init__(
-        self, runner: BatchRunner, on_finished: Callable[[list[End]], None], running_table: RunningTable | None
-    ) -> None:
+        self, runner: BatchRunner, on_finished: Callable[[list[End]], None], running_table: RunningTable | None, *,
+        is_draining: bool,
+    ) -> None:  # fmt: skip
         """
         Args:
             runner: runs the batches.
             on_finished: called with the ends of the jobs of a batch.
             running_table: where a supervisor reads which jobs run; None without one.
+            is_draining: each job runs at once, as after `drain`.
         """
         self._runner, self._on_finished, self._running_table = runner, on_finished, running_table
         self._loop = asyncio.get_running_loop()
         self._open: dict[Place, BatchAttempt] = {}
         self._batch_of: dict[Attempt, BatchAttempt] = {}
         self._handlers: dict[str, Handler] = {}
-        self._is_draining = False
+        self._is_draining = is_draining
 
     # -- gathering ------------------------------------------------------------------------------------------------
 

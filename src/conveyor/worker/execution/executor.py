@@ -64,6 +64,7 @@ class Executor:
         self._on_batch = on_batch
         self.gatherer: BatchGatherer | None = None
         """Gathers jobs of batch tasks; None until the first of them."""
+        self._is_draining = False
         self._base = copy_context()
         self._loop = asyncio.get_running_loop()
         self.fork_guard = ForkGuard(self._loop)
@@ -136,9 +137,15 @@ class Executor:
 
     def _gather(self, attempt: Attempt) -> None:
         if self.gatherer is None:
-            self.gatherer = BatchGatherer(self, self._on_batch, self._running_table)
+            self.gatherer = BatchGatherer(self, self._on_batch, self._running_table, is_draining=self._is_draining)
             self._on_finished = self._batch_aware(self.gatherer, self._on_finished)
         self.gatherer.add(attempt)
+
+    def drain(self) -> None:
+        """Let no job wait for others that fill its batch, at a stop; an early ack may come back after it."""
+        self._is_draining = True
+        if self.gatherer is not None:
+            self.gatherer.drain()
 
     @staticmethod
     def _batch_aware(gatherer: BatchGatherer, on_finished: OnFinished) -> OnFinished:
