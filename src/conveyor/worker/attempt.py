@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from msgspec.structs import replace
@@ -80,6 +81,7 @@ class Handler:
         "early",
         "failed",
         "fills",
+        "first_starts",
         "function",
         "keeps_logs",
         "kind",
@@ -125,6 +127,8 @@ class Handler:
         self.done = self.failed = self.retried = 0
         self.run_ms = 0.0
         self.buckets: dict[int, int] = {}
+        self.first_starts: list[Attempt] = []
+        """Attempts that have ended since the last turn, and were the first at their jobs."""
         self.delays: dict[int, int] = {}
         """First starts by how long after its instant a job started, in buckets as those of the durations."""
         self.waits: dict[str, float] = {}
@@ -138,7 +142,7 @@ class Handler:
         handler.early = handler.stores = handler.keeps_logs = False
         handler.limits, handler.costs = {}, {}
         handler.done = handler.failed = handler.retried = 0
-        handler.delays, handler.waits = {}, {}
+        handler.first_starts, handler.delays, handler.waits = [], {}, {}
         handler.timeout = handler.timeout_hard = None
         return handler
 
@@ -150,14 +154,44 @@ class Handler:
         bucket = 0 if ms <= 5 else bisect_left(BUCKETS_MS, ms)
         self.buckets[bucket] = self.buckets.get(bucket, 0) + 1
 
-    def count_start(self, ms: float, cause: str) -> None:
-        """Count the first start of a job, *ms* after it could have started, and what it may have waited for."""
-        bucket = 0 if ms <= 5 else bisect_left(BUCKETS_MS, ms)
-        self.delays[bucket] = self.delays.get(bucket, 0) + 1
-        self.waits[cause] = self.waits.get(cause, 0.0) + ms
+    def _count_starts(self, now_ms: int) -> None:
+        """
+        Count how long after they could have started jobs did, and what they may have waited for.
 
-    def drain(self, into: dict[str, int]) -> None:
-        """Move the counters into *into*, as fields of this minute's hash."""
+        One with an id of its caller's own, pushed without an instant, tells no time, and is left out.
+        """
+        # Once a turn, since at each end it would be a fifth of what an end costs. Jobs that are pushed together have the same
+        # first letters of their ids, which are the instant.
+        clock, plain_ms, made = now_ms - perf_counter() * 1000, 0.0, dict[str, int | None]()
+        for attempt in self.first_starts:
+            envelope, cause = attempt.envelope, "queue"
+            if envelope is PLAIN:
+                letters = attempt.id[:8]
+                due = made[letters] if letters in made else made.setdefault(letters, made_at_ms(attempt.id))
+            else:
+                due = envelope.due_ms or made_at_ms(attempt.id)
+                if envelope.attributes:
+                    cause = "limit" if envelope.limits else "group" if envelope.group is not None else cause
+            if due is None:
+                continue
+            ms = clock + attempt.started * 1000 - due
+            if ms > 5:
+                bucket = bisect_left(BUCKETS_MS, ms)
+            else:  # below 0 where the clocks of its maker and of the server differ
+                bucket, ms = 0, max(0.0, ms)
+            self.delays[bucket] = self.delays.get(bucket, 0) + 1
+            if envelope is PLAIN:
+                plain_ms += ms
+            else:
+                self.waits[cause] = self.waits.get(cause, 0.0) + ms
+        self.first_starts = []
+        if made:
+            self.waits["queue"] = self.waits.get("queue", 0.0) + plain_ms
+
+    def drain(self, into: dict[str, int], now_ms: int) -> None:
+        """Move the counters into *into*, as fields of this minute's hash. *now_ms*: the server's time."""
+        if self.first_starts:
+            self._count_starts(now_ms)
         name = self.name
         if self.done:
             into["done:" + name] = self.done
@@ -190,6 +224,8 @@ class GatheringGroup(Protocol):
 
 class PartSink(Protocol):
     """Writes the partial results of attempts."""
+
+    is_used: bool
 
     def add(self, attempt: Attempt, data: bytes) -> Awaitable[None]:
         """Write an encoded part soon."""

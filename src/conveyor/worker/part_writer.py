@@ -117,6 +117,8 @@ class PartWriter(BackgroundRun):
         super().__init__()
         self._keys, self._connection, self._sealing, self._identity = keys, connection, sealing, identity
         self._loop = asyncio.get_running_loop()
+        self.is_used = False
+        """True from the first part on: a consumer whose jobs emit nothing does not ask at their ends."""
         self._of: dict[Attempt, AttemptParts] = {}
         self._changed: dict[AttemptParts, None] = {}
         self.progress = asyncio.Event()
@@ -129,6 +131,7 @@ class PartWriter(BackgroundRun):
             if attempt.ended != 0.0:
                 raise _after_the_end(attempt)
             parts = self._of.setdefault(attempt, AttemptParts(attempt))
+            self.is_used = True
         if not parts.add(lambda part: pack_part(self._sealing, data, self._keys.queue, attempt.id, part)):
             raise _after_the_end(attempt)
         if asyncio._get_running_loop() is self._loop:  # noqa: SLF001  the C function; get_running_loop raises instead

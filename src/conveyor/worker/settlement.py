@@ -74,17 +74,6 @@ def _add_spawned(report: TurnReport, id: str, spawned: list[bytes]) -> None:  # 
     report.spawned = True
 
 
-def _count_start(attempt: Attempt, now_ms: int) -> None:
-    """Count when a job started that starts for the first time. One of an id of the caller's own tells no time."""
-    envelope = attempt.envelope
-    if (due := envelope.due_ms or made_at_ms(attempt.id)) is not None:
-        cause = "queue"
-        if envelope.attributes:
-            cause = "limit" if envelope.limits else "group" if envelope.group is not None else cause
-        started = now_ms - max(0.0, attempt.ended - attempt.started) * 1000
-        attempt.handler.count_start(max(0.0, started - due), cause)
-
-
 class SettlementWriter:
     """
     Settles attempts into the report of their consumer.
@@ -128,17 +117,19 @@ class SettlementWriter:
         consumer, why = attempt.consumer, attempt.stop_reason
         consumer.changed_handlers.add(attempt.handler)
         report, now = consumer.report, consumer.now_ms
-        if attempt.charges:
+        if attempt.context is not None and attempt.charges:
             self._charge(report, attempt)
-        parts = consumer.part_writer.end(attempt)
+        writer = consumer.part_writer
+        parts = writer.end(attempt) if writer.is_used else None
         if parts is not None:
             report.others.append(parts)
-        if (live := attempt.live_record) is not None:
-            live.finish()
-        if attempt.log is not None:
-            self._keep_log(report, attempt, attempt.log, failed=error is not None or why is not None)
+        if attempt.context is not None:
+            if (live := attempt.live_record) is not None:
+                live.finish()
+            if attempt.log is not None:
+                self._keep_log(report, attempt, attempt.log, failed=error is not None or why is not None)
         if attempt.number == 1 and attempt.started:
-            _count_start(attempt, now)
+            attempt.handler.first_starts.append(attempt)
         unfinished = attempt.started == 0.0 or isinstance(error, asyncio.CancelledError) or stuck
         if why in {"cancel", "expired"} and (unfinished or error is not None):
             self.cancelled(report, attempt, now)
@@ -170,7 +161,8 @@ class SettlementWriter:
         told = handler.task.settings.webhook and self._told(attempt, "done", now_ms)
         spawned = [*attempt.spawned, *told] if told else attempt.context is not None and attempt.spawned
         # Those that simply ended come first, and the other reports of an attempt must come before its end.
-        is_last, live = bool(report.others) and report.others[-1].id == attempt.id, attempt.live_record
+        is_last = bool(report.others) and report.others[-1].id == attempt.id
+        live = None if attempt.context is None else attempt.live_record
         simple = not envelope.own_id and not spawned and not is_last and live is None
         stores = value is not None and handler.stores
         if keep and (stores or live is not None):

@@ -415,7 +415,7 @@ class QueueConsumer:
     def _drain_counters(self, report: TurnReport) -> None:
         """Move the counters since the last turn into *report*."""
         for handler in self.changed_handlers:
-            handler.drain(report.stats)
+            handler.drain(report.stats, self.now_ms)
         self.changed_handlers.clear()
 
     def _on_reply(self, reply: Any) -> None:
