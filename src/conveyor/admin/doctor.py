@@ -16,6 +16,7 @@ from conveyor.admin.server_checks import (
     online_replicas,
     replication_findings,
 )
+from conveyor.admin.server_info import execute_if_allowed, read_setting
 from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.store import inspection
 from conveyor.store.client.client import Client
@@ -278,22 +279,7 @@ def _check_latency(client: Client, report: HealthReport) -> None:
 
 
 def _info(client: Client) -> dict[str, str]:
-    return replies.parse_info(_execute_if_allowed(client, "INFO"))
-
-
-def _setting(client: Client, name: str) -> str | None:
-    reply = _execute_if_allowed(client, "CONFIG", "GET", name)
-    return reply[1].decode() if isinstance(reply, list) and len(reply) > 1 else None
-
-
-def _execute_if_allowed(client: Client, *command: str) -> object:
-    """Return the reply; None when the command is refused or unknown."""
-    try:
-        return client.execute(*command)
-    except StoreUnavailable:
-        raise
-    except ConveyorError:
-        return None
+    return replies.parse_info(execute_if_allowed(client, "INFO"))
 
 
 def _check_version(facts: dict[str, str], report: HealthReport) -> None:
@@ -332,7 +318,7 @@ def _check_role(facts: dict[str, str], report: HealthReport) -> None:
 
 
 def _policy(client: Client, facts: dict[str, str]) -> str:
-    return facts.get("maxmemory_policy") or _setting(client, "maxmemory-policy") or ""
+    return facts.get("maxmemory_policy") or read_setting(client, "maxmemory-policy") or ""
 
 
 def _check_eviction(client: Client, facts: dict[str, str], report: HealthReport) -> None:
@@ -365,20 +351,20 @@ def _check_durability(client: Client, facts: dict[str, str], report: HealthRepor
 
 
 def _durability_level(client: Client, facts: dict[str, str]) -> DurabilityLevel:
-    append = facts.get("aof_enabled") or {"yes": "1", "no": "0"}.get(_setting(client, "appendonly") or "")
+    append = facts.get("aof_enabled") or {"yes": "1", "no": "0"}.get(read_setting(client, "appendonly") or "")
     if append == "1":
-        fsync = _setting(client, "appendfsync")
+        fsync = read_setting(client, "appendfsync")
         levels: dict[str | None, DurabilityLevel] = {"always": "aof-always", "no": "aof-os"}
         return levels.get(fsync, "aof-everysec")  # the default, where CONFIG is refused
     if append is None:
         return "unknown"
-    save = _setting(client, "save")
+    save = read_setting(client, "save")
     return "memory" if save == "" else "snapshots" if save else "unknown"
 
 
 def _check_confirmations(client: Client, facts: dict[str, str], report: HealthReport) -> None:
     """Report the durability that a push may request here."""
-    minimum, lag = (_setting(client, f"min-replicas-{what}") for what in ("to-write", "max-lag"))
+    minimum, lag = (read_setting(client, f"min-replicas-{what}") for what in ("to-write", "max-lag"))
     report.replicas = online_replicas(facts)
     report.fsync_works, line = fsync_finding(client.execute, str(client.address))
     for one in (line, *replication_findings(facts, minimum, lag)):
@@ -406,17 +392,17 @@ def _check_memory(facts: dict[str, str], report: HealthReport) -> None:
 
 def _check_connections(client: Client, report: HealthReport) -> None:
     """Report that idle connections are closed, or that those of vanished clients are kept."""
-    if (quiet := _setting(client, "timeout")) not in {None, "0"}:
+    if (quiet := read_setting(client, "timeout")) not in {None, "0"}:
         text = f"timeout is {quiet}: idle connections are closed after {quiet} s, and opened again at the next call"
         report.add("connections", "note", text, "CONFIG SET timeout 0")
-    if _setting(client, "tcp-keepalive") == "0":
+    if read_setting(client, "tcp-keepalive") == "0":
         text = "tcp-keepalive is off: connections of vanished machines stay open, and a blocked one takes a wake-up for itself"
         report.add("connections", "warning", text, "CONFIG SET tcp-keepalive 60")
 
 
 def _check_clock(client: Client, report: HealthReport) -> None:
     before = time.time()
-    reply = _execute_if_allowed(client, "TIME")
+    reply = execute_if_allowed(client, "TIME")
     after = time.time()
     if not isinstance(reply, list):
         return

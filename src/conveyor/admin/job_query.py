@@ -206,9 +206,8 @@ def _term(name: str, text: str, value: str, negated: bool, position: int, value_
 
 
 def _unknown(name: str) -> str:
-    known = [one for one in _FIELDS if one != "text"]
-    near = difflib.get_close_matches(name.partition(".")[0], known, 1)
-    hint = f"Did you mean {near[0]}:?" if near else f"Known: {', '.join(known)}"
+    near = difflib.get_close_matches(name.partition(".")[0], FIELDS, 1)
+    hint = f"Did you mean {near[0]}:?" if near else f"Known: {', '.join(FIELDS)}"
     return f"There is no field {name!r}. {hint}"
 
 

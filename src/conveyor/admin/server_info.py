@@ -37,11 +37,11 @@ def read_server_info(client: Client) -> ServerInfo:
     """Return the facts of the server in two commands. Raises StoreUnavailable when it does not answer."""
     if isinstance(client.address, Cluster):
         return ServerInfo("cluster")
-    facts = _asked(client, "INFO")
+    facts = execute_if_allowed(client, "INFO")
     if facts is None:
         return ServerInfo("unknown")
     told = replies.parse_info(facts)
-    size = _asked(client, "DBSIZE")
+    size = execute_if_allowed(client, "DBSIZE")
     saved = _number(told, "rdb_last_save_time")
     return ServerInfo(
         told.get("redis_mode", "standalone"), _number(told, "uptime_in_seconds"),
@@ -51,15 +51,15 @@ def read_server_info(client: Client) -> ServerInfo:
         },
         {
             "aof": told.get("aof_enabled") == "1", "rdb_last": None if not saved else datetime.fromtimestamp(saved, UTC),
-            "fsync": _setting(client, "appendfsync") if told.get("aof_enabled") == "1" else None,
+            "fsync": read_setting(client, "appendfsync") if told.get("aof_enabled") == "1" else None,
         },
         _number(told, "instantaneous_ops_per_sec"), _number(told, "connected_clients"), _number(told, "evicted_keys"),
         _number(told, "expired_keys"), size if isinstance(size, int) else None,
     )  # fmt: skip
 
 
-def _asked(client: Client, *command: str) -> Any:
-    """Return the reply to a command, None where the user may not give it."""
+def execute_if_allowed(client: Client, *command: str) -> object:
+    """Return the reply; None when the command is refused or unknown."""
     try:
         return client.execute(*command)
     except StoreUnavailable:
@@ -68,8 +68,9 @@ def _asked(client: Client, *command: str) -> Any:
         return None
 
 
-def _setting(client: Client, name: str) -> str | None:
-    reply = _asked(client, "CONFIG", "GET", name)
+def read_setting(client: Client, name: str) -> str | None:
+    """Return a setting of the server; None when that may not be asked."""
+    reply = execute_if_allowed(client, "CONFIG", "GET", name)
     return reply[1].decode() if isinstance(reply, list) and len(reply) > 1 else None
 
 
