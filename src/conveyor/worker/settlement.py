@@ -117,17 +117,17 @@ class SettlementWriter:
         consumer, why = attempt.consumer, attempt.stop_reason
         consumer.changed_handlers.add(attempt.handler)
         report, now = consumer.report, consumer.now_ms
-        if attempt.context is not None and attempt.charges:
-            self._charge(report, attempt)
-        writer = consumer.part_writer
-        parts = writer.end(attempt) if writer.is_used else None
-        if parts is not None:
-            report.others.append(parts)
         if attempt.context is not None:
+            if attempt.charges:
+                self._charge(report, attempt)
             if (live := attempt.live_record) is not None:
                 live.finish()
             if attempt.log is not None:
                 self._keep_log(report, attempt, attempt.log, failed=error is not None or why is not None)
+        writer = consumer.part_writer
+        parts = writer.end(attempt) if writer.is_used else None  # those of a process come without a context
+        if parts is not None:
+            report.others.append(parts)
         if attempt.number == 1 and attempt.started:
             attempt.handler.first_starts.append(attempt)
         unfinished = attempt.started == 0.0 or isinstance(error, asyncio.CancelledError) or stuck
@@ -161,10 +161,12 @@ class SettlementWriter:
         told = handler.task.settings.webhook and self._told(attempt, "done", now_ms)
         spawned = [*attempt.spawned, *told] if told else attempt.context is not None and attempt.spawned
         # Those that simply ended come first, and the other reports of an attempt must come before its end.
-        is_last = bool(report.others) and report.others[-1].id == attempt.id
         live = None if attempt.context is None else attempt.live_record
-        simple = not envelope.own_id and not spawned and not is_last and live is None
+        simple = not (
+            envelope.own_id or spawned or live is not None or (report.others and report.others[-1].id == attempt.id)
+        )
         stores = value is not None and handler.stores
+        ms, record, state = 0, b"", b""
         if keep and (stores or live is not None):
             try:
                 data = handler.task.results.encode(value) if stores else b"null"
@@ -179,30 +181,20 @@ class SettlementWriter:
                 record = b'{"status":"done",%b,"at":%d,"run":%b}' % (packed, now_ms, run)
             if live is not None:
                 record = self._add_live(report, attempt, live, record)
-            if simple:
-                report.add_done(attempt.id, envelope.attributes)
-                report.results[attempt.id] = (keep, record)
-            else:
-                if spawned:
-                    _add_spawned(report, attempt.id, spawned)
-                state = b"" if stores else b"-"
-                report.others.append(
-                    Settlement("D", attempt.id, keep, record, state, envelope.attributes, own_id=envelope.own_id)
-                )
-        else:
+            ms, state = keep, b"" if stores else b"-"
+        elif value is not None and not keep and handler.task.promises_result:
             # A promised value that was returned and is not kept is told from none: `result` raises ResultExpired.
-            promised = value is not None and not keep and handler.task.promises_result
-            if simple:
-                report.add_done(attempt.id, envelope.attributes)
-                if promised:
-                    report.results[attempt.id] = (0, b"")
-            else:
-                if spawned:
-                    _add_spawned(report, attempt.id, spawned)
-                state = b"+" if promised else b""
-                report.others.append(
-                    Settlement("D", attempt.id, state=state, attributes=envelope.attributes, own_id=envelope.own_id)
-                )
+            state = b"+"
+        if simple:
+            report.add_done(attempt.id, envelope.attributes)
+            if record or state:
+                report.results[attempt.id] = (ms, record)
+        else:
+            if spawned:
+                _add_spawned(report, attempt.id, spawned)
+            report.others.append(
+                Settlement("D", attempt.id, ms, record, state, envelope.attributes, own_id=envelope.own_id)
+            )
         if envelope.attributes:
             report.frees = True
         if attempt.context is not None:
