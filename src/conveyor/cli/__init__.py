@@ -53,6 +53,8 @@ COMMANDS: dict[str, CommandEntry] = {
     "dashboard": CommandEntry("conveyor.cli.dashboard:dashboard", "Serve the dashboard and the HTTP API.", "Look"),
     "doctor": CommandEntry("conveyor.cli.doctor:doctor", "Examine the server: eviction, durability, latency.", "Look"),
     "metrics": CommandEntry("conveyor.cli.metrics:metrics", "Print what Prometheus scrapes.", "Look"),
+    "config": CommandEntry("conveyor.cli.config:config", "Show where settings come from, and check them.", "Look"),
+    "bench": CommandEntry("conveyor.cli.bench:bench", "Measure the server from here, beside a plain list.", "Look"),
     "acl": CommandEntry("conveyor.cli.acl:acl", "Print least-privilege ACL rules for Redis.", "Look"),
     "help": CommandEntry("conveyor.cli.help:help_", "Show the help of a command.", "Help"),
     "completion": CommandEntry(

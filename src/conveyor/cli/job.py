@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from conveyor.cli.command import CommandGroup
+from conveyor.cli.completion import complete_queues
 from conveyor.cli.exit import ExitCode
-from conveyor.cli.filters import selection_options
+from conveyor.cli.filters import STATES, selection_options
 from conveyor.cli.output import (
     Output,
     ProgressLine,
@@ -128,6 +129,29 @@ def _list_matching(
             for info in jobs:
                 out.line(info.id if ids_only else "\t".join(map(machine_text, _row(info))))
     say_unanswered(out, admin)
+
+
+@job.command()
+@click.argument("words", metavar="[FILTER]", nargs=-1)
+@click.option("--queue", metavar="QUEUE", shell_complete=complete_queues, help="Only jobs of this queue.")
+@click.option("--state", type=click.Choice(STATES), help="Only jobs in this state.")
+@redis_options
+def export(target: Target, out: Output, words: tuple[str, ...], queue: str | None, state: str | None) -> None:
+    """
+    Write jobs as JSON lines, one a job, with arguments, errors and history: to read them elsewhere.
+
+    FILTER: as for `job list`. Without one: all that have not ended, and dead ones. Nothing is changed.
+    """
+    from conveyor.admin.job_query import parse
+
+    admin, count = target.admin(), 0
+    query = parse(" ".join(map(_quoted, words))).joined(queue, state)
+    jobs = _each_match(admin, query, 0) if words else admin.each_job(queue, state)
+    for info in jobs:
+        out.document("job", job=info)
+        count += 1
+    say_unanswered(out, admin)
+    out.say(f"{quantity(count, 'job')} exported.")
 
 
 def _each_match(admin: Admin, query: JobQuery, offset: int) -> Iterator[JobInfo]:

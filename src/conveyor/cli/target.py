@@ -101,6 +101,10 @@ class Target:
         """Return the app, or where none is named one without tasks on the server: for what a handle of a job does."""
         if reference(self.app_name, self.settings) is not None:
             return self.load_app()[1]
+        return self.empty_app()
+
+    def empty_app(self) -> Any:
+        """Return an app without tasks on the server."""
         from conveyor.jobs.app import Conveyor
 
         app = Conveyor(self.url or self.server_url, namespace=self._namespace() or "conveyor")
