@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
+from redis import Redis
 
 from conveyor import Conveyor
 from conveyor.cli import main
@@ -105,7 +105,7 @@ def test_an_export_has_every_job_with_its_arguments(app: Conveyor, capsys: pytes
 
 
 def test_a_bench_measures_and_leaves_no_key_for_long(
-    url: str, client: redis.Redis, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    url: str, redis: Redis, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It prints its figures with their ratios, and all keys of its queue have a time to live."""
     monkeypatch.setattr("conveyor.cli.bench.SINGLE", 5)
@@ -113,4 +113,4 @@ def test_a_bench_measures_and_leaves_no_key_for_long(
     figures = {one["name"]: one for one in document["figures"]}
     assert figures["drain"]["value"] > 0
     assert figures["drain"]["ratio"] == figures["drain"]["value"] / figures["drain"]["plain"]
-    assert all(client.ttl(key) > 0 for key in client.scan_iter("conveyor:{bench-*"))
+    assert all(redis.ttl(key) > 0 for key in redis.scan_iter("conveyor:{bench-*"))

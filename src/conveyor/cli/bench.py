@@ -37,7 +37,7 @@ class Figure:
 
     @property
     def ratio(self) -> float | None:
-        """How many times a plain list's value it is."""
+        """The value divided by that of a plain list."""
         return self.value / self.plain if self.plain else None
 
 
