@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis as redis_py
 
-from conveyor import Concurrency, Conveyor, Retry
+from conveyor import Concurrency, Conveyor, Rate, Retry
 from conveyor.admin.admin import Admin
-from conveyor.admin.metrics import TaskTotals, load_json, render, task_totals
+from conveyor.admin.metrics import SystemFacts, TaskTotals, load_json, render, task_totals
+from conveyor.admin.views import QueueInfo, WorkerInfo
+from conveyor.admin.worker_control import processes_of
 from conveyor.errors import QueueNotFound
-from support.running_worker import drain
+from conveyor.messaging.limit_control import LimitState
+from conveyor.store import operations
+from conveyor.store.schedules import RunLine, ScheduleRow
+from conveyor.worker.leasing.heartbeat import LAG_WINDOW, LoopLag
+from support.running_worker import drain, working
 from support.shell import Shell
 
 _SAMPLE = re.compile(r'([a-z_]+)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)*)\})? ([0-9.e+-]+)')
@@ -77,6 +85,77 @@ async def test_counters_are_what_happened(app: Conveyor, redis: redis_py.Redis) 
     assert found["conveyor_queue_jobs", "mail", "dead"] == 1
     assert found["conveyor_queue_jobs", "mail", "ready"] == 0
     await app.queue("mail").apurge(dead=True)
+
+
+async def test_schedules_limits_workers_and_lost_leases(url: str, redis: redis_py.Redis) -> None:
+    """Schedules, limits, places of workers and lost leases are metrics too, and another program reads the same numbers."""
+    async with Conveyor(url) as app, Conveyor(url) as other:
+        app.queue("mail", limits=[Rate(5, "1h", name="sends"), Concurrency(1, by="tenant", name="tenants")])
+        gate, started = asyncio.Event(), asyncio.Event()
+
+        @app.task(name="held", queue="mail")
+        async def held(tenant: str) -> None:
+            started.set()
+            await gate.wait()
+
+        schedule = await app.schedules.aput("yearly", held.s("a"), cron="0 0 1 1 *")
+        await schedule.apause()
+        await held.aenqueue("a")
+        await held.aenqueue("a")
+        async with working(app, concurrency=4) as worker:
+            await asyncio.wait_for(started.wait(), 60)
+            [consumer] = worker.consumers
+            found = samples(await Admin(app.client).ametrics_text())
+            assert samples(await Admin(other.client).ametrics_text()).keys() == found.keys()
+            assert found["conveyor_schedule_paused", "mail", "yearly"] == 1
+            assert found["conveyor_schedule_skipped_total", "mail", "yearly", "missed"] == 0
+            assert found["conveyor_schedule_late_seconds", "mail", "yearly"] == 0
+            assert found["conveyor_limit_used", "mail", "sends", "rate"] == 1
+            assert found["conveyor_limit_available", "mail", "sends", "rate"] == 4
+            assert found["conveyor_limit_used", "mail", "tenants", "concurrency"] == 1
+            assert found["conveyor_limit_waiting", "mail", "tenants", "concurrency"] == 1
+            assert found["conveyor_workers", "worker", "running"] == 1
+            assert found["conveyor_worker_slots", worker.name, "used"] == 1
+            assert found["conveyor_worker_slots", worker.name, "free"] == 3
+            assert found["conveyor_worker_loop_lag_seconds", worker.name] == 0
+            assert found["conveyor_leases_lost_total", "mail"] == 0
+            await app.client.arun(operations.reap(consumer.keys, consumer.identity))
+            assert samples(await Admin(other.client).ametrics_text())["conveyor_leases_lost_total", "mail"] == 1
+            gate.set()
+        await drain(app)
+        await schedule.adelete()
+
+
+def test_schedules_that_stand_still_and_full_keys() -> None:
+    """A schedule is as late as its instant is past, and not while it is paused; of a limit by keys its fullest key is told."""
+    reasons = {"missed": 2, "overlap": 1, "paused": 0, "superseded": 0}
+    row = ScheduleRow("nightly", "", b"", b"", "code", 40_000, False, "", 7, 3, [], 0, reasons)
+    limit = Concurrency(4, by="tenant", name="api")
+    states = [LimitState("mail", "api", key, limit, limit, False, used, 1, None) for key, used in (("a", 1), ("b", 3))]
+    facts = SystemFacts([("mail", 100_000, row), ("mail", 100_000, row._replace(name="off", paused=True))], states)
+    found = samples(render((), {}, {}, facts))
+    assert found["conveyor_schedule_late_seconds", "mail", "nightly"] == 60
+    assert found["conveyor_schedule_late_seconds", "mail", "off"] == 0
+    assert found["conveyor_schedule_fired_total", "mail", "nightly"] == 7
+    assert found["conveyor_schedule_skipped_total", "mail", "nightly", "missed"] == 2
+    assert found["conveyor_limit_used", "mail", "api", "concurrency"] == 3
+    assert found["conveyor_limit_available", "mail", "api", "concurrency"] == 1
+    assert found["conveyor_limit_waiting", "mail", "api", "concurrency"] == 2
+
+
+def test_loop_lag_is_told_when_there_is_some() -> None:
+    """A loop that is on time tells nothing; one that kept others waiting tells the longest time once, and when it is over."""
+    lag = LoopLag()
+    start = lag._until
+    lag.note(0.0, 0.25)
+    assert not lag.is_to_be_told(start)
+    lag.note(1.0, 1.75)
+    lag.note(2.0, 2.5)
+    assert not lag.is_to_be_told(start + 1)
+    assert lag.is_to_be_told(start + LAG_WINDOW)
+    assert lag.told_ms == 500
+    assert lag.is_to_be_told(start + 2 * LAG_WINDOW)
+    assert lag.told_ms == 0
 
 
 async def test_counters_never_fall(app: Conveyor, redis: redis_py.Redis) -> None:
@@ -147,6 +226,35 @@ def test_load_for_autoscalers(loaded: Conveyor, url: str, tmp_path: Path) -> Non
     assert samples(printed)["conveyor_queue_paused", "a"] == 1
 
 
+def everything() -> SystemFacts:
+    """Return facts of which each metric has a sample."""
+    runs = [RunLine(1, 1, "fired", "x", 0)]
+    row = ScheduleRow("s", "", b"", b"", "code", None, False, "", 0, 0, runs, 0, {"missed": 1})
+    limit, now = Concurrency(1, name="l"), datetime.now(UTC)
+    about = {"kind": "worker", "concurrency": 1}
+    worker = WorkerInfo("w", "a", "host", 1, 0, now, about, now, now)
+    return SystemFacts(
+        [("a", 0, row)], [LimitState("a", "l", None, limit, limit, False, 0, 0, None)], processes_of([worker]), {"a": 0}
+    )
+
+
+def test_each_metric_is_documented() -> None:
+    """The page of metrics names each metric, and each has a help text, one type and samples of its own name in one piece."""
+    page = (Path(__file__).parents[2] / "docs/guides/metrics-and-traces.md").read_text()
+    counters = {"done:t": 1, "ms:t": 1, "le0:t": 1, "at0:t": 1, "wait:queue:t": 1}
+    info = {"used_memory": 1, "maxmemory": 1, "evicted_keys": 0, "connected_clients": 1}
+    queue = QueueInfo("a", 1, 0, 0, 0, 0, 1, 1.0, False, 5)
+    text = render([queue], {"a": task_totals(counters)}, info, everything())
+    families = re.findall(r"^# TYPE (\S+) (counter|gauge|histogram)$", text, re.MULTILINE)
+    assert len(dict(families)) == len(families) == len(re.findall(r"^# HELP (\S+) \S.*$", text, re.MULTILINE))
+    for name, kind in families:
+        assert (kind == "counter") == name.endswith("_total"), name
+        assert f"`{name}`" in page, name
+    order = [re.match(r"[a-z_]+", line)[0] for line in text.splitlines() if not line.startswith("#")]  # type: ignore[index]
+    base = [re.sub(r"_(bucket|sum|count)$", "", name) for name in order]
+    assert [name for at, name in enumerate(base) if at == 0 or base[at - 1] != name] == [name for name, _ in families]
+
+
 def test_board_and_alerts_name_metrics_that_exist(loaded: Conveyor) -> None:
     """Each metric of the Grafana board and of the alert rules is one that the text has, or that a task would have."""
     folder = Path(__file__).parents[2] / "docs/grafana"
@@ -154,6 +262,6 @@ def test_board_and_alerts_name_metrics_that_exist(loaded: Conveyor) -> None:
     assert json.loads(board)["panels"]
     counters = {"done:t": 1, "ms:t": 1, "le0:t": 1, "at0:t": 1, "wait:queue:t": 1}
     info = {"used_memory": 1, "maxmemory": 1, "evicted_keys": 0, "connected_clients": 1}
-    text = render(Admin(loaded.client).queues(), {"a": task_totals(counters)}, info)
+    text = render(Admin(loaded.client).queues(), {"a": task_totals(counters)}, info, everything())
     for named in set(re.findall(r"conveyor_[a-z_]+", board + alerts)):
         assert any(line.startswith((named + "{", named + " ")) for line in text.splitlines()), named

@@ -125,7 +125,7 @@ def _publish_from(keys: QueueKeys) -> Call[Any]:
 
 
 def _fire(keys: QueueKeys) -> Call[Any]:
-    row = schedules.ScheduleRow("timer", "digest", b"", b"", "data", REACHED, False, "", 0, 0, [], 0)
+    row = schedules.ScheduleRow("timer", "digest", b"", b"", "data", REACHED, False, "", 0, 0, [], 0, {})
     return schedules.fire_schedule(keys, row, REACHED + 1000, entry("n4", priority=5), alone=True, max_length=100)
 
 

@@ -64,6 +64,7 @@ from conveyor.jobs.core import core_of
 from conveyor.jobs.history import HistoryEntry, ended_history, live_history
 from conveyor.jobs.why import QueueCause, Why, explain, queue_causes
 from conveyor.messaging.deletion import refuse_in_use
+from conveyor.messaging.limit_control import LimitControl
 from conveyor.messaging.maintenance import redrive_batch
 from conveyor.messaging.partitions import refuse_full
 from conveyor.messaging.selection import ACTED_ON, ActionName, JobWalk, Pace, Walks, act, last_error
@@ -81,6 +82,7 @@ from conveyor.store.client.outages import FIRST_TRY
 from conveyor.store.inspection import Ended, FinishedJob, JobRow, QueueCounts
 from conveyor.store.job_filter import ANY_JOB, JobFilter, Walk
 from conveyor.store.keys import PRIORITIES, QueueKeys
+from conveyor.store.schedules import read_schedules
 from conveyor.store.script import Call
 from conveyor.store.transport import replies
 from conveyor.store.transport.endpoint import in_thread
@@ -491,20 +493,46 @@ class Admin:
         try:
             server = replies.parse_info(self.client.execute("INFO", retry_for=0.0))
             queues = self.queues()
-            totals = self._task_totals()
+            totals = self._read_totals()
+            facts = self._system_facts(queues, totals)
         except StoreUnavailable:
             return metrics.render((), {}, None)
-        return metrics.render(queues, totals, server)
-
-    def _task_totals(self) -> dict[str, dict[str, metrics.TaskTotals]]:
         counters: dict[str, Counter[str]] = {}
+        for (name, _), one in totals.items():
+            counters.setdefault(name, Counter()).update(one.counters)
+        by_task = {name: metrics.task_totals(total) for name, total in counters.items()}
+        return metrics.render(queues, by_task, server, facts)
+
+    def _system_facts(
+        self, queues: Iterable[QueueInfo], totals: Mapping[tuple[str, str], inspection.QueueTotals]
+    ) -> metrics.SystemFacts:
+        """Read schedules, limits and workers where there are any: most queues have neither schedules nor limits."""
+        lost: Counter[str] = Counter()
+        for (name, _), one in totals.items():
+            lost[name] += one.counters.get("lost", 0)
+        read = [
+            (name, *found)
+            for (name, part), one in totals.items()
+            if one.has_schedules and (found := self._ask(part, read_schedules(self._keys(part)))) is not None
+        ]
+        limited = {name: None for (name, _), one in totals.items() if one.has_limits}
+        control = LimitControl(self.client)
+        return metrics.SystemFacts(
+            [(name, now, row) for name, now, rows in read for row in rows],
+            [limit for name in limited for limit in control.list(name)],
+            processes_of(one for info in queues if info.workers for one in self.workers(info.name)),
+            lost,
+        )
+
+    def _read_totals(self) -> dict[tuple[str, str], inspection.QueueTotals]:
+        """Return what `read_totals` says, by queue and partition; those whose server does not answer are left out."""
+        totals: dict[tuple[str, str], inspection.QueueTotals] = {}
         parts = iter([(name, part) for name, some in self._directory.everything().items() for part in some])
         # In a cluster each partition is in a slot of its own.
         while some := list(islice(parts, _AT_A_TIME if self.client.has_one_endpoint else 1)):
             found = self._ask(some[0][1], inspection.read_totals([self._keys(part) for _, part in some]))
-            for (name, _), one in zip(some, found or (), strict=False):
-                counters.setdefault(name, Counter()).update(one)
-        return {name: metrics.task_totals(total) for name, total in counters.items()}
+            totals.update(zip(some, found or (), strict=False))
+        return totals
 
     def load(self, queues: Collection[str] = ()) -> dict[str, metrics.LoadView]:
         """Return the work of *queues*, all that are known when none is named, for an autoscaler. Raises QueueNotFound."""

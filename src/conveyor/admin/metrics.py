@@ -8,12 +8,15 @@ when a queue was deleted, or when nothing ended in it for 31 days.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from conveyor.admin.views import QueueInfo
+from conveyor.admin.worker_control import WorkerProcess
+from conveyor.messaging.limit_control import LimitState
 from conveyor.store.inspection import BUCKETS_MS
+from conveyor.store.schedules import ScheduleRow
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 CAUSES = ("queue", "limit", "group", "retry")
@@ -99,6 +102,23 @@ def load_json(views: Mapping[str, LoadView]) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class SystemFacts:
+    """
+    The state of schedules, limits and workers, and the leases that were lost by queue.
+
+    *schedules* are by queue, with the server's ms at which they were read.
+    """
+
+    schedules: Sequence[tuple[str, int, ScheduleRow]] = ()
+    limits: Sequence[LimitState] = ()
+    workers: Sequence[WorkerProcess] = ()
+    lost: Mapping[str, int] = field(default_factory=dict)
+
+
+NO_FACTS = SystemFacts()
+
+
 class _Family:
     """One metric with its samples."""
 
@@ -129,14 +149,23 @@ def _escaped(label: str) -> str:
 
 
 def render(
-    queues: Iterable[QueueInfo], totals: Mapping[str, Mapping[str, TaskTotals]], server: Mapping[str, Any] | None
+    queues: Iterable[QueueInfo],
+    totals: Mapping[str, Mapping[str, TaskTotals]],
+    server: Mapping[str, Any] | None,
+    facts: SystemFacts = NO_FACTS,
 ) -> str:
     """
     Return the text of a scrape.
 
     *totals*: by queue and task. *server*: the reply to INFO; None: Redis does not answer, and nothing else is known.
     """
-    families = [*_server_families(server), *_queue_families(queues), *_task_families(totals)]
+    families = [
+        *_server_families(server),
+        *_queue_families(queues),
+        *_task_families(totals),
+        *_schedule_families(facts),
+    ]
+    families += [*_limit_families(facts.limits), *_worker_families(facts)]
     return "".join(family.text() for family in families)
 
 
@@ -210,3 +239,69 @@ def _task_families(totals: Mapping[str, Mapping[str, TaskTotals]]) -> Iterator[_
                 if cause in one.waits:
                     waits.add(one.waits[cause] / 1000, **labels, cause=cause)
     yield from (finished, duration, delay, waits)
+
+
+def _schedule_families(facts: SystemFacts) -> Iterator[_Family]:
+    fired = _Family("conveyor_schedule_fired_total", "counter", "Instants of a schedule that had a job.")
+    skipped = _Family("conveyor_schedule_skipped_total", "counter", "Instants that were skipped, by reason.")
+    last = _Family(
+        "conveyor_schedule_last_run_timestamp_seconds",
+        "gauge",
+        "The last instant that had a job, of those that are kept.",
+    )
+    late = _Family(
+        "conveyor_schedule_late_seconds", "gauge", "How long the instant that is due has passed; 0: it has not."
+    )
+    paused = _Family("conveyor_schedule_paused", "gauge", "1 while the schedule is paused.")
+    for queue, now, row in facts.schedules:
+        labels = {"queue": queue, "schedule": row.name}
+        fired.add(row.fired, **labels)
+        for reason, count in row.skipped_by.items():
+            skipped.add(count, **labels, reason=reason)
+        ran = max((run.instant_ms for run in row.runs if run.outcome == "fired"), default=None)
+        if ran is not None:
+            last.add(ran / 1000, **labels)
+        behind = 0 if row.paused or row.next_ms is None else max(0, now - row.next_ms)
+        late.add(behind / 1000, **labels)
+        paused.add(row.paused, **labels)
+    yield from (fired, skipped, last, late, paused)
+
+
+def _limit_families(limits: Iterable[LimitState]) -> Iterator[_Family]:
+    used = _Family(
+        "conveyor_limit_used", "gauge", "Places or starts in use; of a limit by keys those of its fullest key."
+    )
+    available = _Family("conveyor_limit_available", "gauge", "What is left of the limit, of its fullest key.")
+    waiting = _Family("conveyor_limit_waiting", "gauge", "Jobs and groups that wait at the limit.")
+    of_name: dict[tuple[str, str], list[LimitState]] = defaultdict(list)
+    for one in limits:
+        of_name[one.queue, one.name].append(one)
+    for (queue, name), states in sorted(of_name.items()):
+        fullest = max(states, key=lambda one: one.used / one.limit.n)
+        labels = {"queue": queue, "limit": name, "kind": fullest.limit.kind}
+        used.add(fullest.used, **labels)
+        available.add(max(0, fullest.limit.n - fullest.used), **labels)
+        waiting.add(sum(one.waiting for one in states), **labels)
+    yield from (used, available, waiting)
+
+
+def _worker_families(facts: SystemFacts) -> Iterator[_Family]:
+    count = _Family("conveyor_workers", "gauge", "Processes that serve queues: workers, consumers and pulls, by state.")
+    slots = _Family(
+        "conveyor_worker_slots", "gauge", "Jobs that a worker runs at once: places that are used, and free."
+    )
+    lag = _Family("conveyor_worker_loop_lag_seconds", "gauge", "How long the event loop kept others waiting lately.")
+    lost = _Family("conveyor_leases_lost_total", "counter", "Jobs and messages whose holder died or fell silent.")
+    states: dict[tuple[str, str], int] = defaultdict(int)
+    for one in facts.workers:
+        states[one.kind or "unknown", "silent" if one.silent else one.state] += 1
+        if one.kind == "worker" and one.concurrency:
+            used = min(one.held, one.concurrency)
+            slots.add(used, worker=one.name, state="used")
+            slots.add(one.concurrency - used, worker=one.name, state="free")
+            lag.add(one.loop_lag, worker=one.name)
+    for (kind, state), number in sorted(states.items()):
+        count.add(number, kind=kind, state=state)
+    for queue, number in sorted(facts.lost.items()):
+        lost.add(number, queue=queue)
+    yield from (count, slots, lag, lost)

@@ -41,8 +41,9 @@ class WorkerProcess:
     `name` is host:pid, `kind` "worker" (of jobs), "consumer" or "pull" (of messages). `version` is that of Conveyor, `python` that
     of the interpreter, `build` and `labels` are what it was started with. `state`: "running", "quiet" (takes no new jobs) or
     "stopping". `supervisor`: the pid of the process that started it, None without one. `held`: how many jobs it holds. `seen`: its
-    last heartbeat, `heartbeat_age` seconds ago by the server's clock. `silent`: all its leases have ended. `jobs`: what it holds,
-    the longest first, where that was asked for.
+    last heartbeat, `heartbeat_age` seconds ago by the server's clock. `silent`: all its leases have ended. `loop_lag`: for how many
+    seconds its event loop kept others waiting lately at most; 0 below a tenth. `jobs`: what it holds, the longest first, where that
+    was asked for.
     """
 
     name: str
@@ -64,6 +65,7 @@ class WorkerProcess:
     heartbeat_age: float
     lease_ends: datetime
     silent: bool
+    loop_lag: float = 0.0
     jobs: list[LeasedJob] = field(default_factory=list)
     members: list[WorkerInfo] = field(default_factory=list)
     """Its registrations, one for each queue or partition."""
@@ -92,7 +94,7 @@ def _process(group: list[WorkerInfo]) -> WorkerProcess:
         threads=_number(about, "threads"), queues=list(dict.fromkeys(logical(one.queue) for one in group)),
         held=sum(one.held for one in group), seen=latest.seen, heartbeat_age=round(age, 3),
         lease_ends=max(one.lease_ends for one in group), silent=all(one.lease_ends < one.read_at for one in group),
-        members=group,
+        loop_lag=max(_number(one.about, "loop_lag_ms") or 0 for one in group) / 1000, members=group,
     )  # fmt: skip
 
 

@@ -204,18 +204,26 @@ def _read_counts(reply: list[Any]) -> QueueCounts:
     )
 
 
-def read_totals(queues: Sequence[QueueKeys]) -> Call[list[dict[str, int]]]:
+class QueueTotals(NamedTuple):
+    """The counters of a queue since they were begun, and whether it has schedules, and limits that code declares."""
+
+    counters: dict[str, int]
+    has_schedules: bool
+    has_limits: bool
+
+
+def read_totals(queues: Sequence[QueueKeys]) -> Call[list[QueueTotals]]:
     """Return the call that reads the counters of *queues*, all at one server and in a cluster one, since they were begun."""
 
-    def decode(reply: list[Any]) -> list[dict[str, int]]:
-        totals: list[dict[str, int]] = []
-        for at in range(0, len(reply), 2):
+    def decode(reply: list[Any]) -> list[QueueTotals]:
+        totals: list[QueueTotals] = []
+        for at in range(0, len(reply), 3):
             counters: dict[str, int] = {}
             for part in reply[at : at + 2]:
                 for one in range(0, len(part), 2):
                     name = part[one].decode(errors="replace")
                     counters[name] = counters.get(name, 0) + int(part[one + 1])
-            totals.append(counters)
+            totals.append(QueueTotals(counters, *map(bool, reply[at + 2])))
         return totals
 
     return Call(READ_TOTALS, [keys.jobs for keys in queues], (), decode)

@@ -14,6 +14,8 @@ SCHEDULE_CHANGE, SCHEDULE_READ = Script("schedule_change"), Script("schedule_rea
 
 HSETNX, HGET, HDEL, HGETALL = Script("HSETNX"), Script("HGET"), Script("HDEL"), Script("HGETALL")
 
+SKIP_REASONS = ("missed", "overlap", "paused", "superseded")
+"""Why instants are skipped, as schedule_read.lua counts them."""
 PUT_FOREIGN = -1
 """The reply of schedule_put.lua for a name of the other origin; its header has the others."""
 Origin = Literal["code", "data"]
@@ -24,7 +26,7 @@ class ScheduleRow(NamedTuple):
     A schedule as it is stored; instants in ms since the epoch by the server's clock.
 
     `entry` is what each instant enqueues, as `outbox.write` wrote it. `next_ms` is the instant it has reached, None when none
-    comes any more. `runs` are the last instants, the newest first.
+    comes any more. `runs` are the last instants, the newest first. `skipped_by`: how many were skipped, by reason.
     """
 
     name: str
@@ -39,6 +41,7 @@ class ScheduleRow(NamedTuple):
     skipped: int
     runs: list[RunLine]
     declared_ms: int
+    skipped_by: dict[str, int]
 
 
 class RunLine(NamedTuple):
@@ -150,13 +153,14 @@ def _read_rows(reply: list[Any]) -> tuple[int, list[ScheduleRow]]:
 
 
 def _read_row(fields: list[bytes | None]) -> ScheduleRow:
-    name, digest, spec, entry, origin, next_, paused, last, fired, skipped, runs, declared = (
+    name, digest, spec, entry, origin, next_, paused, last, fired, skipped, runs, declared, *reasons = (
         one or b"" for one in fields
     )
     return ScheduleRow(
         name.decode(), digest.decode(), spec, entry, "code" if origin == b"code" else "data", int(next_) if next_ else None,
         paused == b"1", last.decode(), int(fired or 0), int(skipped or 0),
         [_read_run(line) for line in runs.decode().split("\n") if line], int(declared or 0),
+        {reason: int(count or 0) for reason, count in zip(SKIP_REASONS, reasons, strict=True)},
     )  # fmt: skip
 
 

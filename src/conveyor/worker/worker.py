@@ -28,7 +28,7 @@ from conveyor.worker.execution.executor import Executor
 from conveyor.worker.execution.processes import ProcessPool, module_of
 from conveyor.worker.job_loader import JobLoader
 from conveyor.worker.leasing.capacity import Capacity, PartitionGroup
-from conveyor.worker.leasing.heartbeat import Watchdog
+from conveyor.worker.leasing.heartbeat import LoopLag, Watchdog
 from conveyor.worker.leasing.membership import LeaseHolder, partition_keys, queue_weights
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.leasing.wakeup import WorkerConnections
@@ -92,6 +92,8 @@ class Worker:
             self.app, self.settlement_writer, self._running_table, lambda extra: unmet(extra, self._labels, self._build)
         )
         self._created_at = self.last_tick = monotonic()
+        self._started_ms = int(time() * 1000)
+        self._lag = LoopLag()
         self._queues = queue_weights(self.app, queues)
         self._limits = (concurrency, threads)
         self._recycle_limits = recycle_limits or RecycleLimits(None, None)
@@ -270,9 +272,11 @@ class Worker:
         if self._slot is not None:
             self._slot.quiet = True
         if self.ready.is_set():
-            weights = {one: one.group.weight / one.keys.partitions for one in self.consumers}
-            about = {one: self._describe(weight) for one, weight in weights.items()}
-            self._run_beside(describe_again(self.consumers, about))
+            self._describe_again(self.consumers)
+
+    def _describe_again(self, consumers: list[QueueConsumer]) -> None:
+        about = {one: self._describe(one.group.weight / one.keys.partitions) for one in consumers}
+        self._run_beside(describe_again(consumers, about))
 
     def _run_beside(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -339,11 +343,11 @@ class Worker:
         """Return what Redis stores about this worker, for a queue of that weight."""
         concurrency, threads = self._limits
         return operations.about(
-            kind="worker", name=self.name, host=platform.node(), pid=os.getpid(), started=int(time() * 1000),
+            kind="worker", name=self.name, host=platform.node(), pid=os.getpid(), started=self._started_ms,
             concurrency=concurrency, threads=threads, weight=weight, tasks=len(self.app.definitions),
             version=installed_version(), python=platform.python_version(), state=self._state(),
             labels=self._labels, build=self._build,
-            supervisor=None if self._slot is None else os.getppid(),
+            supervisor=None if self._slot is None else os.getppid(), loop_lag_ms=self._lag.told_ms,
             task_set=operations.task_set(self.app.definitions),
             timeouts={name: ms for name, task in self.app.definitions.items() if (ms := task.settings.timeout_ms)},
         )  # fmt: skip
@@ -427,7 +431,8 @@ class Worker:
     # -- the event loop -------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        self.last_tick = monotonic()
+        self._lag.note(self.last_tick, now := monotonic())
+        self.last_tick = now
         if self._slot is not None:
             self._slot.held = sum(len(consumer.held) for consumer in self.consumers)
             self._slot.tick()
@@ -436,6 +441,8 @@ class Worker:
             return  # it may still wait for Redis
         self.connections.tick()
         self._retire_if_used_up()
+        if self._lag.is_to_be_told(now):
+            self._describe_again(self.consumers[:1])
 
     def _on_the_loop(self) -> tuple[str, str] | None:
         attempt = self.executor.coroutines.current

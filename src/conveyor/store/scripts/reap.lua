@@ -73,6 +73,12 @@ local function charge(id, attempts)
   redis.call('HSET', state, id, int(starts + 1) .. ' ' .. failures .. ' ' .. int(crashes) .. rest)
 end
 
+-- What a worker has lost; it is none that leaves by itself and hands back. Metrics read it among the sums of all time.
+if ARGV[3] ~= 'leave' and #ids > 0 then
+  redis.pcall('HINCRBY', queue.prefix .. 'stats:total', 'lost', #ids)
+  redis.pcall('EXPIRE', queue.prefix .. 'stats:total', 2678400)
+end
+
 local returned, untagged = 0, {}
 for i = #ids, 1, -1 do
   local id = ids[i]

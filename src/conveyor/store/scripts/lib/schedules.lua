@@ -1,6 +1,6 @@
 -- Schedules. Each is a hash schedule:<name> beside the queue that its jobs go to: digest, spec and entry (its definition), origin,
 -- next (ms: the instant it has reached, "" when none comes any more), paused, last (id of its last job), fired and skipped (counts),
--- runs (its last instants, a line each, the newest first) and declared (ms). Its alarm stands in due, as "\t\t<name>": a turn that
+-- skipped:<reason> (the same by reason), runs (its last instants, a line each, the newest first) and declared (ms). Its alarm stands in due, as "\t\t<name>": a turn that
 -- meets it hands the name to its worker, which computes the instant behind this one and carries both out in one step. Meanwhile
 -- the alarm is put off, so that another worker is asked when this one dies.
 
@@ -41,5 +41,6 @@ end
 -- returns    nothing
 local function note_skipped(key, runs, instant, now, reason, count)
   redis.call('HINCRBY', key, 'skipped', count)
+  redis.call('HINCRBY', key, 'skipped:' .. reason, count)
   note_run(key, runs, int(tonumber(instant)) .. ' ' .. int(now) .. ' ' .. reason .. ' ' .. int(count))
 end
