@@ -73,7 +73,7 @@ local function charge(id, attempts)
   redis.call('HSET', state, id, int(starts + 1) .. ' ' .. failures .. ' ' .. int(crashes) .. rest)
 end
 
--- What a worker has lost; it is none that leaves by itself and hands back. Metrics read it among the sums of all time.
+-- Count what a worker has lost, among the sums of all time, which metrics read. One that leaves by itself loses nothing.
 if ARGV[3] ~= 'leave' and #ids > 0 then
   redis.pcall('HINCRBY', queue.prefix .. 'stats:total', 'lost', #ids)
   redis.pcall('EXPIRE', queue.prefix .. 'stats:total', 2678400)
