@@ -11,9 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
+from redis import Redis
 
 from conveyor import Concurrency, Conveyor, Retry
 from conveyor.admin.history import quantile
+from conveyor.cli import main
 from conveyor.dashboard import Access, dashboard
 from conveyor.dashboard.endpoint import ApiCall
 from conveyor.dashboard.live_routes import stream
@@ -105,6 +107,19 @@ def test_history_counts_what_ended_and_how_long_it_ran(app: Conveyor) -> None:
     assert ask(site, "GET", "history", {"range": "2h"}).status_code == 422
     assert ask(site, "GET", "history", {"queue": "none"}).status_code == 404
     app.queue("mail").purge(dead=True)
+
+
+def test_marks_stand_in_the_history_of_their_range(app: Conveyor, redis: Redis) -> None:
+    """A mark of the command line is in each history that holds its instant, the oldest first, and its key goes by itself."""
+    url = str(app.client.configured_url)
+    redis.xadd("conveyor:marks", {"text": "of another year"}, id="1-0")
+    for text in ("v1.4", "v1.5"):
+        assert main(["mark", text, "--url", url]) == 0
+    assert main(["mark", "  ", "--url", url]) == 2
+    site = dashboard(app, lambda _: Access.ALL)
+    for name in ("15m", "30d"):
+        assert [one["text"] for one in get(site, "history", range=name)["marks"]] == ["v1.4", "v1.5"]
+    assert 0 < redis.ttl("conveyor:marks") <= 90 * 86400
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from conveyor.admin import doctor, metrics
 from conveyor.admin.failure_matrix import MATRIX_RANGES, FailureMatrix, FailureTable
-from conveyor.admin.history import History, read_history
+from conveyor.admin.history import MOST_MARKS, History, read_history
 from conveyor.admin.job_query import JobQuery
 from conveyor.admin.job_search import FailureCount, last_failure
 from conveyor.admin.queue_directory import QueueDirectory
@@ -59,7 +59,7 @@ from conveyor.admin.views import (
 from conveyor.admin.worker_control import WorkerProcess, command, find_process, leased_job, processes_of
 from conveyor.errors import ConfigurationError, ConveyorError, JobNotFound, StoreUnavailable
 from conveyor.events import JobUpdate
-from conveyor.ids import label_text, logical, made_at_ms, public, queue_name, split
+from conveyor.ids import clean, label_text, logical, made_at_ms, public, queue_name, split
 from conveyor.jobs.core import core_of
 from conveyor.jobs.history import HistoryEntry, ended_history, live_history
 from conveyor.jobs.why import QueueCause, Why, explain, queue_causes
@@ -75,7 +75,7 @@ from conveyor.payload.pipeline import PayloadPipeline
 from conveyor.payload.records import AttemptHistory, Status, read_envelope, read_outcome
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store import inspection, limits, operations, worker_commands
-from conveyor.store.audit_log import audit_key, keep_audit, note_action, read_audit
+from conveyor.store.audit_log import audit_key, keep_audit, marks_key, note_action, read_audit
 from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability
 from conveyor.store.client.outages import FIRST_TRY
@@ -101,6 +101,7 @@ SEARCH_SIZE = 200
 """Entries that one call looks at when jobs of one task are wanted."""
 _MOST_NOTED = 2_000
 """Characters of one field in the audit."""
+_LONGEST_MARK = 100
 _IDS_NOTED = 10
 _ENTRY = re.compile(r"\d{1,20}-\d{1,20}")
 _AT_A_TIME = 100
@@ -223,6 +224,20 @@ class Admin:
             )
         rows = self.client.run(read_audit(audit_key(self.client.namespace), before, limit))
         return [audit_entry(row) for row in rows]
+
+    def mark(self, text: str) -> None:
+        """
+        Draw a line with *text* on all charts, at this instant: of a deployment, for example. The newest 200 are kept.
+
+        Raises ConfigurationError for an empty text and one above 100 characters.
+        """
+        text = clean(text).strip()
+        if not 0 < len(text) <= _LONGEST_MARK:
+            raise ConfigurationError(f"A mark is a text of 1 to {_LONGEST_MARK} characters, such as 'v1.4'.")
+        key = marks_key(self.client.namespace)
+        self.client.run(note_action(key, {"text": text}, MOST_MARKS), retry_for=0.0)
+        self.client.run(keep_audit(key))
+        self.note("mark", text)
 
     # -- queues ---------------------------------------------------------------------------------------------------
 
@@ -818,6 +833,7 @@ class Admin:
     # In a thread each, since a read of many queues is many calls; a caller that is cancelled does not stop it.
     anames = _awaitable(names)
     ahistory = _awaitable(history)
+    amark = _awaitable(mark)
     afailure_matrix = _awaitable(failure_matrix)
     aqueues = _awaitable(queues)
     aqueue = _awaitable(queue)

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from conveyor.admin.views import instant
 from conveyor.errors import ConfigurationError, StoreUnavailable
+from conveyor.store.audit_log import marks_key, read_audit
 from conveyor.store.inspection import BUCKETS_MS, read_stats
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ _PERCENTILES = {"p50_ms": 0.5, "p95_ms": 0.95, "p99_ms": 0.99}
 _MOST_TASKS = 50
 _MOST_SECONDS = 0.08
 """The time in which queue after queue is read, so that an answer takes less than 100 ms."""
+MOST_MARKS = 200
 
 
 @dataclass(slots=True)
@@ -59,7 +62,8 @@ class History:
 
     `step`: seconds of each; `times`: when each began, since the epoch. Attempts that were `done`, `failed` (the job is dead) and
     `retried`; percentiles of how long successful ones ran, None where there were none. `tasks`: the sums of each task, those with
-    most attempts first. `read_queues` of `queues_total` were read in the time of one call.
+    most attempts first. `marks`: what `Admin.mark` noted in the range, the oldest first: `at`, a datetime, and `text`.
+    `read_queues` of `queues_total` were read in the time of one call.
     """
 
     range: str
@@ -73,6 +77,7 @@ class History:
     p99_ms: list[float | None]
     mean_ms: list[float | None]
     tasks: list[dict[str, Any]]
+    marks: list[dict[str, Any]]
     read_queues: int
     queues_total: int
 
@@ -102,9 +107,18 @@ def read_history(
     outcomes: dict[str, Any] = {name: [sums.outcomes[name] for sums in times.values()] for name in _OUTCOMES}
     lists: dict[str, Any] = {name: [one[name] for one in figures] for name in (*_PERCENTILES, "mean_ms")}
     return History(
-        range, step, [number * step for number in times], **outcomes, **lists, tasks=_tasks(tasks), read_queues=read,
+        range, step, [number * step for number in times], **outcomes, **lists, tasks=_tasks(tasks),
+        marks=_marks(client, first * step), read_queues=read,
         queues_total=len(everything),
     )  # fmt: skip
+
+
+def _marks(client: Client, since: int) -> list[dict[str, Any]]:
+    """Return the marks since an instant, in seconds since the epoch."""
+    rows = client.run(read_audit(marks_key(client.namespace), None, MOST_MARKS, since=since * 1000))
+    return [
+        {"at": instant(int(row.id.partition("-")[0])), "text": row.fields.get("text", "")} for row in reversed(rows)
+    ]
 
 
 def _numbers(first: int, last: int) -> Iterable[int]:

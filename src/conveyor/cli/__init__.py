@@ -51,6 +51,7 @@ COMMANDS: dict[str, CommandEntry] = {
     "schedule": CommandEntry("conveyor.cli.schedule:schedule", "List, show, run, pause and delete schedules.", "Look"),
     "workers": CommandEntry("conveyor.cli.workers:workers", "List, show, quiet and stop worker processes.", "Look"),
     "dashboard": CommandEntry("conveyor.cli.dashboard:dashboard", "Serve the dashboard and the HTTP API.", "Look"),
+    "mark": CommandEntry("conveyor.cli.mark:mark", "Draw a line on the charts, of a deployment, say.", "Look"),
     "doctor": CommandEntry("conveyor.cli.doctor:doctor", "Examine the server: eviction, durability, latency.", "Look"),
     "metrics": CommandEntry("conveyor.cli.metrics:metrics", "Print what Prometheus scrapes.", "Look"),
     "config": CommandEntry("conveyor.cli.config:config", "Show where settings come from, and check them.", "Look"),

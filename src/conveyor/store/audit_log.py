@@ -1,4 +1,4 @@
-"""The audit: a stream of what people did to queues and jobs; one pure function per step, each returning a `Call`."""
+"""The audit, a stream of what people did to queues and jobs, and the marks on charts; one pure function per step."""
 
 from __future__ import annotations
 
@@ -22,19 +22,24 @@ def audit_key(namespace: str) -> str:
     return f"{namespace}:audit"
 
 
-def note_action(key: str, fields: Mapping[str, str]) -> Call[str]:
-    """Return the call that adds an entry; about 10,000 are kept. A repeat would add a second one."""
-    args = ("MAXLEN", "~", "10000", "*", *(text for pair in fields.items() for text in pair))
+def marks_key(namespace: str) -> str:
+    """Return the key of the marks on the charts of a namespace, a stream as the audit is."""
+    return f"{namespace}:marks"
+
+
+def note_action(key: str, fields: Mapping[str, str], most: int = 10_000) -> Call[str]:
+    """Return the call that adds an entry; about *most* are kept. A repeat would add a second one."""
+    args = ("MAXLEN", "~", str(most), "*", *(text for pair in fields.items() for text in pair))
     return Command(XADD, (key,), args, lambda reply: reply.decode())
 
 
 def keep_audit(key: str) -> Call[int]:
-    """Return the call by which the audit goes away 90 days from now."""
+    """Return the call by which the audit, or the marks, go away 90 days from now."""
     return Command(EXPIRE, (key,), ("7776000",), int)
 
 
-def read_audit(key: str, before: str | None, count: int) -> Call[list[AuditRow]]:
-    """Return the call that reads *count* entries, the newest first; *before*: those that are older than this one."""
+def read_audit(key: str, before: str | None, count: int, *, since: int | None = None) -> Call[list[AuditRow]]:
+    """Return the call that reads *count* entries, the newest first: older than the entry *before*, and not before *since* in ms."""
 
     def decode(reply: list[Any]) -> list[AuditRow]:
         return [
@@ -49,4 +54,4 @@ def read_audit(key: str, before: str | None, count: int) -> Call[list[AuditRow]]
         ]
 
     end = f"({before}" if before else "+"
-    return Command(XREVRANGE, (key,), (end, "-", "COUNT", str(count)), decode)
+    return Command(XREVRANGE, (key,), (end, "-" if since is None else str(since), "COUNT", str(count)), decode)

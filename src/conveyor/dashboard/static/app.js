@@ -477,7 +477,7 @@ export function Chart({ label, start, step, series, unit = num, height = 180, ma
   return html`<figure class="chart" ref=${box}>
     <div class="legend">
       ${series.map((one) => html`<span class=${one.kind} data-state=${one.kind}><i class="dot"></i>${one.name} <b>${index == null ? "" : unit(one.values[index])}</b></span>`)}
-      <span style=${{ marginLeft: "auto" }}>${index == null ? "" : clockText((start + index * step) * 1000).slice(11, 16)}</span>
+      <span style=${{ marginLeft: "auto" }}>${index == null ? "" : [clockText((start + index * step) * 1000).slice(11, 16), ...marks.filter((mark) => Math.floor((ms(mark.at) / 1000 - start) / step) === index).map((mark) => mark.text)].join(" · ")}</span>
     </div>
     <svg height=${height} role="img" aria-label=${label} onMouseMove=${point} onMouseLeave=${leave} onTouchMove=${(e) => point(e.touches[0])} onTouchEnd=${leave}>
       ${width > 0 && html`
@@ -528,10 +528,10 @@ export function History({ queue, task }) {
   const times = (name) => fewer(data?.[name] ?? [], false);
   return html`<${Problem} error=${error} /><section class="stack" aria-label="History"><${Tabs} label="Period" options=${RANGES} value=${range} onChoose=${setRange} /><div class="grid2">
     <${Card} title=${`Jobs that ended ${step >= 3600 ? group > 1 ? `in ${group} h` : "an hour" : group > 1 ? `in ${group} minutes` : "a minute"}`}>
-      <${Chart} start=${shared.start} step=${step * group} label="Jobs that ended, by outcome" series=${["done", "retried", "failed"].map((name) => ({ name, kind: name, columns: true, values: counts(name) }))} />
+      <${Chart} start=${shared.start} step=${step * group} marks=${data?.marks} label="Jobs that ended, by outcome" series=${["done", "retried", "failed"].map((name) => ({ name, kind: name, columns: true, values: counts(name) }))} />
     <//>
     <${Card} title="Duration of runs">
-      <${Chart} start=${shared.start} step=${step * group} unit=${span} label="Duration of runs, percentiles" series=${["p50", "p95", "p99"].map((p) => ({ name: p, kind: p, values: times(`${p}_ms`) }))} />
+      <${Chart} start=${shared.start} step=${step * group} marks=${data?.marks} unit=${span} label="Duration of runs, percentiles" series=${["p50", "p95", "p99"].map((p) => ({ name: p, kind: p, values: times(`${p}_ms`) }))} />
     <//>
   </div></section>`;
 }
