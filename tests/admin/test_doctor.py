@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 
 from conveyor.admin import doctor, server_checks
 from conveyor.errors import StoreUnavailable
+from conveyor.store import operations, schedules
 from conveyor.store.client.client import Client
+from conveyor.store.keys import known_queues
 from support.client_worker import ClientWorker, dead, push
 from support.server_process import Server
 
@@ -203,6 +206,35 @@ def test_stranded_jobs_are_a_problem(url: str, examine: Callable[[str], doctor.H
     assert "'mial' has 2 jobs" in problem.text
     assert "Workers take: mail" in problem.text
     assert any("1 dead letter" in f.text and f.level == "note" for f in report.findings)
+
+
+def test_schedules_are_looked_at(url: str, examine: Callable[[str], doctor.HealthReport]) -> None:
+    """A schedule without its alarm, one in two queues and one that stands still are problems; one that is in order is none."""
+    client = Client(url, namespace="t", retry_for=1)
+    keys, other = client.keys("mail"), client.keys("films")
+    for one in (keys, other):
+        client.run(operations.announce(known_queues("t"), one.queue))
+        ClientWorker(client, one.queue)
+    hour = 3_600_000 + round(time.time() * 1000)
+    for name in ("daily", "silent", "late"):
+        client.run(schedules.claim_name(schedules.schedule_index("t"), name, "mail"))
+        client.run(schedules.put_schedule(keys, name, name, b"{}", b"", "data", hour))
+    assert examine(url).healthy
+
+    client.execute("ZREM", keys.due, "\t\tsilent", key=keys.due)
+    client.execute("HSET", keys.schedule("late"), "next", "1000", key=keys.due)
+    client.run(schedules.put_schedule(other, "daily", "x", b"{}", b"", "data", hour))
+    report = examine(url)
+    client.close()
+
+    texts = sorted(one.text for one in report.problems if one.name == "schedule")
+    assert len(texts) == 4, texts  # the alarm of the one that is late was not moved with its instant
+    for text, words in zip(
+        texts,
+        ["alarm behind the instant", "schedule without an alarm", "each instant comes twice", "stands still"],
+        strict=True,
+    ):
+        assert words in text
 
 
 def test_absent_server_raises(directory: Path, examine: Callable[[str], doctor.HealthReport]) -> None:

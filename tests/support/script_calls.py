@@ -29,7 +29,7 @@ from conveyor.store.worker_commands import WorkerCommand
 from support.seeded_queue import REST, SeededQueue, entry
 
 KEYS = QueueKeys("c", "q", foreign="q")
-REACHED = 900_000_000_000
+REACHED = 4_000_000_000_000
 """The instant that the schedule has reached."""
 PARTS = streams.write_parts(1, 2, [b"2", b"33"], 2)
 """The second and third part of the stream of a first attempt."""
@@ -63,6 +63,7 @@ def furnish(seeded: SeededQueue) -> None:
     seeded.redis.hset(seeded.keys.result_window("h1-old"), "h1-old", "1\n{}")
     seeded.redis.expire(seeded.keys.result_window("h1-old"), 600)
     seeded.redis.xadd(seeded.keys.stream("h1"), {"v": "1"}, id="1-1")
+    seeded.redis.pexpire(seeded.keys.stream("h1"), 600_000)
     seeded.redis.rpush(seeded.keys.intake, "1", "2")
     seeded.redis.rpush("q", "3", "4")
     seeded.redis.zadd(seeded.keys.due, {"s3": 1})
@@ -70,8 +71,7 @@ def furnish(seeded: SeededQueue) -> None:
     seeded.redis.hset(seeded.keys.conf, "outbox", "5 1")
     seeded.redis.hset(TOPICS.registry, mapping={"version": "v", "shapes": "a.*", "=t.*": "q other", "=t.x": "q"})
     seeded.redis.hset(TOPICS.counts, "+t.x", 1)
-    seeded.run(schedules.put_schedule(seeded.keys, "timer", "digest", b"{}", b"", "data", seeded.now() + 120_000))
-    seeded.redis.hset(seeded.keys.schedule("timer"), "next", REACHED)
+    seeded.run(schedules.put_schedule(seeded.keys, "timer", "digest", b"{}", b"", "data", REACHED))
     problems = seeded.audit()
     assert problems == [], problems
 

@@ -141,7 +141,12 @@ class SeededQueue:
             for key in self.redis.scan_iter(f"{self.keys.prefix}unique:k:*")
             if self.redis.pttl(key) == -1
         ]
-        return self.run(inspection.audit(self.keys, tags=tags, unique=unique))
+        beside = [
+            key.decode().removeprefix(self.keys.prefix)
+            for kind in ("stream", "logs")
+            for key in self.redis.scan_iter(f"{self.keys.prefix}{kind}:*")
+        ]
+        return self.run(inspection.audit(self.keys, tags=tags, unique=unique, beside=beside))
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:

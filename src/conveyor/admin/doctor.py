@@ -17,14 +17,15 @@ from conveyor.admin.server_checks import (
     replication_findings,
 )
 from conveyor.admin.server_info import execute_if_allowed, read_setting
-from conveyor.errors import ConveyorError, StoreUnavailable
-from conveyor.store import inspection
+from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
+from conveyor.store import inspection, schedules
 from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability
 from conveyor.store.keys import QueueKeys
 from conveyor.store.transport import eviction, replies
 from conveyor.store.transport.cluster import Cluster
 from conveyor.store.transport.url import StandaloneServer
+from conveyor.units import span
 
 Level = Literal["ok", "note", "warning", "problem"]
 DurabilityLevel = Literal["memory", "snapshots", "aof-os", "aof-everysec", "aof-always", "unknown"]
@@ -33,6 +34,7 @@ PING_COUNT = 7
 CLOCK_SKEW_WARNING = 1.0
 _MAX_NAMED = 10
 _MAX_AUDITED = 10_000
+_STANDS_STILL_MS = 60_000
 _OR_CONSUMER = "  (for messages: a program that consumes them)"
 MEMORY_WARNING, MEMORY_PROBLEM = 0.75, 0.9
 LARGE_SLOT = 1_000_000
@@ -427,6 +429,7 @@ def _check_queues(client: Client, directory: QueueDirectory, report: HealthRepor
     report.findings += stranded_queues(waiting, served)
     report.findings += undelivered_outboxes(counts)
     report.findings += unplaced_jobs(counts)
+    _check_schedule_names(client, directory, counts, report)
     for name, count in counts.items():
         _check_records(client, [directory.keys(part) for part in directory.partition_names(name)], count, report)
         if directory.is_being_repartitioned(name):
@@ -448,17 +451,61 @@ def _check_queues(client: Client, directory: QueueDirectory, report: HealthRepor
 def _check_records(
     client: Client, partitions: list[QueueKeys], count: inspection.QueueCounts, report: HealthReport
 ) -> None:
-    """Look for jobs in line that have no record. Large queues are skipped: it would take long."""
+    """Look for jobs without a record, and for what schedules and jobs lack. Large queues are skipped: it would take long."""
     if len(count) + count.leased + count.dead > _MAX_AUDITED:
         return
     for keys in partitions:
-        missing = [id_ for what, id_ in client.run(inspection.audit(keys)) if what.startswith("no envelope")]
+        problems = client.run(inspection.audit(keys))
+        _report_schedules(keys.queue, [(what, name) for what, name in problems if "schedule" in what], report)
+        lasting = [name for what, name in problems if what == "no time to live"]
+        if lasting:
+            text = f"queue '{keys.queue}': {len(lasting):,} keys of jobs would stay for ever: {', '.join(lasting[:3])}"
+            report.add("queue", "warning", text, f"EXPIRE {keys.prefix}{lasting[0]} 86400, and so on")
+        missing = [id_ for what, id_ in problems if what.startswith("no envelope")]
         if missing:
             named = ", ".join(missing[:3])
             text = (
                 f"queue '{keys.queue}': the records of {len(missing):,} jobs are missing, so they will not run: {named}"
             )
             report.add("queue", "problem", text, "The server may have evicted them. Enqueue them again.", "E10")
+
+
+def _report_schedules(queue: str, problems: list[tuple[str, str]], report: HealthReport) -> None:
+    """Report schedules that have no alarm, or one that is not theirs."""
+    for what, name in problems[:_MAX_NAMED]:
+        stopped = "alarm" in what and not what.startswith("alarm of")
+        level: Level = "problem" if stopped or "gone" in what else "note"
+        remedy = (
+            f"conveyor schedule pause {name}, then conveyor schedule resume {name}" if stopped
+            else f"conveyor schedule delete {name}, then declare it again" if "gone" in what
+            else "The next worker that meets it takes it away."
+        )  # fmt: skip
+        report.add("schedule", level, f"queue '{queue}': {what}: {name}", remedy)
+
+
+def _check_schedule_names(
+    client: Client, directory: QueueDirectory, counts: Mapping[str, inspection.QueueCounts], report: HealthReport
+) -> None:
+    """Look for schedules that stand in two queues, so that each instant comes twice, and for those that stand still."""
+    try:
+        named = client.run(schedules.all_names(schedules.schedule_index(client.namespace)))
+        found = {
+            queue: client.run(schedules.read_schedules(directory.keys(directory.partition_names(queue)[0])))
+            for queue in counts if named
+        }  # fmt: skip
+    except ConfigurationError:
+        return  # a user who may not read them
+    for queue, (now, rows) in found.items():
+        keys = directory.keys(directory.partition_names(queue)[0])
+        for row in rows:
+            if named.get(row.name, keys.queue) != keys.queue:
+                text = f"schedule '{row.name}' of queue '{queue}' stands in queue '{named[row.name]}' too: each instant comes twice"
+                report.add("schedule", "problem", text, "Delete it, and declare it for one of them again.")
+            elif row.next_ms is not None and not row.paused and now - row.next_ms > _STANDS_STILL_MS:
+                text = f"schedule '{row.name}' stands still: it was due {span((now - row.next_ms) / 1000)} ago"
+                report.add(
+                    "schedule", "problem", text, f"conveyor worker -q {queue}  (with an app that has its task)", "E12"
+                )
 
 
 def _size(number: int) -> str:

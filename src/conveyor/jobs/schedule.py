@@ -26,6 +26,26 @@ ON_TIME_MS = 60_000
 """An instant that is carried out later than that was missed, for `missed="skip"`."""
 
 
+class _CronInstants(CronSim):
+    """The instants of an expression, also in zones whose clocks change within an hour or by half of one."""
+
+    def advance_hour(self) -> bool:
+        """
+        Roll forward to an hour that fits; tell whether it was rolled.
+
+        The form of CronSim goes by 60 minutes. On Lord Howe Island and the Chatham Islands it steps over the change: it misses the
+        minutes that come twice, and begins each hour behind the change in its middle. All zones change at a quarter of an hour.
+        """
+        if self.dt.tzinfo in {None, UTC} or self.dt.hour in self.hours:
+            return super().advance_hour()
+        self.dt = self.dt.replace(minute=self.dt.minute // 15 * 15, second=0)
+        while self.dt.hour not in self.hours:
+            self.tick(seconds=900)
+            if self.dt.hour == 0 and self.dt.minute == 0:
+                break  # another day: the month and the day are looked at again
+        return True
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
     """
@@ -50,7 +70,7 @@ class Timing:
             return self.at_ms if self.at_ms > ms else None
         assert self.cron is not None
         try:
-            found = next(CronSim(self.cron, datetime.fromtimestamp(ms / 1000, _zone(self.tz))))
+            found = next(_CronInstants(self.cron, datetime.fromtimestamp(ms / 1000, _zone(self.tz))))
         except StopIteration:
             return None
         return round(found.timestamp() * 1000)

@@ -582,18 +582,19 @@ def unplaced(keys: QueueKeys, where: str, cursor: str, count: int = 1000) -> Cal
 
 
 def audit(
-    keys: QueueKeys, *, most: int = 200_000, tags: Sequence[str] = (), unique: Sequence[str] = ()
+    keys: QueueKeys, *, most: int = 200_000, tags: Sequence[str] = (), unique: Sequence[str] = (), beside: Sequence[str] = ()
 ) -> Call[list[tuple[str, str]]]:
     """
     Return the call that checks that every live id is in exactly one place, and found by its tags; it yields (problem, id).
 
     *tags*: those that have a key. A tag is looked at without, if a live job has it. *unique*: the unique keys that are held
-    and do not expire; of those of live jobs it is checked without that they hold them.
+    and do not expire; of those of live jobs it is checked without that they hold them. *beside*: keys ``stream:<id>`` and
+    ``logs:<id>``; those of live jobs are looked at without.
     """
     names = (keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.conf, *keys.ready)
     return Call(
         AUDIT,
         names,
-        (str(most), *tags, *(f"\t{key}" for key in unique)),
+        (str(most), *tags, *(f"\t{key}" for key in unique), *(f"\t\t{name}" for name in beside)),
         lambda reply: [(reply[i].decode(), reply[i + 1].decode()) for i in range(0, len(reply), 2)],
     )

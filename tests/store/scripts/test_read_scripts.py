@@ -9,7 +9,7 @@ import pytest
 
 from conveyor.messaging import maintenance
 from conveyor.payload.records import AttemptHistory, Failure, to_json
-from conveyor.store import inspection, operations
+from conveyor.store import inspection, operations, schedules
 from conveyor.store.inspection import FinishedJob, write_finished
 from conveyor.store.job_filter import ANY_JOB, JobFilter
 from conveyor.store.keys import QueueKeys
@@ -357,7 +357,10 @@ DAMAGE: dict[str, tuple[Callable[[SeededQueue], object], set[tuple[str, str]]]] 
     "twice in ready": (lambda s: s.redis.rpush(s.keys.ready[0], "r1"), {("in ready and ready", "r1")}),
     "in two priorities": (lambda s: s.redis.rpush(s.keys.ready[7], "r1"), {("in ready and ready", "r1")}),
     "ready and scheduled": (lambda s: s.redis.zadd(s.keys.due, {"r1": 1}), {("in ready and scheduled", "r1")}),
-    "ready and dead": (lambda s: s.redis.zadd(s.keys.dead, {"r1": 1}), {("in ready and dead", "r1")}),
+    "ready and dead": (
+        lambda s: s.redis.zadd(s.keys.dead, {"r1": 1}),
+        {("in ready and dead", "r1"), ("somebody waits for it, and it has ended", "r1")},
+    ),
     "ready and leased": (
         lambda s: s.redis.hset(s.keys.leased("w"), "r1", 8193), {("in ready and leased", "r1")},
     ),
@@ -384,6 +387,92 @@ def test_audit_finds(seeded: SeededQueue, name: str) -> None:
     """The audit names each inconsistency there is, and no other."""
     furnish(seeded)
     damage, expected = DAMAGE[name]
+    damage(seeded)
+    assert set(seeded.audit()) == expected
+
+
+def tell(seeded: SeededQueue) -> None:
+    """Add two schedules, one of them paused, and what running jobs tell: progress, notes, parts, lines."""
+    for name in ("hourly", "still"):
+        put = schedules.put_schedule(seeded.keys, name, name, b"{}", b"", "data", seeded.now() + 3_600_000)
+        assert seeded.run(put) == 1
+    seeded.run(schedules.change_schedule(seeded.keys, "still", "pause"))
+    seeded.redis.hset(
+        seeded.keys.state,
+        "h1",
+        b'1 0 0+ \tp{"done":1} \tn{"a":[2]} \th{"state":"redriven"} \th{"state":"updated"}\n{"attempt":1}',
+    )
+    for id_ in ("h1", "gone"):
+        seeded.redis.xadd(seeded.keys.stream(id_), {"v": "1"}, id="1-2")
+        seeded.redis.rpush(seeded.keys.logs(id_), "[]")
+        for key in (seeded.keys.stream(id_), seeded.keys.logs(id_)):
+            seeded.redis.pexpire(key, 60_000)
+    seeded.redis.hset(seeded.keys.waiters, "h1", "*channel")
+
+
+def alarm(seeded: SeededQueue, name: str, *, late: int = 0) -> None:
+    """Set an alarm of a schedule, and count it where it is a new one."""
+    added = seeded.redis.zadd(seeded.keys.due, {f"\t\t{name}": seeded.now() + 3_600_000 + late})
+    seeded.redis.hincrby(seeded.keys.conf, "alarms", added)
+
+
+def silence(seeded: SeededQueue, name: str) -> None:
+    """Take the alarm of a schedule away, as an eviction or a hand would."""
+    seeded.redis.hincrby(seeded.keys.conf, "alarms", -seeded.redis.zrem(seeded.keys.due, f"\t\t{name}"))
+
+
+TOLD: dict[str, tuple[Callable[[SeededQueue], object], set[tuple[str, str]]]] = {
+    "none": (lambda s: None, set()),
+    "no alarm": (lambda s: silence(s, "hourly"), {("schedule without an alarm", "hourly")}),
+    "alarm too late": (lambda s: alarm(s, "hourly", late=1), {("alarm behind the instant of its schedule", "hourly")}),
+    "alarm while paused": (lambda s: alarm(s, "still"), {("alarm of a schedule that stands still", "still")}),
+    "alarm of nobody": (lambda s: alarm(s, "other"), {("alarm of no schedule", "other")}),
+    "alarm not counted": (lambda s: s.redis.hincrby(s.keys.conf, "alarms", 1), {("wrong count of alarms", "2")}),
+    "schedule gone": (
+        lambda s: s.redis.delete(s.keys.schedule("hourly")), {("listed schedule that is gone", "hourly")},
+    ),
+    "schedule not listed": (
+        lambda s: s.redis.srem(s.keys.schedules, "hourly"), {("alarm of no schedule", "hourly")},
+    ),
+    "progress twice": (
+        lambda s: s.redis.hset(s.keys.state, "h1", '1 0 0 \tp{"done":1} \tp{"done":2}'), {("told twice in its record: p", "h1")},
+    ),
+    "notes twice": (
+        lambda s: s.redis.hset(s.keys.state, "h1", "1 0 0 \tn{} \tn{}"), {("told twice in its record: n", "h1")},
+    ),
+    "notes cut off": (
+        lambda s: s.redis.hset(s.keys.state, "h1", '1 0 0 \tn{"a":'), {("record that cannot be read", "h1")},
+    ),
+    "history cut off": (
+        lambda s: s.redis.hset(s.keys.state, "h1", '1 0 0 \th{"state"\n{}'), {("record that cannot be read", "h1")},
+    ),
+    "error cut off": (lambda s: s.redis.hset(s.keys.state, "h1", "1 0 0\n"), {("record that cannot be read", "h1")}),
+    "stream of a job for ever": (
+        lambda s: s.redis.persist(s.keys.stream("h1")), {("no time to live", "stream:h1")},
+    ),
+    "stream of nobody for ever": (
+        lambda s: s.redis.persist(s.keys.stream("gone")), {("no time to live", "stream:gone")},
+    ),
+    "lines of a job for ever": (lambda s: s.redis.persist(s.keys.logs("h1")), {("no time to live", "logs:h1")}),
+    "lines of nobody for ever": (lambda s: s.redis.persist(s.keys.logs("gone")), {("no time to live", "logs:gone")}),
+    "watcher not told of a death": (
+        lambda s: s.redis.hset(s.keys.waiters, "d1", "*channel"), {("somebody waits for it, and it has ended", "d1")},
+    ),
+    "watcher not told of a result": (
+        lambda s: (s.redis.hset(s.keys.waiters, "gone", "*channel"), s.redis.set(s.keys.result("gone"), "{}", px=60_000)),
+        {("somebody waits for it, and it has ended", "gone")},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.row("I1")
+@pytest.mark.redis6
+@pytest.mark.parametrize("name", TOLD)
+def test_audit_finds_of_schedules_and_of_what_jobs_tell(seeded: SeededQueue, name: str) -> None:
+    """The audit names each inconsistency of schedules, records, streams, lines and watchers, and no other."""
+    furnish(seeded)
+    tell(seeded)
+    damage, expected = TOLD[name]
     damage(seeded)
     assert set(seeded.audit()) == expected
 

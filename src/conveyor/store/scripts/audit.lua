@@ -1,10 +1,11 @@
 -- Prove that every live id is in exactly one place, every group has exactly one ticket, every slot a holder, no ticket waits at a
--- limit that has room, and every unique key belongs to a live job. This reads the whole queue in one step: for tests and quiet hours.
--- needs: numbers keys leased envelope rights limits paused_tasks groups room
+-- limit that has room, every unique key belongs to a live job, every schedule has its alarm, and nobody waits for what has ended.
+-- This reads the whole queue in one step: for tests and quiet hours.
+-- needs: numbers keys leased envelope rights limits paused_tasks groups room live_audit
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7-16 ready:0 … ready:9
--- ARGV  1 refuse above this many jobs  2… tags that have a key, and behind a tab unique keys that are held and do not expire: no
---       other way finds those of jobs that are gone
+-- ARGV  1 refuse above this many jobs  2… tags that have a key, behind a tab unique keys that are held and do not expire, and behind
+--       two tabs keys stream:<id> and logs:<id>: no other way finds those of jobs that are gone
 -- returns (problem, id)…    or {"too-large", count}
 local count = redis.call('HLEN', KEYS[1])
 if count > tonumber(ARGV[1]) then return {'too-large', int(count)} end
@@ -22,7 +23,7 @@ end
 local conf = redis.call('HMGET', KEYS[6], 'stubs', 'waiting', 'waiting_stubs', 'alarms')
 
 -- Tickets in ready lists and at limits, and the jobs of their groups.
-local tickets, registered, waits, alarms, waiting, waiting_stubs = {}, {}, {}, 0, 0, 0
+local tickets, registered, waits, alarms, waiting, waiting_stubs, schedules = {}, {}, {}, 0, 0, 0, {}
 local used = {} -- limits that the first job of a group with a ticket in ready uses
 local function first_limits(member, jobs)
   local envelope = jobs[1] and redis.call('HGET', KEYS[1], jobs[1])
@@ -63,8 +64,10 @@ if conf[2] then
     waits[name] = waits[name] + 1
   end
 end
-for _, id in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
-  if string.byte(id) == 9 then alarms = alarms + 1 else place(id, 'scheduled') end
+local due = redis.call('ZRANGE', KEYS[3], 0, -1, 'WITHSCORES')
+for i = 1, #due, 2 do
+  if string.byte(due[i]) == 9 then alarms = alarms + 1 else place(due[i], 'scheduled') end
+  if string.sub(due[i], 1, 2) == '\t\t' then schedules[string.sub(due[i], 3)] = tonumber(due[i + 1]) end
 end
 for _, id in ipairs(redis.call('ZRANGE', KEYS[4], 0, -1)) do place(id, 'dead') end
 for _, worker in ipairs(redis.call('ZRANGE', KEYS[5], 0, -1)) do
@@ -127,6 +130,8 @@ for i = 1, #all, 2 do
   if stub then stubs = stubs + 1 end
   if stub and where == 'a group' then waiting_stubs = waiting_stubs + 1 end
   if not where then problem('nowhere', all[i]) end
+  audit_life(prefix .. 'stream:' .. all[i], 'stream:' .. all[i], problem)
+  audit_life(prefix .. 'logs:' .. all[i], 'logs:' .. all[i], problem)
   if stub and where and where ~= 'ready' and where ~= 'a group' then problem('stub outside ready', all[i]) end
   local keyed = marks(all[i + 1])
   for _, key in ipairs(keyed and not stub and keyed.keys or {}) do
@@ -142,16 +147,23 @@ for i = 1, #all, 2 do
 end
 local keys = {}
 for i = 2, #ARGV do
-  if string.byte(ARGV[i]) == 9 then keys[#keys + 1] = string.sub(ARGV[i], 2) else tagged[ARGV[i]] = tagged[ARGV[i]] or 0 end
+  local lived = string.match(ARGV[i], '^\t\t(.*)$')
+  if lived then
+    if redis.call('HEXISTS', KEYS[1], string.match(lived, ':(.*)$')) == 0 then audit_life(prefix .. lived, lived, problem) end
+  elseif string.byte(ARGV[i]) == 9 then keys[#keys + 1] = string.sub(ARGV[i], 2) else tagged[ARGV[i]] = tagged[ARGV[i]] or 0 end
 end
 for tag, count in pairs(tagged) do
   local listed = redis.call('ZCARD', prefix .. 'tag:' .. tag)
   if listed > count then problem('tag without a live job', tag .. ' ' .. int(listed - count)) end
 end
 for id, where in pairs(places) do problem('no envelope, but in ' .. where, id) end
-for _, id in ipairs(redis.call('HKEYS', KEYS[2])) do
-  if redis.call('HEXISTS', KEYS[1], id) == 0 then problem('state without a job', id) end
+local records = redis.call('HGETALL', KEYS[2])
+for i = 1, #records, 2 do
+  if redis.call('HEXISTS', KEYS[1], records[i]) == 0 then problem('state without a job', records[i]) end
+  audit_record(records[i], records[i + 1], problem)
 end
+audit_schedules(prefix, schedules, now, problem)
+audit_watchers(prefix, problem)
 if stubs ~= tonumber(conf[1] or 0) then problem('wrong count of stubs', int(stubs)) end
 if waiting ~= tonumber(conf[2] or 0) then problem('wrong count of waiting jobs', int(waiting)) end
 if waiting_stubs ~= tonumber(conf[3] or 0) then problem('wrong count of waiting stubs', int(waiting_stubs)) end

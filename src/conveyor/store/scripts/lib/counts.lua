@@ -16,7 +16,8 @@ local function count_queue(prefix, lists, now)
   local leased, workers = 0, redis.call('ZRANGE', prefix .. 'workers', 0, 999)
   for _, worker in ipairs(workers) do leased = leased + count_held(prefix .. 'leased:' .. worker) end
   local conf = redis.call('HMGET', prefix .. 'conf', 'stubs', 'paused', 'max_length', 'waiting', 'waiting_stubs', 'alarms', 'bound', 'line', 'dropped')
-  local scheduled, dead = redis.call('ZCARD', prefix .. 'due') - tonumber(conf[6] or 0), redis.call('ZCARD', prefix .. 'dead')
+  local scheduled = math.max(0, redis.call('ZCARD', prefix .. 'due') - tonumber(conf[6] or 0)) -- alarms may have been evicted
+  local dead = redis.call('ZCARD', prefix .. 'dead')
   local grouped, waiting = tonumber(conf[4] or 0), tonumber(conf[4] or 0) - tonumber(conf[5] or 0)
   if conf[4] then ready = ready - redis.call('SCARD', prefix .. 'tickets') end
   if string.byte(oldest) == 9 then
