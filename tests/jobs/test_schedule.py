@@ -107,7 +107,10 @@ def _check(names: list[str], expressions: list[str]) -> None:
 
 
 @pytest.mark.row("B4")
-@pytest.mark.parametrize("name", ["Europe/Berlin", "America/New_York", "Africa/Cairo", "America/Santiago", "Australia/Lord_Howe", "Pacific/Chatham"])
+@pytest.mark.parametrize(
+    "name",
+    ["Europe/Berlin", "America/New_York", "Africa/Cairo", "America/Santiago", "Australia/Lord_Howe", "Pacific/Chatham"],
+)
 def test_the_instants_of_a_clock_change(name: str) -> None:
     """Around both changes of a year each expression is due as Debian's cron is, minute by minute."""
     _check([name], list(EXPRESSIONS))

@@ -582,7 +582,12 @@ def unplaced(keys: QueueKeys, where: str, cursor: str, count: int = 1000) -> Cal
 
 
 def audit(
-    keys: QueueKeys, *, most: int = 200_000, tags: Sequence[str] = (), unique: Sequence[str] = (), beside: Sequence[str] = ()
+    keys: QueueKeys,
+    *,
+    most: int = 200_000,
+    tags: Sequence[str] = (),
+    unique: Sequence[str] = (),
+    beside: Sequence[str] = (),
 ) -> Call[list[tuple[str, str]]]:
     """
     Return the call that checks that every live id is in exactly one place, and found by its tags; it yields (problem, id).
