@@ -56,6 +56,7 @@ COMMANDS: dict[str, CommandEntry] = {
     "metrics": CommandEntry("conveyor.cli.metrics:metrics", "Print what Prometheus scrapes.", "Look"),
     "config": CommandEntry("conveyor.cli.config:config", "Show where settings come from, and check them.", "Look"),
     "bench": CommandEntry("conveyor.cli.bench:bench", "Measure the server from here, beside a plain list.", "Look"),
+    "mcp": CommandEntry("conveyor.cli.mcp:mcp", "Serve agents over the Model Context Protocol.", "Look"),
     "acl": CommandEntry("conveyor.cli.acl:acl", "Print least-privilege ACL rules for Redis.", "Look"),
     "help": CommandEntry("conveyor.cli.help:help_", "Show the help of a command.", "Help"),
     "completion": CommandEntry(

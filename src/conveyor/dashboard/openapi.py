@@ -88,11 +88,12 @@ def _operation(one: ApiRoute) -> dict[str, Any]:
             for name, field in one.fields.items()
         ]
     else:
-        found["requestBody"] = {"required": True, "content": {"application/json": {"schema": _body(one.fields)}}}
+        found["requestBody"] = {"required": True, "content": {"application/json": {"schema": input_schema(one.fields)}}}
     return found
 
 
-def _body(fields: Mapping[str, Field]) -> dict[str, Any]:
+def input_schema(fields: Mapping[str, Field]) -> dict[str, Any]:
+    """Return the JSON schema of an object of *fields*."""
     return {
         "type": "object",
         "additionalProperties": False,
