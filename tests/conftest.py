@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import compileall
+import functools
 import itertools
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import redis as redis_py
+import redis.utils
 
 import conveyor
 from conveyor.jobs.app import Conveyor
@@ -23,6 +25,9 @@ from support.server_process import Server, find_binary
 pytest_plugins = [
     "pytester", "support.message_fixtures", "support.cluster_fixtures", "support.databases", "support.time_limits",
 ]  # fmt: skip
+
+# redis-py reads the metadata of its installation for each connection, of which the tests open many thousands: 1 ms each.
+redis.utils.get_lib_version = functools.cache(redis.utils.get_lib_version)
 
 _OLDER = ("redis6", "redis7")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -54,31 +56,40 @@ def plant(seeded: SeededQueue, call: Call[Any]) -> None:
             seeded.redis.rpush(key, "1")
 
 
+_RESTORE = """
+redis.call("FLUSHALL")
+for at = 1, #ARGV, 3 do
+  redis.call("RESTORE", ARGV[at], ARGV[at + 1], ARGV[at + 2])
+end
+"""
+
+
 class Snapshot:
     """All keys of a server, to be put back: as old as they were, so that a slow test compares what is alike."""
 
     def __init__(self, client: redis_py.Redis) -> None:
         self._client = client
-        self._saved = [(key, client.dump(key), max(client.pttl(key), 0)) for key in client.keys("*")]
-        self._content, self._made = exact(client), self._now()
+        self._saved = [(key, max(client.pttl(key), 0), client.dump(key)) for key in client.keys("*")]
+        self._instants = {key: value for key, (_, value) in exact(client).items() if postponed(key, value, 1)}
+        self._made = time.monotonic()
 
     def restore(self) -> None:
         """Leave exactly these keys on the server."""
-        self._client.flushall(asynchronous=False)
-        with self._client.pipeline(transaction=False) as pipeline:
-            for key, value, ttl in self._saved:
-                pipeline.restore(key, ttl, value)
-            pipeline.execute()
-        age = self._now() - self._made
-        with self._client.pipeline(transaction=False) as pipeline:
-            for key, (_, value) in self._content.items():
-                for command in postponed(key, value, age):
-                    pipeline.execute_command(*command)
-            pipeline.execute()
+        if isinstance(self._client, redis_py.RedisCluster):
+            self._client.flushall(asynchronous=False)
+            self._send([("RESTORE", *saved) for saved in self._saved])
+        else:
+            self._client.eval(_RESTORE, 0, *itertools.chain.from_iterable(self._saved))
+        age = time.monotonic() - self._made
+        if age > 1:
+            later = int(age * 1000)
+            self._send([one for key, value in self._instants.items() for one in postponed(key, value, later)])
 
-    def _now(self) -> int:
-        seconds, micros = self._client.time()
-        return int(seconds) * 1000 + int(micros) // 1000
+    def _send(self, commands: list[tuple[Any, ...]]) -> None:
+        with self._client.pipeline(transaction=False) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)
+            pipeline.execute()
 
 
 class Asking:

@@ -134,18 +134,14 @@ class SeededQueue:
 
     def audit(self) -> list[tuple[str, str]]:
         """Return what is inconsistent."""
-        start = f"{self.keys.prefix}tag:"
-        tags = [key.decode().removeprefix(start) for key in self.redis.scan_iter(f"{start}*")]
+        names = [key.decode().removeprefix(self.keys.prefix) for key in self.redis.keys(f"{self.keys.prefix}*")]
+        tags = [name.removeprefix("tag:") for name in names if name.startswith("tag:")]
         unique = [
-            key.decode().removeprefix(f"{self.keys.prefix}unique:k:")
-            for key in self.redis.scan_iter(f"{self.keys.prefix}unique:k:*")
-            if self.redis.pttl(key) == -1
+            name.removeprefix("unique:k:")
+            for name in names
+            if name.startswith("unique:k:") and self.redis.pttl(self.keys.prefix + name) == -1
         ]
-        beside = [
-            key.decode().removeprefix(self.keys.prefix)
-            for kind in ("stream", "logs")
-            for key in self.redis.scan_iter(f"{self.keys.prefix}{kind}:*")
-        ]
+        beside = [name for name in names if name.startswith(("stream:", "logs:"))]
         return self.run(inspection.audit(self.keys, tags=tags, unique=unique, beside=beside))
 
     @contextmanager

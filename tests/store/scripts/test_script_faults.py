@@ -47,11 +47,11 @@ def test_wrong_type_fails_with_nothing_written(seeded: SeededQueue, name: str) -
     """With any key of another type a script fails before its first write, or never touches that key."""
     make, touched = CALLS[name]
     furnish(seeded)
+    snapshot = Snapshot(seeded.redis)
     others = {key.removeprefix(KEYS.prefix) for key in exact(seeded.redis)} - {"q"}
     noticed = set()
     for key in sorted(touched | others):
-        seeded.redis.flushall(asynchronous=False)
-        furnish(seeded)
+        snapshot.restore()
         spoil(seeded, name_of(key, seeded))
         before = exact(seeded.redis)
         try:
