@@ -243,3 +243,18 @@ def test_a_mounted_dashboard_knows_its_path(app: Conveyor) -> None:
     page = httpx_get(around, "/ops/jobs/")
     assert page.status_code == 404 or '"/ops/jobs/"' in page.text
     assert re.search(r"api/v1", httpx_get(around, "/ops/jobs/api/v1/nothing").text)
+
+
+@pytest.mark.parametrize("prefix", ["/ops/jobs", ""])
+def test_a_mount_that_cuts_the_path_is_honoured(app: Conveyor, prefix: str) -> None:
+    """Where the application around it takes its prefix from the path and names no root, as Litestar does, all is found too."""
+    site: Any = dashboard(app, lambda _: Access.ALL)
+
+    async def around(scope: Any, receive: Any, send: Any) -> None:
+        path = scope["path"].removeprefix(prefix).rstrip("/") + "/"
+        await site({**scope, "path": path, "root_path": "", "raw_path": scope["path"].encode()}, receive, send)
+
+    assert httpx_get(around, f"{prefix}/api/v1/session").json()["namespace"] == "conveyor"
+    assert httpx_get(around, f"{prefix}/static/app.js").status_code == 200
+    for page in ("/", "/queue"):
+        assert f'"{prefix}/"' in httpx_get(around, f"{prefix}{page}").text

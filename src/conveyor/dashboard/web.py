@@ -14,6 +14,7 @@ from hashlib import sha256
 from mimetypes import guess_type
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -163,6 +164,7 @@ class Dashboard:
                 message = {**message, "headers": [*message["headers"], *(one for one in added if one[0] not in names)]}
             await send(message)
 
+        scope = _with_root(scope)
         request = Request(scope, receive)
         if not is_allowed_host(request, self.service.hosts):
             response = _error(
@@ -273,6 +275,20 @@ async def _inputs(endpoint: ApiRoute, request: Request, *, by_token: bool) -> di
     if not isinstance(given, dict):
         raise ConfigurationError("The body must be a JSON object.")
     return given
+
+
+def _with_root(scope: Scope) -> Scope:
+    """
+    Return a scope whose path begins with its `root_path`, as ASGI and Starlette have it.
+
+    Litestar takes the path of a mount away, ends the rest with a slash, and does not say which path it took.
+    """
+    path, raw = scope["path"], unquote(scope.get("raw_path", b"").decode("latin-1"))
+    rest = path.rstrip("/")
+    if scope.get("root_path") or raw in {"", path} or not raw.rstrip("/").endswith(rest):
+        return scope
+    root = raw.rstrip("/").removesuffix(rest)
+    return {**scope, "root_path": root, "path": root + (rest or "/")}
 
 
 def _base(request: Request) -> str:
