@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 
-from conveyor import Conveyor, Retry, Snooze, current
+from conveyor import Conveyor, LeaseLost, QueueFull, Retry, Snooze, current
+from conveyor.store.transport.endpoint import in_thread
 from support.running_worker import drain
 
 trace = pytest.importorskip("opentelemetry.sdk.trace", reason="needs opentelemetry-sdk, which the extra dev installs")
@@ -83,6 +85,7 @@ async def test_a_run_is_linked_to_its_push(url: str, recorder: Recorder) -> None
     assert expected.items() <= dict(ran.attributes).items()
     assert recorder.metrics() == {
         "messaging.client.sent.messages": 2, "messaging.client.consumed.messages": 2, "messaging.process.duration": 2,
+        "messaging.client.operation.duration": 2,
     }  # fmt: skip
 
 
@@ -147,3 +150,105 @@ async def test_without_a_provider_nothing_is_recorded(url: str) -> None:
         await plain.aenqueue()
         await drain(app)
     assert headers == [{}]
+
+
+async def test_a_send_times_the_push_and_fails_with_it(url: str, recorder: Recorder) -> None:
+    """The span of a push lasts until it is stored; one that is refused has the error, on the metrics too, and is over."""
+    async with Conveyor(url) as app:
+        instrument(app, tracer_provider=recorder.tracer_provider, meter_provider=recorder.meter_provider)
+        queue = app.queue("mail", max_length=1)
+        open_at_store: list[bool] = []
+        store = queue._publisher._send
+
+        def send(planned: Any) -> Any:
+            open_at_store.append(not recorder.spans("send mail"))
+            return store(planned)
+
+        queue._publisher._send = send  # type: ignore[method-assign]
+        await in_thread(lambda: queue.push(1))
+        with pytest.raises(QueueFull):
+            await queue.apush(2)
+        await queue.apurge()
+    stored, refused = recorder.spans("send mail")
+    assert open_at_store == [True]
+    assert stored.status.status_code is StatusCode.UNSET
+    assert refused.status.status_code is StatusCode.ERROR
+    assert refused.attributes["error.type"] == "conveyor.errors.QueueFull"
+    assert [event.name for event in refused.events] == ["exception"]
+    assert recorder.metrics()["messaging.client.operation.duration"] == 2
+
+
+async def test_a_bulk_push_is_one_send(url: str, recorder: Recorder) -> None:
+    """Each job of a bulk push has a span that its run is linked to, and one span times the push of all."""
+    async with Conveyor(url) as app:
+        instrument(app, tracer_provider=recorder.tracer_provider, meter_provider=recorder.meter_provider)
+
+        @app.task(name="loop", queue="mail")
+        async def loop(n: int) -> None: ...
+
+        await app.aenqueue_many(loop.s(n) for n in range(3))
+        await drain(app)
+        await app.queue("post").apush_many([1, 2])
+        await app.queue("post").apurge()
+    created, runs, [sent] = (recorder.spans(name) for name in ("create mail loop", "process mail loop", "send mail"))
+    assert (sent.kind, {one.kind for one in created}) == (SpanKind.CLIENT, {SpanKind.PRODUCER})
+    assert sent.attributes["messaging.batch.message_count"] == 3
+    ids = {one.context.span_id for one in created}
+    assert {link.context.span_id for link in sent.links} == ids
+    assert {run.links[0].context.span_id for run in runs} == ids
+    assert recorder.spans("send post")[0].attributes["messaging.batch.message_count"] == 2
+    assert recorder.metrics()["messaging.client.sent.messages"] == 5
+
+
+def test_receive_and_settle(url: str, recorder: Recorder) -> None:
+    """Fetching and settling messages are spans of a client, linked to the pushes; what fails there is told."""
+    with Conveyor(url) as app:
+        telemetry = instrument(app, tracer_provider=recorder.tracer_provider, meter_provider=recorder.meter_provider)
+        queue = app.queue("mail")
+        queue.push_many([1, 2])
+        with telemetry.receive("mail") as received:
+            received += queue.pull(n=10)
+        for message in received:
+            with telemetry.process(message):
+                pass
+            with telemetry.settle(message, "ack"):
+                message.ack()
+        with pytest.raises(LeaseLost), telemetry.settle(received[0], "nack"):
+            received[0].nack()
+    [fetch], acks, [nack] = (recorder.spans(f"{name} mail") for name in ("receive", "ack", "nack"))
+    ids = {one.context.span_id for one in recorder.spans("create mail")}
+    assert {span.kind for span in (fetch, *acks)} == {SpanKind.CLIENT}
+    assert fetch.attributes["messaging.batch.message_count"] == 2
+    assert {link.context.span_id for link in fetch.links} == ids
+    assert [one.attributes["messaging.operation.type"] for one in acks] == ["settle", "settle"]
+    assert {one.links[0].context.span_id for one in acks} == ids
+    assert nack.attributes["error.type"] == "conveyor.errors.LeaseLost"
+    counted = recorder.metrics()
+    assert counted["messaging.client.consumed.messages"] == 2
+    assert counted["messaging.client.operation.duration"] == 5  # one send, one receive, three settles
+
+
+async def test_absent_tracing_costs_nothing(url: str) -> None:
+    """Without a middleware no push and no run calls anything of it: not one Python call a job more."""
+    called: list[str] = []
+    async with Conveyor(url) as app:
+
+        @app.task(name="loop", queue="mail")
+        async def loop() -> None: ...
+
+        def note(frame: Any, event: str, _: Any) -> None:
+            if event == "call" and frame.f_code.co_name in {
+                "push_scope", "_scoped", "apply_middlewares", "run_through", "pass_through"
+            }:  # fmt: skip
+                called.append(frame.f_code.co_name)
+
+        sys.setprofile(note)
+        try:
+            for _ in range(10):
+                await loop.aenqueue()
+                await app.queue("post").apush(1)
+            await drain(app)
+        finally:
+            sys.setprofile(None)
+        await app.queue("post").apurge()
+    assert called == []

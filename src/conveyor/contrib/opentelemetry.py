@@ -1,5 +1,5 @@
 """
-Traces and metrics of OpenTelemetry, by its conventions for messaging.
+Traces and metrics of OpenTelemetry, by its conventions for messaging (1.44).
 
 It needs ``opentelemetry-api`` alone. Without an SDK in the program nothing is recorded. The context of a trace travels in
 the headers of jobs and messages.
@@ -7,21 +7,46 @@ the headers of jobs and messages.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from time import perf_counter
 from typing import Any, Literal
 
 from opentelemetry import metrics, propagate, trace
 from opentelemetry.context import Context as TraceContext
-from opentelemetry.trace import Link, SpanKind, Status, StatusCode
+from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
 
 from conveyor import CallNext, Context, Conveyor, Message, Middleware, Outgoing, RateLimited, Snooze
 
 TraceParent = Literal["auto", "always", "never"]
+PushEnd = Callable[[BaseException | None], None]
 _EXPECTED = (Snooze, RateLimited)
 """The exceptions by which a job comes again later: no errors of a trace."""
+_MOST_LINKS = 128
+"""Links of one span: what SDKs keep of them by default."""
+
+
+class _Operation:
+    """One operation that goes on: its span, when it began, and what its metrics are about."""
+
+    def __init__(self, span: Span, attributes: dict[str, Any]) -> None:
+        self.span, self.labels, self.began, self.count, self.links = span, _of_metric(attributes), perf_counter(), 0, 0
+
+    def link(self, other: trace.SpanContext) -> None:
+        """Link to a message that takes part; the first ones alone, of many."""
+        if self.links < _MOST_LINKS and other.is_valid:
+            self.span.add_link(other)
+            self.links += 1
+
+    def fail(self, error: BaseException) -> None:
+        """Note an error: the type on span and metrics, an event on the span."""
+        kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
+        self.labels["error.type"] = kind
+        self.span.set_attribute("error.type", kind)
+        self.span.record_exception(error)
+        self.span.set_status(Status(StatusCode.ERROR, str(error)))
 
 
 class OpenTelemetry(Middleware):
@@ -45,21 +70,99 @@ class OpenTelemetry(Middleware):
         meter = metrics.get_meter("conveyor", meter_provider=meter_provider)
         self._sent = meter.create_counter("messaging.client.sent.messages", "{message}")
         self._consumed = meter.create_counter("messaging.client.consumed.messages", "{message}")
-        self._duration = meter.create_histogram("messaging.process.duration", "s")
+        self._operated = meter.create_histogram("messaging.client.operation.duration", "s")
+        self._processed = meter.create_histogram("messaging.process.duration", "s")
         self._trace_parent, self._task_in_name = trace_parent, task_in_name
 
-    def push(self, outgoing: Outgoing) -> None:
-        """Make the span of a push, and write its context into the headers."""
+    # -- pushes ---------------------------------------------------------------------------------------------------
+
+    def push(self, outgoing: Outgoing) -> PushEnd | None:
+        """
+        Begin the span of a push, and write its context into the headers.
+
+        Of many that are pushed together each has a span of its own (create), and one times the push of all (send).
+        """
         place = outgoing.queue or outgoing.topic
-        attributes = _attributes("send", "send", place, outgoing.task)
+        name = "send" if outgoing.batch is None else "create"
+        attributes = _attributes(name, name, place, outgoing.task)
         if outgoing.id is not None:
             attributes["messaging.message.id"] = outgoing.id
-        self._sent.add(1, _of_metric(attributes))
         span = self._tracer.start_span(
-            self._name("send", place, outgoing.task), kind=SpanKind.PRODUCER, attributes=attributes
+            self._name(name, place, outgoing.task), kind=SpanKind.PRODUCER, attributes=attributes
         )
         propagate.inject(outgoing.headers, trace.set_span_in_context(span))
+        if outgoing.batch is None:
+            one = _Operation(span, attributes)
+            one.count = 1
+            return partial(self._end_push, one)
         span.end()
+        return self._add_to_batch(outgoing.batch, place, span)
+
+    def _add_to_batch(self, batch: dict[Any, Any], place: str, created: Span) -> PushEnd | None:
+        """Count a message for the span of its bulk push to one place; return the end of that span with the first."""
+        key, end = (self, place), None
+        operation = batch.get(key)
+        if operation is None:
+            attributes = _attributes("send", "send", place, "")
+            span = self._tracer.start_span(f"send {place}", kind=SpanKind.CLIENT, attributes=attributes)
+            operation = batch[key] = _Operation(span, attributes)
+            end = partial(self._end_push, operation)
+        operation.count += 1
+        operation.link(created.get_span_context())
+        return end
+
+    def _end_push(self, operation: _Operation, error: BaseException | None) -> None:
+        if operation.links:
+            operation.span.set_attribute("messaging.batch.message_count", operation.count)
+        if error is not None:
+            operation.fail(error)
+        self._sent.add(operation.count, operation.labels)
+        self._operated.record(perf_counter() - operation.began, operation.labels)
+        operation.span.end()
+
+    # -- consumers ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def receive(self, queue: str) -> Iterator[list[Message[Any]]]:
+        """
+        Make the span of fetching messages, which links to the push of each that is put into the list.
+
+        ``with telemetry.receive("orders") as received: received += orders.pull(n=10)``
+        """
+        received: list[Message[Any]] = []
+        with self._client_operation("receive", "receive", queue) as operation:
+            try:
+                yield received
+            finally:
+                for message in received:
+                    operation.link(_origin(message.headers))
+                operation.span.set_attribute("messaging.batch.message_count", len(received))
+
+    @contextmanager
+    def settle(self, message: Message[Any], operation: str = "ack") -> Iterator[None]:
+        """Make the span of settling a message: ``with telemetry.settle(message, "nack"): message.nack()``."""
+        with self._client_operation(operation, "settle", message.queue) as settling:
+            settling.span.set_attribute("messaging.message.id", message.id)
+            settling.link(_origin(message.headers))
+            yield
+
+    @contextmanager
+    def _client_operation(self, name: str, kind: str, queue: str) -> Iterator[_Operation]:
+        attributes = _attributes(name, kind, queue, "")
+        with self._tracer.start_as_current_span(
+            f"{name} {queue}", kind=SpanKind.CLIENT, attributes=attributes, record_exception=False,
+            set_status_on_exception=False,
+        ) as span:  # fmt: skip
+            operation = _Operation(span, attributes)
+            try:
+                yield operation
+            except BaseException as error:
+                operation.fail(error)
+                raise
+            finally:
+                self._operated.record(perf_counter() - operation.began, operation.labels)
+
+    # -- runs -----------------------------------------------------------------------------------------------------
 
     async def run(self, context: Context, call_next: CallNext) -> Any:
         """Make the span of a run around the job."""
@@ -72,7 +175,8 @@ class OpenTelemetry(Middleware):
             late = max(0.0, (datetime.now(UTC) - due).total_seconds() * 1000)
             attributes["messaging.message.receive.latency"] = round(late, 3)
         joins = self._trace_parent == "always" or (self._trace_parent == "auto" and context.scheduled_for is None)
-        with self._processing(self._name("process", context.queue, context.task), attributes, context.headers, joins):
+        name = self._name("process", context.queue, context.task)
+        with self._processing(name, attributes, context.headers, joins):
             return await call_next()
 
     @contextmanager
@@ -82,34 +186,31 @@ class OpenTelemetry(Middleware):
         attributes = _attributes("process", "process", queue, "")
         attributes["messaging.message.id"] = message.id
         attributes["messaging.message.retry.count"] = message.attempt - 1
-        with self._processing(f"process {queue}", attributes, message.headers, self._trace_parent != "never") as span:
-            yield span
+        joins = self._trace_parent != "never"
+        with self._processing(f"process {queue}", attributes, message.headers, joins) as operation:
+            yield operation.span
 
     @contextmanager
-    def _processing(self, name: str, attributes: dict[str, Any], headers: Any, joins: bool) -> Iterator[trace.Span]:
+    def _processing(self, name: str, attributes: dict[str, Any], headers: Any, joins: bool) -> Iterator[_Operation]:
         sent = propagate.extract(headers, TraceContext())
         origin = trace.get_current_span(sent).get_span_context()
         links = [Link(origin)] if origin.is_valid else []
-        began, labels = perf_counter(), _of_metric(attributes)
         with self._tracer.start_as_current_span(
             name, sent if joins else TraceContext(), SpanKind.CONSUMER, attributes, links,
             record_exception=False, set_status_on_exception=False,
         ) as span:  # fmt: skip
+            operation = _Operation(span, attributes)
             try:
-                yield span
+                yield operation
             except _EXPECTED as later:
                 span.set_attribute("messaging.conveyor.outcome", type(later).__name__)
                 raise
             except BaseException as error:
-                kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
-                labels["error.type"] = kind
-                span.set_attribute("error.type", kind)
-                span.record_exception(error)
-                span.set_status(Status(StatusCode.ERROR, str(error)))
+                operation.fail(error)
                 raise
             finally:
-                self._consumed.add(1, labels)
-                self._duration.record(perf_counter() - began, labels)
+                self._consumed.add(1, operation.labels)
+                self._processed.record(perf_counter() - operation.began, operation.labels)
 
     def _name(self, operation: str, place: str, task: str) -> str:
         return f"{operation} {place} {task}" if task and self._task_in_name else f"{operation} {place}"
@@ -120,6 +221,11 @@ def instrument(app: Conveyor, **options: Any) -> OpenTelemetry:
     made = OpenTelemetry(**options)
     app.middleware(made)
     return made
+
+
+def _origin(headers: Any) -> trace.SpanContext:
+    """Return the context of the push that *headers* come from; an invalid one without any."""
+    return trace.get_current_span(propagate.extract(headers, TraceContext())).get_span_context()
 
 
 def _attributes(name: str, kind: str, place: str, task: str) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from conveyor.jobs.schedule import make_timing
 from conveyor.jobs.schedules import Schedules, declare
 from conveyor.jobs.task import AsyncTask, Logs, RunIn, SyncTask, Task, TaskCall, Upcast
 from conveyor.messaging.limit_control import GroupControl, LimitControl
+from conveyor.messaging.push_options import push_scope
 from conveyor.messaging.retry import Retry
 from conveyor.payload.codec import MAX_PAYLOAD, show
 from conveyor.payload.formats import FormatChoice, make_registry
@@ -514,7 +515,7 @@ class Conveyor:
         refuse_in_loop(self.client, "app.enqueue_many()", "await app.aenqueue_many(…)")
         sender = ChunkSender()
         try:
-            with sender, bulk_bar(calls, wanted=bar) as show:
+            with push_scope(self._core.push_middlewares, many=True), sender, bulk_bar(calls, wanted=bar) as show:
                 for chunk in chunks(self._core, spread_out(calls, spread, jitter)):
                     sender.send(chunk)
                     show(len(sender.jobs))
@@ -537,7 +538,7 @@ class Conveyor:
         prepared = chunks(self._core, spread_out(calls, spread, jitter))
         try:
             # Large bodies are written while a chunk is prepared, which would block the loop.
-            with bulk_bar(calls, wanted=bar) as show:
+            with push_scope(self._core.push_middlewares, many=True), bulk_bar(calls, wanted=bar) as show:
                 while chunk := await asyncio.to_thread(next, prepared, None) if stored else next(prepared, None):
                     await chunk.apush()
                     jobs += chunk.jobs

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from conveyor.errors import ConfigurationError
 from conveyor.events import EVENTS, Event
 from conveyor.jobs.context import Context
-from conveyor.messaging.push_options import Outgoing
+from conveyor.messaging.push_options import Outgoing, PushEnd
 
 _log = logging.getLogger("conveyor.app")
 
@@ -37,12 +37,14 @@ class Middleware:
     Code around pushes and runs; override one or both. The first one added is the outermost.
 
     `push` runs in the producer, inside `enqueue` of a task and `push` of a queue, their bulk and awaitable forms alike, and
-    may change what goes out. `run` wraps every attempt in the worker, on its event loop; an exception that it raises fails
+    may change what goes out. It may return a function, which is called when what was pushed is stored, with None, or with the error
+    that the call raises. `run` wraps every attempt in the worker, on its event loop; an exception that it raises fails
     the attempt.
     """
 
-    def push(self, outgoing: Outgoing) -> None:
+    def push(self, outgoing: Outgoing) -> PushEnd | None:
         """Look at a job or a message that is about to be stored, or change it. An exception reaches the caller."""
+        return None
 
     async def run(self, context: Context, call_next: CallNext) -> Any:
         """Await ``call_next()`` to run the job, and return its result or another one."""
@@ -52,7 +54,9 @@ class Middleware:
 class _AdaptedMiddleware(Middleware):
     """A function, or an object that has `push` or `run` without being a Middleware."""
 
-    def __init__(self, source: object, push: Callable[[Outgoing], None] | None, run: RunFunction | None) -> None:
+    def __init__(
+        self, source: object, push: Callable[[Outgoing], PushEnd | None] | None, run: RunFunction | None
+    ) -> None:
         self._source = source
         if push is not None:
             vars(self)["push"] = push

@@ -23,7 +23,7 @@ from conveyor.jobs.job_options import entry_of, with_options
 from conveyor.jobs.uniqueness import DeclaredUniqueness, task_uniqueness
 from conveyor.messaging import outbox
 from conveyor.messaging.declared_limits import LoadKeyReader, declare_limits, task_owner
-from conveyor.messaging.push_options import Outgoing, check_times
+from conveyor.messaging.push_options import Outgoing, apply_middlewares, check_times, push_scope
 from conveyor.messaging.retry import Retry
 from conveyor.payload.codec import ValueCodec, encode_json, show
 from conveyor.payload.formats import JSON, FormatRegistry, codec_for
@@ -266,8 +266,7 @@ class TaskDefinition:
             origin=outgoing.origin,
         )
         if self.core.push_middlewares:
-            for middleware in self.core.push_middlewares:
-                middleware.push(sent)
+            apply_middlewares(self.core.push_middlewares, sent)
             check_times(sent)
         if sent.queue != self.queue:
             self.core.admit_job(ids.queue_name(sent.queue), self.name)
@@ -282,15 +281,17 @@ class TaskDefinition:
         """Enqueue a call with checked options. The caller's caller is named in the error inside an event loop."""
         if _get_running_loop() is not None and not self.core.client.allow_in_loop:
             raise in_loop(self, args, kwargs, sys._getframe(2))  # noqa: SLF001
-        queue, entry = self.prepare(outgoing, args, kwargs)
-        return self._handle(queue, entry, self.core.push(queue, (entry,), request))
+        with push_scope(self.core.push_middlewares):
+            queue, entry = self.prepare(outgoing, args, kwargs)
+            return self._handle(queue, entry, self.core.push(queue, (entry,), request))
 
     async def aenqueue(
         self, outgoing: Outgoing, request: DurabilityRequest | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Job[Any]:
         """Awaitable form of `enqueue`."""
-        queue, entry = await self.aprepare(outgoing, args, kwargs)
-        return self._handle(queue, entry, await self.core.apush(queue, (entry,), request))
+        with push_scope(self.core.push_middlewares):
+            queue, entry = await self.aprepare(outgoing, args, kwargs)
+            return self._handle(queue, entry, await self.core.apush(queue, (entry,), request))
 
     def _handle(self, queue: str, entry: Entry, accepted: list[str]) -> Job[Any]:
         [id_] = accepted

@@ -28,6 +28,7 @@ from conveyor.messaging.push_options import (
     amake_entries,
     make_entries,
     pass_through,
+    push_scope,
 )
 from conveyor.payload.codec import ValueCodec
 from conveyor.store.client.batching import BULK, PushTarget
@@ -103,29 +104,44 @@ class Publisher(Generic[T]):
 
     def push(self, value: T, options: PreparedPush) -> str:
         """Store one value and return its public id."""
-        if self._middlewares or self.load_keys is not None:
+        if self._middlewares:
+            with push_scope(self._middlewares):
+                planned = self._planned(*self._passed(value, options))
+                [id_] = self._send(planned)
+                return public(planned.keys.queue, id_)
+        if self.load_keys is not None:
             value, options = self._passed(value, options)
-        keys = self._place(options)
-        envelope, id_ = options.head + self._codec.encode(value), new_id()
-        [id_] = self._send(PlannedPush(keys, (id_,), (envelope,), options, self._max_length))
-        return public(keys.queue, id_)
+        planned = self._planned(value, options)
+        [id_] = self._send(planned)
+        return public(planned.keys.queue, id_)
 
     async def apush(self, value: T, options: PreparedPush) -> str:
         """Awaitable form of `push`."""
-        if self._middlewares or self.load_keys is not None:
+        if self._middlewares:
+            with push_scope(self._middlewares):
+                planned = self._planned(*self._passed(value, options))
+                [id_] = await self._asend(planned)
+                return public(planned.keys.queue, id_)
+        if self.load_keys is not None:
             value, options = self._passed(value, options)
-        keys = self._place(options)
-        envelope, id_ = options.head + self._codec.encode(value), new_id()
-        [id_] = await self._asend(PlannedPush(keys, (id_,), (envelope,), options, self._max_length))
-        return public(keys.queue, id_)
+        planned = self._planned(value, options)
+        [id_] = await self._asend(planned)
+        return public(planned.keys.queue, id_)
+
+    def _planned(self, value: T, options: PreparedPush) -> PlannedPush:
+        """Return the call that stores one value."""
+        envelope = options.head + self._codec.encode(value)
+        return PlannedPush(self._place(options), (new_id(),), (envelope,), options, self._max_length)
 
     def push_many(self, values: Iterable[T], options: PreparedPush) -> list[str]:
         """Store values in their order and return their public ids."""
-        return drive(self.plan(values, options), self._send)
+        with push_scope(self._middlewares, many=True):
+            return drive(self.plan(values, options), self._send)
 
     async def apush_many(self, values: Iterable[T], options: PreparedPush) -> list[str]:
         """Awaitable form of `push_many`."""
-        return await adrive(self.plan(values, options), self._asend)
+        with push_scope(self._middlewares, many=True):
+            return await adrive(self.plan(values, options), self._asend)
 
     def plan(self, values: Iterable[T], options: PreparedPush) -> Plan:
         """Plan a push of *values* in their order. An error thrown in is raised with what was stored."""

@@ -7,12 +7,15 @@ A queue with sealing wraps each body when its entry is made, since a body is sea
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from itertools import repeat
 from time import monotonic
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypedDict
+from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict
 
 import msgspec
 
@@ -26,10 +29,7 @@ from conveyor.store.client.durability import DurabilityRequest, durability_reque
 from conveyor.store.operations import Entry
 from conveyor.units import Duration, instant_ms, milliseconds
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-
+logger = logging.getLogger("conveyor.app")
 MAX_HEADERS = 8 * 1024
 """Bytes that the headers of one message may take."""
 
@@ -44,7 +44,8 @@ class Outgoing:
     job has: `timeout_ms`, `keep_ms`, `attempts`. `headers` reach the job as `context.headers`, a consumer as
     `message.headers`, and `tags` likewise. Times in ms. `id` is the caller's own, None when one will be made. None elsewhere:
     as the task, or the queue, has it. `room_timeout_ms`: how long its producer waits for room in a full queue. `origin`: the id of
-    the job that this one runs again.
+    the job that this one runs again. `batch`: a mapping that all of one call share (``enqueue_many``, ``push_many``), for what a
+    middleware keeps of them; None for one alone.
     """
 
     task: str
@@ -69,6 +70,11 @@ class Outgoing:
     topic: str = ""
     group: str | None = None
     origin: str = ""
+    batch: dict[Any, Any] | None = None
+
+
+PushEnd = Callable[[BaseException | None], None]
+"""Called when what was pushed is stored, or with the error that the call raises."""
 
 
 class LoadKeys(NamedTuple):
@@ -89,9 +95,60 @@ class OutgoingReader(Protocol):
 class PushMiddleware(Protocol):
     """Code around pushes."""
 
-    def push(self, outgoing: Outgoing, /) -> None:
-        """Look at a job or a message that is about to be stored, or change it."""
+    def push(self, outgoing: Outgoing, /) -> PushEnd | None:
+        """Look at a job or a message that is about to be stored, or change it; return what is called afterwards, if anything is."""
         ...
+
+
+@dataclass(slots=True)
+class _PushScope:
+    batch: dict[Any, Any] | None
+    ends: list[PushEnd] = field(default_factory=list)
+
+    def close(self, error: BaseException | None) -> None:
+        for end in reversed(self.ends):
+            try:
+                end(error)
+            except Exception:
+                logger.exception("the end of a push failed in a middleware")
+
+
+_SCOPE: ContextVar[_PushScope | None] = ContextVar("conveyor.push", default=None)
+
+
+_NO_SCOPE = nullcontext()
+
+
+def push_scope(middlewares: Sequence[PushMiddleware], *, many: bool = False) -> AbstractContextManager[None]:
+    """Return the block in which all of one call is pushed: *middlewares* are told its end. Without any it does nothing."""
+    return _scoped(many=many) if middlewares else _NO_SCOPE
+
+
+@contextmanager
+def _scoped(*, many: bool) -> Iterator[None]:
+    scope = _PushScope({} if many else None)
+    token = _SCOPE.set(scope)
+    try:
+        yield
+    except BaseException as error:
+        scope.close(error)
+        raise
+    else:
+        scope.close(None)
+    finally:
+        _SCOPE.reset(token)
+
+
+def apply_middlewares(middlewares: Iterable[PushMiddleware], outgoing: Outgoing) -> None:
+    """Have each middleware look at *outgoing*. Outside of a `push_scope` its push ends at once, as that of a spawned job does."""
+    scope = _SCOPE.get()
+    outgoing.batch = None if scope is None else scope.batch
+    for middleware in middlewares:
+        if (end := middleware.push(outgoing)) is not None:
+            if scope is None:
+                end(None)
+            else:
+                scope.ends.append(end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,8 +315,7 @@ def pass_through(
         at_ms=options.due_at_ms, expires_ms=options.expires_ms, unique=options.unique, id=options.id, front=options.front,
         version=extra.version, body=value, tags=options.tags, group=options.group, topic=topic,
     )  # fmt: skip
-    for middleware in middlewares:
-        middleware.push(outgoing)
+    apply_middlewares(middlewares, outgoing)
     for name, fixed in (
         ("task", ""), ("queue", queue), ("version", extra.version), ("args", ()), ("kwargs", {}), ("timeout_ms", None),
         ("keep_ms", None), ("attempts", None), ("room_timeout_ms", None), ("topic", topic),

@@ -33,6 +33,7 @@ from conveyor.messaging.push_options import (
     make_entries,
     pass_through,
     prepare_push,
+    push_scope,
     with_sealing,
 )
 from conveyor.payload.codec import show
@@ -430,7 +431,8 @@ class Topic(Generic[T]):
         refuses what it has no room for is full, PayloadError, ConfigurationError; StoreUnavailable: it may have been stored,
         once.
         """
-        return cast("list[list[str]]", drive_steps(self._publish([value], options)))[0]
+        with push_scope(self._directory.middlewares):
+            return cast("list[list[str]]", drive_steps(self._publish([value], options)))[0]
 
     def publish_many(self, values: Iterable[T], **options: Unpack[TopicManyOptions]) -> list[list[str]]:
         """
@@ -439,15 +441,18 @@ class Topic(Generic[T]):
         They are stored in parts of at most 1,000 messages, each whole or not at all.
         """
         self._directory.client.refuse_in_loop()  # before a generator of values is begun
-        return cast("list[list[str]]", drive_steps(self._publish(values, self._for_many(options))))
+        with push_scope(self._directory.middlewares, many=True):
+            return cast("list[list[str]]", drive_steps(self._publish(values, self._for_many(options))))
 
     async def apublish(self, value: T, **options: Unpack[TopicOptions]) -> list[str]:
         """Awaitable form of `publish`."""
-        return cast("list[list[str]]", await adrive_steps(self._publish([value], options)))[0]
+        with push_scope(self._directory.middlewares):
+            return cast("list[list[str]]", await adrive_steps(self._publish([value], options)))[0]
 
     async def apublish_many(self, values: Iterable[T], **options: Unpack[TopicManyOptions]) -> list[list[str]]:
         """Awaitable form of `publish_many`."""
-        return cast("list[list[str]]", await adrive_steps(self._publish(values, self._for_many(options))))
+        with push_scope(self._directory.middlewares, many=True):
+            return cast("list[list[str]]", await adrive_steps(self._publish(values, self._for_many(options))))
 
     def _for_many(self, options: TopicManyOptions) -> TopicOptions:
         if alone := {"id", "unique"} & options.keys():
