@@ -132,7 +132,7 @@ def _text(data: bytes, now: int) -> str:
 
 
 def _relative(instant: int, now: int) -> str:
-    if instant < 10**12:
+    if not _INSTANT.fullmatch(str(instant)):
         return str(instant)
     tens = _tens(instant - now)
     return "now" if tens == 0 else f"now{tens:+}s"
