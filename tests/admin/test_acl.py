@@ -195,7 +195,7 @@ def test_command_knows_the_app(tmp_path: Path) -> None:
     (user,) = json.loads(done.stdout)["users"]
     assert (user["user"], user["keys"]) == (
         "bob",
-        ["shop:queues", "shop:expiring", "shop:outboxes", "shop:schedules", "shop:{*}:*", "my?list"],
+        ["shop:queues", "shop:expiring", "shop:outboxes", "shop:schedules", "shop:redaction", "shop:{*}:*", "my?list"],
     )
     assert "select" in user["commands"]
 
@@ -211,4 +211,4 @@ def test_unfit_names_are_refused() -> None:
     for role, namespace in (("root", "shop"), ("worker", "*"), ("worker", "")):
         with pytest.raises(ConfigurationError):
             acl.rules(role, namespace)
-    assert acl.rules("worker", "s", lists=["a*b é'"]).keys[5] == "a?b????"
+    assert acl.rules("worker", "s", lists=["a*b é'"]).keys[6] == "a?b????"

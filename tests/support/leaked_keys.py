@@ -8,6 +8,7 @@ from typing import Any
 # Constant in number: they do not grow with the jobs that went through. Everything else needs a TTL.
 CONSTANT = (
     "*:queues",  # the set of known queues
+    "*:redaction",  # names of fields that nobody is shown: a constant of the apps
     "*:expiring",  # queues that go when nobody uses them, until somebody looks whether they are gone
     "*:outboxes",  # the tables of databases that deliver here
     "*:conf",  # what is declared of a queue, and whether it is paused

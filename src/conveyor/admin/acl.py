@@ -127,7 +127,7 @@ _SENTINEL = Role(
     (),
     ("sentinel|get-master-addr-by-name", "sentinel|masters"),
 )
-_COMMON_KEYS = ("queues", "expiring", "outboxes", "schedules")
+_COMMON_KEYS = ("queues", "expiring", "outboxes", "schedules", "redaction")
 _OWN_KEYS = {"dashboard": ("audit", "marks"), "operator": ("audit", "marks")}
 """Keys of the namespace that a role has besides those of all."""
 ROLES: dict[str, Role] = {role.name: role for role in (_PRODUCER, _WORKER, _DASHBOARD, _OPERATOR, _SENTINEL)}

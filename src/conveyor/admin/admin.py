@@ -38,6 +38,7 @@ from conveyor.admin.failure_matrix import MATRIX_RANGES, FailureMatrix, FailureT
 from conveyor.admin.history import MOST_MARKS, History, read_history
 from conveyor.admin.job_query import JobQuery
 from conveyor.admin.job_search import FailureCount, last_failure
+from conveyor.admin.known_redaction import KnownRedaction
 from conveyor.admin.queue_directory import QueueDirectory
 from conveyor.admin.search import MOST_LOOKED, JobSearch, MatchCount, SearchPage
 from conveyor.admin.views import (
@@ -55,6 +56,7 @@ from conveyor.admin.views import (
     instant,
     instant_or_none,
     live_job,
+    without_values,
 )
 from conveyor.admin.worker_control import WorkerProcess, command, find_process, leased_job, processes_of
 from conveyor.errors import ConfigurationError, ConveyorError, JobNotFound, StoreUnavailable
@@ -73,6 +75,7 @@ from conveyor.payload.formats import JSON, FormatRegistry
 from conveyor.payload.live_records import LogLine
 from conveyor.payload.pipeline import PayloadPipeline
 from conveyor.payload.records import AttemptHistory, Status, read_envelope, read_outcome
+from conveyor.payload.redaction import Hide
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store import inspection, limits, operations, worker_commands
 from conveyor.store.audit_log import audit_key, keep_audit, marks_key, note_action, read_audit
@@ -160,8 +163,8 @@ class Admin:
         self.durability_requests = durability_requests or {}
         self.who = ""
         """The name of the user or account for the audit; "": nothing is noted."""
-        self._decoder = RecordDecoder(sealing, formats)
-        self._seals = sealing is not None
+        self._sealing, self._formats = sealing, formats
+        self._redaction = KnownRedaction(client)
         self.client = client
         self.plain_lists = frozenset(plain_lists)
         self._directory = QueueDirectory(client, plain_lists)
@@ -181,6 +184,16 @@ class Admin:
             client or core.client, plain_lists=core.plain_lists, sealing=core.sealing, formats=core.formats,
             durability_requests=requests,
         )  # fmt: skip
+
+    @property
+    def _decoder(self) -> RecordDecoder:
+        """What shows bodies, results and errors, without what is redacted. The names of that are read from time to time."""
+        return RecordDecoder(self._sealing, self._formats, self._redaction.current())
+
+    @property
+    def _seals(self) -> bool:
+        """True when Redis cannot compare the texts of errors: they are sealed, or are compared as people see them."""
+        return self._sealing is not None or bool(self._redaction.current())
 
     def acting_as(self, who: str) -> Admin:
         """Return the same interface for somebody, who stands in the audit with every action."""
@@ -1096,19 +1109,21 @@ class Admin:
             failure, queue = outcome.failure, lookup.keys.queue
             errors = [error_info(self._decoder.failure(failure, queue, lookup.id))] if failure else []
             result = self._decoder.result(outcome, queue, lookup.id) if outcome.status == "done" else None
+            hide: Hide | None = None
             if (run := outcome.run) is not None:
                 base |= {
                     "task": run.task,
                     "attempt": run.attempt,
                     "worker": run.worker,
-                    "headers": run.headers,
+                    "headers": self._decoder.headers(run.headers),
                     "tags": run.tags,
                     "origin": run.origin or None,
                 }
-                base["payload"] = self._decoder.arguments(run, queue, lookup.id)
+                base["payload"], hide = self._decoder.arguments_and_hide(run, queue, lookup.id)
             base["progress"] = self._decoder.progress(bytes(outcome.progress), queue, lookup.id)
             base["notes"] = self._decoder.notes(bytes(outcome.notes), queue, lookup.id)
-            return JobInfo(**base, status=outcome.status, errors=errors, result=result, reason=outcome.reason)
+            info = JobInfo(**base, status=outcome.status, errors=errors, result=result, reason=outcome.reason)
+            return info if hide is None else without_values(info, hide)
         if lookup.location == "cancelled":
             return JobInfo(**base, status="cancelled")
         status: Any = entry.status if entry else "done"

@@ -169,6 +169,7 @@ class JobSearch:
         At most *limit* jobs; at most *most* are looked at, for about *seconds*.
         """
         _refuse_ended_tag(query)
+        self._refuse_redacted(query)
         budget, jobs = _Budget(most, time.monotonic() + seconds), list[JobInfo]()
         places = self._places(query)
         total = sum(entries for _, _, entries in places)
@@ -231,6 +232,19 @@ class JobSearch:
         call = inspection.list_jobs(keys, state, offset, size, query.wanted, reads=reads, ignores_error=self._sealed)
         return self._client.run(call)
 
+    def _refuse_redacted(self, query: JobQuery) -> None:
+        """Raise InvalidFilter for a filter that names what nobody is shown. Other terms see the mark in its place."""
+        redaction = self._decoder.redaction
+        for term in query.rest if redaction else ():
+            assert redaction is not None
+            path = tuple(term.path.split(".")) if term.field in {"args", "body"} else (term.path,)
+            if term.path and redaction.hides_somewhere(path):
+                raise InvalidFilter(
+                    f"Column {term.position + 1} of the filter: {term.path!r} is redacted, and nobody can search in it. "
+                    "Nothing was searched.",
+                    term.position,
+                )
+
     def _accepted(self, part: str, rows: Sequence[JobRow], query: JobQuery) -> list[JobInfo]:
         """Return the jobs of *rows* that the filter accepts."""
         wanted = query.wanted
@@ -269,6 +283,7 @@ class JobSearch:
 
     def count(self, query: JobQuery, states: Sequence[str] = (), *, seconds: float = 3600.0) -> MatchCount:
         """Count the jobs that a filter chooses, for about *seconds*. *states*: those of an action, where the filter names none."""
+        self._refuse_redacted(query)
         counts, ends = Counter[str](), time.monotonic() + seconds
         query = replace(query, states=query.states or tuple(states))
         if query.chooses_all:
@@ -290,6 +305,7 @@ class JobSearch:
         self, action: ActionName, query: JobQuery, *, limit: int | None = None, rate: str | None = None
     ) -> Iterator[list[ActionResult]]:
         """Carry out *action* on all jobs that *query* chooses, in steps of Redis; yield what became of those of each step."""
+        self._refuse_redacted(query)
         states = query.states or ACTED_ON[action]
         if wrong := [state for state in states if state not in ACTED_ON[action]]:
             raise ConfigurationError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from conveyor.ids import made_at_ms, public
 from conveyor.payload.live_records import Progress
 from conveyor.payload.pipeline import MAX_LARGE
 from conveyor.payload.records import Failure, Status
+from conveyor.payload.redaction import Hide
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.payload.versions import sealed_name
 from conveyor.store.audit_log import AuditRow
@@ -232,7 +233,8 @@ def live_job(queue: str, row: JobRow, decoder: RecordDecoder, limit: int = MAX_L
     name = sealed_name(envelope.task, envelope.extra.version)
     at = int(row.extra) if row.status in {"scheduled", "dead"} and row.extra else None
     leased = row.status == "leased"
-    return JobInfo(
+    payload, hide = decoder.preview_and_hide(envelope.body, queue, name, row.id, limit=limit, call=bool(envelope.task))
+    info = JobInfo(
         id=public(queue, row.id),
         queue=queue,
         status=row.status,
@@ -249,10 +251,10 @@ def live_job(queue: str, row: JobRow, decoder: RecordDecoder, limit: int = MAX_L
         group=envelope.group,
         limits=[limit.partition(":")[2] for limit in envelope.limits],
         keys=[str(key) for key in envelope.keys],
-        headers=dict(envelope.extra.headers),
+        headers=decoder.headers(envelope.extra.headers),
         tags=envelope.tags,
         origin=envelope.extra.origin or None,
-        payload=decoder.preview(envelope.body, queue, name, row.id, limit=limit, call=bool(envelope.task)),
+        payload=payload,
         errors=[error_info(decoder.failure(failure, queue, row.id)) for failure in state.failures_list()],
         worker=row.extra if leased else None,
         leased_at=instant_or_none(row.leased_ms),
@@ -262,6 +264,29 @@ def live_job(queue: str, row: JobRow, decoder: RecordDecoder, limit: int = MAX_L
         progress=decoder.progress(state.progress, queue, row.id),
         notes=decoder.notes(state.notes, queue, row.id),
     )
+    return info if hide is None else without_values(info, hide)
+
+
+def without_values(info: JobInfo, hide: Hide) -> JobInfo:
+    """Return a job without the values that are hidden in its payload, wherever else they stand."""
+    progress = info.progress
+    return replace(
+        info, unique=None if info.unique is None else hide(info.unique), keys=[hide(key) for key in info.keys],
+        group=None if info.group is None else hide(info.group), limits=[hide(one) for one in info.limits],
+        tags=[hide(tag) for tag in info.tags], headers={name: hide(text) for name, text in info.headers.items()},
+        errors=[replace(one, message=hide(one.message), traceback=hide(one.traceback)) for one in info.errors],
+        progress=None if progress is None else replace(progress, text=hide(progress.text)),
+        notes=_hidden_in(info.notes, hide), reason=hide(info.reason),
+    )  # fmt: skip
+
+
+def _hidden_in(value: Any, hide: Hide) -> Any:
+    """Return a value of dicts, lists and scalars in which each text was changed by *hide*."""
+    if isinstance(value, dict):
+        return {key: _hidden_in(one, hide) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_hidden_in(one, hide) for one in value]
+    return hide(value) if isinstance(value, str) else value
 
 
 def _task_limit(about: dict[str, Any], task: str) -> int | None:

@@ -41,6 +41,7 @@ from conveyor.messaging.retry import Retry
 from conveyor.payload.codec import MAX_PAYLOAD, show
 from conveyor.payload.formats import FormatChoice, make_registry
 from conveyor.payload.pipeline import LARGE_ABOVE, MAX_LARGE, make_pipeline
+from conveyor.payload.redaction import check_names
 from conveyor.store import limits
 from conveyor.store.client.client import Client
 from conveyor.store.max_length import Full
@@ -101,6 +102,7 @@ class Conveyor:
         max_large: Size = MAX_LARGE, format: FormatChoice | Sequence[FormatChoice] = "json",  # noqa: A002
         buffer: Buffer | None = None, include: Sequence[str] = (), timeout: Duration | None = None,
         blocking_in_loop: BlockingInLoop = "refuse", credentials: Credentials | CredentialProvider | None = None,
+        redact: Iterable[str] = (),
         **unknown: Never,
     ) -> None:  # fmt: skip
         """
@@ -125,6 +127,8 @@ class Conveyor:
             blocking_in_loop: ``"refuse"``: a blocking method raises E06 where an event loop runs; ``"allow"``: it blocks it.
             credentials: a function that returns a password, or (user, password), asked at each connection; or a CredentialProvider
                 of redis-py. None: those of the URL.
+            redact: fields of arguments, messages, headers, notes and results that no page, command or log shows: a name at any
+                depth (``"password"``), or the end of a path (``"*.token"``).
             **unknown: none: a name that another library has is refused with what to write here.
 
         """
@@ -132,6 +136,7 @@ class Conveyor:
             refuse_unknown("Conveyor()", unknown, APP_OPTIONS)
         max_payload = size(max_payload, "max_payload")
         client = make_client(url, namespace, buffer, timeout, blocking_in_loop, credentials)
+        client.redaction.add_patterns(check_names(redact, "Conveyor(redact=)"))
         self._core = AppCore(
             client, lease_ms=positive_ms(lease, "lease"), max_payload=max_payload,
             sealing=make_pipeline(
@@ -347,6 +352,7 @@ class Conveyor:
         format: FormatChoice | None = None, tags: Iterable[str] | None = None, requires: str | Iterable[str] = (),
         pin: Literal["build"] | None = None, logs: Logs = "failure",
         webhook: Webhook | None = None, timeout_hard: Duration | None = None, fresh: bool = False,
+        sensitive: Iterable[str] = (),
     ) -> TaskDecorator: ...  # fmt: skip
 
     def task(
@@ -379,6 +385,7 @@ class Conveyor:
         logs: Logs = "failure",
         timeout_hard: Duration | None = None,
         fresh: bool = False,
+        sensitive: Iterable[str] = (),
         **unknown: object,
     ) -> Any:
         """
@@ -392,7 +399,8 @@ class Conveyor:
         the app says. `tags` are those of each of its jobs, besides a job's own. `limits` say how many of its jobs may start
         in a time or run at a time; jobs that are equal in the argument `group_by` run in their order, one at a time. `requires`
         names labels of the workers that run it, `pin="build"` keeps a job to workers of the build that enqueued it. `logs` says
-        which lines that jobs log are kept, `webhook` is told how they end. With ``run_in="process"``, `fresh` is a process for
+        which lines that jobs log are kept, `webhook` is told how they end. `sensitive` names arguments that no page, command or
+        log shows, and ``"return"`` the result. With ``run_in="process"``, `fresh` is a process for
         each job, and `timeout_hard` kills one. Raises ConfigurationError.
         """
         if unknown:
@@ -400,7 +408,7 @@ class Conveyor:
         options = task_options(
             timeout=timeout, retry=retry, keep_result=keep_result, ack=ack, expires=expires, priority=priority,
             version=version, upcast=upcast, tags=tags, limits=limits, group_by=group_by, requires=requires, pin=pin,
-            webhook=webhook, logs=logs, timeout_hard=timeout_hard, fresh=fresh,
+            webhook=webhook, logs=logs, timeout_hard=timeout_hard, fresh=fresh, sensitive=sensitive,
         )  # fmt: skip
         uniqueness, where = (unique, debounce, throttle), ids.queue_name(queue)
 
@@ -436,6 +444,7 @@ class Conveyor:
         requires: str | Iterable[str] = (),
         pin: Literal["build"] | None = None,
         logs: Logs = "failure",
+        sensitive: Iterable[str] = (),
         **unknown: object,
     ) -> BatchDecorator:
         """
@@ -454,7 +463,7 @@ class Conveyor:
         options = task_options(
             timeout=timeout, retry=retry, keep_result=keep_result, ack=ack, expires=expires, priority=priority,
             version=version, upcast=upcast, tags=tags, limits=limits, requires=requires, pin=pin,
-            logs=logs,
+            logs=logs, sensitive=sensitive,
         )  # fmt: skip
 
         def add(function: Callable[..., Any]) -> Any:

@@ -30,6 +30,7 @@ from conveyor.jobs.webhooks import Webhook
 from conveyor.messaging.limits import Concurrency, Rate, check_path
 from conveyor.messaging.retry import Retry
 from conveyor.payload.formats import FormatChoice
+from conveyor.payload.redaction import RESULT, Redaction, check_names
 from conveyor.payload.versions import check_version
 from conveyor.units import Duration, Size, milliseconds, positive_ms, size
 
@@ -78,6 +79,7 @@ def task_options(
     webhook: Webhook | None = None,
     timeout_hard: Duration | None = None,
     fresh: bool = False,
+    sensitive: Iterable[str] = (),
 ) -> TaskOptions:
     """Return the options of a task, checked; raises ConfigurationError."""
     check_path("group_by", group_by)
@@ -102,6 +104,7 @@ def task_options(
         logs=_one_of("logs", logs, ("failure", "always", "never")),
         timeout_hard_ms=hard_ms,
         fresh=bool(fresh),
+        sensitive=check_names(sensitive, "@app.task(sensitive=)"),
     )
 
 
@@ -172,14 +175,44 @@ def register(
         call=None if batch is None else item_function(function, name, batch),
         uniqueness=uniqueness,
     )
+    _check_sensitive(definition, uniqueness)
     core.check_limits(definition)
     kind: type[Task[..., Any]] = BatchTask if batch is not None else AsyncTask if awaitable else SyncTask
     task = kind(definition)
     core.definitions[name], core.tasks[name] = definition, task
     core.add_task(name, queue)
+    if options.sensitive:
+        core.client.redaction.add_sensitive(name, options.sensitive)
+        core.client.note_forgotten(core.keys(queue))  # Redis is told before the next job
     if options.webhook is not None:
         _add_delivery(core, queue)
     return task
+
+
+def _check_sensitive(definition: TaskDefinition, uniqueness: DeclaredUniqueness) -> None:
+    """
+    Raise ConfigurationError for a sensitive name that is no argument, or whose value would be a key.
+
+    Keys of groups, limits and unique jobs are names that people see, in lists of them that hold no arguments.
+    """
+    options, known = definition.settings, definition.signature.parameters
+    redaction = Redaction((), {definition.name: options.sensitive}).joined(definition.core.client.redaction.names)
+    for name in options.sensitive:
+        if name.partition(".")[0] not in {*known, RESULT} and not set("*?[") & set(name.partition(".")[0]):
+            raise ConfigurationError(
+                f"{definition.name} has no argument {name!r}, which sensitive= names. It takes: {', '.join(known) or 'none'}; "
+                f"{RESULT!r} is its result."
+            )
+    by = [options.group_by, *(limit.by for limit in options.limits or ())]
+    for one in uniqueness:
+        named = getattr(one, "by", None)
+        by += [named] if isinstance(named, str) else list(named or ())
+    for path in filter(None, by):
+        if redaction.hides(definition.name, tuple(path.split("."))):
+            raise ConfigurationError(
+                f"{definition.name}: {path!r} is redacted, and its values would be keys, which people see. Take another argument, "
+                "or a digest of it."
+            )
 
 
 def _add_delivery(core: AppCore, queue: str) -> None:

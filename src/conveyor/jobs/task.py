@@ -95,6 +95,7 @@ class TaskOptions:
     webhook: Webhook | None = None
     timeout_hard_ms: int | None = None
     fresh: bool = False
+    sensitive: tuple[str, ...] = ()
 
     def needs(self) -> EnvelopeOptions | None:
         """Return what a job of this program requires of a worker, as its envelope holds it; None: nothing."""

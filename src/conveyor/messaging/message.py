@@ -14,6 +14,7 @@ from conveyor.ids import clean, logical, public
 from conveyor.messaging.leases import LeasedMessage
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.payload import failures
+from conveyor.payload.redaction import Hide
 from conveyor.store.client.handling import begin_handling, end_handling
 from conveyor.store.operations import Settlement
 from conveyor.units import Duration, milliseconds
@@ -284,8 +285,9 @@ class Message(Generic[T]):
         leased, policy = self._leased, self._settler.policy
         if leased.settled or leased.lost:
             if isinstance(error, Exception) and self._settler.on_error == "log":
+                hide = policy.hide_of(leased)
                 self._settler.failure_log.log(
-                    logging.ERROR, "Message %s: %s", clean(self.id), _brief(error), error=error
+                    logging.ERROR, "Message %s: %s", clean(self.id), _brief(error, hide), error=error, hide=hide
                 )
             elif leased.lost and not leased.settled:
                 logger.warning("Message %s lost its lease while it ran: another consumer may run it.", clean(self.id))
@@ -299,9 +301,10 @@ class Message(Generic[T]):
         if log and self._settler.on_error == "log":
             again = f"again in {ending.ms / 1000:.1f} s"
             follows = {"R": again, "L": again, "X": "dead"}.get(ending.kind, "cancelled")
+            hide = policy.hide_of(leased)
             self._settler.failure_log.log(
                 logging.ERROR, "Message %s failed at attempt %d, %s: %s", clean(self.id), self.attempt, follows,
-                _brief(error), error=error,
+                _brief(error, hide), error=error, hide=hide,
             )  # fmt: skip
         return [(leased, ending)]
 
@@ -406,8 +409,9 @@ def _lease(duration: Duration) -> int:
     return ms
 
 
-def _brief(error: BaseException) -> str:
-    return clean(f"{failures.type_name(error)}: {failures.message(error)}")
+def _brief(error: BaseException, hide: Hide | None) -> str:
+    text = failures.message(error)
+    return clean(f"{failures.type_name(error)}: {text if hide is None else hide(text)}")
 
 
 def lost(queue: str, leased: Iterable[LeasedMessage]) -> LeaseLost:

@@ -26,7 +26,7 @@ from conveyor.messaging.declared_limits import (
     queue_owner,
 )
 from conveyor.messaging.decoder import MessageDecoder
-from conveyor.messaging.leases import DeadWorkerDetector, LeaseSession
+from conveyor.messaging.leases import DeadWorkerDetector, LeasedMessage, LeaseSession
 from conveyor.messaging.limits import Concurrency, Rate
 from conveyor.messaging.maintenance import DeadLetter
 from conveyor.messaging.message import Batch, Message, OnError
@@ -47,8 +47,9 @@ from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.payload.codec import MAX_PAYLOAD
 from conveyor.payload.formats import JSON, FormatCodec, FormatRegistry, codec_for
 from conveyor.payload.pipeline import PayloadPipeline
-from conveyor.payload.sealed_records import pack_failure, pack_refusal
-from conveyor.payload.versions import check_version
+from conveyor.payload.redaction import Hide
+from conveyor.payload.sealed_records import RecordDecoder, pack_failure, pack_refusal
+from conveyor.payload.versions import check_version, sealed_name
 from conveyor.store import inspection, operations
 from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability
@@ -350,8 +351,9 @@ class Queue(MessageSource[T]):
 
     def _policy(self, session: LeaseSession) -> SettlementPolicy:
         sealing, worker = self._sealing, f"{socket.gethostname()}:{os.getpid()}"
+        hider = self._hider if self.client.redaction else None
         if sealing is None:
-            return SettlementPolicy(self.retry, worker, lambda: session.now_ms, limits=self.limits)
+            return SettlementPolicy(self.retry, worker, lambda: session.now_ms, limits=self.limits, hider=hider)
         return SettlementPolicy(
             self.retry,
             worker,
@@ -359,7 +361,15 @@ class Queue(MessageSource[T]):
             pack=lambda id_, record: pack_failure(sealing, record, self.name, id_),
             pack_refusal=lambda id_, record, code: pack_refusal(sealing, record, code, self.name, id_),
             limits=self.limits,
+            hider=hider,
         )
+
+    def _hider(self, leased: LeasedMessage) -> Hide | None:
+        """Return what takes redacted values of a message out of texts about it."""
+        decoder, envelope = RecordDecoder(self._sealing, self.codec.formats, self.client.redaction), leased.envelope
+        body = envelope.body if leased.fetched_body is None else leased.fetched_body
+        name = sealed_name(envelope.task, envelope.extra.version)
+        return decoder.preview_and_hide(body, self.name, name, leased.id, call=False)[1]
 
     # -- look and care ------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from conveyor.messaging.retry import (
 )
 from conveyor.payload import failures
 from conveyor.payload.records import NOT_STARTED, AttemptHistory, Failure, Outcome, to_json
+from conveyor.payload.redaction import Hide
 from conveyor.store.operations import Settlement
 
 CANCELLED_KEPT_MS = 600_000
@@ -42,6 +43,17 @@ class SettlementPolicy:
     """Seals the text of an error with that code, for a body that cannot be read; None: not sealed."""
     limits: QueueLimits | None = None
     """Those of the queue."""
+    hider: Callable[[LeasedMessage], Hide | None] | None = None
+    """Returns what takes redacted values of a message out of texts about it; None: nothing is redacted."""
+
+    def hide_of(self, leased: LeasedMessage) -> Hide | None:
+        """Return what takes redacted values of a message out of texts about it."""
+        return None if self.hider is None else self.hider(leased)
+
+    def without_values(self, leased: LeasedMessage, text: str) -> str:
+        """Return a text about a message without its redacted values."""
+        hide = self.hide_of(leased)
+        return text if hide is None else hide(text)
 
     def failed(self, leased: LeasedMessage, error: BaseException, *, cancelled: bool = False) -> Settlement:
         """Settle a message whose body raised: retry after the policy's pause, or give up."""
@@ -50,7 +62,7 @@ class SettlementPolicy:
         if isinstance(error, RateLimited) and (after_ms := wait_of(error)) is not None:
             return self._rate_limited(leased, after_ms)
         now, extra = self.now_ms(), leased.envelope.extra
-        record = failures.describe(error, leased.attempt, now, self.worker)
+        record = failures.describe(error, leased.attempt, now, self.worker, self.hide_of(leased))
         if self.pack is not None:
             record = self.pack(leased.id, record)
         follows = after_failure(
@@ -90,7 +102,7 @@ class SettlementPolicy:
 
     def dead(self, leased: LeasedMessage, reason: str) -> Settlement:
         """Make it a dead letter for *reason*; its bytes are kept."""
-        text = failures.shorten(reason, failures.MESSAGE_BYTES)
+        text = failures.shorten(self.without_values(leased, reason), failures.MESSAGE_BYTES)
         record = Failure(leased.attempt, self.now_ms(), "dead", text, worker=self.worker)
         if self.pack is not None:
             text, record = "given up by its consumer", self.pack(leased.id, record)
@@ -103,7 +115,7 @@ class SettlementPolicy:
 
     def undecodable(self, leased: LeasedMessage, error: ConveyorError, kind: str = "PayloadError") -> Settlement:
         """Make it a dead letter because its body cannot be decoded: repeating would not help."""
-        text = failures.message(error)
+        text = failures.shorten(self.without_values(leased, failures.message(error)), failures.MESSAGE_BYTES)
         record = Failure(leased.attempt, self.now_ms(), kind, text, worker=self.worker)
         if self.pack_refusal is not None:
             record = self.pack_refusal(leased.id, record, error.code)

@@ -11,8 +11,11 @@ from traceback import TracebackException
 from types import TracebackType
 from typing import Any
 
+from msgspec.structs import replace
+
 from conveyor.errors import RetryIn
 from conveyor.payload.records import Failure
+from conveyor.payload.redaction import Hide
 
 MESSAGE_BYTES = 2 * 1024
 TRACEBACK_BYTES = 8 * 1024
@@ -26,13 +29,20 @@ _STORED_NAMES = {"UnreadablePayload": "Unreadable", "PayloadTooNew": "TooNew"}
 """Classes that are stored under a shorter name than theirs: what is stored does not follow when a class is renamed."""
 
 
-def describe(error: BaseException, attempt: int, now_ms: int, worker: str) -> Failure:
+def describe(error: BaseException, attempt: int, now_ms: int, worker: str, hide: Hide | None = None) -> Failure:
     """
     Return *error* as it is stored and shown; never raises.
 
-    The message takes at most 2 KiB of UTF-8, the traceback 8 KiB; longer ones lose their middle.
+    The message takes at most 2 KiB of UTF-8, the traceback 8 KiB; longer ones lose their middle. *hide* takes values out of them.
     """
-    return Failure(attempt, now_ms, type_name(error), message(error), _traceback(error), worker)
+    found = Failure(attempt, now_ms, type_name(error), message(error), _traceback(error), worker)
+    return found if hide is None else without_values(found, hide)
+
+
+def without_values(failure: Failure, hide: Hide) -> Failure:
+    """Return a failure whose texts were changed by *hide*, within their limits."""
+    text, trace = shorten(hide(failure.message), MESSAGE_BYTES), shorten(hide(failure.traceback), TRACEBACK_BYTES)
+    return replace(failure, message=text, traceback=trace)
 
 
 def type_name(error: BaseException) -> str:
@@ -100,8 +110,14 @@ class FailureLog:
         self._seen: dict[tuple[str, str, int], tuple[float, int]] = {}
         """Class, file and line → when its traceback was logged last, and how many came since."""
 
-    def log(self, level: int, text: str, *arguments: Any, error: BaseException) -> None:
-        """Log *error*; without the traceback when it cannot be formatted. Never raises for the sake of *error*."""
+    def log(self, level: int, text: str, *arguments: Any, error: BaseException, hide: Hide | None = None) -> None:
+        """
+        Log *error*; without the traceback when it cannot be formatted. Never raises for the sake of *error*.
+
+        With *hide*, which takes values out of texts, the traceback is a part of the text.
+        """
+        if hide is not None:
+            arguments = tuple(hide(one) if isinstance(one, str) else one for one in arguments)
         if type(error) is RetryIn and level < ERROR and error.__cause__ is None and error.__context__ is None:
             self._logger.log(level, text, *arguments)
             return
@@ -117,6 +133,9 @@ class FailureLog:
         if len(self._seen) >= _MOST_PLACES:
             self._seen.clear()
         self._seen[key] = (now, 0)
+        if hide is not None:
+            self._logger.log(level, text + "\n%s", *arguments, hide(_traceback(error)).rstrip())
+            return
         try:
             self._logger.log(level, text, *arguments, exc_info=(type(error), error, shown))
         except BaseException as reason:  # the methods of an exception are the caller's code

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import binascii
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -13,6 +13,8 @@ from conveyor.payload.formats import JSON, MARK, FormatRegistry, body_text
 from conveyor.payload.live_records import LogLine, Progress, open_lines, open_progress, show_notes
 from conveyor.payload.pipeline import MAX_LARGE, PLAIN, PayloadPipeline
 from conveyor.payload.records import Failure, Outcome, RunRecord
+from conveyor.payload.redaction import MARK as REDACTED
+from conveyor.payload.redaction import Hide, Redaction
 from conveyor.payload.versions import sealed_name
 from conveyor.payload.wrapped import MAGIC, describe
 
@@ -91,13 +93,31 @@ def open_failure(sealing: PayloadPipeline | None, failure: Failure, queue: str, 
 
 
 class RecordDecoder(NamedTuple):
-    """Shows bodies, results and errors to people, with the keys, the store and the formats of an app."""
+    """
+    Shows bodies, results and errors to people, with the keys, the store and the formats of an app.
+
+    With a *redaction* they see what it leaves of them; None: everything.
+    """
 
     sealing: PayloadPipeline | None = None
     formats: FormatRegistry = JSON
+    redaction: Redaction | None = None
 
     def preview(self, body: bytes, queue: str, task: str, id: str, *, limit: int = MAX_LARGE, call: bool) -> str:  # noqa: A002
         """Return a body as people see it: its value of at most *limit* bytes as JSON, or a description; reads no store."""
+        return self.preview_and_hide(body, queue, task, id, limit=limit, call=call)[0]
+
+    def preview_and_hide(
+        self, body: bytes, queue: str, task: str, id: str, *, limit: int = MAX_LARGE, call: bool  # noqa: A002
+    ) -> tuple[str, Hide | None]:  # fmt: skip
+        """Return a body likewise, and the function that takes what is hidden in it out of other texts; None: nothing is."""
+        text = self._opened(body, queue, task, id, limit, call=call)
+        name = task.partition("\t")[0] if call else ""
+        if not self.redaction or not self.redaction.concerns(name):
+            return text, None
+        return self.redaction.body(text, name), self.redaction.hider(text, name)
+
+    def _opened(self, body: bytes, queue: str, task: str, id: str, limit: int, *, call: bool) -> str:  # noqa: A002
         if body[:1] == MAGIC:
             opener: Any = self.sealing or PLAIN
             try:
@@ -107,22 +127,44 @@ class RecordDecoder(NamedTuple):
                 body = opener.unwrap(body, queue=queue, task=task, id=id, limit=limit)
             except PayloadError as error:
                 return f"{describe(body)}; {error.code}"
-        return body_text(body, self.formats, call=call)
+        return self._text_of(body, call=call)
+
+    def _text_of(self, body: bytes, *, call: bool) -> str:
+        text = body_text(body, self.formats, call=call)
+        if not self.redaction or body[:1] != MARK or text.startswith(f"{len(body):,} bytes"):
+            return text
+        try:
+            msgspec.json.decode(text)
+        except (msgspec.MsgspecError, RecursionError):
+            return f'"{REDACTED}"'  # the text of a value without a JSON form is its class's own: no field can be found in it
+        return text
 
     def arguments(self, run: RunRecord, queue: str, id: str) -> str | None:  # noqa: A002
         """Return the arguments of a run as people see them; None where they are not kept."""
+        return self.arguments_and_hide(run, queue, id)[0]
+
+    def arguments_and_hide(self, run: RunRecord, queue: str, id: str) -> tuple[str | None, Hide | None]:  # noqa: A002
+        """Return the arguments of a run, and what `preview_and_hide` returns besides."""
         try:
             body = stored_arguments(run)
         except PayloadError as error:
-            return str(error)
-        return self.preview(body, queue, sealed_name(run.task, run.version), id, call=True) if body else None
+            return str(error), None
+        if not body:
+            return None, None
+        return self.preview_and_hide(body, queue, sealed_name(run.task, run.version), id, call=True)
+
+    def headers(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """Return headers as people see them."""
+        return self.redaction.headers(headers) if self.redaction else dict(headers)
 
     def result(self, outcome: Outcome, queue: str, id: str) -> str:  # noqa: A002
         """Return a result as people see it."""
         try:
-            return body_text(open_result(self.sealing, outcome, queue, id, MAX_LARGE), self.formats, call=False)
+            text = self._text_of(open_result(self.sealing, outcome, queue, id, MAX_LARGE), call=False)
         except PayloadError as error:
             return str(error)
+        task = "" if outcome.run is None else outcome.run.task
+        return self.redaction.result(text, task) if self.redaction else text
 
     def progress(self, stored: bytes, queue: str, id: str) -> Progress | None:  # noqa: A002
         """Return a stored progress, with its text as far as it can be read."""
@@ -130,7 +172,8 @@ class RecordDecoder(NamedTuple):
 
     def notes(self, stored: bytes, queue: str, id: str) -> dict[str, Any]:  # noqa: A002
         """Return stored notes, or a description of those that cannot be read."""
-        return show_notes(self.sealing, stored, queue, id)
+        notes = show_notes(self.sealing, stored, queue, id)
+        return dict(self.redaction.value(notes)) if self.redaction else notes
 
     def lines(self, portions: Iterable[bytes], queue: str, id: str) -> list[LogLine]:  # noqa: A002
         """Return stored lines, as far as they can be read."""

@@ -32,6 +32,7 @@ from conveyor.jobs.live import LiveRecord
 from conveyor.messaging import retry
 from conveyor.messaging.declared_limits import cost_arguments
 from conveyor.payload.failures import message, type_name
+from conveyor.payload.formats import body_text
 from conveyor.payload.live_records import Progress, StoredLine, open_notes, pack_notes, pack_progress
 from conveyor.payload.records import AttemptHistory, Envelope
 from conveyor.store.inspection import BUCKETS_MS
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from conveyor.jobs.task import TaskDefinition
     from conveyor.messaging.declared_limits import DeclaredLimit
     from conveyor.payload.pipeline import PayloadPipeline
+    from conveyor.payload.redaction import Hide
     from conveyor.payload.signature import TaskSignature
     from conveyor.store.keys import QueueKeys
     from conveyor.store.operations import Settlement, TurnReport
@@ -343,6 +345,8 @@ class Attempt:
             return history
         place = (self.consumer.sealing, self.consumer.queue, self.id)
         if (progress := live.last_progress()) is not None:
+            if progress.text and (hide := self.hider()) is not None:
+                progress = Progress(progress.done, progress.total, hide(progress.text))
             history = replace(history, progress=pack_progress(place[0], progress, *place[1:]))
         if live.notes_json is not None:
             history = replace(history, notes=pack_notes(place[0], live.notes_json, *place[1:]))
@@ -396,6 +400,15 @@ class Attempt:
             return self.handler.timeout_hard  # until then its process keeps the other one
         own = self.envelope.extra.timeout_ms
         return own / 1000 if own is not None else self.handler.timeout
+
+    def hider(self) -> Hide | None:
+        """Return what takes redacted values of its arguments out of texts about it; None where nothing is redacted."""
+        if self.handler.kind == "unknown" or self.sealed:
+            return None
+        core = self.handler.task.core
+        if not core.client.redaction.concerns(self.handler.name):
+            return None
+        return core.client.redaction.hider(body_text(self.body, core.formats, call=True), self.handler.name)
 
     @property
     def public_id(self) -> str:
@@ -499,9 +512,10 @@ class SealedAttempt(Attempt):
         self.sealed = True
 
 
-def error_line(error: Any) -> str:
-    """Return an error's class and text in one line for a log, whatever its `__str__` does."""
-    return one_line(f"{type_name(error).rpartition('.')[2]}: {message(error)}")
+def error_line(error: Any, hide: Hide | None = None) -> str:
+    """Return an error's class and text in one line for a log, whatever its `__str__` does; *hide* takes values out of it."""
+    text = message(error) if hide is None else hide(message(error))
+    return one_line(f"{type_name(error).rpartition('.')[2]}: {text}")
 
 
 def one_line(text: str) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Raw
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from conveyor.jobs.core import AppCore
     from conveyor.jobs.job_log import JobLog
     from conveyor.jobs.live import LiveRecord
+    from conveyor.payload.redaction import Hide
 
 log = logging.getLogger("conveyor.worker")
 RECENT = 32
@@ -66,6 +68,10 @@ LOGS_KEPT_MS = 7 * 86_400_000
 """For how long the lines of a job are kept, in ms, from the last of them on."""
 CANCELLED_KEPT_MS = 600_000
 """For how long the outcome of a cancelled job is kept, in ms."""
+
+
+def _hidden_by(text: str, hide: Hide) -> str:
+    return hide(text)
 
 
 def _add_spawned(report: TurnReport, id: str, spawned: list[bytes]) -> None:  # noqa: A002
@@ -97,6 +103,7 @@ class SettlementWriter:
         self._since = 0.0
         self._explained: set[str] = set()
         self._shared: dict[int, Failure] | None = None
+        self._batch_hide: Hide | None = None
 
     def _log_done(self, attempt: Attempt, seconds: float) -> None:
         assert self._logged is not None
@@ -223,6 +230,8 @@ class SettlementWriter:
 
     def _send_lines(self, report: TurnReport, attempt: Attempt, log: JobLog) -> None:
         if lines := log.take():
+            if (hide := attempt.hider()) is not None:
+                lines = [(at, level, logger, hide(text)) for at, level, logger, text in lines]
             record = pack_lines(self._sealing, lines, attempt.number, attempt.consumer.queue, attempt.id)
             report.others.append(Settlement("T", attempt.id, LOGS_KEPT_MS, record))
 
@@ -296,7 +305,8 @@ class SettlementWriter:
             return
         handler, queue = attempt.handler, attempt.consumer.queue
         may_retry = may_retry and not isinstance(error, BatchMisreported)
-        record = self._describe(error, attempt.number, now_ms)
+        hide = self._hider(attempt)
+        record = self._describe(error, attempt.number, now_ms, hide)
         if self._sealing is not None:
             record = pack_failure(self._sealing, record, queue, attempt.id)
         policy = handler.task.settings.retry if may_retry else retry.Retry(attempts=1)
@@ -313,7 +323,7 @@ class SettlementWriter:
             budget = attempt.envelope.extra.attempts or policy.attempts
             self.failure_log.log(
                 logging.WARNING, "✗ %s attempt %d/%d %s → retry in %s", attempt.label,
-                attempt.number, budget, error_line(error), span(decision.ms / 1000), error=error,
+                attempt.number, budget, error_line(error, hide), span(decision.ms / 1000), error=error, hide=hide,
             )  # fmt: skip
             if self._app.has_listener(JobRetried):
                 self._app.emit(
@@ -325,32 +335,40 @@ class SettlementWriter:
             "✗ %s attempt %d dead: %s",
             attempt.label,
             attempt.number,
-            error_line(error),
+            error_line(error, hide),
             error=error,
+            hide=hide,
         )
         self.dead(report, attempt, decision.history, decision.reason, now_ms, error)
 
     @contextmanager
-    def shared_errors(self) -> Iterator[None]:
-        """Describe an error once for all attempts that end with it: the jobs of a batch."""
-        self._shared = {}
+    def shared_errors(self, attempts: Iterable[Attempt]) -> Iterator[None]:
+        """Describe an error once for all attempts that end with it: the jobs of a batch, whose arguments it may quote."""
+        hides = [hide for attempt in attempts if (hide := attempt.hider()) is not None]
+        self._shared, self._batch_hide = {}, partial(reduce, _hidden_by, hides) if hides else None
         try:
             yield
         finally:
-            self._shared = None
+            self._shared = self._batch_hide = None
 
-    def _describe(self, error: BaseException, attempt: int, now_ms: int) -> Failure:
+    def _hider(self, attempt: Attempt) -> Hide | None:
+        return attempt.hider() if self._shared is None else self._batch_hide
+
+    def _describe(self, error: BaseException, attempt: int, now_ms: int, hide: Hide | None) -> Failure:
         if self._shared is None:
-            return failures.describe(error, attempt, now_ms, self._worker)
+            return failures.describe(error, attempt, now_ms, self._worker, hide)
         record = self._shared.get(id(error))
         if record is None:
-            record = self._shared[id(error)] = failures.describe(error, attempt, now_ms, self._worker)
+            record = self._shared[id(error)] = failures.describe(error, attempt, now_ms, self._worker, hide)
         return replace(record, attempt=attempt, at=now_ms)
 
     def unreadable(self, report: TurnReport, attempt: Attempt, error: PayloadError, now_ms: int) -> None:
         """Make a job dead whose payload cannot be read, with one line in the log: no retry could change it."""
-        log.error("✗ %s cannot be read and is dead: %s", attempt.label, one_line(failures.message(error)))
-        record = Failure(attempt.number, now_ms, "PayloadError", failures.message(error), worker=self._worker)
+        message = failures.message(error)
+        if (hide := attempt.hider()) is not None:
+            message = failures.shorten(hide(message), failures.MESSAGE_BYTES)
+        log.error("✗ %s cannot be read and is dead: %s", attempt.label, one_line(message))
+        record = Failure(attempt.number, now_ms, "PayloadError", message, worker=self._worker)
         if self._sealing is not None:
             record = pack_refusal(self._sealing, record, error.code, attempt.consumer.queue, attempt.id)
         old = attempt.history
@@ -404,7 +422,7 @@ class SettlementWriter:
     def crashed(self, report: TurnReport, attempt: Attempt, now_ms: int, error: BaseException) -> None:
         """Settle a job that crashed its process: count the crash, and run the job again alone, or make it dead."""
         old = attempt.history
-        record = to_json(failures.describe(error, attempt.number, now_ms, self._worker))
+        record = to_json(failures.describe(error, attempt.number, now_ms, self._worker, attempt.hider()))
         state = replace(old, starts=attempt.number, crashes=old.crashes + 1, errors=[*old.errors, record])
         log.error("✗ %s crashed its process: %s", attempt.label, error)
         if state.crashes >= attempt.handler.task.settings.retry.max_crashes:

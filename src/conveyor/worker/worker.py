@@ -370,9 +370,11 @@ class Worker:
         if consumer.holds(attempt):
             self.settlement_writer.settle(attempt, value, error, stuck=attempt in self._drain_monitor.stuck)
         elif error is not None and attempt.handler.early:
+            hide = attempt.hider()
             self.settlement_writer.failure_log.log(
-                logging.ERROR, "✗ %s failed after its early ack: %s", attempt.label, error_line(error), error=error
-            )
+                logging.ERROR, "✗ %s failed after its early ack: %s", attempt.label, error_line(error, hide), error=error,
+                hide=hide,
+            )  # fmt: skip
         consumer.on_finished(attempt)
         if attempt.handler.early:
             self._stop_if_drained()  # no turn follows, which would see to it
@@ -389,7 +391,7 @@ class Worker:
         for consumer in {attempt.consumer for attempt, _, _ in ends}:
             consumer.schedule()
         self.capacity.note_batch(len(ends))
-        with self.settlement_writer.shared_errors():
+        with self.settlement_writer.shared_errors(attempt for attempt, _, error in ends if error is not None):
             for attempt, value, error in ends:
                 self.on_finished(attempt, value, error)
 

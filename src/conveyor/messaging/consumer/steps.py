@@ -215,7 +215,7 @@ class ConsumerSteps(Generic[M]):
         return leased.history.crashes != 0 and self._policy.poison(leased) is None
 
     def _settle_unreadable(self, leased: LeasedMessage, error: PayloadError | BlobUnavailable) -> None:
-        name, line = self._name(leased), clean(" ".join(str(error).split()))
+        name, line = self._name(leased), clean(" ".join(self._policy.without_values(leased, str(error)).split()))
         if isinstance(error, PayloadTooNew):
             settlement = self._policy.put_off(leased, error)
             log = logger.warning if settlement.kind == "R" else logger.error

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from conveyor.errors import ConfigurationError, ConveyorError, QueueFull, StoreUnavailable
 from conveyor.ids import new_identity
+from conveyor.payload.redaction import Redaction
 from conveyor.store import operations
 from conveyor.store.client.batching import LoopConnections, PushBatcher, chunks, partly_full, refuse_undroppable
 from conveyor.store.client.confirmed import ConfirmedConnections, ConfirmedTarget
@@ -102,7 +103,9 @@ class Client:
         self._free_at: dict[Endpoint, deque[PushConnection]] = {}
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopConnections] = weakref.WeakKeyDictionary()
         self._last_loop: LoopConnections | None = None
-        self._announced = QueueIndex(self.namespace)
+        self.redaction = Redaction()
+        """The fields of payloads that the app of this client shows to nobody; Redis is told before the first push."""
+        self._announced = QueueIndex(self.namespace, self.redaction)
         self.outages = ServerOutages()
         self._confirmed_connections: ConfirmedConnections | None = None
         self._room: RoomLine | None = None

@@ -12,7 +12,8 @@ from collections.abc import Generator, Iterable, Sequence
 from time import monotonic, time
 from typing import Any, NamedTuple
 
-from conveyor.store import operations, topics
+from conveyor.payload.redaction import Redaction
+from conveyor.store import operations, redacted_names, topics
 from conveyor.store.keys import QueueKeys, expiring_queues, known_queues
 from conveyor.store.operations import SOME_EXPIRE
 from conveyor.store.script import Call
@@ -40,8 +41,9 @@ class _Known(NamedTuple):
 class QueueIndex:
     """The names that were added, and when to look at the set again."""
 
-    def __init__(self, namespace: str) -> None:
+    def __init__(self, namespace: str, redaction: Redaction) -> None:
         self._namespace = namespace
+        self._redaction, self._told_changes = redaction, 0
         self._names: dict[str, _Known] = {}  # in the order in which they were added
         self._refresh_at = float("inf")
         self._paused_until = float("-inf")
@@ -69,6 +71,10 @@ class QueueIndex:
             yield from self._refresh(before)
 
     def _add(self, queues: Iterable[QueueKeys]) -> Calls:
+        if self._redaction and (changes := self._redaction.changes) != self._told_changes:
+            # Before the first push: people who look without the app must not see what it hides.
+            yield redacted_names.add(self._namespace, self._redaction.names)
+            self._told_changes = changes
         expiring = {keys.queue: keys.expires for keys in queues if keys.expires}
         for keys in queues:
             if keys.expires:
@@ -108,8 +114,9 @@ class QueueIndex:
             yield from removing_expired(self._namespace)
 
     def discard(self, name: str) -> None:
-        """Note that Redis has forgotten queue *name*."""
+        """Note that Redis has forgotten queue *name*, and may have forgotten everything."""
         self._names.pop(name, None)
+        self._told_changes = 0
 
     def pause(self) -> None:
         """Note that the node of the set is away: pushes to other nodes go on without it."""
