@@ -191,10 +191,7 @@ def test_a_filter_does_not_find_what_is_redacted(planted: Any, url: str, named: 
         admin = Admin.of_app(app if named else other)
         for text, column in {"args.card:4*": 1, "state:dead args.user.password:x": 12, "body.login.token:x": 1, "-args.card:x": 1,
                              "header.authorization:x": 1}.items():  # fmt: skip
-            for act in (
-                lambda query: admin.search(query), lambda query: admin.count_matching(query),
-                lambda query: list(admin.act_on_matching("delete", query)),
-            ):  # fmt: skip
+            for act in (admin.search, admin.count_matching, lambda query: list(admin.act_on_matching("delete", query))):
                 with pytest.raises(InvalidFilter, match=f"Column {column} .*redacted"):
                     act(parse(text))
         for text in ("args:CANARY", "body:CANARY", "CANARY", "error:CANARY", "unique:*CANARY*", '"47114711"'):

@@ -33,7 +33,9 @@ def ask(
 
     async def send() -> httpx.Response:
         async with _client(site, auth) as client:
-            return await _send(client, method, path, inputs, headers)
+            answer = await _send(client, method, path, inputs, headers)
+        await _close(site)
+        return answer
 
     return asyncio.run(send())
 
@@ -43,9 +45,17 @@ def ask_all(site: Any, calls: Sequence[tuple[str, str, Mapping[str, Any]]]) -> l
 
     async def send() -> list[int]:
         async with _client(site, None) as client:
-            return [(await _send(client, *call, None)).status_code for call in calls]
+            codes = [(await _send(client, *call, None)).status_code for call in calls]
+        await _close(site)
+        return codes
 
     return asyncio.run(send())
+
+
+async def _close(site: Any) -> None:
+    """Close the connections of this event loop, which ends."""
+    if isinstance(site, Dashboard):
+        await site.service.admin.client.aclose()
 
 
 def _client(site: Any, auth: tuple[str, str] | None) -> httpx.AsyncClient:

@@ -187,7 +187,7 @@ class Admin:
 
     @property
     def _decoder(self) -> RecordDecoder:
-        """What shows bodies, results and errors, without what is redacted. The names of that are read from time to time."""
+        """The decoder of bodies, results and errors, less what is redacted; the names of that are read from time to time."""
         return RecordDecoder(self._sealing, self._formats, self._redaction.current())
 
     @property

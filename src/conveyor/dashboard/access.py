@@ -15,7 +15,7 @@ from starlette.requests import Request
 from conveyor.errors import ConfigurationError
 
 Action = Literal[
-    "retry_jobs", "cancel_jobs", "delete_jobs", "edit_jobs", "enqueue_jobs", "pause_queues", "purge_queues",
+    "retry_jobs", "cancel_jobs", "delete_jobs", "edit_jobs", "enqueue_jobs", "pull_messages", "pause_queues", "purge_queues",
     "manage_schedules", "manage_limits", "stop_workers", "view_payloads",
 ]  # fmt: skip
 ACTIONS: tuple[Action, ...] = get_args(Action)
@@ -68,7 +68,10 @@ Access.ALL = Access(looks=True, actions=frozenset(ACTIONS))
 Access.READ_ONLY = Access(looks=True, actions=frozenset({"view_payloads"}))
 Access.DENY = Access()
 
-ROLES: dict[str, Access] = {"all": Access.ALL, "read-only": Access.READ_ONLY}
+ROLES: dict[str, Access] = {
+    "all": Access.ALL, "read-only": Access.READ_ONLY, "producer": Access.only("enqueue_jobs"),
+    "consumer": Access.only("pull_messages"),
+}  # fmt: skip
 Authorize = Callable[[Request], Access | Awaitable[Access]]
 
 
@@ -123,7 +126,7 @@ class BasicAuth:
 
 def parse_auth(text: str) -> dict[str, tuple[str, Access]]:
     """
-    Return the users in *text*: ``ada:password``, with ``:read-only`` behind for one who only looks; several by commas.
+    Return the users in *text*: ``ada:password``, with a role behind it (such as ``:read-only``); several by commas.
 
     Raises ConfigurationError.
     """
@@ -136,7 +139,7 @@ def parse_auth(text: str) -> dict[str, tuple[str, Access]]:
                 password, access = password.removesuffix(f":{role}"), rights
         if not (name and colon and password):
             raise ConfigurationError(
-                "--auth takes NAME:PASSWORD, or NAME:PASSWORD:read-only; several with commas between them."
+                f"--auth takes NAME:PASSWORD, or NAME:PASSWORD:ROLE ({', '.join(ROLES)}); several with commas between them."
             )
         users[name] = (password, access)
     if not users:

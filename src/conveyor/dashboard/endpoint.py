@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -80,6 +81,11 @@ _WORDS = {
 }  # fmt: skip
 
 
+async def never() -> None:
+    """Wait until this is cancelled."""
+    await asyncio.get_running_loop().create_future()
+
+
 @dataclass(frozen=True, slots=True)
 class ApiCall:
     """One request as a handler sees it: checked inputs, the visitor's rights, and `admin`, which notes the visitor in the audit."""
@@ -90,6 +96,8 @@ class ApiCall:
     values: Mapping[str, Any]
     base: str = "/"
     """The path below which the dashboard is, with a slash at its end."""
+    gone: Callable[[], Awaitable[None]] = never
+    """Returns when the visitor is not there any more."""
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]

@@ -8,6 +8,7 @@ from conveyor.dashboard.endpoint import ApiCall, ApiRoute
 from conveyor.dashboard.job_routes import JOB_ENDPOINTS
 from conveyor.dashboard.live_routes import LIVE_ENDPOINTS
 from conveyor.dashboard.openapi import describe
+from conveyor.dashboard.pull_routes import PULL_ROUTES
 from conveyor.dashboard.queue_routes import QUEUE_ENDPOINTS
 from conveyor.dashboard.send_routes import SEND_ROUTES
 from conveyor.dashboard.system_routes import SYSTEM_ENDPOINTS
@@ -25,5 +26,6 @@ ENDPOINTS: tuple[ApiRoute, ...] = (
     *QUEUE_ENDPOINTS,
     *JOB_ENDPOINTS,
     *SEND_ROUTES,
+    *PULL_ROUTES,
     *SYSTEM_ENDPOINTS,
 )

@@ -15,7 +15,8 @@ _OPTIONS = {
 }  # fmt: skip
 
 
-def _app(call: ApiCall) -> Any:
+def app_of(call: ApiCall) -> Any:
+    """Return the app of the dashboard. Raises ConfigurationError without one."""
     if call.service.app is None:
         raise ConfigurationError("This dashboard knows no app, whose queues and tasks are meant: start it with APP.")
     return call.service.app
@@ -34,7 +35,7 @@ def push(call: ApiCall) -> dict[str, Any]:
     messages = call["messages"]
     if call["id"] and len(messages) != 1:
         raise ConfigurationError("'id' names one message, and there are several. Nothing was stored.")
-    queue, options = _app(call).queue(call["queue"]), _options(call)
+    queue, options = app_of(call).queue(call["queue"]), _options(call)
     ids = [queue.push(messages[0], **options)] if call["id"] else queue.push_many(messages, **options)
     call.admin.note("push", call["queue"], count=len(ids))
     return {"queue": call["queue"], "ids": ids}
@@ -42,9 +43,9 @@ def push(call: ApiCall) -> dict[str, Any]:
 
 def enqueue(call: ApiCall) -> dict[str, Any]:
     """Enqueue a job of a task of the app; its arguments are checked against the signature."""
-    task = _app(call).tasks.get(call["task"])
+    task = app_of(call).tasks.get(call["task"])
     if task is None:
-        known = ", ".join(sorted(_app(call).tasks)[:10]) or "none"
+        known = ", ".join(sorted(app_of(call).tasks)[:10]) or "none"
         raise UnknownTask(f"There is no task {call['task'][:200]!r}. Known: {known}. Nothing was enqueued.")
     options = {**_options(call), **({"queue": call["queue"]} if call["queue"] else {})}
     job = (task.options(**options) if options else task).enqueue(*call["args"], **call["kwargs"])

@@ -52,6 +52,8 @@ class Service:
         self.read_only = read_only
         self.hosts = None if hosts is None else tuple(host.lower() for host in hosts)
         self._authorize = authorize
+        self.waiting_pulls = 0
+        """The pulls of messages that wait now."""
         self.streams = True
         """Whether server-sent events can be sent; not below WSGI."""
         self.version = installed_version()

@@ -31,7 +31,7 @@ from conveyor.dashboard.access import (
     is_allowed_host,
     is_own_page,
 )
-from conveyor.dashboard.endpoint import MOST_BODY, ApiCall, ApiRoute, NotAllowed
+from conveyor.dashboard.endpoint import MOST_BODY, ApiCall, ApiRoute, NotAllowed, never
 from conveyor.dashboard.live_routes import METRICS
 from conveyor.dashboard.routes import ENDPOINTS
 from conveyor.dashboard.service import Service
@@ -229,7 +229,14 @@ class Dashboard:
             action = endpoint.needed(given)
             if not access.allows(action):
                 raise NotAllowed(action or "")
-            call = ApiCall(self.service, self.service.admin_for(access), access, endpoint.read(given), _base(request))
+            call = ApiCall(
+                self.service,
+                self.service.admin_for(access),
+                access,
+                endpoint.read(given),
+                _base(request),
+                partial(_gone, request) if self.service.streams else never,
+            )
             if inspect.iscoroutinefunction(endpoint.handle):
                 found = await endpoint.handle(call)
             else:  # it waits for Redis
@@ -289,6 +296,12 @@ def _with_root(scope: Scope) -> Scope:
         return scope
     root = raw.rstrip("/").removesuffix(rest)
     return {**scope, "root_path": root, "path": root + (rest or "/")}
+
+
+async def _gone(request: Request) -> None:
+    """Return when the client of a request, whose body was read, has closed the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _base(request: Request) -> str:

@@ -391,17 +391,16 @@ class Conveyor:
         """
         Register a function as a task; used bare (``@app.task``) or with options.
 
-        `timeout` limits one attempt. `retry` is a policy or a number of attempts. `keep_result` is how long the result
-        stays (0: not at all). `expires` cancels a job that has not started by then. `ack="early"` gives up the
-        promise to run again after a crash. `run_in` is loop, thread or process: by default loop for an `async def`,
-        thread for a `def`. `version` is the version of the payload's layout; `upcast(version, arguments)` turns the
-        arguments of that version into those of the next. `format` is how arguments and results are written; None: as
-        the app says. `tags` are those of each of its jobs, besides a job's own. `limits` say how many of its jobs may start
-        in a time or run at a time; jobs that are equal in the argument `group_by` run in their order, one at a time. `requires`
-        names labels of the workers that run it, `pin="build"` keeps a job to workers of the build that enqueued it. `logs` says
-        which lines that jobs log are kept, `webhook` is told how they end. `sensitive` names arguments that no page, command or
-        log shows, and ``"return"`` the result. With ``run_in="process"``, `fresh` is a process for
-        each job, and `timeout_hard` kills one. Raises ConfigurationError.
+        `timeout` limits one attempt. `retry` is a policy or a number of attempts. `keep_result` is how long the result stays (0:
+        not at all). `expires` cancels a job that has not started by then. `ack="early"` gives up the promise to run again after
+        a crash. `run_in` is loop, thread or process: by default loop for an `async def`, thread for a `def`. `version` is the
+        version of the payload's layout; `upcast(version, arguments)` turns the arguments of that version into those of the next.
+        `format` is how arguments and results are written; None: as the app says. `tags` are those of each of its jobs, besides a
+        job's own. `limits` say how many of its jobs may start in a time or run at a time; jobs that are equal in the argument
+        `group_by` run in their order, one at a time. `requires` names labels of the workers that run it, `pin="build"` keeps a
+        job to workers of the build that enqueued it. `logs` says which lines that jobs log are kept, `webhook` is told how they
+        end. `sensitive` names arguments that nobody is shown, and ``"return"`` the result. With ``run_in="process"``, `fresh` is
+        a process for each job, and `timeout_hard` kills one. Raises ConfigurationError.
         """
         if unknown:
             refuse_unknown("@app.task()", unknown, TASK_OPTIONS)

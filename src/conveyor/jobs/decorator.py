@@ -162,19 +162,11 @@ def register(
         )
     limit = None if max_payload is None else size(max_payload, "@app.task(max_payload=…)")
     definition = TaskDefinition(
-        core,
-        function,
-        name=name,
-        queue=queue,
-        run_in=where,
-        options=options,
+        core, function, name=name, queue=queue, run_in=where, options=options,
         max_payload=core.max_whole if limit is None else limit,
-        max_result=core.max_payload if limit is None else limit,
-        formats=core.formats.with_writer(format),
-        batch=batch,
-        call=None if batch is None else item_function(function, name, batch),
-        uniqueness=uniqueness,
-    )
+        max_result=core.max_payload if limit is None else limit, formats=core.formats.with_writer(format), batch=batch,
+        call=None if batch is None else item_function(function, name, batch), uniqueness=uniqueness,
+    )  # fmt: skip
     _check_sensitive(definition, uniqueness)
     core.check_limits(definition)
     kind: type[Task[..., Any]] = BatchTask if batch is not None else AsyncTask if awaitable else SyncTask

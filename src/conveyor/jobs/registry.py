@@ -213,7 +213,7 @@ class QueueRegistry:
 
     def select(self, queues: QueueNames, call: str) -> QueueSelection:
         """Return the queues that *call* takes from; the same ones are remembered, with what each has had."""
-        chosen = {self._known(queue, call): weight for queue, weight in _weights(queues, call).items()}
+        chosen = {self.source(queue, call): weight for queue, weight in _weights(queues, call).items()}
         key = frozenset(chosen.items())
         from conveyor.messaging.queue import QueueSelection
 
@@ -223,8 +223,8 @@ class QueueRegistry:
             del self._selections[next(iter(self._selections))]
         return found
 
-    def _known(self, queue: Queue[Any] | str, call: str) -> Queue[Any]:
-        """Return a queue as it was declared; one that was not holds any value."""
+    def source(self, queue: Queue[Any] | str, call: str) -> Queue[Any]:
+        """Return a queue that *call* takes from as it was declared; one that was not holds any value."""
         if not isinstance(queue, str):
             if queue.client is not self.client:
                 raise ConfigurationError(f"{call} takes from queues of one app, and {queue.name!r} belongs to another.")

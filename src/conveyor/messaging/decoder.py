@@ -55,10 +55,16 @@ class MessageDecoder(Generic[T]):
 
     def _open(self, leased: LeasedMessage) -> bytes:
         sealing, data = self._sealing or PLAIN, leased.envelope.body
-        task = sealed_name("", leased.envelope.extra.version)
-        reference = sealing.reference(data, queue=self._queue, task=task, id=leased.id)
-        leased.blob = "" if reference is None else reference.name
-        return sealing.unwrap(data, queue=self._queue, task=task, id=leased.id)
+        leased.blob = self.blob_of(leased)
+        return sealing.unwrap(
+            data, queue=self._queue, task=sealed_name("", leased.envelope.extra.version), id=leased.id
+        )
+
+    def blob_of(self, leased: LeasedMessage) -> str:
+        """Return the name of the body where it lies in a store, "" where it does not. Raises PayloadError."""
+        task, data = sealed_name("", leased.envelope.extra.version), leased.envelope.body
+        reference = (self._sealing or PLAIN).reference(data, queue=self._queue, task=task, id=leased.id)
+        return "" if reference is None else reference.name
 
     @property
     def fetches(self) -> bool:

@@ -207,6 +207,10 @@ class LeaseSession:
         """The server's time in ms, as far as it is known here."""
         return int(self.clock() * 1000 + self._clock_offset)
 
+    def note_time(self, now_ms: int) -> None:
+        """Note the server's time in ms, where no reply has told it."""
+        self._clock_offset = now_ms - self.clock() * 1000
+
     def remaining(self) -> float:
         """Return the seconds until the lease ends unless it is renewed; negative when it should be over."""
         return self.renewed + self.lease_ms / 1000 - self.clock()

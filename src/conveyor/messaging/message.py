@@ -257,7 +257,7 @@ class Message(Generic[T]):
         if again := self._again("D"):
             return again
         leased = self._ours()
-        return leased, _success(leased)
+        return leased, success(leased)
 
     def _nacked(self, delay: Duration | None) -> Ending:
         delay_ms = None if delay is None else milliseconds(delay, name="delay")
@@ -293,7 +293,7 @@ class Message(Generic[T]):
                 logger.warning("Message %s lost its lease while it ran: another consumer may run it.", clean(self.id))
             return self._unconfirmed() if error is None else []
         if error is None:
-            return [(leased, _success(leased))]
+            return [(leased, success(leased))]
         if not isinstance(error, Exception):
             leased.started = True
             return [(leased, Settlement("F", leased.id, state=policy.returned(leased)))]
@@ -397,7 +397,7 @@ def _grouped(endings: Iterable[tuple[Settler, list[Ending]]]) -> list[tuple[Sett
     return [one for one in by_settler.values() if one[1]]
 
 
-def _success(leased: LeasedMessage) -> Settlement:
+def success(leased: LeasedMessage) -> Settlement:
     """Return the settlement of a message that succeeded; there is nothing to decide."""
     return Settlement("D", leased.id, attributes=leased.envelope.attributes, own_id=leased.envelope.own_id)
 

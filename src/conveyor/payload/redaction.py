@@ -66,7 +66,7 @@ class Redaction:
         self._names: set[str] = set()
         self._paths: dict[tuple[str, Path], bool] = {}
         self.changes = 0
-        """How often a name was added: who has written the names knows whether they are still the same."""
+        """The number of names that were added: by it a writer of the names knows whether they are still the same."""
         self.add_patterns(patterns)
         for task, names in (sensitive or {}).items():
             self.add_sensitive(task, names)
