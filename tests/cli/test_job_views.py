@@ -348,7 +348,7 @@ def test_why_a_job_waits_is_a_command(shell: Shell, backend: Client) -> None:
     backend.run(operations.configure(backend.keys("shop"), "paused", ""))
     run_worker(backend).take(2)
     assert shell.run("job", "why", running).stdout.startswith("running\tIt does not wait: web-3:4711 has it, since 20")
-    assert json.loads(shell.run("job", "show", running, "--json").stdout)["why"] is None
+    assert json.loads(shell.run("job", "show", running, "--json").stdout)["why"]["kind"] == "running"
     assert shell.run("job", "why", "shop:0Q8AwEkiHuTqwTCLmeX0pl").returncode == 5
 
 

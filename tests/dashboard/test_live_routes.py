@@ -6,7 +6,6 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
-from datetime import timedelta
 from typing import Any
 
 import httpx
@@ -139,7 +138,7 @@ def test_a_percentile_lies_in_its_bucket(buckets: dict[int, int], share: float, 
 
 def test_flags_appear_by_themselves(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
     """A queue without a worker, a task that only fails, and a schedule that stands still are flagged, each with a link."""
-    monkeypatch.setattr("conveyor.dashboard.service.LATE", timedelta(0))
+    monkeypatch.setattr("conveyor.admin.flags.LATE_SECONDS", 0.0)
 
     @app.task(name="broken", queue="mail", retry=Retry(attempts=2, backoff="1ms", jitter=False))
     def broken() -> None:
@@ -152,12 +151,12 @@ def test_flags_appear_by_themselves(app: Conveyor, monkeypatch: pytest.MonkeyPat
     site: Any = dashboard(app, lambda _: Access.ALL)
     until = time.monotonic() + 60
     while True:  # until an instant of the schedule has passed
-        site.service.live._flags = (0.0, [])
+        site.service.live.forget_flags()
         site.service.live.snapshot._found = None
         flags = {flag["kind"]: flag for flag in get(site, "snapshot")["flags"]}
         if "schedule-stands-still" in flags or time.monotonic() > until:
             break
-    assert flags["no-worker"]["text"].startswith("1 job is ready in 'lonely' since ")
+    assert flags["no-worker"]["text"].startswith("Queue 'lonely' has 1 job")
     assert flags["failing"]["links"] == [{"page": "jobs", "filter": "state:dead task:broken"}]
     assert flags["schedule-stands-still"]["links"][0] == {"page": "schedule", "name": "tick"}
     app.schedules.delete("tick")

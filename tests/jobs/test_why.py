@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
@@ -15,22 +14,9 @@ from conveyor.jobs.job import Job
 from conveyor.payload.records import AttemptHistory, Failure, to_json, write_envelope
 from conveyor.store import inspection, limits, operations
 from conveyor.store.operations import Settlement
-from support.manual_worker import ManualWorker, drain
+from support.manual_worker import ManualWorker, ServingWorker, drain
 
 pytestmark = [pytest.mark.redis6, pytest.mark.redis7]
-
-
-class ServingWorker(ManualWorker):
-    """A registered worker that says what it is, and which tasks it knows."""
-
-    def __init__(
-        self, app: Conveyor, queue: str = "default", tasks: tuple[str, ...] = (), kind: str = "worker"
-    ) -> None:
-        super().__init__(app, queue)
-        self.client.run(operations.reap(self.keys, self.worker, crashed=False))
-        about = operations.about(kind=kind, host="web-3", pid=4711, task_set=operations.task_set(tasks))
-        self.client.run(operations.register(self.keys, self.worker, 60_000, about, tasks=tasks))
-        self.number = int(time.time() * 1000) - 1_735_689_600_000  # as a worker's: the number of a turn is its instant
 
 
 @pytest.fixture
@@ -178,8 +164,8 @@ def test_a_job_that_does_not_wait(app: Conveyor, queue: str) -> None:
 
     assert (running.kind, running.name, running.status) == ("running", "web-3:4711", "leased")
     assert str(running).startswith("It does not wait: web-3:4711 has it, since 20")
-    assert str(job.why()) == "It does not wait: it is done."
-    assert str(dead.why()) == "It does not wait: it is dead (attempt 1 failed: ValueError: no such user)."
+    assert str(job.why()) == "It ended well."
+    assert str(dead.why()) == "It failed for good after 1 attempt: ValueError: no such user."
     with pytest.raises(JobNotFound):
         app.job("mail:nothing").why()
     worker.leave()
@@ -279,6 +265,8 @@ def test_a_group_behind_its_first_job(app: Conveyor, queue: str) -> None:
     assert str(held) == f"It waits in group 'acme' behind job {first.id}, which is leased."
     assert (retried.kind, retried.behind, retried.behind_status) == ("group", first.id, "scheduled")
     assert f"It waits in group 'acme' behind job {first.id}, which is tried again at 20" in str(retried)
-    assert (paused.kind, str(paused), paused.also[0].kind) == ("group-paused", "Group 'acme' is paused.", "group")
+    assert (paused.kind, str(paused), paused.also[0].kind) == (
+        "group-paused", "Group 'acme' is paused. Resume it:  conveyor queue resume mail --group acme", "group",
+    )  # fmt: skip
     app.client.run(limits.set_group(worker.keys, "acme", weight=None, paused=False))
     worker.leave()

@@ -82,6 +82,19 @@ class ManualWorker:
         self.client.run(operations.turn(self.keys, self.worker, self.number, 0, 60_000, report, flags="e"))
 
 
+class ServingWorker(ManualWorker):
+    """A registered worker that says what it is, and which tasks it knows."""
+
+    def __init__(
+        self, app: Conveyor, queue: str = "default", tasks: tuple[str, ...] = (), kind: str = "worker", **facts: Any
+    ) -> None:
+        super().__init__(app, queue)
+        self.client.run(operations.reap(self.keys, self.worker, crashed=False))
+        about = operations.about(kind=kind, host="web-3", pid=4711, task_set=operations.task_set(tasks), **facts)
+        self.client.run(operations.register(self.keys, self.worker, 60_000, about, tasks=tasks))
+        self.number = int(time.time() * 1000) - 1_735_689_600_000  # as a worker's: the number of a turn is its instant
+
+
 def arguments(app: Conveyor, envelope: Envelope) -> tuple[list[Any], dict[str, Any]]:
     """Return what the function would be called with."""
     return definition_of(app.tasks[envelope.task]).signature.decode(envelope.body)

@@ -134,7 +134,7 @@ def job(values: dict[str, str]) -> dict[str, Any]:
         head |= {"id": values["id"], "queue": "reports", "task": "reports.monthly", "attempt": 0, "failures": 0}
     why = {
         "kind": "ended",
-        "sentence": "It does not wait: it died after 5 attempts, the last with TimeoutError.",
+        "sentence": "It failed for good after 5 attempts: TimeoutError: smtp.example.com did not answer.",
         "links": [],
         "also": [],
     }

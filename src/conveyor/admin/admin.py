@@ -27,7 +27,7 @@ from collections.abc import (
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial, wraps
 from itertools import islice
 from time import monotonic, sleep
@@ -35,12 +35,13 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from conveyor.admin import doctor, metrics
 from conveyor.admin.failure_matrix import MATRIX_RANGES, FailureMatrix, FailureTable
+from conveyor.admin.flags import Flag, failing_tasks, late_schedules, overdue_jobs, queue_flags
 from conveyor.admin.history import MOST_MARKS, History, read_history
 from conveyor.admin.job_query import JobQuery
 from conveyor.admin.job_search import FailureCount, last_failure
 from conveyor.admin.known_redaction import KnownRedaction
 from conveyor.admin.queue_directory import QueueDirectory
-from conveyor.admin.search import MOST_LOOKED, JobSearch, MatchCount, SearchPage
+from conveyor.admin.search import MOST_LOOKED, JobSearch, MatchCount, SearchPage, ended_in
 from conveyor.admin.views import (
     LIVE,
     STATES,
@@ -56,6 +57,7 @@ from conveyor.admin.views import (
     instant,
     instant_or_none,
     live_job,
+    queue_info,
     without_values,
 )
 from conveyor.admin.worker_control import WorkerProcess, command, find_process, leased_job, processes_of
@@ -77,7 +79,7 @@ from conveyor.payload.pipeline import PayloadPipeline
 from conveyor.payload.records import AttemptHistory, Status, read_envelope, read_outcome
 from conveyor.payload.redaction import Hide
 from conveyor.payload.sealed_records import RecordDecoder
-from conveyor.store import inspection, limits, operations, worker_commands
+from conveyor.store import inspection, limits, operations, schedules, worker_commands
 from conveyor.store.audit_log import audit_key, keep_audit, marks_key, note_action, read_audit
 from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability
@@ -109,6 +111,8 @@ _IDS_NOTED = 10
 _ENTRY = re.compile(r"\d{1,20}-\d{1,20}")
 _AT_A_TIME = 100
 """Jobs that a thread reads before an awaiting caller gets them."""
+_MOST_RUNNING = 100
+"""Running jobs of which is asked whether they run too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,11 +262,29 @@ class Admin:
         """Return all known queues (None), or those of *names* that are known, by name."""
         everything = self._directory.everything()
         if names is not None:
-            everything = {name: parts for name, parts in everything.items() if name in names}
+            wanted = set(names)
+            everything = {name: parts for name, parts in everything.items() if name in wanted}
         counts = self._search.counts([part for parts in everything.values() for part in parts])
         return [
             _queue_info(name, parts, {part: counts.get(part) for part in parts}) for name, parts in everything.items()
         ]
+
+    def queues_and_ended(
+        self, minutes: int, *, most: int | None = None
+    ) -> tuple[list[QueueInfo], list[list[Ended]], int]:
+        """
+        Return queues, what ended in each of the last whole minutes in each of them, and how many queues there are.
+
+        One read of the names, and one of a hundred queues each. *most*: only so many queues, the first by name.
+        """
+        everything = self._directory.everything()
+        some = dict(islice(everything.items(), most))
+        counted = self._search.counts_and_ended([part for parts in some.values() for part in parts], minutes)
+        infos = [
+            _queue_info(name, parts, {part: counted[part][0] if part in counted else None for part in parts})
+            for name, parts in some.items()
+        ]
+        return infos, [ended_in(parts, counted) for parts in some.values()], len(everything)
 
     def failure_matrix(self, range: str = "24h", *, queue: str | None = None, most: int = 5_000) -> FailureMatrix:  # noqa: A002
         """Return dead letters by what they have in common and by time; of at most *most*, the newest. Raises ConfigurationError."""
@@ -307,7 +329,7 @@ class Admin:
 
         *queue*, *task*: only there, only of it. Raises ConfigurationError and QueueNotFound.
         """
-        return read_history(self.client, self._directory, range, queue, task)
+        return read_history(self.client, self._directory, range, None if queue is None else [queue], task)
 
     def state_counts(self, queue: str | None = None) -> dict[str, int]:
         """Count the jobs of a queue, or of all (None), by state; of `done` those that are still listed."""
@@ -837,6 +859,36 @@ class Admin:
             self.note(what, ", ".join(done[:_IDS_NOTED]), count=len(done))
         return results
 
+    def flags(self, queues: Sequence[QueueInfo] | None = None) -> list[Flag]:
+        """
+        Return what asks for attention, the worst first: stuck queues and schedules, tasks that only fail, jobs that run too long.
+
+        *queues*: those to look at, as they were counted just now; None: all. What may not be read is left out.
+        """
+        infos = self.queues() if queues is None else queues
+        found, now = queue_flags(infos), datetime.now(UTC)
+        with suppress(ConveyorError):
+            found += late_schedules(self._schedule_rows(), now)
+        with suppress(ConveyorError):
+            lately = [one.name for one in infos if one.workers or one.leased or one.dead or one.scheduled]
+            history = read_history(self.client, self._directory, "15m", lately, None)
+            found += failing_tasks(history)
+            busy = (one.name for one in infos if one.leased)
+            if any(task["p95_ms"] for task in history.tasks):
+                running = islice(
+                    (job for name in busy for job in self.jobs(name, "leased", limit=_MOST_RUNNING)), _MOST_RUNNING
+                )
+                found += overdue_jobs(history, running, now)
+        return sorted(found, key=lambda flag: ("problem", "warning", "note").index(flag.level))
+
+    def _schedule_rows(self) -> Iterator[tuple[str, str, datetime | None, bool]]:
+        """Yield (name, queue, due, paused) of all schedules."""
+        named = self.client.run(schedules.all_names(schedules.schedule_index(self.client.namespace)))
+        for queue in sorted(set(named.values())):
+            _, rows = self._ask(queue, schedules.read_schedules(self._keys(queue))) or (0, ())
+            for row in rows:
+                yield row.name, logical(queue), None if row.next_ms is None else instant(row.next_ms), row.paused
+
     def doctor(self) -> doctor.HealthReport:
         """Examine the server and the queues."""
         return doctor.examine(self.client, self._directory, self.durability_requests)
@@ -847,6 +899,7 @@ class Admin:
     anames = _awaitable(names)
     ahistory = _awaitable(history)
     amark = _awaitable(mark)
+    aflags = _awaitable(flags)
     afailure_matrix = _awaitable(failure_matrix)
     aqueues = _awaitable(queues)
     aqueue = _awaitable(queue)
@@ -956,8 +1009,9 @@ class Admin:
         return self._directory.keys(name)
 
     def _partition_names(self, queue: str | None) -> list[str]:
-        names = self.names() if queue is None else [queue]
-        return [part for name in names for part in self._directory.partition_names(name)]
+        if queue is not None:
+            return self._directory.partition_names(queue)
+        return [part for parts in self._directory.everything().values() for part in parts]
 
     def _repair(self, keys: QueueKeys) -> int:
         suspects = set(self._page_ids(keys, "jobs"))
@@ -1173,12 +1227,7 @@ def _queue_info(name: str, partitions: Sequence[str], answers: Mapping[str, Queu
     """Return a queue of which the counts of all partitions that answer are known."""
     unanswered = tuple(part for part in partitions if answers[part] is None)
     counts = inspection.total([counts for counts in answers.values() if counts is not None] or [inspection.NOTHING])
-    oldest = counts.oldest_age if counts.ready else None  # the first entry may be the stub of a cancelled job
-    return QueueInfo(
-        name, counts.ready, counts.scheduled, counts.waiting, counts.leased, counts.dead, counts.workers,
-        oldest, counts.paused, counts.max_length, len(partitions), counts.outbox, counts.unplaced, unanswered,
-        counts.blocked, counts.dropped,
-    )  # fmt: skip
+    return queue_info(name, counts, len(partitions), unanswered)
 
 
 def _each(ids: Iterable[str]) -> list[str]:

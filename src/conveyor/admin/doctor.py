@@ -9,6 +9,7 @@ from statistics import median
 from typing import Literal
 
 from conveyor.admin import server_checks
+from conveyor.admin.flags import late_schedules, queue_flags
 from conveyor.admin.queue_directory import QueueDirectory
 from conveyor.admin.server_checks import (
     durability_request_finding,
@@ -17,6 +18,7 @@ from conveyor.admin.server_checks import (
     replication_findings,
 )
 from conveyor.admin.server_info import execute_if_allowed, read_setting
+from conveyor.admin.views import instant, instant_or_none, queue_info
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
 from conveyor.store import inspection, schedules
 from conveyor.store.client.client import Client
@@ -25,7 +27,6 @@ from conveyor.store.keys import QueueKeys
 from conveyor.store.transport import eviction, replies
 from conveyor.store.transport.cluster import Cluster
 from conveyor.store.transport.url import StandaloneServer
-from conveyor.units import span
 
 Level = Literal["ok", "note", "warning", "problem"]
 DurabilityLevel = Literal["memory", "snapshots", "aof-os", "aof-everysec", "aof-always", "unknown"]
@@ -34,8 +35,6 @@ PING_COUNT = 7
 CLOCK_SKEW_WARNING = 1.0
 _MAX_NAMED = 10
 _MAX_AUDITED = 10_000
-_STANDS_STILL_MS = 60_000
-_OR_CONSUMER = "  (for messages: a program that consumes them)"
 MEMORY_WARNING, MEMORY_PROBLEM = 0.75, 0.9
 LARGE_SLOT = 1_000_000
 
@@ -210,63 +209,6 @@ def eviction_finding(policy: str, evicted: int) -> Finding | None:
     return None if wrong is None else Finding("eviction", "problem", wrong, eviction.REMEDY, "E10")
 
 
-def stranded_queues(waiting: dict[str, int], served: list[str]) -> list[Finding]:
-    """
-    Return findings for queues with jobs that no worker takes.
-
-    *waiting*: queue → jobs that could start. *served*: the queues that have workers. Without any worker, one finding
-    names all queues.
-    """
-    if not served and len(waiting) > 1:
-        names = ", ".join(list(waiting)[:_MAX_NAMED]) + (", …" if len(waiting) > _MAX_NAMED else "")
-        text = f"{len(waiting)} queues have {sum(waiting.values()):,} jobs and no worker is running: {names}"
-        return [Finding("queue", "problem", text, f"conveyor worker{_OR_CONSUMER}", "E12")]
-    takers = f"Workers take: {', '.join(served[:_MAX_NAMED])}." if served else "No worker is running."
-    return [
-        Finding(
-            "queue",
-            "problem",
-            f"Queue '{name}' has {'1 job' if ready == 1 else f'{ready:,} jobs'} and no worker takes it. {takers}",
-            f"conveyor worker -q {name}{_OR_CONSUMER}",
-            "E12",
-        )
-        for name, ready in waiting.items()
-    ]
-
-
-def undelivered_outboxes(counts: Mapping[str, inspection.QueueCounts]) -> list[Finding]:
-    """Return a finding for each queue whose outbox holds something: a problem where nobody delivers it."""
-    findings: list[Finding] = []
-    for name, count in counts.items():
-        if not count.outbox:
-            continue
-        what = (
-            "1 spawned job or published copy"
-            if count.outbox == 1
-            else f"{count.outbox:,} spawned jobs or published copies"
-        )
-        has = f"Queue '{name}' has {what} in its outbox"
-        if count.workers:
-            findings.append(Finding("queue", "note", f"{has}, not delivered to their queues yet"))
-        else:
-            text = f"{has} and no worker of it delivers them, so they do not run."
-            findings.append(Finding("queue", "problem", text, f"conveyor worker -q {name}", "E12"))
-    return findings
-
-
-def unplaced_jobs(counts: Mapping[str, inspection.QueueCounts]) -> list[Finding]:
-    """Return a finding for each queue with more records than places: those jobs never run by themselves."""
-    return [
-        Finding(
-            "queue", "problem",
-            f"queue '{name}': {count.unplaced:,} job{'s have a record and are' if count.unplaced > 1 else ' has a record and is'} "
-            "neither ready, scheduled, leased nor dead",
-            f"conveyor queue repair {name}", "",
-        )
-        for name, count in counts.items() if count.unplaced
-    ]  # fmt: skip
-
-
 def _check_latency(client: Client, report: HealthReport) -> None:
     took = []
     client.execute("PING")  # opens the connection
@@ -424,11 +366,8 @@ def _check_clock(client: Client, report: HealthReport) -> None:
 
 def _check_queues(client: Client, directory: QueueDirectory, report: HealthReport) -> None:
     counts = {name: directory.counts(name) for name in directory.names()}
-    served = [name for name, count in counts.items() if count.workers]
-    waiting = {n: count.ready for n, count in counts.items() if count.ready and not count.workers and not count.paused}
-    report.findings += stranded_queues(waiting, served)
-    report.findings += undelivered_outboxes(counts)
-    report.findings += unplaced_jobs(counts)
+    for flag in queue_flags([queue_info(name, count) for name, count in counts.items()]):
+        report.add("queue", flag.level, flag.text, flag.remedy, flag.code)
     _check_schedule_names(client, directory, counts, report)
     for name, count in counts.items():
         _check_records(client, [directory.keys(part) for part in directory.partition_names(name)], count, report)
@@ -501,11 +440,9 @@ def _check_schedule_names(
             if named.get(row.name, keys.queue) != keys.queue:
                 text = f"schedule '{row.name}' of queue '{queue}' stands in queue '{named[row.name]}' too: each instant comes twice"
                 report.add("schedule", "problem", text, "Delete it, and declare it for one of them again.")
-            elif row.next_ms is not None and not row.paused and now - row.next_ms > _STANDS_STILL_MS:
-                text = f"schedule '{row.name}' stands still: it was due {span((now - row.next_ms) / 1000)} ago"
-                report.add(
-                    "schedule", "problem", text, f"conveyor worker -q {queue}  (with an app that has its task)", "E12"
-                )
+        due = [(row.name, queue, instant_or_none(row.next_ms), row.paused) for row in rows]
+        for flag in late_schedules(due, instant(now)):
+            report.add("schedule", flag.level, flag.text, flag.remedy, flag.code)
 
 
 def _size(number: int) -> str:

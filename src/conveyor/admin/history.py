@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -83,17 +83,19 @@ class History:
 
 
 def read_history(
-    client: Client, directory: QueueDirectory, range: str, queue: str | None, task: str | None,  # noqa: A002
+    client: Client, directory: QueueDirectory, range: str, names: Collection[str] | None, task: str | None,  # noqa: A002
     seconds: float = _MOST_SECONDS,
 ) -> History:  # fmt: skip
-    """Return the history of all queues or one, and of all tasks or one. Raises ConfigurationError and QueueNotFound."""
+    """Return the history of all queues (None) or some, and of all tasks or one. Raises ConfigurationError and QueueNotFound."""
     if range not in RANGES:
         raise ConfigurationError(f"range must be one of {', '.join(RANGES)}, not {range!r}.")
     unit, count = RANGES[range]
     step = SECONDS_OF[unit]
     last = int(time.time()) // step
     first = last - count + 1
-    everything = directory.everything() if queue is None else {queue: directory.partition_names(queue)}
+    everything = directory.everything()
+    if names is not None:
+        everything = {name: everything.get(name) or directory.partition_names(name) for name in names}
     times = {number: _Sums() for number in _numbers(first, last)}
     tasks: dict[str, _Sums] = {}
     until, read = time.monotonic() + seconds, 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,6 +31,15 @@ _FAR = 2**53
 """No list of Redis is as long."""
 _HUNDRED = 100
 """Queues that are counted in one step."""
+
+
+def ended_in(parts: Sequence[str], counted: Mapping[str, tuple[QueueCounts, list[Ended]]]) -> list[Ended]:
+    """Return what ended in a queue with these partitions, of those that answered; [] where none did."""
+    answers = [counted[part][1] for part in parts if part in counted]
+    found = answers[0] if answers else []
+    for ended in answers[1:]:
+        found = [_sum(*both) for both in zip(found, ended, strict=True)]
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,36 +103,31 @@ class JobSearch:
 
     def counts(self, parts: Sequence[str]) -> dict[str, QueueCounts]:
         """Return the counts of queues and partitions; a hundred in one step where one server has them all."""
-        found: dict[str, QueueCounts] = {}
+        return {part: counts for part, (counts, _) in self.counts_and_ended(parts, 0).items()}
+
+    def counts_and_ended(self, parts: Sequence[str], minutes: int) -> dict[str, tuple[QueueCounts, list[Ended]]]:
+        """Return the counts of queues and partitions, and what ended there in each of the last whole minutes, in the same steps."""
+        found: dict[str, tuple[QueueCounts, list[Ended]]] = {}
         alone = [part for part in parts if not self._client.has_one_endpoint or self._directory.is_plain_list(part)]
         for part in alone:
-            counts = self._ask(part, inspection.counts(self._directory.keys(part)))
+            keys = self._directory.keys(part)
+            counts = self._ask(part, inspection.counts(keys))
             if counts is not None:
-                found[part] = counts
-        several = [part for part in parts if part not in set(alone)]
+                ended = self._ask(part, inspection.count_queues([keys], minutes)) if minutes else None
+                found[part] = (counts, ended[0][1] if ended else [])
+        several = [part for part in parts if part not in set(alone)] if alone else list(parts)
         for first in range(0, len(several), _HUNDRED):
             some = several[first : first + _HUNDRED]
-            call = inspection.count_queues([self._directory.keys(part) for part in some], 0)
-            counted = self._client.run(call)
-            found |= {part: counts for part, (counts, _) in zip(some, counted, strict=True)}
+            counted = self._client.run(inspection.count_queues([self._directory.keys(part) for part in some], minutes))
+            found |= dict(zip(some, counted, strict=True))
         return found
 
     def ended(self, names: Collection[str], minutes: int) -> dict[str, list[Ended]]:
         """Return what ended in each of the last whole minutes in these queues, the oldest first."""
-        found: dict[str, list[Ended]] = {}
-        parts = [
-            (name, part) for name, parts in self._directory.everything().items() if name in names for part in parts
-        ]
-        size = _HUNDRED if self._client.has_one_endpoint else 1
-        for first in range(0, len(parts), size):
-            some = parts[first : first + size]
-            reply = self._ask(
-                some[0][1], inspection.count_queues([self._directory.keys(one) for _, one in some], minutes)
-            )
-            for (name, _), (_, ended) in zip(some, reply or (), strict=False):
-                known = found.get(name)
-                found[name] = ended if known is None else [_sum(*both) for both in zip(known, ended, strict=True)]
-        return found
+        wanted = set(names)
+        everything = {name: parts for name, parts in self._directory.everything().items() if name in wanted}
+        counted = self.counts_and_ended([part for parts in everything.values() for part in parts], minutes)
+        return {name: ended for name, parts in everything.items() if (ended := ended_in(parts, counted))}
 
     def state_counts(self, queue: str | None) -> dict[str, int]:
         """Count the jobs of a queue, or of all, by state; of `done` those that are still listed."""

@@ -14,7 +14,7 @@ from conveyor.payload.redaction import Hide
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.payload.versions import sealed_name
 from conveyor.store.audit_log import AuditRow
-from conveyor.store.inspection import FinishedJob, JobRow
+from conveyor.store.inspection import FinishedJob, JobRow, QueueCounts
 
 STATES: tuple[Status, ...] = ("leased", "ready", "waiting", "scheduled", "dead", "done")
 """The states that can be listed. `done`: recently finished jobs, about a thousand per queue."""
@@ -55,6 +55,16 @@ class QueueInfo:
     def stranded(self) -> bool:
         """Whether jobs could start, or spawned ones be delivered, and there is no worker for it."""
         return self.workers == 0 and ((self.ready > 0 and not self.paused) or self.outbox > 0)
+
+
+def queue_info(name: str, counts: QueueCounts, partitions: int = 1, unanswered: tuple[str, ...] = ()) -> QueueInfo:
+    """Return a queue that was counted."""
+    oldest = counts.oldest_age if counts.ready else None  # the first entry may be the stub of a cancelled job
+    return QueueInfo(
+        name, counts.ready, counts.scheduled, counts.waiting, counts.leased, counts.dead, counts.workers,
+        oldest, counts.paused, counts.max_length, partitions, counts.outbox, counts.unplaced, unanswered,
+        counts.blocked, counts.dropped,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

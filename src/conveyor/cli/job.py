@@ -217,9 +217,9 @@ def show(target: Target, out: Output, id_: str) -> None:
     admin = target.admin()
     info = admin.job(id_)
     history = admin.history_of(id_)
-    why = admin.why(id_) if info.status in {"ready", "scheduled", "waiting"} else None
+    why = admin.why(id_)
     if out.as_json:
-        out.document("job", job=info, why=why and _why_document(why), history=history)
+        out.document("job", job=info, why=_why_document(why), history=history)
         return
     out.pairs(
         [
@@ -227,7 +227,7 @@ def show(target: Target, out: Output, id_: str) -> None:
             ("queue", info.queue),
             ("task", info.task),
             ("state", info.status),
-            ("why", None if why is None else str(why)),
+            ("why", str(why)),
             ("reason", info.reason),
             ("attempt", info.attempt),
             ("failures", info.failures),
@@ -309,7 +309,7 @@ def logs(target: Target, out: Output, id_: str, follow: bool) -> None:
 @redis_options
 def why(target: Target, out: Output, id_: str) -> None:
     """
-    Say why a job waits.
+    Say why a job waits, or how it ended.
 
     The first line is the cause that a lease meets first. Further causes follow, in the order in which a lease would meet them.
     """

@@ -229,34 +229,43 @@ def _redrive_command(name: str, groups: Sequence[FailureGroup]) -> str:
 
 _OPTIONAL_NAME = click.argument("name", metavar="[QUEUE]", required=False, shell_complete=complete_queues)
 _TASK = click.option("--task", metavar="NAME", help="Only jobs of this task; without QUEUE in all queues.")
+_GROUP = click.option("--group", metavar="KEY", help="Only jobs of this group of QUEUE, or of this key of a limit.")
 
 
 @queue.command()
 @_OPTIONAL_NAME
 @_TASK
+@_GROUP
 @redis_options
-def pause(target: Target, out: Output, name: str | None, task: str | None) -> None:
+def pause(target: Target, out: Output, name: str | None, task: str | None, group: str | None) -> None:
     """
-    Stop workers from taking jobs of a queue, or of a task; pushing still works.
+    Stop workers from taking jobs of a queue, of a task or of a group; pushing still works.
 
     Jobs that workers have leased already are not affected.
     """
-    _pause(target, out, name, task, paused=True)
+    _pause(target, out, name, task, group, paused=True)
 
 
 @queue.command()
 @_OPTIONAL_NAME
 @_TASK
+@_GROUP
 @redis_options
-def resume(target: Target, out: Output, name: str | None, task: str | None) -> None:
-    """Resume a paused queue, or a paused task: its jobs go first, in their order."""
-    _pause(target, out, name, task, paused=False)
+def resume(target: Target, out: Output, name: str | None, task: str | None, group: str | None) -> None:
+    """Resume a paused queue, task or group: its jobs go first, in their order."""
+    _pause(target, out, name, task, group, paused=False)
 
 
-def _pause(target: Target, out: Output, name: str | None, task: str | None, *, paused: bool) -> None:
+def _pause(target: Target, out: Output, name: str | None, task: str | None, group: str | None, *, paused: bool) -> None:
     if name is None and task is None:
         raise click.UsageError("Name a queue, or a task: --task NAME.")
+    if group is not None and (name is None or task is not None):
+        raise click.UsageError("--group goes with a QUEUE, and without --task.")
     admin = target.admin()
+    if group is not None:
+        assert name is not None
+        _pause_group(admin, out, name, group, paused=paused)
+        return
     if task is None:
         assert name is not None
         (admin.pause if paused else admin.resume)(name)
@@ -268,6 +277,19 @@ def _pause(target: Target, out: Output, name: str | None, task: str | None, *, p
     else:
         where = f"in {', '.join(queues)}" if queues else "in no queue: there are none yet"
         out.say(f"{clean(task)} is {'paused' if paused else 'resumed'} {clean(where)}.")
+
+
+def _pause_group(admin: Admin, out: Output, name: str, group: str, *, paused: bool) -> None:
+    from conveyor.messaging.limit_control import GroupControl
+
+    admin.queue(name)  # an unknown name is an error
+    GroupControl(admin.client).set(name, group, paused=paused)
+    word = "paused" if paused else "resumed"
+    admin.note("set group", name, detail=f"{group} {word}")
+    if out.as_json:
+        out.document("group-paused", queue=name, group=group, paused=paused)
+    else:
+        out.say(f"Group {clean(group)} of {clean(name)} is {word}.")
 
 
 @queue.command()

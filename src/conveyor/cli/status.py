@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from conveyor.admin.admin import Admin
     from conveyor.admin.doctor import Finding
+    from conveyor.admin.flags import Flag
     from conveyor.admin.views import QueueInfo, WorkerInfo
     from conveyor.jobs.why import QueueCause
 
@@ -36,6 +37,8 @@ _MAX_DEAD_LETTERS = 10_000
 @redis_options
 def status(target: Target, out: Output) -> int:
     """Show queues, workers and problems. Exits 8 when something is wrong."""
+    from conveyor.admin.flags import DOCTORS_KINDS
+
     admin = target.admin()
     report, queues, workers = admin.doctor(), admin.queues(), admin.workers()
     failures = admin.failures(most=_MAX_DEAD_LETTERS)
@@ -43,14 +46,16 @@ def status(target: Target, out: Output) -> int:
     shown = [
         finding for finding in report.findings if finding.level in {"problem", "warning"} or _is_queue_note(finding)
     ]
+    flags = admin.flags(queues)
+    healthy = report.healthy and not any(flag.level == "problem" for flag in flags)
     if out.as_json:
         out.document(
-            "status", healthy=report.healthy, url=report.url, namespace=admin.client.namespace, family=report.family,
+            "status", healthy=healthy, url=report.url, namespace=admin.client.namespace, family=report.family,
             version=report.version, queues=queues, workers=workers, failures=failures,
             causes=[{**asdict(cause), "sentence": str(cause)} for found in causes.values() for cause in found],
-            findings=[asdict(finding) for finding in shown],
+            findings=[asdict(finding) for finding in shown], flags=flags,
         )  # fmt: skip
-        return ExitCode.OK if report.healthy else ExitCode.UNHEALTHY
+        return ExitCode.OK if healthy else ExitCode.UNHEALTHY
     if out.on_terminal:
         server = f"{report.family.capitalize()} {report.version} at {report.url}"
         namespace = f"namespace {admin.client.namespace}"
@@ -67,11 +72,12 @@ def status(target: Target, out: Output) -> int:
             print_causes(out, causes)
         print_failures(out, failures, most=_MAX_FAILURES, queues=True)
     say_unanswered(out, admin)
-    if shown and out.on_terminal:
+    said: list[Finding | Flag] = [*shown, *(flag for flag in flags if flag.kind not in DOCTORS_KINDS)]
+    if said and out.on_terminal:
         out.line("")
-    for finding in shown:
-        print_finding(out, finding, to_stderr=True)
-    return ExitCode.OK if report.healthy else ExitCode.UNHEALTHY
+    for one in said:
+        print_finding(out, one, to_stderr=True)
+    return ExitCode.OK if healthy else ExitCode.UNHEALTHY
 
 
 def _causes(admin: Admin, queues: Sequence[QueueInfo]) -> dict[str, list[QueueCause]]:
@@ -82,7 +88,7 @@ def _causes(admin: Admin, queues: Sequence[QueueInfo]) -> dict[str, list[QueueCa
     return {name: causes for name, causes in told.items() if causes}
 
 
-def print_finding(out: Output, finding: Finding, *, to_stderr: bool = False) -> None:
+def print_finding(out: Output, finding: Finding | Flag, *, to_stderr: bool = False) -> None:
     """Print a finding: mark, text, and what to do."""
     mark, colour = MARKS[finding.level]
     code = f"  {finding.code}" if finding.code else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -99,8 +99,10 @@ def error_document(error: ErrorInfo) -> dict[str, Any]:
     return {**asdict(error), "frames": [asdict(frame) for frame in frames_of(error.traceback)]}
 
 
-def why_document(why: Why) -> dict[str, Any]:
-    """Return a cause of waiting with its sentence, its links and the further causes."""
+def why_document(why: Why, access: Access) -> dict[str, Any]:
+    """Return a cause of waiting with its sentence, its links and the further causes; without the errors that may not be seen."""
+    if not access.allows("view_payloads"):
+        why = replace(why, error="")
     found = {one.name: getattr(why, one.name) for one in fields(why)}
     links: list[dict[str, str]] = []
     if why.kind in {"queue-paused", "no-worker", "position", "unknown-task", "task-paused"}:
@@ -113,7 +115,7 @@ def why_document(why: Why) -> dict[str, Any]:
         links.append({"page": "job", "id": why.name})
     if why.kind == "running":
         links.append({"page": "workers", "name": why.name})
-    return {**found, "sentence": str(why), "links": links, "also": [why_document(one) for one in why.also]}
+    return {**found, "sentence": str(why), "links": links, "also": [why_document(one, access) for one in why.also]}
 
 
 def cause_document(cause: QueueCause) -> dict[str, Any]:

@@ -78,12 +78,12 @@ def count_matching(call: ApiCall) -> dict[str, Any]:
 
 
 def show_job(call: ApiCall) -> dict[str, Any]:
-    """Return everything about a job, and why it waits."""
+    """Return everything about a job, and why it waits or how it ended."""
     info = call.admin.job(call["id"])
-    why = call.admin.why(call["id"]) if info.status in {"ready", "scheduled", "waiting", "leased"} else None
+    why = call.admin.why(call["id"])
     document, entries = job_document(info, call.access), call.admin.history_of(call["id"])
     return {
-        "job": document, "why": None if why is None else why_document(why), "path": path_of(entries, info.status),
+        "job": document, "why": why_document(why, call.access), "path": path_of(entries, info.status),
         "attempts": attempts_of(entries), "history": [hide_reason(one, call) for one in entries],
         "progress": document["progress"], "notes": document["notes"],
         "logs": [

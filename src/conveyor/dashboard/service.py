@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -12,8 +12,9 @@ from typing import Any
 
 from starlette.requests import Request
 
+from conveyor.admin import flags
 from conveyor.admin.admin import Admin
-from conveyor.admin.views import WorkerInfo
+from conveyor.admin.views import QueueInfo, WorkerInfo
 from conveyor.dashboard.access import Access, Authorize, LoginRequired, bearer_access
 from conveyor.dashboard.live import LiveView
 from conveyor.dashboard.operations import Operations
@@ -27,8 +28,6 @@ from conveyor.payload.formats import JSON
 
 logger = logging.getLogger("conveyor.dashboard")
 _MOST_GROUPS = 100
-LATE = timedelta(minutes=1)
-"""A schedule is late when it is so far behind its instant: workers decide within seconds."""
 _NOT_SHOWN = {"tasks", "timeouts"}
 """Facts of a worker that are long, and for programs."""
 
@@ -58,7 +57,7 @@ class Service:
         """Whether server-sent events can be sent; not below WSGI."""
         self.version = installed_version()
         self.operations = Operations()
-        self.live = LiveView(admin, lambda: len(self.workers(admin)), self.schedules, self.operations)
+        self.live = LiveView(admin, self._count_workers, self.operations)
 
     async def access(self, request: Request) -> tuple[Access, bool]:
         """
@@ -92,11 +91,14 @@ class Service:
 
     # -- what several pages show ----------------------------------------------------------------------------------
 
+    def _count_workers(self, queues: Sequence[QueueInfo]) -> int:
+        """Count the worker processes; only queues that are served are asked for theirs."""
+        served = (one.name for one in queues if one.workers)
+        return len(_by_process(worker for name in served for worker in self.admin.workers(name)))
+
     def workers(self, admin: Admin, queue: str | None = None) -> list[dict[str, Any]]:
         """Return the worker processes, each with the queues that it serves."""
-        processes: dict[tuple[str, int | None, str], list[WorkerInfo]] = {}
-        for worker in admin.workers(queue):
-            processes.setdefault((worker.host, worker.pid, "" if worker.pid else worker.id), []).append(worker)
+        processes = _by_process(admin.workers(queue))
         now = datetime.now(UTC)
         return [
             {
@@ -131,13 +133,21 @@ class Service:
         self.operations.stop_all()
 
 
+def _by_process(workers: Iterable[WorkerInfo]) -> dict[tuple[str, int | None, str], list[WorkerInfo]]:
+    """Return the workers of queues by the process that they are."""
+    found: dict[tuple[str, int | None, str], list[WorkerInfo]] = {}
+    for worker in workers:
+        found.setdefault((worker.host, worker.pid, "" if worker.pid else worker.id), []).append(worker)
+    return found
+
+
 def schedule_document(one: Schedule) -> dict[str, Any]:
     """Return a schedule with its next and its last instants."""
     return {
         "name": one.name, "when": one.when, "task": one.task, "queue": one.queue, "origin": one.origin, "paused": one.paused,
         "due": one.due, "overlap": one.overlap, "missed": one.missed, "fired": one.fired, "skipped": one.skipped,
         "next": one.next(5), "runs": [asdict(run) for run in one.runs()],
-        "late": not one.paused and one.due is not None and one.due < datetime.now(UTC) - LATE,
+        "late": not one.paused and one.due is not None and one.due < datetime.now(UTC) - timedelta(seconds=flags.LATE_SECONDS),
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from conveyor.ids import clean, public
-from conveyor.payload.records import Status
+from conveyor.payload.records import Failure, Status
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store.inspection import JobRow, QueueFacts, WaitFacts
 from conveyor.units import span
@@ -18,6 +19,10 @@ Cause = Literal[
     "queue-paused", "task-paused", "group-paused", "unknown-task", "label", "build", "no-worker", "limit", "group", "scheduled",
     "position", "buffer", "parent", "rerun", "running", "ended",
 ]  # fmt: skip
+
+
+CRASHED = "crashed"
+"""The type of the error of an attempt that ended its worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,8 @@ class Why:
     seen_name: str = ""
     since: datetime | None = None
     error: str = ""
+    attempt: int = 0
+    """Of a dead job: its attempts."""
     at: datetime | None = None
     """When this was read, by the server's clock."""
     also: tuple[Why, ...] = ()
@@ -73,8 +80,10 @@ def explain(status: Status, queue: str, facts: WaitFacts, decoder: RecordDecoder
     """Return why a job waits whose facts are known; of one that has left its queue that it does not."""
     row = facts.job[1]
     base = Why("ended", status, queue, task=row.envelope.task if row else "", at=_instant(facts.now))
-    if row is None or status == "dead":
-        return replace(base, kind="parent") if status == "waiting" else replace(base, error=_error(row, queue, decoder))
+    if row is None:
+        return replace(base, kind="parent") if status == "waiting" else base
+    if status == "dead":
+        return replace(base, error=_last_error(row, queue, decoder), attempt=row.state.starts)
     if status == "leased":
         host, pid = row.about.get("host"), row.about.get("pid")
         return replace(
@@ -119,6 +128,7 @@ def _causes(base: Why, row: JobRow, facts: WaitFacts, decoder: RecordDecoder) ->
         estimate = round((facts.ahead + 1) * facts.window / facts.ended / 1000, 1)
     yield replace(
         base, kind="position", name=base.queue, ahead=facts.ahead, exact=facts.exact, total=facts.total, estimate=estimate,
+        error=_error(row, base.queue, decoder),
     )  # fmt: skip
 
 
@@ -153,12 +163,26 @@ def _limit_causes(base: Why, facts: WaitFacts) -> Iterator[Why]:
         )  # fmt: skip
 
 
-def _error(row: JobRow | None, queue: str, decoder: RecordDecoder) -> str:
-    failures = row.state.failures_list() if row else []
-    if row is None or not failures:
+def _error(row: JobRow, queue: str, decoder: RecordDecoder) -> str:
+    """Return in which attempt a job failed last, and how; "" of one that did not."""
+    failures = row.state.failures_list()
+    if not failures:
         return ""
     last = decoder.failure(failures[-1], queue, row.id)
-    return f"attempt {last.attempt} failed: {last.type.rpartition('.')[2]}: {last.message}"
+    verb = "crashed" if last.type == CRASHED else "failed"
+    return f"attempt {last.attempt} {verb}: {_told(last)}"
+
+
+def _last_error(row: JobRow, queue: str, decoder: RecordDecoder) -> str:
+    failures = row.state.failures_list()
+    return _told(decoder.failure(failures[-1], queue, row.id)) if failures else ""
+
+
+def _told(failure: Failure) -> str:
+    """Return an error in a line: its class without the module, and its text; of a crash the text alone, which says it all."""
+    text = " ".join(failure.message.split())
+    kind = "" if failure.type == CRASHED else failure.type.rpartition(".")[2]
+    return text if not kind else f"{kind}: {text}" if text else kind
 
 
 def _instant(ms: int) -> datetime:
@@ -201,7 +225,8 @@ def _position(why: Why) -> str:
     if not why.exact:
         return f"At least {why.ahead:,} of {why.total:,} jobs in queue {why.queue!r} are before it."
     rate = "" if why.estimate is None else f" At the present rate that is about {span(why.estimate)}."
-    return f"It is number {why.ahead + 1:,} of {why.total:,} in queue {why.queue!r}.{rate}"
+    after = f" {_closed(why.error[0].upper() + why.error[1:])}" if why.error else ""
+    return f"It is number {why.ahead + 1:,} of {why.total:,} in queue {why.queue!r}.{rate}{after}"
 
 
 def _limit(why: Why) -> str:
@@ -233,13 +258,24 @@ def _running(why: Why) -> str:
 
 
 def _ended(why: Why) -> str:
-    return f"It does not wait: it is {why.status}{f' ({why.error})' if why.error else ''}."
+    if why.status != "dead":
+        return "It was cancelled." if why.status == "cancelled" else "It ended well."
+    attempts = "1 attempt" if why.attempt == 1 else f"{why.attempt:,} attempts"
+    after = f" after {attempts}" if why.attempt else ""
+    return _closed(f"It failed for good{after}{f': {why.error}' if why.error else ''}")
+
+
+def _closed(sentence: str) -> str:
+    """Return a sentence that may end in the text of an error, with a full stop where it has no end of its own."""
+    return sentence if sentence.endswith((".", "?", "!", "…")) else f"{sentence}."
 
 
 _SENTENCES: dict[str, Callable[[Why], str]] = {
     "queue-paused": lambda why: f"Queue {why.queue!r} is paused. Resume it:  conveyor queue resume {why.queue}",
     "task-paused": lambda why: f"Task {why.name!r} is paused. Resume it:  conveyor queue resume --task {why.name}",
-    "group-paused": lambda why: f"Group {why.name!r} is paused.",
+    "group-paused": lambda why: (
+        f"Group {why.name!r} is paused. Resume it:  conveyor queue resume {why.queue} --group {shlex.quote(why.name)}"
+    ),
     "unknown-task": _unknown_task,
     "label": lambda why: (
         f"It requires a worker with the label {why.name!r}, and none serves queue {why.queue!r}.  Start one:  "

@@ -101,9 +101,16 @@ def _is_for_the_terminal(record: logging.LogRecord) -> bool:
 def describe_end(code: int) -> str:
     """Return in words how a process ended; *code* is its exit code, or minus the number of a signal."""
     if code >= 0:
-        return f"exited with code {code}"
+        # A shell or a container tells so that what it ran was killed.
+        meaning = f" (128 + {code - 128}: {_signal_name(code - 128)})" if 128 < code <= 128 + signal.SIGRTMIN else ""
+        return f"exited with code {code}{meaning}"
+    return f"was killed by {_signal_name(-code)}"
+
+
+def _signal_name(number: int) -> str:
+    """Return the name of a signal, with who sends it where that helps."""
     try:
-        name = signal.Signals(-code).name
+        name = signal.Signals(number).name
     except ValueError:
-        name = f"signal {-code}"
-    return f"was killed by {name}{_SIGNAL_HINTS.get(name, '')}"
+        name = f"signal {number}"
+    return f"{name}{_SIGNAL_HINTS.get(name, '')}"

@@ -654,7 +654,7 @@ function Overview() {
   const { data: hour } = useHistory("1h");
   if (!data) return html`<${Head} title="Overview" /><div class="loading" role="status">Loading …</div>`;
   const { totals = {}, queues = [], flags = [] } = data;
-  const findings = (checks.data?.findings ?? []).filter((one) => !(one.name === "queue" && flags.some((flag) => flag.kind === "no-worker"))).map((one) => ({ ...one, links: [{ page: "redis" }] }));
+  const findings = (checks.data?.findings ?? []).filter((one) => one.code !== "E12" && (one.name !== "queue" || ["E10", "E34"].includes(one.code))).map((one) => ({ ...one, links: [{ page: "redis" }] }));
   const failing = (hour?.tasks ?? []).filter((task) => task.failed || task.retried).sort((a, b) => b.failed - a.failed || b.retried - a.retried).slice(0, 6);
   const largest = [...queues].sort((a, b) => b.ready + b.leased + b.dead - (a.ready + a.leased + a.dead)).slice(0, 6);
   const oldest = queues.reduce((a, b) => ((b.oldest_age ?? -1) > (a?.oldest_age ?? -1) ? b : a), null);

@@ -11,15 +11,6 @@ const BUTTONS = [
 const SAID = { retried: "The job is ready again.", promoted: "The job is ready now.", cancelled: "The job is cancelled.", asked: "The worker was asked to stop the job.", deleted: "The job is deleted." };
 const WAITING = ["position", "scheduled", "running", "ended", "rerun", "parent"];
 
-/** Say how a job ended, in a sentence. */
-function says(job) {
-  const last = job.errors?.at(-1);
-  const after = `after ${job.attempt === 1 ? "1 attempt" : `${num(job.attempt)} attempts`}`;
-  if (job.state === "dead") return last ? `It failed for good ${after}: ${last.type}${last.message ? `: ${last.message.split("\n")[0].slice(0, 300)}` : ""}` : `It is dead ${after}${job.reason ? `: ${job.reason}` : "."}`;
-  if (job.state === "done") return `It ended well${job.ran_ms == null ? "" : ` in ${span(job.ran_ms)}`}${job.attempt > 1 ? `, at attempt ${num(job.attempt)}` : ""}.`;
-  return job.state === "cancelled" ? `It was cancelled${job.reason ? `: ${job.reason}` : "."}` : "";
-}
-
 async function act(name, id) {
   if (name === "delete" && !(await confirm("Delete the job?", "It is deleted with its arguments and errors. This cannot be undone.", "Delete it"))) return;
   const { results: [one] } = await api.post("jobs/actions", { action: name, ids: [id] });
@@ -125,7 +116,6 @@ function Job({ route }) {
       ${job?.task && job.payload && html`<button disabled=${!may("enqueue_jobs")} onClick=${() => setDialog("duplicate")}>Copy …</button>`}<//>
     ${answer.error?.status === 404 ? html`<${Card}><${Empty} title="No such job">${answer.error.message}<//><//>` : html`<${Answer} of=${answer}>${(doc) => html`
       ${flags.length > 0 && html`<${Flags} list=${flags} />`}
-      ${!doc.why && says(job) && html`<section class="card" aria-label="Why"><div class="why" data-state=${job.state}>${says(job)}</div></section>`}
       ${doc.why && html`<section class="card" aria-label="Why"><div class="why" data-state=${WAITING.includes(doc.why.kind) ? (doc.why.kind === "ended" ? job.state : "leased") : "warning"}>${doc.why.sentence}${(doc.why.links ?? []).length > 0 && html` <span class="small">${doc.why.links.map((link) => html`<a href=${linkHref(link)}>${link.name ?? link.id ?? link.page}</a> `)}</span>`}</div>${doc.why.also?.length > 0 && html`<div class="notices"><${Causes} list=${doc.why.also} /></div>`}</section>`}
       ${doc.progress && html`<${Card} title="Progress" side=${html`<span class="muted">${doc.progress.total ? percent(doc.progress.done, doc.progress.total) : ""}</span>`}><div class="stack"><${Meter} used=${doc.progress.done} most=${doc.progress.total} /><span class="small muted">${num(doc.progress.done)}${doc.progress.total ? ` of ${num(doc.progress.total)}` : ""}${doc.progress.text ? ` · ${doc.progress.text}` : ""}</span></div><//>`}
       <div class="grid-main"><div class="page">

@@ -1,0 +1,148 @@
+"""Problems that are found by themselves: each a sentence, with what to do and where it is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+from conveyor.units import span
+
+if TYPE_CHECKING:
+    from conveyor.admin.history import History
+    from conveyor.admin.views import JobInfo, QueueInfo
+
+_MAX_NAMED = 10
+_OR_CONSUMER = "  (for messages: a program that consumes them)"
+DOCTORS_KINDS = frozenset({"no-worker", "outbox", "unplaced", "full", "schedule-stands-still"})
+"""The kinds that the doctor finds too."""
+LATE_SECONDS = 60.0
+"""A schedule is late when it is so far behind its instant: workers decide within seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """
+    Something that asks for attention; the dashboard, the doctor and `conveyor status` show the same sentence of it.
+
+    `kind`: no-worker, outbox, unplaced, full, schedule-stands-still, failing or running-long. `problem`: something is wrong now.
+    `warning`: something may go wrong. `note`: it passes by itself. `remedy`: a command. `links`: the pages of the dashboard.
+    """
+
+    kind: str
+    level: Literal["problem", "warning", "note"]
+    text: str
+    remedy: str = ""
+    code: str = ""
+    links: tuple[dict[str, str], ...] = ()
+
+
+def queue_flags(queues: Sequence[QueueInfo]) -> list[Flag]:
+    """Return the flags of queues: without a worker, with an outbox that does not empty, with jobs in no place, full."""
+    found = _stranded(queues)
+    for one in queues:
+        link = _queue_link(one)
+        if one.outbox:
+            what = (
+                "1 spawned job or published copy"
+                if one.outbox == 1
+                else f"{one.outbox:,} spawned jobs or published copies"
+            )
+            has = f"Queue '{one.name}' has {what} in its outbox"
+            if one.workers:
+                found.append(
+                    Flag("outbox", "note", f"{has}, not delivered to their queues yet", code="", links=(link,))
+                )
+            else:
+                text = f"{has} and no worker of it delivers them, so they do not run."
+                found.append(Flag("outbox", "problem", text, f"conveyor worker -q {one.name}", "E12", (link,)))
+        if one.unplaced:
+            records = (
+                "1 job has a record and is" if one.unplaced == 1 else f"{one.unplaced:,} jobs have a record and are"
+            )
+            text = f"queue '{one.name}': {records} neither ready, scheduled, leased nor dead"
+            found.append(Flag("unplaced", "problem", text, f"conveyor queue repair {one.name}", "", (link,)))
+        if one.blocked:
+            who = "1 producer waits" if one.blocked == 1 else f"{one.blocked:,} producers wait"
+            text = f"Queue '{one.name}' is full ({held(one)}): {who} for room."
+            found.append(Flag("full", "warning", text, f"conveyor worker -q {one.name}", "", (link,)))
+    return found
+
+
+def held(queue: QueueInfo) -> str:
+    """Return how many places of a bounded queue are taken: "100 of 100"."""
+    taken = queue.ready + queue.scheduled + queue.waiting + queue.leased
+    return f"{taken:,} of {queue.max_length:,}" if queue.max_length else f"{taken:,} jobs"
+
+
+def _stranded(queues: Sequence[QueueInfo]) -> list[Flag]:
+    """Return flags for queues with jobs that no worker takes; without any worker one flag for all of them."""
+    served = [one.name for one in queues if one.workers]
+    stuck = [one for one in queues if one.ready and not one.workers and not one.paused]
+    if not served and len(stuck) > 1:
+        names = ", ".join(one.name for one in stuck[:_MAX_NAMED]) + (", …" if len(stuck) > _MAX_NAMED else "")
+        text = f"{len(stuck)} queues have {sum(one.ready for one in stuck):,} jobs and no worker is running: {names}"
+        links = tuple(map(_queue_link, stuck[:_MAX_NAMED]))
+        return [Flag("no-worker", "problem", text, f"conveyor worker{_OR_CONSUMER}", "E12", links)]
+    takers = f"Workers take: {', '.join(served[:_MAX_NAMED])}." if served else "No worker is running."
+    found = []
+    for one in stuck:
+        jobs = "1 job" if one.ready == 1 else f"{one.ready:,} jobs"
+        text = f"Queue '{one.name}' has {jobs} and no worker takes it{_age(one)}. {takers}"
+        remedy = f"conveyor worker -q {one.name}{_OR_CONSUMER}"
+        found.append(Flag("no-worker", "problem", text, remedy, "E12", (_queue_link(one),)))
+    return found
+
+
+def _age(queue: QueueInfo) -> str:
+    """Return since when the oldest job could have started; nothing in the first minute."""
+    return "" if (queue.oldest_age or 0) < 60 else f", since {span(queue.oldest_age or 0)}"
+
+
+def late_schedules(rows: Iterable[tuple[str, str, datetime | None, bool]], now: datetime) -> list[Flag]:
+    """Return a flag for each schedule that is behind its instant; *rows*: name, queue, due, whether it is paused."""
+    found = []
+    for name, queue, due, paused in rows:
+        if due is None or paused or (late := (now - due).total_seconds()) < LATE_SECONDS:
+            continue
+        text = f"Schedule '{name}' stands still: it was due {span(late)} ago. A worker of '{queue}' carries it on."
+        remedy = f"conveyor worker -q {queue}  (with an app that has its task)"
+        links = {"page": "schedule", "name": name}, {"page": "queue", "name": queue}
+        found.append(Flag("schedule-stands-still", "problem", text, remedy, "E12", links))
+    return found
+
+
+def failing_tasks(history: History) -> list[Flag]:
+    """Return a flag for each task of which every attempt failed lately, two or more."""
+    return [
+        Flag(
+            "failing", "warning",
+            f"'{one['task']}' failed {one['failed'] + one['retried']} times in a row in the last 15 minutes.",
+            f"conveyor job list --task {one['task']} --state dead", "",
+            ({"page": "jobs", "filter": f"state:dead task:{one['task']}"},),
+        )
+        for one in history.tasks
+        if one["task"] and not one["done"] and one["failed"] + one["retried"] >= 2
+    ]  # fmt: skip
+
+
+def overdue_jobs(history: History, running: Iterable[JobInfo], now: datetime) -> list[Flag]:
+    """Return a flag for each of the *running* jobs that runs longer than ten times the p95 of its task."""
+    usual: dict[Any, float] = {one["task"]: one["p95_ms"] for one in history.tasks if one["p95_ms"]}
+    found = []
+    for job in running:
+        p95 = usual.get(job.task)
+        ran = None if job.leased_at is None else (now - job.leased_at).total_seconds()
+        if p95 and ran is not None and ran * 1000 > max(10 * p95, 1000):
+            text = f"A job of '{job.task}' runs for {span(ran)}; 95 of 100 end within {span(p95 / 1000)}."
+            found.append(
+                Flag(
+                    "running-long", "warning", text, f"conveyor job show {job.id}", "", ({"page": "job", "id": job.id},)
+                )
+            )
+    return found
+
+
+def _queue_link(queue: QueueInfo) -> dict[str, str]:
+    return {"page": "queue", "name": queue.name}
