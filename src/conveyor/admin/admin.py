@@ -902,6 +902,7 @@ class Admin:
     aflags = _awaitable(flags)
     afailure_matrix = _awaitable(failure_matrix)
     aqueues = _awaitable(queues)
+    aqueues_and_ended = _awaitable(queues_and_ended)
     aqueue = _awaitable(queue)
     acauses = _awaitable(causes)
     apartitions = _awaitable(partitions)
