@@ -33,6 +33,7 @@ from conveyor.worker.supervision.child_process import NO_STACK, STALLED, ChildPr
 from conveyor.worker.supervision.health import ChildFacts, HealthServer, WorkerFacts, age
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
 from conveyor.worker.supervision.reload import SourceWatcher
+from conveyor.worker.supervision.systemd import ServiceManager
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -141,9 +142,12 @@ class Supervisor:
         waker.setblocking(False)
         wakes.setblocking(False)
         before = self._take_over_signals(waker.fileno())
+        manager = ServiceManager.of_environment(self._spec.grace + 2 * MARGIN)
         try:
             while not self._all_ended():
                 self._check_children()
+                if manager is not None:
+                    manager.update(self.facts())
                 select.select([wakes], [], [], self._pause())
                 try:
                     wakes.recv(4096)
@@ -157,6 +161,8 @@ class Supervisor:
                 signal.signal(number, handler)
             waker.close()
             wakes.close()
+            if manager is not None:
+                manager.close()
             for descriptor in self._alive_pipe:
                 os.close(descriptor)
 
