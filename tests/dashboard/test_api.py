@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from typing import Any
 
@@ -15,6 +16,7 @@ from conveyor.admin.job_query import parse
 from conveyor.cli import main
 from conveyor.dashboard import Access, dashboard
 from conveyor.errors import InvalidFilter
+from conveyor.payload.redaction import MARK
 from support.dashboard_client import ask
 from support.server_process import Server
 
@@ -278,3 +280,60 @@ def test_another_address_needs_a_login(
     """The command listens at no address of others without a login, and says what to give."""
     assert main(["dashboard", "--url", url, *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_waiting_job_is_changed_and_an_ended_one_runs_again(url: str) -> None:
+    """Only what differs from what is shown is changed, a mark is no value, and who did what stands in the audit."""
+    app = Conveyor(url, redact=["token"])
+
+    @app.task(queue="mail", retry=1)
+    def send(user: int, token: str = "") -> None:
+        raise ValueError("no")
+
+    async def fail_one() -> str:
+        job = await send.aenqueue(2**60 + 1, "secret")
+        async with app.worker(queues={"mail": 1}):
+            while not (await app.queue("mail").astats()).dead:
+                await asyncio.sleep(0.02)
+        await app.aclose()
+        return job.id
+
+    dead = asyncio.run(asyncio.wait_for(fail_one(), 60))
+    waiting = send.options(delay="1h").enqueue(1, "secret").id
+    message = app.queue("orders").push({"n": 1})
+    site = dashboard(app, lambda _: Access.ALL.named("ada"))
+    assert get(site, "job", id=dead)["actions"] == ["retry", "delete", "rerun"]
+    assert get(site, "job", id=waiting)["actions"] == ["promote", "update", "cancel", "delete"]
+    shown = json.loads(get(site, "job", id=waiting)["job"]["payload"])
+    assert shown == {"user": 1, "token": MARK}
+    changes = {"args": {**shown, "user": 2**60 + 1}, "priority": 7, "delay": "2h"}
+    assert post(site, "jobs/update", id=waiting, changes=changes)["changed"] is True
+    assert app.job(waiting).info().arguments == {"user": 2**60 + 1, "token": "secret"}
+    assert post(site, "jobs/update", id=waiting, changes={"args": json.loads(get(site, "job", id=waiting)["job"]["payload"])}) == {
+        "schema": "conveyor/job-updated@1", "id": waiting, "changed": False, "detail": "These are the arguments that it has.",
+    }  # fmt: skip
+    assert post(site, "jobs/update", id=message, changes={"priority": 3})["changed"] is True
+    for id_, changes, status in (
+        (waiting, {}, 422), (waiting, {"queue": "x"}, 422), (waiting, {"priority": 10}, 422), (waiting, {"args": {"user": MARK}}, 422),
+        (waiting, {"args": {"user": "x"}}, 422), (waiting, {"args": [1]}, 422), (waiting, {"at": "soon"}, 422), (waiting, {"delay": "x"}, 422),
+        (waiting, {"args": {"none": 1}}, 422), (message, {"args": {"n": 2}}, 422), ("mail:none", {"priority": 1}, 404),
+    ):  # fmt: skip
+        assert ask(site, "POST", "jobs/update", {"id": id_, "changes": changes}).status_code == status, changes
+    assert ask(site, "POST", "enqueue", {"task": send.name, "kwargs": {"user": 1, "token": MARK}}).status_code == 422
+    assert post(site, "jobs/update", id=dead, changes={"priority": 1})["changed"] is False
+
+    results = post(site, "jobs/rerun", ids=[dead, waiting, "mail:none", message])["results"]
+    assert [one["outcome"] for one in results] == ["enqueued", "refused", "not found", "refused"]
+    again = app.job(results[0]["detail"]).info()
+    assert (again.origin, again.arguments) == (dead, {"user": 2**60 + 1, "token": "secret"})
+    audit = Admin.of_app(app).audit()
+    assert [(one.who, one.what, one.count) for one in audit] == [
+        ("ada", "rerun", 1),
+        ("ada", "update", 1),
+        ("ada", "update", 1),
+    ]
+    assert "secret" not in str(audit)
+    alone = Admin(app.client)  # without the app nothing is known of arguments
+    assert alone.update(waiting, priority=1) is True
+    assert alone.rerun(dead)[0].outcome == "refused"
+    app.close()

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import uvicorn
 
 from conveyor import Conveyor, Retry
 from conveyor.dashboard import Access, dashboard
-from support.browser import open_browser, open_page
+from support.browser import open_browser, open_page, violations
 from support.running_worker import drain
 
 Browse = Callable[[Callable[[Any], Any]], Any]
@@ -123,3 +124,64 @@ def test_waiting_job_says_why(browse: Browse, app: Conveyor) -> None:
         app.queue("reports").resume()
         asyncio.run(drain(app))
         browse(lambda page: page.wait_for_selector(".head .state:text-is('done')"))
+
+
+@pytest.mark.leaves_keys("jobs are left")
+def test_a_job_is_changed_and_another_runs_again(browse: Browse, url: str, tmp_path: Path) -> None:
+    """
+    A waiting job is changed on its page and a dead one runs again, with large numbers whole and redacted values untouched.
+
+    Both stand in the audit with who it was; the dialogs have no fault that axe finds, in both themes, and fit a phone.
+    """
+    app = Conveyor(url, redact=["token"])
+
+    @app.task(name="mail.send", queue="mail", retry=Retry(attempts=1))
+    def send(user: int, token: str, text: str = "") -> None:
+        raise ValueError("no such user")
+
+    large = 2**60 + 1
+    dead = send.enqueue(large, "secret-token")
+    asyncio.run(drain(app))
+    waiting = send.options(delay="1h").enqueue(large, "secret-token")
+
+    def change(page: Any) -> None:
+        page.goto(f"{site}job?id={waiting.id}")
+        page.click("button:text-is('Change …')")
+        arguments = page.locator("dialog textarea")
+        assert "[redacted]" in arguments.input_value()
+        assert str(large) in arguments.input_value()
+        for theme in ("light", "dark"):
+            page.emulate_media(color_scheme=theme)
+            assert violations(page) == []
+            page.screenshot(path=tmp_path / f"change-{theme}.png")
+        page.set_viewport_size({"width": 390, "height": 780})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.screenshot(path=tmp_path / "change-390.png")
+        page.set_viewport_size({"width": 1280, "height": 860})
+        arguments.fill(arguments.input_value().replace("}", ', "text": "hello"}'))
+        page.fill("dialog input[type=number]", "7")
+        page.fill("dialog input >> nth=0", "2h")
+        page.click("dialog button:text-is('Change it')")
+        page.wait_for_selector(".toast:has-text('The job is changed')")
+        page.wait_for_selector("pre[aria-label=Arguments]:has-text('hello')")
+
+    def run_again(page: Any) -> None:
+        page.goto(f"{site}job?id={dead.id}")
+        page.click("button:text-is('Run again')")
+        page.screenshot(path=tmp_path / "again.png")
+        page.click("dialog button:text-is('Run it again')")
+        page.wait_for_selector(".toast:has-text('A new job')")
+        page.wait_for_selector("h1:has-text('mail.send')")
+        page.goto(f"{site}audit")
+        page.wait_for_selector("tr:has-text('ada'):has-text('update')")
+        page.wait_for_selector("tr:has-text('ada'):has-text('rerun')")
+
+    with served(app) as site:
+        browse(change)
+        info = waiting.info()
+        assert info.arguments == {"user": large, "token": "secret-token", "text": "hello"}
+        assert next(app.jobs(state="scheduled")).id == waiting.id
+        browse(run_again)
+    [again] = app.jobs(state="ready")
+    assert (again.info().origin, again.info().arguments) == (dead.id, {"user": large, "token": "secret-token"})
+    app.close()

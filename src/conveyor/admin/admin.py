@@ -61,10 +61,18 @@ from conveyor.admin.views import (
     without_values,
 )
 from conveyor.admin.worker_control import WorkerProcess, command, find_process, leased_job, processes_of
-from conveyor.errors import ConfigurationError, ConveyorError, JobNotFound, StoreUnavailable
+from conveyor.errors import (
+    ConfigurationError,
+    ConveyorError,
+    JobNotFound,
+    PayloadError,
+    ResultExpired,
+    StoreUnavailable,
+    UnknownTask,
+)
 from conveyor.events import JobUpdate
 from conveyor.ids import clean, label_text, logical, made_at_ms, public, queue_name, split
-from conveyor.jobs.core import core_of
+from conveyor.jobs.core import AppCore, core_of
 from conveyor.jobs.history import HistoryEntry, ended_history, live_history
 from conveyor.jobs.why import QueueCause, Why, explain, queue_causes
 from conveyor.messaging.deletion import refuse_in_use
@@ -77,7 +85,7 @@ from conveyor.payload.formats import JSON, FormatRegistry
 from conveyor.payload.live_records import LogLine
 from conveyor.payload.pipeline import PayloadPipeline
 from conveyor.payload.records import AttemptHistory, Status, read_envelope, read_outcome
-from conveyor.payload.redaction import Hide
+from conveyor.payload.redaction import MARK, Hide
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store import inspection, limits, operations, schedules, worker_commands
 from conveyor.store.audit_log import audit_key, keep_audit, marks_key, note_action, read_audit
@@ -95,6 +103,7 @@ from conveyor.store.worker_commands import FOLLOWED, Action
 from conveyor.units import Duration, milliseconds
 
 if TYPE_CHECKING:
+    from conveyor.jobs.job import Job
     from conveyor.jobs.watching import Changes, WatchHub
 
 T = TypeVar("T")
@@ -168,6 +177,7 @@ class Admin:
         self.who = ""
         """The name of the user or account for the audit; "": nothing is noted."""
         self._sealing, self._formats = sealing, formats
+        self._core: AppCore | None = None  # of the app, which knows tasks
         self._redaction = KnownRedaction(client)
         self.client = client
         self.plain_lists = frozenset(plain_lists)
@@ -184,10 +194,12 @@ class Admin:
         """Return the interface to the queues of an app, with its keys and formats; *client*: instead of the app's own."""
         core = core_of(app)
         requests = {name: queue.durability for name, queue in core.queues.items() if queue.durability is not None}
-        return cls(
+        admin = cls(
             client or core.client, plain_lists=core.plain_lists, sealing=core.sealing, formats=core.formats,
             durability_requests=requests,
         )  # fmt: skip
+        admin._core = core
+        return admin
 
     @property
     def _decoder(self) -> RecordDecoder:
@@ -852,6 +864,52 @@ class Admin:
         """Remove jobs and dead letters completely; *ids*: one or many. Leased jobs are refused."""
         return self._noted("delete", [self._delete(one) for one in _each(ids)])
 
+    def update(
+        self, public_id: str, *, delay: Duration | None = None, at: datetime | None = None, priority: int | None = None,
+        args: Mapping[str, Any] | None = None,
+    ) -> bool:  # fmt: skip
+        """
+        Change a job while it waits, as `Job.update` does; return False when it has started, or ended.
+
+        New arguments need an app that knows the task. Raises ConfigurationError for one that holds the mark of what is redacted.
+        """
+        refuse_mark(args, "Nothing was changed.")
+        done = self._handle(public_id).update(delay=delay, at=at, priority=priority, args=args)
+        if done:
+            changed = {"delay": delay, "at": at, "priority": priority, **{f"args.{name}": "…" for name in args or ()}}
+            told = ", ".join(
+                name if text == "…" else f"{name}={text}" for name, text in changed.items() if text is not None
+            )
+            self.note("update", public_id, count=1, detail=told)
+        return done
+
+    def rerun(self, ids: Iterable[str]) -> list[ActionResult]:
+        """
+        Enqueue a new job with the arguments of each of some that have ended, as `Job.rerun` does; *ids*: one or many.
+
+        The `detail` of a result is the id of the new job. It needs an app that knows the tasks.
+        """
+        return self._noted("rerun", [self._rerun(one) for one in _each(ids)])
+
+    def _rerun(self, one: str) -> ActionResult:
+        try:
+            return ActionResult(one, "enqueued", self._handle(one).rerun().id)
+        except JobNotFound:
+            return ActionResult(one, "not found")
+        except (ConfigurationError, UnknownTask, ResultExpired, PayloadError) as error:
+            return ActionResult(one, "refused", str(error).partition("\n")[0])
+
+    def _handle(self, public_id: str) -> Job[Any]:
+        from conveyor.jobs.job import Job
+
+        core = self._core
+        if core is None:  # one that declares nothing
+            core = AppCore(
+                self.client, lease_ms=15_000, max_payload=MAX_PAYLOAD, sealing=self._sealing, formats=self._formats
+            )
+        queue, bare = split(public_id)
+        return Job(core, bare, queue)
+
     def _noted(self, what: str, results: list[ActionResult]) -> list[ActionResult]:
         """Note an action on ids, and return its results."""
         done = [one.id for one in results if one.done]
@@ -940,6 +998,8 @@ class Admin:
     aretry = _awaitable(retry)
     acancel = _awaitable(cancel)
     adelete = _awaitable(delete)
+    aupdate = _awaitable(update)
+    arerun = _awaitable(rerun)
     adelete_queue = _awaitable(delete_queue)
     adoctor = _awaitable(doctor)
     ametrics_text = _awaitable(metrics_text)
@@ -1234,6 +1294,14 @@ def _queue_info(name: str, partitions: Sequence[str], answers: Mapping[str, Queu
 def _each(ids: Iterable[str]) -> list[str]:
     # A text is an iterable of texts too, and its letters are nobody's ids.
     return [ids] if isinstance(ids, str) else list(ids)
+
+
+def refuse_mark(value: Any, nothing: str) -> None:
+    """Raise ConfigurationError for arguments in which the mark of what is redacted stands for a value."""
+    if value == MARK:
+        raise ConfigurationError(f"{MARK} stands for a value that nobody is shown, and is none itself. {nothing}")
+    for one in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
+        refuse_mark(one, nothing)
 
 
 def _state_of(lookup: _JobLookup) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any
 
 from conveyor.admin.failure_matrix import MATRIX_RANGES
@@ -90,7 +91,7 @@ def show_job(call: ApiCall) -> dict[str, Any]:
             {"at": one.at, "level": one.level, "logger": one.logger, "text": one.message, "attempt": one.attempt}
             for one in call.admin.logs(call["id"])[-MOST_LINES:]
         ] if call.access.allows("view_payloads") else None,
-        "actions": _possible(info), "copy": _copies(info, call),
+        "actions": _possible(info, call), "copy": _copies(info, call),
     }  # fmt: skip
 
 
@@ -108,11 +109,61 @@ def act_on_jobs(call: ApiCall) -> dict[str, Any]:
     return {"results": results, "done": sum(one.done for one in results)}
 
 
-def _possible(info: JobInfo) -> list[str]:
-    return {
-        "dead": ["retry", "delete"], "scheduled": ["promote", "cancel", "delete"], "ready": ["cancel", "delete"],
-        "waiting": ["cancel", "delete"], "leased": ["cancel"],
+def update_job(call: ApiCall) -> dict[str, Any]:
+    """Change a job that waits. Arguments that are given as they are shown stay as they are, what is redacted in them too."""
+    changes = dict(call["changes"])
+    if unknown := sorted(set(changes) - {"delay", "at", "priority", "args"}):
+        raise ConfigurationError(f"A job has no {unknown[0]!r} to change. Known: delay, at, priority, args.")
+    at, args = changes.get("at"), changes.get("args")
+    if at is not None:
+        changes["at"] = _instant(at)
+    if args is not None:
+        if not isinstance(args, dict):
+            raise ConfigurationError("'args' must be an object of arguments by name. Nothing was changed.")
+        shown = _arguments(call.admin.job(call["id"]))
+        changes["args"] = {name: value for name, value in args.items() if name not in shown or shown[name] != value}
+        if not changes["args"]:
+            del changes["args"]
+        if not changes:
+            return {"id": call["id"], "changed": False, "detail": "These are the arguments that it has."}
+    done = call.admin.update(call["id"], **changes)
+    detail = "" if done else "It has started or ended meanwhile, and was not changed."
+    return {"id": call["id"], "changed": done, "detail": detail}
+
+
+def rerun_jobs(call: ApiCall) -> dict[str, Any]:
+    """Enqueue new jobs with the arguments of some that have ended; the `detail` of a result is the new id."""
+    results = call.admin.rerun(call["ids"])
+    return {"results": results, "done": sum(one.done for one in results)}
+
+
+def _instant(text: Any) -> datetime:
+    try:
+        at = datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        raise ConfigurationError(f"'at' must be an instant, such as 2026-05-01T09:00+02:00, not {text!r}.") from None
+    return at if at.tzinfo else at.replace(tzinfo=UTC)
+
+
+def _arguments(info: JobInfo) -> dict[str, Any]:
+    """Return the arguments of a job as they are shown."""
+    try:
+        found = json.loads(info.payload or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _possible(info: JobInfo, call: ApiCall) -> list[str]:
+    """Return what can be done with a job in its state; a job runs again where the app knows its task and it is kept."""
+    waits = ["update", "cancel", "delete"]
+    actions = {
+        "dead": ["retry", "delete"], "scheduled": ["promote", *waits], "ready": waits, "waiting": waits, "leased": ["cancel"],
     }.get(info.status, [])  # fmt: skip
+    known = call.service.core is not None and info.task in call.service.core.definitions
+    if info.status in {"dead", "done"} and known and info.payload is not None:
+        actions = [*actions, "rerun"]
+    return actions
 
 
 def _copies(info: JobInfo, call: ApiCall) -> dict[str, str | None]:
@@ -192,6 +243,17 @@ JOB_ENDPOINTS = (
             "action": Field("text", "what to do", required=True, choices=tuple(ACTIONS_OF)),
             "ids": Field("texts", "ids of jobs", required=True, most=MOST_IDS),
         },
+    ),
+    ApiRoute(
+        "POST", "jobs/update", "job-updated", "Change a job that waits", update_job, "edit_jobs",
+        {
+            "id": Field("text", "the id of a job", required=True),
+            "changes": Field("object", "delay or at, priority, and args by name", required=True),
+        },
+    ),
+    ApiRoute(
+        "POST", "jobs/rerun", "jobs-rerun", "Run jobs again that have ended, as new jobs", rerun_jobs, "enqueue_jobs",
+        {"ids": Field("texts", "ids of jobs", required=True, most=MOST_IDS)},
     ),
     ApiRoute(
         "POST", "operations", "operation", "Act on all jobs that a filter chooses, in the background", start_operation,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from conveyor.admin.admin import refuse_mark
 from conveyor.dashboard.endpoint import ApiCall, ApiRoute, Field
 from conveyor.errors import ConfigurationError, UnknownTask
 
@@ -47,6 +48,7 @@ def enqueue(call: ApiCall) -> dict[str, Any]:
     if task is None:
         known = ", ".join(sorted(app_of(call).tasks)[:10]) or "none"
         raise UnknownTask(f"There is no task {call['task'][:200]!r}. Known: {known}. Nothing was enqueued.")
+    refuse_mark([*call["args"], call["kwargs"]], "Nothing was enqueued.")
     options = {**_options(call), **({"queue": call["queue"]} if call["queue"] else {})}
     job = (task.options(**options) if options else task).enqueue(*call["args"], **call["kwargs"])
     call.admin.note("enqueue", job.id, detail=call["task"])

@@ -12,8 +12,9 @@ const SAID = { retried: "The job is ready again.", promoted: "The job is ready n
 const WAITING = ["position", "scheduled", "running", "ended", "rerun", "parent"];
 
 async function act(name, id) {
+  if (name === "rerun" && !(await confirm("Run the job again?", "A new job with the same arguments is enqueued, and does all of its work once more.", "Run it again"))) return;
   if (name === "delete" && !(await confirm("Delete the job?", "It is deleted with its arguments and errors. This cannot be undone.", "Delete it"))) return;
-  const { results: [one] } = await api.post("jobs/actions", { action: name, ids: [id] });
+  const { results: [one] } = name === "rerun" ? await api.post("jobs/rerun", { ids: [id] }) : await api.post("jobs/actions", { action: name, ids: [id] });
   if (one.outcome === "refused" || one.outcome === "not found") throw new Error(one.detail || `Not changed: ${one.outcome}.`);
   const made = name === "rerun" && (one.id !== id ? one.id : /^\S+$/.test(one.detail ?? "") && one.detail);
   if (made) { toast("A new job with the same arguments is enqueued."); go(jobHref(made)); return; }
@@ -25,23 +26,28 @@ async function act(name, id) {
 function Update({ job, onClose, again }) {
   const [delay, setDelay] = useState("");
   const [priority, setPriority] = useState(String(job.priority));
-  const [args, setArgs] = useState(job.payload ? pretty(job.payload) : "");
+  const whole = job.payload && job.task && !job.payload.endsWith("…");
+  const [args, setArgs] = useState(whole ? pretty(job.payload) : "");
   const send = async (event) => {
     event.preventDefault();
     const parts = [];
     if (delay.trim()) parts.push(`"delay": ${JSON.stringify(delay.trim())}`);
     if (Number(priority) !== job.priority) parts.push(`"priority": ${Number(priority)}`);
-    if (job.payload && args !== pretty(job.payload)) {
+    if (whole && args !== pretty(job.payload)) {
       try { JSON.parse(args); } catch (error) { toast(`The arguments are no JSON: ${error.message}`, { error: true }); return; }
       parts.push(`"args": ${args}`);
     }
     if (!parts.length) { onClose(); return; }
-    if (await attempt(() => api.post("jobs/update", `{"id": ${JSON.stringify(job.id)}, "changes": {${parts.join(", ")}}}`), "The job is changed.")) { again(); onClose(); }
+    const change = async () => {
+      const found = await api.post("jobs/update", `{"id": ${JSON.stringify(job.id)}, "changes": {${parts.join(", ")}}}`);
+      if (!found.changed) throw new Error(found.detail);
+    };
+    if (await attempt(change, "The job is changed.")) { again(); onClose(); }
   };
   return html`<${Dialog} label="Change the job" onClose=${onClose}><form class="stack" onSubmit=${send}><h2>Change the job</h2>
     <label class="field"><span>Start in (10m, 2h, 1d; empty: as it is)</span><input value=${delay} onInput=${(e) => setDelay(e.target.value)} /></label>
     <label class="field"><span>Priority, 0 to 9, higher first</span><input type="number" min="0" max="9" value=${priority} onInput=${(e) => setPriority(e.target.value)} /></label>
-    ${job.payload && html`<label class="field"><span>Arguments, JSON</span><textarea spellcheck=${false} value=${args} onInput=${(e) => setArgs(e.target.value)}></textarea></label>`}
+    ${whole && html`<label class="field"><span>Arguments, JSON${job.payload.includes("[redacted]") ? ". What is [redacted] stays as it is" : ""}</span><textarea spellcheck=${false} value=${args} onInput=${(e) => setArgs(e.target.value)}></textarea></label>`}
     <div class="ends"><button type="button" onClick=${onClose}>Back</button><button class="primary" type="submit">Change it</button></div></form><//>`;
 }
 
@@ -113,7 +119,7 @@ function Job({ route }) {
   return html`<${Head} title=${title} crumb=${html`<a href=${href("jobs")}>Jobs</a>${job && html` / <a href=${queueHref(job.queue)}>${job.queue}</a>`}`} sub=${job && html`<${State} value=${job.state} /> <span class="mono">${job.id}</span>`}>
       ${BUTTONS.filter(([name]) => can.includes(name)).map(([name, word, permission, kind]) => html`<${Act} action=${permission} kind=${kind} again=${answer.again} run=${() => act(name, id)}>${word}<//>`)}
       ${can.includes("update") && html`<button disabled=${!may("edit_jobs")} onClick=${() => setDialog("update")}>Change …</button>`}
-      ${job?.task && job.payload && html`<button disabled=${!may("enqueue_jobs")} onClick=${() => setDialog("duplicate")}>Copy …</button>`}<//>
+      ${job?.task && job.payload && !job.payload.endsWith("…") && html`<button disabled=${!may("enqueue_jobs")} onClick=${() => setDialog("duplicate")}>Copy …</button>`}<//>
     ${answer.error?.status === 404 ? html`<${Card}><${Empty} title="No such job">${answer.error.message}<//><//>` : html`<${Answer} of=${answer}>${(doc) => html`
       ${flags.length > 0 && html`<${Flags} list=${flags} />`}
       ${doc.why && html`<section class="card" aria-label="Why"><div class="why" data-state=${WAITING.includes(doc.why.kind) ? (doc.why.kind === "ended" ? job.state : "leased") : "warning"}>${doc.why.sentence}${(doc.why.links ?? []).length > 0 && html` <span class="small">${doc.why.links.map((link) => html`<a href=${linkHref(link)}>${link.name ?? link.id ?? link.page}</a> `)}</span>`}</div>${doc.why.also?.length > 0 && html`<div class="notices"><${Causes} list=${doc.why.also} /></div>`}</section>`}
