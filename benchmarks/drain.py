@@ -46,13 +46,14 @@ def drain(bench: Bench) -> None:
 
 
 def levelled(bench: Bench) -> None:
-    """Drain no-op jobs of 10,000 groups, of one opened group, under a limit with room, and with unique keys, beside plain ones."""
+    """Drain no-op jobs of 10,000 groups, of one, of one opened, under a limit with room, and with unique keys, beside plain ones."""
     from benchmarks import measured_jobs as jobs
 
     count = bench.size(100_000)
     for queue, call in {
         "async": jobs.noop.s,
         "grouped": lambda number, text: jobs.grouped.s(number % 10_000, text),
+        "strict": lambda _, text: jobs.strict.s(1, text),
         "opened": lambda _, text: jobs.opened.s(1, text),
         "limited": jobs.limited.s,
         "keyed": jobs.keyed.s,

@@ -38,6 +38,11 @@ async def grouped(group: int, text: str) -> None:
     """Do nothing, in order with the others of a group."""
 
 
+@app.task(queue="strict", timeout="30s", group_by="group")
+async def strict(group: int, text: str) -> None:
+    """Do nothing, in order with all others."""
+
+
 @app.task(queue="opened", timeout="30s", group_by="group", limits=[Concurrency(1000, by="group")])
 async def opened(group: int, text: str) -> None:
     """Do nothing, in a group of which a thousand run at a time."""

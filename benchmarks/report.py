@@ -70,6 +70,7 @@ GOALS = (
     ),
     Goal("drain, two processes against one, `def`", "ours drain sync 2 /s", "ours drain sync 1 /s", at_least=1.4),
     Goal("drain, 10,000 groups against plain", "ours levelled grouped /s", "ours levelled async /s", at_least=0.4),
+    Goal("drain, one group against plain", "ours levelled strict /s", "ours levelled async /s", at_least=0.5),
     Goal("drain, one opened group against plain", "ours levelled opened /s", "ours levelled async /s", at_least=0.5),
     Goal(
         "drain, under a limit with room against plain",

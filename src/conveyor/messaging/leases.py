@@ -467,10 +467,11 @@ class LeaseSession:
 
     def _reconcile(self, ids: Iterable[str]) -> None:
         """Give back what we do not know, and give up what Redis does not know."""
-        theirs = set(ids)
-        for id_ in theirs - self.held.keys():
-            self.pending.append((None, Settlement("F", id_)))
-        for id_ in self.held.keys() - theirs:
+        theirs = list(ids)
+        for id_ in reversed(theirs):  # the youngest first, since each goes to the front
+            if id_ not in self.held:
+                self.pending.append((None, Settlement("F", id_)))
+        for id_ in self.held.keys() - set(theirs):
             self.held.pop(id_).lost = True
         self.waiting = deque(leased for leased in self.waiting if not leased.lost)
 

@@ -447,7 +447,8 @@ class TurnReport:
     stats: dict[str, int] = field(default_factory=dict)
     recent: list[bytes] = field(default_factory=list)
     spawned: bool = False  # some settlements put entries into the outbox
-    frees: bool = False  # some may let another job of a group or at a limit start
+    frees: int = 0  # those that may let another job of a group or at a limit start
+    seconds: float = 0.0  # for which these ran
     results: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     """Of jobs in `done`: for how long (ms) which record is kept; (0, b"") of a value that is not kept."""
     released: dict[str, str] = field(default_factory=dict)
@@ -486,6 +487,7 @@ class TurnReply:
     outbox: bool = False  # it was checked, and is not empty
     schedules: list[str] = field(default_factory=list)  # whose instant has come: this worker is to carry it out
     expires: bool = False  # the queue goes when nobody uses it
+    has_series: bool = False  # several jobs of a group that runs one at a time may be among them
 
 
 class WorkerUnregistered(Exception):
@@ -577,11 +579,11 @@ def _read_turn(number: int, reply: list[Any]) -> TurnReply:
         reply
     )
     return TurnReply(
-        now, held, next_due if next_due >= 0 else None, more == 1, [id_.decode() for id_ in lost],
+        now, held, next_due if next_due >= 0 else None, more & 1 == 1, [id_.decode() for id_ in lost],
         [id_.decode() for id_ in ids], envelopes, states,
         [(overdue[i].decode(), int(float(overdue[i + 1]))) for i in range(0, len(overdue), 2)] if overdue else [],
         [id_.decode() for id_ in cancelled], paused & 1 == 1, [id_.decode() for id_ in missing], outbox == 1,
-        [name.decode() for name in ticks], paused & 2 == 2,
+        [name.decode() for name in ticks], paused & 2 == 2, more & 2 == 2,
     )  # fmt: skip
 
 
@@ -737,7 +739,7 @@ def extend(keys: QueueKeys, worker: str, id: str, new_worker: str, ms: int, abou
 
 
 def held_ids(keys: QueueKeys, worker: str) -> Call[list[str]]:
-    """Return the call that lists what *worker* holds according to Redis."""
+    """Return the call that lists what *worker* holds according to Redis, the oldest first."""
     return Call(HELD_IDS, (keys.leased(worker),), (), _read_ids)
 
 

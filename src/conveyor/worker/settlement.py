@@ -203,7 +203,8 @@ class SettlementWriter:
                 Settlement("D", attempt.id, ms, record, state, envelope.attributes, own_id=envelope.own_id)
             )
         if envelope.attributes:
-            report.frees = True
+            report.frees += 1
+            report.seconds += seconds
         if attempt.context is not None:
             end_spawning(attempt.context)  # a thread of the job that goes on gets an error if it spawns
         handler.count_done(seconds)
@@ -394,9 +395,10 @@ class SettlementWriter:
         report.others.append(
             Settlement("X", attempt.id, now_ms, record, state.encode(), envelope.attributes, envelope.own_id)
         )
-        if envelope.attributes:
-            report.frees = True
         seconds = max(0.0, attempt.ended - attempt.started)
+        if envelope.attributes:
+            report.frees += 1
+            report.seconds += seconds
         if len(report.recent) < RECENT:
             report.recent.append(
                 write_finished(attempt.id, attempt.handler.name, "dead", now_ms, round(seconds * 1000))

@@ -47,6 +47,66 @@ def test_group_runs_one_at_a_time_in_order(seeded: SeededQueue) -> None:
     assert not seeded.redis.exists(seeded.keys.prefix + "tickets", seeded.keys.prefix + "slots")
 
 
+def test_series_of_a_group(seeded: SeededQueue) -> None:
+    """
+    A worker that runs jobs in their order gets several of a group in one turn, no more than it asks for; others get none of them.
+
+    A copy of the turn has the same jobs in the same order. The group is leased again when all of them have ended.
+    """
+    seeded.push(*(entry(f"a{n}", group="a", expires_ms=2**42 if n == 4 else None) for n in range(1, 9)))
+    seeded.register("w", "v")
+    call = seeded.turn_call("w", 1, 9, flags="s5")
+    for _ in range(2):
+        reply = seeded.run(call)
+        assert (reply.ids, reply.has_series) == (["a1", "a2", "a3", "a4", "a5"], True)
+    assert seeded.turn("v", 1, 9, flags="s5").ids == []
+    assert waiting(seeded) == 3
+    assert seeded.turn("w", 2, 9, done=["a1", "a2", "a3", "a4"], flags="s5").ids == []
+    assert waiting(seeded) == 3
+    last = seeded.turn("w", 3, 9, done=["a5"], flags="s5")
+    assert (last.ids, last.has_series) == (["a6", "a7", "a8"], True)
+    assert seeded.turn("w", 4, 9, done=last.ids).held == 0
+    assert waiting(seeded) == 0
+    assert seeded.redis.hgetall(seeded.keys.prefix + "limits") == {}
+
+
+def test_series_only_of_what_is_left(seeded: SeededQueue) -> None:
+    """Each group and plain job has its turn before a group has a series; a limit, an opened group or a running job allows none."""
+    declare(seeded, two="c 2 key", all="c 100 -")
+    seeded.push(*(entry(f"a{n}", group="a") for n in range(5)), *(entry(f"b{n}", group="b") for n in range(5)), "p0", "p1")
+    seeded.register("w")
+    assert seeded.turn("w", 1, 3, flags="s9").ids == ["a0", "b0", "p0"]
+    assert seeded.turn("w", 2, 9, done=["b0"], flags="s9").ids == ["p1", "b1", "b2", "b3", "b4"]
+    assert seeded.turn("w", 3, 9, done=["a0"], flags="s9").ids == ["a1", "a2", "a3", "a4"]
+    seeded.push(*(entry(f"c{n}", group="c", limits=("1:two:c",)) for n in range(4)))
+    seeded.push(*(entry(f"d{n}", group="d", limits=("1:all",)) for n in range(4)))
+    seeded.push(entry("e0", group="e"), entry("e1", group="e", limits=("1:all",)), entry("e2", group="e"))
+    reply = seeded.turn("w", 4, 20, flags="s9")
+    assert (sorted(reply.ids), reply.has_series) == (["c0", "c1", "d0", "e0"], False)
+    assert waiting(seeded) == 7
+
+
+@pytest.mark.row("C292")
+@pytest.mark.parametrize("way", ["F", "R", "L", "reap"])
+def test_rest_of_a_series_comes_back_in_order(seeded: SeededQueue, way: str) -> None:
+    """What a worker has not started of a series stands before what was behind it, and behind the job that ended otherwise."""
+    seeded.push(*(entry(f"a{n}", group="a") for n in range(1, 7)))
+    seeded.register("w", "v")
+    assert seeded.turn("w", 1, 9, flags="s4").ids == ["a1", "a2", "a3", "a4"]
+    if way == "reap":
+        seeded.turn("w", 2, 0, done=["a1"])
+        seeded.run(operations.reap(seeded.keys, "w"))
+    else:
+        end = Settlement(way, "a2", ms=3_600_000 if way == "R" else 0, state=b"1 1 0")
+        seeded.turn("w", 2, 0, done=["a1"], others=[Settlement("F", "a4"), Settlement("F", "a3"), end])
+    if way == "R":
+        assert seeded.turn("v", 1, 9, flags="s9").ids == []
+        seeded.redis.zadd(seeded.keys.due, {"a2": 1})
+    assert seeded.audit() == []
+    assert seeded.turn("v", 2, 9, flags="s9").ids == ["a2", "a3", "a4", "a5", "a6"]
+    assert waiting(seeded) == 0
+
+
 @pytest.mark.row("C290")
 @pytest.mark.parametrize("way", ["R", "F", "reap", "leave"])
 def test_retried_or_returned_job_keeps_its_place(seeded: SeededQueue, way: str) -> None:
@@ -398,6 +458,10 @@ SABOTAGES = {
     "an alarm is forgotten": ("TURN", "set_alarm(queue, s, cost, now)", ""),
     "a retry gives its key away": ("TURN", "give_back(queue, queue.retried, true)", "give_back(queue, queue.retried)"),
     "a returned job joins the tail": ("TURN", "join_group(queue, priority, group, id, true)", "join_group(queue, priority, group, id)"),
+    "a slot of a series is given back with its first job": ("TURN", "tonumber(counts[i] or 0) - given[name]", "0"),
+    "a series takes more than a worker asks for": ("TURN", "math.min(one.most, queue.series or 1)", "one.most"),
+    "a series takes jobs that a limit holds": ("TURN", "alone = closed and one.series > 1 and #fact[3] == 1", "alone = one.series > 1"),
+    "a series is not told to its worker": ("TURN", "if alone and count > 1 then queue.has_series = true end", ""),
     "a window is fixed": ("TURN", "if tonumber(starts[i]) > now - s.per then", "if tonumber(starts[i]) >= now - now % s.per then"),
 }  # fmt: skip
 
@@ -405,6 +469,9 @@ SABOTAGES = {
 PROOFS = [
     *(partial(test_retried_or_returned_job_keeps_its_place, way=way) for way in ("R", "F")),
     test_cancelled_retry_frees_its_key,
+    test_series_of_a_group,
+    test_series_only_of_what_is_left,
+    *(partial(test_rest_of_a_series_comes_back_in_order, way=way) for way in ("F", "R", "L")),
     test_rate_is_exact_over_every_pair_of_starts,
     *(partial(test_random_steps_leave_no_ticket_and_no_waiter_behind, seed=seed) for seed in range(8)),
 ]

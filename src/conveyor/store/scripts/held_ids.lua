@@ -1,7 +1,7 @@
 -- List what a worker holds. A worker asks when its own count differs.
--- needs: leased
+-- needs: leased_order
 --
 -- KEYS  1 leased:<worker>
 -- ARGV  none
--- returns ids
-return ids_held(KEYS[1])
+-- returns ids, the oldest first
+return (ids_in_order(KEYS[1]))

@@ -6,6 +6,7 @@
 -- ARGV  1 worker  2 number of this turn: its instant (lib/leased.lua), above that of the last  3 how many more  4 lease_ms
 --       5 flags: k keep the lease's end, l look for overdue workers, t leave when nothing is held, e remember the ends,
 --         a<ms> raise what waits longer than that (lib/ageing.lua)
+--         s<n> this worker runs up to n jobs of a group one after the other, when they are leased together
 --       6 count, ids of jobs that are simply done
 --       then count, and for each group of these, from the first id on, a result that is kept: ms count record…   0 ms: it is not
 --       then count, and of those of them that have unique keys or tags: id attributes
@@ -23,7 +24,7 @@
 --       then count, (field increment)… for this minute's counters
 --       then count, entries for the list of recently finished jobs
 -- returns {0} the worker is not registered · {-1} a late copy of an older turn · else
---         {number of the turn, now_ms, held, next_due_ms or -1, more, lost ids, ids, envelopes, states, overdue (worker end)…, cancelled ids, 1 when it is paused plus 2 when it expires,
+--         {number of the turn, now_ms, held, next_due_ms or -1, 1 when there is more plus 2 when several of a group run in their order, lost ids, ids, envelopes, states, overdue (worker end)…, cancelled ids, 1 when it is paused plus 2 when it expires,
 --          ids whose envelope is gone, 1 when the flag l was given and the outbox is not empty, names of schedules to carry out}
 local queue = {
   prefix = string.sub(KEYS[1], 1, -5), jobs = KEYS[1], state = KEYS[2], due = KEYS[5], conf = KEYS[7], dead = KEYS[8],
@@ -35,6 +36,7 @@ local leased, workers, recent = KEYS[3], KEYS[4], KEYS[9]
 local worker, number, want, lease_ms = ARGV[1], number_in(ARGV[2]), number_in(ARGV[3]), number_in(ARGV[4])
 local flags = ARGV[5]
 local looks = string.find(flags, 'l', 1, true)
+queue.series = tonumber(string.match(flags, 's(%d+)'))
 local now = clock()
 
 -- Read, and check, before anything is written.
@@ -55,7 +57,7 @@ if number == last then
     envelopes = redis.call('HMGET', queue.jobs, unpack(ids))
     states = redis.call('HMGET', queue.state, unpack(ids))
   end
-  return {number, now, held, -1, 1, {}, ids, envelopes, states, {}, {}, 0, {}, 0, {}}
+  return {number, now, held, -1, queue.series and 3 or 1, {}, ids, envelopes, states, {}, {}, 0, {}, 0, {}}
 end
 
 local done_count = tonumber(ARGV[6])
@@ -209,5 +211,5 @@ if queue.changed then
   for i = 1, taken do queue.changed[#queue.changed + 1] = ids[i] end
   announce_changes(queue.waiters, queue.changed, 's')
 end
-return {number, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, (paused and 1 or 0) + (conf[5] and 2 or 0), missing, outbox,
+return {number, now, held, next_due, more + (queue.has_series and 2 or 0), lost, ids, envelopes, states, overdue, cancelled, (paused and 1 or 0) + (conf[5] and 2 or 0), missing, outbox,
   queue.schedules}

@@ -61,6 +61,11 @@ class CoroutinePool:
         self._slice_end = 0.0
         self._is_closing = False
 
+    @property
+    def is_serving_here(self) -> bool:
+        """True in a task of the pool, which looks into the backlog when its attempt has ended."""
+        return asyncio.current_task() in self._tasks
+
     def wake(self) -> None:
         """Wake an idle task, or start one, to take from the backlog."""
         while self._idle:

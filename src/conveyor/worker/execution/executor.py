@@ -135,6 +135,14 @@ class Executor:
         if len(backlog) > before:
             self.coroutines.wake()
 
+    def submit_next(self, attempt: Attempt) -> None:
+        """Run *attempt* after one that has just ended: the task that ran a coroutine takes it without being woken."""
+        kind, ending = attempt.handler.kind, self.coroutines.is_serving_here
+        if ending and not attempt.sealed and (kind == "loop" or (kind != "batch" and self._chain is not None)):
+            self.coroutines.backlog.append(attempt)
+        else:
+            self.submit([attempt])
+
     def _gather(self, attempt: Attempt) -> None:
         if self.gatherer is None:
             self.gatherer = BatchGatherer(self, self._on_batch, self._running_table, is_draining=self._is_draining)

@@ -137,7 +137,7 @@ class LeaseHolder(Protocol):
 
 async def differences(holder: LeaseHolder) -> tuple[list[str], list[str]]:
     """
-    Return the ids that Redis does not list as held here, and those it lists besides.
+    Return the ids that Redis does not list as held here, and those it lists besides, the youngest first.
 
     Both are empty when Redis refuses to tell.
     """
@@ -147,7 +147,7 @@ async def differences(holder: LeaseHolder) -> tuple[list[str], list[str]]:
         log.warning("queue %s: leases could not be compared: %s", holder.keys.queue, error)
         return [], []
     known = set(listed)
-    unknown = [id_ for id_ in known if id_ not in holder.held]
+    unknown = [id_ for id_ in reversed(listed) if id_ not in holder.held]  # each goes to the front
     if unknown:
         log.warning("queue %s: giving back %d leases whose jobs never arrived here", holder.keys.queue, len(unknown))
     return [id_ for id_ in holder.held if id_ not in known], unknown

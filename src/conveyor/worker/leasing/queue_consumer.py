@@ -24,6 +24,7 @@ from conveyor.store.transport import eviction, wakeup
 from conveyor.store.worker_commands import FOLLOWED, read_command
 from conveyor.worker.attempt import Attempt, Handler
 from conveyor.worker.leasing.capacity import JobSizeEstimate
+from conveyor.worker.leasing.group_series import GroupSeries
 from conveyor.worker.leasing.list_intake import ListIntake
 from conveyor.worker.leasing.live_reports import LiveReports
 from conveyor.worker.leasing.membership import Reaper, differences, longest_pause, register, register_again
@@ -121,6 +122,7 @@ class QueueConsumer:
             lambda: self._executor.free, lambda slots: services.capacity.note_reserved(self, slots)
         )
         self.early_acks, self.due_timer = EarlyAcks(), DueTimer(self._on_due)
+        self._series = GroupSeries(self.held, self._start_next, self._return_unstarted)
         self._reaper, self._live_reports = Reaper(keys, connection, lease_ms), LiveReports(self._report_live)
         self._scheduler = Scheduler(keys, services.app)
         self._delivery = SpawnDelivery(keys, services.app, self.schedule)
@@ -168,6 +170,7 @@ class QueueConsumer:
         """Send what is left to report and take the registration away; nothing that is still held is charged."""
         self.due_timer.close()
         self._live_reports.close()
+        self._series.close()
         if self._report_timer is not None:
             self._report_timer.cancel()
         await self._until_turn_ended()
@@ -380,6 +383,8 @@ class QueueConsumer:
             return
         report, self.report = self.report, TurnReport()
         self._drain_counters(report)
+        if report.frees:
+            self._series.note_ends(report.frees, report.seconds)
         now = monotonic()
         self._is_looking = now >= self._reaper.due_at
         self.number = operations.next_turn_number(self.number, self.now_ms)
@@ -388,7 +393,7 @@ class QueueConsumer:
             want = prepared.want
             call, packed = prepared.numbered(self.number)
         else:
-            flags, packed = ("el" if self._is_looking else "e") + self._ageing, None
+            flags, packed = ("el" if self._is_looking else "e") + self._ageing + self._series.flag, None
             call = operations.turn(self.keys, self.identity, self.number, want, self.lease_ms, report, flags=flags)
         self._in_flight = (call, report)
         self._sent_at = now
@@ -465,6 +470,7 @@ class QueueConsumer:
         self.report, self.has_more = TurnReport(), True
         self.quarantine.clear()
         self.early_acks.clear()
+        self._series.clear()
         try:
             await register_again(self)
         except PartitionCountMismatch as refused:  # this partition is not for this worker any more
@@ -557,6 +563,7 @@ class QueueConsumer:
             handlers = self._load_handlers()
         held, lookup, states = self.held, self._plain_handlers, turn.states
         self.job_size.note(turn.envelopes)
+        series = self._series if turn.has_series else None
         attempts = []
         for at, (id_, data) in enumerate(zip(turn.ids, turn.envelopes, strict=True)):
             end = data.find(b"\n", 1)
@@ -569,6 +576,8 @@ class QueueConsumer:
             if states and states[at] is not None:
                 attempt.load_state(states[at])  # type: ignore[arg-type]
                 self.own_retries.pop(id_, None)
+            if series is not None and series.follows(attempt):
+                continue
             if attempt.handler.kind == "unknown":
                 self._services.loader.set_aside(attempt)
             elif attempt.handler.early:
@@ -577,6 +586,8 @@ class QueueConsumer:
                 self.quarantine.add(attempt)
             else:
                 attempts.append(attempt)
+        if series is not None:
+            series.begin(self._sent_at)
         if self._lifecycle.draining:
             self.hand_back()
         else:
@@ -600,6 +611,10 @@ class QueueConsumer:
         if attempts:
             self._capacity.note_backlog(self, len(attempts))
             self._executor.submit(attempts)
+
+    def _start_next(self, attempt: Attempt) -> None:
+        self._capacity.note_backlog(self, 1)
+        self._executor.submit_next(attempt)
 
     def _advance_quarantine(self) -> None:
         for attempt in self.quarantine.advance(self.report, self.held):
@@ -663,7 +678,9 @@ class QueueConsumer:
         self._capacity.note_backlog(self, -1)
 
     def on_finished(self, attempt: Attempt) -> None:
-        """Note that an attempt ended: the next of the quarantine may start."""
+        """Note that an attempt ended: the next of its series, or of the quarantine, may start."""
+        if self._series.running:
+            self._series.on_finished(attempt, self.report)
         if attempt.handler.early:
             self.early_acks.acknowledged.discard(attempt)
         if attempt.crashed_before or attempt.handler.early:
@@ -704,13 +721,17 @@ class QueueConsumer:
 
     def hand_back(self) -> None:
         """Return what has not started to the front of the queue, in its order."""
+        # One that take_back refuses is started by a thread just now.
+        self._return_unstarted([one for one in self._unstarted() if self._executor.take_back(one)])
+
+    def _return_unstarted(self, attempts: list[Attempt]) -> None:
+        """Return *attempts*, the youngest first, to the front of the queue."""
         returned = TurnReport()
-        for attempt in self._unstarted():
-            if not self._executor.take_back(attempt):
-                continue  # a thread starts it just now
+        for attempt in attempts:
             attempt.ended = monotonic()
             self._services.settlement_writer.handed_back(returned, attempt, started=False)
         self.report.others[:0] = returned.others  # before those returned earlier, since they are younger
+        self.schedule()
 
     def _unstarted(self) -> list[Attempt]:
         """Return what was leased and has not started, the youngest first; an early ack that has not left is taken back."""

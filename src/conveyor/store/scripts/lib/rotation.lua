@@ -15,19 +15,20 @@ local function may_be_open(queue, priority, one)
 end
 
 -- Read what a round needs of its tickets' groups.
--- queue    as begin_groups makes it, and ready
+-- queue    as begin_groups makes it, and ready; series: how many jobs of a group that runs one at a time may be leased together
 -- priority of the list
 -- entries  the head of the list
 -- room     how many jobs the round may lease
 -- whole    true when the list has no other entries: then its groups share what room there is
 -- now      ms
--- returns  for each entry nil of a plain job, or {group, limit (of its key), most (jobs it may lease), ids (those, and one more)}
+-- returns  for each entry nil of a plain job, or {group, limit (of its key), most (jobs it may lease), ids (those, and one more),
+--          series (how many of them may be leased together though they run one after the other)}
 local function read_groups(queue, priority, entries, room, whole, now)
   local groups, keys, plain = {}, {}, 0
   for i, entry in ipairs(entries) do
     if string.byte(entry) == 9 then
       local group = string.sub(entry, 2)
-      groups[i] = {group = group, limit = key_limit(group), share = 1, most = 1, first = 0, ids = false, credit = nil}
+      groups[i] = {group = group, limit = key_limit(group), share = 1, most = 1, first = 0, ids = false, credit = nil, series = 1}
       keys[#keys + 1] = groups[i].limit
     else
       plain = plain + 1
@@ -52,7 +53,12 @@ local function read_groups(queue, priority, entries, room, whole, now)
       -- Of a group that runs one at a time, and runs, the first job is enough: it tells which other limits are left unused.
       -- The rest is what the group has left of its turn in the first round.
       one.share = (one.credit or s.weight) + s.weight * (rounds - 1)
-      one.most = closed and (s.count > 0 or (rounds > 1 and not may_be_open(queue, priority, one))) and 1 or math.min(one.share, room)
+      one.most = math.min(one.share, room)
+      if closed and (s.count > 0 or (rounds > 1 and not may_be_open(queue, priority, one))) then
+        -- Several only where every group and plain job of the list has its turn too, and room is left.
+        one.series = s.count > 0 and 1 or math.min(one.most, queue.series or 1)
+        one.most = one.series
+      end
       one.ids = redis.call('LRANGE', lead .. one.group, '0', one.most == 1 and '1' or one.most)
     end
   end
@@ -178,7 +184,7 @@ end
 -- plan     is filled
 -- returns  nothing
 local function plan_group(queue, one, ids, envelopes, facts, room, plan, now)
-  local before, removed, full, last = plan.count, 0, nil, math.min(#one.ids, one.most)
+  local before, removed, full, last, alone = plan.count, 0, nil, math.min(#one.ids, one.most), false
   while removed < last do
     local first = one.first + removed
     local fact = facts[first + 1]
@@ -188,15 +194,24 @@ local function plan_group(queue, one, ids, envelopes, facts, room, plan, now)
       removed = removed + 1
     else
       if plan.count >= room then break end
-      local name, closed, most = full_limit(queue, one.group, fact, now)
+      local name, closed, most
+      if alone and #fact[3] == 1 then
+        closed, queue.has_series = true, true
+      else
+        name, closed, most = full_limit(queue, one.group, fact, now)
+      end
       if name then
         full = name
         touch(queue, fact[3])
         break
       end
+      -- A series: jobs that no other limit holds, one after the other, until the last of them has left its worker.
+      alone = closed and one.series > 1 and #fact[3] == 1
+      if alone then most = last end
       local count = 1
       most = math.min(most, room - plan.count, last - removed)
       while count < most and facts[first + count + 1] == fact do count = count + 1 end
+      if alone and count > 1 then queue.has_series = true end
       pass(queue, fact, closed, plan, ids, first, count)
       lease_next(plan, ids, envelopes, first, count)
       removed = removed + count
