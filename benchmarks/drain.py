@@ -46,7 +46,7 @@ def drain(bench: Bench) -> None:
 
 
 def levelled(bench: Bench) -> None:
-    """Drain no-op jobs of 10,000 groups, of one, of one opened, under a limit with room, and with unique keys, beside plain ones."""
+    """Drain no-op jobs of 10,000 groups, of one, of one opened, under a limit with room, and with unique keys; and plain ones."""
     from benchmarks import measured_jobs as jobs
 
     count = bench.size(100_000)

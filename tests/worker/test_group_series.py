@@ -95,6 +95,7 @@ async def test_other_ends_keep_the_order(app: Conveyor, taken: list[int], end: s
         if end == "dead":
             with pytest.raises(JobFailed):
                 await jobs[2].aresult(timeout="1s")
+            await app.queue("default").apurge(dead=True)
     tries = {"dead": 5, "cancelled": 1}.get(end, 2)
     expected = [(number, attempt) for number in range(8) for attempt in range(1, (tries if number == 2 else 1) + 1)]
     assert starts == [one for one in expected if one[0] != 5 or end != "cancelled"]

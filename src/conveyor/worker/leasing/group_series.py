@@ -3,9 +3,9 @@ Series: jobs of a group that runs one at a time, which one turn has leased toget
 
 A round trip for each job is most of what a quick one costs. Nobody else could run what waits behind a job of such a group, so that
 a series takes nothing from other workers: its group is theirs again when the last job of it has left this one. Each job starts when
-the one before has ended well, and the ends travel with the turns that follow. After any other end (a retry, a return, a refusal) the
-rest goes back in the same report and in front of that end, so that a job which comes back stands before it. The rest goes back too
-when the series is `LONGEST` old: a pause, another tenant or a more urgent job of the group waits no longer than for jobs leased ahead.
+the one before has ended well, and the ends travel with the turns that follow. After any other end (a retry, a return, a refusal)
+the rest goes back in the same report and in front of that end, so that a job which comes back stands before it. The rest goes back
+too when the series is `LONGEST` old: a pause or another tenant waits no longer for it than for jobs leased ahead.
 """
 
 from __future__ import annotations
