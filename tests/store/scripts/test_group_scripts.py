@@ -73,7 +73,9 @@ def test_series_of_a_group(seeded: SeededQueue) -> None:
 def test_series_only_of_what_is_left(seeded: SeededQueue) -> None:
     """Each group and plain job has its turn before a group has a series; a limit, an opened group or a running job allows none."""
     declare(seeded, two="c 2 key", all="c 100 -")
-    seeded.push(*(entry(f"a{n}", group="a") for n in range(5)), *(entry(f"b{n}", group="b") for n in range(5)), "p0", "p1")
+    seeded.push(
+        *(entry(f"a{n}", group="a") for n in range(5)), *(entry(f"b{n}", group="b") for n in range(5)), "p0", "p1"
+    )
     seeded.register("w")
     assert seeded.turn("w", 1, 3, flags="s9").ids == ["a0", "b0", "p0"]
     assert seeded.turn("w", 2, 9, done=["b0"], flags="s9").ids == ["p1", "b1", "b2", "b3", "b4"]
