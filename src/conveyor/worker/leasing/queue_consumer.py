@@ -121,10 +121,9 @@ class QueueConsumer:
         self.quarantine = Quarantine(
             lambda: self._executor.free, lambda slots: services.capacity.note_reserved(self, slots)
         )
-        self.early_acks, self.due_timer = EarlyAcks(), DueTimer(self._on_due)
-        self._series = GroupSeries(self.held, self._start_next, self._return_unstarted)
+        self.early_acks, self._series = EarlyAcks(), GroupSeries(self.held, self._start_next, self._return_unstarted)
         self._reaper, self._live_reports = Reaper(keys, connection, lease_ms), LiveReports(self._report_live)
-        self._scheduler = Scheduler(keys, services.app)
+        self.due_timer, self._scheduler = DueTimer(self._on_due), Scheduler(keys, services.app)
         self._delivery = SpawnDelivery(keys, services.app, self.schedule)
         self._intake: ListIntake | None = None
         if keys.foreign is not None:
