@@ -71,6 +71,7 @@ async def test_one_turn_leases_many(app: Conveyor, taken: list[int], kind: str) 
     assert await audit(app) == []
 
 
+@pytest.mark.row("C292")
 @pytest.mark.parametrize("end", ["retry", "snooze", "limited", "dead", "cancelled"])
 async def test_other_ends_keep_the_order(app: Conveyor, taken: list[int], end: str) -> None:
     """What follows a job that ends otherwise than well starts after its last attempt, in its order."""
@@ -103,6 +104,7 @@ async def test_other_ends_keep_the_order(app: Conveyor, taken: list[int], end: s
     assert await audit(app) == []
 
 
+@pytest.mark.row("C292")
 async def test_nothing_waits_for_a_long_job(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
     """What follows a job that runs for long goes back, where a pause of its key holds it; a stop returns it, too, and in its order."""
     monkeypatch.setattr(GroupSeries, "flag", "s100")
@@ -131,6 +133,7 @@ async def test_nothing_waits_for_a_long_job(app: Conveyor, monkeypatch: pytest.M
     assert await audit(app) == []
 
 
+@pytest.mark.row("C292")
 async def test_a_stop_returns_the_rest(app: Conveyor, taken: list[int]) -> None:
     """A worker that stops runs what it has begun, and returns what follows; the next worker runs that in its order."""
     ran: list[int] = []

@@ -47,6 +47,7 @@ def test_group_runs_one_at_a_time_in_order(seeded: SeededQueue) -> None:
     assert not seeded.redis.exists(seeded.keys.prefix + "tickets", seeded.keys.prefix + "slots")
 
 
+@pytest.mark.row("C292")
 def test_series_of_a_group(seeded: SeededQueue) -> None:
     """
     A worker that runs jobs in their order gets several of a group in one turn, no more than it asks for; others get none of them.
