@@ -30,6 +30,8 @@ class Job:
     expired: bool = False
     stub: bool = False
     state: History | None = None
+    group: str | None = None
+    limits: tuple[str, ...] = ()  # as they are written: <cost>:<name>[:<key>]
 
 
 @dataclass
@@ -66,6 +68,8 @@ class Model:
         """Begin empty."""
         self.jobs: dict[str, Job] = {}
         self.ready: dict[int, list[str]] = {priority: [] for priority in range(10)}
+        self.groups: dict[str, list[str]] = {}  # <priority>:<group> → the jobs that wait there
+        self.slots: dict[str, list[str]] = {}  # job → the limits whose slots it holds
         self.due: dict[str, float] = {}
         self.dead: list[str] = []
         self.members: dict[str, ModelWorker] = {}
@@ -102,6 +106,10 @@ class Model:
         if id_ in self.due:
             return "scheduled"
         return "dead" if id_ in self.dead else "leased" if self.holder(id_) is not None else "ready"
+
+    def line_of(self, id_: str) -> list[str]:
+        """Return the list in which a job waits to be leased."""
+        return self.ready[self.jobs[id_].priority]
 
     def in_order(self) -> list[str]:
         """Return the scheduled ids, earliest first."""
@@ -149,9 +157,15 @@ class Model:
             self.unique.setdefault(job.unique, id_)
         if job.rank is not None and job.rank > NOW:
             self.due[id_] = job.rank
+        elif job.group or job.limits:
+            self.due[id_] = NOW  # the next turn puts it into its group
         else:
-            self.ready[job.priority].append(id_)
+            self._enter(id_)
         self.wake()
+
+    def _enter(self, id_: str) -> None:
+        """Let a successor, or a job that was scheduled, wait to be leased."""
+        self.line_of(id_).append(id_)
 
     def end(self, id_: str, *, record: bool, ended: bool = False) -> None:
         """Remove a job."""
@@ -179,7 +193,8 @@ class Model:
             if self.in_order()[0] == id_:
                 self.wake()
         else:
-            self.ready[job.priority].insert(0 if front else len(self.ready[job.priority]), id_)
+            line = self.line_of(id_)
+            line.insert(0 if front else len(line), id_)
             self.wake()
         return id_, None
 
@@ -225,14 +240,10 @@ class Model:
         cancelled = [id_ for id_ in dict.fromkeys(member.cancel) if id_ in member.leases]
         if not cancelled:
             member.cancel = []
-        for id_ in [id_ for id_ in self.in_order() if self.due[id_] <= NOW]:
-            del self.due[id_]
-            self.ready[self.jobs[id_].priority].append(id_)
+        self._promote_due()
         taken: list[str] = []
         if not self.paused:
-            for priority in range(9, -1, -1):
-                while self.ready[priority] and len(taken) < want:
-                    self._take(self.ready[priority].pop(0), taken)
+            self._lease(want, taken)
         for id_ in taken:
             key = self.jobs[id_].unique
             if key is not None and self.jobs[id_].life == "s" and self.unique.get(key) == id_:
@@ -245,6 +256,16 @@ class Model:
         if leave and not held:
             del self.members[name]
         return Reply(taken, lost, held, cancelled, more, bool(self.due) and not self.paused, states)
+
+    def _lease(self, want: int, taken: list[str]) -> None:
+        for priority in range(9, -1, -1):
+            while self.ready[priority] and len(taken) < want:
+                self._take(self.ready[priority].pop(0), taken)
+
+    def _promote_due(self) -> None:
+        for id_ in [id_ for id_ in self.in_order() if self.due[id_] <= NOW]:
+            del self.due[id_]
+            self._enter(id_)
 
     def _settle(self, member: ModelWorker, kind: str, id_: str, what: Any) -> None:
         if kind == "M":
@@ -271,7 +292,7 @@ class Model:
         else:
             if what is not None:
                 self.jobs[id_].state = what
-            self.ready[self.jobs[id_].priority].insert(0, id_)
+            self.line_of(id_).insert(0, id_)
 
     def _take(self, id_: str, taken: list[str]) -> None:
         if self.jobs[id_].stub:
@@ -313,7 +334,7 @@ class Model:
             charged = crashed if blame is None else id_ in blame[0] or (id_ in blame[1] and doubt != b"*")
             crashes = max(crashes, 1) if charged else crashes - len(doubt)
             job.state = (starts + 1, failures, crashes, b"")
-            self.ready[job.priority].insert(0, id_)
+            self.line_of(id_).insert(0, id_)
             returned += 1
         if returned:
             self.wake()
@@ -360,7 +381,7 @@ class Model:
         if not delete:
             self.results.add(id_)
             self.unstarted.discard(id_)
-        self.jobs[id_] = Job(job.priority, stub=True)
+        self.jobs[id_] = Job(job.priority, stub=True, group=job.group, limits=job.limits)
         return 1
 
     def redrive(self, ids: list[str]) -> int:
@@ -377,7 +398,7 @@ class Model:
             job.state = ((job.state or FRESH)[0], 0, 0, b"")
             if job.own:
                 self.own[id_] = False
-            self.ready[job.priority].append(id_)
+            self.line_of(id_).append(id_)
         if found:
             self.wake()
         return len(found)
@@ -387,7 +408,7 @@ class Model:
         if id_ not in self.due:
             return False
         del self.due[id_]
-        self.ready[self.jobs[id_].priority].append(id_)
+        self._enter(id_)
         self.wake()
         return True
 
@@ -444,6 +465,8 @@ class Model:
         return {
             "jobs": {id_: job.stub for id_, job in self.jobs.items()},
             "ready": {priority: list(ids) for priority, ids in self.ready.items() if ids},
+            "groups": {name: list(ids) for name, ids in self.groups.items() if ids},
+            "slots": {id_: list(names) for id_, names in self.slots.items()},
             "due": self.in_order(),
             "dead": list(self.dead),
             "leased": {

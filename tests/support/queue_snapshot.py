@@ -12,13 +12,13 @@ def read(client: Any, keys: QueueKeys) -> dict[str, Any]:
     names = [key.decode().removeprefix(keys.prefix) for key in client.keys(keys.prefix + "*")]
     rest = {
         kind: [name.removeprefix(kind) for name in names if name.startswith(kind)]
-        for kind in ("leased:", "unique:k:", "unique:i:", "result:", "results:", "tag:")
+        for kind in ("leased:", "unique:k:", "unique:i:", "result:", "results:", "tag:", "group:")
     }
     pipeline = client.pipeline(transaction=False)
     for key in keys.ready:
         pipeline.lrange(key, 0, -1)
     pipeline.hgetall(keys.jobs).zrange(keys.due, 0, -1).zrange(keys.dead, 0, -1).hgetall(keys.state)
-    pipeline.hgetall(f"{keys.prefix}reruns")
+    pipeline.hgetall(f"{keys.prefix}reruns").hgetall(f"{keys.prefix}slots")
     pipeline.hgetall(keys.waiters).hgetall(keys.conf).llen(keys.wake).zrange(keys.workers, 0, -1)
     for worker in rest["leased:"]:
         pipeline.hgetall(keys.leased(worker))
@@ -30,10 +30,12 @@ def read(client: Any, keys: QueueKeys) -> dict[str, Any]:
         pipeline.hkeys(f"{keys.prefix}results:{window}")
     for tag in rest["tag:"]:
         pipeline.zrange(keys.tag(tag), 0, -1)
+    for group in rest["group:"]:
+        pipeline.lrange(f"{keys.prefix}group:{group}", 0, -1)
     replies = iter(pipeline.execute())
 
-    ready = {priority: _texts(next(replies)) for priority in range(10)}
-    jobs, due, dead, state, reruns, waiters, conf, token, workers = (next(replies) for _ in range(9))
+    ready = {priority: _jobs(next(replies)) for priority in range(10)}
+    jobs, due, dead, state, reruns, slots, waiters, conf, token, workers = (next(replies) for _ in range(10))
     leased = {worker: _lease(next(replies)) for worker in rest["leased:"]}
     leased = {worker: lease for worker, lease in leased.items() if lease is not None}
     assert sorted(leased) == sorted(_texts(workers)), "registrations and ends of leases differ"
@@ -41,7 +43,8 @@ def read(client: Any, keys: QueueKeys) -> dict[str, Any]:
     return {
         "jobs": {id_.decode(): envelope.startswith(b"x") for id_, envelope in jobs.items()},
         "ready": {priority: ids for priority, ids in ready.items() if ids},
-        "due": _texts(due),
+        "slots": {id_.decode(): text.decode().strip("\t").split("\t") for id_, text in slots.items()},
+        "due": _jobs(due),
         "dead": _texts(dead),
         "leased": leased,
         "state": {id_.decode(): history(text) for id_, text in state.items()},
@@ -55,6 +58,7 @@ def read(client: Any, keys: QueueKeys) -> dict[str, Any]:
         "own": {id_: next(replies) >= 0 for id_ in rest["unique:i:"]},
         "results": {*rest["result:"], *(id_ for _ in rest["results:"] for id_ in _texts(next(replies)))},
         "tags": {tag: _texts(next(replies)) for tag in rest["tag:"]},
+        "groups": {group: _texts(next(replies)) for group in rest["group:"]},
         "waiters": {id_.decode(): text.decode().split() for id_, text in waiters.items()},
         "stubs": int(conf.get(b"stubs", 0)),
         "paused": conf.get(b"paused") == b"1",
@@ -75,6 +79,11 @@ def _lease(found: dict[bytes, bytes]) -> tuple[int, dict[str, int], list[str]] |
     # The digits behind the point are the instant of the lease.
     places = {id_.decode(): int(place) for id_, place in found.items() if not id_.startswith(b"\t")}
     return int(found[b"\tturn"]), places, found.get(b"\tcancel", b"").decode().split()
+
+
+def _jobs(entries: list[bytes]) -> list[str]:
+    """Return the ids among entries, without tickets of groups and alarms of limits."""
+    return [entry.decode() for entry in entries if not entry.startswith(b"\t")]
 
 
 def _texts(items: list[bytes]) -> list[str]:

@@ -69,12 +69,13 @@ class QueueMachine(RuleBasedStateMachine):
     """Three workers, two producers, and people who cancel, purge, pause, redrive; calls arrive twice and late."""
 
     seeded: ClassVar[SeededQueue]
+    kind: ClassVar[type[Model]] = Model
 
     def __init__(self) -> None:
         super().__init__()
         self.seeded.redis.flushall(asynchronous=False)
         self.keys = self.seeded.keys
-        self.model = Model()
+        self.model = self.kind()
         self.base = self.seeded.now()
         self.count = itertools.count(1)
         self.lanes = [ProducerSequence("L0"), ProducerSequence("L1")]
@@ -148,7 +149,8 @@ class QueueMachine(RuleBasedStateMachine):
         return entry, job, rank
 
     def _attributes(self, job: Job) -> str:
-        return write_attributes(keys=() if job.unique is None else (self._key(job),), tags=job.tags)
+        keys = () if job.unique is None else (self._key(job),)
+        return write_attributes(keys=keys, tags=job.tags, group=job.group, limits=job.limits)
 
     def _key(self, job: Job) -> JobKey:
         assert job.unique is not None
@@ -275,18 +277,23 @@ class QueueMachine(RuleBasedStateMachine):
         told = [told for sent, told in pairs if sent is None] + [told for sent, told in pairs if sent is not None]
         call = operations.turn(self.keys, name, member.turn + 1, want, LEASE, report, flags=flags)
         buried = len(self.model.dead)
-        expected = self.model.turn(name, want, told, leave="t" in flags)
 
-        found = self._run(call)
+        self._make_turn(call, name, want, told, leave="t" in flags)
 
-        same_turn(found, expected, paused=self.model.paused)
         self.turns.setdefault(name, []).append(call)
         if name not in self.model.members:
             self.gone.append(name)
         for id_ in self.model.dead[buried:]:  # so that no two die in the same millisecond
             self.seeded.redis.zadd(self.keys.dead, {id_: self.base - 10**6 + next(self.count)})
 
-    @precondition(lambda self: any(self.model.ready.values()))
+    def _make_turn(
+        self, call: Call[TurnReply], name: str, want: int, told: list[tuple[str, str, Any]], *, leave: bool
+    ) -> None:
+        expected = self.model.turn(name, want, told, leave=leave)
+        found = self._run(call)
+        same_turn(found, expected, paused=self.model.paused)
+
+    @precondition(lambda self: any(self.model.ready.values()) or any(self.model.groups.values()))
     @rule(index=ANY, want=st.sampled_from([1, 1, 2, 3, 1000]))
     def lease(self, index: int, want: int) -> None:
         """A worker with room takes the token, then what there is."""
@@ -429,6 +436,9 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model.jobs)
     @rule(place=st.sampled_from(["ready", "due", "dead", "rerun"]), limit=st.sampled_from([1, 2, 1000]))
     def purge(self, place: str, limit: int) -> None:
+        self._purge(place, limit)
+
+    def _purge(self, place: str, limit: int) -> None:
         assert self._run(operations.purge(self.keys, place, limit)) == self.model.purge(place, limit)
 
     @rule()
