@@ -72,6 +72,10 @@ def test_durability_is_said_in_words(
 
     assert report.durability == durability
     assert report.healthy
+    finding = named(report, "durability")
+    sure = durability in {"aof-everysec", "aof-always"}
+    assert (finding.level == "warning") is not sure  # at least every second, or it is said what to set
+    assert sure or "CONFIG SET append" in finding.remedy
 
 
 @pytest.mark.row("C12")
@@ -92,6 +96,8 @@ def test_eviction_is_a_problem(start_server: Start, examine: Callable[[str], doc
     [
         ("timeout", "60", "note", "idle connections are closed after 60 s"),
         ("tcp-keepalive", "0", "warning", "connections of vanished machines stay open"),
+        ("tcp-keepalive", "3600", "note", "stay open for that many seconds"),
+        ("maxmemory-clients", "500000000", "note", "closes connections, of workers too"),
     ],
 )
 def test_settings_of_connections(
@@ -105,6 +111,24 @@ def test_settings_of_connections(
     finding = named(examine(server.url), "connections")
     assert (finding.level, says in finding.text) == (level, True)
     assert finding.remedy.startswith(f"CONFIG SET {option} ")
+
+
+@pytest.mark.parametrize(
+    ("minimum", "lag", "says"),
+    [("1", "10", None), ("1", "60", "60 s behind"), ("1", "0", "every replica"), ("0", "60", None)],
+)
+def test_lag_of_replicas(minimum: str, lag: str, says: str | None) -> None:
+    """A replica that counts though it is far behind is told of."""
+    facts = {
+        "role": "master",
+        "slave0": "ip=10.0.0.2,port=6379,state=online,offset=1,lag=0",
+        "min_slaves_good_slaves": "1",
+    }
+    found = [one for one in server_checks.replication_findings(facts, minimum, lag) if "max-lag is" in one.text]
+    assert [(one.level, one.remedy) for one in found] == [("note", "CONFIG SET min-replicas-max-lag 10")] * (
+        says is not None
+    )
+    assert says is None or says in found[0].text
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,8 @@ _MAX_NAMED = 10
 _MAX_AUDITED = 10_000
 MEMORY_WARNING, MEMORY_PROBLEM = 0.75, 0.9
 LARGE_SLOT = 1_000_000
+LONGEST_KEEPALIVE = 300
+"""Seconds between two probes of an idle connection: the default of servers."""
 
 _LEVEL_TEXTS: dict[DurabilityLevel, str] = {
     "memory": "memory only: a restart of the server loses every job",
@@ -287,9 +289,11 @@ def _check_durability(client: Client, facts: dict[str, str], report: HealthRepor
             "durability", "problem", f"the last write to disk failed ({name})", "See the server's log and its disk."
         )
     report.durability = _durability_level(client, facts)
-    level: Level = "warning" if report.durability in {"memory", "snapshots", "unknown"} else "ok"
+    level: Level = "ok" if report.durability in {"aof-everysec", "aof-always"} else "warning"
     remedy = "CONFIG SET appendonly yes, and the same in its configuration file" if level == "warning" else ""
-    if report.durability == "unknown":
+    if report.durability == "aof-os":
+        remedy = "CONFIG SET appendfsync everysec, and the same in its configuration file"
+    elif report.durability == "unknown":
         remedy = "ACL SETUSER … +info +config|get"
     report.add("durability", level, _LEVEL_TEXTS[report.durability], remedy)
 
@@ -339,7 +343,16 @@ def _check_connections(client: Client, report: HealthReport) -> None:
     if (quiet := read_setting(client, "timeout")) not in {None, "0"}:
         text = f"timeout is {quiet}: idle connections are closed after {quiet} s, and opened again at the next call"
         report.add("connections", "note", text, "CONFIG SET timeout 0")
-    if read_setting(client, "tcp-keepalive") == "0":
+    if (most := read_setting(client, "maxmemory-clients")) not in {None, "0"}:
+        text = f"maxmemory-clients is {most}: beyond it the server closes connections, of workers too, which open them again"
+        report.add("connections", "note", text, "CONFIG SET maxmemory-clients 0")
+    keepalive = read_setting(client, "tcp-keepalive")
+    if keepalive is not None and keepalive.isdigit() and int(keepalive) > LONGEST_KEEPALIVE:
+        text = (
+            f"tcp-keepalive is {keepalive}: connections of vanished machines stay open for that many seconds and more"
+        )
+        report.add("connections", "note", text, "CONFIG SET tcp-keepalive 60")
+    if keepalive == "0":
         text = "tcp-keepalive is off: connections of vanished machines stay open, and a blocked one takes a wake-up for itself"
         report.add("connections", "warning", text, "CONFIG SET tcp-keepalive 60")
 

@@ -15,6 +15,8 @@ from conveyor.errors import ConveyorError
 from conveyor.store.client.durability import Durability, FsyncMethod, decide_fsync_method
 
 ExecuteCommand = Callable[..., object]
+LONGEST_LAG = 10
+"""Seconds that a replica may be behind and still count for min-replicas-to-write."""
 _FSYNC_METHODS = {
     FsyncMethod.REPLY: "fsync=True works: every reply confirms the sync (appendfsync always)",
     FsyncMethod.WAITAOF: "fsync=True works: WAITAOF confirms the sync",
@@ -51,6 +53,11 @@ def replication_findings(facts: Mapping[str, str], minimum: str | None, lag: str
     if count and minimum == "0":
         text = "min-replicas-to-write is 0: a primary that is cut off keeps accepting jobs that a failover loses"
         yield DurabilityFinding("note", text, "CONFIG SET min-replicas-to-write 1, and min-replicas-max-lag 10")
+    if count and minimum not in {None, "0"} and lag is not None and (lag == "0" or int(lag) > LONGEST_LAG):
+        counts = "every replica counts for it" if lag == "0" else f"a replica that is {lag} s behind counts for it"
+        yield DurabilityFinding(
+            "note", f"min-replicas-max-lag is {lag}: {counts}", f"CONFIG SET min-replicas-max-lag {LONGEST_LAG}"
+        )
     if minimum not in {None, "0"}:
         good = int(facts.get("min_slaves_good_slaves", count))
         text = f"min-replicas-to-write is {minimum}, with a lag of at most {lag} s; {good} qualify now"
