@@ -7,12 +7,14 @@ Every case counts violations from the journal that the jobs write, and ends with
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
@@ -61,6 +63,8 @@ class Run:
 
         self.tasks, self.app = levelled_app, levelled_app.app
         self.workers: list[subprocess.Popen[bytes]] = []
+        self.returns: list[float] = []
+        self.watchers: list[threading.Thread] = []
 
     def start(self, processes: int, concurrency: int) -> None:
         """Start a supervisor with so many processes."""
@@ -89,10 +93,27 @@ class Run:
         recent = {line.pid for line in self.lines()[-2000:]} & set(children)
         if not recent:
             return False
+        pid = self.random.choice(sorted(recent))
+        client = self.server.client()
+        leases = [
+            key
+            for key in client.scan_iter("*:leased:*")
+            if json.loads(client.hget(key, "\tabout") or b"{}").get("pid") == pid
+        ]
         with suppress(ProcessLookupError):  # it has ended meanwhile
-            os.kill(self.random.choice(sorted(recent)), signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
+            self.watchers.append(threading.Thread(target=self._watch_leases, args=(client, leases)))
+            self.watchers[-1].start()
             return True
         return False
+
+    def _watch_leases(self, client: Any, leases: list[bytes]) -> None:
+        """Measure how long the leases of a killed process stay: its jobs and their slots are back when they are gone."""
+        begin = time.monotonic()
+        with client:
+            while leases and client.exists(*leases) and time.monotonic() < begin + 60:
+                time.sleep(0.01)
+        self.returns.append(time.monotonic() - begin)
 
     def kill_evenly(self, seconds: float) -> int:
         """Kill as many processes as asked, evenly over so many seconds; return how many were killed."""
@@ -190,6 +211,8 @@ def concurrency(options: argparse.Namespace) -> int:
         killed = run.kill_evenly(options.seconds)
         run.wait(run.drained, "the queue to be empty")
         lines = run.lines()
+        for watcher in run.watchers:
+            watcher.join()
         slots = [state.used for state in run.app.limits.list("levelled")]
         dead = run.app.queue("levelled").stats().dead
     most, over, gaps = count_running(lines, options.n)
@@ -198,6 +221,9 @@ def concurrency(options: argparse.Namespace) -> int:
     say("jobs, starts", f"{options.jobs}, {sum(line.what == 'start' for line in lines)}")
     say("most at a time by the jobs' own log", most)
     say("starts above the limit", over)
+    returns = sorted(run.returns) or [0.0]
+    say("slots back after a kill, s: middle", returns[len(returns) // 2])
+    say("slots back after a kill, s: longest", returns[-1])
     say("longest gap between starts while work waited, s", gaps)
     say("slots in use after draining", sum(slots))
     say("jobs lost", options.jobs - len({line.n for line in lines if line.what == "end"}) - dead)

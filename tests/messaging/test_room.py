@@ -7,6 +7,7 @@ import contextlib
 import threading
 import time
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 
@@ -16,6 +17,7 @@ from conveyor.messaging.queue import Queue
 from conveyor.store import inspection, operations
 from conveyor.store.client.client import Client
 from support.message_fixtures import until
+from support.script_faults import break_script
 
 
 @pytest.fixture
@@ -286,6 +288,42 @@ class TestLostProducers:
         assert producers.errors == []
 
 
+def watch_line(queue, redis, url, count, *, watched=0.0):
+    """
+    Let so many producers wait in line, and then make room for all of them, one after the other.
+
+    Returns how many commands they sent while they were watched for so many seconds, the numbers in the order in which they were
+    stored, and how often each was called.
+    """
+
+    async def wait_in_line(channels):
+        client = Client(url)
+        mine = bounded(client)
+        tasks = []
+        for number in range(count):
+            tasks.append(asyncio.create_task(mine.apush(number)))
+            while in_line(redis, queue) <= number:
+                await asyncio.sleep(0.001)
+        sent = scripts_sent(redis)
+        await asyncio.sleep(watched)
+        idle = scripts_sent(redis) - sent
+        names = redis.pubsub_channels("*")
+        channels.subscribe(*names)
+        for _ in names:
+            channels.get_message(timeout=5)
+        assert await asyncio.to_thread(queue.purge) == 3
+        taken = await asyncio.to_thread(take, queue, count)
+        await asyncio.gather(*tasks)
+        await client.aclose()
+        return idle, taken
+
+    queue.push_many([1, 2, 3])
+    with redis.pubsub(ignore_subscribe_messages=True) as channels:
+        idle, taken = asyncio.run(wait_in_line(channels))
+        told = [message["data"] for message in iter(lambda: channels.get_message(timeout=0.3), None)]
+    return idle, taken, Counter(data.split(b"\n")[0] for data in told if b"\n" in data)
+
+
 class TestAsync:
     def test_tasks_wait_without_a_thread(self, queue, redis, url):
         """Pushes of one event loop wait in order, in one connection, and those of one tick that fit are stored at once."""
@@ -302,6 +340,28 @@ class TestAsync:
             return taken
 
         assert sorted(asyncio.run(main())) == list(range(13))
+
+    def test_two_hundred_wait_in_order(self, queue, redis, url):
+        """Of 200 producers that wait none sends a command; they store in their order, and each is called once."""
+        idle, taken, called = watch_line(queue, redis, url, 200, watched=1.1)
+        assert idle <= 1
+        assert taken == list(range(200))
+        assert list(called.values()) == [1] * 200
+
+    # what is broken → the script, the line, what stands there instead
+    SABOTAGES: ClassVar[dict[str, tuple[str, str, str]]] = {
+        "a producer is called twice": ("PUSH", "redis.call('ZADD', room, int(-(now + 5000)), first)", "redis.call('ZADD', room, 1, first)"),
+        "all are called at once": ("PUSH", "free, pending = free - tonumber(places), true", "free = 1"),
+        "the last of the line is called": ("PUSH", "'ZRANGE', room, 0, '+inf', 'BYSCORE', 'LIMIT', 0, 1)", "'ZRANGE', room, '+inf', 0, 'BYSCORE', 'REV', 'LIMIT', 0, 1)"),
+    }  # fmt: skip
+
+    @pytest.mark.parametrize("name", SABOTAGES)
+    def test_sabotage_is_caught(self, queue, redis, url, monkeypatch, name):
+        """The order of the producers, and the number of calls, show each of these defects."""
+        break_script(monkeypatch, operations, *self.SABOTAGES[name])
+        _, taken, called = watch_line(queue, redis, url, 8)
+        assert taken != list(range(8)) or list(called.values()) != [1] * 8
+        monkeypatch.undo()
 
     def test_a_cancelled_push_leaves_the_line(self, queue, redis, url):
         """A cancelled push leaves the line, also when it was called at the same moment, and the next gets its place."""
