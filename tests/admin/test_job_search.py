@@ -109,7 +109,7 @@ def test_messages_without_end_are_one_group(admin: Admin, backend: Client, redis
 
 @pytest.mark.standalone_only("counts the calls to one server")
 def test_many_dead_letters_are_searched_in_bounded_steps(admin: Admin, backend: Client, redis: Redis) -> None:
-    """Counting and choosing among thousands reads 500 a call and no bodies; the bodies of those that are listed are read alone."""
+    """Counting and choosing among thousands reads 250 a call and no bodies; the bodies of those that are listed are read alone."""
     count, body = 3000, b'["' + b"b" * 1000 + b'"]'
     letters = [("t", "ValueError", f"account {n}" if n % 1000 else "the odd one") for n in range(count)]
     ids = bury(backend, redis, "shop", *letters, body=body)
@@ -123,7 +123,7 @@ def test_many_dead_letters_are_searched_in_bounded_steps(admin: Admin, backend: 
     assert [(job.id, job.payload) for job in listed] == [(id_, body.decode()) for id_ in chosen]
     received = redis.info("stats")["total_net_output_bytes"]
     assert received < 3 * count * 300
-    longest = 3 * (count // 500) + 1  # and the counts of each search
+    longest = 3 * (count // 250) + 1  # and the counts of each search
     calls = sum(
         stats["calls"]
         for name, stats in redis.info("commandstats").items()

@@ -113,6 +113,8 @@ logger = logging.getLogger("conveyor.admin")
 PAGE_SIZE = 500
 SEARCH_SIZE = 200
 """Entries that one call looks at when jobs of one task are wanted."""
+_HEADS_SIZE = 250
+"""Jobs of which one call reads the last error, so that it takes the server a millisecond or two."""
 _MOST_NOTED = 2_000
 """Characters of one field in the audit."""
 _LONGEST_MARK = 100
@@ -298,18 +300,25 @@ class Admin:
         ]
         return infos, [ended_in(parts, counted) for parts in some.values()], len(everything)
 
-    def failure_matrix(self, range: str = "24h", *, queue: str | None = None, most: int = 5_000) -> FailureMatrix:  # noqa: A002
-        """Return dead letters by what they have in common and by time; of at most *most*, the newest. Raises ConfigurationError."""
+    def failure_matrix(
+        self, range: str = "24h", *, queue: str | None = None, most: int = 5_000, seconds: float | None = None,  # noqa: A002
+    ) -> FailureMatrix:  # fmt: skip
+        """
+        Return dead letters by what they have in common and by time; of at most *most*, the newest. Raises ConfigurationError.
+
+        *seconds*: no more are read after so long; `read` of the `total` says how many were. None: no limit.
+        """
         if range not in MATRIX_RANGES:
             raise ConfigurationError(f"There is no range {range!r}. Known: {', '.join(MATRIX_RANGES)}.")
         table, total, cut = FailureTable(range, int(time.time() * 1000), self._decoder), 0, False
         counts = self._search.counts(self._partition_names(queue))
         busy = {part: one.dead for part, one in counts.items() if one.dead}
+        ends = time.monotonic() + (seconds or 3600.0)
         for part, dead in busy.items():
             total += dead
             offset, share = 0, -(-most // len(busy))
-            while offset < min(dead, share):
-                size = min(PAGE_SIZE, share - offset)
+            while offset < min(dead, share) and (not offset or time.monotonic() < ends):
+                size = min(_HEADS_SIZE, share - offset)
                 page = self.client.run(inspection.list_jobs(self._keys(part), "dead", offset, size, reads="heads"))
                 offset += page.entries
                 if not page.entries or not table.add(logical(part), part, page.rows):
@@ -1168,7 +1177,7 @@ class Admin:
         if wanted.tag is not None:
             yield from self._walk(Walks(wanted, self._decoder, self._seals).finding(keys, (state,) if state else ()))
             return
-        for row in self._rows(keys, state, 0, total, PAGE_SIZE, wanted, heads=True):
+        for row in self._rows(keys, state, 0, total, _HEADS_SIZE, wanted, heads=True):
             if wanted.error is None or wanted.accepts_error(last_error(row, queue, self._decoder)):
                 yield row
 

@@ -38,15 +38,16 @@ class _Sums:
     run_ms: int = 0
     buckets: Counter[int] = field(default_factory=Counter)
 
-    def add(self, kind: str, number: int) -> None:
-        if kind in _OUTCOMES:
-            self.outcomes[kind] += number
-            if kind == "retried":  # it is counted as failed too
-                self.outcomes["failed"] -= number
-        elif kind == "ms":
-            self.run_ms += number
-        elif kind.startswith("le") and kind[2:].isdigit():
-            self.buckets[int(kind[2:])] += number
+    def add(self, sums: Mapping[str, int]) -> None:
+        for kind, number in sums.items():
+            if kind in _OUTCOMES:
+                self.outcomes[kind] += number
+                if kind == "retried":  # it is counted as failed too
+                    self.outcomes["failed"] -= number
+            elif kind == "ms":
+                self.run_ms += number
+            else:
+                self.buckets[int(kind[2:])] += number
 
     def figures(self) -> dict[str, float | None]:
         """Return the percentiles and the mean of the duration of successful runs, None each without any."""
@@ -138,17 +139,15 @@ def _read(
         if client.is_away(keys):
             return
         try:
-            page = client.run(read_stats(keys, unit, at, last))
+            page = client.run(read_stats(keys, unit, at, last, task))
         except StoreUnavailable:
             if not client.note_away(keys):
                 raise
             return
-        for number, counters in page.counters.items():
-            for name, value in counters.items():
-                kind, _, of = name.partition(":")
-                if task is None or of == task:
-                    times[number].add(kind, value)
-                    tasks.setdefault(of, _Sums()).add(kind, value)
+        for number, sums in page.times.items():
+            times[number].add(sums)
+        for name, sums in page.tasks.items():
+            tasks.setdefault(name, _Sums()).add(sums)
         at = max(page.next, at + 1)
 
 

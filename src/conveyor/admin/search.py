@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 MOST_LOOKED = 10_000
 """Jobs that one call looks at."""
-_AT_A_TIME = 200
+_AT_A_TIME = 100
 _FAR = 2**53
 """No list of Redis is as long."""
 _HUNDRED = 100

@@ -74,7 +74,7 @@ def count_states(call: ApiCall) -> dict[str, Any]:
 
 def count_matching(call: ApiCall) -> dict[str, Any]:
     """Return how many jobs a filter chooses; not exact where that takes longer."""
-    found = call.admin.count_matching(query_of(call), seconds=0.5)
+    found = call.admin.count_matching(query_of(call), seconds=SECONDS)
     return {"count": found.count, "states": found.states, "exact": found.exact}
 
 
@@ -191,7 +191,7 @@ def _copies(info: JobInfo, call: ApiCall) -> dict[str, str | None]:
 
 def list_failures(call: ApiCall) -> dict[str, Any]:
     """Return failures by what they have in common and by time."""
-    document = asdict(call.admin.failure_matrix(call["range"], queue=call["queue"]))
+    document = asdict(call.admin.failure_matrix(call["range"], queue=call["queue"], seconds=SECONDS))
     groups = [hide(one, call.access) for one in document["groups"]]
     if not call.access.allows("view_payloads"):
         groups = [{**one, "filter": None} for one in groups]  # it has a part of the message

@@ -259,26 +259,30 @@ def _read_ended(done: int, failed: int, retried: int) -> Ended:
 
 
 class StatsPage(NamedTuple):
-    """Counters by the number of their minute or hour, and the first number that was not read."""
+    """Sums by kind of each minute or hour, and of each task over all of them; and the first number that was not read."""
 
     next: int
-    counters: dict[int, dict[str, int]]
+    times: dict[int, dict[str, int]]
+    tasks: dict[str, dict[str, int]]
 
 
-def read_stats(keys: QueueKeys, unit: Literal["minutes", "hours"], first: int, last: int) -> Call[StatsPage]:
-    """Return the call that reads the counters of the minutes or hours *first* to *last* since the epoch, as far as it comes."""
+def read_stats(
+    keys: QueueKeys, unit: Literal["minutes", "hours"], first: int, last: int, task: str | None = None
+) -> Call[StatsPage]:
+    """Return the call that reads what ended in the minutes or hours *first* to *last* since the epoch, as far as it comes."""
 
     def decode(reply: list[Any]) -> StatsPage:
-        found: dict[int, dict[str, int]] = {}
-        for at in range(1, len(reply), 2):
-            sums: dict[str, int] = {}
-            for one in range(0, len(reply[at + 1]), 2):
-                name = reply[at + 1][one].decode(errors="replace")
-                sums[name] = sums.get(name, 0) + int(reply[at + 1][one + 1])
-            found[reply[at]] = sums
-        return StatsPage(reply[0], found)
+        page = StatsPage(reply[0], {}, {})
+        for name, sums in reply[1:]:
+            found = {sums[i].decode(): int(sums[i + 1]) for i in range(0, len(sums), 2)}
+            if isinstance(name, int):
+                page.times[name] = found
+            else:
+                name = name.decode(errors="replace")
+                page.tasks[name] = found
+        return page
 
-    return Call(READ_STATS, (keys.jobs, keys.none), (unit, str(first), str(last)), decode)
+    return Call(READ_STATS, (keys.jobs, keys.none), (unit, str(first), str(last), task or ""), decode)
 
 
 Reading = Literal["", "heads", "short"]
