@@ -33,7 +33,7 @@ from itertools import islice
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from conveyor.admin import doctor, metrics
+from conveyor.admin import doctor
 from conveyor.admin.failure_matrix import MATRIX_RANGES, FailureMatrix, FailureTable
 from conveyor.admin.flags import Flag, failing_tasks, late_schedules, overdue_jobs, queue_flags
 from conveyor.admin.history import MOST_MARKS, History, read_history
@@ -72,11 +72,9 @@ from conveyor.errors import (
 )
 from conveyor.events import JobUpdate
 from conveyor.ids import clean, label_text, logical, made_at_ms, public, queue_name, split
-from conveyor.jobs.core import AppCore, core_of
 from conveyor.jobs.history import HistoryEntry, ended_history, live_history
 from conveyor.jobs.why import QueueCause, Why, explain, queue_causes
 from conveyor.messaging.deletion import refuse_in_use
-from conveyor.messaging.limit_control import LimitControl
 from conveyor.messaging.maintenance import redrive_batch
 from conveyor.messaging.partitions import refuse_full
 from conveyor.messaging.selection import ACTED_ON, ActionName, JobWalk, Pace, Walks, act, last_error
@@ -103,6 +101,8 @@ from conveyor.store.worker_commands import FOLLOWED, Action
 from conveyor.units import Duration, milliseconds
 
 if TYPE_CHECKING:
+    from conveyor.admin import metrics
+    from conveyor.jobs.core import AppCore
     from conveyor.jobs.job import Job
     from conveyor.jobs.watching import Changes, WatchHub
 
@@ -194,6 +194,8 @@ class Admin:
     @classmethod
     def of_app(cls, app: Any, client: Client | None = None) -> Admin:
         """Return the interface to the queues of an app, with its keys and formats; *client*: instead of the app's own."""
+        from conveyor.jobs.core import core_of
+
         core = core_of(app)
         requests = {name: queue.durability for name, queue in core.queues.items() if queue.durability is not None}
         admin = cls(
@@ -561,6 +563,8 @@ class Admin:
 
         While Redis does not answer, they say that and no more.
         """
+        from conveyor.admin import metrics
+
         try:
             server = replies.parse_info(self.client.execute("INFO", retry_for=0.0))
             queues = self.queues()
@@ -578,6 +582,9 @@ class Admin:
         self, queues: Iterable[QueueInfo], totals: Mapping[tuple[str, str], inspection.QueueTotals]
     ) -> metrics.SystemFacts:
         """Read schedules, limits and workers where there are any: most queues have neither schedules nor limits."""
+        from conveyor.admin import metrics
+        from conveyor.messaging.limit_control import LimitControl
+
         lost: Counter[str] = Counter()
         for (name, _), one in totals.items():
             lost[name] += one.counters.get("lost", 0)
@@ -607,6 +614,8 @@ class Admin:
 
     def load(self, queues: Collection[str] = ()) -> dict[str, metrics.LoadView]:
         """Return the work of *queues*, all that are known when none is named, for an autoscaler. Raises QueueNotFound."""
+        from conveyor.admin import metrics
+
         names = _each(queues)
         infos = [self._queue_info(name) for name in names] if names else self.queues()
         return {info.name: metrics.load_view(info) for info in infos}
@@ -913,6 +922,8 @@ class Admin:
 
         core = self._core
         if core is None:  # one that declares nothing
+            from conveyor.jobs.core import AppCore
+
             core = AppCore(
                 self.client, lease_ms=15_000, max_payload=MAX_PAYLOAD, sealing=self._sealing, formats=self._formats
             )

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, QueueNotFound, StoreUnavailable
-from conveyor.messaging.partitioned_queue import PartitionedQueue
 from conveyor.messaging.partitions import likely_first, partition_count, partition_names
-from conveyor.messaging.plain_list import PlainList
-from conveyor.messaging.queue import Queue
 from conveyor.store import inspection
 from conveyor.store.client.client import Client
 from conveyor.store.inspection import QueueCounts
 from conveyor.store.keys import QueueKeys
 from conveyor.store.partitions import count
+
+if TYPE_CHECKING:
+    from conveyor.messaging.queue import Queue
 
 _LEASE_MS = 15_000  # administration leases nothing
 
@@ -84,6 +84,11 @@ class QueueDirectory:
 
     def queue(self, name: str) -> Queue[Any]:
         """Return the queue to act on. Raises QueueNotFound, and ConfigurationError for a partition."""
+        # A command that only reads loads none of them.
+        from conveyor.messaging.partitioned_queue import PartitionedQueue
+        from conveyor.messaging.plain_list import PlainList
+        from conveyor.messaging.queue import Queue
+
         if name in self._plain_lists:
             return PlainList(self._client, name, lease_ms=_LEASE_MS)
         if (queue := ids.logical(name)) != name and len(self.partition_names(queue)) > 1:

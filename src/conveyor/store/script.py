@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha1
-from importlib.resources import files
+from pkgutil import get_data
 from typing import Any, Generic, TypeVar
 
 from conveyor.store.fork_safety import lazy_property
@@ -14,7 +14,6 @@ from conveyor.store.fork_safety import lazy_property
 T = TypeVar("T")
 S = TypeVar("S")
 
-_FOLDER = files("conveyor.store").joinpath("scripts")
 _NEEDS = re.compile(r"^-- needs: (.+)$", re.MULTILINE)
 _COMMENT = re.compile(r"^ *--.*\n", re.MULTILINE)
 
@@ -52,7 +51,10 @@ class Script:
 
 
 def _read(path: str) -> str:
-    return _FOLDER.joinpath(path).read_text("utf-8")
+    # Also from a zip file; importlib.resources would load a dozen modules for it.
+    data = get_data("conveyor.store", f"scripts/{path}")
+    assert data is not None
+    return data.decode()
 
 
 Argument = str | bytes
