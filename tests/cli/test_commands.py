@@ -66,6 +66,22 @@ def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
         assert f"  {name} " in done.stdout
 
 
+def test_status_loads_what_reads_alone(tmp_path: Path, url: str) -> None:
+    """`conveyor status` loads no queue to act on, no task registry, no metrics, no worker and no dashboard."""
+    code = (
+        "import sys; from conveyor.cli import main; main(['status'])\n"
+        "heavy = ('conveyor.jobs.core', 'conveyor.jobs.registry', 'conveyor.admin.metrics', 'conveyor.messaging.queue', "
+        "'conveyor.messaging.consumer', 'conveyor.worker', 'conveyor.dashboard', 'starlette')\n"
+        "print([name for name in sys.modules if name.startswith(heavy)])"
+    )
+    shell = Shell(tmp_path, url)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=shell.environment(), cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_every_command_has_help() -> None:
     """Every command of the table can be loaded, and it and each of its subcommands explain themselves."""
     from click.testing import CliRunner

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from conveyor.errors import ConfigurationError, PayloadError, StoreUnavailable
-from conveyor.jobs.core import core_of
 from conveyor.messaging import outbox
 from conveyor.payload.pipeline import PayloadPipeline
 from conveyor.payload.records import read_leniently
@@ -104,6 +103,8 @@ def _all_jobs(app: Conveyor) -> Iterator[tuple[str, str, bytes]]:
 
 
 def _jobs_of_databases(app: Conveyor) -> Iterator[tuple[str, str, bytes]]:
+    from conveyor.jobs.core import core_of  # only a sweep needs the inside of an app
+
     outboxes = core_of(app).outboxes
     key = database_outboxes(app.namespace)
     recorded: Any = app.client.execute("SMEMBERS", key, key=key)
