@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import socket
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from redis import Redis
 
 from conveyor import Concurrency, Conveyor, Retry
@@ -20,6 +25,7 @@ from conveyor.dashboard.endpoint import ApiCall
 from conveyor.dashboard.live_routes import stream
 from conveyor.errors import StoreUnavailable
 from support.dashboard_client import ask
+from support.manual_worker import eventually as until
 from support.running_worker import drain
 
 
@@ -66,6 +72,65 @@ async def test_viewers_share_what_is_read(app: Conveyor, monkeypatch: pytest.Mon
     snapshot = seen[0][1][1]
     assert (snapshot["totals"]["ready"], snapshot["queues"][0]["name"]) == (1, "mail")
     await app.aclose()
+
+
+@contextmanager
+def served(site: Any) -> Iterator[int]:
+    """Serve a dashboard over HTTP; yield its port."""
+    config = uvicorn.Config(site, port=0, log_level="error", lifespan="off", ws="none", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    with config.bind_socket() as listener:
+        listener.listen()
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        server.should_exit = True
+        thread.join(60)
+
+
+def test_fifty_viewers_cost_what_one_costs(app: Conveyor, redis: Redis) -> None:
+    """Over HTTP a snapshot of twelve busy queues costs two commands, with the flags and the hour; as many for fifty viewers as for one."""
+    for number in range(12):
+        app.queue(f"queue-{number}").push(number)
+    site: Any = dashboard(app, lambda _: Access.ALL)
+    live = site.service.live
+    started: list[float] = []
+    make = live.snapshot._make
+    live.snapshot._make = lambda: started.append(time.monotonic()) or make()
+
+    def viewed(port: int, viewers: int) -> float:
+        """Return the commands of a snapshot, over five of them that this many viewers follow."""
+        sockets = [socket.create_connection(("127.0.0.1", port), 60) for _ in range(viewers)]
+        for one in sockets:
+            one.sendall(b"GET /api/v1/stream HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            while b"event: snapshot" not in one.recv(65536):
+                pass
+        live._flags_until = float("inf")  # they are read in a step of their own, as are those who look
+        first, before = len(started), commands(redis)
+        until(lambda: len(started) >= first + 5)
+        asked, sent = len(started) - first, commands(redis) - before
+        for one in sockets:
+            one.close()
+        return sent / asked
+
+    with served(site) as port:
+        assert 1.5 < viewed(port, 1) <= 2.5
+        assert 1.5 < viewed(port, 50) <= 2.5
+    beat = [later - earlier for earlier, later in itertools.pairwise(started)]
+    assert min(beat) >= 0.9  # so at most 2.2 commands a second
+    flags = commands(redis)
+    live._flags_until = 0.0
+    live.snapshot._make()
+    assert commands(redis) - flags <= 2 + 12 + 6
+    assert live._flags_until - time.monotonic() > 4
+    for number in range(12):
+        app.queue(f"queue-{number}").purge()
+
+
+def commands(redis: Redis) -> int:
+    """Return how many calls of scripts and reads of names a server has had from clients."""
+    found: Any = redis.info("commandstats")
+    return sum(int(found.get(f"cmdstat_{name}", {}).get("calls", 0)) for name in ("evalsha", "eval", "smembers"))
 
 
 async def test_a_viewer_is_told_that_redis_is_away(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:

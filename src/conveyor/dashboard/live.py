@@ -26,24 +26,28 @@ _MOST_FLAGS = 20
 
 
 class Shared:
-    """A document that many ask for: made anew when it is older than *seconds*, by one of them while the others wait."""
+    """A document that many ask for: made anew when it is older than *seconds*, once for all who ask meanwhile."""
 
     def __init__(self, make: Callable[[], dict[str, Any]], seconds: float) -> None:
         self._make, self._seconds = make, seconds
-        self._lock: asyncio.Lock | None = None
+        self._making: asyncio.Task[dict[str, Any]] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._found: tuple[float, dict[str, Any]] | None = None
 
     async def get(self) -> dict[str, Any]:
         """Return the document. Raises what making it raises."""
-        loop = asyncio.get_running_loop()
-        if self._lock is None or self._loop is not loop:  # each request has a loop of its own below WSGI
-            self._lock, self._loop = asyncio.Lock(), loop
-        async with self._lock:
-            if self._found is None or time.monotonic() - self._found[0] >= self._seconds:
-                made = await in_thread(self._make)
-                self._found = (time.monotonic(), made)
+        if self._found is not None and time.monotonic() - self._found[0] < self._seconds:
             return self._found[1]
+        loop = asyncio.get_running_loop()
+        if self._making is None or self._making.done() or self._loop is not loop:  # each request has its own below WSGI
+            self._making, self._loop = loop.create_task(self._read()), loop
+            self._making.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return await asyncio.shield(self._making)  # one who goes takes it from nobody
+
+    async def _read(self) -> dict[str, Any]:
+        made = await in_thread(self._make)
+        self._found = (time.monotonic(), made)
+        return made
 
 
 class LiveView:
