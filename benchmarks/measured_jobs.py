@@ -7,7 +7,7 @@ import os
 import time
 
 from benchmarks.harness import NAMESPACE
-from conveyor import Concurrency, Conveyor, Unique
+from conveyor import Concurrency, Context, Conveyor, Unique, current
 
 app = Conveyor(namespace=NAMESPACE)  # the URL comes from CONVEYOR_URL
 
@@ -76,6 +76,25 @@ async def hold(number: int) -> None:
     record("start", number, time.monotonic_ns())
     await asyncio.sleep(0.01)
     record("end", number, time.monotonic_ns())
+
+
+@app.task(queue="due")
+async def due(number: int, due_us: int) -> None:
+    """Note how long after its instant the job started, in microseconds."""
+    record("due", number, time.time_ns() // 1000 - due_us)
+
+
+@app.task(queue="ticks")
+async def tick(number: int, context: Context = current()) -> None:
+    """Note how long after the instant of its schedule the job started, in microseconds."""
+    assert context.scheduled_for is not None
+    record("tick", number, time.time_ns() // 1000 - round(context.scheduled_for.timestamp() * 1e6))
+
+
+@app.task(queue="burst")
+async def burst(number: int) -> None:
+    """Take 50 ms."""
+    await asyncio.sleep(0.05)
 
 
 PARTED = (1, 4, 16)

@@ -16,8 +16,23 @@ class DoesNotApplyError(ValueError):
 
 
 def patches() -> dict[str, Path]:
-    """Return the patches by name."""
+    """Return the patches that a case must catch, by name."""
+    return {name: path for name, path in _all().items() if test_of(path) is None}
+
+
+def tested_patches() -> dict[str, Path]:
+    """Return the patches that a test of the suite must catch, by name."""
+    return {name: path for name, path in _all().items() if test_of(path) is not None}
+
+
+def _all() -> dict[str, Path]:
     return {path.stem: path for path in sorted(FOLDER.glob("*.patch"))}
+
+
+def test_of(patch: Path) -> str | None:
+    """Return the test that must catch it: what stands behind `Test:` in its first lines; None: a case does."""
+    found = re.search(r"^Test: (\S+)$", patch.read_text(), re.MULTILINE)
+    return None if found is None else found[1]
 
 
 def case_of(patch: Path) -> str:

@@ -232,6 +232,7 @@ def test_stranded_jobs_are_a_problem(url: str, examine: Callable[[str], doctor.H
     assert any("1 dead letter" in f.text and f.level == "note" for f in report.findings)
 
 
+@pytest.mark.row("B10")
 def test_schedules_are_looked_at(url: str, examine: Callable[[str], doctor.HealthReport]) -> None:
     """A schedule without its alarm, one in two queues and one that stands still are problems; one that is in order is none."""
     client = Client(url, namespace="t", retry_for=1)

@@ -20,6 +20,27 @@ PRINTED = {
     "back_pressure": ["never more than five: True", "each camera in order: True"],
     "partial_results": ["You asked: what is a queue? (6 words)"],
     "partitions": ["each customer in one partition: True", "partitions used: 4", "taken in order: 36 left: 0"],
+    "schedules": [
+        "At 08:30 on Monday (Europe/Berlin)",
+        "Mondays: True",
+        "two beats, a second apart: True",
+    ],
+    "watching": [
+        "attempt 1 runs",
+        "attempt 1 failed: OSError: the disk is full",
+        "attempt 2 runs",
+        "done",
+        "resized by the last attempt: 3",
+        "progress at the end: 1.0",
+        "done",
+    ],
+    "webhooks": ["['dead', 'done']"],
+    "dependencies": [
+        "connection opened",
+        "Hello Ada.",
+        "Hello Bob.",
+        "Hello Test.",
+    ],
     "retries": ["ada served at attempt 3", "patient ran 3 times", "PermissionError: not for eve"],
     "rpc": ["0.25", "ZeroDivisionError: float division by zero", "the worker ended with 0"],
     "topics": [

@@ -45,6 +45,7 @@ async def lines(job: Any) -> list[tuple[int, str, str]]:
     return [(line.attempt, line.level, line.message) for line in await job.alogs()]
 
 
+@pytest.mark.row("D357")
 @pytest.mark.parametrize("kind", ["coroutine", "thread"])
 async def test_lines_of_failed_attempts_are_kept(app: Conveyor, kind: str) -> None:
     """By default the lines of each attempt that failed are kept, also after a success, and those of a success are not."""
@@ -119,6 +120,7 @@ async def test_a_success_that_logs_costs_nothing_more(app: Conveyor, monkeypatch
     assert [await lines(job) for job in jobs] == [[]] * 10
 
 
+@pytest.mark.row("D357")
 @pytest.mark.parametrize("how", ["fail", "crash"])
 async def test_lines_of_a_process_are_kept(app: Conveyor, how: str) -> None:
     """A job in a process of its own is no exception, also when the process dies under it."""

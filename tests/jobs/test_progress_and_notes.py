@@ -53,6 +53,7 @@ def settlements(monkeypatch: pytest.MonkeyPatch) -> list[Settlement]:
     return sent
 
 
+@pytest.mark.row("D355")
 @pytest.mark.parametrize("kind", ["coroutine", "thread"])
 async def test_progress_is_seen_while_the_job_runs_and_after_it(app: Conveyor, kind: str) -> None:
     """`job.progress()` is None, then what the job said last, also when it has ended; a job that says nothing has none."""
@@ -90,7 +91,7 @@ async def test_progress_is_seen_while_the_job_runs_and_after_it(app: Conveyor, k
     assert await audit(app) == []
 
 
-@pytest.mark.row("D23")
+@pytest.mark.row("D23", "D355")
 async def test_a_thousand_calls_are_few_writes(app: Conveyor, settlements: list[Settlement]) -> None:
     """At most four writes a second leave the worker, the last word comes before the end; a job that says nothing costs none."""
 
@@ -119,6 +120,7 @@ async def test_a_thousand_calls_are_few_writes(app: Conveyor, settlements: list[
     assert {await one.aresult() for one in jobs} == {one.id for one in jobs}
 
 
+@pytest.mark.row("D354")
 async def test_notes_stay_between_attempts(app: Conveyor) -> None:
     """A retry finds the notes of the attempt before, also what was changed inside a value; a dead letter keeps and shows them."""
     found: list[dict[str, Any]] = []
@@ -142,6 +144,7 @@ async def test_notes_stay_between_attempts(app: Conveyor) -> None:
     await admin.adelete([job.id])
 
 
+@pytest.mark.row("D354")
 async def test_notes_survive_the_death_of_the_worker(app: Conveyor) -> None:
     """Notes of an attempt whose worker is gone are there for the next one, and a crash that was counted before stays counted."""
     found: list[tuple[int, dict[str, Any]]] = []

@@ -48,6 +48,7 @@ def values(parts: list[Part]) -> list[Any]:
     return [part.value for part in parts]
 
 
+@pytest.mark.row("D351")
 @pytest.mark.redis6
 async def test_each_part_once_in_order_for_a_reader_that_is_cut(app: Conveyor, redis: redis_py.Redis) -> None:
     """10,000 parts are read once each and in order, though the reader is cut ten times and goes on from its last id."""
@@ -77,6 +78,7 @@ async def test_each_part_once_in_order_for_a_reader_that_is_cut(app: Conveyor, r
     await until(lambda: not redis.exists("conveyor:{default}:waiters"))
 
 
+@pytest.mark.row("D351")
 def test_a_reader_gets_a_part_by_push(client: Conveyor, redis: redis_py.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part reaches a blocking reader by a message, not by a question; repeats and late copies change nothing."""
     monkeypatch.setattr(stream, "CHECK_AGAIN", LATER)
@@ -104,6 +106,7 @@ def test_a_reader_gets_a_part_by_push(client: Conveyor, redis: redis_py.Redis, m
     manual.leave()
 
 
+@pytest.mark.row("D351")
 async def test_attempts_are_told_apart(app: Conveyor) -> None:
     """A job that is tried again emits anew; what an attempt emitted right before its failure is there."""
 
@@ -145,6 +148,7 @@ async def test_parts_are_sealed(url: str, redis: redis_py.Redis) -> None:
             await read(job)
 
 
+@pytest.mark.row("D352")
 async def test_missing_parts_are_no_silence(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream keeps the newest parts; a reader that comes too late for others is told where to go on."""
     monkeypatch.setattr(streams, "MOST_PARTS", 5)

@@ -93,6 +93,7 @@ def test_each_state_by_push(client: Conveyor, redis: redis_py.Redis, monkeypatch
     manual.leave()
 
 
+@pytest.mark.row("D353")
 def test_nothing_is_missed_over_a_cut(client: Conveyor, redis: redis_py.Redis) -> None:
     """What happened while the subscription was cut is told afterwards, in order; a reader that went away goes on from its id."""
 
@@ -121,6 +122,7 @@ def test_nothing_is_missed_over_a_cut(client: Conveyor, redis: redis_py.Redis) -
     client.queue("default").purge(dead=True)
 
 
+@pytest.mark.row("D353")
 async def test_a_real_run_and_its_replay(app: Conveyor, redis: redis_py.Redis) -> None:
     """A watcher of a run, one that comes after its end and one that goes on in the middle see the same starts and the same end."""
 
@@ -166,6 +168,7 @@ async def until_end(job: Any, after: str) -> list[str]:
     return [update.id async for update in job.awatch(after)]
 
 
+@pytest.mark.row("D353")
 async def test_many_watchers_share_a_subscription(app: Conveyor, redis: redis_py.Redis) -> None:
     """Watchers of 1,000 jobs have one subscription and one registration a job, and each sees every start and end once."""
 

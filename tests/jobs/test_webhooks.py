@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import hmac
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 
 from conveyor import ConfigurationError, Conveyor, Retry, Webhook
 from conveyor.jobs import webhooks
-from support.running_worker import drain
+from support.running_worker import drain, until
 
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
 
@@ -65,6 +67,7 @@ async def app(url: str) -> Any:
     await app.aclose()
 
 
+@pytest.mark.row("D356")
 async def test_each_end_is_told_and_signed(app: Conveyor, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
     """A success and a death are told once each; a receiver that fails or redirects is tried again with the same id."""
     fast = Retry(attempts=10, backoff="1ms", jitter=False, give_up=(webhooks.WebhookRefused,))
@@ -98,6 +101,28 @@ async def test_each_end_is_told_and_signed(app: Conveyor, receiver: Receiver, mo
     await app.queue("money").apurge(dead=True)
 
 
+@pytest.mark.row("D356")
+async def test_a_delivery_that_fails_has_an_end(
+    app: Conveyor, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A receiver that never takes it is tried ten times; then the delivery is a dead letter, which is told to nobody."""
+    monkeypatch.setattr(webhooks, "DELIVERY", replace(webhooks.DELIVERY, backoff="1ms", jitter=False))
+    receiver.answers = [500] * 50
+
+    @app.task(webhook=Webhook(receiver.url, SECRET, allow_private=True))
+    async def work() -> None: ...
+
+    await work.aenqueue()
+    worker = asyncio.create_task(drain(app))
+    await until(lambda: worker.done() or len(receiver.requests) > 10)
+    assert len(receiver.requests) == 10
+    await worker
+    [letter] = [one async for one in app.queue("default").adead_letters()]
+    assert (letter.attempts, len(receiver.requests)) == (10, 10)
+    await app.queue("default").apurge(dead=True)
+
+
+@pytest.mark.row("D356")
 async def test_a_private_address_is_not_reached(
     app: Conveyor, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +14,7 @@ import pytest
 from chaos import sabotage_cases, sabotaged_build
 from chaos.recording_server import FAKETIME
 
-PATCHES = sabotaged_build.patches()
+PATCHES, TESTED = sabotaged_build.patches(), sabotaged_build.tested_patches()
 CLASSICS = {
     "ends_after_lost_lease_accepted", "attempt_number_used_again", "worker_reaped_after_one_look", "first_write_of_turn_grows", "first_renewal_too_late", "wake_token_not_pushed",
     "push_acknowledged_before_stored", "lease_count_not_compared", "lease_in_two_steps", "every_job_acked_early", "result_written_after_ack", "delay_by_client_clock",
@@ -49,7 +52,7 @@ def test_patches_are_many_and_aimed() -> None:
     """The sabotages that any queue should be tried with are there; each applies to the source as it is and names a case."""
     assert PATCHES.keys() >= CLASSICS
     assert set(sabotage_cases.CASES) >= NEEDED
-    for patch in PATCHES.values():
+    for patch in [*PATCHES.values(), *TESTED.values()]:
         files = sabotaged_build.changed(patch)
         assert files, patch.name
         assert [name for name, text in files.items() if text == (sabotaged_build.HOME / name).read_text()] == []
@@ -64,6 +67,37 @@ def test_a_patch_that_aims_at_nothing_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(sabotaged_build.DoesNotApplyError, match="found 0 times"):
         sabotaged_build.changed(patch)
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_a_sabotage_of_what_jobs_tell_is_caught(name: str, tmp_path: Path) -> None:
+    """The law that a broken build breaks is a test of the suite, which fails for it."""
+    test = sabotaged_build.test_of(TESTED[name])
+    assert test is not None
+    source = sabotaged_build.build(TESTED[name], tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(source)}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not redis6",
+        test,
+    ]
+    for _ in range(ROUNDS):
+        done = subprocess.run(
+            command, cwd=sabotaged_build.HOME, env=environment, check=False, capture_output=True, text=True, timeout=120
+        )
+        if done.returncode != 0:
+            break
+    assert done.returncode == 1, done.stdout
+    assert "AssertionError" in done.stdout, "it failed for another reason"
 
 
 @pytest.mark.long

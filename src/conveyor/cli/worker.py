@@ -130,10 +130,14 @@ def worker(
 
 
 def _metrics(app: Any) -> Callable[[], str]:
-    """Return what makes the text of `/metrics`."""
-    from conveyor.admin.admin import Admin
+    """Return what makes the text of `/metrics`; what it needs is imported when it is asked, not before the processes start."""
 
-    return Admin(app.client).metrics_text
+    def text() -> str:
+        from conveyor.admin.admin import Admin
+
+        return Admin(app.client).metrics_text()
+
+    return text
 
 
 def _parse_size(given: str | None) -> int | None:

@@ -6,10 +6,8 @@ import base64
 import binascii
 import hashlib
 import hmac
-import http.client
 import ipaddress
 import socket
-import ssl
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -100,6 +98,8 @@ def sign(key: bytes, id: str, timestamp: int, body: bytes) -> str:  # noqa: A002
 
 def send(webhook: Webhook, id: str, told: dict[str, Any]) -> int:  # noqa: A002
     """Deliver one webhook; return the status. Raises WebhookFailed, WebhookRefused, RetryIn."""
+    from http.client import HTTPException  # most programs deliver none, and need not import it
+
     state = told["state"]
     body = msgspec.json.encode({"type": f"job.{state}", "timestamp": told["at"], "data": told})
     now = int(time.time())
@@ -109,7 +109,7 @@ def send(webhook: Webhook, id: str, told: dict[str, Any]) -> int:  # noqa: A002
     }  # fmt: skip
     try:
         status, retry_after = _post(webhook, body, headers)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, HTTPException) as error:
         raise WebhookFailed(f"{_place(webhook)} did not take it: {type(error).__name__}: {error}") from None
     if 200 <= status < 300:
         return status
@@ -122,6 +122,9 @@ def send(webhook: Webhook, id: str, told: dict[str, Any]) -> int:  # noqa: A002
 
 
 def _post(webhook: Webhook, body: bytes, headers: dict[str, str]) -> tuple[int, str]:
+    import http.client
+    import ssl
+
     parts = urlsplit(webhook.url)
     host, port = str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80)
     began = time.monotonic()

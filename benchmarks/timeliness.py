@@ -1,0 +1,205 @@
+"""
+What comes when it should: ``python -m benchmarks.timeliness [schedules ticks instant delayed autoscale dev]``.
+
+Counts of commands hold on any machine; times are figures only of one that does nothing else. Each scene says its goal.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from benchmarks.harness import NAMESPACE, Bench, Worker, commands_sent, percentile, running_server, wait_for
+from benchmarks.job_notes import Record
+
+
+def schedules(bench: Bench) -> None:
+    """Commands a second of an idle worker without schedules and with 1,000 of them. Goal: at most 1 more."""
+    from benchmarks.measured_jobs import app, due
+
+    bench.flush()
+    with Worker(bench, "-q", "due", "--processes", "1") as worker:
+        _ready(bench, worker, "due")
+        without = _idle_rate(bench)
+        for number in range(bench.size(1000)):
+            app.schedules.put(f"idle{number}", due.s(number, 0), cron="0 0 1 1 *")
+        _ready(bench, worker, "due")
+        bench.note("idle, commands /s more", _idle_rate(bench) - without)
+    for one in app.schedules.list():
+        one.delete()
+
+
+def _idle_rate(bench: Bench) -> float:
+    time.sleep(3)  # what was put has been looked at
+    with bench.client() as client:
+        before, began = commands_sent(client), time.monotonic()
+        time.sleep(20)  # what is measured is that nothing happens
+        return float((commands_sent(client) - before) / (time.monotonic() - began))
+
+
+def ticks(bench: Bench) -> None:
+    """How late a schedule of each second starts its job in an idle worker. Goal: 50 ms at p99."""
+    from benchmarks.measured_jobs import app, tick
+
+    bench.flush()
+    record, count = Record(bench.record_path), 20 if bench.quick else 120
+    list(record.read())
+    with Worker(bench, "-q", "ticks", "--processes", "1") as worker:
+        _ready(bench, worker, "ticks")
+        app.schedules.put("each second", tick.s(1), every="1s")
+        late: list[float] = []
+        wait_for(
+            lambda: late.extend(one.value / 1000 for one in record.read()) or len(late) >= count,
+            "ticks",
+            within=count + 60,
+        )
+        app.schedules.delete("each second")
+    bench.note("tick late p50 ms", percentile(late, 50))
+    bench.note("tick late p99 ms", percentile(late, 99))
+
+
+def instant(bench: Bench) -> None:
+    """How long it takes until 10,000 jobs that are due at one instant have started in one process. Goal: 1 s."""
+    from benchmarks.measured_jobs import app, due
+
+    bench.flush()
+    record, count = Record(bench.record_path), bench.size(10_000)
+    list(record.read())
+    with Worker(bench, "-q", "due", "--processes", "1", "-c", "1000") as worker:
+        _ready(bench, worker, "due")
+        at = int(time.time()) + 6
+        timed = due.options(at=datetime.fromtimestamp(at, UTC))
+        app.enqueue_many(timed.s(number, at * 1_000_000) for number in range(count))
+        assert time.time() < at, "enqueueing took longer than the delay"
+        late: list[float] = []
+        used = worker.cpu()
+        wait_for(lambda: late.extend(one.value / 1000 for one in record.read()) or len(late) >= count, "all starts")
+        bench.note("due at once, CPU s of the worker", worker.cpu() - used)
+    bench.note("due at once, first start ms", min(late))
+    bench.note("due at once, last start ms", max(late))
+
+
+def delayed(bench: Bench) -> None:
+    """How late single delayed jobs start in an idle worker, one each 50 ms. Goal: 20 ms at p99."""
+    from benchmarks.measured_jobs import app, due
+
+    bench.flush()
+    record, count = Record(bench.record_path), bench.size(1000)
+    list(record.read())
+    with Worker(bench, "-q", "due", "--processes", "1") as worker:
+        _ready(bench, worker, "due")
+        first = (time.time_ns() // 1_000_000 + 3000) * 1000
+        instants = [first + number * 50_000 for number in range(count)]
+        app.enqueue_many(
+            due.options(at=datetime.fromtimestamp(at / 1e6, UTC)).s(number, at) for number, at in enumerate(instants)
+        )
+        late: list[float] = []
+        wait_for(
+            lambda: late.extend(one.value / 1000 for one in record.read()) or len(late) >= count,
+            "all",
+            within=count * 0.05 + 60,
+        )
+    bench.note("delayed late p50 ms", percentile(late, 50))
+    bench.note("delayed late p99 ms", percentile(late, 99))
+
+
+def autoscale(bench: Bench) -> None:
+    """How long a burst of 10,000 jobs of 50 ms takes to bring 2..8 processes to the upper bound, and back. Goals: 5 s, 60 s."""
+    from benchmarks.measured_jobs import app, burst
+
+    bench.flush()
+    with Worker(bench, "-q", "burst", "--autoscale", "2..8", "-c", "10") as worker:
+        wait_for(lambda: worker.check() and _registered(bench, "burst") == 2, "two processes")
+        time.sleep(2)
+        used = worker.cpu()
+        app.enqueue_many(burst.s(number) for number in range(10_000))
+        began = time.monotonic()
+        wait_for(lambda: _registered(bench, "burst") == 8, "the upper bound")
+        bench.note("burst, upper bound after s", time.monotonic() - began)
+        bench.note("burst, CPU s until then", worker.cpu() - used)
+        queue = app.queue("burst")
+        wait_for(lambda: len(queue) + queue.stats().leased == 0, "the end of the burst", within=300, every=0.2)
+        began = time.monotonic()
+        wait_for(lambda: _registered(bench, "burst") == 2, "the lower bound", within=120)
+        bench.note("burst, lower bound after s", time.monotonic() - began)
+        with bench.client() as client:
+            bench.note("burst, jobs charged", client.hlen(f"{NAMESPACE}:{{burst}}:state") + queue.stats().dead)
+
+
+def dev(bench: Bench) -> None:
+    """How long `conveyor dev` takes until the worker and the dashboard are there. Goal: 2 s."""
+    with tempfile.TemporaryDirectory(prefix="dev", dir="/tmp") as directory, socket.socket() as probe:
+        (Path(directory) / "tasks.py").write_text(
+            "from conveyor import Conveyor\n\napp = Conveyor()\n\n\n@app.task\ndef work() -> None: ...\n"
+        )
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("CONVEYOR_")}
+        log = Path(directory) / "log"
+        with log.open("wb") as file:
+            began = time.monotonic()
+            program = subprocess.Popen(
+                [sys.executable, "-m", "conveyor", "dev", "tasks:app", "--port", str(port)],
+                cwd=directory, stdout=file, stderr=file, env=environment,
+            )  # fmt: skip
+        try:
+            wait_for(lambda: b"works for" in log.read_bytes(), "the worker")
+            bench.note("dev, worker after s", time.monotonic() - began)
+            wait_for(lambda: _listens(port), "the dashboard")
+            bench.note("dev, both after s", time.monotonic() - began)
+        finally:
+            program.send_signal(signal.SIGINT)
+            _, _, used = os.wait4(program.pid, 0)
+        bench.note("dev, CPU s of all processes", used.ru_utime + used.ru_stime)
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+def _registered(bench: Bench, queue: str) -> int:
+    with bench.client() as client:
+        return int(client.zcard(f"{NAMESPACE}:{{{queue}}}:workers"))
+
+
+def _ready(bench: Bench, worker: Worker, queue: str) -> None:
+    wait_for(lambda: worker.check() and _registered(bench, queue), "the worker")
+    time.sleep(1)
+
+
+SCENES: dict[str, Callable[[Bench], None]] = {
+    scene.__name__: scene for scene in (schedules, ticks, instant, delayed, autoscale, dev)
+}
+
+
+def main() -> None:
+    """Run the scenes that are named, or all."""
+    parser = ArgumentParser(prog="python -m benchmarks.timeliness", description=__doc__)
+    parser.add_argument("scenes", nargs="*", choices=[*SCENES, []], help="all without")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the work")
+    options = parser.parse_args()
+    with running_server() as (url, pid), tempfile.TemporaryDirectory(prefix="bench") as directory:
+        os.environ["CONVEYOR_URL"] = url  # before benchmarks.measured_jobs is imported
+        bench = Bench(url, pid, options.quick, 0, Path(directory) / "record")
+        os.environ["CONVEYOR_BENCH_RECORD"] = str(bench.record_path)
+        for name in options.scenes or SCENES:
+            print(name, flush=True)
+            SCENES[name](bench)
+
+
+if __name__ == "__main__":
+    main()
