@@ -167,13 +167,13 @@ class Handler:
         clock, plain_ms, made = now_ms - perf_counter() * 1000, 0.0, dict[str, int | None]()
         for attempt in self.first_starts:
             envelope, cause = attempt.envelope, "queue"
-            if envelope is PLAIN:
+            if envelope is PLAIN or not (envelope.due_ms or envelope.own_id):
                 letters = attempt.id[:8]
                 due = made[letters] if letters in made else made.setdefault(letters, made_at_ms(attempt.id))
             else:
                 due = envelope.due_ms or made_at_ms(attempt.id)
-                if envelope.attributes:
-                    cause = "limit" if envelope.limits else "group" if envelope.group is not None else cause
+            if attributes := envelope.attributes:
+                cause = "limit" if "\tl" in attributes else "group" if "\tg" in attributes else cause
             if due is None:
                 continue
             ms = clock + attempt.started * 1000 - due

@@ -78,10 +78,11 @@ class GroupSeries:
 
     def follows(self, attempt: Attempt) -> bool:
         """Tell whether a job of the same group that the turn has leased before *attempt* must end first."""
-        envelope = attempt.envelope
-        group = envelope.group if envelope.attributes and not envelope.limits else None
-        if group is None:
+        attributes = attempt.envelope.attributes
+        at = attributes.find("\tg")
+        if at < 0 or "\tl" in attributes:
             return False
+        group = attributes[at + 2 :].split("\t", 1)[0]
         if group not in self._taken:
             self._taken[group] = attempt, _Series()
             return False
