@@ -31,8 +31,7 @@ PRINTED = {
         "attempt 2 runs",
         "done",
         "resized by the last attempt: 3",
-        "progress at the end: 1.0",
-        "done",
+        "at the end: 6 of 6",
     ],
     "webhooks": ["['dead', 'done']"],
     "dependencies": [
