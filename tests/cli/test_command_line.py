@@ -68,7 +68,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         (["purge", "mail"], "There is no command 'purge'. Did you mean 'queue purge'?"),
         (
             ["show", "mail"],
-            "There is no command 'show'. Did you mean 'queue show' or 'job show' or 'schedule show' or 'workers show'?",
+            (
+                "There is no command 'show'. Did you mean 'queue show' or 'job show' or 'failures show' or 'schedule show' or "
+                "'workers show' or 'config show'?"
+            ),
         ),
         (["status", "--ulr", "x"], "No such option '--ulr'. Did you mean '--url'?"),
         (["worker", "--concurency", "5"], "No such option '--concurency'. Did you mean '--concurrency'?"),

@@ -79,16 +79,17 @@ def held(queue: QueueInfo) -> str:
 def _stranded(queues: Sequence[QueueInfo]) -> list[Flag]:
     """Return flags for queues with jobs that no worker takes; without any worker one flag for all of them."""
     served = [one.name for one in queues if one.workers]
-    stuck = [one for one in queues if one.ready and not one.workers and not one.paused]
+    stuck = [one for one in queues if one.ready + one.waiting and not one.workers and not one.paused]
     if not served and len(stuck) > 1:
         names = ", ".join(one.name for one in stuck[:_MAX_NAMED]) + (", …" if len(stuck) > _MAX_NAMED else "")
-        text = f"{len(stuck)} queues have {sum(one.ready for one in stuck):,} jobs and no worker is running: {names}"
+        text = f"{len(stuck)} queues have {sum(one.ready + one.waiting for one in stuck):,} jobs and no worker is running: {names}"
         links = tuple(map(_queue_link, stuck[:_MAX_NAMED]))
         return [Flag("no-worker", "problem", text, f"conveyor worker{_OR_CONSUMER}", "E12", links)]
     takers = f"Workers take: {', '.join(served[:_MAX_NAMED])}." if served else "No worker is running."
     found = []
     for one in stuck:
-        jobs = "1 job" if one.ready == 1 else f"{one.ready:,} jobs"
+        number = one.ready + one.waiting  # those of limits and groups start no sooner without a worker
+        jobs = "1 job" if number == 1 else f"{number:,} jobs"
         text = f"Queue '{one.name}' has {jobs} and no worker takes it{_age(one)}. {takers}"
         remedy = f"conveyor worker -q {one.name}{_OR_CONSUMER}"
         found.append(Flag("no-worker", "problem", text, remedy, "E12", (_queue_link(one),)))

@@ -54,7 +54,7 @@ class QueueInfo:
     @property
     def stranded(self) -> bool:
         """Whether jobs could start, or spawned ones be delivered, and there is no worker for it."""
-        return self.workers == 0 and ((self.ready > 0 and not self.paused) or self.outbox > 0)
+        return self.workers == 0 and ((self.ready + self.waiting > 0 and not self.paused) or self.outbox > 0)
 
 
 def queue_info(name: str, counts: QueueCounts, partitions: int = 1, unanswered: tuple[str, ...] = ()) -> QueueInfo:

@@ -47,6 +47,7 @@ COMMANDS: dict[str, CommandEntry] = {
     "top": CommandEntry("conveyor.cli.top:top", "Show queues and workers live in a terminal.", "Look"),
     "queue": CommandEntry("conveyor.cli.queue:queue", "List, pause, purge and redrive queues.", "Look"),
     "job": CommandEntry("conveyor.cli.job:job", "List, show, explain, retry, cancel and delete jobs.", "Look"),
+    "failures": CommandEntry("conveyor.cli.failures:failures", "List what fails, and retry all of one kind.", "Look"),
     "limits": CommandEntry("conveyor.cli.limits:limits", "Show and change rate and concurrency limits.", "Look"),
     "schedule": CommandEntry("conveyor.cli.schedule:schedule", "List, show, run, pause and delete schedules.", "Look"),
     "workers": CommandEntry("conveyor.cli.workers:workers", "List, show, quiet and stop worker processes.", "Look"),
