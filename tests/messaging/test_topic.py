@@ -180,8 +180,8 @@ def test_what_cannot_subscribe_or_be_published(app: Conveyor, redis: redis_py.Re
                 topic.subscribe(*queues)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="is a pattern"):
         app.topic("user.*").publish(1)
-    with pytest.raises(TypeError, match="wait_replicas"):
-        topic.publish(1, wait_replicas=1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="timeout"):
+        topic.publish(1, timeout=1)  # type: ignore[call-arg]
     for options in ({"priority": 10}, {"delay": -1}, {"id": ""}, {"expires": 0}, {"delay": 1, "front": True}):
         with pytest.raises(ConfigurationError):
             topic.publish(1, **options)  # type: ignore[arg-type]

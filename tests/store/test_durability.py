@@ -84,6 +84,24 @@ def test_what_returned_is_on_the_replica(app: Conveyor, pair: ReplicaPair) -> No
     assert bare([other.push(1, wait_replicas=1)]) <= stored(pair.replica, "other")
 
 
+async def test_a_publish_is_on_the_replica(app: Conveyor, pair: ReplicaPair) -> None:
+    """When a publish that asked for a replica returns, a replica has all copies; where fewer confirm, the error names them all."""
+    topic = app.topic("made")
+    await topic.asubscribe("left", "right")
+    async with app:
+        for count in (1, 2):
+            left, right = await topic.apublish(count, wait_replicas=1)
+            assert bare([left]) <= stored(pair.replica, "left")
+            assert bare([right]) <= stored(pair.replica, "right")
+        with pytest.raises(DurabilityNotReached, match="1 of 2 replicas") as caught:
+            await topic.apublish_many([3, 4], wait_replicas=2, wait_timeout="100ms")
+        assert len(caught.value.job_ids) == 4
+        assert await app.queue("left").alen() == await app.queue("right").alen() == 4
+        assert await app.topic("nobody").apublish(1, wait_replicas=1) == []
+    ids = await asyncio.to_thread(topic.publish, 5, wait_replicas=1)
+    assert bare(ids) <= stored(pair.replica, "left") | stored(pair.replica, "right")
+
+
 async def test_what_returned_on_a_loop_is_on_the_replica(app: Conveyor, pair: ReplicaPair) -> None:
     """The awaitable twins confirm as well, and those of one tick share one wait."""
     mail, _ = app.queue("mail", wait_replicas=1), app.queue("sends", wait_replicas=1)

@@ -221,6 +221,9 @@ class TopicManyOptions(TypedDict, total=False):
     headers: Mapping[str, str] | None
     front: bool
     tags: Iterable[str] | None
+    fsync: bool | None
+    wait_replicas: int | None
+    wait_timeout: Duration | None
 
 
 class TopicOptions(TopicManyOptions, total=False):
@@ -233,9 +236,6 @@ class TopicOptions(TopicManyOptions, total=False):
 class PushManyOptions(TopicManyOptions, total=False):
     """The options of `push_many`."""
 
-    fsync: bool | None
-    wait_replicas: int | None
-    wait_timeout: Duration | None
     timeout: Duration | None
 
 

@@ -55,7 +55,9 @@ if TYPE_CHECKING:
     from conveyor.messaging.queue import Queue
     from conveyor.payload.formats import FormatChoice, FormatCodec, FormatRegistry
     from conveyor.payload.pipeline import PayloadPipeline
+    from conveyor.store.client.durability import Confirmation, Durability
     from conveyor.store.keys import QueueKeys
+    from conveyor.store.script import Call
 
 T = TypeVar("T")
 logger = logging.getLogger("conveyor.queue")
@@ -194,10 +196,12 @@ class TopicDirectory:
                 return [[] for _ in bodies]
             copies = yield from self._copies(known.queues, message_ids, bodies, options, values, version)
             try:
+                request = options[0].durability_request
+                asked = None if request is None else request.applied_to(None)
                 if at_once:
-                    stored = yield from self._store_in_all(topic, known, len(bodies), copies)
+                    stored = yield from self._store_in_all(topic, known, len(bodies), copies, asked)
                 else:
-                    stored = yield from self._store_in_first(topic, copies)
+                    stored = yield from self._store_in_first(topic, copies, asked)
             except SubscribersChanged as changed:
                 self.note(topic, changed.now)
                 continue
@@ -242,22 +246,39 @@ class TopicDirectory:
         return copies
 
     def _store_in_all(
-        self, topic: str, known: Subscribers, count: int, copies: Sequence[TopicCopies]
+        self, topic: str, known: Subscribers, count: int, copies: Sequence[TopicCopies], asked: Durability | None
     ) -> Generator[Step, Any, list[list[str]]]:
         """Store all copies in one step of a single server."""
         sequence = self._take_sequence()
         try:
-            stored: list[list[str]] = yield self.run(
-                topics.publish(self.keys, sequence, topic, known.version, count, copies)
+            stored, confirmation = yield from self._confirmed(
+                topics.publish(self.keys, sequence, topic, known.version, count, copies), copies, asked
             )
         except (SubscribersChanged, PartitionCountMismatch):
             self._sequences.append(sequence)
             raise
         self._sequences.append(sequence)
         yield from self._announce_new(copies, stored)
+        _check(asked, confirmation, copies, stored)
         return stored
 
-    def _store_in_first(self, topic: str, copies: Sequence[TopicCopies]) -> Generator[Step, Any, list[list[str]]]:
+    def _confirmed(
+        self, call: Call[list[list[str]]], copies: Sequence[TopicCopies], asked: Durability | None
+    ) -> Generator[Step, Any, tuple[list[list[str]], Confirmation | None]]:
+        """Carry out a publish, and wait for what is asked beyond its being stored; return what was confirmed, None for nothing."""
+        if asked is None or not copies:
+            stored: list[list[str]] = yield self.run(call)
+            return stored, None
+        steps = self.client.confirm, self.client.aconfirm
+        found: tuple[list[list[str]], Confirmation] = yield (
+            partial(steps[0], copies[0].keys, call, asked),
+            partial(steps[1], copies[0].keys, call, asked),
+        )
+        return found
+
+    def _store_in_first(
+        self, topic: str, copies: Sequence[TopicCopies], asked: Durability | None
+    ) -> Generator[Step, Any, list[list[str]]]:
         """
         Store the copies of one queue, and the others in its outbox, from where they are delivered at once.
 
@@ -272,7 +293,9 @@ class TopicDirectory:
         written = [outbox.write(one.keys.queue, entry, accepted=True) for one in others for entry in one.entries]
         sequence = self._take_sequence()
         try:
-            [stored] = yield self.run(topics.publish_from(sequence, topic, first, written))
+            [stored], confirmation = yield from self._confirmed(
+                topics.publish_from(sequence, topic, first, written), [first], asked
+            )
         except PartitionCountMismatch:
             self._sequences.append(sequence)
             raise
@@ -283,7 +306,9 @@ class TopicDirectory:
         yield from self._announce_new([first], [stored])
         if written:
             yield from self._deliver(first.keys, len(written) // outbox.MOST_TAKEN + 2)
-        return [stored if one is first else [entry.id for entry in one.entries] for one in copies]
+        found = [stored if one is first else [entry.id for entry in one.entries] for one in copies]
+        _check(asked, confirmation, copies, found)
+        return found
 
     def _deliver(self, keys: QueueKeys, batches: int) -> StepProgram:
         """Deliver up to so many *batches* of an outbox."""
@@ -331,6 +356,20 @@ class TopicDirectory:
         yield partitions.agree, partitions.aagree
         at = partitions.place(group=options.group, unique=options.unique, id=options.id)
         return partitions.keys[at], partitions.max_length or AS_DECLARED
+
+
+def _check(
+    asked: Durability | None,
+    confirmation: Confirmation | None,
+    copies: Sequence[TopicCopies],
+    stored: Sequence[list[str]],
+) -> None:
+    """Raise DurabilityNotReached, with the ids of all copies, when less was confirmed than was asked."""
+    if asked is not None and confirmation is not None and not asked.is_reached_by(confirmation):
+        raise asked.failure_of(
+            [public(one.keys.queue, id_) for one, ids_ in zip(copies, stored, strict=True) for id_ in ids_],
+            confirmation,
+        )
 
 
 @dataclass(frozen=True)
@@ -429,7 +468,8 @@ class Topic(Generic[T]):
         Options are as in `Queue.push`, and each queue applies them by itself. Nobody subscribes: the message is counted
         (`app.topics`), and the list is empty. Either all copies are stored, or none: raises QueueFull when a queue that
         refuses what it has no room for is full, PayloadError, ConfigurationError; StoreUnavailable: it may have been stored,
-        once.
+        once. `fsync`, `wait_replicas` and `wait_timeout` are this publish's own, whatever the queues declare; raises
+        DurabilityNotReached, with the ids of the copies that are stored.
         """
         with push_scope(self._directory.middlewares):
             return cast("list[list[str]]", drive_steps(self._publish([value], options)))[0]

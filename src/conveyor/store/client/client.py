@@ -27,7 +27,7 @@ from conveyor.payload.redaction import Redaction
 from conveyor.store import operations
 from conveyor.store.client.batching import LoopConnections, PushBatcher, chunks, partly_full, refuse_undroppable
 from conveyor.store.client.confirmed import ConfirmedConnections, ConfirmedTarget
-from conveyor.store.client.durability import Durability, DurabilityRequest
+from conveyor.store.client.durability import Confirmation, Durability, DurabilityRequest
 from conveyor.store.client.outages import ServerOutages
 from conveyor.store.client.programs import adrive, drive
 from conveyor.store.client.queue_index import QueueIndex, removing_expired
@@ -490,11 +490,21 @@ class Client:
         """Carry out a push in the caller's own sequence, confirmed as *durability* asks; it bypasses a buffer."""
         if durability is None:
             return self.run(call, retry_for=retry_for)
-        with self._open_confirmed().lend(keys) as (connection, _):
-            reply, confirmation = connection.confirm(call, durability, retry_for=retry_for)
+        reply, confirmation = self.confirm(keys, call, durability, retry_for=retry_for)
         if not durability.is_reached_by(confirmation):
             raise durability.failure(keys.queue, (), confirmation)
         return reply
+
+    def confirm(
+        self, keys: QueueKeys, call: Call[T], durability: Durability, *, retry_for: float | None = None
+    ) -> tuple[T, Confirmation]:
+        """Carry out a push in the caller's own sequence, and return besides what was confirmed of it."""
+        with self._open_confirmed().lend(keys) as (connection, _):
+            return connection.confirm(call, durability, retry_for=self.retry_for if retry_for is None else retry_for)
+
+    async def aconfirm(self, keys: QueueKeys, call: Call[T], durability: Durability) -> tuple[T, Confirmation]:
+        """Awaitable form of `confirm`."""
+        return await self._open_confirmed().confirm(keys, call, durability)
 
     def put(self, keys: QueueKeys, id: str, envelope: bytes) -> Awaitable[None]:  # noqa: A002
         """Store one plain message: the cheapest push. The queue was announced before (`is_announced`, else `aannounce`)."""

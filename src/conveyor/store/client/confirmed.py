@@ -172,6 +172,12 @@ class ConfirmedConnections:
             state.batchers[keys.prefix, max_length, durability] = batcher
         return batcher
 
+    async def confirm(self, keys: QueueKeys, call: Call[T], durability: Durability) -> tuple[T, Confirmation]:
+        """Carry out one call on a connection of this event loop, after the queue was announced; return what was confirmed, too."""
+        await self.client.aannounce(keys)
+        connection = self.batcher(keys, 0, durability).confirmed_connection
+        return await connection.confirm(call, durability, retry_for=self.client.retry_for)
+
     def close(self) -> None:
         """Close the blocking connections."""
         for free in self._free.values():
@@ -213,11 +219,11 @@ class ConfirmedBatcher(PushBatcher):
         super().__init__(
             connection, keys, max_length, retry_for, on_new_queue=on_new_queue, own_wait=durability.seconds
         )
-        self._confirmed_connection, self._durability, self._confirmation = connection, durability, UNCONFIRMED
+        self.confirmed_connection, self._durability, self._confirmation = connection, durability, UNCONFIRMED
 
     async def run(self, call: Call[T]) -> T:
         """Carry out one push."""
-        reply, self._confirmation = await self._confirmed_connection.confirm(
+        reply, self._confirmation = await self.confirmed_connection.confirm(
             call, self._durability, retry_for=self._retry_for
         )
         return reply

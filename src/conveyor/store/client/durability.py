@@ -85,18 +85,21 @@ class Durability:
 
     def failure(self, queue: str, ids: Sequence[str], confirmation: Confirmation) -> DurabilityNotReached:
         """Return the error for jobs that are stored and not confirmed; *ids* are bare."""
+        return self.failure_of([ident.public(queue, id_) for id_ in ids], confirmation)
+
+    def failure_of(self, public: Sequence[str], confirmation: Confirmation) -> DurabilityNotReached:
+        """Return the error for jobs that are stored and not confirmed, by their public ids."""
         missing = []
         if self.fsync and not confirmation.synced:
             missing.append("no sync of the append-only file")
         if confirmation.replicas < self.replicas:
             missing.append(f"{confirmation.replicas} of {self.replicas} replica{'s' * (self.replicas > 1)}")
-        public = [ident.public(queue, id_) for id_ in ids]
         what = f"Job {public[0]} is queued" if len(public) == 1 else f"{len(public):,} jobs are queued"
         return DurabilityNotReached(
             f"{what}, but not confirmed as widely as asked: {' and '.join(missing)} within {self.timeout_ms / 1000:g} s. "
             "It runs unless the server is lost before that; pushing it again with the same id stores nothing twice "
             "and waits again. See `conveyor doctor`.",
-            job_ids=public, asked=self.replicas, got=confirmation.replicas, fsync=confirmation.synced if self.fsync else None,
+            job_ids=list(public), asked=self.replicas, got=confirmation.replicas, fsync=confirmation.synced if self.fsync else None,
         )  # fmt: skip
 
 
