@@ -549,6 +549,30 @@ def test_refused_command_refuses_whole(seeded: SeededQueue, url: str, name: str)
     user.close()
 
 
+@pytest.mark.row("C28")
+@pytest.mark.parametrize("name", GROUPED_CALLS)
+def test_wrong_type_fails_with_nothing_written(seeded: SeededQueue, name: str) -> None:
+    """With any of the keys that groups and limits share of another type, a step fails before its first write, or never touches it."""
+    declare(seeded, one="c 1 -", rate="r 1 3600000 0 -")
+    seeded.push(*(entry(f"{key}{n}", group=key) for n in (1, 2, 3) for key in "abc"))
+    seeded.push(*(entry(f"l{n}", limits=("1:one", "1:rate")) for n in (1, 2)))
+    seeded.register("w")
+    assert len(seeded.turn("w", 1, 9).ids) == 4
+    call = GROUPED_CALLS[name](seeded.keys)
+    snapshot, noticed = Snapshot(seeded.redis), set[str]()
+    shared = {"slots", "limits", "waits", "credits", "tickets"}
+    for key in sorted(shared):
+        snapshot.restore()
+        seeded.redis.set(seeded.keys.prefix + key, "spoiled")
+        before = exact(seeded.redis)
+        with suppress(ConveyorError):
+            seeded.run(call)
+            continue
+        noticed.add(key)
+        assert difference(before, exact(seeded.redis)) == {}, f"it wrote something before it failed on {key}"
+    assert noticed == shared
+
+
 def test_hashes_of_many_slots_are_tables(seeded: SeededQueue) -> None:
     """A turn of many jobs keeps slots and their counts as tables: a list would be searched for every job."""
     declare(seeded, one="c 1000")

@@ -54,6 +54,7 @@ local event = ' \th{"state":"redriven","at":' .. int(clock()) .. '}'
 prove(prefix .. 'none', 'ZREM', 'HSET', 'SET', 'RPUSH')
 if grouped then
   begin_groups(queue)
+  check('SCARD', prefix .. 'tickets')
   prove(prefix .. 'none', 'SADD', 'HINCRBY')
 end
 redis.call('ZREM', KEYS[1], unpack(ids))

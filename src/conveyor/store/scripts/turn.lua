@@ -89,6 +89,7 @@ local done, others, lost, kinds = read_settlements(queue, leased, 7, done_count,
 grouped = grouped or kinds.L
 if grouped then
   begin_groups(queue)
+  check_groups(queue.prefix)
   queue.tasks = read_paused(conf[4]) or (kinds.L and {})
   queue.grouped, queue.freed, queue.retried, queue.charges = true, {}, {}, {}
 end

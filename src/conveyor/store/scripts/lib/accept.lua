@@ -116,6 +116,7 @@ local function prepare_push(KEYS, ARGV)
   if owns then prove(none, 'DEL') end
   if prepends then prove(none, 'LPUSH') end
   if schedules or next(tagged) then prove(none, 'ZADD') end
+  if queue then check('SCARD', prefix .. 'tickets') end
   if queue then prove(none, 'LPUSH', 'RPUSH', 'SADD', 'HINCRBY') end
   if fronts then prove_groups(none) end
   if appends and (prepends or schedules) then prove(none, 'RPUSH') end

@@ -317,10 +317,19 @@ local function write_counters(queue)
   end
 end
 
--- Prove that this user may do all of this. The first write is made before it.
+-- Check the types of the keys that all groups and limits of a queue share.
+-- prefix   of the queue's keys
+-- returns  nothing
+local function check_groups(prefix)
+  check('HLEN', prefix .. 'slots', prefix .. 'limits', prefix .. 'waits', prefix .. 'credits')
+  check('SCARD', prefix .. 'tickets')
+end
+
+-- Check types, and prove that this user may do all of this. What was written before it changes nothing.
 -- none     the key that never exists
 -- returns  nothing
 local function prove_groups(none)
+  check_groups(string.sub(none, 1, -5))
   prove(none, 'HMGET', 'TYPE', 'HGETALL', 'LRANGE', 'LINDEX', 'HGET', 'EXISTS', 'ZRANGE', 'RPUSH', 'LPUSH', 'SADD', 'HSET', 'HDEL',
     'HINCRBY', 'ZADD', 'ZPOPMIN', 'ZREM', 'GET')
 end
