@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from conveyor.actor import acting_as
     from conveyor.errors import (
         BatchFailed,
         ConfigurationError,
@@ -87,6 +88,7 @@ __all__ = [
     "UnknownTask",
     "Webhook",
     "Why",
+    "acting_as",
     "current",
 ]
 
@@ -118,6 +120,7 @@ _HOME = {
     "Unique": "jobs.uniqueness",
     "Webhook": "jobs.webhooks",
     "Why": "jobs.why",
+    "acting_as": "actor",
     "current": "jobs.context",
 }
 

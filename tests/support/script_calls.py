@@ -15,6 +15,7 @@ from conveyor.store import (
     operations,
     partitions,
     plain_list,
+    queue_events,
     schedules,
     streams,
     topics,
@@ -251,9 +252,10 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
         lambda k: operations.delete(k, "delete"),
         {"jobs", "due", "dead", "workers", "conf", "outbox", "leased:w"} | {f"ready:{n}" for n in range(10)},
     ),
-    "set_expiry": (
-        lambda k: operations.set_expiry(QueueKeys("c", "q", foreign="q", expires=60_000)), {"conf", "jobs", "workers"},
+    "declare_queue": (
+        lambda k: operations.declare_queue(QueueKeys("c", "q", foreign="q", expires=60_000)), {"conf", "jobs", "workers"},
     ),
+    "read_events": (lambda k: queue_events.read_events(k, "me", ""), {"conf"}),
     "counts": (inspection.counts, {"jobs", "due", "dead", "workers", "conf", "ready:0", "foreign", "leased:w", "outbox"}),
     "count_queues": (
         lambda k: inspection.count_queues([k], 2),

@@ -72,7 +72,7 @@ _PRODUCER = Role(
         operations.FORGET, operations.CANCEL, operations.UPDATE, streams.READ_STREAM, inspection.WATCH_JOBS,
         inspection.GET_JOB, inspection.WHY, inspection.COUNTS, partitions.CLAIM_PARTITIONS,
         inspection.FIND_JOBS, partitions.COUNT, topics.PUBLISH, topics.SUBSCRIBE, topics.SUBSCRIBERS,
-        limits.DECLARE_LIMITS, operations.SET_EXPIRY, schedules.SCHEDULE_PUT, schedules.SCHEDULE_CHANGE, schedules.SCHEDULE_READ,
+        limits.DECLARE_LIMITS, operations.DECLARE_QUEUE, schedules.SCHEDULE_PUT, schedules.SCHEDULE_CHANGE, schedules.SCHEDULE_READ,
     ),
     (*_RUN_SCRIPT, "hgetall", "hget", "hdel", "hsetnx", "sadd", "smembers", "subscribe", "ping", "zcard",
      "smismember", "exists", "srem", "zadd", "zrange", "zrem", "pttl", "lrange"),

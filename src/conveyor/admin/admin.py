@@ -33,6 +33,7 @@ from itertools import islice
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
+from conveyor.actor import LONGEST_NAME, acting_as
 from conveyor.admin import doctor
 from conveyor.admin.failure_matrix import MATRIX_RANGES, FailureMatrix, FailureTable
 from conveyor.admin.flags import Flag, failing_tasks, late_schedules, overdue_jobs, queue_flags
@@ -147,6 +148,19 @@ def _awaitable(
     twin.__name__, twin.__qualname__ = f"a{method.__name__}", f"Admin.a{method.__name__}"
     twin.__doc__ = f"Awaitable form of `{method.__name__}`."
     return twin
+
+
+def _acting(method: Callable[Concatenate[Admin, P], T]) -> Callable[Concatenate[Admin, P], T]:
+    """Return an action that stands under the name of whoever acts (`Admin.who`) in the histories of jobs."""
+
+    @wraps(method)
+    def action(self: Admin, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        if not self.who:
+            return method(self, *args, **kwargs)
+        with acting_as(self.who[:LONGEST_NAME]):
+            return method(self, *args, **kwargs)
+
+    return action
 
 
 async def _pages(values: Iterator[T], at_a_time: int = _AT_A_TIME) -> AsyncIterator[T]:
@@ -407,6 +421,7 @@ class Admin:
         self.note("pause task" if paused else "resume task", queue or "all queues", detail=task)
         return list(dict.fromkeys(map(logical, places))) if queue is None else [queue]
 
+    @_acting
     def purge(self, name: str, *, dead: bool = False) -> int:
         """
         Remove all jobs that are not leased, or the dead letters; return how many.
@@ -444,6 +459,7 @@ class Admin:
         self._directory.queue(name).delete()
         self.note("delete queue", name)
 
+    @_acting
     def redrive(self, name: str, *, limit: int | None = None, ids: Sequence[str] = ()) -> int:
         """
         Put dead letters back, oldest first; return how many.
@@ -796,7 +812,7 @@ class Admin:
         lookup = self._found(public_id)
         if lookup.row is not None:
             return live_history(lookup.keys.queue, lookup.row, self._decoder)
-        return ended_history(lookup.id, lookup.record if lookup.location == "result" else b"")
+        return ended_history(lookup.id, lookup.location, lookup.record)
 
     def logs(self, public_id: str) -> list[LogLine]:
         """Return what a job has logged, as far as it is kept: seven days, also of a job that is not known any more."""
@@ -870,14 +886,17 @@ class Admin:
             )
         return lookup
 
+    @_acting
     def retry(self, ids: Iterable[str]) -> list[ActionResult]:
         """Put dead jobs back with a new budget of attempts, and make scheduled ones ready now; *ids*: one or many."""
         return self._noted("retry", [self._retry(one) for one in _each(ids)])
 
+    @_acting
     def cancel(self, ids: Iterable[str]) -> list[ActionResult]:
         """Cancel jobs that have not ended, *ids*: one or many. For a running job, its worker is asked to stop it."""
         return self._noted("cancel", [self._cancel(one) for one in _each(ids)])
 
+    @_acting
     def delete(self, ids: Iterable[str]) -> list[ActionResult]:
         """Remove jobs and dead letters completely; *ids*: one or many. Leased jobs are refused."""
         return self._noted("delete", [self._delete(one) for one in _each(ids)])

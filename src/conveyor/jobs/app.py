@@ -51,9 +51,10 @@ from conveyor.units import Duration, Size, positive_ms, size
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from conveyor.events import Event, JobUpdate
+    from conveyor.events import Event, JobEvent, JobUpdate
     from conveyor.jobs.decorator import CronDecorator
     from conveyor.jobs.job_selection import CancelledJobs, JobSelection
+    from conveyor.jobs.queue_events import EventReader
     from conveyor.jobs.registry import QueueNames
     from conveyor.jobs.schedule import Missed, Overlap
     from conveyor.jobs.uniqueness import Debounce, Throttle, Unique
@@ -178,7 +179,7 @@ class Conveyor:
         self, name: str, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int | None = None,
         retry: Retry | None = None, max_crashes: int | None = None, max_length: int | None = None, full: Full = "raise",
         limits: Sequence[Rate | Concurrency] | None = None, ageing: Duration | None = None, expires: Duration | None = None,
-        version: int = 1, upcast: UpcastMessage | None = None,
+        events: int | None = None, version: int = 1, upcast: UpcastMessage | None = None,
         format: FormatChoice | None = None, **durability: Unpack[DurabilityOptions],
     ) -> Queue[Any]: ...  # fmt: skip
     @overload
@@ -186,7 +187,7 @@ class Conveyor:
         self, name: str, type: type[T], *, partitions: int = 1, lease: Duration | None = None, max_attempts: int | None = None,
         retry: Retry | None = None, max_crashes: int | None = None, max_length: int | None = None, full: Full = "raise",
         limits: Sequence[Rate | Concurrency] | None = None, ageing: Duration | None = None, expires: Duration | None = None,
-        version: int = 1, upcast: UpcastMessage | None = None,
+        events: int | None = None, version: int = 1, upcast: UpcastMessage | None = None,
         format: FormatChoice | None = None, **durability: Unpack[DurabilityOptions],
     ) -> Queue[T]: ...  # fmt: skip
     @overload
@@ -194,7 +195,7 @@ class Conveyor:
         self, name: str, type: Any, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int | None = None,
         retry: Retry | None = None, max_crashes: int | None = None, max_length: int | None = None, full: Full = "raise",
         limits: Sequence[Rate | Concurrency] | None = None, ageing: Duration | None = None, expires: Duration | None = None,
-        version: int = 1, upcast: UpcastMessage | None = None,
+        events: int | None = None, version: int = 1, upcast: UpcastMessage | None = None,
         format: FormatChoice | None = None, **durability: Unpack[DurabilityOptions],
     ) -> Queue[Any]: ...  # fmt: skip
 
@@ -213,6 +214,7 @@ class Conveyor:
         limits: Sequence[Rate | Concurrency] | None = None,
         ageing: Duration | None = None,
         expires: Duration | None = None,
+        events: int | None = None,
         version: int = 1,
         upcast: UpcastMessage | None = None,
         format: FormatChoice | None = None,  # noqa: A002
@@ -227,7 +229,8 @@ class Conveyor:
         gives up nothing. `max_length` is how many may be unfinished, `full` what a push beyond that does. `limits` hold for all
         that starts from it: `Rate` and `Concurrency`. `ageing` raises what waits by one priority each time it has waited that
         long. With `expires` the queue goes, with all of its keys and its name, when it is empty and nobody has pushed to it,
-        consumed from it or waited for it for so long (at least ten seconds). `version`, `upcast(version, value)` and `format` are
+        consumed from it or waited for it for so long (at least ten seconds). `events` is how many events it keeps for
+        `Conveyor.events` (0: none; left out: as other programs say). `version`, `upcast(version, value)` and `format` are
         as for a task. With `partitions` the queue is spread over so many, which may lie on several nodes: order holds within
         each, and all programs must say the same number. `fsync` and
         `wait_replicas` make each push, of jobs too, wait until it is on disk and until that many replicas have it, each
@@ -237,7 +240,7 @@ class Conveyor:
         return self._core.declare_queue(
             name, type, partitions=partitions, lease=lease, max_attempts=max_attempts, retry=retry,
             max_crashes=max_crashes, max_length=max_length, full=full, limits=limits,
-            ageing=ageing, expires=expires, version=version, upcast=upcast, format=format, **durability,
+            ageing=ageing, expires=expires, events=events, version=version, upcast=upcast, format=format, **durability,
         )  # fmt: skip
 
     def plain_list(
@@ -573,6 +576,27 @@ class Conveyor:
     ) -> AsyncGenerator[JobUpdate, None]:
         """Awaitable form of `watch`."""
         return awatch_jobs(self._core, [self.job(one) if isinstance(one, str) else one for one in jobs], after)
+
+    def events(self, queue: str | Queue[Any], after: str | None = None) -> Generator[JobEvent, None, None]:
+        """
+        Yield what happens to the jobs and messages of a queue without end, each as soon as it is there.
+
+        The queue keeps events when it is declared with ``app.queue(name, events=10_000)``: the newest so many, for a week after
+        the last. *after*: the `id` of an event, to go on behind it; None: all that are kept, then those that come; ``"now"``: only
+        those that come. Where events behind *after* are not kept any more, an `EventsMissed` comes first. An outage of Redis is
+        waited for. Raises ConfigurationError, also for a queue that keeps none.
+        """
+        refuse_in_loop(self.client, "app.events()", "async for event in app.aevents(…)")
+        return self._event_reader(queue, after).read()
+
+    def aevents(self, queue: str | Queue[Any], after: str | None = None) -> AsyncGenerator[JobEvent, None]:
+        """Awaitable form of `events`."""
+        return self._event_reader(queue, after).aread()
+
+    def _event_reader(self, queue: str | Queue[Any], after: str | None) -> EventReader:
+        from conveyor.jobs.queue_events import EventReader  # an app that reads no events never loads it
+
+        return EventReader(self._core, queue if isinstance(queue, str) else queue.name, after)
 
     def external_task(self, name: str, *, queue: str = "default") -> Task[..., Any]:
         """

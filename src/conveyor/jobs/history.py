@@ -16,12 +16,14 @@ class HistoryEntry:
     """
     A state that a job came into.
 
-    `state`: pushed, leased, failed, crashed, returned (its worker stopped), snoozed, redriven, done, dead or cancelled. `at`: when.
+    `state`: pushed, leased, failed, crashed, returned (its worker stopped), snoozed, promoted, updated, redriven, done, dead or
+    cancelled. `at`: when; None where only that it
+    happened is known, of a job that ended and whose result is not kept.
     `worker`: ``host:pid``. `reason`: the error, or why. `by`: who asked, where that is known. `attempt`: which start it was of.
     """
 
     state: str
-    at: datetime
+    at: datetime | None
     worker: str = ""
     reason: str = ""
     by: str = ""
@@ -56,10 +58,12 @@ def live_history(queue: str, row: JobRow, decoder: RecordDecoder) -> list[Histor
     return [_entry(event) for event in events]
 
 
-def ended_history(id: str, record: bytes) -> list[HistoryEntry]:  # noqa: A002
-    """Return the history of a job that has left its queue; *record* is its outcome, b"" where none is kept."""
+def ended_history(id: str, where: str, record: bytes) -> list[HistoryEntry]:  # noqa: A002
+    """Return the history of a job that has left its queue; *where* that of `get_job`, *record* its outcome where one is kept."""
     events = _pushed(id)
-    if record:
+    if where != "result":
+        events.append(PastEvent("done" if where == "ended" else "cancelled"))
+    else:
         outcome: Outcome = read_outcome(record)
         run = outcome.run
         if run is not None:
@@ -69,7 +73,8 @@ def ended_history(id: str, record: bytes) -> list[HistoryEntry]:  # noqa: A002
         reason = outcome.reason
         if outcome.failure is not None:
             reason = reason or outcome.failure.type
-        events.append(PastEvent(outcome.status, outcome.at, worker, reason, attempt=0 if run is None else run.attempt))
+        attempt = 0 if run is None else run.attempt
+        events.append(PastEvent(outcome.status, outcome.at, worker, reason, outcome.by, attempt))
     return [_entry(event) for event in events]
 
 
@@ -79,5 +84,5 @@ def _pushed(id_: str) -> list[PastEvent]:
 
 
 def _entry(event: PastEvent) -> HistoryEntry:
-    at = datetime.fromtimestamp(event.at / 1000, UTC)
+    at = datetime.fromtimestamp(event.at / 1000, UTC) if event.at else None
     return HistoryEntry(event.state, at, event.worker, event.reason, event.by, event.attempt)

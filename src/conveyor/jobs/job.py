@@ -244,7 +244,7 @@ class Job(Generic[R_co]):
         self._status(lookup)  # raises for a job that is not known
         where, row, record = lookup
         if row is None:
-            return ended_history(self._bare_id, record if where == "result" else b"")
+            return ended_history(self._bare_id, where, record)
         return live_history(str(self.queue), row, RecordDecoder(self._core.sealing, self._core.formats))
 
     def logs(self) -> list[LogLine]:

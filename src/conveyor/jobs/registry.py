@@ -47,6 +47,8 @@ UpcastMessage = Callable[[int, Any], Any]
 """From a version and a message of that version to the message as the next version has it."""
 
 SHORTEST_EXPIRY_MS = 10_000
+MOST_EVENTS = 1_000_000
+"""Events that a queue, or a partition, keeps at most."""
 
 
 class QueueRegistry:
@@ -332,6 +334,7 @@ class QueueRegistry:
         limits: Sequence[Rate | Concurrency] | None,
         ageing: Duration | None,
         expires: Duration | None,
+        events: int | None,
         version: int,
         upcast: UpcastMessage | None,
         format: FormatChoice | None,  # noqa: A002
@@ -342,23 +345,26 @@ class QueueRegistry:
         lease_ms = self.lease_ms if lease is None else positive_ms(lease, "lease")
         ageing_ms = 0 if ageing is None else positive_ms(ageing, "ageing")
         expires_ms = _expiry_ms(name, expires, partitions, limits)
+        if events is not None:
+            check_events_kept(name, events)
         asks, policy = requested_durability(durability), retry_policy(retry, max_attempts, max_crashes)
         options = {
             "kind": "queue", "type": type, "lease_ms": lease_ms, "retry": policy, "max_length": max_length,
             "full": full, "ageing": ageing_ms, "partitions": partitions, "version": version, "upcast": upcast, "durability": asks,
-            "format": format, "limits": _limit_list(name, limits), "expires": expires_ms,
+            "format": format, "limits": _limit_list(name, limits), "expires": expires_ms, "events": events,
         }  # fmt: skip
         if self._is_declared(name, options):
             return self.queues[name]
         queue = self._make_queue(
             name, type, partitions, lease_ms=lease_ms, retry=policy, max_length=max_length, full=full, limits=limits,
-            ageing_ms=ageing_ms, durability=asks, expires_ms=expires_ms, max_payload=self.max_whole, sealing=self.sealing,
+            ageing_ms=ageing_ms, durability=asks, expires_ms=expires_ms, events=events,
+            max_payload=self.max_whole, sealing=self.sealing,
             version=version, upcast=upcast,
             formats=self.formats.with_writer(format), middlewares=self._push_middlewares,
         )  # fmt: skip
         self._take_limits(queue)
         self.queues[name], self._declared[name] = queue, options
-        if expires_ms:
+        if expires_ms or (events is not None and name not in self.partitioned):
             self._keys[name] = queue.keys
         self._check_messages(name)
         if max_length is not None or asks is not None or name in self.partitioned or name in self.limited:
@@ -495,6 +501,14 @@ def _expiry_ms(name: str, expires: Duration | None, partitions: object, limits: 
             f"queue({name!r}): expires= and limits= exclude each other, since the limits would be forgotten with the queue."
         )
     return expires_ms
+
+
+def check_events_kept(name: str, events: object) -> None:
+    """Raise ConfigurationError for a number of events that a queue cannot keep."""
+    if not isinstance(events, int) or isinstance(events, bool) or not 0 <= events <= MOST_EVENTS:
+        raise ConfigurationError(
+            f"queue({name!r}): events= is how many events the queue keeps, 0 to {MOST_EVENTS:,}, not {events!r:.50}."
+        )
 
 
 def _limit_list(queue: str, limits: object) -> tuple[object, ...]:

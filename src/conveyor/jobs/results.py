@@ -33,6 +33,8 @@ WaitReply = tuple[str, bytes]
 
 CHECK_AGAIN = 5.0
 """Seconds after which a waiter asks again, in case its message was missed."""
+EVENTS = "e"
+"""What a listener of the events of a queue listens to. Its end is that of the subscription."""
 OUTAGE_LIMIT = 60.0
 """Seconds that Redis may be away while a caller waits without a time limit."""
 
@@ -173,7 +175,8 @@ class ResultSubscriber:
 
     def listen(self, keys: QueueKeys, id: str, what: str, wake: Callable[[], object]) -> Listener:  # noqa: A002
         """
-        Call *wake*, in the thread of the subscription, after each change of a job and at its end: "s" of its state, "p" new parts.
+        Call *wake*, in the thread of the subscription, after each change of a job and at its end: "s" of its state, "p" new parts;
+        or, of the queue whose prefix stands behind a tab in the place of the id, at new events, and when this is closed.
 
         The caller registers `watch_channel` in Redis, and asks again every few seconds.
         """
@@ -191,6 +194,11 @@ class ResultSubscriber:
             if not listeners:
                 self._listeners.pop(id, None)
             return not any(one.prefix == listener.prefix for one in listeners)
+
+    @property
+    def is_subscribed(self) -> bool:
+        """False before `subscribe`, and when this is closed."""
+        return self._thread is not None
 
     def subscribe(self) -> None:
         """Wait until the channel is subscribed; raises StoreUnavailable when that takes too long."""
@@ -289,8 +297,11 @@ class ResultSubscriber:
         """End the thread; waiters still ask every few seconds."""
         with self._lock:
             thread, self._thread = self._thread, None
+            readers = [one for several in self._listeners.values() for one in several if one.what == EVENTS]
         if thread is not None:
             thread.close()
+        for one in readers:
+            one.wake()
 
     def forked(self) -> None:
         """Start with an empty table in a forked child."""

@@ -62,11 +62,12 @@ class PartitionedQueue(Queue[T]):
         lease_ms: int,
         max_length: int | None = None,
         full: Full = "raise",
+        events: int | None = None,
         **options: Any,
     ) -> None:
         """Declare the queue, with the other *options* of one; nothing is sent. Raises ConfigurationError."""
         whole = None if max_length is None else MaxLength(whole_number("max_length", max_length, 1), checked_full(full))
-        self.partitions = Partitions(client, queue_name(name), partitions, whole)
+        self.partitions = Partitions(client, queue_name(name), partitions, whole, events)
         self.parts: tuple[Queue[T], ...] = tuple(
             PartitionQueue(
                 client, keys, type, lease_ms=lease_ms, max_length=self.partitions.max_length, full=full, **options

@@ -90,11 +90,19 @@ class Partitions:
     of each partition (None: no limit), an equal share of the queue's.
     """
 
-    def __init__(self, client: Client, name: str, number: int, max_length: MaxLength | None = None) -> None:
+    def __init__(
+        self,
+        client: Client,
+        name: str,
+        number: int,
+        max_length: MaxLength | None = None,
+        events_kept: int | None = None,
+    ) -> None:
         self.client, self.name, self.count = client, name, checked_count(number)
         self.max_length = _max_length_share(max_length, number)
         self.keys = tuple(
-            QueueKeys(client.namespace, ids.partition(name, one), partitions=number) for one in range(number)
+            QueueKeys(client.namespace, ids.partition(name, one), partitions=number, events_kept=events_kept)
+            for one in range(number)
         )
         self.queue_keys = client.keys(name)
         self._turns = count(randrange(number))  # noqa: S311

@@ -176,6 +176,7 @@ class Queue(MessageSource[T]):
         ageing_ms: int = 0,
         durability: Durability | None = None,
         expires_ms: int = 0,
+        events: int | None = None,
         max_payload: int = MAX_PAYLOAD,
         sealing: PayloadPipeline | None = None,
         version: int = 1,
@@ -187,6 +188,7 @@ class Queue(MessageSource[T]):
         self.name = self._checked_name(name)
         self.client = client
         self.expires_ms = expires_ms
+        self.events_kept = events
         self.keys = self._keys()
         self.codec: FormatCodec[T] = codec_for(
             type, formats=formats, max_payload=max_payload, what=f"A message of queue '{name}'"
@@ -223,7 +225,7 @@ class Queue(MessageSource[T]):
         return ids.queue_name(name)
 
     def _keys(self) -> QueueKeys:
-        return QueueKeys(self.client.namespace, self.name, expires=self.expires_ms)
+        return QueueKeys(self.client.namespace, self.name, expires=self.expires_ms, events_kept=self.events_kept)
 
     def _make_publisher(self) -> Publisher[T]:
         target = self.client.redis_target(self.durability)

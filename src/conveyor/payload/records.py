@@ -128,6 +128,8 @@ class Outcome(msgspec.Struct, omit_defaults=True):
     run: RunRecord | None = None
     progress: msgspec.Raw = msgspec.Raw(b"")
     notes: msgspec.Raw = msgspec.Raw(b"")
+    by: str = ""
+    """Who asked for a cancellation."""
 
 
 Life = Literal["done", "start", "time"]

@@ -47,18 +47,21 @@ class QueueKeys:
             hash tag of its own lends it to the other keys.
         partitions: the number of partitions that this program declares for the queue. Scripts refuse any other.
         expires: the ms after which the queue goes when nobody uses it, as this program declares it; 0: it stays.
+        events_kept: the number of events that the queue keeps, as this program declares it; 0: none, None: not said.
     """
 
     __slots__ = (
-        "conf", "dead", "due", "expires", "foreign", "intake", "jobs", "none", "outbox", "partitions", "prefix", "queue",
-        "ready", "recent", "room", "state", "upkeep", "waiters", "wake", "workers",
+        "conf", "dead", "due", "events", "events_kept", "expires", "foreign", "intake", "jobs", "none", "outbox", "partitions",
+        "prefix", "queue", "ready", "recent", "room", "state", "upkeep", "waiters", "wake", "workers",
     )  # fmt: skip
 
     def __init__(
-        self, namespace: str, queue: str, *, foreign: str | None = None, partitions: int = 1, expires: int = 0
-    ) -> None:
+        self, namespace: str, queue: str, *, foreign: str | None = None, partitions: int = 1, expires: int = 0,
+        events_kept: int | None = None,
+    ) -> None:  # fmt: skip
         self.queue = queue
         self.expires = expires
+        self.events_kept = events_kept
         self.partitions = partitions
         self.foreign = foreign
         self.prefix = prefix = f"{namespace}:{{{queue}}}:" if foreign is None else _foreign_prefix(namespace, foreign)
@@ -75,10 +78,16 @@ class QueueKeys:
         self.outbox = prefix + "outbox"
         self.upkeep = prefix + "upkeep"
         self.room = prefix + "room"
+        self.events = prefix + "events"
         # Never exists. A script that touches keys which its call does not name, names this one besides: while the slot moves to
         # another node of a cluster, the server then refuses the whole call (TRYAGAIN), and not a command amid the script.
         self.none = prefix + "none"
         self.ready = tuple(f"{prefix}ready:{priority}" for priority in range(PRIORITIES))
+
+    @property
+    def event_readers(self) -> str:
+        """The key of the sorted set of the channels of processes that read the events."""
+        return self.prefix + "event-readers"
 
     @property
     def schedules(self) -> str:

@@ -14,6 +14,7 @@ from hashlib import blake2b, sha1
 from math import inf
 from typing import Any, Literal, NamedTuple, NoReturn
 
+from conveyor.actor import current_actor
 from conveyor.errors import ConfigurationError, Duplicate, QueueFull
 from conveyor.ids import may_arrive_later, public
 from conveyor.payload.records import JobKey, to_json, write_attributes, write_envelope
@@ -46,7 +47,7 @@ SMISMEMBER, ZADD, ZREM, ZRANGE, ZCARD = (
     Script("ZRANGE"),
     Script("ZCARD"),
 )
-SET_EXPIRY, PTTL = Script("set_expiry"), Script("PTTL")
+DECLARE_QUEUE, PTTL = Script("declare_queue"), Script("PTTL")
 
 LANE_MS = 7_200_000
 """Milliseconds for which the scripts keep number and reply of the last push of a sequence (key `lane:`)."""
@@ -168,9 +169,10 @@ def are_known(known: str, *queues: str) -> Call[list[bool]]:
     return Command(SMISMEMBER, (known,), queues, lambda reply: [one == 1 for one in reply])
 
 
-def set_expiry(keys: QueueKeys) -> Call[bool]:
-    """Return the call that records after which time the queue goes when nobody uses it."""
-    return Call(SET_EXPIRY, (keys.conf, keys.none), (str(keys.expires),), bool)
+def declare_queue(keys: QueueKeys) -> Call[bool]:
+    """Return the call that records after which time the queue goes when nobody uses it, and how many events it keeps."""
+    events = "" if keys.events_kept is None else str(keys.events_kept)
+    return Call(DECLARE_QUEUE, (keys.conf, keys.none), (str(keys.expires), events), bool)
 
 
 def look_at(expiring: str, times: Mapping[str, int]) -> Call[int]:
@@ -764,7 +766,7 @@ def cancel_some(keys: QueueKeys, walk: Walk, *, delete: bool = False) -> Call[Ca
     names = (
         keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.conf, keys.waiters, keys.none, keys.wake,
     )  # fmt: skip
-    return Call(CANCEL, names, ("delete" if delete else "cancel", *walk.arguments()), _read_cancelled)
+    return Call(CANCEL, names, ("delete" if delete else "cancel", current_actor(), *walk.arguments()), _read_cancelled)
 
 
 def _read_cancelled(reply: list[Any]) -> Cancelled:
@@ -791,7 +793,7 @@ def redrive(keys: QueueKeys, *, limit: int = UNLIMITED, ids: Sequence[str] = ())
 def redrive_some(keys: QueueKeys, walk: Walk) -> Call[Redriven]:
     """Return the call that puts back the dead letters that one step of *walk* finds."""
     names = (keys.dead, keys.jobs, keys.state, keys.wake, *keys.ready, keys.none, keys.conf)
-    return Call(REDRIVE, names, walk.arguments(), _read_redriven)
+    return Call(REDRIVE, names, (current_actor(), *walk.arguments()), _read_redriven)
 
 
 def _read_redriven(reply: list[Any]) -> Redriven:
@@ -816,7 +818,8 @@ def promote(keys: QueueKeys, id: str) -> Call[bool]:  # noqa: A002
 def promote_some(keys: QueueKeys, walk: Walk) -> Call[Promoted]:
     """Return the call that makes the scheduled jobs ready that one step of *walk* finds."""
     names = (keys.due, keys.jobs, keys.wake, *keys.ready, keys.conf, keys.none)
-    return Call(PROMOTE, names, walk.arguments(), lambda reply: Promoted(read_step(reply), _read_ids(reply[5:])))
+    args = (current_actor(), *walk.arguments())
+    return Call(PROMOTE, names, args, lambda reply: Promoted(read_step(reply), _read_ids(reply[5:])))
 
 
 UpdateAnswer = Literal[1, 0, -1]
@@ -835,7 +838,8 @@ def update(
     names = (keys.jobs, keys.due, keys.wake, *keys.ready, keys.conf, keys.none, keys.workers, keys.dead)
     digest = sha1(envelope, usedforsecurity=False).hexdigest()
     times = ("" if one is None else str(one) for one in (delay_ms, due_at_ms))
-    return Call(UPDATE, names, (id, digest, *times, str(priority), attributes, rest), int)  # type: ignore[arg-type]
+    args = (id, digest, *times, str(priority), attributes, rest, current_actor())
+    return Call(UPDATE, names, args, int)  # type: ignore[arg-type]
 
 
 def purge(keys: QueueKeys, place: str, limit: int) -> Call[tuple[int, int]]:
@@ -843,7 +847,7 @@ def purge(keys: QueueKeys, place: str, limit: int) -> Call[tuple[int, int]]:
     names = (
         keys.jobs, keys.state, keys.due, keys.dead, keys.conf, keys.waiters, *keys.ready, keys.none, keys.wake,
     )  # fmt: skip
-    return Call(PURGE, names, (place, str(limit)), lambda reply: (int(reply[0]), int(reply[1])))
+    return Call(PURGE, names, (place, str(limit), current_actor()), lambda reply: (int(reply[0]), int(reply[1])))
 
 
 class Remains(NamedTuple):

@@ -77,9 +77,9 @@ class QueueIndex:
             self._told_changes = changes
         expiring = {keys.queue: keys.expires for keys in queues if keys.expires}
         for keys in queues:
-            if keys.expires:
+            if keys.expires or keys.events_kept is not None:
                 # Before its name: a deletion that comes in between looks for the settings when it has removed the name.
-                yield operations.set_expiry(keys)
+                yield operations.declare_queue(keys)
         names = [keys.queue for keys in queues]
         if names:
             marks = (SOME_EXPIRE,) if expiring else ()

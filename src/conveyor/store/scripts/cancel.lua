@@ -1,8 +1,8 @@
 -- Cancel or delete jobs, wherever they are. For a leased job its worker is asked. One step of a walk.
--- needs: numbers keys tokens listed envelope tags unique outcome rights limits groups kept_result ended_mark leased leased_order heads walk room expiry
+-- needs: numbers keys tokens listed envelope tags unique events outcome rights limits groups kept_result ended_mark leased leased_order heads walk room expiry
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7 waiters  8 none  9 wake
--- ARGV  1 "cancel" leaves a record, "delete" leaves nothing and takes dead letters too  2… as in lib/walk.lua
+-- ARGV  1 "cancel" leaves a record, "delete" leaves nothing and takes dead letters too  2 who asks  3… as in lib/walk.lua
 -- returns {now_ms, 1 at the end, cursor, looked at, ids that may be chosen, (id, code)…}
 --         code  1 gone · 2 asked of the worker that holds it, which has not answered · 3 asked, and it runs
 --         4 gone: its worker was asked before it had started it · 0 it has ended · -1 leased (delete only)
@@ -11,7 +11,7 @@ local jobs, cancels = KEYS[1], ARGV[1] == 'cancel'
 local queue, untagged = {
   prefix = string.sub(jobs, 1, -5), jobs = jobs, state = KEYS[2], waiters = KEYS[7], due = KEYS[3], conf = KEYS[6],
 }, {}
-local walk, workers, line, expires, reruns = walk_jobs(queue.prefix, 2, false, 8), nil, nil, nil, false
+local walk, workers, line, expires, reruns = walk_jobs(queue.prefix, 3, false, 8), nil, nil, nil, false
 
 -- Tell whether a job is in a group. The first that is costs the proof of what leaving a group needs.
 local function is_grouped(found)
@@ -21,6 +21,11 @@ local function is_grouped(found)
     prove_groups(queue.prefix .. 'none')
   end
   return group
+end
+
+local function note_cancelled(id, envelope)
+  if not events then return end
+  note_event('cancelled', id, envelope, attempt_in(redis.call('HGET', queue.state, id)), 'why', cancels and '' or 'deleted', 'by', ARGV[2])
 end
 
 local function cancel_job(id)
@@ -36,8 +41,9 @@ local function cancel_job(id)
 
   if not workers then
     check('HLEN', queue.state, queue.waiters)
-    local conf = redis.call('HMGET', KEYS[6], 'line', 'expires')
+    local conf = redis.call('HMGET', KEYS[6], 'line', 'expires', 'events')
     line, expires = conf[1], conf[2]
+    begin_events(conf[3])
     workers = redis.call('ZRANGE', KEYS[5], 0, -1)
     prove(queue.prefix .. 'none', 'HDEL', 'ZREM', 'HEXISTS', 'HSET', 'HINCRBY', 'SET', 'GET', 'DEL', 'PEXPIRE')
   end
@@ -49,10 +55,11 @@ local function cancel_job(id)
     reruns = true
   end
   local keep, record = 0, '{"status":"cancelled"}'
-  if cancels then keep, record = 600000, cancelled_record(clock()) end
+  if cancels then keep, record = 600000, cancelled_record(clock(), nil, ARGV[2]) end
 
   if follows then redis.call('HDEL', queue.prefix .. 'reruns', found.after) end
   if follows or redis.call('ZREM', KEYS[3], id) == 1 or (buried and redis.call('ZREM', KEYS[4], id) == 1) then
+    note_cancelled(id, envelope)
     redis.call('HDEL', jobs, id)
     list_tags(untagged, found.tags, id)
     finish(queue, id, keep, record, found)
@@ -69,7 +76,7 @@ local function cancel_job(id)
       if at and listed(string.sub(asked, at + #id), '\n', id) then return 3 end
       if not at then
         redis.call('HDEL', leased, '\t')
-        redis.call('HSET', leased, '\tcancel', asked and asked .. '\n' .. id or id)
+        redis.call('HSET', leased, '\tcancel', (asked and asked .. '\n' .. id or id) .. (ARGV[2] ~= '' and '\n\t' .. id .. '\t' .. ARGV[2] or ''))
         local token = queue.prefix .. 'wake:' .. worker
         if redis.pcall('EXISTS', token) ~= 1 then redis.pcall('RPUSH', token, '1') end
         redis.pcall('PEXPIRE', token, 60000)
@@ -79,6 +86,7 @@ local function cancel_job(id)
   end
   -- Its entry stands in a ready list, which is never searched. A stub stays for the turn that reaches the entry. The first
   -- write is a removal, so that a full Redis takes the stub too.
+  note_cancelled(id, envelope)
   redis.call('HDEL', queue.state, id)
   redis.call('HSET', jobs, id, 'x' .. string.match(envelope, '^[^\n]*') .. '\n')
   redis.call('HINCRBY', KEYS[6], 'stubs', 1)
@@ -100,8 +108,8 @@ for _, job in ipairs(walk.found) do
   gone[job.id] = code == 1
   codes[#codes + 1], codes[#codes + 2] = job.id, code
 end
-if ARGV[2] == 'tag' then
-  for _, id in ipairs(walk.lost) do list_tags(untagged, {ARGV[5]}, id) end
+if ARGV[3] == 'tag' then
+  for _, id in ipairs(walk.lost) do list_tags(untagged, {ARGV[6]}, id) end
 end
 change_tags('ZREM', queue.prefix, untagged)
 if queue.limits then
@@ -111,6 +119,7 @@ if queue.limits then
 end
 if line then call_next(queue.prefix) end
 if expires then pcall(function() renew_expiry(queue.prefix, clock()) end) end
+write_events(queue.prefix)
 local reply = reply_of(walk, gone)
 for _, one in ipairs(codes) do reply[#reply + 1] = one end
 return reply

@@ -1,9 +1,9 @@
 -- Remove jobs that wait, from the front, in one bounded batch. Jobs that arrive after a purge began survive it.
--- needs: numbers keys tokens envelope tags unique outcome rights limits groups room expiry
+-- needs: numbers keys tokens envelope tags unique events outcome rights limits groups room expiry
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 conf  6 waiters  7-16 ready:0 … ready:9  17 none
 --       18 wake
--- ARGV  1 "ready", "due", "dead", or "rerun": those that are to run after others  2 how many at most (at most 1,000)
+-- ARGV  1 "ready", "due", "dead", or "rerun": those that are to run after others  2 how many at most (at most 1,000)  3 who asks
 -- returns {entries taken, jobs removed}
 local jobs, limit = KEYS[1], math.min(tonumber(ARGV[2]), 1000)
 if limit < 1 then return {0, 0} end
@@ -12,12 +12,13 @@ local queue = {prefix = prefix, jobs = jobs, due = KEYS[3], conf = KEYS[5]}
 begin_groups(queue)
 local ids, groups = {}, {} -- the group of each id that was taken from one
 check('HLEN', KEYS[2], KEYS[6])
-local conf = redis.call('HMGET', KEYS[5], 'line', 'expires')
+local conf = redis.call('HMGET', KEYS[5], 'line', 'expires', 'events')
+begin_events(conf[3])
 local line = conf[1]
 check('LLEN', unpack(KEYS, 7, 16))
 local reruns = prefix .. 'reruns'
 check('HLEN', reruns)
-local record = cancelled_record(now, 'purged')
+local record = cancelled_record(now, 'purged', ARGV[3])
 redis.call('HDEL', jobs, '\t')
 prove(prefix .. 'none', 'LPOP', 'ZREM', 'HMGET', 'HINCRBY', 'GET', 'DEL', 'PEXPIRE', 'HGET', 'HSET', 'SET', 'RPUSH', 'ZADD')
 local grouped = redis.call('HGET', KEYS[5], 'waiting')
@@ -97,6 +98,7 @@ for i, id in ipairs(ids) do
     if groups[i] and string.byte(groups[i]) ~= 112 then queue.counters.waiting_stubs = queue.counters.waiting_stubs - 1 end
   elseif envelopes[i] then
     removed = removed + 1
+    if events then note_event('cancelled', id, envelopes[i], attempt_in(redis.call('HGET', KEYS[2], id)), 'why', 'purged', 'by', ARGV[3]) end
     list_tags(untagged, found and found.tags, id)
     if found then release(prefix, id, found) end
   end
@@ -119,4 +121,5 @@ if grouped then
 end
 if line then call_next(prefix) end
 if conf[2] then pcall(function() renew_expiry(prefix, now) end) end
+write_events(prefix)
 return {#ids - #alarms, removed}

@@ -1,6 +1,6 @@
 -- Accept plain messages, all of them or none: messages that need an envelope and an entry and no more. This script needs no
 -- part but one and repeats a few lines of push.lua and its parts, because it is called most: it takes 14 µs in Redis instead of 33.
--- needs: expiry
+-- needs: events expiry
 --
 -- KEYS  1 lane:<producer>  2 jobs  3 ready:0  4 wake  5 conf  6 dead
 -- ARGV  1 number of this push in its sequence  2 maximum length (0: none)  3 partitions of the queue (1: none)
@@ -8,7 +8,7 @@
 -- returns as push.lua: "<number>\nok", "<number>\nok\n\t", "<number>\nfull\n<length>\n<maximum>", "<number>\nschema\n<found>",
 --         "<number>\npartitions\n<found>", "<number>\nlate"
 local number = ARGV[1]
-local conf = redis.call('HMGET', KEYS[5], 'schema', 'max_length', 'stubs', 'partitions', 'line', 'bound', 'expires')
+local conf = redis.call('HMGET', KEYS[5], 'schema', 'max_length', 'stubs', 'partitions', 'line', 'bound', 'expires', 'events')
 if (conf[1] or '1') ~= '1' and conf[1] ~= '2' then return number .. '\nschema\n' .. conf[1] end
 local function repeated()
   local seen = redis.call('GET', KEYS[1])
@@ -82,5 +82,10 @@ if ARGV[2] ~= '0' and ARGV[2] ~= conf[6] then redis.call('HSET', KEYS[5], 'bound
 if redis.pcall('EXISTS', KEYS[4]) ~= 1 then
   redis.pcall('RPUSH', KEYS[4], '1')
   redis.pcall('PEXPIRE', KEYS[4], '3600000')
+end
+if conf[8] then
+  begin_events(conf[8])
+  for i = 4, last_argument, 2 do note_event('enqueued', ARGV[i], ARGV[i + 1], '1') end
+  write_events(string.sub(KEYS[5], 1, -5))
 end
 return reply

@@ -1,5 +1,5 @@
 -- Remove a worker's registration and return the jobs that it held to the front, so that the oldest is leased first.
--- needs: numbers keys listed tokens envelope tags unique outcome leased_order rights changes limits paused_tasks groups serving room expiry
+-- needs: numbers keys listed tokens envelope tags unique events outcome leased_order rights changes limits paused_tasks groups worker_name serving room expiry
 --
 -- KEYS  1 leased:<worker>  2 workers  3 jobs  4 state  5 wake  6 waiters  7-16 ready:0 … ready:9  17 none
 --       18 due  19 conf
@@ -25,7 +25,7 @@ local states = #ids > 0 and redis.call('HMGET', state, unpack(ids)) or {}
 local queue = {
   prefix = string.sub(jobs, 1, -5), jobs = jobs, state = state, waiters = KEYS[6], due = KEYS[18], conf = KEYS[19],
 }
-local conf = redis.call('HMGET', queue.conf, 'paused_tasks', 'expires')
+local conf = redis.call('HMGET', queue.conf, 'paused_tasks', 'expires', 'events')
 queue.tasks = read_paused(conf[1])
 local lists, groups, grouped = {}, {}, {}
 check('HLEN', KEYS[6])
@@ -45,7 +45,6 @@ for i, id in ipairs(ids) do
 end
 if #grouped > 0 then begin_groups(queue) end
 local now = clock()
-local record = cancelled_record(now)
 local name = name_of(known[4] or '') or ARGV[1]
 local died = int(now - number_in(ARGV[7] or '0'))
 local crash = string.format(',"at":%s,"type":"crashed","message":%s,"worker":%s}', died, cjson.encode(ARGV[6] or ''), cjson.encode(name))
@@ -56,7 +55,8 @@ redis.call('DEL', leased)
 note_seen(queue.prefix .. 'conf', known[4] or '', now)
 local function set_of(text)
   local found = {}
-  for id in string.gmatch(text or '', '[^\n]+') do found[id] = true end
+  for id in string.gmatch(text or '', '[^\n]+') do found[id] = found[id] or '' end
+  for id, by in string.gmatch(text or '', '\t([^\t\n]+)\t([^\n]*)') do found[id] = by end
   return found
 end
 local asked, blamed, near = set_of(known[3]), set_of(ARGV[4]), set_of(ARGV[5])
@@ -79,17 +79,20 @@ if ARGV[3] ~= 'leave' and #ids > 0 then
   redis.pcall('EXPIRE', queue.prefix .. 'stats:total', 2678400)
 end
 
+begin_events(conf[3])
 local returned, untagged = 0, {}
 for i = #ids, 1, -1 do
   local id = ids[i]
   if not envelopes[i] then
     redis.call('HDEL', state, id)
   elseif asked[id] then
+    if events then note_event('cancelled', id, envelopes[i], attempt_in(states[i]), 'w', name, 'by', asked[id]) end
     local found = marks(envelopes[i]) or {}
     redis.call('HDEL', jobs, id)
     list_tags(untagged, found.tags, id)
-    finish(queue, id, 600000, record, found)
+    finish(queue, id, 600000, cancelled_record(now, nil, asked[id]), found)
   else
+    if events then note_event('returned', id, envelopes[i], attempt_in(states[i]), 'w', name, 'why', ARGV[3] == 'leave' and 'handed back' or 'crashed') end
     charge(id, states[i])
     if groups[i] then join_group(queue, groups[i][1], groups[i][2], id, true)
     else redis.call('LPUSH', lists[i], id) end
@@ -106,4 +109,5 @@ if returned > 0 or queue.moved then wake(KEYS[5]) end
 if redis.call('HLEN', queue.waiters) > 0 then announce_changes(queue.waiters, ids, 's') end
 if line then call_next(queue.prefix) end
 if conf[2] then pcall(function() renew_expiry(queue.prefix, now) end) end
+write_events(queue.prefix)
 return returned

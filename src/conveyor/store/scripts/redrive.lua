@@ -1,12 +1,12 @@
 -- Put dead letters back, with all their attempts again. Their state keeps what happened before. One step of a walk.
--- needs: numbers keys tokens envelope key_holder rights limits groups leased leased_order heads walk
+-- needs: numbers keys tokens envelope events history key_holder rights limits groups leased leased_order heads walk
 --
 -- KEYS  1 dead  2 jobs  3 state  4 wake  5-14 ready:0 … ready:9  15 none  16 conf
--- ARGV  1… as in lib/walk.lua; of those that it finds the dead ones
+-- ARGV  1 who asks  2… as in lib/walk.lua; of those that it finds the dead ones
 -- returns {now_ms, 1 at the end, cursor, looked at, ids that may be chosen, ids put back, (id holder)…}
 --         holder: the job that holds the unique key of a dead letter now, which therefore stays dead
 local prefix, moved, kept, claimed, gone = string.sub(KEYS[2], 1, -5), {}, {}, {}, {}
-local walk = walk_jobs(prefix, 1, false, 5)
+local walk = walk_jobs(prefix, 2, false, 5)
 local function answer()
   local reply = reply_of(walk, gone)
   reply[6], reply[7] = moved, kept
@@ -17,7 +17,7 @@ for _, job in ipairs(walk.found) do
   if job.place == 'dead' or redis.call('ZSCORE', KEYS[1], job.id) then found_ids[#found_ids + 1] = job.id end
 end
 -- An entry without an envelope, which the server has lost, is removed.
-if ARGV[1] == 'dead' then
+if ARGV[2] == 'dead' then
   for _, id in ipairs(walk.lost) do found_ids[#found_ids + 1] = id end
 end
 if #found_ids == 0 then return answer() end
@@ -50,7 +50,8 @@ for i, envelope in ipairs(redis.call('HMGET', KEYS[2], unpack(found_ids))) do
 end
 if #ids == 0 then return answer() end
 local states = redis.call('HMGET', KEYS[3], unpack(ids))
-local event = ' \th{"state":"redriven","at":' .. int(clock()) .. '}'
+local event = past_event('redriven', walk.now, ARGV[1])
+begin_events(redis.call('HGET', KEYS[16], 'events'))
 prove(prefix .. 'none', 'ZREM', 'HSET', 'SET', 'RPUSH')
 if grouped then
   begin_groups(queue)
@@ -63,7 +64,8 @@ for i, id in ipairs(ids) do
   if envelopes[i] then
     local found = marks(envelopes[i])
     local starts, about, errors = string.match(states[i] or '', '^(%d+) %d+ %d+w?([^\n]*)(.*)$')
-    redis.call('HSET', KEYS[3], id, (starts or '0') .. ' 0 0' .. (about or '') .. event .. (errors or ''))
+    redis.call('HSET', KEYS[3], id, with_event((starts or '0') .. ' 0 0' .. (about or '') .. (errors or ''), event))
+    if events then note_event('redriven', id, envelopes[i], attempt_in(states[i]), 'by', ARGV[1]) end
     -- The job lives again, so its own id is taken until a day after it ends, and its unique key until it ends.
     if found and found.own then redis.call('SET', prefix .. 'unique:i:' .. id, id) end
     for _, key in ipairs(found and found.keys or {}) do
@@ -76,4 +78,5 @@ for i, id in ipairs(ids) do
 end
 if grouped then write_counters(queue) end
 if #moved > 0 then wake(KEYS[4]) end
+write_events(prefix)
 return answer()

@@ -1,5 +1,5 @@
 -- Register a worker under an identity that was never used before. Repeating it changes nothing.
--- needs: numbers keys look rights listed serving expiry
+-- needs: numbers keys look rights listed worker_name serving expiry
 --
 -- KEYS  1 leased:<worker>  2 workers  3 conf  4 none
 --       then, to register only where there is work: 5 due  6 dead  7-16 ready:0 … ready:9, and the list and intake of a plain list

@@ -1,5 +1,5 @@
 -- A worker's whole round trip: settle what it has finished, then lease up to N more jobs to it.
--- needs: numbers keys listed tokens envelope tags unique released outcome leased_order ended results rights changes parts limits paused_tasks groups settle promote lease rotation ageing upkeep room expiry
+-- needs: numbers keys listed tokens envelope tags unique released worker_name events outcome leased leased_order ended results rights changes parts limits paused_tasks groups settle promote lease rotation ageing upkeep room expiry
 --
 -- KEYS  1 jobs  2 state  3 leased:<worker>  4 workers  5 due  6 wake  7 conf  8 dead  9 recent  10 waiters
 --       11-20 ready:0 … ready:9  21 none
@@ -45,7 +45,7 @@ local last = tonumber(about[1])
 -- A worker that has left only gets its last reply again: its hash expires, and new leases would expire with it.
 if not last or (about[3] and number ~= last) then return {0} end
 if number < last then return {-1} end
-local conf = redis.call('HMGET', queue.conf, 'paused', 'line', 'waiting', 'paused_tasks', 'expires')
+local conf = redis.call('HMGET', queue.conf, 'paused', 'line', 'waiting', 'paused_tasks', 'expires', 'events')
 -- A queue that never had a job with a group or a limit costs no command for them.
 local paused, line, grouped = conf[1] == '1', conf[2], conf[3]
 
@@ -139,6 +139,11 @@ end
 if not keeps then redis.call('ZADD', workers, now + lease_ms, worker)
 elseif kinds.R or kinds.X or releases then prove(KEYS[21], 'ZADD') end
 redis.call('HSET', leased, '\tturn', number)
+if conf[6] then
+  begin_events(conf[6])
+  queue.asked, queue.worker = about[2], name_of(redis.call('HGET', leased, '\tabout') or '') or worker
+  note_done(queue, leased, done, now, queue.worker)
+end
 if #done > 0 then settle_done(queue, leased, done, results, stateful, awaited) end
 if released_count > 0 then release_done(queue.prefix, queue.untagged, lost, released_at + 1, released_count) end
 for _, i in ipairs(others) do
@@ -178,6 +183,7 @@ if taken > 0 then
   if unusual then release_started(queue.prefix, ids, envelopes, taken) end
   if redis.call('EXISTS', queue.state) == 1 then states = redis.call('HMGET', queue.state, unpack(ids)) end
 end
+for i = 1, events and taken or 0 do note_event('started', ids[i], envelopes[i], attempt_in(states[i]), 'w', queue.worker) end
 local held = redis.call('HLEN', leased) - 3 - (cancelled[1] and 1 or 0)
 local leaves = held == 0 and string.find(flags, 't', 1, true)
 
@@ -208,6 +214,7 @@ end
 if line then call_next(queue.prefix) end
 change_tags('ZREM', queue.prefix, queue.untagged)
 if conf[5] then pcall(function() renew_expiry(queue.prefix, now) end) end
+write_events(queue.prefix)
 if queue.changed then
   for i = 1, taken do queue.changed[#queue.changed + 1] = ids[i] end
   announce_changes(queue.waiters, queue.changed, 's')

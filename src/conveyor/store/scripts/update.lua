@@ -1,9 +1,9 @@
 -- Change a job that waits: when it is due, its priority, and its arguments with the group and the limits that follow from them.
--- needs: numbers keys tokens envelope rights changes limits groups
+-- needs: numbers keys tokens envelope events history rights changes limits groups
 --
 -- KEYS  1 jobs  2 due  3 wake  4-13 ready:0 … ready:9  14 conf  15 none  16 workers  17 dead
 -- ARGV  1 id  2 SHA-1 of its envelope, as the caller has read it  3 delay_ms  4 due_at_ms   "" both: when it is due stays
---       5 priority  6 attributes  7 the envelope behind its first line
+--       5 priority  6 attributes  7 the envelope behind its first line  8 who asks
 -- returns 1 changed · 0 it does not wait, or not any more · -1 its envelope is another by now; with 0 and -1 nothing is changed
 local id, jobs, due, none, now = ARGV[1], KEYS[1], KEYS[2], KEYS[15], clock()
 local queue = {prefix = string.sub(jobs, 1, -5), jobs = jobs, due = due, conf = KEYS[14]}
@@ -35,13 +35,18 @@ if priority > 0 then head = 'p' .. priority .. ' ' .. head end
 head = string.gsub(string.gsub(head, '  +', ' '), '^ *(.-) *$', '%1')
 
 check('LLEN', unpack(KEYS, 4, 13))
-check('HLEN', queue.conf, prefix .. 'waits', prefix .. 'slots', prefix .. 'waiters')
+check('HLEN', queue.conf, prefix .. 'waits', prefix .. 'slots', prefix .. 'waiters', prefix .. 'state')
 if group then check('LLEN', prefix .. 'group:' .. priority .. ':' .. group) end
 begin_groups(queue)
 prove(none, 'HSET', 'LREM', 'ZADD')
 prove_groups(none)
 prove(none, 'SREM')
 redis.call('HSET', jobs, id, head .. ARGV[6] .. ARGV[7])
+local state = redis.call('HGET', prefix .. 'state', id)
+redis.call('HSET', prefix .. 'state', id, with_event(state, past_event('updated', now, ARGV[8])))
+begin_events(redis.call('HGET', queue.conf, 'events'))
+if events then note_event('updated', id, envelope, attempt_in(state), 'at', later and int(instant) or '', 'by', ARGV[8]) end
+write_events(prefix)
 
 -- Remove the job from the list of its group. Its ticket leaves with the last one.
 local function leave_group(name)

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Hashable
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -99,9 +100,9 @@ async def in_thread(function: Callable[[], T]) -> T:
     """
     Return what a blocking *function* returns.
 
-    It runs in a thread of its own, because the loop's pool may be full of a user's work.
+    It runs in a thread of its own, because the loop's pool may be full of a user's work, and in the context of the caller.
     """
-    loop = asyncio.get_running_loop()
+    loop, context = asyncio.get_running_loop(), copy_context()
     future: asyncio.Future[T] = loop.create_future()
 
     def tell(value: T | None, error: BaseException | None) -> None:
@@ -114,7 +115,7 @@ async def in_thread(function: Callable[[], T]) -> T:
     def work() -> None:
         value, failed = None, None
         try:
-            value = function()
+            value = context.run(function)
         except Exception as error:
             failed = error
         try:

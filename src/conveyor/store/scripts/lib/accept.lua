@@ -5,7 +5,7 @@
 -- returns     the reply of a push that is refused; or nil, and the function that stores everything and returns the reply
 local function prepare_push(KEYS, ARGV)
   local jobs, due, conf, dead = KEYS[2], KEYS[3], KEYS[5], KEYS[6]
-  local conf_now = redis.call('HMGET', conf, 'max_length', 'schema', 'stubs', 'partitions', 'line', 'bound', 'expires')
+  local conf_now = redis.call('HMGET', conf, 'max_length', 'schema', 'stubs', 'partitions', 'line', 'bound', 'expires', 'events')
   if (conf_now[2] or '1') ~= '1' and conf_now[2] ~= '2' then return ARGV[1] .. '\nschema\n' .. conf_now[2] end
   if (conf_now[4] or '1') ~= ARGV[3] then return ARGV[1] .. '\npartitions\n' .. (conf_now[4] or '') end
   -- "?" leaves the maximum to what producers have declared, "!" to nobody.
@@ -123,6 +123,7 @@ local function prepare_push(KEYS, ARGV)
   if conf_now[7] then prove(none, 'PTTL', 'PERSIST') end
   if drops then prove(none, 'LTRIM', 'ZREM', 'HGET', 'HINCRBY', 'PEXPIRE', 'GET', 'DEL', 'RPUSH') end
   return nil, function()
+    begin_events(conf_now[8])
     if conf_now[7] then renew_expiry(prefix, 0, true) end
     if drops then drop(KEYS, prefix, drops) end
     if conf_now[2] ~= '2' then redis.call('HSET', conf, 'schema', '2') end
@@ -139,6 +140,7 @@ local function prepare_push(KEYS, ARGV)
       local entries = {}
       for i = 0, count - 1 do entries[i + 1] = ARGV[first + 2 * i] end
       in_chunks('HSET', jobs, ARGV, first, first + 2 * count - 1)
+      for i = first, events and first + 2 * count - 1 or 0, 2 do note_event('enqueued', ARGV[i], ARGV[i + 1], '1') end
       for from = 1, count, 7000 do append(KEYS[7], entries, from, math.min(from + 6999, count)) end
       takeable = true
     end
@@ -155,6 +157,7 @@ local function prepare_push(KEYS, ARGV)
       end
       if behind then text = text .. '\ta' .. behind end
       redis.call('HSET', jobs, id, line .. text .. ARGV[i + 2])
+      if events then note_event('enqueued', id, ARGV[i + 2], '1', 'at', instant and instant > now and int(instant) or '') end
       if behind then
         redis.call('HSET', prefix .. 'reruns', behind, id)
       elseif instant and instant > now then
@@ -189,8 +192,9 @@ local function prepare_push(KEYS, ARGV)
         for i = at + 2, at + 2 + 10 * (count - 1), 10 do
           local answer = answers[i]
           if not answer or answer.behind then special(i, now, answer and answer.behind)
-          elseif answer[1] ~= 'kept' and rewrite(push, answer[2], ARGV[i + 2], ARGV[i + 3], ARGV[i + 5], answer.key, now) then
-            takeable = true
+          elseif answer[1] ~= 'kept' then
+            if rewrite(push, answer[2], ARGV[i + 2], ARGV[i + 3], ARGV[i + 5], answer.key, now) then takeable = true end
+            if events then note_event('updated', answer[2], ARGV[i + 2], '1', 'why', 'replaced') end
           end
         end
         at = at + 2 + 10 * count
@@ -211,6 +215,7 @@ local function prepare_push(KEYS, ARGV)
     if leaves then redis.call('ZREM', prefix .. 'room', leaves) end
     if conf_now[5] then call_next(prefix) end
     if conf_now[7] then pcall(function() renew_expiry(prefix, clock()) end) end -- it may have stored nothing
+    write_events(prefix)
     return reply
   end
 end

@@ -56,6 +56,9 @@ local function drop(KEYS, prefix, drops)
       release(prefix, id, found)
     end
     if awaited then announce(waiters, id, record) end
+    if events and drops.envelopes[i] and not (found and found.stub) then
+      note_event('cancelled', id, drops.envelopes[i], '1', 'why', 'dropped')
+    end
   end
   in_chunks('HDEL', jobs, drops.ids, 1, #drops.ids)
   in_chunks('HDEL', prefix .. 'state', drops.ids, 1, #drops.ids)

@@ -3,9 +3,11 @@
 -- Write the record of a cancelled job.
 -- at       ms since the epoch
 -- reason   "expired", "purged" or "not started"; nil when a caller cancelled it
+-- by       who asked for it; nil or "": nobody says
 -- returns  JSON
-local function cancelled_record(at, reason)
-  return '{"status":"cancelled",' .. (reason and '"reason":"' .. reason .. '",' or '') .. string.format('"at":%.0f}', at)
+local function cancelled_record(at, reason, by)
+  local asker = by and by ~= '' and '"by":' .. cjson.encode(by) .. ',' or ''
+  return '{"status":"cancelled",' .. (reason and '"reason":"' .. reason .. '",' or '') .. asker .. string.format('"at":%.0f}', at)
 end
 
 -- Release what a job had reserved: its unique keys at once, an id that the caller gave after a day.

@@ -61,14 +61,6 @@ local function knows_task(task, sets, known)
   return 0, seen
 end
 
--- Read the name of a worker.
--- about    what it said of itself
--- returns  host:pid; nil when it did not say them
-local function name_of(about)
-  local host, pid = string.match(about, '"host":"([^"\\]*)"'), string.match(about, '"pid":(%d+)')
-  return host and pid and host .. ':' .. pid
-end
-
 -- Note that a worker which knows a set of tasks was seen, unless the set is forgotten. Nothing fails for it.
 -- conf     key conf
 -- about    what the worker said of itself

@@ -75,6 +75,65 @@ local function settle_done(queue, leased, done, results, stateful, awaited)
   end
 end
 
+-- Tell who asked for the cancellation of a job that is held.
+-- asked    the field \tcancel of its worker, false when there is none: ids and, behind a tab, an id, a tab and a name, one a line
+-- id       of the job
+-- returns  the name; "" when it is not said
+local function asker_of(asked, id)
+  local _, last = string.find(asked or '', '\t' .. id .. '\t', 1, true)
+  return last and string.match(asked, '^[^\n]*', last + 1) or ''
+end
+
+-- Add the events of jobs that are simply done.
+-- queue    fields jobs and state are used
+-- leased   key leased:<worker>
+-- done     the ids
+-- now      ms
+-- worker   its name
+-- returns  nothing
+local function note_done(queue, leased, done, now, worker)
+  for _, id in ipairs(done) do
+    local since = leased_at(redis.call('HGET', leased, id))
+    note_event('done', id, redis.call('HGET', queue.jobs, id), attempt_in(redis.call('HGET', queue.state, id)),
+      'w', worker, 'ms', since and int(math.max(0, now - since)) or '')
+  end
+end
+
+-- Add the event of another settlement, if it is one, before it is carried out.
+-- queue, i, now  as for settle_other
+-- leased   key leased:<worker>
+-- asked    true when the cancellation of the job was asked, and it does not come back
+-- returns  nothing
+local function note_settlement(queue, leased, i, now, asked)
+  local kind, id, record, state = ARGV[i], ARGV[i + 1], ARGV[i + 3], ARGV[i + 4]
+  local before = redis.call('HGET', queue.state, id)
+  local envelope, attempt, worker = redis.call('HGET', queue.jobs, id), attempt_in(before), queue.worker
+  if kind == 'D' then note_done(queue, leased, {id}, now, worker)
+  elseif kind == 'C' or asked then
+    note_event('cancelled', id, envelope, attempt, 'w', worker, 'why', string.match(record, '"reason":"([^"\\]*)"') or '',
+      'by', asker_of(queue.asked, id))
+  elseif kind == 'X' then
+    local read, ended = pcall(cjson.decode, record)
+    if not read or type(ended) ~= 'table' then ended = {} end
+    local failure = type(ended.failure) == 'table' and ended.failure or {}
+    note_event('dead', id, envelope, attempt, 'w', worker, 'why', tostring(ended.reason or ''),
+      'type', tostring(failure.type or ''), 'text', string.sub(tostring(failure.message or ''), 1, 500))
+  elseif kind == 'R' then
+    local failed = tonumber(string.match(before or '', '^%d+ (%d+)')) or 0
+    if (tonumber(string.match(state, '^%d+ (%d+)')) or 0) <= failed then
+      note_event('returned', id, envelope, attempt, 'w', worker, 'why', 'put off', 'ms', ARGV[i + 2])
+      return
+    end
+    local read, failure = pcall(cjson.decode, string.match(state, '\n([^\n]*)$') or '')
+    if not read or type(failure) ~= 'table' then failure = {} end
+    note_event('retried', id, envelope, attempt, 'w', worker, 'ms', ARGV[i + 2],
+      'type', tostring(failure.type or ''), 'text', string.sub(tostring(failure.message or ''), 1, 500))
+  else
+    note_event('returned', id, envelope, attempt, 'w', worker, 'why', kind == 'L' and 'limit' or 'handed back',
+      'ms', kind == 'L' and ARGV[i + 2] or '')
+  end
+end
+
 -- Carry out one other settlement.
 -- queue    all fields but conf are used
 -- leased   key leased:<worker>
@@ -88,6 +147,9 @@ local function settle_other(queue, leased, i, now, asked, ended)
   local found = attributes(ARGV[i + 5], {own = ARGV[i + 6] == '1'})
   -- Of two settlements of one job in a report the first counts.
   local keeps = kind == 'M' or kind == 'S' or kind == 'K' or kind == 'G' or kind == 'E' or kind == 'T'
+  if events and not keeps and redis.call('HEXISTS', leased, id) == 1 then
+    note_settlement(queue, leased, i, now, asked and kind ~= 'D' and kind ~= 'X' and listed(asked, '\n', id))
+  end
   if redis.call(keeps and 'HEXISTS' or 'HDEL', leased, id) == 0 then return false end
   if queue.grouped and not keeps then
     local ids = kind == 'R' and queue.retried or queue.freed
@@ -109,6 +171,8 @@ local function settle_other(queue, leased, i, now, asked, ended)
     local mark = kind == 'D' and (attempts ~= '' and attempts or ms > 0 and '+' or '-') or nil
     redis.call('HDEL', queue.jobs, id)
     list_tags(queue.untagged, found.tags, id)
+    local by = kind == 'C' and asker_of(asked, id) or ''
+    if by ~= '' then record = string.sub(record, 1, -2) .. ',"by":' .. cjson.encode(by) .. '}' end
     finish(queue, id, ms, ms == 0 and mark == '+' and '+' or record, found, mark, kind == 'D')
     if mark and not found.own and ms < 600000 then note_ended(ended, id, mark) end
   elseif kind == 'X' then
@@ -125,7 +189,7 @@ local function settle_other(queue, leased, i, now, asked, ended)
     found = marks(redis.call('HGET', queue.jobs, id) or '\n') or {}
     redis.call('HDEL', queue.jobs, id)
     list_tags(queue.untagged, found.tags, id)
-    local record = cancelled_record(now, kind == 'F' and attempts == '' and 'not started' or nil)
+    local record = cancelled_record(now, kind == 'F' and attempts == '' and 'not started' or nil, asker_of(asked, id))
     finish(queue, id, 600000, record, found)
     if queue.grouped then queue.freed[#queue.freed + 1] = id end
   else
