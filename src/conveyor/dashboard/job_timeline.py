@@ -63,7 +63,11 @@ def _attempt(
         if start is None or since is None
         else [{"kind": waits, "seconds": max(0.0, (start - since).total_seconds())}]
     )
-    ran = None if start is None or end is None or end.at is None else max(0, round((end.at - start).total_seconds() * 1000))
+    ran = (
+        None
+        if start is None or end is None or end.at is None
+        else max(0, round((end.at - start).total_seconds() * 1000))
+    )
     source = end if end is not None else began
     named = next((one.attempt for one in (end, began) if one is not None and one.attempt), number)
     return {

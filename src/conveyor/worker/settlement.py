@@ -169,10 +169,9 @@ class SettlementWriter:
         spawned = [*attempt.spawned, *told] if told else attempt.context is not None and attempt.spawned
         # Those that simply ended come first, and the other reports of an attempt must come before its end.
         live = None if attempt.context is None else attempt.live_record
-        tells = live is not None or attempt.state is not None  # of a job that more can be said of, a record is kept in any case
-        simple = not (
-            envelope.own_id or spawned or tells or (report.others and report.others[-1].id == attempt.id)
-        )
+        # Of a job that more is to be told of than its one run a record is kept in any case.
+        tells = live is not None or attempt.state is not None
+        simple = not (envelope.own_id or spawned or tells or (report.others and report.others[-1].id == attempt.id))
         stores = value is not None and handler.stores
         ms, record, state = 0, b"", b""
         if keep and (stores or tells):
