@@ -4,7 +4,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from conveyor.actor import acting_as
     from conveyor.errors import (
         BatchFailed,
         ConfigurationError,
@@ -88,7 +87,6 @@ __all__ = [
     "UnknownTask",
     "Webhook",
     "Why",
-    "acting_as",
     "current",
 ]
 
@@ -120,7 +118,6 @@ _HOME = {
     "Unique": "jobs.uniqueness",
     "Webhook": "jobs.webhooks",
     "Why": "jobs.why",
-    "acting_as": "actor",
     "current": "jobs.context",
 }
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import redis as redis_py
 
-from conveyor import Conveyor, JobFailed, Retry, Snooze, acting_as, current
+from conveyor import Conveyor, JobFailed, Retry, Snooze, current
 from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError
 from conveyor.events import (
@@ -74,13 +74,13 @@ async def test_every_change_of_a_job_is_told_in_order(app: Conveyor) -> None:
 
     good, bad, lazy = [await work.aenqueue(how) for how in ("good", "fail", "snooze")]
     late = await work.options(delay="1h").aenqueue("good")
-    with acting_as("ada"):
+    with app.acting_as("ada"):
         assert await late.aupdate(priority=3)
         await Admin(app.client).aretry([late.id])
         gone = await work.options(delay="1h").aenqueue("good")
         await gone.acancel()
     await drain(app)
-    with acting_as("bob"):
+    with app.acting_as("bob"):
         await app.aredrive("told")
     await drain(app)
     told = await take(app, 3 + 10 + 5 + 5 + 2)
@@ -120,7 +120,7 @@ async def test_a_running_job_that_is_cancelled_names_who_asked(app: Conveyor) ->
     job = await endless.aenqueue()
     async with working(app):
         await asyncio.wait_for(began.wait(), PATIENCE)
-        with acting_as("ada@example.com"):
+        with app.acting_as("ada@example.com"):
             await job.acancel()
         told = await take(app, 3)
     assert [event.name for event in told] == ["enqueued", "started", "cancelled"]
@@ -194,6 +194,8 @@ def test_a_queue_that_nobody_asked_keeps_none(client: Conveyor, redis: redis_py.
     for number in (-1, True, 2_000_000, "10"):
         with pytest.raises(ConfigurationError, match="how many events"):
             client.queue("wrong", events=number)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="takes a name"), client.acting_as("a\nb"):
+        pass
     assert not redis.exists("conveyor:{silent}:events")
     with Conveyor(client.client.address.url) as other:
         told = other.queue("silent", events=9)

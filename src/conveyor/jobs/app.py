@@ -21,6 +21,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, Never, ParamSpec, Self, TypeVar, Unpack, cast, get_args, overload
 
 from conveyor import ids
+from conveyor.actor import acting_as
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.jobs.batch_task import BatchDecorator, batch_plan
 from conveyor.jobs.bulk import ChunkSender, add_count, bulk_bar, chunks, spread_out
@@ -731,6 +732,15 @@ class Conveyor:
         from conveyor.jobs.job_selection import select
 
         return select(self._core, **options)
+
+    def acting_as(self, name: str) -> AbstractContextManager[None]:
+        """
+        Name who cancels, redrives or updates jobs inside the block: ``with app.acting_as("ada@example.com"):``.
+
+        The name stands in the histories of the jobs and in the events of queues; without it the program does, as ``host:pid``. It
+        holds in this thread or task alone. Raises ConfigurationError.
+        """
+        return acting_as(name)
 
     def pause_task(self, task: Task[..., Any] | str, *, queue: str | None = None) -> None:
         """
