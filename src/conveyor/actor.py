@@ -1,4 +1,4 @@
-"""Who acts: the name that stands in the history of a job that somebody cancels, redrives, promotes or updates."""
+"""The name of whoever acts: it stands in the history of a job that somebody cancels, redrives, promotes or updates."""
 
 from __future__ import annotations
 

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis as redis_py
 
 from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError
 from conveyor.jobs.app import Conveyor
 from conveyor.jobs.context import current
+from conveyor.messaging import retry
+from conveyor.messaging.limits import Concurrency
+from conveyor.worker import settlement
 from support.running_worker import audit, counts, working
 from support.shell import Shell
 
@@ -63,6 +67,41 @@ async def test_a_job_waits_for_a_worker_with_its_labels(app: Conveyor) -> None:
             await asyncio.sleep(0.005)
         async with working(app, labels=["gpu", "eu", "big"]):
             assert await job.aresult(timeout="60s") == 1
+    assert await audit(app) == []
+
+
+@pytest.mark.redis6
+async def test_a_worker_that_can_run_a_job_takes_it_from_one_that_cannot(
+    app: Conveyor, monkeypatch: pytest.MonkeyPatch, redis: redis_py.Redis
+) -> None:
+    """However long others have put jobs off, a worker with the label takes them at once: idle, started later, in their order."""
+    monkeypatch.setattr(settlement, "LONGEST_REQUIREMENT_MS", 3_600_000)
+    monkeypatch.setattr(retry, "put_off_ms", lambda _: 3_600_000)
+    ran: list[int] = []
+
+    @app.task(requires="gpu")
+    async def train(number: int) -> None:
+        ran.append(number)
+
+    @app.task(requires="gpu", priority=4, limits=[Concurrency(1)])
+    async def urgent() -> None: ...
+
+    async with working(app):
+        jobs = [await train.aenqueue(number) for number in range(5)]
+        jobs.append(await urgent.aenqueue())
+        gone = await train.aenqueue(99)
+        while (await counts(app)).scheduled < 7:
+            await asyncio.sleep(0.005)
+        await gone.acancel()
+        assert redis.hget("conveyor:{default}:conf", "needs") == b"1"
+        async with working(app, labels=["gpu"]):
+            for job in jobs:
+                await job.aresult(timeout="60s")
+            assert ran == list(range(5))
+            for number in range(20):  # one or the other leases it
+                await (await train.aenqueue(number)).aresult(timeout="60s")
+    assert not redis.exists("conveyor:{default}:needs")
+    assert not redis.hexists("conveyor:{default}:conf", "needs")
     assert await audit(app) == []
 
 

@@ -34,7 +34,7 @@ WaitReply = tuple[str, bytes]
 CHECK_AGAIN = 5.0
 """Seconds after which a waiter asks again, in case its message was missed."""
 EVENTS = "e"
-"""What a listener of the events of a queue listens to. Its end is that of the subscription."""
+"""The word of a listener to the events of a queue, which ends with the subscription."""
 OUTAGE_LIMIT = 60.0
 """Seconds that Redis may be away while a caller waits without a time limit."""
 

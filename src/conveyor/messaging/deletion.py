@@ -28,7 +28,7 @@ from conveyor.store.transport.endpoint import in_thread
 
 CHUNK = 5_000
 """Keys that one step deletes besides those of the queue itself."""
-_BESIDE = re.compile(r"(lane|inbox|result|results|unique|stats|stream|logs|tag|wake|leased):.")
+_BESIDE = re.compile(r"(lane|inbox|result|results|unique|stats|stream|logs|tag|wake|leased|needs):.")
 Calls = Generator[Call[Any], Any, None]
 
 

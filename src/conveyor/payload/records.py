@@ -129,7 +129,7 @@ class Outcome(msgspec.Struct, omit_defaults=True):
     progress: msgspec.Raw = msgspec.Raw(b"")
     notes: msgspec.Raw = msgspec.Raw(b"")
     by: str = ""
-    """Who asked for a cancellation."""
+    """The name of whoever asked for a cancellation."""
 
 
 Life = Literal["done", "start", "time"]

@@ -62,7 +62,7 @@ ARGUMENTS_KEPT = 2048
 """Bytes of arguments that are kept with a result, at most: results lie in small hashes, and memory is for jobs to come."""
 LONGEST_REQUIREMENT_MS = 30_000
 """
-The longest pause in ms of a job that needs another worker: such a worker may serve the same queue, and come to its end of work.
+The longest pause in ms of a job that needs another worker. One that serves the queue takes it as soon as it has room.
 """
 LOGS_KEPT_MS = 7 * 86_400_000
 """For how long the lines of a job are kept, in ms, from the last of them on."""
@@ -457,7 +457,9 @@ class SettlementWriter:
             )  # fmt: skip
         consumer.give_way(pause / 1000 + 1)
         state = attempt.state.encode() if attempt.state else b""
-        consumer.report.others.append(Settlement("R", attempt.id, pause, state=state))
+        # A worker that can run it, and knows of it by these needs, takes it before that.
+        needs = error.needs.encode() if isinstance(error, RequirementUnmet) else b""
+        consumer.report.others.append(Settlement("R", attempt.id, pause, needs, state))
 
     def _explain(self, attempt: Attempt, error: ConveyorError) -> None:
         """Log why jobs of a task wait: once if nothing here will change that, else once a minute."""

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 import pytest
 import redis as redis_py
 
+from conveyor.actor import acting_as
 from support.seeded_queue import SeededQueue
 
 
 @pytest.fixture
 def seeded(redis: redis_py.Redis, url: str) -> Iterator[SeededQueue]:
-    """An empty queue; what a test leaves in it is removed."""
+    """An empty queue, on which ada acts; what a test leaves in it is removed."""
     found = SeededQueue(redis, url)
-    yield found
+    with acting_as("ada"):
+        yield found
     found.client.close()
     redis.flushall(asynchronous=False)

@@ -15,12 +15,12 @@ from conveyor.store.operations import Settlement
 from support.script_faults import LimitedUser, Snapshot
 from support.seeded_queue import PLAIN, WORKER, SeededQueue, entry
 
-CANCELLED = '{"status":"cancelled","at":now}'
+CANCELLED = '{"status":"cancelled","by":"ada","at":now}'
 
 
 # -- cancel, delete ---------------------------------------------------------------------------------------------------
 
-REDRIVEN = ' .h{"state":"redriven","at":now}'
+REDRIVEN = ' .h{"state":"redriven","at":now,"by":"ada"}'
 """The event of its history, as a dump shows it."""
 
 

@@ -285,7 +285,7 @@ def test_what_was_cancelled_does_not_come_back(seeded: SeededQueue, settlement: 
     changes = seeded.since(before)
     assert changes == {
         "jobs": {"b": PLAIN}, "leased:w": LEASED_B, "waiters": None, "unique:k:k": None, "unique:i:a": None,
-        "unique:i:a ~86400s": "a", "result:a ~600s": f'{{"status":"cancelled",{reason}"at":now}}',
+        "unique:i:a ~86400s": "a", "result:a ~600s": f'{{"status":"cancelled",{reason}"by":"ada","at":now}}',
     }  # fmt: skip
     assert seeded.run(operations.cancel(seeded.keys, "a")) == (4 if reason else 0)
     assert seeded.audit() == []

@@ -197,7 +197,7 @@ def test_reap_honours_cancel_requests(seeded: SeededQueue) -> None:
     state = seeded.dump()
     assert state["jobs"] == {"a": PLAIN}
     assert state["ready:0"] == ["a"]
-    assert state["result:b ~600s"] == '{"status":"cancelled","at":now}'
+    assert state["result:b ~600s"] == '{"status":"cancelled","by":"ada","at":now}'
     assert state["unique:i:b ~86400s"] == "b"
     assert not {"unique:k:k", "waiters"} & state.keys()
     assert seeded.audit() == []

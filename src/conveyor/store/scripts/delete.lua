@@ -21,7 +21,7 @@ local entries, stubs, listed = 0, tonumber(conf[1] or 0), 0
 for i = 6, 15 do entries = entries + redis.call('LLEN', KEYS[i]) end
 for i = 23, #KEYS do listed = listed + redis.call('LLEN', KEYS[i]) end
 local gone = {unpack(KEYS)}
-for _, name in ipairs({'room', 'events', 'event-readers'}) do gone[#gone + 1] = prefix .. name end
+for _, name in ipairs({'room', 'events', 'event-readers', 'needs'}) do gone[#gone + 1] = prefix .. name end
 local leased, serving = 0, 0
 for _, worker in ipairs(redis.call('ZRANGE', KEYS[4], 0, -1)) do
   local held = count_held(prefix .. 'leased:' .. worker)

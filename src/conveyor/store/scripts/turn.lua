@@ -1,5 +1,5 @@
 -- A worker's whole round trip: settle what it has finished, then lease up to N more jobs to it.
--- needs: numbers keys listed tokens envelope tags unique released worker_name events outcome leased leased_order ended results rights changes parts limits paused_tasks groups settle promote lease rotation ageing upkeep room expiry
+-- needs: numbers keys listed tokens envelope tags unique released worker_name events outcome leased leased_order ended results rights changes parts limits paused_tasks groups requirements settle promote lease rotation ageing upkeep room expiry
 --
 -- KEYS  1 jobs  2 state  3 leased:<worker>  4 workers  5 due  6 wake  7 conf  8 dead  9 recent  10 waiters
 --       11-20 ready:0 … ready:9  21 none
@@ -16,6 +16,7 @@
 --            C cancelled: keep the record ms      R again after ms, with this state
 --            F back to the front, with this state ("" as it was)      M still held, with this state
 --            L as F, and the limit in record is held for ms      G still held; the limit in record is charged with ms more, or less
+--            R with a record: another worker is to run it; the record says what it needs (lib/requirements.lua)
 --            R, F and L of a job whose cancellation was asked: it ends cancelled
 --            K still held: it runs, and was told of its cancellation
 --            T still held; the record, lines that the job has logged, is added to logs:<id>, which is kept for ms
@@ -45,7 +46,7 @@ local last = tonumber(about[1])
 -- A worker that has left only gets its last reply again: its hash expires, and new leases would expire with it.
 if not last or (about[3] and number ~= last) then return {0} end
 if number < last then return {-1} end
-local conf = redis.call('HMGET', queue.conf, 'paused', 'line', 'waiting', 'paused_tasks', 'expires', 'events')
+local conf = redis.call('HMGET', queue.conf, 'paused', 'line', 'waiting', 'paused_tasks', 'expires', 'events', 'needs')
 -- A queue that never had a job with a group or a limit costs no command for them.
 local paused, line, grouped = conf[1] == '1', conf[2], conf[3]
 
@@ -103,10 +104,13 @@ local ended = {}
 local results = groups > 0 and plan_results(queue, done, 7, groups_at, groups, now, ended)
 local leases = want > 0 and not paused
 local ageing = leases and tonumber(string.match(flags, 'a(%d+)'))
+-- What other workers have put off and this one may run, comes first.
+local about_worker = leases and conf[7] and redis.call('HGET', leased, '\tabout')
+local admits = about_worker and is_able(about_worker, '')
 local promotes = kinds.R or (first_due[2] and tonumber(first_due[2]) <= now)
 -- The jobs that this turn will lease are known before the first write, unless other lists have some, or it adds to them itself.
 local heads, envelopes_ahead, unusual = nil, nil, true
-if leases and not (grouped or urgent or promotes or kinds.F or releases or ageing) then
+if leases and not (grouped or urgent or promotes or kinds.F or releases or ageing or admits) then
   heads, envelopes_ahead, unusual = head_of(queue, KEYS[11], math.min(want, 1000))
 else
   redis.call('LRANGE', KEYS[11], 0, 0)
@@ -119,6 +123,7 @@ if awaited then prove(KEYS[21], 'HGET') end
 if results or #others > 0 then prove_settlements(KEYS[21], kinds, results, about[2]) end
 if keyed then prove(KEYS[21], 'MGET', 'DEL', 'SET', 'HGET', 'RPUSH') end
 if promotes then prove(KEYS[21], 'ZREM', 'RPUSH') end
+if kinds.needs or admits then prove(KEYS[21], 'ZADD', 'ZREM', 'HSET', 'PEXPIRE', 'LPUSH', 'HGETALL', 'HGET') end
 if ageing then prove(KEYS[21], 'RPUSH', 'LPUSH', 'LTRIM') end
 if grouped then
   -- A turn of one job is the usual one of a group that runs one at a time: what makes a key is proven with few removals.
@@ -149,6 +154,7 @@ if released_count > 0 then release_done(queue.prefix, queue.untagged, lost, rele
 for _, i in ipairs(others) do
   if settle_other(queue, leased, i, now, about[2], ended) then urgent = true end
 end
+if queue.needed then call_able(queue, workers, worker) end
 if grouped then settle_groups(queue, done, now) end
 if releases and not urgent then urgent = redis.call('EXISTS', unpack(KEYS, 12, 20)) > 0 end
 if string.find(flags, 'e', 1, true) then
@@ -161,7 +167,8 @@ end
 local cancelled = about[2] and held_cancellations(leased, about[2]) or {}
 
 local missing = {}
-local due_next, promoted = promote_due(queue, not promotes and first_due or nil, now, missing)
+if admits and admit_needed(queue, about_worker, want) then urgent = true end
+local due_next, promoted = promote_due(queue, not (promotes or admits) and first_due or nil, now, missing)
 local ids, envelopes, states, taken, unfinished = {}, {}, {}, 0, false
 want = math.min(want, 1000 - (redis.call('HLEN', leased) - 3))
 if grouped then pass_on(queue, now, math.max(want, 1)) end

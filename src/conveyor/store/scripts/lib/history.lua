@@ -1,4 +1,4 @@
--- What a job's history has beside its attempts: attributes `h` in the first line of its state, each JSON without control characters.
+-- The events that a job's history has beside its attempts: attributes `h` in the first line of its state, each JSON without control characters.
 
 -- Write an event of a history.
 -- name     the state that the job came into

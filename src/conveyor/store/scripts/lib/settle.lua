@@ -28,6 +28,7 @@ local function read_settlements(queue, leased, done_at, done_count, other_at, ot
       if (ARGV[i] == 'D' or ARGV[i] == 'C') and ARGV[i + 2] ~= '0' then kinds.keep = true end
       if ARGV[i + 5] ~= '' and attributes(ARGV[i + 5], {}).keys then kinds.unique = true end
       if ARGV[i + 6] == '1' then kinds.own = true end
+      if ARGV[i] == 'R' and ARGV[i + 3] ~= '' then kinds.needs = true end
     elseif ARGV[i] ~= 'S' and ARGV[i] ~= 'G' and ARGV[i] ~= 'E' and ARGV[i] ~= 'T' then
       lost[#lost + 1] = ARGV[i + 1]
     end
@@ -195,6 +196,7 @@ local function settle_other(queue, leased, i, now, asked, ended)
   else
     if attempts ~= '' then redis.call('HSET', queue.state, id, attempts) end
     if kind == 'R' then redis.call('ZADD', queue.due, now + ms, id) end
+    if kind == 'R' and record ~= '' then note_need(queue, id, record, now) end
     if kind == 'L' and string.byte(record) == 59 and queue.tasks[string.sub(record, 2)] == nil then
       queue.tasks[string.sub(record, 2)] = false
       write_paused(queue)
