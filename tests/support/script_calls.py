@@ -64,6 +64,11 @@ def furnish(seeded: SeededQueue) -> None:
     seeded.redis.hset(seeded.keys.result_window("h1-old"), "h1-old", "1\n{}")
     seeded.redis.expire(seeded.keys.result_window("h1-old"), 600)
     seeded.redis.xadd(seeded.keys.stream("h1"), {"v": "1"}, id="1-1")
+    seeded.redis.xadd(seeded.keys.events, {"e": "done", "j": "old"}, id="1-1")
+    seeded.redis.expire(seeded.keys.events, 600)
+    seeded.redis.zadd(seeded.keys.event_readers, {"channel": 9e14})
+    seeded.redis.expire(seeded.keys.event_readers, 600)
+    seeded.redis.hset(seeded.keys.conf, "events", 100)
     seeded.redis.pexpire(seeded.keys.stream("h1"), 600_000)
     seeded.redis.rpush(seeded.keys.intake, "1", "2")
     seeded.redis.rpush("q", "3", "4")
@@ -91,7 +96,7 @@ def _turn(keys: QueueKeys) -> Call[Any]:
         Settlement("M", "h6", state=b"1 0 1"),
         Settlement("K", "h6"),
         Settlement("E", "h6", ms=60_000, record=PARTS),
-        Settlement("R", "h7", ms=60_000, state=b"1 1 0"),
+        Settlement("R", "h7", ms=60_000, record=b"lgpu", state=b"1 1 0"),
     ]
     results = {"h1": (60_000, b"{}")}
     report = TurnReport(["h1"], others, {"t:done": 2}, [b"h1\tt\tdone\t1\t1"], results=results)

@@ -55,7 +55,7 @@ def test_cancel_in_each_place(seeded: SeededQueue, place: str, delete: bool) -> 
     elif place == "leased" and not delete:
         assert answer == 2
         assert seeded.since(before) == {
-            "leased:w": {".turn": "1", **WORKER, "a": "1.1", ".cancel": "a"},
+            "leased:w": {".turn": "1", **WORKER, "a": "1.1", ".cancel": "a\n.a.ada"},
             "wake:w ~60s": ["1"],
         }
     elif place == "dead" and delete:

@@ -146,8 +146,11 @@ elseif kinds.R or kinds.X or releases then prove(KEYS[21], 'ZADD') end
 redis.call('HSET', leased, '\tturn', number)
 if conf[6] then
   begin_events(conf[6])
-  queue.asked, queue.worker = about[2], name_of(redis.call('HGET', leased, '\tabout') or '') or worker
-  note_done(queue, leased, done, now, queue.worker)
+  queue.asked, queue.worker = about[2], worker
+  pcall(function()
+    queue.worker = name_of(redis.call('HGET', leased, '\tabout') or '') or worker
+    note_done(queue, leased, done, now, queue.worker)
+  end)
 end
 if #done > 0 then settle_done(queue, leased, done, results, stateful, awaited) end
 if released_count > 0 then release_done(queue.prefix, queue.untagged, lost, released_at + 1, released_count) end

@@ -35,7 +35,8 @@ end
 -- returns  nothing
 local function write_events(prefix)
   if not events or #events == 0 then return end
-  local key, clock = prefix .. 'events', redis.call('TIME')
+  local key, clock = prefix .. 'events', redis.pcall('TIME')
+  if clock.err then return end
   for _, one in ipairs(events) do
     if type(redis.pcall('XADD', key, 'MAXLEN', events.most, '*', unpack(one))) ~= 'string' then return end
   end

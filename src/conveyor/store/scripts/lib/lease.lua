@@ -26,7 +26,7 @@ local function discard(queue, id, fate, found, now, missing)
     redis.call('HDEL', queue.jobs, id)
     redis.call('HINCRBY', queue.conf, 'stubs', -1)
   else
-    if events then note_event('cancelled', id, redis.call('HGET', queue.jobs, id), attempt_in(redis.call('HGET', queue.state, id)), 'why', 'expired') end
+    if events then pcall(function() note_event('cancelled', id, redis.call('HGET', queue.jobs, id), attempt_in(redis.call('HGET', queue.state, id)), 'why', 'expired') end) end
     redis.call('HDEL', queue.jobs, id)
     list_tags(queue.untagged, found.tags, id)
     finish(queue, id, 600000, cancelled_record(now, 'expired'), found)

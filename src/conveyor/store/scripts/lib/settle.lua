@@ -149,7 +149,7 @@ local function settle_other(queue, leased, i, now, asked, ended)
   -- Of two settlements of one job in a report the first counts.
   local keeps = kind == 'M' or kind == 'S' or kind == 'K' or kind == 'G' or kind == 'E' or kind == 'T'
   if events and not keeps and redis.call('HEXISTS', leased, id) == 1 then
-    note_settlement(queue, leased, i, now, asked and kind ~= 'D' and kind ~= 'X' and listed(asked, '\n', id))
+    pcall(note_settlement, queue, leased, i, now, asked and kind ~= 'D' and kind ~= 'X' and listed(asked, '\n', id))
   end
   if redis.call(keeps and 'HEXISTS' or 'HDEL', leased, id) == 0 then return false end
   if queue.grouped and not keeps then
