@@ -120,12 +120,12 @@ class SeededQueue:
         return readable(self.redis, self.keys.prefix)
 
     def jobs_and_places(self) -> dict[str, Any]:
-        """Return the readable content without what merely counts and wakes: counters, recent jobs, tokens, looks, and times to live."""
+        """Return the readable content without what merely counts and wakes: counters, recent jobs, tokens, looks, events, and times to live."""
         whole = {name.partition(" ~")[0]: value for name, value in self.dump().items()}
         return {
             key: value
             for key, value in whole.items()
-            if key.partition(":")[0] not in {"stats", "recent", "wake", "upkeep", "counts"}
+            if key.partition(":")[0] not in {"stats", "recent", "wake", "upkeep", "counts", "events"}
         }
 
     def since(self, before: dict[str, Any]) -> dict[str, Any]:

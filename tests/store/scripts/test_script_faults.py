@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis as redis_py
@@ -63,6 +64,11 @@ def test_wrong_type_fails_with_nothing_written(seeded: SeededQueue, name: str) -
     assert touched <= noticed
 
 
+def untimed(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content without the events, whose ids are instants, but for their number."""
+    return {key: len(value) if key.startswith("events") else value for key, value in content.items()}
+
+
 @pytest.mark.row("C11", "C28")
 @pytest.mark.redis6
 @pytest.mark.redis7
@@ -72,14 +78,14 @@ def test_full_server_still_drains(seeded: SeededQueue, name: str) -> None:
     make, _ = CALLS[name]
     furnish(seeded)
     expected_reply = seeded.run(make(KEYS))
-    expected = seeded.dump()
+    expected = untimed(seeded.dump())
     seeded.redis.flushall(asynchronous=False)
     furnish(seeded)
 
     with full(seeded.redis):
         reply = seeded.run(make(KEYS))
 
-    assert seeded.dump() == expected
+    assert untimed(seeded.dump()) == expected
     if name not in {
         "turn",
         "idle_turn",
@@ -268,5 +274,11 @@ def test_call_sent_twice(seeded: SeededQueue, name: str) -> None:
     elif name == "command_worker":  # a worker that reads a command again gives the same answer
         command, again = seeded.redis.lrange(seeded.keys.wake_of("w"), -2, -1)
         assert command == again
-    elif name not in {"turn", "idle_turn", "register", "heartbeat"}:  # these renew a lease
+    elif name not in {
+        "turn",
+        "idle_turn",
+        "register",
+        "heartbeat",
+        "read_events",
+    }:  # these renew a lease, or say until when
         assert exact(seeded.redis) == before

@@ -8,16 +8,14 @@
 --         entries (id, fields)…, id of the last one}   more: read on at once
 local after, limit, now = ARGV[2], tonumber(ARGV[3]), clock()
 if redis.call('HEXISTS', KEYS[3], 'events') == 0 and redis.call('EXISTS', KEYS[1]) == 0 then return {'off'} end
+local last = after == '$' and redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
+local entries = after == '$' and {} or redis.call('XRANGE', KEYS[1], after == '' and '-' or after, '+', 'COUNT', limit + 1)
 if ARGV[1] ~= '' then
   redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
   redis.call('ZADD', KEYS[2], now + 20000, ARGV[1])
-  redis.call('PEXPIRE', KEYS[2], 60000)
+  redis.pcall('PEXPIRE', KEYS[2], 60000)
 end
-if after == '$' then
-  local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
-  return {'open', 0, {}, last and last[1] or ''}
-end
-local entries = redis.call('XRANGE', KEYS[1], after == '' and '-' or after, '+', 'COUNT', limit + 1)
+if after == '$' then return {'open', 0, {}, last and last[1] or ''} end
 local gone = 0
 if after ~= '' and entries[1] then
   if entries[1][1] == after then table.remove(entries, 1) else gone = 1 end

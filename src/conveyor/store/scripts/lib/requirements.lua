@@ -44,9 +44,9 @@ local function call_able(queue, workers, own)
   redis.call('PEXPIRE', queue.prefix .. 'needs', 3600000)
   redis.call('HSET', queue.conf, 'needs', '1')
   for _, worker in ipairs(redis.call('ZRANGE', workers, 0, 999)) do
-    local about = worker ~= own and redis.call('HGET', queue.prefix .. 'leased:' .. worker, '\tabout') or ''
+    local about = worker ~= own and redis.pcall('HGET', queue.prefix .. 'leased:' .. worker, '\tabout') or ''
     for _, need in pairs(queue.needed) do
-      if is_able(about, need) then
+      if type(about) == 'string' and is_able(about, need) then
         wake(queue.prefix .. 'wake:' .. worker)
         break
       end

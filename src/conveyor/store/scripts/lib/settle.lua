@@ -28,7 +28,11 @@ local function read_settlements(queue, leased, done_at, done_count, other_at, ot
       if (ARGV[i] == 'D' or ARGV[i] == 'C') and ARGV[i + 2] ~= '0' then kinds.keep = true end
       if ARGV[i + 5] ~= '' and attributes(ARGV[i + 5], {}).keys then kinds.unique = true end
       if ARGV[i + 6] == '1' then kinds.own = true end
-      if ARGV[i] == 'R' and ARGV[i + 3] ~= '' then kinds.needs = true end
+      if ARGV[i] == 'R' and ARGV[i + 3] ~= '' then
+        kinds.needs = true
+        redis.call('HLEN', queue.prefix .. 'needs')
+        redis.call('ZCARD', queue.prefix .. 'needs:' .. redis.sha1hex(ARGV[i + 3]))
+      end
     elseif ARGV[i] ~= 'S' and ARGV[i] ~= 'G' and ARGV[i] ~= 'E' and ARGV[i] ~= 'T' then
       lost[#lost + 1] = ARGV[i + 1]
     end
