@@ -31,8 +31,8 @@ NAMES = {
         "LeaseLost PayloadError QueueFull QueueNotFound RateLimited ResultExpired RetryIn Snooze StoreUnavailable UnknownTask"
     ),
     "conveyor.events": (
-        "Event JobCancelledEvent JobDead JobDone JobEnded JobEvent JobLost JobRetried JobStarted JobUpdate ProgressChanged StateChanged WorkerStarted "
-        "WorkerStopped"
+        "Event EventsMissed JobCancelledEvent JobDead JobDone JobEnded JobEnqueued JobEvent JobLost JobPromoted JobRedriven JobRetried JobReturned "
+        "JobStarted JobUpdate JobUpdated ProgressChanged StateChanged WorkerStarted WorkerStopped"
     ),
     "conveyor.admin": "Admin sweep",
     "conveyor.dashboard": "Access BasicAuth dashboard wsgi_dashboard",

@@ -26,7 +26,7 @@ from conveyor.jobs.core import core_of
 from conveyor.messaging.partitions import repartition
 from conveyor.messaging.retry import Retry
 from conveyor.payload.blobs import FileStore
-from conveyor.store import inspection, limits, operations, schedules, worker_commands
+from conveyor.store import inspection, limits, operations, queue_events, schedules, worker_commands
 from conveyor.store.job_filter import Walk
 from conveyor.store.keys import expiring_queues, known_queues
 from conveyor.worker.shared_memory import ChildInfo, LeaseIdentity
@@ -180,9 +180,19 @@ def look_at_limits(app: Conveyor) -> None:
     assert app.client.run(inspection.audit(keys)) == []
 
 
+def follow(app: Conveyor) -> None:
+    """Push to a queue that keeps events, and read them from the beginning and from the end."""
+    told = app.queue("told", events=10)
+    told.push(1)
+    told.push(1, id="told")
+    assert next(app.events("told")).name == "enqueued"
+    assert app.client.run(queue_events.read_events(told.keys, "", queue_events.TO_COME)).kept
+
+
 def produce(app: Conveyor) -> None:
     """Push and enqueue in every way, and ask for it."""
     level(app, lease=False)
+    follow(app)
     schedule(app)
     app.queue("reply", expires="1h").push(1)
     app.client._announced._refresh_at = 0.0  # as half a minute later

@@ -19,6 +19,7 @@ from conveyor.store import (
     operations,
     partitions,
     plain_list,
+    queue_events,
     schedules,
     streams,
     topics,
@@ -68,8 +69,8 @@ _PRODUCER = Role(
     "pushes and enqueues, reads status and results, finds and cancels jobs; leases nothing",
     (
         operations.PUSH, operations.PUSH_PLAIN, operations.WITHDRAW, operations.LEAVE_ROOM, plain_list.LIST_PUSH,
-        operations.AWAIT_RESULT,
-        operations.FORGET, operations.CANCEL, operations.UPDATE, streams.READ_STREAM, inspection.WATCH_JOBS,
+        operations.AWAIT_RESULT, operations.FORGET,
+        operations.CANCEL, operations.UPDATE, streams.READ_STREAM, queue_events.READ_EVENTS, inspection.WATCH_JOBS,
         inspection.GET_JOB, inspection.WHY, inspection.COUNTS, partitions.CLAIM_PARTITIONS,
         inspection.FIND_JOBS, partitions.COUNT, topics.PUBLISH, topics.SUBSCRIBE, topics.SUBSCRIBERS,
         limits.DECLARE_LIMITS, operations.DECLARE_QUEUE, schedules.SCHEDULE_PUT, schedules.SCHEDULE_CHANGE, schedules.SCHEDULE_READ,
