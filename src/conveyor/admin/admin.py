@@ -901,6 +901,7 @@ class Admin:
         """Remove jobs and dead letters completely; *ids*: one or many. Leased jobs are refused."""
         return self._noted("delete", [self._delete(one) for one in _each(ids)])
 
+    @_acting
     def update(
         self, public_id: str, *, delay: Duration | None = None, at: datetime | None = None, priority: int | None = None,
         args: Mapping[str, Any] | None = None,
@@ -920,6 +921,7 @@ class Admin:
             self.note("update", public_id, count=1, detail=told)
         return done
 
+    @_acting
     def rerun(self, ids: Iterable[str]) -> list[ActionResult]:
         """
         Enqueue a new job with the arguments of each of some that have ended, as `Job.rerun` does; *ids*: one or many.

@@ -12,7 +12,7 @@ local last = after == '$' and redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT'
 local entries = after == '$' and {} or redis.call('XRANGE', KEYS[1], after == '' and '-' or after, '+', 'COUNT', limit + 1)
 if ARGV[1] ~= '' then
   local late = redis.call('ZRANGE', KEYS[2], '-inf', now, 'BYSCORE', 'LIMIT', 0, 1000)
-  if #late > 0 then redis.call('ZREM', KEYS[2], unpack(late)) end
+  redis.call('ZREM', KEYS[2], '', unpack(late)) -- a removal first, so that a full Redis takes the registration too
   redis.call('ZADD', KEYS[2], now + 20000, ARGV[1])
   redis.pcall('PEXPIRE', KEYS[2], 60000)
 end
