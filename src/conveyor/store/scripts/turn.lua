@@ -104,7 +104,7 @@ local ended = {}
 local results = groups > 0 and plan_results(queue, done, 7, groups_at, groups, now, ended)
 local leases = want > 0 and not paused
 local ageing = leases and tonumber(string.match(flags, 'a(%d+)'))
--- What other workers have put off and this one may run, comes first.
+-- Jobs that other workers have put off, and this one may run, come first.
 local about_worker = leases and conf[7] and redis.call('HGET', leased, '\tabout')
 local admits = about_worker and is_able(about_worker, '')
 local promotes = kinds.R or (first_due[2] and tonumber(first_due[2]) <= now)
