@@ -55,14 +55,14 @@ def ticks(bench: Bench) -> None:
     list(record.read())
     with Worker(bench, "-q", "ticks", "--processes", "1") as worker:
         _ready(bench, worker, "ticks")
-        app.schedules.put("each second", tick.s(1), every="1s")
+        app.schedules.put("each-second", tick.s(1), every="1s")
         late: list[float] = []
         wait_for(
             lambda: late.extend(one.value / 1000 for one in record.read()) or len(late) >= count,
             "ticks",
             within=count + 60,
         )
-        app.schedules.delete("each second")
+        app.schedules.delete("each-second")
     bench.note("tick late p50 ms", percentile(late, 50))
     bench.note("tick late p99 ms", percentile(late, 99))
 
