@@ -8,6 +8,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.fork_server import ForkServer
+
+FORK_SERVER = ForkServer()
 SOURCES = Path(__file__).parents[2] / "src"
 _WAITS = """
 import atexit, os, runpy, sys, time
@@ -36,11 +39,13 @@ class Shell:
         return kept | ({"CONVEYOR_URL": self.url} if self.url else {}) | extra
 
     def run(self, *arguments: str, stdin: str | None = None, **extra: str) -> subprocess.CompletedProcess[str]:
-        """Run one command to its end."""
-        return subprocess.run(
+        """Run one command to its end, in a process that need not import for it: see `fork_server`."""
+        environment = self.environment(**extra)
+        done = FORK_SERVER.run(list(arguments), cwd=self.directory, env=environment, stdin=stdin, timeout=60)
+        return done or subprocess.run(
             [sys.executable, "-m", "conveyor", *arguments],
             cwd=self.directory,
-            env=self.environment(**extra),
+            env=environment,
             input=stdin,
             stdin=subprocess.DEVNULL if stdin is None else None,
             capture_output=True,
