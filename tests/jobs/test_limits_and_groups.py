@@ -437,7 +437,7 @@ def test_groups_in_partitions(url: str) -> None:
     assert states["split"] == (8, 2)
     assert [(one.key, one.limit.n, one.used) for one in app.limits.list("parted") if one.key] == [("c7", 2, 2)]
     app.limits.set("parted", Concurrency(4, name="exact"), key="c7")
-    more = parted.pull(10, wait="10s")
+    more = parted.pull(10, wait="1s")
     assert not more, "the split limit has room for two in each partition"
     app.limits.set("parted", Concurrency(16, name="split"))
     more = parted.pull(10, wait="10s")

@@ -522,7 +522,7 @@ async def test_raise_is_refused_in_an_outbox(app: Conveyor) -> None:
 
 def test_a_buffered_job_carries_its_keys(server_url_away: str) -> None:
     """While Redis is away a job with keys is kept, but for one whose duplicate must raise."""
-    with Conveyor(server_url_away, namespace="away", timeout="100ms", buffer=Buffer()) as app:
+    with Conveyor(server_url_away, namespace="away", timeout="100ms", buffer=Buffer(linger=0)) as app:
         keeps = app.task(name="keeps", unique=Unique(by=("page",), conflict="rerun"))(sync)
         raises = app.task(name="raises", unique=Unique(by=("page",), conflict="raise"))(sync)
 

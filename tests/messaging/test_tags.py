@@ -316,7 +316,8 @@ async def test_spawned_jobs_keep_their_tags(loop_app: Conveyor) -> None:
 
 def test_buffered_pushes_keep_their_tags(url: str, tmp_path: Path) -> None:
     """A push that waited in a buffer, in a file too, is stored with its tags."""
-    with Conveyor("redis://127.0.0.1:1", buffer=Buffer(tmp_path, server="one"), timeout="100ms") as away:
+    buffer = Buffer(tmp_path, server="one", linger=0)  # nobody is there to deliver to
+    with Conveyor("redis://127.0.0.1:1", buffer=buffer, timeout="100ms") as away:
         away.queue("q").push(1, tags=["a", "b"])
     with Conveyor(url, buffer=Buffer(tmp_path, server="one")) as app:
         eventually(lambda: app.count_jobs(tag="b"))
