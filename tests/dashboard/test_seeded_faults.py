@@ -260,14 +260,15 @@ def test_a_job_that_ended_says_how(app: Conveyor, shell: Shell, monkeypatch: pyt
     app.queue("mail").purge(dead=True)
 
 
-def test_what_is_stuck_is_flagged_in_one_sentence(app: Conveyor, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_stuck_is_flagged_in_one_sentence(app: Conveyor, shell: Shell) -> None:
     """A queue without a worker, one that is full, an outbox and a schedule that stands still: the overview and `status` say the same."""
-    monkeypatch.setattr("conveyor.admin.flags.LATE_SECONDS", -7200.0)
 
     @app.task(name="tick", queue="ticks")
     def tick() -> None: ...
 
     app.schedules.put("hourly", tick.s(), every="1h")
+    late, ticks = str(round(time.time() * 1000) - 7_230_000), app.client.keys("ticks")
+    app.client.execute("HSET", ticks.schedule("hourly"), "next", late, key=ticks.due)
     app.queue("lonely").push_many([1, 2])
     full = app.queue("full", max_length=1, full="block")
     full.push(1)

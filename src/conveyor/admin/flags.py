@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from conveyor.admin.views import JobInfo, QueueInfo
 
 _MAX_NAMED = 10
+_MAX_ALONE = 5
+"""Queues without a worker that have a flag each; more of them share one."""
 _OR_CONSUMER = "  (for messages: a program that consumes them)"
 DOCTORS_KINDS = frozenset({"no-worker", "outbox", "unplaced", "full", "schedule-stands-still"})
 """The kinds that the doctor finds too."""
@@ -77,12 +79,13 @@ def held(queue: QueueInfo) -> str:
 
 
 def _stranded(queues: Sequence[QueueInfo]) -> list[Flag]:
-    """Return flags for queues with jobs that no worker takes; without any worker one flag for all of them."""
+    """Return flags for queues with jobs that no worker takes; one for all of them where they are many, or no worker runs."""
     served = [one.name for one in queues if one.workers]
     stuck = [one for one in queues if one.ready + one.waiting and not one.workers and not one.paused]
-    if not served and len(stuck) > 1:
+    if len(stuck) > (_MAX_ALONE if served else 1):
         names = ", ".join(one.name for one in stuck[:_MAX_NAMED]) + (", …" if len(stuck) > _MAX_NAMED else "")
-        text = f"{len(stuck)} queues have {sum(one.ready + one.waiting for one in stuck):,} jobs and no worker is running: {names}"
+        what = "and no worker takes them" if served else "and no worker is running"
+        text = f"{len(stuck)} queues have {sum(one.ready + one.waiting for one in stuck):,} jobs {what}: {names}"
         links = tuple(map(_queue_link, stuck[:_MAX_NAMED]))
         return [Flag("no-worker", "problem", text, f"conveyor worker{_OR_CONSUMER}", "E12", links)]
     takers = f"Workers take: {', '.join(served[:_MAX_NAMED])}." if served else "No worker is running."

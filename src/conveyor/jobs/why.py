@@ -222,6 +222,8 @@ def _scheduled(why: Why) -> str:
 
 def _position(why: Why) -> str:
     assert why.ahead is not None
+    if not why.exact and not why.ahead:
+        return f"It is one of {why.total:,} in queue {why.queue!r}."
     if not why.exact:
         return f"At least {why.ahead:,} of {why.total:,} jobs in queue {why.queue!r} are before it."
     rate = "" if why.estimate is None else f" At the present rate that is about {span(why.estimate)}."
@@ -388,7 +390,7 @@ def _unknown_tasks(cause: QueueCause) -> str:
 
 
 _QUEUE_SENTENCES: dict[str, Callable[[QueueCause], str]] = {
-    "task-paused": lambda cause: f"Task {cause.name!r} is paused: {_wait(cause)}.",
+    "task-paused": lambda cause: f"Task {cause.name!r} is paused{f': {_wait(cause)}' if cause.jobs else ''}.",
     "limit": lambda cause: (
         f"Limit {cause.name!r} is full: {cause.jobs:,} {'group waits' if cause.jobs == 1 else 'groups wait'}."
     ),

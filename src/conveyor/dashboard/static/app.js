@@ -430,7 +430,7 @@ const STEPS = [60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86
 function ticks(most) {
   const rough = Math.max(most, 1e-9) / 3;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = NICE.find((n) => n * power >= rough) * power;
+  const step = Math.max(1, NICE.find((n) => n * power >= rough) * power);  // whole jobs, whole milliseconds
   return Array.from({ length: Math.ceil(most / step - 1e-9) + 1 }, (_, i) => i * step);
 }
 
@@ -631,7 +631,7 @@ const LEVELS = { problem: "dead", warning: "warning" };
 /** What asks for attention, each with links to where it is mended. */
 export function Flags({ list }) {
   return html`<section class="card notices" aria-label="Needs attention">${list.length
-    ? list.map((flag) => html`<div class="notice" data-state=${LEVELS[flag.level] ?? "warning"}><${Icon} name="failures" /><span>${flag.text}${flag.remedy && html` <span class="remedy">${flag.remedy}</span>`}</span><span class="links">${(flag.links ?? []).map((link) => html`<a href=${linkHref(link)}>${link.page === "jobs" ? "its jobs" : link.page === "job" ? "the job" : link.name ?? link.page}</a>`)}</span></div>`)
+    ? list.map((flag) => html`<div class="notice" data-state=${LEVELS[flag.level] ?? "warning"}><${Icon} name="failures" /><span>${flag.text}${flag.remedy && html` <span class="remedy">${flag.remedy.split("  (")[0]}</span>`}</span><span class="links">${(flag.links ?? []).map((link) => html`<a href=${linkHref(link)}>${link.page === "jobs" ? "its jobs" : link.page === "job" ? "the job" : link.name ?? link.page}</a>`)}</span></div>`)
     : html`<div class="notice muted" data-state="done"><${Icon} name="check" /><span>Nothing needs attention.</span></div>`}</section>`;
 }
 

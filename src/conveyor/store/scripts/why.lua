@@ -28,7 +28,7 @@ local group = group_of(found)
 -- Find an entry in a list, without a look at more than so many of its ends. Returns how many come before it at least, and whether that is exact.
 local function entries_before(key, entry)
   local at = redis.call('LPOS', key, entry, 'MAXLEN', most) or redis.call('LPOS', key, entry, 'RANK', -1, 'MAXLEN', most)
-  return at or most, at and 1 or 0
+  return at or math.min(most, redis.call('LLEN', key)), at and 1 or 0
 end
 
 -- Find how many jobs come before this one at least: in a group each ticket before its own counts as one.
