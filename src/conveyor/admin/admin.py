@@ -120,6 +120,7 @@ _MOST_NOTED = 2_000
 """Characters of one field in the audit."""
 _LONGEST_MARK = 100
 _IDS_NOTED = 10
+_LONGEST_ID = 200
 _ENTRY = re.compile(r"\d{1,20}-\d{1,20}")
 _AT_A_TIME = 100
 """Jobs that a thread reads before an awaiting caller gets them."""
@@ -242,12 +243,14 @@ class Admin:
     # -- audit ----------------------------------------------------------------------------------------------------
 
     def note(
-        self, what: str, target: str = "", *, chosen_by: str = "", count: int | None = None, detail: str = ""
-    ) -> None:
+        self, what: str, target: str = "", *, chosen_by: str = "", count: int | None = None, detail: str = "",
+        quiet: bool = False,
+    ) -> None:  # fmt: skip
         """
         Note in the audit that somebody (`who`) did something; nothing where nobody is named. *chosen_by*: the filter.
 
-        What was done stays done when it cannot be noted, as for a user of Redis who may not write there: a warning is logged.
+        What was done stays done when it cannot be noted, as for a user of Redis who may not write there: a warning is logged,
+        unless this is *quiet*.
         """
         if not self.who:
             return
@@ -261,7 +264,13 @@ class Admin:
             self.client.run(note_action(key, kept), retry_for=0.0)
             self.client.run(keep_audit(key), retry_for=0.0)
         except ConveyorError as error:
-            logger.warning("%s by %s could not be noted in the audit: %s", what, self.who, error)
+            logger.log(
+                logging.DEBUG if quiet else logging.WARNING,
+                "%s by %s could not be noted in the audit: %s",
+                what,
+                self.who,
+                error,
+            )
 
     def audit(self, *, limit: int = 50, before: str | None = None) -> list[AuditEntry]:
         """Return what people did, the newest first; *before*: what they did before the entry of this id."""
@@ -497,6 +506,7 @@ class Admin:
                 released += count
                 if cursor == "0":
                     break
+        self.note("release build", name, count=released, detail=build)
         return released
 
     def repair(self, name: str) -> int:
@@ -559,7 +569,10 @@ class Admin:
         if process.kind != "worker":
             raise ConfigurationError(f"{name} consumes messages: only workers of jobs take commands. Nothing was sent.")
         members = [(self._keys(one.queue), one.id) for one in process.members]
-        return command(self.client, members, name, action, milliseconds(timeout, name="timeout") / 1000)
+        answer = command(self.client, members, name, action, milliseconds(timeout, name="timeout") / 1000)
+        if action != "stack":
+            self.note(f"{action} worker", name)
+        return answer
 
     def _with_jobs(self, process: WorkerProcess, most: int) -> WorkerProcess:
         found = [
@@ -880,8 +893,9 @@ class Admin:
     def _found(self, public_id: str) -> _JobLookup:
         lookup = self._find(public_id)
         if lookup is None:
+            shown = public_id if len(public_id) <= _LONGEST_ID else f"{public_id[:_LONGEST_ID]}…"
             raise JobNotFound(
-                f"No job {public_id} is known. It was never there, was purged or deleted, or ended longer ago than is remembered: "
+                f"No job {shown} is known. It was never there, was purged or deleted, or ended longer ago than is remembered: "
                 "ten minutes, or as long as its result is kept."
             )
         return lookup

@@ -58,6 +58,7 @@ COMMANDS: dict[str, CommandEntry] = {
     "config": CommandEntry("conveyor.cli.config:config", "Show where settings come from, and check them.", "Look"),
     "bench": CommandEntry("conveyor.cli.bench:bench", "Measure the server from here, beside a plain list.", "Look"),
     "mcp": CommandEntry("conveyor.cli.mcp:mcp", "Serve agents over the Model Context Protocol.", "Look"),
+    "audit": CommandEntry("conveyor.cli.audit:audit", "List what people did, here and on the dashboard.", "Look"),
     "acl": CommandEntry("conveyor.cli.acl:acl", "Print least-privilege ACL rules for Redis.", "Look"),
     "help": CommandEntry("conveyor.cli.help:help_", "Show the help of a command.", "Help"),
     "completion": CommandEntry(

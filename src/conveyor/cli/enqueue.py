@@ -61,6 +61,7 @@ def enqueue(
         delay=delay_seconds, at=parse_instant(at), queue=queue, priority=priority, id=own_id, tags=tags
     )
     job = bound.enqueue(*args, **kwargs)
+    target.note("enqueue", job.id, detail=chosen.name, quiet=True)
     if not wait:
         if out.as_json:
             out.document("enqueued", id=job.id, task=chosen.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime, time, timedelta
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from conveyor.cli.completion import complete_queues, complete_tasks
+from conveyor.cli.output import iso_timestamp
 from conveyor.errors import ConfigurationError
 from conveyor.units import milliseconds
 
@@ -89,3 +91,13 @@ def instant(name: str, text: str | None) -> datetime | None:
         return now - timedelta(milliseconds=milliseconds(text, name=name))
     except (ValueError, OverflowError, ConfigurationError):
         raise ConfigurationError(f"{name} {text!r} is not {_WHEN}.") from None
+
+
+def filter_text(state: str | None, wanted: JobFilter) -> str:
+    """Return what options chose jobs by, as the filter language has it."""
+    parts = {
+        "state": state, "task": wanted.task, "tag": wanted.tag, "error": None if wanted.error is None else json.dumps(wanted.error),
+        "since": None if wanted.since is None else iso_timestamp(wanted.since),
+        "older": None if wanted.older is None else iso_timestamp(wanted.older),
+    }  # fmt: skip
+    return " ".join(f"{name}:{text}" for name, text in parts.items() if text)

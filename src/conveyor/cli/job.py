@@ -17,7 +17,7 @@ import click
 from conveyor.cli.command import CommandGroup
 from conveyor.cli.completion import complete_queues
 from conveyor.cli.exit import ExitCode
-from conveyor.cli.filters import STATES, selection_options
+from conveyor.cli.filters import STATES, filter_text, selection_options
 from conveyor.cli.output import (
     Output,
     ProgressLine,
@@ -31,13 +31,10 @@ from conveyor.cli.output import (
 from conveyor.cli.queue import say_unanswered
 from conveyor.cli.target import Target, redis_options
 from conveyor.errors import (
-    ConfigurationError,
     JobCancelled,
     JobFailed,
-    JobNotFound,
     PayloadError,
     ResultExpired,
-    UnknownTask,
 )
 from conveyor.units import span
 
@@ -349,11 +346,11 @@ def update(
     if not (pairs or document or delay or at) and priority is None:
         raise click.UsageError("Nothing is to change: give --in, --at, --priority, or arguments as K=V.")
     app = target.load_app()[1] if pairs or document else target.app_or_client()
-    handle, changes = app.job(id_), {}
+    handle, changes = app.job(id_), dict[str, Any]()
     if pairs or document:
         changes["args"] = _new_arguments(app, handle, pairs, document)
     seconds = None if delay is None else parse_seconds(delay, name="--in")
-    done = handle.update(delay=seconds, at=parse_instant(at), priority=priority, **changes)
+    done = target.admin_of(app).update(id_, delay=seconds, at=parse_instant(at), priority=priority, **changes)
     outcome = _outcome(handle.id, "changed" if done else "refused", "" if done else f"it is {handle.status()}")
     _show_outcomes(out, "update", [outcome])
     return ExitCode.OK if done else ExitCode.REFUSED
@@ -461,15 +458,7 @@ def _run_again(target: Target, out: Output, chosen: list[str] | None, *, dry_run
     if dry_run:
         out.say(f"Would enqueue {_describe_ids(chosen)} again.")
         return ExitCode.OK
-    app = target.load_app()[1]
-    results: list[ActionResult] = []
-    for one in chosen:
-        try:
-            results.append(_outcome(one, "enqueued", app.job(one).rerun().id))
-        except JobNotFound:
-            results.append(_outcome(one, "not found", ""))
-        except (ConfigurationError, UnknownTask, ResultExpired, PayloadError) as error:
-            results.append(_outcome(one, "refused", str(error).partition("\n")[0]))
+    results = target.admin_of(target.load_app()[1]).rerun(chosen)
     _show_outcomes(out, "retry", results)
     if any(one.outcome == "not found" for one in results):
         return ExitCode.NOT_FOUND
@@ -519,9 +508,11 @@ def _cancel_and_wait(
     if len(chosen) > 1 and not out.confirm(f"Cancel {_describe_ids(chosen)}?", yes=yes, dry_run=dry_run):
         return ExitCode.OK
     deadline = None if timeout is None else monotonic() + parse_seconds(timeout, name="--timeout")
-    handles = [target.app_or_client().job(one) for one in chosen]
+    app = target.app_or_client()
+    handles = [app.job(one) for one in chosen]
     for handle in handles:
-        handle.cancel()
+        handle.status()  # raises for an unknown one
+    target.admin_of(app).cancel(chosen)
     ends = [_end_of(handle, None if deadline is None else max(0.0, deadline - monotonic())) for handle in handles]
     _show_outcomes(out, "cancel", ends)
     if any(end.outcome == "asked" for end in ends):
@@ -606,6 +597,8 @@ def _act_on_filter(
             else:
                 _print_outcomes(out, results)
             progress.add(len(results))
+    done = sum(count for outcome, count in outcomes.items() if outcome not in {"refused", "not found"})
+    admin.note(schema, queue or "all queues", chosen_by=filter_text(state, wanted), count=done)
     if out.as_json:
         out.document(schema, jobs=kept)
     elif summary:

@@ -63,6 +63,7 @@ def set_(target: Target, out: Output, queue: str, limit: str, key: str | None, n
         listed = f"It has: {', '.join(sorted(known))}." if known else "It has none."
         raise ConfigurationError(f"Queue {queue!r} has no limit {name!r}. {listed} Nothing was changed.")
     control.set(queue, _named(value, name), key)
+    target.note("set limit", queue, detail=", ".join(filter(None, (name, key, limit))))
     if out.as_json:
         out.document("limit-set", queue=queue, limit_name=name, key=key, limit=limit, smooth=smooth)
     else:
@@ -79,6 +80,7 @@ def reset(target: Target, out: Output, queue: str, name: str | None, key: str | 
     """Give the limits of a queue, one of them, or one key of it back to what code declares."""
     control, _ = _control(target, queue)
     count = control.reset(queue, name, key)
+    target.note("reset limit", queue, count=count, detail=", ".join(filter(None, (name, key))))
     if out.as_json:
         out.document("limits-reset", queue=queue, limit_name=name, key=key, reset=count)
     elif not out.on_terminal:

@@ -58,7 +58,7 @@ def push(
         "expires": None if expires is None else parse_seconds(expires, name="--expires"),
     }  # fmt: skip
     send = _sender(client, app, queue, options)
-    ids: list[str] = []
+    ids, stored = list[str](), 1
     if not from_stdin:
         assert message is not None
         body = _checked_body(message.encode("utf-8", "surrogateescape"), "")
@@ -80,6 +80,7 @@ def push(
             stored += len(checked)
             ids += chunk if out.as_json else []
             _print_ids(out, chunk)
+    target.note("push", queue, count=stored, quiet=True)
     if out.as_json:
         out.document("pushed", queue=queue, ids=ids)
 

@@ -11,7 +11,7 @@ import click
 
 from conveyor.cli.command import CommandGroup
 from conveyor.cli.completion import complete_queues
-from conveyor.cli.filters import filter_options
+from conveyor.cli.filters import filter_options, filter_text
 from conveyor.cli.output import (
     Output,
     ProgressLine,
@@ -344,6 +344,7 @@ def redrive(
                 for results in admin.act_on_chosen("redrive", name, None, wanted or ANY_JOB, limit=limit, rate=rate):
                     progress.add(sum(one.done for one in results))
             moved = progress.count
+            admin.note("redrive", name, chosen_by=filter_text(None, wanted or ANY_JOB), count=moved)
     elif not chosen:
         out.say(f"{name} has no dead letters." if not available else "No dead letters match.")
     _print_count(out, "redrive", name, "redriven", chosen if dry_run else moved, dry_run=dry_run)

@@ -92,7 +92,9 @@ def next_(target: Target, out: Output, name: str, count: int) -> None:
 @redis_options
 def run(target: Target, out: Output, name: str) -> None:
     """Enqueue a job of a schedule now, beside its instants; print its id."""
-    job = schedules_of(target).get(name).run()
+    owner = schedules_of(target)
+    job = owner.get(name).run()
+    target.note("run schedule", name, detail=job.id)
     if out.as_json:
         out.document("enqueued", id=job.id, schedule=name)
     else:
@@ -104,7 +106,9 @@ def run(target: Target, out: Output, name: str) -> None:
 @redis_options
 def pause(target: Target, out: Output, name: str) -> None:
     """Let a schedule stand still until it is resumed."""
-    schedules_of(target).get(name).pause()
+    owner = schedules_of(target)
+    owner.get(name).pause()
+    target.note("pause schedule", name)
     _changed(
         out, name, "paused", f"{name} is paused: its instants are skipped until `conveyor schedule resume {name}`."
     )
@@ -117,6 +121,7 @@ def resume(target: Target, out: Output, name: str) -> None:
     """Let a schedule go on with its next instant."""
     owner = schedules_of(target)
     owner.get(name).resume()
+    target.note("resume schedule", name)
     due = owner.get(name).due
     _changed(out, name, "resumed", f"{name} goes on{'' if due is None else f' {short_time(due)}'}.")
 
@@ -133,6 +138,7 @@ def delete(target: Target, out: Output, name: str, yes: bool, dry_run: bool) -> 
         f"Delete schedule {name}, which is due {one.when} and has run {one.fired} times?", yes=yes, dry_run=dry_run
     ):
         owner.delete(name)
+        target.note("delete schedule", name)
         _changed(out, name, "deleted", f"{name} is deleted.")
 
 

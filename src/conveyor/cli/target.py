@@ -33,6 +33,7 @@ class Target:
     retry_for: float = RETRY_FOR
     _settings: Settings | None = field(default=None, repr=False)
     _app: Any = field(default=None, repr=False)
+    _opened: Any = field(default=None, repr=False)
 
     @property
     def settings(self) -> Settings:
@@ -67,7 +68,7 @@ class Target:
                 f"{name} sets {app.client.address} in its code, and --url cannot change that. Write Conveyor() there."
             )
         click.get_current_context().call_on_close(app.close)
-        _without_buffer(app)
+        self._opened = _without_buffer(app)
         return name, app
 
     def client(self) -> Client:
@@ -76,6 +77,22 @@ class Target:
 
         Its URL comes from the flags, else the app, else the environment, else the embedded server.
         """
+        self._opened = client = self._client()
+        return client
+
+    def note(
+        self, what: str, target: str = "", *, count: int | None = None, detail: str = "", quiet: bool = False
+    ) -> None:
+        """
+        Note in the audit what a command did that does it without `admin`.
+
+        *quiet*: say nothing where the user of Redis may not write there, as one who only sends.
+        """
+        from conveyor.admin.admin import Admin
+
+        Admin(self._opened).acting_as(who()).note(what, target, count=count, detail=detail, quiet=quiet)
+
+    def _client(self) -> Client:
         from conveyor.store.client.client import Client
 
         url, namespace = self.url, self._namespace()
@@ -117,12 +134,29 @@ class Target:
         from conveyor.admin.admin import Admin
 
         client = self.client()
-        if self._app is None:
-            return Admin(client)
-        return Admin.of_app(self._app, client)
+        admin = Admin(client) if self._app is None else Admin.of_app(self._app, client)
+        return admin.acting_as(who())
+
+    def admin_of(self, app: Any) -> Admin:
+        """Return the administration interface of an app that was loaded."""
+        from conveyor.admin.admin import Admin
+
+        return Admin.of_app(app).acting_as(who())
 
     def _namespace(self) -> str | None:
         return self.namespace or os.environ.get("CONVEYOR_NAMESPACE") or self.settings.namespace
+
+
+def who() -> str:
+    """Return who runs the command, for the audit: the account and the machine."""
+    import getpass
+    import socket
+
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # no account of that number, as in some containers
+        name = f"uid {os.getuid()}"
+    return f"{name}@{socket.gethostname()}"
 
 
 def _without_buffer(app: Any) -> Client:

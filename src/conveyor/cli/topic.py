@@ -58,6 +58,7 @@ def subscribe(target: Target, out: Output, name: str, queues: tuple[str, ...]) -
     TOPIC may be a pattern, in quotes: `*` stands for one word, `#` as the last for any number of words.
     """
     changed = _topic(target, name).subscribe(*queues)
+    target.note("subscribe", name, count=changed, detail=", ".join(queues))
     _print_changed(out, "topic-subscribed", name, "subscribed", changed)
 
 
@@ -72,6 +73,7 @@ def unsubscribe(target: Target, out: Output, name: str, queues: tuple[str, ...])
     Messages that are queued stay.
     """
     changed = _topic(target, name).unsubscribe(*queues)
+    target.note("unsubscribe", name, count=changed, detail=", ".join(queues))
     _print_changed(out, "topic-unsubscribed", name, "unsubscribed", changed)
 
 
@@ -113,6 +115,7 @@ def publish(
             for one in copies:
                 out.line(" ".join(one))
             sys.stdout.flush()
+    target.note("publish", name, count=len(ids), quiet=True)
     if out.as_json:
         out.document("published", topic=name, ids=ids)
     elif (nobody := sum(not copies for copies in ids)) and out.on_terminal:

@@ -178,6 +178,19 @@ class Redaction:
             }
         return [self._value(one, path) for one in value] if isinstance(value, list) else value
 
+    def lazy_hider(self, text: str, task: str) -> Hide:
+        """Return the same as `hider`, which looks into *text* when it is first needed: many jobs have no other texts."""
+        made: list[Hide] = []
+
+        def hide(other: str) -> str:
+            if not other:
+                return other
+            if not made:
+                made.append(self.hider(text, task))
+            return made[0](other)
+
+        return hide
+
     def hider(self, text: str, task: str) -> Hide:
         """
         Return the function that takes the values which are hidden in a body out of other texts of its job: errors, log lines.

@@ -115,7 +115,7 @@ class RecordDecoder(NamedTuple):
         name = task.partition("\t")[0] if call else ""
         if not self.redaction or not self.redaction.concerns(name):
             return text, None
-        return self.redaction.body(text, name), self.redaction.hider(text, name)
+        return self.redaction.body(text, name), self.redaction.lazy_hider(text, name)
 
     def _opened(self, body: bytes, queue: str, task: str, id: str, limit: int, *, call: bool) -> str:  # noqa: A002
         if body[:1] == MAGIC:
