@@ -340,11 +340,14 @@ def redrive(
         if wanted is None and rate is None:
             moved = admin.redrive(name, limit=limit)
         else:
-            with ProgressLine(out, "put back", chosen) as progress:
-                for results in admin.act_on_chosen("redrive", name, None, wanted or ANY_JOB, limit=limit, rate=rate):
-                    progress.add(sum(one.done for one in results))
+            progress, any_of = ProgressLine(out, "put back", chosen), wanted or ANY_JOB
+            try:
+                with progress:
+                    for results in admin.act_on_chosen("redrive", name, None, any_of, limit=limit, rate=rate):
+                        progress.add(sum(one.done for one in results))
+            finally:  # what was put back when it was interrupted stays
+                admin.note("redrive", name, chosen_by=filter_text(None, any_of), count=progress.count)
             moved = progress.count
-            admin.note("redrive", name, chosen_by=filter_text(None, wanted or ANY_JOB), count=moved)
     elif not chosen:
         out.say(f"{name} has no dead letters." if not available else "No dead letters match.")
     _print_count(out, "redrive", name, "redriven", chosen if dry_run else moved, dry_run=dry_run)
