@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Literal
@@ -378,16 +378,20 @@ def _check_clock(client: Client, report: HealthReport) -> None:
 
 
 def _check_queues(client: Client, directory: QueueDirectory, report: HealthReport) -> None:
-    counts = {name: directory.counts(name) for name in directory.names()}
+    parts = directory.everything()  # once: of ten thousand queues each other way to a partition reads all names again
+    counts = {
+        name: inspection.total([client.run(inspection.counts(directory.keys(part))) for part in some])
+        for name, some in parts.items()
+    }
     for flag in queue_flags([queue_info(name, count) for name, count in counts.items()]):
         report.add("queue", flag.level, flag.text, flag.remedy, flag.code)
-    _check_schedule_names(client, directory, counts, report)
+    _check_schedule_names(client, directory, parts, report)
     for name, count in counts.items():
-        _check_records(client, [directory.keys(part) for part in directory.partition_names(name)], count, report)
+        _check_records(client, [directory.keys(part) for part in parts[name]], count, report)
         if directory.is_being_repartitioned(name):
             text = f"queue '{name}' accepts nothing: a change of its partitions was not completed"
             report.add("queue", "problem", text, f"conveyor queue partition {name} N", "E34")
-        size = (count.ready + count.scheduled + count.leased + count.dead) // len(directory.partition_names(name))
+        size = (count.ready + count.scheduled + count.leased + count.dead) // len(parts[name])
         if size > LARGE_SLOT and not client.address.single:
             text = f"queue '{name}' has {size:,} jobs in a slot: moving the slot blocks both nodes for about {2e-6 * size:.0f} s"
             report.add("queue", "warning", text, "Use more partitions, or move the slot when the queue is short.")
@@ -436,19 +440,19 @@ def _report_schedules(queue: str, problems: list[tuple[str, str]], report: Healt
 
 
 def _check_schedule_names(
-    client: Client, directory: QueueDirectory, counts: Mapping[str, inspection.QueueCounts], report: HealthReport
+    client: Client, directory: QueueDirectory, parts: Mapping[str, Sequence[str]], report: HealthReport
 ) -> None:
     """Look for schedules that stand in two queues, so that each instant comes twice, and for those that stand still."""
     try:
         named = client.run(schedules.all_names(schedules.schedule_index(client.namespace)))
         found = {
-            queue: client.run(schedules.read_schedules(directory.keys(directory.partition_names(queue)[0])))
-            for queue in counts if named
+            queue: client.run(schedules.read_schedules(directory.keys(some[0])))
+            for queue, some in parts.items() if named
         }  # fmt: skip
     except ConfigurationError:
         return  # a user who may not read them
     for queue, (now, rows) in found.items():
-        keys = directory.keys(directory.partition_names(queue)[0])
+        keys = directory.keys(parts[queue][0])
         for row in rows:
             if named.get(row.name, keys.queue) != keys.queue:
                 text = f"schedule '{row.name}' of queue '{queue}' stands in queue '{named[row.name]}' too: each instant comes twice"
