@@ -48,13 +48,13 @@ def doubled(text: str) -> list[str]:
 
 def called_before_defined(text: str, names: set[str]) -> list[str]:
     """Return those of the functions *names* that a text calls before it defines them, or without defining them."""
-    found = []
-    for name in sorted(names):
-        definition = re.search(rf"^ *local function {name}\b", text, re.MULTILINE)
-        call = re.search(rf"(?<![\w.'\"])(?<!function ){name}\(", text)
-        if call and (definition is None or call.start() < definition.start()):
-            found.append(name)
-    return found
+    defined: dict[str, int] = {}
+    called: dict[str, int] = {}
+    for found in re.finditer(r"^ *local function (\w+)", text, re.MULTILINE):
+        defined.setdefault(found[1], found.start())
+    for found in re.finditer(r"(?<![\w.'\"])(?<!function )(\w+)\(", text):
+        called.setdefault(found[1], found.start())
+    return [name for name in sorted(names & called.keys()) if called[name] < defined.get(name, len(text))]
 
 
 def idle_parts(text: str, parts: dict[str, str]) -> list[str]:
