@@ -139,6 +139,8 @@ def _act(
         for results in admin.act_on_matching(action, query):
             outcomes.update(one.outcome for one in results)
             progress.add(len(results))
+    done = sum(count for outcome, count in outcomes.items() if outcome not in {"refused", "not found"})
+    admin.note("retry" if verb == "Retry" else "delete", row.queue, chosen_by=row.filter, count=done)
     if out.as_json:
         out.document("failure-action", action=action, fingerprint=row.fingerprint, outcomes=dict(outcomes))
     elif out.on_terminal:
