@@ -50,7 +50,7 @@ redis.call('HDEL', KEYS[1], '\t')
 -- All that a worker's steps send: one that may do half of it would stop half-way.
 local refused = first_refused(KEYS[4], {
   'DEL', 'APPEND', 'EXISTS', 'EXPIRE', 'GET', 'HEXISTS', 'HGET', 'HGETALL', 'HINCRBY', 'HKEYS', 'HLEN', 'HMGET', 'HSET', 'LINDEX', 'LLEN',
-  'LPOP', 'LPUSH', 'LRANGE', 'LTRIM', 'MGET', 'PERSIST', 'PEXPIRE', 'PEXPIREAT', 'PTTL', 'RPUSH', 'SADD', 'SET', 'SREM', 'TYPE', 'ZADD', 'ZCARD',
+  'LPOP', 'LPUSH', 'LRANGE', 'LTRIM', 'MGET', 'PERSIST', 'PEXPIRE', 'PEXPIREAT', 'PTTL', 'RPUSH', 'SADD', 'SCARD', 'SET', 'SREM', 'TYPE', 'ZADD', 'ZCARD',
   'ZCOUNT', 'ZPOPMIN', 'XADD', 'XREVRANGE', 'ZRANGE', 'ZREM', 'ZSCORE',
 })
 if not refused and type(redis.pcall('PUBLISH', ARGV[5], '')) ~= 'number' then refused = 'PUBLISH' end
