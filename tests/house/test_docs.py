@@ -108,7 +108,7 @@ def test_reference_of_keys_is_complete() -> None:
     names = {
         str(getattr(keys, slot))
         for slot in QueueKeys.__slots__
-        if slot not in {"foreign", "partitions", "prefix", "queue", "ready"}
+        if slot not in {"events_kept", "foreign", "partitions", "prefix", "queue", "ready"}
     }
     scripts = "".join(path.read_text() for path in (ROOT / "src/conveyor/store/scripts").rglob("*.lua"))
     names |= set(re.findall(r"prefix \.\. '([\w:]+?):?'", scripts)) | {"ready", "lane", "leased", "wake", "result"}
