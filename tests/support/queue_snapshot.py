@@ -47,7 +47,8 @@ def read(client: Any, keys: QueueKeys) -> dict[str, Any]:
         "due": _jobs(due),
         "dead": _texts(dead),
         "leased": leased,
-        "state": {id_.decode(): history(text) for id_, text in state.items()},
+        # A job that was only promoted or updated has a history and no counts.
+        "state": {id_.decode(): history(text) for id_, text in state.items() if not text.startswith(b"0 0 0 \th")},
         "unique": {key: next(replies).decode() for key in rest["unique:k:"]},
         "reruns": {first.decode(): last.decode() for first, last in reruns.items()},
         "bodies": {
@@ -78,7 +79,7 @@ def _lease(found: dict[bytes, bytes]) -> tuple[int, dict[str, int], list[str]] |
         return None
     # The digits behind the point are the instant of the lease.
     places = {id_.decode(): int(place) for id_, place in found.items() if not id_.startswith(b"\t")}
-    return int(found[b"\tturn"]), places, found.get(b"\tcancel", b"").decode().split()
+    return int(found[b"\tturn"]), places, _asked(found.get(b"\tcancel", b"").decode())
 
 
 def _jobs(entries: list[bytes]) -> list[str]:
@@ -97,3 +98,8 @@ def kept_result(redis: Any, keys: QueueKeys, id: str) -> bytes:  # noqa: A002
         return record
     field: bytes = redis.hget(keys.result_window(id), id)
     return field.partition(b"\n")[2]
+
+
+def _asked(text: str) -> list[str]:
+    """Return the ids of the cancellations that were asked, without the lines that say by whom."""
+    return [line for line in text.split("\n") if line and line[0] != "\t"]
