@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from conveyor.cli import main
 from conveyor.jobs.app import Conveyor
-from support.manual_worker import ManualWorker, eventually
+from support.manual_worker import ManualWorker
 from support.shell import Shell
 from support.terminal import on_terminal, plain
 
@@ -95,21 +94,45 @@ def test_a_redrive_keeps_its_rate(shell: Shell, app: Conveyor) -> None:
 
 
 @pytest.mark.row("D341")
-def test_an_interrupted_redrive_goes_on(shell: Shell, app: Conveyor) -> None:
+def test_an_interrupted_redrive_goes_on(
+    app: Conveyor, url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Ctrl-C ends a redrive between two steps and says how far it was; the same command puts back the rest, none twice."""
     ids = dead(app, 12)
-    words = ["queue", "redrive", "default", "--tag", "a", "--yes", "--rate"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "conveyor", *words, "20/m"], cwd=shell.directory, env=shell.environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ) as running:  # fmt: skip
-        eventually(lambda: app.count_jobs(tag="a", state="ready"))
-        running.send_signal(signal.SIGINT)
-        _, said = running.communicate(timeout=60)
-    put_back = app.count_jobs(tag="a", state="ready")
-    rest = shell.run(*words, "1000/s")
+    words = ["--url", url, "queue", "redrive", "default", "--tag", "a", "--yes", "--rate"]
+    pauses: list[float] = []
 
-    assert (running.returncode, f"Stopped: {put_back} of 12 put back." in said) == (130, True)
-    assert rest.stdout == f"{12 - put_back}\n"
+    def interrupt(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("conveyor.messaging.selection.time.sleep", interrupt)
+        code = main([*words, "20/m"])
+    said = capsys.readouterr().err
+    put_back = app.count_jobs(tag="a", state="ready")
+
+    assert (code, put_back, "Stopped: 4 of 12 put back." in said) == (130, 4, True)
+    assert (main([*words, "1000/s"]), capsys.readouterr().out) == (0, "8\n")
     ready = [job.id for job in app.jobs(tag="a", state="ready")]
     assert (len(ready), sorted(ready)) == (12, sorted(f"default:{id_}" for id_ in ids))
+
+
+def test_a_filter_in_one_word(shell: Shell, app: Conveyor) -> None:
+    """A filter of several terms may be one word of the shell; a word of one term with blanks in it is its value."""
+    one, two = (f"default:{id_}" for id_ in dead(app, 2))
+    (three,) = (f"default:{id_}" for id_ in dead(app, 1, tags=("of a lot",)))
+    app.queue("orders").push({"text": "no host: x"})
+
+    def listed(*words: str) -> list[str]:
+        return sorted(shell.run("job", "list", "-q", *words).stdout.split())
+
+    both = sorted([one, two])
+    assert listed("state:dead task:shop.* -tag:of") == sorted([one, two, three])
+    assert listed("state:dead tag:a") == listed("state:dead", "tag:a") == listed("tag:a -queue:orders") == both
+    assert listed("tag:of a lot") == listed('state:dead tag:"of a lot"') == [three]
+    assert len(listed("no host: x")) == len(listed("body:no host: x")) == 1
+    assert shell.run("job", "list", "state:dead age:soon").returncode == 2
+    exported = shell.run("job", "export", "state:dead tag:a").stdout.splitlines()
+    assert len(exported) == 2

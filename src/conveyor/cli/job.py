@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -160,13 +161,25 @@ def _each_match(admin: Admin, query: JobQuery, offset: int) -> Iterator[JobInfo]
 
 
 def _quoted(word: str) -> str:
-    """Return a term as the filter language has it, of which the shell has taken the quotation marks away."""
-    if '"' in word or not any(sign.isspace() for sign in word):
+    """
+    Return a word of the command line as the filter language has it: the shell has taken quotation marks away.
+
+    ``error:timed out`` was one term, with a value in quotation marks. A word in which another term follows, such as
+    ``state:dead task:x``, is a filter as it stands.
+    """
+    if '"' in word or not any(sign.isspace() for sign in word) or _has_later_term(word):
         return word
     name, colon, value = word.partition(":")
     if colon and not any(sign.isspace() for sign in name):
         return f'{name}:"{value}"'
     return f'"{word}"'
+
+
+def _has_later_term(word: str) -> bool:
+    """Tell whether a term stands behind a blank: a known field and a value, since texts have colons too."""
+    from conveyor.admin.job_query import FIELDS
+
+    return re.search(rf"\s-?({'|'.join(FIELDS)})(\.[^\s:]+)?:\S", word) is not None
 
 
 def _crash_place(error: ErrorInfo) -> str:
