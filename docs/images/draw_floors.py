@@ -26,7 +26,7 @@ PICTURE = HERE / "floors.svg"
 
 WIDTH, MARGIN, GAP, LINE = 1000, 24, 12, 16
 SUBJECTS = {
-    "actor": "who acts",
+    "acting": "who acts",
     "ids": "job ids, queue names",
     "units": "durations, sizes",
     "errors": "the exception tree",

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2] / "src" / "conveyor"
 # A row a package: a module imports only from its own row and from those above it.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "events"),
-    ("actor", "ids", "units"),
+    ("acting", "ids", "units"),
     ("payload",),  # values <-> bytes: no Redis, no event loop
     ("store",),  # all that knows Redis
     ("messaging",),  # queues of messages: knows no task

@@ -33,7 +33,7 @@ from itertools import islice
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from conveyor.actor import LONGEST_NAME, acting_as
+from conveyor.acting import LONGEST_NAME, acting_as
 from conveyor.admin import doctor
 from conveyor.admin.failure_matrix import MATRIX_RANGES, FailureMatrix, FailureTable
 from conveyor.admin.flags import Flag, failing_tasks, late_schedules, overdue_jobs, queue_flags

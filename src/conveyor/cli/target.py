@@ -202,7 +202,7 @@ def redis_options(function: Callable[..., Any]) -> Callable[..., Any]:
     def command(
         out: Output, *args: Any, url: str | None, namespace: str | None, app_name: str | None, **options: Any
     ) -> Any:
-        from conveyor.actor import acting_as
+        from conveyor.acting import acting_as
 
         with acting_as(who()):  # in the histories of jobs
             return function(Target(url, namespace, app_name), out, *args, **options)

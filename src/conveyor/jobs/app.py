@@ -21,7 +21,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, Never, ParamSpec, Self, TypeVar, Unpack, cast, get_args, overload
 
 from conveyor import ids
-from conveyor.actor import acting_as
+from conveyor.acting import acting_as
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.jobs.batch_task import BatchDecorator, batch_plan
 from conveyor.jobs.bulk import ChunkSender, add_count, bulk_bar, chunks, spread_out

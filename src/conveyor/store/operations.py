@@ -14,7 +14,7 @@ from hashlib import blake2b, sha1
 from math import inf
 from typing import Any, Literal, NamedTuple, NoReturn
 
-from conveyor.actor import current_actor
+from conveyor.acting import current_actor
 from conveyor.errors import ConfigurationError, Duplicate, QueueFull
 from conveyor.ids import may_arrive_later, public
 from conveyor.payload.records import JobKey, to_json, write_attributes, write_envelope

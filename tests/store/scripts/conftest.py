@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import redis as redis_py
 
-from conveyor.actor import acting_as
+from conveyor.acting import acting_as
 from support.seeded_queue import SeededQueue
 
 
