@@ -552,3 +552,19 @@ class TestDropOldest:
         newest.push(4)
         assert take(newest, 1) == [4]
         newest.client.run(operations.configure(newest.keys, "max_length", ""))
+
+
+def test_producers_go_on_waiting_when_the_connections_were_closed(backend, queue, redis, url):
+    """A producer in line keeps its place while its program closes and opens its connections, and is called there."""
+    queue.push_many([0, 0, 0])
+    producers = Producers(redis, queue)
+    producers.begin(1)
+    (entry,) = redis.zrange(queue.keys.room, 0, -1)
+    backend.close()
+    other = Client(url)
+    until(lambda: redis.pubsub_numsub(entry.split()[0])[0][1] == 1)
+    assert redis.zrange(queue.keys.room, 0, -1) == [entry]
+    Queue(other, "small", int, lease_ms=2000).purge()
+    producers.join()
+    assert producers.errors == []
+    other.close()

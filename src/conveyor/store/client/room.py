@@ -112,11 +112,12 @@ class RoomLine:
         self._subscriptions: dict[Hashable, Subscription] = {}
 
     def close(self) -> None:
-        """End the threads; producers that still wait look again after minutes."""
+        """End the threads; producers that still wait look at once, and start others."""
         with self._lock:
             subscriptions, self._subscriptions = self._subscriptions, {}
-        for one in subscriptions.values():
+        for server, one in subscriptions.items():
             one.close()
+            self._wake_all(server)
 
     # -- pushing --------------------------------------------------------------------------------------------------
 
@@ -190,13 +191,10 @@ class RoomLine:
                 if _is_over(deadline):
                     raise
         self._waiting[waiting.entry] = waiting
-        subscription = self._subscribe(keys, waiting.server)
-        ready_until = time.monotonic() + self._client.retry_for + 1.0
-        while not subscription.ready.is_set():
-            if _is_over(ready_until):
-                raise unavailable(str(self._client.address), subscription.error or "no answer")
-            yield max(0.001, ready_until - time.monotonic())
+        subscription = yield from self._listen(keys, waiting)
         while True:
+            if self._subscriptions.get(waiting.server) is not subscription:  # the connections were closed meanwhile
+                subscription = yield from self._listen(keys, waiting)
             is_last = _is_over(deadline)
             try:
                 yield waiting.place(last=is_last)
@@ -212,6 +210,18 @@ class RoomLine:
                 if _is_over(until):
                     break
                 yield max(0.001, until - time.monotonic())
+
+    def _listen(self, keys: QueueKeys, waiting: WaitingProducer) -> Generator[float, None, Subscription]:
+        """Return what hears the calls, once it does; yields the most seconds of a pause, as `_steps`. Raises StoreUnavailable."""
+        subscription = self._subscribe(keys, waiting.server)
+        ready_until = time.monotonic() + self._client.retry_for + 1.0
+        while True:
+            waiting.is_woken = False  # first: it is set after `ready`
+            if subscription.ready.is_set():
+                return subscription
+            if _is_over(ready_until):
+                raise unavailable(str(self._client.address), subscription.error or "no answer")
+            yield max(0.001, ready_until - time.monotonic())
 
     def _new_producer(self, keys: QueueKeys, places: int, wake: Callable[[], object]) -> WaitingProducer:
         server = self._client.endpoint(keys).current_server()
