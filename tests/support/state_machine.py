@@ -56,7 +56,7 @@ ANY = st.integers(0, 99)
 
 def same_turn(found: TurnReply, expected: Reply, *, paused: bool) -> None:
     """Compare what a turn answered with what the model says."""
-    states = [None if state is None else history(state) for state in found.states]
+    states = [None if not state or state.startswith(b"0 0 0 \th") else history(state) for state in found.states]
     assert (found.ids, found.lost, found.held, found.cancelled) == (
         expected.ids, expected.lost, expected.held, expected.cancelled,
     )  # fmt: skip
