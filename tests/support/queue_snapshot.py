@@ -47,8 +47,7 @@ def read(client: Any, keys: QueueKeys) -> dict[str, Any]:
         "due": _jobs(due),
         "dead": _texts(dead),
         "leased": leased,
-        # A job that was only promoted or updated has a history and no counts.
-        "state": {id_.decode(): history(text) for id_, text in state.items() if not text.startswith(b"0 0 0 \th")},
+        "state": {id_.decode(): counts for id_, text in state.items() if (counts := history(text)) is not None},
         "unique": {key: next(replies).decode() for key in rest["unique:k:"]},
         "reruns": {first.decode(): last.decode() for first, last in reruns.items()},
         "bodies": {
@@ -67,8 +66,10 @@ def read(client: Any, keys: QueueKeys) -> dict[str, Any]:
     }
 
 
-def history(text: bytes) -> tuple[int, int, int, bytes]:
-    """Read a stored state without errors."""
+def history(text: bytes) -> tuple[int, int, int, bytes] | None:
+    """Read the counts of a stored state, without errors; None for a job that was only promoted or updated: it has none."""
+    if text.startswith(b"0 0 0 \th"):
+        return None
     starts, failures, crashes = text.partition(b" \t")[0].split()  # attributes stand behind them
     certain = crashes.rstrip(b"+*")
     return int(starts), int(failures), int(certain), crashes[len(certain) :]

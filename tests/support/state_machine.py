@@ -60,7 +60,7 @@ def same_turn(found: TurnReply, expected: Reply, *, paused: bool) -> None:
     assert (found.ids, found.lost, found.held, found.cancelled) == (
         expected.ids, expected.lost, expected.held, expected.cancelled,
     )  # fmt: skip
-    assert states == (expected.states if found.states else [])
+    assert states == (expected.states if found.states else []), (states, expected.states)
     assert found.states or not any(expected.states)
     assert (found.more, found.next_due is not None, found.paused) == (expected.more, expected.due, paused)
 
