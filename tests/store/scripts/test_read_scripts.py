@@ -477,6 +477,29 @@ def test_audit_finds_of_schedules_and_of_what_jobs_tell(seeded: SeededQueue, nam
     assert set(seeded.audit()) == expected
 
 
+REPLACED: dict[str, Callable[[SeededQueue], object]] = {
+    "paused and resumed": lambda s: [
+        s.run(schedules.change_schedule(s.keys, "hourly", "pause")),
+        s.run(schedules.change_schedule(s.keys, "hourly", "resume", s.now() + 60_000)),
+    ],
+    "declared anew": lambda s: s.run(
+        schedules.put_schedule(s.keys, "hourly", "other", b"{}", b"", "data", s.now() + 60_000)
+    ),
+    "deleted": lambda s: s.run(schedules.change_schedule(s.keys, "hourly", "delete")),
+}
+
+
+@pytest.mark.row("B10")
+@pytest.mark.parametrize("name", REPLACED)
+def test_an_alarm_that_was_lost_is_counted_once(seeded: SeededQueue, name: str) -> None:
+    """A schedule whose alarm the server lost, and that gets a new one or goes, leaves the number of alarms right."""
+    tell(seeded)
+    seeded.redis.delete(seeded.keys.due)
+    REPLACED[name](seeded)
+    problems = {problem for problem, _ in seeded.audit()}
+    assert not {one for one in problems if "alarm" in one}, problems
+
+
 def test_audit_refuses_what_is_too_large(seeded: SeededQueue) -> None:
     """The audit reads everything in one step, so it refuses a queue above the size it is given."""
     seeded.push("a", "b", "c")

@@ -12,8 +12,10 @@ redis.call('ZRANGE', KEYS[3], 0, 0)
 local expires = redis.call('HGET', KEYS[4], 'expires')
 if ARGV[3] ~= '' then number_in(ARGV[3]) end
 prove(KEYS[6], 'ZREM', 'DEL', 'SREM', 'HDEL', 'HSET', 'ZADD', 'HINCRBY')
+local counted = nil
+if known[1] then counted = known[2] ~= '' and known[3] ~= '1' end
 if not known[1] or action == 'delete' then
-  set_schedule_alarm(KEYS[3], KEYS[4], KEYS[5], ARGV[1], '')
+  set_schedule_alarm(KEYS[3], KEYS[4], KEYS[5], ARGV[1], '', counted)
   redis.call('DEL', key)
   redis.call('SREM', KEYS[2], ARGV[1])
   if expires then pcall(function() renew_expiry(string.sub(KEYS[4], 1, -5), now) end) end
@@ -23,13 +25,13 @@ if action == 'defer' then
   return redis.call('ZADD', KEYS[3], 'XX', 'CH', ARGV[3], '\t\t' .. ARGV[1])
 elseif action == 'pause' then
   if known[3] == '1' then return 0 end
-  set_schedule_alarm(KEYS[3], KEYS[4], KEYS[5], ARGV[1], '')
+  set_schedule_alarm(KEYS[3], KEYS[4], KEYS[5], ARGV[1], '', counted)
   redis.call('HSET', key, 'paused', '1')
 else
   if known[3] ~= '1' then return 0 end
   redis.call('HDEL', key, 'paused')
   redis.call('HSET', key, 'next', ARGV[3])
   if known[2] ~= '' and tonumber(known[2]) <= now then note_skipped(key, known[4], known[2], now, 'paused', 1) end
-  set_schedule_alarm(KEYS[3], KEYS[4], KEYS[5], ARGV[1], ARGV[3])
+  set_schedule_alarm(KEYS[3], KEYS[4], KEYS[5], ARGV[1], ARGV[3], false)
 end
 return 1

@@ -38,5 +38,5 @@ else
   note_run(key, known[4], ARGV[3] .. ' ' .. int(now) .. ' fired ' .. id)
 end
 redis.call('HSET', key, 'next', ARGV[4])
-set_schedule_alarm(due, KEYS[5], KEYS[4], ARGV[1], ARGV[4])
+set_schedule_alarm(due, KEYS[5], KEYS[4], ARGV[1], ARGV[4], true)
 return reason == '' and {1, id} or {2, reason}

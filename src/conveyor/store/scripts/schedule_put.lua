@@ -19,6 +19,10 @@ redis.call('SADD', KEYS[2], ARGV[1])
 redis.call('HSET', key, 'digest', ARGV[2], 'spec', ARGV[3], 'entry', ARGV[4], 'origin', ARGV[5], 'next', ARGV[6], 'declared', int(now))
 -- An instant that had come and that nobody had carried out yet belongs to the definition of before.
 if known[3] and known[3] ~= '' and tonumber(known[3]) <= now then note_skipped(key, known[5], known[3], now, 'superseded', 1) end
-if known[4] ~= '1' then set_schedule_alarm(due, conf, KEYS[5], ARGV[1], ARGV[6]) end
+if known[4] ~= '1' then
+  local counted = nil
+  if known[1] then counted = known[3] ~= '' end
+  set_schedule_alarm(due, conf, KEYS[5], ARGV[1], ARGV[6], counted)
+end
 if expires then pcall(function() renew_expiry(string.sub(conf, 1, -5), now) end) end
 return known[1] and 2 or 1

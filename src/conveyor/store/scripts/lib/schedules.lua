@@ -8,15 +8,14 @@
 -- due, conf, wake_list  keys of the queue
 -- name     of the schedule
 -- instant  ms as text; "" takes it away
+-- counted  whether it has one by its definition, even if due has lost it; nil: due says it
 -- returns  nothing
-local function set_schedule_alarm(due, conf, wake_list, name, instant)
-  local member = '\t\t' .. name
-  if instant == '' then
-    if redis.call('ZREM', due, member) == 1 then redis.call('HINCRBY', conf, 'alarms', -1) end
-    return
-  end
-  if redis.call('ZADD', due, instant, member) == 1 then redis.call('HINCRBY', conf, 'alarms', 1) end
-  if redis.call('ZRANGE', due, 0, 0)[1] == member then wake(wake_list) end
+local function set_schedule_alarm(due, conf, wake_list, name, instant, counted)
+  local member, new = '\t\t' .. name, instant ~= ''
+  local changed = new and redis.call('ZADD', due, instant, member) or -redis.call('ZREM', due, member)
+  if counted ~= nil then changed = (new and 1 or 0) - (counted and 1 or 0) end
+  if changed ~= 0 then redis.call('HINCRBY', conf, 'alarms', changed) end
+  if new and redis.call('ZRANGE', due, 0, 0)[1] == member then wake(wake_list) end
 end
 
 -- Write down what became of an instant.
