@@ -123,6 +123,7 @@ def lines_of(words: tuple[str, ...], command: click.Command, ids: list[str]) -> 
     """Return the command lines by which a command shows all that it can, and changes nothing."""
     options = {name for one in command.params for name in one.opts}
     tail = ["--dry-run", "--yes"] if "--dry-run" in options else []
+    tail += ["--jobs", "1000"] if words == ("bench",) else []
     targets = {"id_": ids, "ids": ids}.get(
         next((one.name for one in command.params if one.name in {"id_", "ids"}), ""), []
     )
