@@ -79,7 +79,7 @@ def test_a_failing_task_is_found_and_all_its_dead_jobs_are_retried(app: Conveyor
 
     job = get(site, "job", id=page["jobs"][0]["id"])
     assert job["job"]["errors"][0]["frames"][-1]["own"] is True
-    assert job["actions"] == ["retry", "delete"]
+    assert job["actions"] == ["retry", "delete", "rerun"]
     operation = post(site, "operations", action="retry", filter=groups[0]["filter"])["operation"]
     deadline = time.monotonic() + 60
     while (shown := get(site, "operation", id=operation["id"])["operation"])["state"] == "running":

@@ -48,7 +48,7 @@ def shell(url: str, capsys: pytest.CaptureFixture[str]) -> Shell:
 
 def without_ages(text: str) -> str:
     """Return a sentence without what moves between two reads: how far an instant is."""
-    return re.sub(r"(in|since|due)? ?[\d.]+ (ms|s|min|h|d)( \d+ (s|min|h))?( ago)?", "…", text)
+    return re.sub(r"(in|since|due)? ?[\d.]+ (ms|s|m|min|h|d)\b( \d+ (s|m|min|h)\b)?( ago)?", "…", text)
 
 
 def sentence(app: Conveyor, shell: Shell, job: str) -> str:

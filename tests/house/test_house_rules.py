@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -228,3 +229,15 @@ def test_public_names_are_few() -> None:
     ]
     assert len(public_names(source)) <= MAX_PUBLIC
     assert own == []
+
+
+def repeated_names(paths: Iterable[str]) -> list[str]:
+    """Return the names of test files of which there are several: one process collects only one of them."""
+    names = Counter(Path(one).name for one in paths)
+    return [name for name, count in names.items() if count > 1]
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """No two test files have the same name in different folders, so that a run of all collects them all."""
+    assert not repeated_names(map(str, (HOME / "tests").rglob("test_*.py")))
+    assert repeated_names(["cli/test_a.py", "sql/test_a.py", "sql/test_b.py"]) == ["test_a.py"]

@@ -48,7 +48,7 @@ async def test_failing_task_is_found_read_and_retried(app: Conveyor, url: str, t
     listed = await in_thread(lambda: shell.run("failures", "list"))
     rows = [line.split("\t") for line in listed.stdout.splitlines()]
     assert [row[1:4] for row in rows] == [["3", "mail.send", "TimeoutError"], ["1", "media.cut", "ValueError"]]
-    assert "test_journeys.py" in rows[0][4]
+    assert "test_terminal_journeys.py" in rows[0][4]
     fingerprint = rows[0][0]
     shown = await in_thread(lambda: shell.run("failures", "show", fingerprint))
     assert 'raise TimeoutError(f"smtp {user} did not answer")' in shown.stdout
