@@ -289,6 +289,7 @@ def test_what_is_stuck_is_flagged_in_one_sentence(app: Conveyor, shell: Shell) -
     app.schedules.delete("hourly")
     full.purge()
     waiting.join(60)
+    assert not waiting.is_alive()
     for queue in (full, app.queue("lonely")):
         queue.purge()
     keys = app.client.keys("lonely")
