@@ -58,6 +58,11 @@ def test_links_resolve(path: Path) -> None:
         assert not anchor or anchor in anchors(found), f"{name(path)} links to {target}: no such heading"
 
 
+def test_readme_is_short() -> None:
+    """A newcomer reads the README in a few minutes: it has at most 140 lines."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 140
+
+
 def test_every_page_is_linked() -> None:
     """From the README one comes to every page."""
     reached, open_ = set(), [ROOT / "README.md"]
