@@ -413,7 +413,9 @@ def _die(app: Conveyor) -> None:
     dead_child = DeadChild("a child was killed", ChildInfo(app.client.address.url, NAMESPACE), [identity], crashed=True)
     lease_guard = LeaseGuard()
     lease_guard.return_jobs(dead_child)
-    assert lease_guard.close(60.0)
+    # Where a right is missing, the guard would go on trying for as long as it may.
+    eventually(lambda: dead_child.returned or lease_guard._failures > 2)
+    assert lease_guard.close(60.0 if dead_child.returned else 0.0)
     assert dead_child.returned == 1
 
 
