@@ -140,6 +140,7 @@ def test_a_secret_is_on_no_surface(planted: Any, url: str, redis: Redis, tmp_pat
     assert found_in(logged) == []
     assert logged.count(MARK) > 4
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("conveyor.cli.bench.SINGLE", 5)
     outputs: dict[str, str] = {}
     outputs |= asyncio.run(ask_everything(app, ids))
     for words, command in leaves(cli):
