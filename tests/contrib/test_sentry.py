@@ -28,7 +28,7 @@ def sent() -> Iterator[list[dict[str, Any]]]:
         dsn="https://key@example.invalid/1", transport=Collect, traces_sample_rate=1.0, default_integrations=False
     )
     yield events
-    sentry_sdk.init()
+    sentry_sdk.init(default_integrations=False)
 
 
 async def test_a_dead_job_is_one_event_and_each_run_a_transaction(url: str, sent: list[dict[str, Any]]) -> None:
