@@ -9,11 +9,14 @@ import pytest
 
 from support.server_groups import ClusterOfNodes, SentinelGroup
 
+PATIENT = 15_000
+"""Milliseconds for which a node may be silent on a busy machine before a replica, which lacks the last writes, takes over."""
+
 
 @pytest.fixture(scope="session")
 def whole_cluster(directory: Path) -> Iterator[ClusterOfNodes]:
     """Three masters, each with a replica."""
-    cluster = ClusterOfNodes(directory / "cluster", replicas=1)
+    cluster = ClusterOfNodes(directory / "cluster", replicas=1, node_timeout_ms=PATIENT)
     yield cluster
     cluster.stop()
 
@@ -24,6 +27,7 @@ def cluster(whole_cluster: ClusterOfNodes) -> ClusterOfNodes:
     for node in whole_cluster.nodes:
         if not node.running:
             node.start()
+    whole_cluster.await_silence(PATIENT)
     whole_cluster.settle()
     for node in whole_cluster.masters():
         node.ask("FLUSHALL")

@@ -347,6 +347,12 @@ class ClusterOfNodes:
         wait_for(lambda: self.owner(key, asked=target) is target, what="the slot did not move")
         return target
 
+    def await_silence(self, ms: int) -> None:
+        """Let the nodes take one for dead that is silent for so long."""
+        for node in self.nodes:
+            if node.running:
+                node.ask("CONFIG", "SET", "cluster-node-timeout", ms)
+
     def failover(self, key: str) -> Node:
         """Let the replica of the slot's owner take over in good order; return it when it has."""
         replica = self.replica_of(self.owner(key))
@@ -360,6 +366,7 @@ class ClusterOfNodes:
         replica = self.replica_of(node)
         node.await_replicas()
         node.kill()
+        self.await_silence(1000)
         wait_for(lambda: self.owner(key, asked=replica) is replica, what="no failover")
         return node
 
