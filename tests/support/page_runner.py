@@ -135,7 +135,8 @@ class PageRunner:
         for name, words in {"python": "", "conveyor": " -m conveyor"}.items():
             (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable}{words} "$@"\n')
             (programs / name).chmod(0o755)
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("CONVEYOR_", "PYTEST"))}
+        # Not PYTHONUNBUFFERED, with which a line of print() is two writes: a log line of another process may come between.
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("CONVEYOR_", "PYT"))}
         self.environment = kept | {
             "PATH": f"{programs}:{kept.get('PATH', '/usr/bin:/bin')}", "PYTHONPATH": f"{directory}:{ROOT / 'src'}",
             "NO_COLOR": "1", "COLUMNS": "120", "LINES": "50", "CONVEYOR_EXAMPLES": str(ROOT / "examples"),
