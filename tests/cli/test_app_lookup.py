@@ -270,7 +270,7 @@ def test_interrupted_ends_with_130(shell: Shell, backend: Client) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
 
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert "Traceback" not in err
 
 

@@ -107,7 +107,8 @@ def _show(name: str, value: Any, now: int) -> Any:
     if isinstance(value, dict):
         return {_text(field, now): _field(name, _text(item, now)) for field, item in value.items()}
     if isinstance(value, list) and value and isinstance(value[0], tuple) and isinstance(value[0][1], dict):  # a stream
-        return {_text(id_, now): _show(name, fields, now) for id_, fields in value}
+        # A list, since ids of one instant or two may read alike.
+        return [(_text(id_, now), _show(name, fields, now)) for id_, fields in value]
     if isinstance(value, list) and value and isinstance(value[0], tuple):
         instants = not name.startswith("limit:")  # where a score is a place
         return {_text(member, now): _relative(int(score), now) if instants else int(score) for member, score in value}

@@ -87,7 +87,7 @@ from conveyor.payload.records import AttemptHistory, Status, read_envelope, read
 from conveyor.payload.redaction import MARK, Hide
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store import inspection, limits, operations, schedules, worker_commands
-from conveyor.store.audit_log import audit_key, keep_audit, marks_key, note_action, read_audit
+from conveyor.store.audit_log import audit_key, keep_audit, marks_key, note_action, read_audit, write_audit
 from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability
 from conveyor.store.client.outages import FIRST_TRY
@@ -116,8 +116,6 @@ SEARCH_SIZE = 200
 """Entries that one call looks at when jobs of one task are wanted."""
 _HEADS_SIZE = 250
 """Jobs of which one call reads the last error, so that it takes the server a millisecond or two."""
-_MOST_NOTED = 2_000
-"""Characters of one field in the audit."""
 _LONGEST_MARK = 100
 _IDS_NOTED = 10
 _LONGEST_ID = 200
@@ -252,24 +250,9 @@ class Admin:
         What was done stays done when it cannot be noted, as for a user of Redis who may not write there: a warning is logged,
         unless this is *quiet*.
         """
-        if not self.who:
-            return
-        fields = {
-            "who": self.who, "what": what, "target": target, "filter": chosen_by, "count": "" if count is None else str(count),
-            "detail": detail,
-        }  # fmt: skip
-        kept = {name: text[:_MOST_NOTED] for name, text in fields.items() if text}
-        try:
-            key = audit_key(self.client.namespace)
-            self.client.run(note_action(key, kept), retry_for=0.0)
-            self.client.run(keep_audit(key), retry_for=0.0)
-        except ConveyorError as error:
-            logger.log(
-                logging.DEBUG if quiet else logging.WARNING,
-                "%s by %s could not be noted in the audit: %s",
-                what,
-                self.who,
-                error,
+        if self.who:
+            write_audit(
+                self.client, self.who, what, target, chosen_by=chosen_by, count=count, detail=detail, quiet=quiet
             )
 
     def audit(self, *, limit: int = 50, before: str | None = None) -> list[AuditEntry]:

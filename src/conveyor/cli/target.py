@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import getpass
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from conveyor.cli.app import Settings, load, read_settings, reference
 from conveyor.cli.command import shared_option, verbose_option
 from conveyor.cli.output import Output
 from conveyor.errors import ConfigurationError
+from conveyor.store.audit_log import write_audit
 
 if TYPE_CHECKING:
     from conveyor.admin.admin import Admin
@@ -86,11 +89,10 @@ class Target:
         """
         Note in the audit what a command did that does it without `admin`.
 
-        *quiet*: say nothing where the user of Redis may not write there, as one who only sends.
+        *quiet*: say nothing where the user of Redis may not write there, as one who only sends. Nothing is imported for it: an
+        interrupt amid an import, of a command that waits for its job now, may be swallowed or end Python by the signal.
         """
-        from conveyor.admin.admin import Admin
-
-        Admin(self._opened).acting_as(who()).note(what, target, count=count, detail=detail, quiet=quiet)
+        write_audit(self._opened, who(), what, target, count=count, detail=detail, quiet=quiet)
 
     def _client(self) -> Client:
         from conveyor.store.client.client import Client
@@ -149,9 +151,6 @@ class Target:
 
 def who() -> str:
     """Return who runs the command, for the audit: the account and the machine."""
-    import getpass
-    import socket
-
     try:
         name = getpass.getuser()
     except (KeyError, OSError):  # no account of that number, as in some containers

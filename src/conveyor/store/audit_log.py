@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from conveyor.errors import ConveyorError
 from conveyor.store.script import Call, Command, Script
 
+if TYPE_CHECKING:
+    from conveyor.store.client.client import Client
+
 XADD, EXPIRE, XREVRANGE = Script("XADD"), Script("EXPIRE"), Script("XREVRANGE")
+_MOST_NOTED = 2_000
+"""Characters of one field in the audit."""
+logger = logging.getLogger("conveyor.admin")
 
 
 class AuditRow(NamedTuple):
@@ -55,3 +63,27 @@ def read_audit(key: str, before: str | None, count: int, *, since: int | None = 
 
     end = f"({before}" if before else "+"
     return Command(XREVRANGE, (key,), (end, "-" if since is None else str(since), "COUNT", str(count)), decode)
+
+
+def write_audit(
+    client: Client, who: str, what: str, target: str, *, chosen_by: str = "", count: int | None = None, detail: str = "",
+    quiet: bool = False,
+) -> None:  # fmt: skip
+    """
+    Note that somebody did something. *chosen_by*: the filter.
+
+    What was done stays done when it cannot be noted, as for a user of Redis who may not write there: a warning is logged,
+    unless this is *quiet*.
+    """
+    fields = {
+        "who": who, "what": what, "target": target, "filter": chosen_by, "count": "" if count is None else str(count),
+        "detail": detail,
+    }  # fmt: skip
+    kept = {name: text[:_MOST_NOTED] for name, text in fields.items() if text}
+    key = audit_key(client.namespace)
+    try:
+        client.run(note_action(key, kept), retry_for=0.0)
+        client.run(keep_audit(key), retry_for=0.0)
+    except ConveyorError as error:
+        level = logging.DEBUG if quiet else logging.WARNING
+        logger.log(level, "%s by %s could not be noted in the audit: %s", what, who, error)
