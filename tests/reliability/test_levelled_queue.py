@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
-import redis as redis_py
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
@@ -19,15 +18,6 @@ from support.script_faults import break_script
 from support.seeded_queue import SeededQueue
 
 pytestmark = [pytest.mark.standalone_only("empties the server for each example; what it tests is scripts")]
-
-
-@pytest.fixture
-def seeded(redis: redis_py.Redis, url: str) -> Iterator[SeededQueue]:
-    """The queue of all examples."""
-    found = SeededQueue(redis, url)
-    yield found
-    found.client.close()
-    redis.flushall(asynchronous=False)
 
 
 def run_machine(seeded: SeededQueue, number: int, examples: int = 4, steps: int = 40) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import redis as redis_py
@@ -27,15 +27,6 @@ PARTS = 4
 """Tests of their own seeds, so that they share the cores."""
 EXAMPLES_A_RUN = 5
 """Many short runs meet what is rare sooner than a long one: the examples of one run are more alike."""
-
-
-@pytest.fixture
-def seeded(redis: redis_py.Redis, url: str) -> Iterator[SeededQueue]:
-    """The queue both runs use."""
-    found = SeededQueue(redis, url)
-    yield found
-    found.client.close()
-    redis.flushall(asynchronous=False)
 
 
 @pytest.mark.long

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
-import redis as redis_py
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
@@ -40,15 +38,6 @@ FIRST_SEED = {
     "a resumed schedule stays where it was": 5, "a deleted schedule keeps its alarm": 3,
 }  # fmt: skip
 """The seeds that met what is rarely met, when these lines were written."""
-
-
-@pytest.fixture
-def seeded(redis: redis_py.Redis, url: str) -> Iterator[SeededQueue]:
-    """The queue the runs use."""
-    found = SeededQueue(redis, url)
-    yield found
-    found.client.close()
-    redis.flushall(asynchronous=False)
 
 
 def play(seeded: SeededQueue, number: int, examples: int) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import redis as redis_py
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
@@ -59,15 +56,6 @@ CAUGHT = (
     operations.StalePush,
     operations.WorkerUnregistered,
 )
-
-
-@pytest.fixture
-def seeded(redis: redis_py.Redis, url: str) -> Iterator[SeededQueue]:
-    """The queue the runs use."""
-    found = SeededQueue(redis, url)
-    yield found
-    found.client.close()
-    redis.flushall(asynchronous=False)
 
 
 FIRST_SEED = {

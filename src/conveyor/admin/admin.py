@@ -94,7 +94,6 @@ from conveyor.store.client.outages import FIRST_TRY
 from conveyor.store.inspection import Ended, FinishedJob, JobRow, QueueCounts
 from conveyor.store.job_filter import ANY_JOB, JobFilter, Walk
 from conveyor.store.keys import PRIORITIES, QueueKeys
-from conveyor.store.schedules import read_schedules
 from conveyor.store.script import Call
 from conveyor.store.transport import replies
 from conveyor.store.transport.endpoint import in_thread
@@ -603,7 +602,7 @@ class Admin:
         read = [
             (name, *found)
             for (name, part), one in totals.items()
-            if one.has_schedules and (found := self._ask(part, read_schedules(self._keys(part)))) is not None
+            if one.has_schedules and (found := self._ask(part, schedules.read_schedules(self._keys(part)))) is not None
         ]
         limited = {name: None for (name, _), one in totals.items() if one.has_limits}
         control = LimitControl(self.client)

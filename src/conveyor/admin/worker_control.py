@@ -71,12 +71,17 @@ class WorkerProcess:
     """Its registrations, one for each queue or partition."""
 
 
-def processes_of(workers: Iterable[WorkerInfo]) -> list[WorkerProcess]:
-    """Return the processes that *workers* belong to: a process has a registration for every queue that it serves."""
+def by_process(workers: Iterable[WorkerInfo]) -> dict[tuple[str, int | None, str], list[WorkerInfo]]:
+    """Return *workers* by the process that they are (host, pid, its id without a pid): it has a registration for each queue."""
     groups: dict[tuple[str, int | None, str], list[WorkerInfo]] = {}
     for worker in workers:
         groups.setdefault((worker.host, worker.pid, "" if worker.pid else worker.id), []).append(worker)
-    return [_process(group) for group in groups.values()]
+    return groups
+
+
+def processes_of(workers: Iterable[WorkerInfo]) -> list[WorkerProcess]:
+    """Return the processes that *workers* belong to."""
+    return [_process(group) for group in by_process(workers).values()]
 
 
 def _process(group: list[WorkerInfo]) -> WorkerProcess:

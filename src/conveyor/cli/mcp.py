@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import click
 
 from conveyor.cli.command import LeafCommand
 from conveyor.cli.output import Output
-from conveyor.cli.target import Target, redis_options
+from conveyor.cli.target import Target, account, redis_options
 from conveyor.errors import ConfigurationError
 from conveyor.units import installed_version
 
@@ -59,7 +58,7 @@ def mcp(target: Target, out: Output, app_argument: str | None, *, allow_actions:
     service = make_dashboard(
         admin, target.app, authorize=None, tokens={}, read_only=not allow_actions, hosts=None
     ).service  # fmt: skip
-    anyio.run(_serve, Tools(service, access.named(f"{getpass.getuser()} (mcp)")))
+    anyio.run(_serve, Tools(service, access.named(f"{account()} (mcp)")))
     return 0
 
 

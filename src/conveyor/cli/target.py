@@ -151,11 +151,15 @@ class Target:
 
 def who() -> str:
     """Return who runs the command, for the audit: the account and the machine."""
+    return f"{account()}@{socket.gethostname()}"
+
+
+def account() -> str:
+    """Return the name of the account that runs the command."""
     try:
-        name = getpass.getuser()
+        return getpass.getuser()
     except (KeyError, OSError):  # no account of that number, as in some containers
-        name = f"uid {os.getuid()}"
-    return f"{name}@{socket.gethostname()}"
+        return f"uid {os.getuid()}"
 
 
 def _without_buffer(app: Any) -> Client:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from conveyor.dashboard.access import Access, Action
 from conveyor.errors import ConfigurationError
+from conveyor.store.transport.endpoint import in_thread
 
 if TYPE_CHECKING:
     from conveyor.admin.admin import Admin
@@ -135,6 +138,12 @@ class ApiRoute:
                 f"{self.chosen_by!r} must be one of {', '.join(self.action)}, not {str(choice)[:100]!r}."
             )
         return self.action[choice]
+
+    async def answer(self, call: ApiCall) -> Any:
+        """Return what the handler of the route returns, or raise what it raises."""
+        if inspect.iscoroutinefunction(self.handle):
+            return await self.handle(call)
+        return await in_thread(partial(self.handle, call))  # it waits for Redis
 
     def read(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return all inputs, checked. Raises ConfigurationError, also for one that is not known."""

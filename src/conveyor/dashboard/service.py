@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +14,8 @@ from starlette.requests import Request
 
 from conveyor.admin import flags
 from conveyor.admin.admin import Admin
-from conveyor.admin.views import QueueInfo, WorkerInfo
+from conveyor.admin.views import QueueInfo
+from conveyor.admin.worker_control import by_process
 from conveyor.dashboard.access import Access, Authorize, LoginRequired, bearer_access
 from conveyor.dashboard.live import LiveView
 from conveyor.dashboard.operations import Operations
@@ -94,11 +95,11 @@ class Service:
     def _count_workers(self, queues: Sequence[QueueInfo]) -> int:
         """Count the worker processes; only queues that are served are asked for theirs."""
         served = (one.name for one in queues if one.workers)
-        return len(_by_process(worker for name in served for worker in self.admin.workers(name)))
+        return len(by_process(worker for name in served for worker in self.admin.workers(name)))
 
     def workers(self, admin: Admin, queue: str | None = None) -> list[dict[str, Any]]:
         """Return the worker processes, each with the queues that it serves."""
-        processes = _by_process(admin.workers(queue))
+        processes = by_process(admin.workers(queue))
         now = datetime.now(UTC)
         return [
             {
@@ -131,14 +132,6 @@ class Service:
     async def stop(self) -> None:
         """End what goes on in the background."""
         self.operations.stop_all()
-
-
-def _by_process(workers: Iterable[WorkerInfo]) -> dict[tuple[str, int | None, str], list[WorkerInfo]]:
-    """Return the workers of queues by the process that they are."""
-    found: dict[tuple[str, int | None, str], list[WorkerInfo]] = {}
-    for worker in workers:
-        found.setdefault((worker.host, worker.pid, "" if worker.pid else worker.id), []).append(worker)
-    return found
 
 
 def schedule_document(one: Schedule) -> dict[str, Any]:

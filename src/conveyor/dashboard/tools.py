@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 from conveyor.dashboard.access import Access
@@ -14,7 +12,6 @@ from conveyor.dashboard.openapi import input_schema
 from conveyor.dashboard.routes import ENDPOINTS
 from conveyor.dashboard.service import Service
 from conveyor.errors import ConfigurationError, ConveyorError
-from conveyor.store.transport.endpoint import in_thread
 from conveyor.store.transport.url import redact
 
 _NOT_TOOLS = {"openapi.json", "session", "snapshot", "stream", "metrics", "pull"}
@@ -76,11 +73,7 @@ class Tools:
         if not self._access.allows(action):
             raise ConfigurationError(f"This is not allowed: it needs {action}. Nothing was done.")
         call = ApiCall(self._service, self._service.admin_for(self._access), self._access, route.read(given))
-        if inspect.iscoroutinefunction(route.handle):
-            found = await route.handle(call)
-        else:
-            found = await in_thread(partial(route.handle, call))
-        return encoded(route.schema, found).decode()
+        return encoded(route.schema, await route.answer(call)).decode()
 
 
 def tool_name(route: ApiRoute) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import html
-import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +45,6 @@ from conveyor.errors import (
     StoreUnavailable,
 )
 from conveyor.jobs.core import core_of
-from conveyor.store.transport.endpoint import in_thread
 from conveyor.store.transport.url import redact
 
 if TYPE_CHECKING:
@@ -237,10 +235,7 @@ class Dashboard:
                 _base(request),
                 partial(_gone, request) if self.service.streams else never,
             )
-            if inspect.iscoroutinefunction(endpoint.handle):
-                found = await endpoint.handle(call)
-            else:  # it waits for Redis
-                found = await in_thread(partial(endpoint.handle, call))
+            found = await endpoint.answer(call)
         except (LoginRequired, TooManyAttempts) as error:
             return _refusal(error)
         except NotAllowed as error:
