@@ -107,7 +107,9 @@ class TestThreads:
         """Producers are woken in the order in which they came, and each pushes exactly twice: refused, then accepted."""
         queue.push_many([1, 2, 3])
         producers = Producers(redis, queue)
-        producers.begin(4)  # so that the process is subscribed
+        producers.begin(4)
+        assert take(queue, 1) == [1]
+        producers.join()  # so that the process is subscribed, and has told those who waited for that
         attempts, push = [], queue.client.push
 
         def counted(keys, entries, **options):
@@ -119,7 +121,7 @@ class TestThreads:
         producers.begin(*range(5, 25))
         assert scripts_sent(redis) == 20
         assert queue.purge() == 3
-        assert take(queue, 21) == list(range(4, 25))
+        assert take(queue, 20) == list(range(5, 25))
         producers.join()
         assert producers.errors == []
         assert Counter(attempts) == dict.fromkeys(range(5, 25), 2)
