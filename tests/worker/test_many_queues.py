@@ -107,16 +107,18 @@ async def test_idle_workers_of_many_queues_send_next_to_nothing(
     running = [asyncio.create_task(worker.run()) for worker in workers]
     for worker in workers:
         await asyncio.wait_for(worker.ready.wait(), 60)
-    await until(lambda: redis.info("clients")["blocked_clients"] == len(workers))
-    await asyncio.sleep(1.0)  # the first turns look for dead workers
-    identities = [one.identity for worker in workers for one in worker.consumers]
+    consumers = [one for worker in workers for one in worker.consumers]
+    idle = [one.idle_turns for worker in workers for one in worker.connections._by_endpoint.values()]
+    # The first turns look for dead workers, and the first idle turn of each worker is that of all its queues.
+    await until(lambda: all(one._count for one in idle) and not any(one.busy or one.has_more for one in consumers))
+    identities = [one.identity for one in consumers]
 
     began, before = monotonic(), _commands(redis)
     await asyncio.sleep(4)  # the law is about time that passes
     after, pauses = _commands(redis), monotonic() - began + 1
     sent = {name: count - before.get(name, 0) for name, count in after.items() if name != "cmdstat_info"}
     print(sent)
-    still = [one.identity for worker in workers for one in worker.consumers]
+    still = [one.identity for one in consumers]
     for worker in workers:
         worker.stop()
     await asyncio.gather(*running)
