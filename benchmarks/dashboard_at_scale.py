@@ -64,7 +64,13 @@ def fill(app: Conveyor, queued: int, dead: int, queues: int) -> dict[str, str]:
         places: list[Any] = ["ZADD", keys.dead]
         for at, one in enumerate(names, first):
             failure = Failure(
-                3, now - at, ERRORS[at % 4], f"user {at} did not answer", "Traceback …\n" * 20, "web-1:4711"
+                3,
+                now - at,
+                ERRORS[at % 4],
+                f"user {at} did not answer",
+                f"app/mail.py:{40 + at % 4} send",
+                "Traceback …\n" * 20,
+                "web-1:4711",
             )
             jobs += [one, write_envelope(f"mail.task{at % TASKS}", b'{"user":%d}' % at)]
             states += [one, AttemptHistory(3, 3, 0, [to_json(failure)] * 3).encode()]

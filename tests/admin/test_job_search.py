@@ -52,7 +52,7 @@ def bury(
     backend.announce(keys)
     states, envelopes = {}, {}
     for id_, (task, kind, message) in zip(ids, letters, strict=True):
-        failure = Failure(1, 1, kind, message, "Traceback " * 50, "w")
+        failure = Failure(1, 1, kind, message, traceback="Traceback " * 50, worker="w")
         if sealing is not None:
             failure = pack_failure(sealing, failure, queue, id_)
         states[id_] = AttemptHistory(1, 1, 0, [to_json(failure)]).encode()

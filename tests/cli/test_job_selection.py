@@ -136,3 +136,18 @@ def test_a_filter_in_one_word(shell: Shell, app: Conveyor) -> None:
     assert shell.run("job", "list", "state:dead age:soon").returncode == 2
     exported = shell.run("job", "export", "state:dead tag:a").stdout.splitlines()
     assert len(exported) == 2
+
+
+def test_a_misspelt_field_of_a_filter_in_one_word_is_told(shell: Shell, app: Conveyor) -> None:
+    """A second field that there is not is an error with its column, and no part of the value before it; a text keeps its colons."""
+    (one,) = (f"default:{id_}" for id_ in dead(app, 1, tags=("at 10:30 of a lot",)))
+    for words, column, near in (
+        ("state:dead tsk:mail", 12, "task:"), ("task:mail.* foo:bar", 13, "Known: state"), ("error:timed out tsk:mail", 17, "task:"),
+        ("tag:a -qeue:mail", 7, "queue:"), ("older:2h state.x:dead", 10, "state:"),
+    ):  # fmt: skip
+        refused = shell.run("job", "list", words)
+        assert (refused.returncode, refused.stdout) == (2, ""), words
+        assert f"Column {column} of the filter: There is no field" in refused.stderr, refused.stderr
+        assert near in refused.stderr
+    assert shell.run("job", "list", "-q", "tag:at 10:30 of a lot").stdout.split() == [one]
+    assert shell.run("job", "list", "-q", "error:no url:http there").stdout == ""

@@ -46,7 +46,7 @@ def bury(backend: Client, redis: Redis, task: str, kind: str, message: str, *, a
     keys, id_ = backend.keys("shop"), new_id()
     died = int((datetime.now(UTC) - ago).timestamp() * 1000)
     backend.announce(keys)
-    failure = Failure(5, died, kind, message, "Traceback", "w")
+    failure = Failure(5, died, kind, message, traceback="Traceback", worker="w")
     redis.hset(keys.jobs, id_, write_envelope(task, b'{"n":1}'))
     redis.hset(keys.state, id_, AttemptHistory(5, 5, 0, [to_json(failure)]).encode())
     redis.zadd(keys.dead, {id_: died})

@@ -27,7 +27,7 @@ class Receipt:
 
 
 AT = datetime(2026, 5, 4, tzinfo=UTC)
-FAILURE = Failure(1, 5, "builtins.ValueError", "no such card", "Traceback …")
+FAILURE = Failure(1, 5, "builtins.ValueError", "no such card", traceback="Traceback …")
 
 
 class Tasks:

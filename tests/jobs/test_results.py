@@ -98,7 +98,7 @@ def test_all_kinds_of_ends_are_pushed(
     ids = manual.take(3)
     waiting = [pool.submit(job.result, timeout=PATIENCE) for job in jobs]
     eventually(lambda: redis.hlen(WAITERS) == 3)
-    manual.dead(ids[0], Failure(1, 0, "ValueError", "no", "trace"))
+    manual.dead(ids[0], Failure(1, 0, "ValueError", "no", traceback="trace"))
     manual.unkept(ids[1])
     manual.plainly_done(ids[2])
 

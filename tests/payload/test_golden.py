@@ -102,7 +102,7 @@ def called(formats: FormatRegistry) -> bytes:
 
 
 NO_LONGER_WRITTEN = {"state_alone"}  # a mark behind the counts, from before it moved elsewhere
-FAILURE = Failure(2, 1_764_000_000_000, "builtins.ValueError", "no ü", 'Traceback:\n  File "x"', "host:1")
+FAILURE = Failure(2, 1_764_000_000_000, "builtins.ValueError", "no ü", "", 'Traceback:\n  File "x"', "host:1")
 STATE = AttemptHistory(3, 2, 1, [to_json(FAILURE), to_json(Failure(3, 5, "crashed", "again"))])
 
 

@@ -208,7 +208,7 @@ def test_sealed_errors_survive_damage(tmp_path):
     way = sealing(tmp_path, keys=KEYS, encrypt=True)
     from conveyor.payload.records import Failure
 
-    failure = Failure(1, 2, "ValueError", "secret words", "Traceback: secret")
+    failure = Failure(1, 2, "ValueError", "secret words", traceback="Traceback: secret")
     packed = pack_failure(way, failure, "q", "an id")
     assert "secret" not in str(packed)
     assert open_failure(way, packed, "q", "an id") == failure

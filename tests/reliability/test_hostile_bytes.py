@@ -317,7 +317,9 @@ def test_terminals_are_not_steered(url, redis, tmp_path):
     id_ = new_id()
     redis.hset(prefix + "jobs", id_, f'\n{STEERING}\n"{STEERING}"')
     redis.rpush(prefix + "ready:0", id_)
-    redis.hset("conveyor:{mail}:state", id_, b"1 1 0\n" + to_json(Failure(1, 2, STEERING, STEERING, STEERING)))
+    redis.hset(
+        "conveyor:{mail}:state", id_, b"1 1 0\n" + to_json(Failure(1, 2, STEERING, STEERING, STEERING, STEERING))
+    )
     redis.hset("conveyor:{mail}:jobs", id_, "\n\n1")
     redis.zadd("conveyor:{mail}:dead", {id_: 1})
     worker = shell.start("worker", "--processes", "1", **run)

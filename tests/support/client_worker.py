@@ -36,7 +36,7 @@ class ClientWorker:
     def fail(self, public_id: str, message: str = "no", *, kind: str = "ValueError") -> None:
         """Make a leased job a dead letter after its first attempt."""
         id_ = split(public_id)[1]
-        failure = records.Failure(1, 1_700_000_000_000, kind, message, f"Traceback: {message}", "testhost")
+        failure = records.Failure(1, 1_700_000_000_000, kind, message, "", f"Traceback: {message}", "testhost")
         state = records.AttemptHistory(1, 1, 0, [records.to_json(failure)])
         record = records.to_json(records.Outcome("dead", failure=failure, reason="all 1 attempts failed"))
         self._turn(0, TurnReport(others=[Settlement("X", id_, 0, record, state.encode())]))

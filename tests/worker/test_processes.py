@@ -187,6 +187,8 @@ async def test_an_error_is_matched_by_the_policy(run: Run) -> None:
     assert record.message == "declined: no money"
     assert 'raise TooPoor(402, reason="no money")' in record.traceback
     assert "process_child.py" not in record.traceback
+    assert record.frame.startswith("support/process_app.py:")
+    assert record.frame.endswith(" decline")
     assert record.traceback.count("declined: no money") == 1
     assert "raise TooPoor" in error.__notes__[0]
 

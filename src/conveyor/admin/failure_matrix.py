@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
-from hashlib import sha256
 
 from conveyor.admin.history import RANGES, SECONDS_OF
-from conveyor.admin.job_search import OTHER_MESSAGES, last_failure, message_pattern
+from conveyor.admin.job_search import OTHER_MESSAGES, fingerprint_of, kind_of, last_failure, message_pattern
 from conveyor.admin.tracebacks import frames_of
 from conveyor.admin.views import instant
 from conveyor.ids import public
+from conveyor.payload.failures import frame_text
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store.inspection import JobRow
 
@@ -20,15 +21,18 @@ MOST_GROUPS = 200
 _STEPS = {"1h": 60, "6h": 600, "24h": 1800, "7d": 4 * 3600, "30d": 24 * 3600}
 """Seconds of a column."""
 MATRIX_RANGES = tuple(_STEPS)
+_PLAIN = re.compile(r"[\w.:/-]+")
+"""Names that stand in a filter as they are."""
 
 
 @dataclass(frozen=True, slots=True)
 class FailureRow:
     """
-    Dead letters of one queue that failed alike: the task, the class of the error and its message without what differs.
+    Dead letters of one queue that failed alike: the task, the class of the error and the innermost frame of the user's own code.
 
-    `frame`: the innermost frame of the user's own code in the newest of them, None where that is not known. `cells`: how many died
-    in each step. `filter`: chooses them.
+    Where no such frame is recorded, the message without what differs stands in its place; then `frame` is that of the newest of
+    them, None where that is not known either. `message`: of the newest. `cells`: how many died in each step. `filter`: chooses
+    them.
     """
 
     fingerprint: str
@@ -61,7 +65,7 @@ class FailureMatrix:
 @dataclass(slots=True)
 class _Kind:
     message: str
-    pattern: str
+    frame: str
     id: str
     part: str
     first: int
@@ -95,15 +99,15 @@ class FailureTable:
                 return False
             self.read += 1
             failure = last_failure(row, part, self._decoder)
-            kind, message = ("", "") if failure is None else (failure.type, failure.message)
-            message, pattern = message_pattern(message)
-            found = self._kinds.get((queue, row.envelope.task, kind, pattern))
+            type_, text, frame = ("", "", "") if failure is None else (failure.type, failure.message, failure.frame)
+            message, kind = message_pattern(text)[0], kind_of(frame, text)
+            found = self._kinds.get((queue, row.envelope.task, type_, kind))
             if found is None and len(self._kinds) >= MOST_GROUPS:
-                message = pattern = OTHER_MESSAGES
-                found = self._kinds.get((queue, row.envelope.task, kind, pattern))
+                message, kind, frame = OTHER_MESSAGES, OTHER_MESSAGES, ""
+                found = self._kinds.get((queue, row.envelope.task, type_, kind))
             if found is None:
-                found = _Kind(message, pattern, public(part, row.id), part, at, at)
-                self._kinds[queue, row.envelope.task, kind, pattern] = found
+                found = _Kind(message, frame, public(part, row.id), part, at, at)
+                self._kinds[queue, row.envelope.task, type_, kind] = found
             if at > found.last:
                 found.message, found.id, found.part = message, public(part, row.id), part
             found.first, found.last = min(found.first, at), max(found.last, at)
@@ -111,20 +115,20 @@ class FailureTable:
         return True
 
     def samples(self) -> list[tuple[str, str]]:
-        """Return (queue or partition, public id) of the newest of each of the largest rows."""
+        """Return (queue or partition, public id) of the newest of each of the largest rows whose records have no frame."""
         largest = sorted(self._kinds.values(), key=lambda one: -one.cells.total())[:50]
-        return [(one.part, one.id) for one in largest]
+        return [(one.part, one.id) for one in largest if not one.frame]
 
     def matrix(self, tracebacks: dict[str, str], total: int, *, cut: bool) -> FailureMatrix:
         """Return the table; *tracebacks*: of the samples by their public ids. *cut*: whether dead letters were left out."""
         rows = [
             FailureRow(
-                sha256("\t".join((queue, task, kind, pattern)).encode("utf-8", "replace")).hexdigest()[:16], task, queue, kind,
-                _own_frame(tracebacks.get(one.id, "")), one.message, one.cells.total(), instant(one.first), instant(one.last),
-                [one.cells[number] for number in range(self._first, self._last + 1)], one.id,
-                _filter(queue, task, kind, pattern),
+                fingerprint_of(queue, task, type_, kind), task, queue, type_,
+                one.frame or _own_frame(tracebacks.get(one.id, "")), one.message, one.cells.total(), instant(one.first),
+                instant(one.last), [one.cells[number] for number in range(self._first, self._last + 1)], one.id,
+                _filter(queue, task, type_, kind),
             )
-            for (queue, task, kind, pattern), one in self._kinds.items()
+            for (queue, task, type_, kind), one in self._kinds.items()
         ]  # fmt: skip
         rows.sort(key=lambda row: (-row.count, row.queue, row.task, row.type))
         times = [number * self.step for number in range(self._first, self._last + 1)]
@@ -137,17 +141,16 @@ def _own_frame(traceback: str) -> str | None:
     own = [frame for frame in frames_of(traceback) if frame.own]
     if not own:
         return None
-    path = "/".join(own[-1].file.replace("\\", "/").rsplit("/", 2)[-2:])
-    return f"{path}:{own[-1].line} {own[-1].function}"
+    return frame_text(own[-1].file, own[-1].line, own[-1].function)
 
 
-def _filter(queue: str, task: str, kind: str, pattern: str) -> str:
-    """Return the filter that chooses the dead letters of a row: the beginning of the message that they share."""
-    shared = "" if pattern == OTHER_MESSAGES else pattern.partition("…")[0]
+def _filter(queue: str, task: str, type_: str, kind: str) -> str:
+    """Return the filter that chooses the dead letters of a row; where rows were too many, those of the task and the class."""
     terms = ["state:dead", f"queue:{queue}"]
-    if task:
+    if _PLAIN.fullmatch(task):  # the fingerprint stands for the task as well: this makes it quicker
         terms.append(f"task:{task}")
-    if kind:
-        text = f"{kind}: {shared}".replace("\\", "\\\\").replace('"', '\\"')
-        terms.append(f'error:"{text}"')
+    if kind != OTHER_MESSAGES:
+        terms.append(f"fingerprint:{fingerprint_of(queue, task, type_, kind)}")
+    elif type_:
+        terms.append(f'error:"{type_}: "')
     return " ".join(terms)

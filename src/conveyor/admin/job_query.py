@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
 from typing import Any
 
+from conveyor.admin.job_search import fingerprint_of, kind_of
 from conveyor.admin.views import STATES, JobInfo
 from conveyor.errors import ConfigurationError, InvalidFilter
 from conveyor.ids import logical, tag_text
@@ -205,6 +206,16 @@ def _term(name: str, text: str, value: str, negated: bool, position: int, value_
     return Term(field, path, value, negated, position, accepts)
 
 
+def is_like_field(name: str) -> bool:
+    """Tell whether *name* is a field or nearly one, so that its writer meant a field."""
+    return bool(difflib.get_close_matches(name, FIELDS, 1))
+
+
+def takes_text(name: str) -> bool:
+    """Tell whether the values of field *name* may have blanks; what is no field is a text."""
+    return name.partition(".")[0] not in _WITHOUT_BLANKS
+
+
 def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name.partition(".")[0], FIELDS, 1)
     hint = f"Did you mean {near[0]}:?" if near else f"Known: {', '.join(FIELDS)}"
@@ -302,6 +313,19 @@ def _error_term(_: str, value: str) -> Accepts:
     return lambda job: bool(job.errors) and value.casefold() in _last_error(job).casefold()
 
 
+def _fingerprint(_: str, value: str) -> Accepts:
+    wanted = value.casefold()
+    if not re.fullmatch(r"[0-9a-f]{4,16}", wanted):
+        raise ValueError(f"needs 4 to 16 of the hexadecimal digits that `conveyor failures list` shows, not {value!r}")
+
+    def accepts(job: JobInfo) -> bool:
+        last = job.errors[-1] if job.errors else None
+        type_, kind = (last.type, kind_of(last.frame, last.message)) if last else ("", "")
+        return fingerprint_of(logical(job.queue), job.task or "", type_, kind).startswith(wanted)
+
+    return accepts
+
+
 def _last_error(job: JobInfo) -> str:
     return f"{job.errors[-1].type}: {job.errors[-1].message}" if job.errors else ""
 
@@ -360,9 +384,13 @@ def _is_value(found: Any, value: str) -> bool:
 
 
 _WITH_PATH = {"args", "body", "header"}
+_WITHOUT_BLANKS = {
+    "state", "queue", "task", "fingerprint", "age", "since", "older", "attempt", "failures", "crashes", "priority", "worker", "id",
+}  # fmt: skip
 _FIELDS: dict[str, Callable[[str, str], Accepts]] = {
     "state": _state, "queue": _pattern(lambda job: logical(job.queue)), "task": _pattern(lambda job: job.task),
-    "error": _error_term, "tag": _tag, "age": _age_term, "since": _time_term(after=True), "older": _time_term(after=False),
+    "error": _error_term, "fingerprint": _fingerprint,
+    "tag": _tag, "age": _age_term, "since": _time_term(after=True), "older": _time_term(after=False),
     "attempt": _number(lambda job: job.attempt), "failures": _number(lambda job: job.failures),
     "crashes": _number(lambda job: job.crashes), "priority": _number(lambda job: job.priority),
     "worker": _holds(lambda job: f"{job.host or ''}:{job.pid or ''} {job.worker or ''}"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 
 from conveyor.admin.views import FailureGroup, instant
 from conveyor.ids import public
@@ -43,6 +44,16 @@ def message_pattern(message: str) -> tuple[str, str]:
     """Return the first line of a message, and the same with "…" for what differs between failures of one kind."""
     line = _first_line(message)
     return line, _VARIABLE.sub("…", line)
+
+
+def kind_of(frame: str, message: str) -> str:
+    """Return what tells failures of one task and class apart: the frame of the user's, else the message without what differs."""
+    return frame or message_pattern(message)[1]
+
+
+def fingerprint_of(queue: str, task: str, type_: str, kind: str) -> str:
+    """Return the fingerprint of a failure of a queue, with its `kind_of`: 16 hexadecimal digits."""
+    return sha256("\t".join((queue, task, type_, kind)).encode("utf-8", "replace")).hexdigest()[:16]
 
 
 class FailureCount:

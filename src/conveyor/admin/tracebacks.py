@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from conveyor.payload.failures import is_own
+
 _FRAME = re.compile(r'^  File "(?P<file>[^"\n]*)", line (?P<line>\d+), in (?P<function>.*)$')
-_LIBRARY = re.compile(
-    r"^<|[/\\](site-packages|dist-packages|lib[/\\]python\d[.\d]*)[/\\]|[/\\]conveyor[/\\](jobs|worker|payload)[/\\]"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +34,3 @@ def frames_of(traceback: str) -> list[Frame]:
         own = is_own(match["file"])
         found.append(Frame(match["file"], int(match["line"]), match["function"], code, own))
     return found
-
-
-def is_own(file: str) -> bool:
-    """Tell whether a file is of the user's own code, by its path."""
-    return _LIBRARY.search(file) is None

@@ -69,7 +69,7 @@ def queue_info(name: str, counts: QueueCounts, partitions: int = 1, unanswered: 
 
 @dataclass(frozen=True, slots=True)
 class ErrorInfo:
-    """The error of one attempt."""
+    """The error of one attempt. `frame`: the innermost frame of the user's own code, "" where the record has none."""
 
     attempt: int
     at: datetime
@@ -77,6 +77,7 @@ class ErrorInfo:
     message: str
     traceback: str
     worker: str
+    frame: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +319,13 @@ def finished_job(queue: str, entry: FinishedJob) -> JobInfo:
 def error_info(failure: Failure) -> ErrorInfo:
     """Return a stored failure as an ErrorInfo."""
     return ErrorInfo(
-        failure.attempt, instant(failure.at), failure.type, failure.message, failure.traceback, failure.worker
+        failure.attempt,
+        instant(failure.at),
+        failure.type,
+        failure.message,
+        failure.traceback,
+        failure.worker,
+        failure.frame,
     )
 
 

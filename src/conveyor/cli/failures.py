@@ -46,8 +46,8 @@ def list_(target: Target, out: Output, range_: str, queue: str | None) -> None:
     """
     List dead jobs by what they have in common, the largest kind first.
 
-    A kind is a task, the class of its last error, and its message without what differs; `where` is the innermost line of your
-    own code.
+    A kind is a task, the class of its last error, and `where`: the innermost line of your own code. Without such a line its message
+    counts, without what differs.
     """
     matrix = target.admin().failure_matrix(range_, queue=queue)
     if out.as_json:

@@ -176,10 +176,17 @@ def _quoted(word: str) -> str:
 
 
 def _has_later_term(word: str) -> bool:
-    """Tell whether a term stands behind a blank: a known field and a value, since texts have colons too."""
-    from conveyor.admin.job_query import FIELDS
+    """
+    Tell whether a term stands behind a blank.
 
-    return re.search(rf"\s-?({'|'.join(FIELDS)})(\.[^\s:]+)?:\S", word) is not None
+    Texts have colons too. Behind a field whose values have no blanks any ``name:value`` is a term, behind others one whose name is
+    that of a field or nearly so: the parser says where a misspelt one stands.
+    """
+    from conveyor.admin.job_query import is_like_field, takes_text
+
+    later = re.findall(r"\s-?([A-Za-z_]+)(?:\.[^\s:]+)?:\S", word)
+    first = word.removeprefix("-").partition(":")[0]
+    return any(is_like_field(name) or not takes_text(first) for name in later)
 
 
 def _crash_place(error: ErrorInfo) -> str:

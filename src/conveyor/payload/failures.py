@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Callable
 from logging import ERROR, Logger
 from time import monotonic
@@ -22,9 +23,13 @@ TRACEBACK_BYTES = 8 * 1024
 REPEAT_AFTER = 60.0
 """Seconds until the traceback of the same failure is logged again."""
 _NAME_BYTES = 256
+FRAME_BYTES = 200
 _MOST_PLACES = 1000
 _PASSED_ON = tuple(os.path.join(os.path.dirname(path), "") for path in (os.path.dirname(__file__), asyncio.__file__))
 """Directories of code that only passes an exception on to where it is recorded."""
+_LIBRARY = re.compile(
+    r"^<|[/\\](site-packages|dist-packages|lib[/\\]python\d[.\d]*)[/\\]|[/\\]conveyor[/\\](jobs|worker|payload)[/\\]"
+)
 _STORED_NAMES = {"UnreadablePayload": "Unreadable", "PayloadTooNew": "TooNew"}
 """Classes that are stored under a shorter name than theirs: what is stored does not follow when a class is renamed."""
 
@@ -33,9 +38,10 @@ def describe(error: BaseException, attempt: int, now_ms: int, worker: str, hide:
     """
     Return *error* as it is stored and shown; never raises.
 
-    The message takes at most 2 KiB of UTF-8, the traceback 8 KiB; longer ones lose their middle. *hide* takes values out of them.
+    The message takes at most 2 KiB of UTF-8, the traceback 8 KiB, the frame 200 bytes; longer ones lose their middle. *hide* takes
+    values out of message and traceback.
     """
-    found = Failure(attempt, now_ms, type_name(error), message(error), _traceback(error), worker)
+    found = Failure(attempt, now_ms, type_name(error), message(error), _own_frame(error), _traceback(error), worker)
     return found if hide is None else without_values(found, hide)
 
 
@@ -150,10 +156,41 @@ def users_frames(traceback: TracebackType | None) -> TracebackType | None:
     return traceback if at is None else at
 
 
-def _told_by_process(error: BaseException) -> str | None:
+def is_own(file: str) -> bool:
+    """Tell whether a file is of the user's own code, by its path."""
+    return _LIBRARY.search(file) is None
+
+
+def frame_text(file: str, line: int, function: str) -> str:
+    """Return a frame as it is stored and shown: ``app/mail.py:42 send``."""
+    path = "/".join(file.replace("\\", "/").rsplit("/", 2)[-2:])
+    return shorten(f"{path}:{line} {function}", FRAME_BYTES)
+
+
+def _own_frame(error: BaseException) -> str:
+    """Return the innermost frame of the user's own code in the traceback of *error*; "" without one."""
+    told = _told_by_process(error, "conveyor_frame")
+    if told is not None:
+        return told
+    frames = list[TracebackType]()
+    try:
+        at = error.__traceback__
+        while at is not None:
+            frames.append(at)
+            at = at.tb_next
+        for one in reversed(frames):
+            code = one.tb_frame.f_code
+            if is_own(code.co_filename):
+                return frame_text(code.co_filename, one.tb_lineno or 0, code.co_name)
+    except BaseException:  # the attributes of an exception are the caller's code
+        return ""
+    return ""
+
+
+def _told_by_process(error: BaseException, name: str = "conveyor_traceback") -> str | None:
     """Return the traceback of the process that raised *error*, since the one here shows only its arrival; else None."""
     try:
-        text = getattr(error, "conveyor_traceback", None)
+        text = getattr(error, name, None)
     except BaseException:  # the methods of an exception are the caller's code
         return None
     return text if isinstance(text, str) else None

@@ -68,12 +68,18 @@ class EnvelopeOptions(
 
 
 class Failure(msgspec.Struct, omit_defaults=True):
-    """The error of one attempt; `at` in ms since the epoch. `packed` holds the texts where they are sealed."""
+    """
+    The error of one attempt; `at` in ms since the epoch. `packed` holds the texts where they are sealed.
+
+    `frame`: the innermost frame of the user's own code, "" where there is none or an older release wrote the record. It stands
+    before the traceback, since what reads heads cuts a record off there.
+    """
 
     attempt: int
     at: int
     type: str
     message: str
+    frame: str = ""
     traceback: str = ""
     worker: str = ""
     packed: str = ""

@@ -61,14 +61,15 @@ def open_part(sealing: PayloadPipeline | None, data: bytes, queue: str, id: str,
 
 
 def pack_failure(sealing: PayloadPipeline, failure: Failure, queue: str, id: str) -> Failure:  # noqa: A002
-    """Return *failure* with its texts wrapped; the class of the error stays readable, for sorting."""
+    """Return *failure* with its texts wrapped; its class and its place in the code stay readable, for sorting."""
     body = msgspec.json.encode((failure.message, failure.traceback))
     data = sealing.wrap(body, queue=queue, task=_NO_TASK, id=id, kind=b"error")
     if data[:1] != MAGIC:
         return failure
     return Failure(
-        failure.attempt, failure.at, failure.type, describe(data), "", failure.worker, packed=_text(data).decode()
-    )
+        failure.attempt, failure.at, failure.type, describe(data), failure.frame, worker=failure.worker,
+        packed=_text(data).decode(),
+    )  # fmt: skip
 
 
 def pack_refusal(sealing: PayloadPipeline, failure: Failure, code: str, queue: str, id: str) -> Failure:  # noqa: A002
@@ -89,7 +90,7 @@ def open_failure(sealing: PayloadPipeline | None, failure: Failure, queue: str, 
         message, traceback = f"{failure.message}. {error}", ""
     except msgspec.MsgspecError:
         message, traceback = f"{failure.message}. The sealed value is not an error.", ""
-    return Failure(failure.attempt, failure.at, failure.type, message, traceback, failure.worker)
+    return Failure(failure.attempt, failure.at, failure.type, message, failure.frame, traceback, failure.worker)
 
 
 class RecordDecoder(NamedTuple):

@@ -175,10 +175,12 @@ def test_a_page_of_large_jobs_is_short(seeded: SeededQueue, large: str) -> None:
 @pytest.mark.redis6
 def test_heads_bring_neither_bodies_nor_tracebacks(seeded: SeededQueue) -> None:
     """The head of a job is its task and its last error without the traceback, whatever its texts hold; a sealed error is whole."""
-    tricky = Failure(2, 6, "Odd", 'of ,"traceback":"\\", no', 'the ,"traceback":"', "w")
-    sealed = Failure(1, 7, "Odd", "sealed", "", "w", packed="AAAA")
+    tricky = Failure(2, 6, "Odd", 'of ,"traceback":"\\", no', "app/x.py:1 f", 'the ,"traceback":"', "w")
+    sealed = Failure(1, 7, "Odd", "sealed", worker="w", packed="AAAA")
     states = {
-        "first\t{}": AttemptHistory(2, 2, 1, [to_json(Failure(1, 5, "No", "no", "t" * 9000, "w")), to_json(tricky)]),
+        "first\t{}": AttemptHistory(
+            2, 2, 1, [to_json(Failure(1, 5, "No", "no", "", "t" * 9000, "w")), to_json(tricky)]
+        ),
         "sealed": AttemptHistory(1, 1, 0, [to_json(sealed)]),
         "none": AttemptHistory(3, 0, 0),
     }
@@ -194,7 +196,7 @@ def test_heads_bring_neither_bodies_nor_tracebacks(seeded: SeededQueue) -> None:
         ("first", b"", 2), ("sealed", b"", 1), ("none", b"", 3),
     ]  # fmt: skip
     assert [row.state.failures_list() for row in rows] == [
-        [Failure(2, 6, "Odd", tricky.message)], [sealed], [],
+        [Failure(2, 6, "Odd", tricky.message, tricky.frame)], [sealed], [],
     ]  # fmt: skip
     assert len(b"".join(bytes(one) for one in reply[1:])) < 500
 

@@ -124,6 +124,7 @@ class FailedReply(msgspec.Struct, tag="failed"):
     kinds: list[str]
     message: str
     traceback: str
+    frame: str = ""
     code: str | None = None
     delay: float | str | None = None
     worn: str = ""
@@ -176,6 +177,7 @@ def capture(error: BaseException) -> FailedReply:
         kinds=[_name(kind) for kind in type.mro(type(error)) if kind is not object],
         message=record.message,
         traceback=record.traceback,
+        frame=record.frame,
         code=str(error.code) if isinstance(error, ConveyorError) else None,
         delay=_delay(error),
     )
@@ -206,6 +208,7 @@ def rebuild(failed: FailedReply, policy: Retry) -> Exception:
     attributes: dict[str, Any] = {
         "conveyor_text": failed.message,
         "conveyor_traceback": failed.traceback,
+        "conveyor_frame": failed.frame,
         "__notes__": [f"In the process of the job:\n{failed.traceback}"],
     }
     if failed.code is not None:
@@ -220,6 +223,7 @@ class _RemoteException:
 
     conveyor_text: str
     conveyor_traceback: str
+    conveyor_frame: str
 
     def __init_subclass__(cls) -> None:
         pass  # that of the other bases may want arguments

@@ -16,7 +16,7 @@ function Failures() {
   const answer = useQuery(`failures?range=${range}`, { every: 3000, hold: cell != null });
   const data = answer.data;
   const most = Math.max(1, ...(data?.groups ?? []).flatMap((group) => group.cells));
-  const filterOf = (group, i) => (i == null ? group.filter : `${group.filter} since:${iso(data.times[i])} older:${iso(data.times[i] + data.step)}`);
+  const filterOf = (group, i) => (i == null ? group.filter : `${group.filter} since:${iso(data.times[i])} older:${iso(data.times[i] + data.step - 0.001)}`);
   const buttons = (filter) => html`<${Act} action="retry_jobs" kind="small" again=${answer.again} run=${() => actOnMatching("retry", filter)}>Retry<//> <${Act} action="delete_jobs" kind="small danger" again=${answer.again} run=${() => actOnMatching("delete", filter)}>Delete<//>`;
   return html`<${Head} title="Failures" sub="Dead jobs, put together by task, exception and the line of your code that raised it." ><${Tabs} label="Period" options=${RANGES} value=${range} onChoose=${(value) => { setRange(value); setCell(null); }} /><//>
     <${Operations} />
