@@ -23,7 +23,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import redis
+
 from chaos import recording_server  # noqa: F401  makes the servers of the test suite importable
+from conveyor.store.keys import QueueKeys
 from support.server_process import Server, find_binary  # type: ignore[import-not-found]
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +66,7 @@ class Run:
 
         self.tasks, self.app = levelled_app, levelled_app.app
         self.workers: list[subprocess.Popen[bytes]] = []
+        self.killed: set[int] = set()
         self.returns: list[float] = []
         self.watchers: list[threading.Thread] = []
 
@@ -84,25 +88,25 @@ class Run:
         ]
 
     def kill_one(self) -> bool:
-        """Kill one of the processes that run jobs; tell whether there was one."""
-        children = [
+        """Kill one of the processes that serve the queue, and not the last one; tell whether there was one."""
+        client = self.server.client()
+        children = {
             int(pid)
             for worker in self.workers
             for pid in Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
-        ]
-        recent = {line.pid for line in self.lines()[-2000:]} & set(children)
-        if not recent:
+        }
+        leases = {
+            key: json.loads(client.hget(key, "\tabout") or b"{}").get("pid") for key in client.scan_iter("*:leased:*")
+        }
+        serving = sorted((children & {*leases.values()}) - self.killed)
+        if len(serving) < 2:
             return False
-        pid = self.random.choice(sorted(recent))
-        client = self.server.client()
-        leases = [
-            key
-            for key in client.scan_iter("*:leased:*")
-            if json.loads(client.hget(key, "\tabout") or b"{}").get("pid") == pid
-        ]
+        pid = self.random.choice(serving)
+        self.killed.add(pid)
         with suppress(ProcessLookupError):  # it has ended meanwhile
             os.kill(pid, signal.SIGKILL)
-            self.watchers.append(threading.Thread(target=self._watch_leases, args=(client, leases)))
+            held = [key for key, of in leases.items() if of == pid]
+            self.watchers.append(threading.Thread(target=self._watch_leases, args=(client, held)))
             self.watchers[-1].start()
             return True
         return False
@@ -168,38 +172,83 @@ def most_in_a_window(starts: list[float], per: float) -> int:
     return max((bisect_left(starts, at + per) - i for i, at in enumerate(starts)), default=0)
 
 
+class Admissions(threading.Thread):
+    """
+    The server's record of what a rate let start, read again and again while it is kept: a job of a worker that is killed counts.
+
+    Of each ms the most that was ever seen counts, since the oldest of a record leave it one after the other.
+    """
+
+    def __init__(self, run: Run, name: str, per: float) -> None:
+        super().__init__(daemon=True)
+        self._run, self._pause, self._seen, self._over = run, per / 10, Counter[int](), threading.Event()
+        self._key = f"{QueueKeys('conveyor', 'levelled').prefix}rate:{name}"
+
+    def run(self) -> None:
+        """Read until it is over; a server that restarts is asked again."""
+        with self._run.server.client() as client:
+            while True:
+                over = self._over.wait(self._pause)
+                with suppress(redis.RedisError):
+                    for at, count in Counter(map(int, client.lrange(self._key, 0, -1))).items():
+                        self._seen[at] = max(self._seen[at], count)
+                if over:
+                    return
+
+    def instants(self) -> list[float]:
+        """Return when each start was let pass, in seconds by the server's clock, and end."""
+        self._over.set()
+        self.join()
+        return [at / 1000 for at in sorted(self._seen.elements())]
+
+
 def rate(options: argparse.Namespace) -> int:
     """Count starts in every window that begins at a start, with kills, and with restarts of the server."""
-    per = options.per
-    with running(options, n=options.n, per=f"{round(per * 1000)}ms", seconds=0.002) as run:
-        count = int(options.n * options.seconds / per * 1.5) + options.n
+    n, per = options.n, options.per
+    with running(options, n=n, per=f"{round(per * 1000)}ms", seconds=0.002) as run:
+        count = int(n * options.seconds / per * 3.5) + n
         run.app.enqueue_many([run.tasks.rated.s(n) for n in range(count)])
+        admissions = Admissions(run, "rated.rate", per)
+        admissions.start()
         run.start(options.processes, 50)
         run.wait(run.lines, "the first start", 60)
-        restarts = [options.seconds * (i + 1) / (options.restarts + 1) for i in range(options.restarts)]
-        begin, killed = time.monotonic(), 0
-        while (now := time.monotonic() - begin) < options.seconds:
-            if restarts and now >= restarts[0]:
-                restarts.pop(0)
+        begin, killed, restarted, down = time.monotonic(), 0, 0, 0.0
+        # A machine on which starting a process takes long gets more time: a process that serves is always left.
+        while (now := time.monotonic() - begin) < options.seconds or (
+            killed < options.kills and now < 3 * options.seconds
+        ):
+            if restarted < options.restarts and now >= (restarted + 1) * options.seconds / (options.restarts + 1):
+                restarted += 1
                 run.server.kill()
                 run.server.start()
+                down += time.monotonic() - begin - now
             if killed < options.kills and now >= (killed + 1) * options.seconds / (options.kills + 1):
                 killed += run.kill_one()
             time.sleep(0.01)
-        end = time.monotonic()
-        starts = sorted(line.at for line in run.lines() if line.what == "start" and line.at <= end)
-    n = options.n
-    early = [per - (later - at) for at, later in zip(starts, starts[n:], strict=False)]
-    used = len(starts) / (n * (end - starts[0]) / per)
-    most = most_in_a_window(starts, per)
+        passed = admissions.instants()
+        starts = sorted(line.at for line in run.lines() if line.what == "start")
+    most = most_in_a_window(passed, per)
     say("limit", f"{n} / {per:g} s")
-    say("kills, restarts of the server", f"{killed}, {options.restarts}")
-    say("starts", len(starts))
-    say("most starts in a window that begins at a start", most)
-    say("windows above the limit", sum(one > 0 for one in early))
-    say("the earliest of them, ms before its window ended", max([0.0, *early]) * 1000)
-    say("used", used)
+    say("kills, restarts of the server", f"{killed}, {restarted}")
+    say("the server was down, s", down)
+    say("passes by the server's record", len(passed))
+    say("most in a window that begins at a pass", most)
+    say("used", used(passed, n, per))
+    late = sorted(later - at - per for at, later in zip(passed, passed[n:], strict=False)) or [0.0]
+    say("ms from the opening of a place to the pass: middle", late[len(late) // 2] * 1000)
+    say("ms from the opening of a place to the pass: 99 %", late[len(late) * 99 // 100] * 1000)
+    say("ms from the opening of a place to the pass: longest", late[-1] * 1000)
+    say("starts by the jobs' own log", len(starts))
+    say("passes that kills took from jobs before their start", len(passed) - len(starts))
+    say("most in a window by the jobs' own log", most_in_a_window(starts, per))
+    say("used by the jobs' own log", used(starts, n, per))
     return int(most > n)
+
+
+def used(starts: list[float], n: int, per: float) -> float:
+    """Return which part of a rate was used: the least time that so many starts need, of what they took."""
+    windows = (len(starts) - 1) // n
+    return windows * per / (starts[windows * n] - starts[0]) if windows > 0 else 0.0
 
 
 def concurrency(options: argparse.Namespace) -> int:

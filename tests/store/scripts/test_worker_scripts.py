@@ -176,6 +176,23 @@ def test_reap_of_an_idle_worker_calls_nobody(seeded: SeededQueue) -> None:
     assert seeded.dump() == {"conf": {"schema": "2"}}
 
 
+@pytest.mark.parametrize("left", ["ready", "scheduled", "alarm"])
+def test_reap_calls_another_worker_for_what_is_left(seeded: SeededQueue, left: str) -> None:
+    """A dead worker that held nothing may have taken a token, or have been first at the next alarm: another one is called."""
+    seeded.register("w")
+    if left == "ready":
+        seeded.push("a")
+        seeded.take_token()
+    elif left == "scheduled":
+        seeded.push(entry("a", delay_ms=60_000))
+        seeded.take_token()
+    else:
+        seeded.redis.zadd(seeded.keys.due, {"\trate": 10**15})
+    assert not seeded.redis.exists(seeded.keys.wake)
+    assert seeded.run(operations.reap(seeded.keys, "w")) == 0
+    assert seeded.redis.llen(seeded.keys.wake) == 1
+
+
 def test_reap_of_an_end_without_a_hash(seeded: SeededQueue) -> None:
     """A registration whose hash is gone is taken away too."""
     seeded.redis.zadd(seeded.keys.workers, {"w": 1})

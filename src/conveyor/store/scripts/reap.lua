@@ -105,7 +105,8 @@ if #grouped > 0 then
   pass_on(queue, now, 1)
   write_counters(queue)
 end
-if returned > 0 or queue.moved then wake(KEYS[5]) end
+-- The worker may have taken a token, or been the one that is first at the next alarm: another one sees to what is ready or due.
+if redis.pcall('EXISTS', KEYS[18], unpack(KEYS, 7, 16)) ~= 0 then wake(KEYS[5]) end
 if redis.call('HLEN', queue.waiters) > 0 then announce_changes(queue.waiters, ids, 's') end
 if line then call_next(queue.prefix) end
 if conf[2] then pcall(function() renew_expiry(queue.prefix, now) end) end

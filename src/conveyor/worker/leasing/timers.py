@@ -105,6 +105,7 @@ class DueTimer:
         self._on_due = on_due
         self._timer: asyncio.TimerHandle | None = None
         self._due_ms: int | None = None
+        self._has_fired = False
         self._yields_until = 0.0
 
     @property
@@ -121,14 +122,16 @@ class DueTimer:
             now: the server's time in ms.
             missed: whether the turn that told it had room for work and got none.
         """
+        was_late, self._has_fired = missed and self._has_fired, False
         if next_due is None:
             self._due_ms = None
             return
         if self._timer is not None:
             self._timer.cancel()
         late = 0.0
-        if self._due_ms is not None and next_due > self._due_ms and missed:
-            # Another worker was quicker: look a little later, until this one gets a job.
+        if self._due_ms is not None and next_due > self._due_ms and was_late:
+            # Another worker was quicker: look a little later, until this one gets a job. One that was called is on time, since it
+            # may be called in the place of a worker that has died.
             late = random.uniform(0.02, 0.08)  # noqa: S311  no secret
         if monotonic() < self._yields_until:
             late = random.uniform(0.1, 0.2)  # noqa: S311
@@ -147,5 +150,5 @@ class DueTimer:
             self._timer = None
 
     def _fire(self) -> None:
-        self._timer = None
+        self._timer, self._has_fired = None, True
         self._on_due()
