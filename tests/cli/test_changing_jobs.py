@@ -62,6 +62,7 @@ def test_jobs_are_changed_run_again_and_cancelled(app: Conveyor, capsys: pytest.
     named = ("-A", "changed_mail:app")
     one = run("enqueue", *named, "send", "to=ada", "--in", "1h")
     assert "n='many'" in run("job", "update", *named, one, "n=many", code=2)
+    assert "Nothing was changed." in run("job", "update", *named, one, "m=1", code=2)
     assert "Nothing is to change" in run("job", "update", one, code=2)
     assert run("job", "update", one, "--priority", "3").startswith(f"{one}\tchanged")
     assert run("job", "update", *named, one, "n=2", "to=ada@x", "--in", "0").startswith(f"{one}\tchanged")

@@ -49,6 +49,9 @@ def test_current_as_a_default_speaks_for_the_job() -> None:
     assert repr(current()) == "current()"
     with pytest.raises(ConfigurationError, match="no job is running here"):
         work()
+    for use in (lambda: current().progress(1), lambda: current().emit(1), lambda: current().notes, lambda: current().logger):
+        with pytest.raises(ConfigurationError, match=r"^current\(\): no job is running here"):
+            use()
 
 
 def test_check_stops_a_job_that_was_told_to() -> None:

@@ -164,6 +164,31 @@ async def test_progress_is_told(app: Conveyor) -> None:
         assert await resumed == ["1-done"]
 
 
+async def test_the_last_progress_is_told_before_the_end(app: Conveyor) -> None:
+    """The last progress comes before the end, to a watcher that comes when all is over, and with the errors of earlier attempts."""
+
+    @app.task(retry=Retry(attempts=2, backoff=0))
+    async def count() -> None:
+        for done in range(11 if current().attempt == 2 else 0):
+            current().progress(done, 10)
+        if current().attempt == 1:
+            raise OSError("away")
+
+    job = await count.aenqueue()
+    async with working(app):
+        live = [update async for update in job.awatch()]
+    later = [update async for update in app.job(job.id).awatch()]
+    for seen in (live, later):
+        assert isinstance(seen[-2], ProgressChanged)
+        assert (seen[-2].done, seen[-2].total, seen[-2].attempt) == (10, 10, 2)
+        assert isinstance(seen[-1], JobEnded)
+    assert [(one.id, one.error) for one in later if isinstance(one, StateChanged)] == [
+        ("1-ready", ""), ("1-leased", ""), ("2-scheduled", "OSError"), ("2-leased", ""),
+    ]  # fmt: skip
+    assert later[3].at is not None
+    assert await until_end(job, live[-2].id) == ["2-done"]
+
+
 async def until_end(job: Any, after: str) -> list[str]:
     return [update.id async for update in job.awatch(after)]
 

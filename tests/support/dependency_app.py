@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 
 from conveyor import Conveyor, Depends, current
 
+time.sleep(float(os.environ.get("DEPENDENCY_IMPORT_SECONDS", "0")))
 app = Conveyor(namespace=os.environ.get("DEPENDENCY_NAMESPACE", "dependencies"))
 
 

@@ -56,10 +56,19 @@ async def test_fresh_starts_a_process_for_each_job(app: Conveyor) -> None:
     assert len(set(pids)) == 3
 
 
+async def test_a_limit_counts_from_the_start_of_the_function(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time that a process takes to load the app is none of its job's: a limit that is shorter is kept all the same."""
+    monkeypatch.setenv("DEPENDENCY_IMPORT_SECONDS", "4")
+    app.task(name=pid.name, run_in="process", retry=1, timeout="3s")(pid.function)
+    job = await app.aenqueue(pid.name)
+    async with working(app, reference="support.dependency_app:app"):
+        assert await job.aresult(60)
+
+
 def test_only_a_process_can_be_killed(app: Conveyor) -> None:
     """A hard limit, or a fresh process, of a task elsewhere is refused, and one that is not longer than the other too."""
-    for options in ({"timeout_hard": "1m"}, {"fresh": True}):
-        with pytest.raises(ConfigurationError, match="run_in='process'"):
+    for options, why in (({"timeout_hard": "1m"}, "can kill"), ({"fresh": True}, "shares the process")):
+        with pytest.raises(ConfigurationError, match=f"run_in='process'.*{why}"):
             app.task(name="x", **options)(dependency_app.note)
     with pytest.raises(ConfigurationError, match="longer than timeout"):
         app.task(run_in="process", timeout="1m", timeout_hard="1m")

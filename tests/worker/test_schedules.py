@@ -105,6 +105,15 @@ async def test_a_definition_is_put_once(app: Conveyor) -> None:
     spec = other._spec
     with pytest.raises(ConfigurationError, match=r"belongs to app\.schedules\.put\(\)\. Nothing was stored"):
         await owner.adrive(owner.put_program("greeting", greet.s(5), spec, "code"))
+    wrong: Any = greet
+    with pytest.raises(ConfigurationError, match=r"takes a call, such as report\.s"):
+        await app.schedules.aput("greeting", wrong, every="1m")
+
+    @app.cron("0 9 * * *", name="nightly")
+    async def nightly() -> None: ...
+
+    with pytest.raises(ConfigurationError, match=r"belongs to a decorator in the code\. Nothing was stored"):
+        await app.schedules.aput("nightly", greet.s(5), every="1m")  # no worker has stored the other yet
     elsewhere = greet.options(queue="vip").s(4)
     with pytest.raises(ConfigurationError, match="is there, for queue 'default'"):
         await app.schedules.aput("greeting", elsewhere, every="1m")

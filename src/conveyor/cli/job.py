@@ -385,12 +385,16 @@ def _outcome(id_: str, outcome: Outcome, detail: str = "") -> ActionResult:
 def _new_arguments(app: Any, handle: Any, pairs: tuple[str, ...], document: str | None) -> dict[str, Any]:
     """Return the new arguments of a job by name, in the types of its task's parameters."""
     from conveyor.cli.enqueue import parse_arguments
+    from conveyor.jobs.changes import of_change
     from conveyor.jobs.task import definition_of
 
     handle.status()  # learns the task
     if handle.task not in app.tasks:
         return {pair.partition("=")[0]: None for pair in pairs} or {"": None}  # `update` says what is missing
-    args, kwargs = parse_arguments(definition_of(app.tasks[handle.task]).signature, pairs, document)
+    try:
+        args, kwargs = parse_arguments(definition_of(app.tasks[handle.task]).signature, pairs, document)
+    except PayloadError as error:
+        raise of_change(error) from None
     if args:
         raise PayloadError("--args takes an object: the new arguments by name. Nothing was changed.")
     return kwargs

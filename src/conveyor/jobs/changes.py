@@ -153,9 +153,7 @@ class JobChange:
             encoded = task.signature.encode(*after)
             attributes = _attributes(task, keys, envelope, before, after)
         except PayloadError as error:
-            raise PayloadError(
-                re.sub("Nothing was (enqueued|stored)", "Nothing was changed", str(error)), code=error.code
-            ) from None
+            raise of_change(error) from None
         self.replaced_blob = blob
         name = sealed_name(task.name, task.settings.version)
         stored = sealing.wrap(encoded, queue=keys.queue, task=name, id=id_)
@@ -253,3 +251,8 @@ def _envelope_of(run: RunRecord) -> Envelope:
     """Return what is kept of the envelope of a job that ended well."""
     extra = EnvelopeOptions(headers=run.headers, version=run.version)
     return Envelope(run.task, stored_arguments(run), attributes=write_attributes(tags=run.tags), extra=extra)
+
+
+def of_change(error: PayloadError) -> PayloadError:
+    """Return an error of arguments as one of a change, after which all is as it was."""
+    return PayloadError(re.sub("Nothing was (enqueued|stored)", "Nothing was changed", str(error)), code=error.code)

@@ -155,11 +155,13 @@ def register(
     if where == "thread" and awaitable:
         raise ConfigurationError(f"{name}: run_in='thread' needs a plain `def`; an `async def` runs on the loop.")
     if where != "process" and (options.fresh or options.timeout_hard_ms is not None):
-        option = "fresh" if options.fresh else "timeout_hard"
-        raise ConfigurationError(
-            f"{name}: {option}= is for a task with run_in='process'. Nothing can kill a coroutine or a thread; `timeout` stops "
+        why = (
+            "fresh= is for a task with run_in='process': a coroutine or a thread shares the process of its worker."
+            if options.fresh
+            else "timeout_hard= is for a task with run_in='process'. Nothing can kill a coroutine or a thread; `timeout` stops "
             "them as far as they let themselves be stopped."
         )
+        raise ConfigurationError(f"{name}: {why}")
     limit = None if max_payload is None else size(max_payload, "@app.task(max_payload=…)")
     definition = TaskDefinition(
         core, function, name=name, queue=queue, run_in=where, options=options,

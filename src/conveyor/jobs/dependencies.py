@@ -252,7 +252,7 @@ class _Planner:
                 contexts.append(parameter.name)
             elif default is _EMPTY and parameter.kind not in _VARIADIC:
                 raise ConfigurationError(
-                    f"{self._task}(): '{parameter.name}' of its dependency {_name(function)} has no default. The worker fills "
+                    f"{self._task}(): '{parameter.name}' of its dependency {_name(function)}() has no default. The worker fills "
                     "only parameters with Depends(…) or current() as their defaults."
                 )
         self._path.pop()

@@ -151,19 +151,40 @@ def make_timing(
     try:
         first = next(CronSim(str(cron), datetime(2000, 1, 1, tzinfo=UTC)), None)
     except CronSimError as error:
+        if _fits_other_months(str(cron)):
+            raise _never(cron) from None
         raise ConfigurationError(
             f"cron={cron!r} cannot be read: {error}. It has five fields, minute hour day month weekday, as in '0 9 * * mon-fri', "
             "or six with seconds before them."
         ) from None
     if first is None:
-        raise ConfigurationError(f"cron={cron!r} never comes: no day fits it. Look at its day and its month.")
+        raise _never(cron)
     return timing
+
+
+def _never(cron: str | None) -> ConfigurationError:
+    return ConfigurationError(f"cron={cron!r} never comes: no day fits it. Look at its day and its month.")
+
+
+def _fits_other_months(cron: str) -> bool:
+    """Return whether an expression that was refused would be right in all months, as that of 30 February would."""
+    fields = cron.split()
+    if len(fields) not in {5, 6}:
+        return False
+    fields[-2] = "*"
+    try:
+        CronSim(" ".join(fields), datetime(2000, 1, 1, tzinfo=UTC))
+    except CronSimError:
+        return False
+    return True
 
 
 def make_spec(
     call: TaskCall[Any], timing: Timing, overlap: Overlap, missed: Missed, jitter: Duration | None
 ) -> ScheduleSpec:
     """Return the specification of a schedule, checked; raises ConfigurationError."""
+    if not hasattr(call, "definition"):
+        raise ConfigurationError(f"A schedule takes a call, such as report.s(…) of the task report, not {call!r}.")
     for option, value, known in (("overlap", overlap, get_args(Overlap)), ("missed", missed, get_args(Missed))):
         if value not in known:
             raise ConfigurationError(f"{option} must be one of {', '.join(map(repr, known))}, not {value!r}.")

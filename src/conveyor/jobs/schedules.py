@@ -62,6 +62,8 @@ class ScheduleCore(JobCore, Protocol):
     def definitions(self) -> Mapping[str, TaskDefinition]: ...
     @property
     def partitioned(self) -> Mapping[str, Partitions]: ...
+    @property
+    def declared_schedules(self) -> Mapping[str, Declaration]: ...
 
 
 class Schedule:
@@ -211,6 +213,8 @@ class Schedules:
     def put_program(self, name: str, call: TaskCall[Any], spec: ScheduleSpec, origin: Origin) -> Program[Schedule]:
         """Declare a schedule; the value is the schedule as it is then."""
         ids.queue_name(name, what="schedule")
+        if origin == "data" and name in self._core.declared_schedules:
+            raise _foreign(name, "code")  # of this program, whose workers may not have stored it yet
         keys, entry = self._prepared(name, call, spec)
         index = schedules.schedule_index(self._core.client.namespace)
         while True:

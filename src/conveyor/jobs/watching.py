@@ -16,7 +16,7 @@ from conveyor.errors import ConfigurationError, ConveyorError, JobNotFound, Stor
 from conveyor.events import JobEnded, JobUpdate, ProgressChanged, StateChanged
 from conveyor.ids import may_arrive_later, public
 from conveyor.jobs.results import CHECK_AGAIN, Listener, OutageTimer, call_soon, release
-from conveyor.payload.records import AttemptHistory, Failure, read_outcome
+from conveyor.payload.records import AttemptHistory, Failure, RunRecord, read_outcome
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store import inspection
 from conveyor.store.fork_safety import on_fork
@@ -94,22 +94,26 @@ class Changes:
         where, row, record = lookup
         events: list[JobUpdate] = []
         if row is not None and row.status != "dead":
-            self._advance(events, row.state.starts + 1, row.state, row.envelope.due_ms is not None)
+            self._advance(events, row.state.starts + 1, self._failed(row.state), row.envelope.due_ms is not None)
             self._live(events, row)
         elif row is not None:
             attempt = max(row.state.starts, 1)
-            self._advance(events, attempt, row.state, row.envelope.due_ms is not None)
+            self._advance(events, attempt, self._failed(row.state), row.envelope.due_ms is not None)
             self._start(events, attempt)
+            self._tell_progress(events, attempt, row.state.progress)
             failures = row.state.failures_list()
             at = int(row.extra) if row.extra.isdecimal() else 0
             self._end(events, "dead", attempt, at, "", failures[-1] if failures else None)
         elif where == "result":
             outcome = read_outcome(record)
-            seen = 1 if self.place is None else self.place.attempt
-            attempt = seen if outcome.run is None else max(outcome.run.attempt, seen)
+            seen, run = 1 if self.place is None else self.place.attempt, outcome.run or RunRecord()
+            attempt = max(run.attempt, seen)
             if outcome.status != "cancelled":
-                self._advance(events, attempt, AttemptHistory(), scheduled=False)
-                self._start(events, attempt)
+                failed = {one.attempt: one.reason for one in run.past if one.state == "failed"}
+                self._advance(events, attempt, failed, scheduled=False)
+                self._start(events, attempt, run.started)
+            if self.place is not None and self.place.state == "leased":
+                self._tell_progress(events, attempt, bytes(outcome.progress))
             self._end(events, outcome.status, attempt, outcome.at, outcome.reason, outcome.failure)
         elif where in {"ended", "cancelled"}:
             attempt = 1 if self.place is None else self.place.attempt
@@ -126,18 +130,20 @@ class Changes:
             )
         return events
 
-    def _advance(self, events: list[JobUpdate], attempt: int, history: AttemptHistory, scheduled: bool) -> None:
+    def _failed(self, history: AttemptHistory) -> dict[int, str]:
+        """Return the errors of a job by attempt."""
+        return {one.attempt: self._error(one) for one in history.failures_list()} if history.errors else {}
+
+    def _advance(self, events: list[JobUpdate], attempt: int, failed: Mapping[int, str], scheduled: bool) -> None:
         """Add what happened before *attempt*: the starts of earlier ones, and that each waited for the next."""
-        failures = {failure.attempt: failure for failure in history.failures_list()} if history.errors else {}
         if self.place is None:
             self._add(events, StateChanged, Place(1, "scheduled" if scheduled else "ready"))
         assert self.place is not None
         while self.place.attempt < attempt:
             number = self.place.attempt
             self._start(events, number)
-            failure = failures.get(number)
-            state = "scheduled" if failure is not None else "ready"
-            self._add(events, StateChanged, Place(number + 1, state), error=self._error(failure))
+            state = "scheduled" if number in failed else "ready"
+            self._add(events, StateChanged, Place(number + 1, state), error=failed.get(number, ""))
 
     def _start(self, events: list[JobUpdate], attempt: int, at: int = 0) -> None:
         if self.place is None:

@@ -270,7 +270,6 @@ class Executor:
     async def _await_process(self, attempt: Attempt) -> None:
         value: Any = None
         error: BaseException | None = None
-        self._watch_limit(attempt)
         try:
             value = await self._run_in_process(attempt)
         except BaseException as raised:
@@ -288,7 +287,11 @@ class Executor:
                     self.gatherer.release_cells(one)
             self._in_processes[attempt] = cell = self._running_table.take_cell()
             self._running_table.cells[cell] = id_checksum(attempt.id) | IN_PROCESS
-        return await self.processes.run(attempt)
+        return await self.processes.run(attempt, self._on_process_ready)
+
+    def _on_process_ready(self, attempt: Attempt) -> None:
+        attempt.started = perf_counter()
+        self._watch_limit(attempt)
 
     # -- time limits ----------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 from asyncio.subprocess import Process, create_subprocess_exec
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import msgspec
@@ -98,10 +98,12 @@ class ProcessPool:
     def __repr__(self) -> str:
         return f"<Processes of {self._reference}: {len(self._alive)} of {self.limit}, {len(self._idle)} idle>"
 
-    async def run(self, attempt: Attempt) -> Any:
+    async def run(self, attempt: Attempt, on_started: Callable[[Attempt], None] = lambda _: None) -> Any:
         """
         Run the job when a process is free, and return its decoded result (None if none is stored).
 
+        *on_started* is called when a process has loaded the app and takes the job: a time limit counts from there, since else
+        a job whose limit is shorter than the start of a process would never run.
         A cancellation kills the process and all it has started before this returns. Raises what the job raised, as a
         class with the same name below those that are loaded here; ProcessCrashed if the process died;
         ProcessUnavailable if it cannot load the app, or the app that it loaded does not have the task.
@@ -117,6 +119,7 @@ class ProcessPool:
             if attempt.expire():
                 self._give_back(child, "")
                 raise asyncio.CancelledError
+            on_started(attempt)
             try:
                 reply = await child.work(_run_request(attempt), attempt)
             except BaseException:
