@@ -169,15 +169,27 @@ async def test_the_last_progress_is_told_before_the_end(app: Conveyor) -> None:
 
     @app.task(retry=Retry(attempts=2, backoff=0))
     async def count() -> None:
-        for done in range(11 if current().attempt == 2 else 0):
-            current().progress(done, 10)
         if current().attempt == 1:
+            current().progress(3, 10)
+            await first.wait()
             raise OSError("away")
+        await second.wait()
+        for done in range(11):
+            current().progress(done, 10)
 
+    first, second, live = asyncio.Event(), asyncio.Event(), list[JobUpdate]()
     job = await count.aenqueue()
     async with working(app):
-        live = [update async for update in job.awatch()]
+        async for update in job.awatch():
+            live.append(update)
+            if isinstance(update, ProgressChanged):
+                first.set()
+            elif update.id == "2-leased":
+                second.set()
     later = [update async for update in app.job(job.id).awatch()]
+    progress = [(one.attempt, one.done) for one in live if isinstance(one, ProgressChanged)]
+    assert progress[0] == (1, 3)
+    assert progress[1][1] == 0 or progress[1][1] > 3  # what attempt 1 told is not told again as that of attempt 2
     for seen in (live, later):
         assert isinstance(seen[-2], ProgressChanged)
         assert (seen[-2].done, seen[-2].total, seen[-2].attempt) == (10, 10, 2)

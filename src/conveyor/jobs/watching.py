@@ -80,6 +80,7 @@ class Changes:
     def __init__(self, job: WatchedJob, place: Place | None, decoder: RecordDecoder) -> None:
         self.job = job
         self.place = place
+        self._progress = "" if place is None else place.progress
         self._decoder = decoder
 
     @property
@@ -94,11 +95,11 @@ class Changes:
         where, row, record = lookup
         events: list[JobUpdate] = []
         if row is not None and row.status != "dead":
-            self._advance(events, row.state.starts + 1, self._failed(row.state), row.envelope.due_ms is not None)
+            self._advance(events, row.state.starts + 1, self._failed(row.state), self._was_delayed(row))
             self._live(events, row)
         elif row is not None:
             attempt = max(row.state.starts, 1)
-            self._advance(events, attempt, self._failed(row.state), row.envelope.due_ms is not None)
+            self._advance(events, attempt, self._failed(row.state), self._was_delayed(row))
             self._start(events, attempt)
             self._tell_progress(events, attempt, row.state.progress)
             failures = row.state.failures_list()
@@ -129,6 +130,11 @@ class Changes:
                 "deleted, or ended longer ago than is remembered: ten minutes, or as long as its result is kept."
             )
         return events
+
+    @staticmethod
+    def _was_delayed(row: JobRow) -> bool:
+        """Return whether the job was scheduled at first; after a failure its instant is that of the next attempt."""
+        return row.envelope.due_ms is not None and not row.state.errors
 
     def _failed(self, history: AttemptHistory) -> dict[int, str]:
         """Return the errors of a job by attempt."""
@@ -169,8 +175,9 @@ class Changes:
     def _tell_progress(self, events: list[JobUpdate], attempt: int, stored: bytes) -> None:
         assert self.place is not None
         mark = f"{zlib.crc32(stored):08x}" if stored else ""
-        if not stored or mark == self.place.progress:
+        if not stored or mark == self._progress:  # the next attempt finds it there until it tells one of its own
             return
+        self._progress = mark
         known = self._decoder.progress(stored, self.job.keys.queue, self.job.id)
         if known is not None:
             place = Place(attempt, "leased", mark)
