@@ -49,6 +49,7 @@ async def test_a_worker_is_seen_and_told_what_to_do(app: Conveyor) -> None:
         stack = await admin.aworker_stack(worker.name)
         assert f"Task wait-for-go {job.id}:" in stack
         assert "await go.wait()" in stack
+        assert stack.index("Task wait-for-go") == stack.index("Task ")  # before the tasks of the worker itself
         assert "Thread MainThread:" in stack
 
         await admin.aquiet_worker(worker.name)
@@ -92,8 +93,10 @@ async def test_what_is_no_command_does_nothing(app: Conveyor) -> None:
         assert worker.lifecycle.stopping is False
 
 
-def test_a_stopped_process_is_not_started_again(url: str, tmp_path: Path) -> None:
-    """The command line stops the processes of a supervisor by its pid; the supervisor ends, with 0."""
+def test_a_stopped_process_is_not_started_again(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line lists processes with build and labels, and stops those of a supervisor by its pid; that one ends with 0."""
+    monkeypatch.setenv("CONVEYOR_BUILD", "r7")
+    monkeypatch.setenv("CONVEYOR_LABELS", "gpu,eu")
     with worker_processes(url, tmp_path) as processes:
         supervisor = processes.start()
         wait(processes.registered)
@@ -101,6 +104,7 @@ def test_a_stopped_process_is_not_started_again(url: str, tmp_path: Path) -> Non
         (child,) = processes.registered()
         listed = json.loads(shell.run("workers", "list", "--json").stdout)["workers"]
         assert [(one["pid"], one["supervisor"]) for one in listed] == [(child, supervisor.pid)]
+        assert shell.run("workers", "list").stdout.strip().split("\t")[-2:] == ["r7", "eu, gpu"]
         host = listed[0]["host"]
         done = shell.run("workers", "stop", f"{host}:{supervisor.pid}", "--yes")
         assert done.stdout.split() == [f"{host}:{child}", "stopping"], done.stderr

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from conveyor.admin.admin import Admin
     from conveyor.admin.worker_control import WorkerProcess
 
-_HEADINGS = ("worker", "version", "state", "queues", "slots", "holds", "longest job", "heartbeat")
+_HEADINGS = ("worker", "version", "state", "queues", "slots", "holds", "longest job", "heartbeat", "build", "labels")
 _NAME = click.argument("name", metavar="NAME", shell_complete=complete_workers)
 _NAMES = click.argument("names", metavar="[NAME]…", nargs=-1, shell_complete=complete_workers)
 _ALL = click.option("--all", "every", is_flag=True, help="All workers of jobs.")
@@ -44,7 +44,10 @@ def list_(target: Target, out: Output) -> None:
     if out.as_json:
         out.document("workers", workers=[_document(one) for one in found])
     elif found:
-        out.table(_HEADINGS, [_row(one) for one in found], narrow="queues")
+        headings, rows = _HEADINGS, [_row(one) for one in found]
+        if out.on_terminal and not any(one.build or one.labels for one in found):
+            headings, rows = headings[:-2], [row[:-2] for row in rows]
+        out.table(headings, rows, narrow="queues")
     else:
         out.say("No worker is running.  Start one:  conveyor worker APP")
 
@@ -179,7 +182,7 @@ def _row(one: WorkerProcess) -> tuple[object, ...]:
     longest = next((_since(one, job) for job in one.jobs), None)
     return (
         one.name, one.version, _state(one), ", ".join(one.queues), one.concurrency, one.held, longest,
-        timedelta(seconds=one.heartbeat_age),
+        timedelta(seconds=one.heartbeat_age), one.build, ", ".join(one.labels),
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def all_stacks(jobs: Mapping[asyncio.Task[Any], str]) -> str:
         text.write(f"Thread {names.get(ident, ident)}:\n")
         text.writelines(traceback.format_stack(frame)[-_MOST_FRAMES:])
         text.write("\n")
-    for task in islice(asyncio.all_tasks(), _MOST_TASKS):
+    for task in sorted(asyncio.all_tasks(), key=lambda one: one not in jobs)[:_MOST_TASKS]:  # jobs first: it may be cut
         text.write(f"Task {jobs.get(task) or task.get_name()}:\n")
         for frame in _frames_of(task):
             text.writelines(traceback.format_stack(frame, limit=1))

@@ -460,10 +460,14 @@ def banner(info: ChildInfo, spec: ChildSpec, processes: int, bounds: Bounds | No
         f"  Redis      {masked(info.url)}, namespace {info.namespace}",
         f"  queues     {queues}",
         f"  tasks      {info.tasks}{names}",
-        f"  processes  {number}, each with {spec.concurrency} jobs at a time and {spec.threads} threads",
+        f"  processes  {number}, each with {_count(spec.concurrency, 'job')} at a time and {_count(spec.threads, 'thread')}",
         *([f"  labels     {', '.join(spec.labels)}"] if spec.labels else []),
         *([f"  replaced   after {' or '.join(limits)}"] if limits else []),
     ]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _age_text(age: float | None) -> str:
