@@ -301,7 +301,7 @@ def test_wrong_declarations_are_refused(app: Conveyor) -> None:
     def annotated(value: Annotated[str, Depends(get_db)]) -> None: ...
 
     annotated.__annotations__["value"] = Annotated[str, Depends(get_db)]
-    refused(asks, "'name' of its dependency .*needs\(\) has no default")
+    refused(asks, r"'name' of its dependency .*needs\(\) has no default")
     refused(wide, 'has scope="worker", so it cannot depend on what belongs to one job')
     refused(annotated, "a dependency is a default value")
     with pytest.raises(ConfigurationError, match="takes a function, not"):

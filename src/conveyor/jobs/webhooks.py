@@ -90,6 +90,14 @@ DELIVERY = Retry(attempts=10, backoff="5s", cap="3h", give_up=(WebhookRefused,))
 """When a delivery that failed is tried again: over some hours."""
 
 
+class WebhookPostponed(RetryIn):
+    """The receiver said when to come again."""
+
+    def __init__(self, delay: float, text: str) -> None:
+        super().__init__(delay)
+        self.args = (text,)
+
+
 def sign(key: bytes, id: str, timestamp: int, body: bytes) -> str:  # noqa: A002
     """Return the signature of a webhook, as the header `webhook-signature` has it."""
     digest = hmac.digest(key, b"%b.%d.%b" % (id.encode(), timestamp, body), hashlib.sha256)
@@ -116,7 +124,7 @@ def send(webhook: Webhook, id: str, told: dict[str, Any]) -> int:  # noqa: A002
     if status == 410:
         raise WebhookRefused(f"{_place(webhook)} answered 410: it wants no webhooks any more.")
     if status in {429, 503} and retry_after.isdecimal():
-        raise RetryIn(min(int(retry_after), _RETRY_AFTER))
+        raise WebhookPostponed(min(int(retry_after), _RETRY_AFTER), f"{_place(webhook)} answered {status}.")
     redirect = " (redirects are not followed)" if 300 <= status < 400 else ""
     raise WebhookFailed(f"{_place(webhook)} answered {status}{redirect}.")
 
