@@ -49,7 +49,12 @@ def test_current_as_a_default_speaks_for_the_job() -> None:
     assert repr(current()) == "current()"
     with pytest.raises(ConfigurationError, match="no job is running here"):
         work()
-    for use in (lambda: current().progress(1), lambda: current().emit(1), lambda: current().notes, lambda: current().logger):
+    for use in (
+        lambda: current().progress(1),
+        lambda: current().emit(1),
+        lambda: current().notes,
+        lambda: current().logger,
+    ):
         with pytest.raises(ConfigurationError, match=r"^current\(\): no job is running here"):
             use()
 

@@ -299,7 +299,8 @@ def current_context(wanted: str) -> Context:
     """Return the context of the running job; raises ConfigurationError, which names the member that was *wanted*, outside one."""
     source = CURRENT.get()
     if source is None:
-        asked = "current()" if wanted.startswith("_") else f"context.{wanted}"  # a slot, as progress() and emit() read it
+        # Methods such as progress() and emit() read a slot first.
+        asked = "current()" if wanted.startswith("_") else f"context.{wanted}"
         raise ConfigurationError(
             f"{asked}: no job is running here. A context exists only while a worker runs a job; "
             "in a test, pass one: Context(job_id=…, …)."

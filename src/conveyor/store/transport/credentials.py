@@ -21,6 +21,10 @@ class CredentialProvider(Protocol):
         ...
 
 
+NO_CREDENTIALS = "credentials= failed: "
+"""The beginning of the error of a provider that raised."""
+
+
 class LoginProvider:
     """A callable, or a provider, as redis-py asks for credentials at each connection."""
 
@@ -40,7 +44,7 @@ class LoginProvider:
         try:
             given = self._call()
         except Exception as error:
-            raise OSError(0, f"its credentials are not to be had: {type(error).__name__}: {error}") from error
+            raise OSError(f"{NO_CREDENTIALS}{type(error).__name__}: {error}") from error
         login = (given,) if isinstance(given, str) else given
         if not isinstance(login, tuple) or not 1 <= len(login) <= 2 or not all(isinstance(one, str) for one in login):
             raise ConfigurationError(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from conveyor.errors import ConfigurationError, ConveyorError, QueueFull, StoreUnavailable
+from conveyor.store.transport.credentials import NO_CREDENTIALS
 
 _CODE = re.compile(
     r"\b(NOSCRIPT|OOM|READONLY|NOREPLICAS|MISCONF|BUSY|LOADING|TRYAGAIN|CLUSTERDOWN|MASTERDOWN|UNBLOCKED|NOPERM|NOAUTH|WRONGPASS"
@@ -149,7 +150,7 @@ def fatal_error(text: str, address: str) -> ConveyorError:
             "Workers continue to drain the queues. Give Redis more memory, or try again later."
         )
     if code in {"NOAUTH", "WRONGPASS"}:
-        advice = "Correct the user and password in the URL: redis://user:password@host:6379/0"
+        advice = "Correct the user and password: in the URL (redis://user:password@host:6379/0), or where credentials= takes them."
         if "without any password configured" in text:
             advice = "The server has no password: remove it from the URL."
         return ConfigurationError(f"Redis at {address} refuses the login: {text.rstrip('.')}. {advice}", code="E17")
@@ -194,6 +195,8 @@ def unavailable(address: str, cause: object) -> StoreUnavailable:
         return StoreUnavailable(f"Cannot trust Redis at {address}: {reason}.\n{_certificate_hint(reason)}")
     if _CODE.match(reason) or reason.startswith(("ERR ", "Error running")):  # it was reached, and gave the reason
         return StoreUnavailable(f"Redis at {address} cannot do this now: {reason}.{_hint(address, reason)}")
+    if reason.startswith(NO_CREDENTIALS):
+        return StoreUnavailable(f"Cannot log in to Redis at {address}: {reason}.")
     if "+" in address.partition("://")[0]:  # a user who names several hosts knows CONVEYOR_URL
         return StoreUnavailable(f"Cannot reach Redis at {address}: {reason}.{_hint(address, reason)}")
     return StoreUnavailable(
