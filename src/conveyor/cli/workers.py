@@ -44,10 +44,10 @@ def list_(target: Target, out: Output) -> None:
     if out.as_json:
         out.document("workers", workers=[_document(one) for one in found])
     elif found:
-        headings, rows = _HEADINGS, [_row(one) for one in found]
-        if out.on_terminal and not any(one.build or one.labels for one in found):
-            headings, rows = headings[:-2], [row[:-2] for row in rows]
-        out.table(headings, rows, narrow="queues")
+        # In a pipe the columns are always the same; on a terminal those that are empty for all are left out.
+        few = out.on_terminal and not any(one.build or one.labels for one in found)
+        rows = [_row(one) for one in found]
+        out.table(_HEADINGS[:-2] if few else _HEADINGS, [row[:-2] for row in rows] if few else rows, narrow="queues")
     else:
         out.say("No worker is running.  Start one:  conveyor worker APP")
 
