@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from conveyor.events import JobEnded, ProgressChanged
+from conveyor.jobs import progress_bar
 from conveyor.jobs.app import Conveyor
 from conveyor.jobs.context import current
-from conveyor.jobs.progress_bar import progress_line
+from conveyor.jobs.progress_bar import ProgressBar, progress_line
 from conveyor.payload.records import AttemptHistory
 from conveyor.store.operations import Settlement
 from support.manual_worker import ManualWorker, drain, eventually
@@ -134,3 +136,26 @@ def test_a_line_fits_the_terminal() -> None:
         "████████████░░░░░░░░░░░░   50%  5 of 10  1:15 left  xx"
     )
     assert len(progress_line(5, 10, "x" * 200, 75.0, 60)) == 59
+
+
+def test_several_jobs_share_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several jobs one bar shows how far all are, and the time that is left counts from the first look, not from zero."""
+    terminal, now = Terminal(), [100.0]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress_bar, "monotonic", lambda: now[0])
+
+    def told(bar: ProgressBar, name: str, done: float, jobs: int) -> str:
+        now[0] += 1
+        bar.follow(ProgressChanged("1-leased-0", name, "leased", 1, None, done, 100, "rows"), jobs)
+        return terminal.getvalue().rpartition("\x1b[K")[2]
+
+    one = ProgressBar()
+    assert [told(one, "a", done, 1).split("  ")[3:] for done in (90, 92, 94)][-1] == ["0:03 left", "rows"]
+    assert told(one, "a", 0, 1).endswith("  0%  0 of 100  rows")  # a next attempt
+    one.close()
+    several = ProgressBar()
+    assert told(several, "a", 50, 2).split("  ")[1:] == [" 25%", "0 of 2 jobs ended"]
+    assert told(several, "b", 50, 2).split("  ")[1:] == [" 50%", "0 of 2 jobs ended"]
+    now[0] += 1
+    several.follow(JobEnded("1-done", "a", "done", 1, None), 2)
+    assert terminal.getvalue().endswith(" 75%  1 of 2 jobs ended  0:01 left")

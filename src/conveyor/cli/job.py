@@ -407,8 +407,8 @@ def watch(target: Target, out: Output, ids: tuple[str, ...]) -> int:
     """
     Show what happens to jobs until they have ended.
 
-    A line for each state; the progress as a bar on a terminal, else as lines too. Exits 0 when all are done, 7 when one is dead
-    or cancelled. Ctrl-C ends only the watching.
+    A line for each state; the progress as a bar on a terminal (of several jobs one bar for all), else as lines too. Exits 0
+    when all are done, 7 when one is dead or cancelled. Ctrl-C ends only the watching.
     """
     from conveyor.events import JobEnded, ProgressChanged
     from conveyor.jobs.progress_bar import ProgressBar
@@ -416,14 +416,15 @@ def watch(target: Target, out: Output, ids: tuple[str, ...]) -> int:
     bar, code = ProgressBar(), ExitCode.OK
     try:
         for one in target.admin().watch(*ids):
-            if isinstance(one, ProgressChanged) and bar.on_terminal and not out.as_json:
-                bar.show(one.done, one.total, one.text)
-                continue
-            bar.close()
-            if out.as_json:
-                out.document("update", **{**asdict(one), "kind": type(one).__name__})
-            else:
-                out.line("\t".join(machine_text(cell) for cell in _update_cells(one)))
+            draws = bar.on_terminal and not out.as_json
+            if not draws or not isinstance(one, ProgressChanged):
+                bar.close()
+                if out.as_json:
+                    out.document("update", **{**asdict(one), "kind": type(one).__name__})
+                else:
+                    out.line("\t".join(machine_text(cell) for cell in _update_cells(one)))
+            if draws:
+                bar.follow(one, len(set(ids)))
             if isinstance(one, JobEnded) and one.state != "done":
                 code = ExitCode.JOB_FAILED
     finally:

@@ -8,7 +8,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from conveyor.errors import ConveyorError
-from conveyor.events import ProgressChanged
+from conveyor.events import JobEnded, ProgressChanged
 from conveyor.ids import clean
 from conveyor.jobs.watching import Watcher
 
@@ -31,21 +31,36 @@ class ProgressBar:
 
     def __init__(self) -> None:
         self.on_terminal = sys.stderr.isatty()
-        self._began = monotonic()
+        self._first: tuple[float, float] | None = None  # what was done when it was first shown, and when that was
         self._drawn_at = 0.0
         self._steps = 0
         self._line = ""
+        self._parts: dict[str, float] = {}
+        self._ended: set[str] = set()
 
-    def show(self, done: float | None, total: float | None, text: str = "") -> None:
-        """Draw *done* of *total*, and a text; where the total is not known, what is."""
+    def follow(self, update: JobUpdate, jobs: int) -> None:
+        """Draw what an update says: of one job its progress, of several how far all of them are, and how many have ended."""
+        if jobs == 1:
+            if isinstance(update, ProgressChanged):
+                self.show(update.done, update.total, update.text)
+            return
+        if isinstance(update, ProgressChanged) and update.total:
+            self._parts[update.job_id] = min(1.0, (update.done or 0) / update.total)
+        elif isinstance(update, JobEnded):
+            self._parts[update.job_id] = 1.0
+            self._ended.add(update.job_id)
+        if self._parts:
+            self.show(sum(self._parts.values()), jobs, count=f"{len(self._ended):,} of {jobs:,} jobs ended")
+
+    def show(self, done: float | None, total: float | None, text: str = "", *, count: str = "") -> None:
+        """Draw *done* of *total*, and a text; where the total is not known, what is. *count* stands in place of both numbers."""
         self._steps += 1
         is_last = total is not None and done is not None and done >= total
         now = monotonic()
         if self.on_terminal and (is_last or now - self._drawn_at >= _PAUSE):
             self._drawn_at = now
-            self._draw(
-                progress_line(done, total, text, self._time_left(done, total, now), shutil.get_terminal_size().columns)
-            )
+            left = self._time_left(done, total, now)
+            self._draw(progress_line(done, total, text, left, shutil.get_terminal_size().columns, count=count))
 
     def say(self, text: str) -> None:
         """Draw a line without a bar."""
@@ -60,9 +75,15 @@ class ProgressBar:
             sys.stderr.flush()
 
     def _time_left(self, done: float | None, total: float | None, now: float) -> float | None:
-        if not done or total is None or self._steps < _SAMPLES or done >= total:
+        """Estimate it from what was done while somebody looked: a job may have run for long before."""
+        if done is None or total is None:
             return None
-        return (now - self._began) * (total - done) / done
+        if self._first is None or done < self._first[0]:  # the next attempt begins anew
+            self._first, self._steps = (done, now), 1
+        first, since = self._first
+        if done <= first or self._steps < _SAMPLES or done >= total:
+            return None
+        return (now - since) * (total - done) / (done - first)
 
     def _draw(self, line: str) -> None:
         if line != self._line:
@@ -72,7 +93,9 @@ class ProgressBar:
             sys.stderr.flush()
 
 
-def progress_line(done: float | None, total: float | None, text: str, seconds_left: float | None, columns: int) -> str:
+def progress_line(
+    done: float | None, total: float | None, text: str, seconds_left: float | None, columns: int, *, count: str = ""
+) -> str:
     """Return the line of a bar, cut to the width of the terminal."""
     words = []
     if done is not None and total:
@@ -80,8 +103,8 @@ def progress_line(done: float | None, total: float | None, text: str, seconds_le
         filled = round(part * _WIDTH)
         words.append("█" * filled + "░" * (_WIDTH - filled))
         words.append(f"{part:4.0%}")
-    if done is not None:
-        words.append(f"{done:,}" + (f" of {total:,}" if total else ""))
+    if count or done is not None:
+        words.append(count or f"{done:,}" + (f" of {total:,}" if total else ""))
     if seconds_left is not None:
         minutes, seconds = divmod(round(seconds_left), 60)
         words.append(f"{minutes}:{seconds:02} left")
