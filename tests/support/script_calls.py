@@ -263,7 +263,7 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     "read_events": (lambda k: queue_events.read_events(k, "me", ""), {"conf"}),
     "counts": (inspection.counts, {"jobs", "due", "dead", "workers", "conf", "ready:0", "foreign", "leased:w", "outbox"}),
     "count_queues": (
-        lambda k: inspection.count_queues([k], 2),
+        lambda k: inspection.count_queues([k.jobs], 2),
         {"jobs", "due", "dead", "workers", "conf", "ready:0", "leased:w", "outbox"},
     ),
     "read_stats": (
@@ -284,7 +284,8 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
         lambda k: inspection.why(k, "r1"),
         {"jobs", "state", "due", "dead", "workers", "leased:w", "conf", "ready:0", "ready:9", "stats"},
     ),
-    "read_totals": (lambda k: inspection.read_totals([k]), set()),
+    "read_totals": (lambda k: inspection.read_totals([k.jobs]), set()),
+    "examine_queues": (lambda k: inspection.examine_queues([k.conf]), {"conf"}),
     "queue_causes": (
         inspection.queue_causes, {"jobs", "due", "workers", "leased:w", "conf", "ready:0", "ready:9"},
     ),
@@ -319,6 +320,7 @@ READS = {
     "count_queues",
     "read_stats",
     "read_totals",
+    "examine_queues",
     "list_jobs",
     "find_jobs",
     "find_jobs-tagged",

@@ -102,6 +102,7 @@ _DASHBOARD = Role(
         inspection.WHY,
         inspection.QUEUE_CAUSES,
         inspection.READ_TOTALS,
+        inspection.EXAMINE_QUEUES,
         inspection.WORKERS,
         worker_commands.LEASED_JOBS,
         inspection.AUDIT,

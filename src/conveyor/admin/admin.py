@@ -115,6 +115,8 @@ SEARCH_SIZE = 200
 """Entries that one call looks at when jobs of one task are wanted."""
 _HEADS_SIZE = 250
 """Jobs of which one call reads the last error, so that it takes the server a millisecond or two."""
+_WORKERS_SIZE = 500
+"""Queues of which one call reads the workers."""
 _LONGEST_MARK = 100
 _IDS_NOTED = 10
 _LONGEST_ID = 200
@@ -513,9 +515,20 @@ class Admin:
                 member.worker, name, str(member.about.get("host", "")), member.about.get("pid"), member.held,
                 instant(member.end), member.about, instant(member.end - member.lease_ms), instant(member.now),
             )
-            for name in self._partition_names(queue)
-            for member in self._ask(name, inspection.workers(self._keys(name))) or ()
+            for name, members in self._read_workers(self._partition_names(queue))
+            for member in members
         ]  # fmt: skip
+
+    def _read_workers(self, names: Sequence[str]) -> Iterator[tuple[str, list[inspection.WorkerRow]]]:
+        """Yield those of *names*, queues or partitions, that have workers; a few hundred are read in one step."""
+        at = 0
+        while at < len(names):
+            # In a cluster each partition is in a slot of its own.
+            some = names[at : at + (_WORKERS_SIZE if self.client.has_one_endpoint else 1)]
+            page = self._ask(some[0], inspection.workers_of([self._directory.key(name, "workers") for name in some]))
+            for number, rows in page.rows.items() if page is not None else ():
+                yield some[number], rows
+            at += len(some) if page is None else page.read
 
     def worker_processes(self, *, jobs: int = 0) -> list[WorkerProcess]:
         """Return the processes that serve queues, each once; *jobs*: with at most so many of the jobs that each holds."""
@@ -619,7 +632,9 @@ class Admin:
         parts = iter([(name, part) for name, some in self._directory.everything().items() for part in some])
         # In a cluster each partition is in a slot of its own.
         while some := list(islice(parts, _AT_A_TIME if self.client.has_one_endpoint else 1)):
-            found = self._ask(some[0][1], inspection.read_totals([self._keys(part) for _, part in some]))
+            found = self._ask(
+                some[0][1], inspection.read_totals([self._directory.key(part, "jobs") for _, part in some])
+            )
             totals.update(zip(some, found or (), strict=False))
         return totals
 
@@ -984,9 +999,9 @@ class Admin:
             for row in rows:
                 yield row.name, logical(queue), None if row.next_ms is None else instant(row.next_ms), row.paused
 
-    def doctor(self) -> doctor.HealthReport:
-        """Examine the server and the queues."""
-        return doctor.examine(self.client, self._directory, self.durability_requests)
+    def doctor(self, *, seconds: float | None = None) -> doctor.HealthReport:
+        """Examine the server and the queues. *seconds*: the time for the records of queue after queue; None: of all."""
+        return doctor.examine(self.client, self._directory, self.durability_requests, seconds=seconds)
 
     # -- awaitable ------------------------------------------------------------------------------------------------
 

@@ -34,6 +34,10 @@ DurabilityLevel = Literal["memory", "snapshots", "aof-os", "aof-everysec", "aof-
 PING_COUNT = 7
 CLOCK_SKEW_WARNING = 1.0
 _MAX_NAMED = 10
+_MAX_NOTES = 20
+"""Queues of which each has a note that it is paused, or has dead letters."""
+_MARKS_SIZE = 1_000
+"""Queues of which one call reads the marks."""
 _MAX_AUDITED = 10_000
 MEMORY_WARNING, MEMORY_PROBLEM = 0.75, 0.9
 LARGE_SLOT = 1_000_000
@@ -99,13 +103,14 @@ class HealthReport:
 
 
 def examine(
-    client: Client, directory: QueueDirectory | None = None, durability_requests: Mapping[str, Durability] | None = None
-) -> HealthReport:
+    client: Client, directory: QueueDirectory | None = None, durability_requests: Mapping[str, Durability] | None = None, *,
+    seconds: float | None = None,
+) -> HealthReport:  # fmt: skip
     """
     Run all checks. Raises StoreUnavailable when the server does not answer.
 
     *directory*: the known queues and plain lists. *durability_requests*: queue → the durability it requests for every
-    push.
+    push. *seconds*: the time in which the records of queue after queue are examined, None: of all; a finding says where it ended.
     """
     report = HealthReport(str(client.address))
     if isinstance(client.address, Cluster):
@@ -117,7 +122,7 @@ def examine(
         _check_server(client, report)
     _check_durability_requests(durability_requests or {}, report)
     _check_clock(client, report)
-    _check_queues(client, directory or QueueDirectory(client), report)
+    _check_queues(client, directory or QueueDirectory(client), report, seconds)
     return report
 
 
@@ -377,31 +382,67 @@ def _check_clock(client: Client, report: HealthReport) -> None:
         report.add("clock", "ok", f"clocks agree ({skew * 1000:.0f} ms apart)")
 
 
-def _check_queues(client: Client, directory: QueueDirectory, report: HealthReport) -> None:
+def _check_queues(client: Client, directory: QueueDirectory, report: HealthReport, seconds: float | None) -> None:
     parts = directory.everything()  # once: of ten thousand queues each other way to a partition reads all names again
-    counts = {
-        name: inspection.total([client.run(inspection.counts(directory.keys(part))) for part in some])
-        for name, some in parts.items()
-    }
+    counted = directory.counts_and_ended([part for some in parts.values() for part in some], 0)
+    counts = {name: inspection.total([counted[part][0] for part in some]) for name, some in parts.items()}
     for flag in queue_flags([queue_info(name, count) for name, count in counts.items()]):
         report.add("queue", flag.level, flag.text, flag.remedy, flag.code)
-    _check_schedule_names(client, directory, parts, report)
-    for name, count in counts.items():
-        _check_records(client, [directory.keys(part) for part in parts[name]], count, report)
-        if directory.is_being_repartitioned(name):
-            text = f"queue '{name}' accepts nothing: a change of its partitions was not completed"
-            report.add("queue", "problem", text, f"conveyor queue partition {name} N", "E34")
-        size = (count.ready + count.scheduled + count.leased + count.dead) // len(parts[name])
-        if size > LARGE_SLOT and not client.address.single:
-            text = f"queue '{name}' has {size:,} jobs in a slot: moving the slot blocks both nodes for about {2e-6 * size:.0f} s"
-            report.add("queue", "warning", text, "Use more partitions, or move the slot when the queue is short.")
-        if count.paused:
-            report.add("queue", "note", f"queue '{name}' is paused", f"conveyor queue resume {name}")
-        if count.dead:
-            text = f"queue '{name}' has {count.dead:,} dead letter{'s' * (count.dead > 1)}"
-            report.add("queue", "note", text, f"conveyor job list --queue {name} --state dead")
+    marks: dict[str, inspection.QueueMarks] = {}
+    places = {name: some[0] for name, some in parts.items() if len(some) > 1}  # schedules are in the first partition
+    for names in directory.steps([*parts, *places.values()], _MARKS_SIZE):
+        found = client.run(inspection.examine_queues([directory.key(one, "conf") for one in names]))
+        marks.update(zip(names, found, strict=True))
+    scheduled = {name: some[0] for name, some in parts.items() if marks[some[0]].has_schedules}
+    _check_schedule_names(client, directory, scheduled, report)
+    for name in [name for name in parts if marks[name].is_being_repartitioned]:
+        text = f"queue '{name}' accepts nothing: a change of its partitions was not completed"
+        report.add("queue", "problem", text, f"conveyor queue partition {name} N", "E34")
+    _check_all_records(client, directory, parts, counts, report, seconds)
+    if not client.address.single:
+        _check_sizes(parts, counts, report)
+    _note_queues(counts, report)
     if all(finding.name != "queue" for finding in report.findings):
         report.add("queue", "ok", f"{len(counts)} queue{'s' * (len(counts) != 1)}, none of them stuck")
+
+
+def _check_all_records(
+    client: Client, directory: QueueDirectory, parts: Mapping[str, Sequence[str]],
+    counts: Mapping[str, inspection.QueueCounts], report: HealthReport, seconds: float | None,
+) -> None:  # fmt: skip
+    until = None if seconds is None else time.monotonic() + seconds
+    for read, name in enumerate(parts):
+        if until is not None and time.monotonic() > until:
+            text = f"the records of {read:,} of {len(parts):,} queues were examined, in the time that this may take"
+            report.add("records", "note", text, "conveyor doctor examines all of them")
+            return
+        _check_records(client, [directory.keys(part) for part in parts[name]], counts[name], report)
+
+
+def _check_sizes(
+    parts: Mapping[str, Sequence[str]], counts: Mapping[str, inspection.QueueCounts], report: HealthReport
+) -> None:
+    for name, count in counts.items():
+        size = (count.ready + count.scheduled + count.leased + count.dead) // len(parts[name])
+        if size > LARGE_SLOT:
+            text = f"queue '{name}' has {size:,} jobs in a slot: moving the slot blocks both nodes for about {2e-6 * size:.0f} s"
+            report.add("queue", "warning", text, "Use more partitions, or move the slot when the queue is short.")
+
+
+def _note_queues(counts: Mapping[str, inspection.QueueCounts], report: HealthReport) -> None:
+    """Note queues that are paused, or have dead letters: those with most have a note each, and all others share one."""
+    paused = [name for name, count in counts.items() if count.paused]
+    for name in paused[:_MAX_NOTES]:
+        report.add("queue", "note", f"queue '{name}' is paused", f"conveyor queue resume {name}")
+    if rest := paused[_MAX_NOTES:]:
+        report.add("queue", "note", f"{len(rest):,} more queues are paused", "conveyor queue list")
+    dead = sorted((name for name, count in counts.items() if count.dead), key=lambda name: -counts[name].dead)
+    for name in dead[:_MAX_NOTES]:
+        text = f"queue '{name}' has {counts[name].dead:,} dead letter{'s' * (counts[name].dead > 1)}"
+        report.add("queue", "note", text, f"conveyor job list --queue {name} --state dead")
+    if rest := dead[_MAX_NOTES:]:
+        total = sum(counts[name].dead for name in rest)
+        report.add("queue", "note", f"{len(rest):,} more queues have {total:,} dead letters", "conveyor queue list")
 
 
 def _check_records(
@@ -440,19 +481,23 @@ def _report_schedules(queue: str, problems: list[tuple[str, str]], report: Healt
 
 
 def _check_schedule_names(
-    client: Client, directory: QueueDirectory, parts: Mapping[str, Sequence[str]], report: HealthReport
+    client: Client, directory: QueueDirectory, scheduled: Mapping[str, str], report: HealthReport
 ) -> None:
-    """Look for schedules that stand in two queues, so that each instant comes twice, and for those that stand still."""
+    """
+    Look for schedules that stand in two queues, so that each instant comes twice, and for those that stand still.
+
+    *scheduled*: the queues that have schedules, each with the partition that has them.
+    """
     try:
         named = client.run(schedules.all_names(schedules.schedule_index(client.namespace)))
         found = {
-            queue: client.run(schedules.read_schedules(directory.keys(some[0])))
-            for queue, some in parts.items() if named
+            queue: client.run(schedules.read_schedules(directory.keys(part)))
+            for queue, part in scheduled.items() if named
         }  # fmt: skip
     except ConfigurationError:
         return  # a user who may not read them
     for queue, (now, rows) in found.items():
-        keys = directory.keys(parts[queue][0])
+        keys = directory.keys(scheduled[queue])
         for row in rows:
             if named.get(row.name, keys.queue) != keys.queue:
                 text = f"schedule '{row.name}' of queue '{queue}' stands in queue '{named[row.name]}' too: each instant comes twice"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from conveyor.admin.views import QueueInfo
@@ -74,6 +74,9 @@ class LoadView:
     paused: bool = False
 
 
+_LOAD = tuple(one.name for one in fields(LoadView))
+
+
 def load_view(info: QueueInfo) -> LoadView:
     """Return the work of a queue."""
     return LoadView(
@@ -97,7 +100,7 @@ def load_json(views: Mapping[str, LoadView]) -> dict[str, Any]:
     total["oldest_age"] = max((view.oldest_age for view in active), default=0.0)
     return {
         "schema": "conveyor/load@1",
-        "queues": {name: asdict(view) for name, view in sorted(views.items())},
+        "queues": {name: {one: getattr(view, one) for one in _LOAD} for name, view in sorted(views.items())},
         "total": total,
     }
 
@@ -127,21 +130,27 @@ class _Family:
         self._name, self._samples = name, list[str]()
 
     def add(self, value: float, suffix: str = "", **labels: str) -> None:
-        text = ",".join(f'{label}="{_escaped(one)}"' for label, one in labels.items())
-        self._samples.append(
-            f"{self._name}{suffix}{{{text}}} {value:.15g}\n" if text else f"{self._name} {value:.15g}\n"
-        )
+        self.add_labelled(value, _labels(**labels), suffix)
+
+    def add_labelled(self, value: float, text: str, suffix: str = "") -> None:
+        """Add a sample with labels that are text already: of ten thousand queues each is written once, for all of its samples."""
+        self._samples.append(f"{self._name}{suffix}{text} {value:.15g}\n")
 
     def add_histogram(self, buckets: Mapping[int, int], total: float, **labels: str) -> None:
-        count = 0
+        count, text = 0, _labels(**labels)
         for at, bound in enumerate([*_SECONDS, "+Inf"]):
             count += buckets.get(at, 0)
-            self.add(count, "_bucket", **labels, le=bound)
-        self.add(total, "_sum", **labels)
-        self.add(count, "_count", **labels)
+            self.add_labelled(count, f'{text[:-1]},le="{bound}"}}', "_bucket")
+        self.add_labelled(total, text, "_sum")
+        self.add_labelled(count, text, "_count")
 
     def text(self) -> str:
         return self._head + "".join(self._samples) if self._samples else ""
+
+
+def _labels(**labels: str) -> str:
+    """Return labels as a sample has them; without any nothing."""
+    return "{" + ",".join(f'{label}="{_escaped(one)}"' for label, one in labels.items()) + "}" if labels else ""
 
 
 def _escaped(label: str) -> str:
@@ -207,12 +216,13 @@ def _queue_families(queues: Iterable[QueueInfo]) -> Iterator[_Family]:
         ),
     }
     for info in queues:
+        text = _labels(queue=info.name)
         for state in _STATES:
-            jobs.add(getattr(info, state), queue=info.name, state=state)
+            jobs.add_labelled(getattr(info, state), f'{text[:-1]},state="{state}"}}')
         for name, family in gauges.items():
             value = getattr(info, name)
             if value is not None or name == "oldest_age":
-                family.add(float(value or 0), queue=info.name)
+                family.add_labelled(value or 0, text)
     yield jobs
     yield from gauges.values()
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, QueueNotFound, StoreUnavailable
 from conveyor.messaging.partitions import likely_first, partition_count, partition_names
 from conveyor.store import inspection
 from conveyor.store.client.client import Client
-from conveyor.store.inspection import QueueCounts
-from conveyor.store.keys import QueueKeys
-from conveyor.store.partitions import count
+from conveyor.store.inspection import Ended, QueueCounts
+from conveyor.store.keys import QueueKeys, queue_key
+from conveyor.store.script import Call
 
 if TYPE_CHECKING:
     from conveyor.messaging.queue import Queue
 
 _LEASE_MS = 15_000  # administration leases nothing
+_AT_A_TIME = 100
+"""Queues that one step counts, in a millisecond or two."""
 
 
 class QueueDirectory:
@@ -76,6 +78,39 @@ class QueueDirectory:
         foreign = name if name in self._plain_lists else None
         return QueueKeys(self._client.namespace, name, foreign=foreign)
 
+    def key(self, name: str, key: Literal["jobs", "workers", "conf"]) -> str:
+        """Return one key of a partition, which costs less than all of its keys."""
+        if name in self._plain_lists:
+            found: str = getattr(self.keys(name), key)
+            return found
+        return queue_key(self._client.namespace, name, key)
+
+    def steps(self, parts: Sequence[str], size: int = _AT_A_TIME) -> Iterator[Sequence[str]]:
+        """Yield queues and partitions as a script may read them in one step: *size* at one server, each alone in a cluster."""
+        size = size if self._client.has_one_endpoint else 1
+        for first in range(0, len(parts), size):
+            yield parts[first : first + size]
+
+    def counts_and_ended(
+        self, parts: Sequence[str], minutes: int, ask: Callable[[str, Call[Any]], Any] | None = None
+    ) -> dict[str, tuple[QueueCounts, list[Ended]]]:
+        """
+        Return the counts of queues and partitions, and what ended there in each of the last whole minutes, in the same steps.
+
+        *ask* makes each step, and returns None where a server does not answer; without it that raises StoreUnavailable.
+        """
+        found: dict[str, tuple[QueueCounts, list[Ended]]] = {}
+        ask = ask or (lambda _, call: self._client.run(call))
+        for part in self._plain_lists.intersection(parts):  # their entries are in the list itself
+            keys = self.keys(part)
+            if (counts := ask(part, inspection.counts(keys))) is not None:
+                ended = ask(part, inspection.count_queues([keys.jobs], minutes)) if minutes else None
+                found[part] = (counts, ended[0][1] if ended else [])
+        for some in self.steps([part for part in parts if part not in self._plain_lists]):
+            counted = ask(some[0], inspection.count_queues([self.key(part, "jobs") for part in some], minutes))
+            found.update(zip(some, counted or (), strict=False))
+        return found
+
     def counts(self, name: str) -> QueueCounts:
         """Count the jobs and workers of a queue, or of one partition."""
         return inspection.total(
@@ -97,10 +132,6 @@ class QueueDirectory:
         if number == 1:
             return Queue(self._client, name, lease_ms=_LEASE_MS)
         return PartitionedQueue(self._client, name, lease_ms=_LEASE_MS, partitions=number)
-
-    def is_being_repartitioned(self, name: str) -> bool:
-        """Tell whether a change of the number of partitions is under way or incomplete."""
-        return self._client.run(count(self._client.keys(name)))[0] == 0
 
     def _count_partitions(self, queue: str, names: Collection[str]) -> int:
         """Return the recorded number of partitions; while the server that records it is away, what the known *names* say."""

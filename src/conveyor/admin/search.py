@@ -29,8 +29,8 @@ MOST_LOOKED = 10_000
 _AT_A_TIME = 100
 _FAR = 2**53
 """No list of Redis is as long."""
-_HUNDRED = 100
-"""Queues that are counted in one step."""
+_MOST_LISTED = 100
+"""Queues of which the jobs that are done and still listed are counted."""
 
 
 def ended_in(parts: Sequence[str], counted: Mapping[str, tuple[QueueCounts, list[Ended]]]) -> list[Ended]:
@@ -107,20 +107,7 @@ class JobSearch:
 
     def counts_and_ended(self, parts: Sequence[str], minutes: int) -> dict[str, tuple[QueueCounts, list[Ended]]]:
         """Return the counts of queues and partitions, and what ended there in each of the last whole minutes, in the same steps."""
-        found: dict[str, tuple[QueueCounts, list[Ended]]] = {}
-        alone = [part for part in parts if not self._client.has_one_endpoint or self._directory.is_plain_list(part)]
-        for part in alone:
-            keys = self._directory.keys(part)
-            counts = self._ask(part, inspection.counts(keys))
-            if counts is not None:
-                ended = self._ask(part, inspection.count_queues([keys], minutes)) if minutes else None
-                found[part] = (counts, ended[0][1] if ended else [])
-        several = [part for part in parts if part not in set(alone)] if alone else list(parts)
-        for first in range(0, len(several), _HUNDRED):
-            some = several[first : first + _HUNDRED]
-            counted = self._client.run(inspection.count_queues([self._directory.keys(part) for part in some], minutes))
-            found |= dict(zip(some, counted, strict=True))
-        return found
+        return self._directory.counts_and_ended(parts, minutes, self._ask)
 
     def ended(self, names: Collection[str], minutes: int) -> dict[str, list[Ended]]:
         """Return what ended in each of the last whole minutes in these queues, the oldest first."""
@@ -137,7 +124,7 @@ class JobSearch:
         )
         counts = self.counts(parts)
         found: dict[str, int] = {state: sum(getattr(one, state) for one in counts.values()) for state in LIVE}
-        listed = parts if len(parts) <= _HUNDRED else []
+        listed = parts if len(parts) <= _MOST_LISTED else []
         return {**found, "done": sum(self._entries(part, "done", inspection.NOTHING) for part in listed)}
 
     def _places(self, query: JobQuery) -> list[tuple[str, str, int]]:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from conveyor.jobs.why import QueueCause
 
 _MAX_WORKERS = 10
+_SECONDS_OF_RECORDS = 0.1
+"""The time in which the records of queue after queue are examined; `conveyor doctor` examines all."""
 _MAX_FAILURES = 5
 _MAX_CAUSES = 20
 """Queues of which is said why their jobs wait, each in one call."""
@@ -40,7 +42,7 @@ def status(target: Target, out: Output) -> int:
     from conveyor.admin.flags import DOCTORS_KINDS
 
     admin = target.admin()
-    report, queues, workers = admin.doctor(), admin.queues(), admin.workers()
+    report, queues, workers = admin.doctor(seconds=_SECONDS_OF_RECORDS), admin.queues(), admin.workers()
     failures = admin.failures(most=_MAX_DEAD_LETTERS)
     causes = _causes(admin, queues)
     shown = [

@@ -23,6 +23,8 @@ _STATES = ("ready", "scheduled", "waiting", "leased", "dead")
 _FLAGS_SECONDS, _SECONDS_OF_A_QUEUE, _MOST_SECONDS = 5.0, 1.5, 60.0
 """The age that flags may have, the part of it that each busy queue adds, since it is read by itself, and the most."""
 _MOST_FLAGS = 20
+_SECONDS_OF_RECORDS = 0.03
+"""The time in which the doctor examines the records of queue after queue."""
 
 
 class Shared:
@@ -104,7 +106,11 @@ class LiveView:
 
     def _read_findings(self) -> dict[str, Any]:
         """Return what the doctor finds wrong."""
-        found = [asdict(one) for one in self._admin.doctor().findings if one.level in {"problem", "warning"}]
+        found = [
+            asdict(one)
+            for one in self._admin.doctor(seconds=_SECONDS_OF_RECORDS).findings
+            if one.level in {"problem", "warning"}
+        ]
         return {"findings": found}
 
     def _read_flags(self, infos: list[QueueInfo]) -> list[dict[str, Any]]:

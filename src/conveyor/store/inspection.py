@@ -24,7 +24,7 @@ FIND_JOBS, ZCARD = Script("find_jobs"), Script("ZCARD")
 WORKERS, AUDIT, UNPLACED = Script("workers"), Script("audit"), Script("unplaced")
 QUEUE_CAUSES, WATCH_JOBS = Script("queue_causes"), Script("watch_jobs")
 COUNT_QUEUES, READ_STATS = Script("count_queues"), Script("read_stats")
-READ_TOTALS = Script("read_totals")
+READ_TOTALS, EXAMINE_QUEUES = Script("read_totals"), Script("examine_queues")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,8 @@ NOTHING = QueueCounts(0, 0, 0, 0, 0, None, False, 0)
 
 def total(parts: Sequence[QueueCounts]) -> QueueCounts:
     """Return the sum of *parts*, the partitions of a queue. `workers` is the maximum, as each worker serves them all."""
+    if len(parts) == 1:
+        return parts[0]
     ages = [part.oldest_age for part in parts if part.oldest_age is not None]
     limits = [part.max_length for part in parts if part.max_length is not None]
     return QueueCounts(
@@ -212,8 +214,12 @@ class QueueTotals(NamedTuple):
     has_limits: bool
 
 
-def read_totals(queues: Sequence[QueueKeys]) -> Call[list[QueueTotals]]:
-    """Return the call that reads the counters of *queues*, all at one server and in a cluster one, since they were begun."""
+def read_totals(queues: Sequence[str]) -> Call[list[QueueTotals]]:
+    """
+    Return the call that reads the counters of queues since they were begun, by their keys `jobs`.
+
+    About a hundred at one server, and in a cluster one.
+    """
 
     def decode(reply: list[Any]) -> list[QueueTotals]:
         totals: list[QueueTotals] = []
@@ -226,7 +232,19 @@ def read_totals(queues: Sequence[QueueKeys]) -> Call[list[QueueTotals]]:
             totals.append(QueueTotals(counters, *map(bool, reply[at + 2])))
         return totals
 
-    return Call(READ_TOTALS, [keys.jobs for keys in queues], (), decode)
+    return Call(READ_TOTALS, queues, (), decode)
+
+
+class QueueMarks(NamedTuple):
+    """The marks of a queue by which it is looked at more closely."""
+
+    is_being_repartitioned: bool
+    has_schedules: bool
+
+
+def examine_queues(queues: Sequence[str]) -> Call[list[QueueMarks]]:
+    """Return the call that reads the marks of queues of one server, by their keys `conf`."""
+    return Call(EXAMINE_QUEUES, queues, (), lambda reply: [QueueMarks(*map(bool, one)) for one in reply])
 
 
 class Ended(NamedTuple):
@@ -237,11 +255,11 @@ class Ended(NamedTuple):
     retried: int
 
 
-def count_queues(queues: Sequence[QueueKeys], minutes: int) -> Call[list[tuple[QueueCounts, list[Ended]]]]:
+def count_queues(queues: Sequence[str], minutes: int) -> Call[list[tuple[QueueCounts, list[Ended]]]]:
     """
-    Return the call that counts *queues* of one server, a hundred at most, with what ended in the last whole *minutes*.
+    Return the call that counts queues of one server, by their keys `jobs`, a hundred at most.
 
-    Entries of plain lists are left out.
+    Each with what ended in the last whole *minutes*. Entries of plain lists are left out.
     """
 
     def decode(reply: list[Any]) -> list[tuple[QueueCounts, list[Ended]]]:
@@ -250,7 +268,7 @@ def count_queues(queues: Sequence[QueueKeys], minutes: int) -> Call[list[tuple[Q
             for counts, ended in reply
         ]
 
-    return Call(COUNT_QUEUES, [keys.jobs for keys in queues], (str(minutes),), decode)
+    return Call(COUNT_QUEUES, queues, (str(minutes),), decode)
 
 
 def _read_ended(done: int, failed: int, retried: int) -> Ended:
@@ -544,17 +562,35 @@ def _read_portions(reply: list[bytes]) -> list[bytes]:
 
 def workers(keys: QueueKeys) -> Call[list[WorkerRow]]:
     """Return the call that lists the workers of a queue."""
+    return workers_of([keys.workers]).then(lambda page: page.rows.get(0, []))
 
-    def decode(reply: list[Any]) -> list[WorkerRow]:
-        return [
-            WorkerRow(
-                reply[i].decode(errors="replace"), int(reply[i + 1]), _read_about(reply[i + 2]), int(reply[i + 3]),
-                int(reply[i + 4]), int(reply[0]),
-            )
-            for i in range(1, len(reply), 5)
-        ]  # fmt: skip
 
-    return Call(WORKERS, (keys.workers,), (keys.prefix,), decode)
+class WorkersPage(NamedTuple):
+    """The workers of those of some queues that have any, by the number of the queue; and how many queues were read."""
+
+    read: int
+    rows: dict[int, list[WorkerRow]]
+
+
+def workers_of(queues: Sequence[str]) -> Call[WorkersPage]:
+    """Return the call that lists the workers of queues of one server, by their keys `workers`; many workers make it read fewer."""
+
+    def decode(reply: list[Any]) -> WorkersPage:
+        now, read, *found = reply
+        about: dict[bytes, dict[str, Any]] = {}  # a process says the same of itself in each of its queues
+        return WorkersPage(read, {one[0] - 1: _read_workers(one, now, about) for one in found})
+
+    return Call(WORKERS, queues, (), decode)
+
+
+def _read_workers(reply: list[Any], now: int, about: dict[bytes, dict[str, Any]]) -> list[WorkerRow]:
+    rows = []
+    for at in range(1, len(reply), 5):
+        worker, end, facts, held, lease_ms = reply[at : at + 5]
+        if facts not in about:
+            about[facts] = _read_about(facts)
+        rows.append(WorkerRow(worker.decode(errors="replace"), int(end), about[facts], held, lease_ms, now))
+    return rows
 
 
 def _read_about(data: bytes) -> dict[str, Any]:

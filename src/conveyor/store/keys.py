@@ -9,6 +9,7 @@ them, and `<namespace>:outboxes`, that of database outboxes.
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from conveyor.errors import ConfigurationError
 
@@ -36,6 +37,11 @@ def check_namespace(namespace: str) -> str:
     if not isinstance(namespace, str) or not _NAMESPACE.fullmatch(namespace):
         raise ConfigurationError(f"Invalid namespace {namespace!r}: use 1 to 64 characters out of A-Z a-z 0-9 _ . : -")
     return namespace
+
+
+def queue_key(namespace: str, queue: str, name: Literal["jobs", "workers", "conf"]) -> str:
+    """Return one key of a queue that is no plain list, by which a script that reads many queues names each."""
+    return f"{namespace}:{{{queue}}}:{name}"
 
 
 class QueueKeys:

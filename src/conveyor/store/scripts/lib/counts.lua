@@ -6,18 +6,23 @@
 -- now      ms
 -- returns  what counts.lua says
 local function count_queue(prefix, lists, now)
-  local ready, oldest = 0, ''
-  for priority = 0, 9 do ready = ready + redis.call('LLEN', prefix .. 'ready:' .. priority) end
-  for priority = 9, 0, -1 do
-    if oldest == '' then oldest = redis.call('LINDEX', prefix .. 'ready:' .. priority, 0) or '' end
+  -- Of many queues most have jobs of priority 0 alone, and no workers: two looks spare them twenty-two.
+  local ready, oldest, name = redis.call('LLEN', prefix .. 'ready:0'), '', prefix .. 'ready:'
+  local urgent = redis.call('EXISTS', name .. 1, name .. 2, name .. 3, name .. 4, name .. 5, name .. 6, name .. 7, name .. 8, name .. 9) > 0
+  local busy = redis.call('EXISTS', prefix .. 'due', prefix .. 'dead', prefix .. 'workers', prefix .. 'outbox', prefix .. 'reruns') > 0
+  for priority = 9, urgent and 1 or 10, -1 do
+    local length = redis.call('LLEN', name .. priority)
+    if length > 0 and oldest == '' then oldest = redis.call('LINDEX', name .. priority, 0) or '' end
+    ready = ready + length
   end
+  if ready > 0 and oldest == '' then oldest = redis.call('LINDEX', name .. 0, 0) or '' end
   local foreign = 0
   for _, list in ipairs(lists) do foreign = foreign + redis.call('LLEN', list) end
-  local leased, workers = 0, redis.call('ZRANGE', prefix .. 'workers', 0, 999)
+  local leased, workers = 0, busy and redis.call('ZRANGE', prefix .. 'workers', 0, 999) or {}
   for _, worker in ipairs(workers) do leased = leased + count_held(prefix .. 'leased:' .. worker) end
   local conf = redis.call('HMGET', prefix .. 'conf', 'stubs', 'paused', 'max_length', 'waiting', 'waiting_stubs', 'alarms', 'bound', 'line', 'dropped')
-  local scheduled = math.max(0, redis.call('ZCARD', prefix .. 'due') - tonumber(conf[6] or 0)) -- alarms may have been evicted
-  local dead = redis.call('ZCARD', prefix .. 'dead')
+  local scheduled = busy and math.max(0, redis.call('ZCARD', prefix .. 'due') - tonumber(conf[6] or 0)) or 0 -- alarms may have been evicted
+  local dead = busy and redis.call('ZCARD', prefix .. 'dead') or 0
   local grouped, waiting = tonumber(conf[4] or 0), tonumber(conf[4] or 0) - tonumber(conf[5] or 0)
   if conf[4] then ready = ready - redis.call('SCARD', prefix .. 'tickets') end
   if string.byte(oldest) == 9 then
@@ -28,7 +33,7 @@ local function count_queue(prefix, lists, now)
     oldest = first
   end
   -- Not known where there are more workers than were asked.
-  local reruns = redis.call('HLEN', prefix .. 'reruns')
+  local reruns = busy and redis.call('HLEN', prefix .. 'reruns') or 0
   local unplaced = #workers < 1000 and redis.call('HLEN', prefix .. 'jobs') - ready - grouped - scheduled - leased - dead - reruns or 0
   local line = oldest ~= '' and string.match(redis.call('HGET', prefix .. 'jobs', oldest) or '', '^[^\n]*') or ''
   ready = ready - tonumber(conf[1] or 0) + tonumber(conf[5] or 0)
@@ -36,6 +41,6 @@ local function count_queue(prefix, lists, now)
   if ready < 0 then ready, waiting = 0, math.max(0, waiting + ready) end
   return {ready, scheduled, leased, dead, #workers,
     conf[2] == '1' and 1 or 0, now, oldest, line, conf[3] or string.match(conf[7] or '', '^%d+') or '',
-    foreign, redis.call('LLEN', prefix .. 'outbox'), unplaced, waiting + reruns, conf[8] and redis.call('ZCARD', prefix .. 'room') or 0,
+    foreign, busy and redis.call('LLEN', prefix .. 'outbox') or 0, unplaced, waiting + reruns, conf[8] and redis.call('ZCARD', prefix .. 'room') or 0,
     tonumber(conf[9] or 0)}
 end

@@ -1,0 +1,120 @@
+"""Many queues: the number of steps in which all of them are read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from conveyor.admin.admin import Admin
+from conveyor.store import schedules
+from conveyor.store.client.client import Client
+from support.client_worker import ClientWorker, dead, push
+
+pytestmark = [
+    pytest.mark.leaves_keys("jobs are pushed here to be looked at"),
+    pytest.mark.standalone_only("counts the steps at one server"),
+]
+MANY = 240
+
+
+@pytest.fixture
+def backend(url: str) -> Iterator[Client]:
+    backend = Client(url, namespace="t", retry_for=1)
+    for number in range(MANY):
+        push(backend, f"tenant-{number:03}", b"1")
+    yield backend
+    backend.close()
+
+
+@pytest.fixture
+def steps(backend: Client, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The scripts that were run, in their order."""
+    told, run = list[str](), backend.run
+
+    def counted(call, **options):  # type: ignore[no-untyped-def]
+        told.append(call.script.name)
+        return run(call, **options)
+
+    monkeypatch.setattr(backend, "run", counted)
+    return told
+
+
+@pytest.mark.parametrize(
+    "read", [Admin.queues, Admin.load, Admin.state_counts, Admin.flags], ids=["queues", "load", "state_counts", "flags"]
+)
+def test_queues_are_counted_a_hundred_in_one_step(
+    backend: Client, steps: list[str], read: Callable[[Admin], object]
+) -> None:
+    """Counting queues takes a step for each hundred of them, whatever it is for."""
+    read(Admin(backend))
+
+    assert steps.count("count_queues") == 3
+    assert steps.count("counts") == 0
+
+
+def test_workers_of_many_queues_are_read_in_one_step(backend: Client, steps: list[str]) -> None:
+    """Queues without a worker cost no step of their own; those with one list it, in their order."""
+    for name in ("tenant-200", "tenant-007"):
+        ClientWorker(backend, name).take()
+    steps.clear()
+
+    found = Admin(backend).workers()
+
+    assert [(one.queue, one.held) for one in found] == [("tenant-007", 1), ("tenant-200", 1)]
+    assert steps == ["workers"]
+
+
+def test_many_workers_are_read_in_further_steps(backend: Client, steps: list[str]) -> None:
+    """A step ends behind the queue in which its thousandth worker stands, and the next one goes on there: none is missed."""
+    crowded = backend.keys("tenant-003")
+    names = [one for number in range(1000) for one in ("9999999999999", f"w{number:03}")]
+    backend.execute("ZADD", crowded.workers, *names, key=crowded.workers)
+    ClientWorker(backend, "tenant-100").take()
+    steps.clear()
+
+    found = Admin(backend).workers()
+
+    assert [one.queue for one in found] == ["tenant-003"] * 1000 + ["tenant-100"]
+    assert steps == ["workers", "workers"]
+
+
+def test_doctor_reads_many_queues_in_few_steps(backend: Client, steps: list[str]) -> None:
+    """Its checks take a step for many queues, but for the records, of which it reads as many as it has time for, and says so."""
+    report = Admin(backend).doctor(seconds=0)
+
+    assert steps.count("count_queues") == 3
+    assert steps.count("examine_queues") == 1
+    assert steps.count("audit") <= 1
+    assert [one.text for one in report.findings if one.name == "records"] == [
+        f"the records of {steps.count('audit')} of {MANY} queues were examined, in the time that this may take"
+    ]
+    steps.clear()
+    assert [one for one in Admin(backend).doctor().findings if one.name == "records"] == []
+    assert steps.count("audit") == MANY
+
+
+def test_doctor_reads_schedules_only_where_there_are_some(backend: Client, steps: list[str]) -> None:
+    """A queue that has schedules is asked for them, and the others are not."""
+    keys = backend.keys("tenant-003")
+    backend.run(schedules.claim_name(schedules.schedule_index("t"), "daily", keys.queue))
+    backend.run(schedules.put_schedule(keys, "daily", "x", b"{}", b"", "data", int(time.time() * 1000) + 3_600_000))
+    steps.clear()
+
+    Admin(backend).doctor(seconds=0)
+
+    assert steps.count("schedule_read") == 1
+
+
+def test_doctor_notes_of_many_queues_are_few(backend: Client) -> None:
+    """Beyond twenty, queues with dead letters or paused ones share one note."""
+    for number in range(25):
+        dead(backend, f"tenant-{number:03}", "no")
+        Admin(backend).pause(f"tenant-{number:03}")
+
+    notes = [one.text for one in Admin(backend).doctor(seconds=0).findings if one.level == "note"]
+
+    assert "5 more queues have 5 dead letters" in notes
+    assert "5 more queues are paused" in notes
+    assert sum("dead letter" in text for text in notes) == 21
