@@ -35,14 +35,11 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from conveyor.acting import LONGEST_NAME, acting_as
 from conveyor.admin import doctor
-from conveyor.admin.failure_matrix import MATRIX_RANGES, FailureMatrix, FailureTable
 from conveyor.admin.flags import Flag, failing_tasks, late_schedules, overdue_jobs, queue_flags
 from conveyor.admin.history import MOST_MARKS, History, read_history
-from conveyor.admin.job_query import JobQuery
 from conveyor.admin.job_search import FailureCount, last_failure
 from conveyor.admin.known_redaction import KnownRedaction
-from conveyor.admin.queue_directory import QueueDirectory
-from conveyor.admin.search import MOST_LOOKED, JobSearch, MatchCount, SearchPage, ended_in
+from conveyor.admin.queue_directory import QueueDirectory, ended_in
 from conveyor.admin.views import (
     LIVE,
     STATES,
@@ -71,14 +68,10 @@ from conveyor.errors import (
     StoreUnavailable,
     UnknownTask,
 )
-from conveyor.events import JobUpdate
 from conveyor.ids import clean, label_text, logical, made_at_ms, public, queue_name, split
 from conveyor.jobs.history import HistoryEntry, ended_history, live_history
 from conveyor.jobs.why import QueueCause, Why, explain, queue_causes
-from conveyor.messaging.deletion import refuse_in_use
-from conveyor.messaging.maintenance import redrive_batch
 from conveyor.messaging.partitions import refuse_full
-from conveyor.messaging.selection import ACTED_ON, ActionName, JobWalk, Pace, Walks, act, last_error
 from conveyor.payload.codec import MAX_PAYLOAD
 from conveyor.payload.formats import JSON, FormatRegistry
 from conveyor.payload.live_records import LogLine
@@ -102,9 +95,14 @@ from conveyor.units import Duration, milliseconds
 
 if TYPE_CHECKING:
     from conveyor.admin import metrics
+    from conveyor.admin.failure_matrix import FailureMatrix
+    from conveyor.admin.job_query import JobQuery
+    from conveyor.admin.search import JobSearch, MatchCount, SearchPage
+    from conveyor.events import JobUpdate
     from conveyor.jobs.core import AppCore
     from conveyor.jobs.job import Job
     from conveyor.jobs.watching import Changes, WatchHub
+    from conveyor.messaging.selection import ActionName, JobWalk
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -287,10 +285,15 @@ class Admin:
         if names is not None:
             wanted = set(names)
             everything = {name: parts for name, parts in everything.items() if name in wanted}
-        counts = self._search.counts([part for parts in everything.values() for part in parts])
+        counts = self._counts([part for parts in everything.values() for part in parts])
         return [
             _queue_info(name, parts, {part: counts.get(part) for part in parts}) for name, parts in everything.items()
         ]
+
+    def _counts(self, parts: Sequence[str]) -> dict[str, QueueCounts]:
+        """Return the counts of queues and partitions; those whose server does not answer are left out."""
+        counted = self._directory.counts_and_ended(parts, 0, self._ask)
+        return {part: counts for part, (counts, _) in counted.items()}
 
     def queues_and_ended(
         self, minutes: int, *, most: int | None = None
@@ -302,7 +305,9 @@ class Admin:
         """
         everything = self._directory.everything()
         some = dict(islice(everything.items(), most))
-        counted = self._search.counts_and_ended([part for parts in some.values() for part in parts], minutes)
+        counted = self._directory.counts_and_ended(
+            [part for parts in some.values() for part in parts], minutes, self._ask
+        )
         infos = [
             _queue_info(name, parts, {part: counted[part][0] if part in counted else None for part in parts})
             for name, parts in some.items()
@@ -317,10 +322,12 @@ class Admin:
 
         *seconds*: no more are read after so long; `read` of the `total` says how many were. None: no limit.
         """
+        from conveyor.admin.failure_matrix import MATRIX_RANGES, FailureTable
+
         if range not in MATRIX_RANGES:
             raise ConfigurationError(f"There is no range {range!r}. Known: {', '.join(MATRIX_RANGES)}.")
         table, total, cut = FailureTable(range, int(time.time() * 1000), self._decoder), 0, False
-        counts = self._search.counts(self._partition_names(queue))
+        counts = self._counts(self._partition_names(queue))
         busy = {part: one.dead for part, one in counts.items() if one.dead}
         ends = time.monotonic() + (seconds or 3600.0)
         for part, dead in busy.items():
@@ -441,6 +448,8 @@ class Admin:
 
     def refuse_in_use(self, name: str) -> None:
         """Raise ConfigurationError (E35) when a queue could not be deleted now."""
+        from conveyor.messaging.deletion import refuse_in_use
+
         refuse_in_use(self.client, self._directory.queue(name).keys)
 
     def delete_queue(self, name: str) -> None:
@@ -467,6 +476,8 @@ class Admin:
         queue = self._directory.queue(name)
         if not ids:
             return queue.redrive(limit)
+        from conveyor.messaging.maintenance import redrive_batch
+
         moved, homes = 0, [split(one) for one in ids]
         for part in self._directory.partition_names(name):
             bare = [id_ for home, id_ in homes if home in {None, part}]
@@ -722,6 +733,8 @@ class Admin:
 
     def count_chosen(self, queue: str | None, states: Collection[str], wanted: JobFilter) -> dict[str, int]:
         """Count the jobs in *states* (none: in any that is kept) that *wanted* accepts, by state."""
+        from conveyor.messaging.selection import Walks
+
         counts, walks = Counter[str](), Walks(wanted, self._decoder, self._seals)
         for name in self._answering(self._partition_names(queue)):
             for some in self._walk(walks.counting(self._keys(name), states)):
@@ -739,6 +752,8 @@ class Admin:
         most so many, None: on all. *rate*: no faster, as in ``"100/s"``. What a step has done stays done when it is not gone on
         with, and a second run does the rest. Raises ConfigurationError.
         """
+        from conveyor.messaging.selection import Pace, Walks, act
+
         made = Walks(wanted, self._decoder, self._seals)
         walks = [made.acting(self._keys(name), action, state) for name in self._answering(self._partition_names(queue))]
         for acted in act(self.client, walks, Pace(rate), limit):
@@ -746,10 +761,12 @@ class Admin:
 
     @property
     def _search(self) -> JobSearch:
+        from conveyor.admin.search import JobSearch
+
         return JobSearch(self.client, self._directory, self._decoder, sealed=self._seals, ask=self._ask)
 
     def search(
-        self, query: JobQuery, *, cursor: str | None = None, offset: int = 0, limit: int = 50, most: int = MOST_LOOKED,
+        self, query: JobQuery, *, cursor: str | None = None, offset: int = 0, limit: int = 50, most: int = 10_000,
         seconds: float = 3600.0,
     ) -> SearchPage:  # fmt: skip
         """
@@ -764,6 +781,8 @@ class Admin:
         self, query: JobQuery, action: ActionName | None = None, *, seconds: float = 3600.0
     ) -> MatchCount:
         """Count the jobs that a filter chooses, of those that *action* is for, for about *seconds*."""
+        from conveyor.messaging.selection import ACTED_ON
+
         return self._search.count(query, ACTED_ON[action] if action else (), seconds=seconds)
 
     def act_on_matching(
@@ -1218,10 +1237,18 @@ class Admin:
         """Yield the heads of those jobs in a state that are wanted; of a tag "" stands for any state."""
         keys = self._keys(queue)
         if wanted.tag is not None:
+            from conveyor.messaging.selection import Walks
+
             yield from self._walk(Walks(wanted, self._decoder, self._seals).finding(keys, (state,) if state else ()))
             return
-        for row in self._rows(keys, state, 0, total, _HEADS_SIZE, wanted, heads=True):
-            if wanted.error is None or wanted.accepts_error(last_error(row, queue, self._decoder)):
+        rows = self._rows(keys, state, 0, total, _HEADS_SIZE, wanted, heads=True)
+        if wanted.error is None:
+            yield from rows
+            return
+        from conveyor.messaging.selection import last_error
+
+        for row in rows:
+            if wanted.accepts_error(last_error(row, queue, self._decoder)):
                 yield row
 
     def _walk(self, walk: JobWalk[T]) -> Iterator[T]:

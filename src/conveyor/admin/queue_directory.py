@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from conveyor import ids
@@ -157,3 +157,16 @@ class QueueDirectory:
             # A name that only looks like a partition belongs to a plain list that another program declares.
             partitions[queue if number > 1 else name] = number
         return partitions
+
+
+def ended_in(parts: Sequence[str], counted: Mapping[str, tuple[QueueCounts, list[Ended]]]) -> list[Ended]:
+    """Return what ended in a queue with these partitions, of those that answered; [] where none did."""
+    answers = [counted[part][1] for part in parts if part in counted]
+    found = answers[0] if answers else []
+    for ended in answers[1:]:
+        found = [_sum(*both) for both in zip(found, ended, strict=True)]
+    return found
+
+
+def _sum(one: Ended, other: Ended) -> Ended:
+    return Ended(*(-1 if -1 in both else sum(both) for both in zip(one, other, strict=True)))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from conveyor.admin.job_query import JobQuery
+from conveyor.admin.queue_directory import QueueDirectory, ended_in
 from conveyor.admin.views import LIVE, ActionResult, JobInfo, finished_job, instant, live_job
 from conveyor.errors import ConfigurationError, InvalidFilter
 from conveyor.messaging.selection import ACTED_ON, ActionName, Pace, Walks, act, last_error
@@ -19,7 +20,6 @@ from conveyor.store.keys import QueueKeys
 from conveyor.store.script import Call
 
 if TYPE_CHECKING:
-    from conveyor.admin.queue_directory import QueueDirectory
     from conveyor.payload.sealed_records import RecordDecoder
     from conveyor.store.client.client import Client
 
@@ -31,15 +31,6 @@ _FAR = 2**53
 """No list of Redis is as long."""
 _MOST_LISTED = 100
 """Queues of which the jobs that are done and still listed are counted."""
-
-
-def ended_in(parts: Sequence[str], counted: Mapping[str, tuple[QueueCounts, list[Ended]]]) -> list[Ended]:
-    """Return what ended in a queue with these partitions, of those that answered; [] where none did."""
-    answers = [counted[part][1] for part in parts if part in counted]
-    found = answers[0] if answers else []
-    for ended in answers[1:]:
-        found = [_sum(*both) for both in zip(found, ended, strict=True)]
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,10 +339,6 @@ class JobSearch:
             if query.rest:
                 rows = [row for row in rows if query.accepts(live_job(part, row, self._decoder, MAX_PAYLOAD))]
             yield [row.id for row in rows]
-
-
-def _sum(one: Ended, other: Ended) -> Ended:
-    return Ended(*(-1 if -1 in both else sum(both) for both in zip(one, other, strict=True)))
 
 
 def _is_wanted(query: JobQuery, info: JobInfo) -> bool:

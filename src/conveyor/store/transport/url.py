@@ -12,7 +12,7 @@ import math
 import os
 import re
 import socket
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -162,7 +162,13 @@ class StandaloneServer:
         # RESP2 is enough, and every supported server speaks it. redis-py must not retry: it does not know what may be repeated.
         local = self._parts.scheme == "unix"
         alive = {} if local else {"socket_keepalive": True, "socket_keepalive_options": _ALIVE}
-        parameters = {"socket_connect_timeout": self.connect_timeout, **alive, **parameters, "protocol": 2}
+        parameters = {
+            "socket_connect_timeout": self.connect_timeout,
+            **alive,
+            **_driver(parameters),
+            **parameters,
+            "protocol": 2,
+        }
         if parameters.get("db"):
             parameters["db"] = str(parameters["db"])  # redis-py sends it as it is: see `Argument`
         self._check_parameters(parameters)
@@ -293,6 +299,15 @@ def _begin_session(deadline: float, connection: Any) -> None:
     connection.socket_timeout = time_left(deadline, connection.socket_timeout)
     connection._sock.settimeout(connection.socket_timeout)  # noqa: SLF001  as in `open`
     connection.on_connect()
+
+
+def _driver(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what redis-py tells the server of itself: without it, it reads the metadata of its package for each connection."""
+    try:
+        from redis.driver_info import DriverInfo
+    except ImportError:  # an earlier redis-py
+        return {}
+    return {} if {"lib_name", "lib_version"} & parameters.keys() else {"driver_info": DriverInfo()}
 
 
 class PasswordFile:  # a CredentialProvider of redis-py, which is not imported before the first connection
