@@ -47,6 +47,22 @@ def documents(text: str) -> dict[str, object]:
     return found
 
 
+def test_a_queue_is_shown_with_its_newest_failures(
+    url: str, backend: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Showing a queue reads a bounded number of dead letters and says so; with --all it reads all of them."""
+    for message in ("one", "two", "three"):
+        dead(backend, "mail", message)
+    monkeypatch.setattr("conveyor.cli.queue.MOST_DEAD_LETTERS", 2)
+    show = ["queue", "show", "mail", "--url", url]
+
+    some, whole = CliRunner().invoke(cli, show), CliRunner().invoke(cli, [*show, "--all"])
+
+    assert "Read: the newest 2 of 3. All: conveyor queue show QUEUE --all" in some.stderr
+    assert (some.stdout.count("ValueError"), whole.stdout.count("ValueError")) == (2, 3)
+    assert "Read:" not in whole.stderr
+
+
 # -- loading and help ---------------------------------------------------------------------------------------------
 
 

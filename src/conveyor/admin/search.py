@@ -333,12 +333,16 @@ class JobSearch:
         keys = self._directory.keys(part)
         walk = Walks(query.wanted, self._decoder, self._sealed).finding(keys, states)
         while (call := walk.next_call()) is not None:
-            rows = self._client.run(call)
-            if query.rest and query.needs_payload:
-                rows = self._whole(keys, rows)
-            if query.rest:
-                rows = [row for row in rows if query.accepts(live_job(part, row, self._decoder, MAX_PAYLOAD))]
-            yield [row.id for row in rows]
+            found = self._client.run(call)
+            # Bodies are read some at a time, so that whoever has no more time ends between two reads.
+            size = _AT_A_TIME if query.rest and query.needs_payload else max(1, len(found))
+            for first in range(0, len(found), size) or (0,):
+                rows = found[first : first + size]
+                if query.rest and query.needs_payload:
+                    rows = self._whole(keys, rows)
+                if query.rest:
+                    rows = [row for row in rows if query.accepts(live_job(part, row, self._decoder, MAX_PAYLOAD))]
+                yield [row.id for row in rows]
 
 
 def _is_wanted(query: JobQuery, info: JobInfo) -> bool:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from conveyor.store.job_filter import JobFilter
 
 _HEADINGS = ("queue", "ready", "scheduled", "leased", "dead", "workers", "oldest", "state")
+MOST_DEAD_LETTERS = 10_000
+"""Dead letters that are read of a queue, the newest, so that a command stays quick."""
 _NAME = click.argument("name", metavar="QUEUE", shell_complete=complete_queues)
 
 
@@ -103,8 +105,13 @@ def print_failures(out: Output, summary: FailureSummary, *, most: int, queues: b
         rest = summary.groups[most:]
         count = quantity(sum(group.count for group in rest), "dead letter")
         out.line(f"{' ' * (width + 2)}… and {count} with {len(rest)} other errors")
+    say_unread(out, summary)
+
+
+def say_unread(out: Output, summary: FailureSummary) -> None:
+    """Say on stderr that dead letters were left out, and which command reads all."""
     if summary.read < summary.total:
-        out.say(f"Read: the newest {summary.read:,} of {summary.total:,}. All: conveyor queue show QUEUE")
+        out.say(f"Read: the newest {summary.read:,} of {summary.total:,}. All: conveyor queue show QUEUE --all")
 
 
 def _failure_name(group: FailureGroup) -> str:
@@ -135,9 +142,10 @@ def list_(target: Target, out: Output) -> None:
 
 @queue.command()
 @_NAME
+@click.option("--all", "whole", is_flag=True, help="Read all dead letters, not only the newest 10,000.")
 @filter_options
 @redis_options
-def show(target: Target, out: Output, name: str, wanted: JobFilter | None) -> None:
+def show(target: Target, out: Output, name: str, whole: bool, wanted: JobFilter | None) -> None:
     """
     Show one queue, or one partition (orders/3), its workers, and its dead letters by what failed.
 
@@ -148,7 +156,8 @@ def show(target: Target, out: Output, name: str, wanted: JobFilter | None) -> No
         _show_counts(out, admin, name, wanted)
         return
     info, workers, partitions = admin.queue(name), admin.workers(name), admin.partitions(name)
-    failures, causes = admin.failures(name), admin.causes(name, info.ready + info.waiting)
+    failures = admin.failures(name, most=None if whole else MOST_DEAD_LETTERS)
+    causes = admin.causes(name, info.ready + info.waiting)
     if out.as_json:
         causes_told = [{**asdict(cause), "sentence": str(cause)} for cause in causes]
         out.document("queue", queue=info, workers=workers, partitions=partitions, failures=failures, causes=causes_told)
@@ -184,7 +193,9 @@ def show(target: Target, out: Output, name: str, wanted: JobFilter | None) -> No
         out.line("")
         rows = [(worker.id, worker.host, str(worker.pid or ""), worker.held, worker.lease_ends) for worker in workers]
         out.table(("worker", "host", "pid", "holds", "lease ends"), rows)
-    if out.on_terminal:
+    if not out.on_terminal:
+        say_unread(out, failures)
+    else:
         print_failures(out, failures, most=10, queues=False)
         if failures.groups:
             out.line("")

@@ -10,7 +10,7 @@ import click
 from conveyor.cli.command import LeafCommand
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import MARKS, Output, quantity, short_time, terminal_width
-from conveyor.cli.queue import print_causes, print_failures, print_queues, say_unanswered
+from conveyor.cli.queue import MOST_DEAD_LETTERS, print_causes, print_failures, print_queues, say_unanswered
 from conveyor.cli.target import Target, redis_options
 from conveyor.ids import clean
 
@@ -31,8 +31,6 @@ _MAX_CAUSES = 20
 """Queues of which is said why their jobs wait, each in one call."""
 _SAID = frozenset({"scheduled", "queue-paused", "no-worker"})
 """Causes that the table of queues shows, or a finding explains."""
-_MAX_DEAD_LETTERS = 10_000
-"""Dead letters that are read of each queue, the newest, so that the command stays quick."""
 
 
 @click.command(cls=LeafCommand)
@@ -43,7 +41,7 @@ def status(target: Target, out: Output) -> int:
 
     admin = target.admin()
     report, queues, workers = admin.doctor(seconds=_SECONDS_OF_RECORDS), admin.queues(), admin.workers()
-    failures = admin.failures(most=_MAX_DEAD_LETTERS)
+    failures = admin.failures(most=MOST_DEAD_LETTERS)
     causes = _causes(admin, queues)
     shown = [
         finding for finding in report.findings if finding.level in {"problem", "warning"} or _is_queue_note(finding)
