@@ -47,9 +47,7 @@ def documents(text: str) -> dict[str, object]:
     return found
 
 
-def test_a_queue_is_shown_with_its_newest_failures(
-    url: str, backend: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_queue_is_shown_with_its_newest_failures(url: str, backend: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """Showing a queue reads a bounded number of dead letters and says so; with --all it reads all of them."""
     for message in ("one", "two", "three"):
         dead(backend, "mail", message)
