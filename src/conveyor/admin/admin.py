@@ -575,9 +575,15 @@ class Admin:
         if process.kind != "worker":
             raise ConfigurationError(f"{name} consumes messages: only workers of jobs take commands. Nothing was sent.")
         members = [(self._keys(one.queue), one.id) for one in process.members]
-        answer = command(self.client, members, name, action, milliseconds(timeout, name="timeout") / 1000)
+        what = f"{action} worker"
+        try:
+            answer = command(self.client, members, name, action, milliseconds(timeout, name="timeout") / 1000)
+        except TimeoutError:
+            if action != "stack":  # the command stays for it: it may still be carried out
+                self.note(what, name, count=1, detail="no answer yet")
+            raise
         if action != "stack":
-            self.note(f"{action} worker", name)
+            self.note(what, name, count=1)
         return answer
 
     def _with_jobs(self, process: WorkerProcess, most: int) -> WorkerProcess:

@@ -65,6 +65,23 @@ def list_workers(call: ApiCall) -> dict[str, Any]:
     return {"workers": call.service.workers(call.admin), "footer": None}
 
 
+def quiet_worker(call: ApiCall) -> dict[str, Any]:
+    """Have a worker take no more jobs."""
+    call.admin.quiet_worker(call["id"])
+    return {"worker": call["id"], "outcome": "quiet"}
+
+
+def stop_worker(call: ApiCall) -> dict[str, Any]:
+    """Have a worker drain and end."""
+    call.admin.stop_worker(call["id"])
+    return {"worker": call["id"], "outcome": "stopping"}
+
+
+def dump_stack(call: ApiCall) -> dict[str, Any]:
+    """Return where each thread and each asyncio task of a worker is now."""
+    return {"worker": call["id"], "stack": call.admin.worker_stack(call["id"])}
+
+
 # -- limits and groups ------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +208,17 @@ SYSTEM_ENDPOINTS = (
     ApiRoute("GET", "schedule", "schedule", "Show a schedule", show_schedule, fields={"name": _NAME}),
     *_schedule_endpoints(),
     ApiRoute("GET", "workers", "workers", "List worker processes", list_workers),
+    *(
+        ApiRoute(
+            "POST", f"workers/{word}", schema, title, handle, "stop_workers",
+            {"id": Field("text", "host:pid of a worker process", required=True)},
+        )
+        for word, schema, title, handle in (
+            ("quiet", "worker-commanded", "Have a worker take no more jobs", quiet_worker),
+            ("stop", "worker-commanded", "Have a worker drain and end", stop_worker),
+            ("stack", "worker-stack", "Show where the threads and tasks of a worker are", dump_stack),
+        )
+    ),
     ApiRoute("GET", "limits", "limits", "List limits and groups", list_limits),
     ApiRoute(
         "POST", "limits/set", "limit-set", "Change a limit until it is reset", set_limit, "manage_limits",

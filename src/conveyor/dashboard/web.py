@@ -43,6 +43,7 @@ from conveyor.errors import (
     QueueNotFound,
     ScheduleNotFound,
     StoreUnavailable,
+    WorkerNotFound,
 )
 from conveyor.jobs.core import core_of
 from conveyor.store.transport.url import redact
@@ -69,7 +70,7 @@ HEADERS = {
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
 }
 """The headers of every response."""
-_NOT_FOUND = (JobNotFound, QueueNotFound, ScheduleNotFound)
+_NOT_FOUND = (JobNotFound, QueueNotFound, ScheduleNotFound, WorkerNotFound)
 _IN_USE = "E35"
 
 
@@ -245,6 +246,8 @@ class Dashboard:
             return Response(status_code=499)
         except ConveyorError as error:
             return _error_of(error)
+        except TimeoutError as error:  # a worker that does not answer
+            return _error(504, "E00", str(error))
         except Exception:
             logger.exception("the call %s %s failed", endpoint.method, endpoint.path)
             return _error(500, "E00", "This is an error of the dashboard itself; its log has the traceback.")
