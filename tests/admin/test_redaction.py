@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import random
 from typing import Any
 
 import click
@@ -238,6 +239,59 @@ def test_a_payload_of_16_mb_stays_calm() -> None:
     assert Redaction(["pin"]).hider('{"pin":"12"}', "")("pin '12' of 120") == f"pin '{MARK}' of 120"
     many = json.dumps({"password": [str(n) * 5 for n in range(1000)]})
     assert redaction.hider(many, "")("anything") == MARK
+    assert redaction.hider(json.dumps({"password": "s" * 16_000_000}), "")("anything") == MARK
+
+
+def test_of_a_payload_with_millions_of_values_the_beginning_is_searched() -> None:
+    """The search ends after 100,000 tokens: what stands behind is not shown, and said so; without a hidden name all is shown."""
+    redaction = Redaction(["password", "*.token"])
+    numbers = list(range(2_000_000))
+    text = json.dumps({"password": "one", "rows": numbers, "again": {"token": "two"}})
+    shown = redaction.body(text, "")
+    head, _, rest = shown.partition("… [")
+    assert head.startswith(f'{{"password": "{MARK}", "rows": [0, 1, 2')
+    assert len(head) < 1_000_000
+    left = int(rest.partition(" ")[0].replace(",", ""))
+    assert len(head) - len(f'"{MARK}"') + len('"one"') + left == len(text)
+    assert "two" not in shown
+    assert redaction.hider(text, "")("anything") == MARK
+    inside = redaction.body(json.dumps({"password": numbers}), "")
+    assert inside.startswith(f'{{"password": "{MARK}"… [')
+    harmless = json.dumps({"rows": numbers, "passwords": "token"})
+    assert redaction.body(harmless, "") is harmless
+    assert redaction.hider(harmless, "")("token") == "token"
+
+
+def test_a_glance_tells_what_the_search_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a name of a hidden field stands in a text is told as the search would: whatever its case, its escapes, its depth."""
+    names = [
+        "password", "PassWord", "pa\u0073sword", "pa\u017f\u017fword", 'to"ken', "token", "\u212aey", "key", "a", "card", "x-y", "\u00fcser",
+    ]  # fmt: skip
+    pick = random.Random(7)
+
+    def value(depth: int) -> str:
+        kind = pick.randrange(4 if depth else 2)
+        if kind == 3:
+            members = [
+                f"{json.dumps(pick.choice(names), ensure_ascii=pick.random() < 0.5)}{pick.choice(['', ' '])}:{value(depth - 1)}"
+                for _ in range(pick.randrange(4))
+            ]
+            return "{" + ",".join(members) + "}"
+        if kind == 2:
+            return "[" + ",".join(value(depth - 1) for _ in range(pick.randrange(3))) + "]"
+        return json.dumps(pick.choice(["v", 'password":', "token", 12, None]), ensure_ascii=False)
+
+    redactions = [
+        Redaction(["password"]),
+        Redaction(["*.token", "key"]),
+        Redaction(["üser"], {"t": ["card", "a.*"]}),
+        Redaction(["x-*"]),
+    ]
+    texts = ["[" + value(4) + pick.choice(["]", "]", ""]) for _ in range(600)]
+    told = [(one.body(text, "t"), one.hider(text, "t")("v and token")) for one in redactions for text in texts]
+    assert any(one._names_nothing(text, "t") for one in redactions for text in texts)
+    monkeypatch.setattr(Redaction, "_names_nothing", lambda *_: False)
+    assert told == [(one.body(text, "t"), one.hider(text, "t")("v and token")) for one in redactions for text in texts]
 
 
 @pytest.mark.parametrize(

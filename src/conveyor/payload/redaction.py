@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+import msgspec
+
 from conveyor.errors import ConfigurationError
 
 MARK = "[redacted]"
@@ -24,8 +26,13 @@ _SHORTEST = 4
 """Characters of a value that is found inside a text; shorter ones are found only in quotation marks."""
 _MOST_VALUES = 200
 """Values of one body that are looked for in texts; with more, texts of that job are not shown at all."""
+_LONGEST_VALUE = 64 * 1024
+"""Characters of such a value; with a longer one, texts of that job are not shown at all either."""
+_MOST_TOKENS = 100_000
+"""Names, values and signs of one body that are searched, in about 0.1 s; the rest is not shown."""
 _MOST_PATHS = 10_000
-_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?P<closed>"?)|[{}\[\],:]|[^\s{}\[\],:"]+', re.DOTALL)
+_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[{}\[\],:]|[^\s{}\[\],:"]++', re.DOTALL)
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _SCALAR = re.compile(r"-?\d[\d.eE+-]*|true|false|null|NaN|-?Infinity")
 _NAME = re.compile(r"[^\s.\x00-\x1f]+(?:\.[^\s.\x00-\x1f]+)*")
 Path = tuple[str, ...]
@@ -34,6 +41,14 @@ Hide = Callable[[str], str]
 
 class _Malformed(Exception):
     """A text is not JSON as far as it goes."""
+
+
+class _TooLong(Exception):
+    """A text has more tokens than are searched; `at` is where the search ended."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
 
 
 class Names(NamedTuple):
@@ -65,6 +80,7 @@ class Redaction:
         self._sensitive: dict[str, set[str]] = {}
         self._names: set[str] = set()
         self._paths: dict[tuple[str, Path], bool] = {}
+        self._hints: dict[str, re.Pattern[str] | None] = {}
         self.changes = 0
         """The number of names that were added: by it a writer of the names knows whether they are still the same."""
         self.add_patterns(patterns)
@@ -89,6 +105,7 @@ class Redaction:
             self._patterns.add(tuple(one.casefold().split(".")))
             self.changes += 1
             self._paths.clear()
+            self._hints.clear()
 
     def add_sensitive(self, task: str, names: Iterable[str]) -> None:
         """Add names of arguments of a task."""
@@ -96,6 +113,7 @@ class Redaction:
             self._sensitive.setdefault(task, set()).update(new)
             self.changes += 1
             self._paths.clear()
+            self._hints.clear()
 
     def joined(self, others: Names) -> Redaction:
         """Return a redaction of these names and of *others*."""
@@ -141,21 +159,22 @@ class Redaction:
         """
         Return the JSON text of arguments or of a message with a mark in the place of each value that is not shown.
 
-        The rest stays as it is, to the last digit; the text may be cut off. What begins as JSON and is none is not shown at all.
+        The rest stays as it is, to the last digit; the text may be cut off. What begins as JSON and is none is not shown at all. Of
+        one with more than 100,000 names and values the beginning is shown, and said how much was left out.
         """
-        if not self.concerns(task) or text[:1] not in {"{", "["}:
+        if not self.concerns(task) or text[:1] not in {"{", "["} or self._names_nothing(text, task):
             return text
+        parts, at, rest = list[str](), 0, ""
         try:
-            spans = list(self._spans(text, task))
+            for begin, end in self._spans(text, task):
+                parts += [text[at:begin], _QUOTED_MARK]
+                at = end
         except _Malformed:
             return _QUOTED_MARK
-        if not spans:
-            return text
-        parts, at = list[str](), 0
-        for begin, end in spans:
-            parts += [text[at:begin], _QUOTED_MARK]
-            at = end
-        return "".join([*parts, text[at:]])
+        except _TooLong as long:
+            rest = f"… [{len(text) - long.at:,} more characters are not shown: nothing was redacted in them]"
+            text = text[: long.at]
+        return "".join([*parts, text[at:], rest])
 
     def result(self, text: str, task: str) -> str:
         """Return the JSON text of a result likewise; the whole is hidden where the task says so."""
@@ -197,15 +216,17 @@ class Redaction:
 
         Values shorter than four characters are found only in quotation marks, since they stand in every text.
         """
-        if not self.concerns(task) or text[:1] not in {"{", "["}:
+        if not self.concerns(task) or text[:1] not in {"{", "["} or self._names_nothing(text, task):
             return _unchanged
         values: dict[str, None] = {}
         try:
             for begin, end in self._spans(text, task):
+                if end - begin > _LONGEST_VALUE:
+                    return _hide_all
                 values.update(dict.fromkeys(_values_in(text[begin:end])))
                 if len(values) > _MOST_VALUES:
                     return _hide_all
-        except _Malformed:
+        except (_Malformed, _TooLong):
             return _hide_all
         if not values:
             return _unchanged
@@ -213,13 +234,46 @@ class Redaction:
         found = re.compile("|".join(map(re.escape, longest)))
         return lambda other: found.sub(_marked, other)
 
+    def _names_nothing(self, text: str, task: str) -> bool:
+        """
+        Tell whether a text is JSON in which no name stands that is a part of what is hidden: then nothing is, whatever its length.
+
+        False where that cannot be told at a glance: names with other letters than ASCII, or in another form in the text.
+        """
+        if task not in self._hints:
+            if len(self._hints) >= _MOST_PATHS:
+                self._hints.clear()
+            self._hints[task] = self._hint(task)
+        hint = self._hints[task]
+        if hint is None or not text.isascii() or "\\u" in text or hint.search(text) is not None:
+            return False
+        try:
+            msgspec.json.decode(text, type=msgspec.Raw)
+        except (msgspec.MsgspecError, RecursionError):
+            return False
+        return True
+
+    def _hint(self, task: str) -> re.Pattern[str] | None:
+        """Return what finds a name that each hidden path has; None where a pattern has no plain one."""
+        plain = set[str]()
+        for path in [*self._patterns, *(tuple(name.split(".")) for name in self._sensitive.get(task, ()))]:
+            longest = max((part for part in path if _PLAIN_NAME.fullmatch(part)), key=len, default=None)
+            if longest is None:
+                return None
+            plain.add(longest)
+        return re.compile(f'"(?:{"|".join(map(re.escape, sorted(plain)))})"\\s*+:', re.IGNORECASE)
+
     def _spans(self, text: str, task: str) -> Iterator[tuple[int, int]]:
-        """Yield where the values that are not shown begin and end. Raises _Malformed."""
+        """Yield where the values that are not shown begin and end. Raises _Malformed, and _TooLong behind the last one."""
         path: list[str] = []
         kinds: list[str] = []  # the open containers
         named: list[bool] = []  # whether each of them stands at a name of the path
         expects_name, name, hidden_at, hidden_depth = False, None, -1, -1
-        for match in _TOKEN.finditer(text):
+        for number, match in enumerate(_TOKEN.finditer(text)):
+            if number >= _MOST_TOKENS:
+                if hidden_at >= 0:
+                    yield hidden_at, match.start()
+                raise _TooLong(match.start())
             token, first = match[0], match[0][0]
             if first in "{[":
                 is_hidden = name is not None and hidden_at < 0 and self.hides(task, (*path, name))
