@@ -18,12 +18,14 @@ import uvicorn
 from redis import Redis
 
 from conveyor import Concurrency, Conveyor, Retry
+from conveyor.admin.admin import Admin
 from conveyor.admin.history import quantile
 from conveyor.cli import main
 from conveyor.dashboard import Access, dashboard
 from conveyor.dashboard.endpoint import ApiCall
 from conveyor.dashboard.live_routes import stream
 from conveyor.errors import StoreUnavailable
+from support.client_worker import ClientWorker
 from support.dashboard_client import ask
 from support.manual_worker import eventually as until
 from support.running_worker import drain
@@ -236,6 +238,46 @@ def test_flags_appear_by_themselves(app: Conveyor, monkeypatch: pytest.MonkeyPat
     app.schedules.delete("tick")
     app.queue("lonely").purge()
     app.queue("mail").purge(dead=True)
+
+
+@pytest.mark.leaves_keys("a worker of the test's own is still registered")
+def test_jobs_that_run_too_long_are_named(
+    app: Conveyor, url: str, redis: Redis, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of a task that has not ended lately is named after an hour, another after ten times its p95; everywhere in the same words."""
+
+    @app.task(name="cut", queue="video")
+    def cut() -> None: ...
+
+    @app.task(name="send", queue="video")
+    def send() -> None: ...
+
+    send.enqueue()
+    asyncio.run(drain(app))
+    ages = {app.queue("inbox").push(0): 90, cut.enqueue().id: 61, cut.enqueue().id: 59, send.enqueue().id: 1}
+    workers = {queue: ClientWorker(app.client, queue) for queue in ("inbox", "video")}
+    assert [id_ for worker in workers.values() for id_ in worker.take(3)] == list(ages)
+    for id_, minutes in ages.items():
+        queue, _, bare = id_.partition(":")
+        redis.hincrby(f"conveyor:{{{queue}}}:leased:{workers[queue].identity}", bare, -minutes * 60_000 * 8192)
+
+    found = [flag for flag in Admin(app.client).flags() if flag.kind == "running-long"]
+
+    texts = [flag.text for flag in found]
+    assert texts[0] == "A message of 'inbox' is held for 1 h 30 m; none has ended in the last 15 minutes."
+    assert texts[1] == "A job of 'cut' runs for 1 h 1 m; none has ended in the last 15 minutes."
+    assert texts[2].startswith("A job of 'send' runs for 1 m; 95 of 100 end within ")
+    assert [flag.remedy.split()[-1] for flag in found] == [
+        id_ for minutes, id_ in sorted(((-minutes, id_) for id_, minutes in ages.items())) if minutes != -59
+    ]
+    site = dashboard(app, lambda _: Access.ALL)
+    assert [flag["text"] for flag in get(site, "snapshot")["flags"] if flag["kind"] == "running-long"] == texts
+    assert main(["status", "--url", url, "--json"]) in {0, 8}
+    document = json.loads(capsys.readouterr().out)
+    assert [flag["text"] for flag in document["flags"] if flag["kind"] == "running-long"] == texts
+    main(["status", "--url", url])
+    said = capsys.readouterr().err
+    assert [text for text in texts if text not in said] == []
 
 
 def test_schedules_limits_groups_and_topics_are_changed(app: Conveyor) -> None:

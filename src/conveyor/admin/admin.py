@@ -58,7 +58,7 @@ from conveyor.admin.views import (
     queue_info,
     without_values,
 )
-from conveyor.admin.worker_control import WorkerProcess, command, find_process, leased_job, processes_of
+from conveyor.admin.worker_control import LeasedJob, WorkerProcess, command, find_process, leased_job, processes_of
 from conveyor.errors import (
     ConfigurationError,
     ConveyorError,
@@ -121,8 +121,8 @@ _LONGEST_ID = 200
 _ENTRY = re.compile(r"\d{1,20}-\d{1,20}")
 _AT_A_TIME = 100
 """Jobs that a thread reads before an awaiting caller gets them."""
-_MOST_RUNNING = 100
-"""Running jobs of which is asked whether they run too long."""
+_MOST_HOLDING, _LONGEST = 100, 20
+"""Workers, and jobs of each, of which is asked whether they run too long: what a worker holds is in the order of its starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -1008,13 +1008,21 @@ class Admin:
             lately = [one.name for one in infos if one.workers or one.leased or one.dead or one.scheduled]
             history = read_history(self.client, self._directory, "15m", lately, None)
             found += failing_tasks(history)
-            busy = (one.name for one in infos if one.leased)
-            if any(task["p95_ms"] for task in history.tasks):
-                running = islice(
-                    (job for name in busy for job in self.jobs(name, "leased", limit=_MOST_RUNNING)), _MOST_RUNNING
-                )
-                found += overdue_jobs(history, running, now)
+            found += overdue_jobs(history, self._longest_running(one.name for one in infos if one.leased), now)
         return sorted(found, key=lambda flag: ("problem", "warning", "note").index(flag.level))
+
+    def _longest_running(self, queues: Iterable[str]) -> Iterator[LeasedJob]:
+        """Yield the jobs that the workers of *queues* hold for longest: a few of each, of so many workers at most."""
+        holding = (
+            (part, member.worker)
+            for name in queues
+            for part in self._partition_names(name)
+            for member in self._ask(part, inspection.workers(self._keys(part))) or ()
+            if member.held
+        )
+        for part, worker in islice(holding, _MOST_HOLDING):
+            for row in self._ask(part, worker_commands.leased_jobs(self._keys(part), worker, _LONGEST)) or ():
+                yield leased_job(part, row)
 
     def _schedule_rows(self) -> Iterator[tuple[str, str, datetime | None, bool]]:
         """Yield (name, queue, due, paused) of all schedules."""

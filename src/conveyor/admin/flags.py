@@ -11,7 +11,8 @@ from conveyor.units import span
 
 if TYPE_CHECKING:
     from conveyor.admin.history import History
-    from conveyor.admin.views import JobInfo, QueueInfo
+    from conveyor.admin.views import QueueInfo
+    from conveyor.admin.worker_control import LeasedJob
 
 _MAX_NAMED = 10
 _MAX_ALONE = 5
@@ -21,6 +22,8 @@ DOCTORS_KINDS = frozenset({"no-worker", "outbox", "unplaced", "full", "schedule-
 """The kinds that the doctor finds too."""
 LATE_SECONDS = 60.0
 """A schedule is late when it is so far behind its instant: workers decide within seconds."""
+LONG_SECONDS = 3600.0
+"""A job runs too long after that where nothing tells how long those of its task usually run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,20 +134,32 @@ def failing_tasks(history: History) -> list[Flag]:
     ]  # fmt: skip
 
 
-def overdue_jobs(history: History, running: Iterable[JobInfo], now: datetime) -> list[Flag]:
-    """Return a flag for each of the *running* jobs that runs longer than ten times the p95 of its task."""
+def overdue_jobs(history: History, running: Iterable[LeasedJob], now: datetime) -> list[Flag]:
+    """
+    Return a flag for each of the *running* jobs that runs longer than ten times the p95 of its task.
+
+    For a task of which no job has ended lately an hour is too long.
+    """
     usual: dict[Any, float] = {one["task"]: one["p95_ms"] for one in history.tasks if one["p95_ms"]}
     found = []
     for job in running:
         p95 = usual.get(job.task)
-        ran = None if job.leased_at is None else (now - job.leased_at).total_seconds()
-        if p95 and ran is not None and ran * 1000 > max(10 * p95, 1000):
-            text = f"A job of '{job.task}' runs for {span(ran)}; 95 of 100 end within {span(p95 / 1000)}."
-            found.append(
-                Flag(
-                    "running-long", "warning", text, f"conveyor job show {job.id}", "", ({"page": "job", "id": job.id},)
-                )
+        ran = 0.0 if job.since is None else (now - job.since).total_seconds()
+        if ran <= (LONG_SECONDS if p95 is None else max(10 * p95 / 1000, 1.0)):
+            continue
+        what = f"A job of '{job.task}' runs for" if job.task else f"A message of '{job.queue}' is held for"
+        beside = "none has ended in the last 15 minutes" if p95 is None else f"95 of 100 end within {span(p95 / 1000)}"
+        remedy = f"conveyor job show {job.id}"
+        found.append(
+            Flag(
+                "running-long",
+                "warning",
+                f"{what} {span(ran)}; {beside}.",
+                remedy,
+                "",
+                ({"page": "job", "id": job.id},),
             )
+        )
     return found
 
 
