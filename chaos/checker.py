@@ -13,6 +13,7 @@ from chaos.history_check import check_history
 from chaos.limit_check import check_copies, check_covered, check_limits
 from chaos.run_data import POISONS, Run, RunData, Token
 from chaos.run_result import MUST_BE_ZERO, RunResult, spread
+from chaos.told_check import check_ticks, check_told
 
 COUNTED = (
     "attempted", "acknowledged", "confirmed", "existing", "refused", "unknown", "ok", "dead", "cancelled", "dead by crashes",
@@ -26,6 +27,9 @@ def check(data: RunData, *, also: Iterable[str] = (), waived: Iterable[str] = ()
     for token in data.tokens.values():
         if token.parent:
             _check_spawned(data, token, result)
+        elif token.kind == "tick":
+            for id_ in data.by_token[token.name]:
+                _check_end(data, token, id_, result, acknowledged=False)
         elif token.facts.get("copies"):
             result.counts["attempted"] += 1
             result.counts["acknowledged"] += token.outcome == "ok"
@@ -44,6 +48,8 @@ def check(data: RunData, *, also: Iterable[str] = (), waived: Iterable[str] = ()
     _times(data, result)
     check_covered(data, result)
     check_limits(data, result)
+    check_told(data, result)
+    check_ticks(data, result)
     let = {*waived}
     if any(fault["kind"] == "step clock" for fault in data.faults):
         let.add("started early")  # a clock set forward makes what is due later due now

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -33,6 +34,7 @@ QUEUES = (
     "narrow",
     "left",
     "right",
+    "told",
     *(f"{queue}/{number}" for queue in ("wide", "post") for number in range(3)),
 )
 
@@ -124,12 +126,12 @@ class Environment:
             time.sleep(0.02)
         return found
 
-    def ready(self, workers: int, seconds: float = 60.0) -> None:
-        """Wait until that many workers have registered for jobs; raises when they do not."""
+    def ready(self, workers: int, seconds: float = 60.0, *, queue: str = "default") -> None:
+        """Wait until that many workers have registered for the jobs of a queue; raises when they do not."""
 
         def registered() -> bool:
             with self.server.client() as client:
-                return int(client.zcard("chaos:{default}:workers")) >= workers
+                return int(client.zcard(f"chaos:{{{queue}}}:workers")) >= workers
 
         if not self.wait(registered, seconds):
             logs = [f"{path.name}:\n{path.read_text()[-2000:]}" for path in self.directory.glob("*.log")]
@@ -139,7 +141,18 @@ class Environment:
         """Wait until that many runs have begun."""
         return self.wait(lambda: sum(line["phase"] == "start" for line in self.lines("runs")) >= count, seconds)
 
+    def read_along(self, url: str) -> None:
+        """Start the program that reads what jobs tell, and wait until its schedules stand."""
+        self.process_group.reader(url, seed=self.seed)
+        self.wait(lambda: sum(line["phase"] == "put" for line in self.lines("reads")) == 2, 30 * self.retry_for)
+
     # -- the end ---------------------------------------------------------------------------------------------------
+
+    def end_schedules(self) -> None:
+        """Let the schedules come to a stop: each tick enqueues a job."""
+        for program in self.process_group.readers():
+            program.signal(signal.SIGUSR1)
+            self.wait(lambda: sum(line["phase"] == "stood" for line in self.lines("reads")) == 2, 30 * self.retry_for)
 
     def heal(self) -> None:
         """End every fault that lasts."""
@@ -184,6 +197,9 @@ class Environment:
     def evaluate(self, *, also: Iterable[str] = (), waived: Iterable[str] = ()) -> RunResult:
         """Wait until dead workers are reaped, end the living ones, then check what is left."""
         self.wait(self._only_the_living, min(10.0, 3 * self.lease + 1))
+        for program in self.process_group.readers():
+            program.signal(signal.SIGTERM)
+            self.wait(lambda: not program.alive(), 60)  # noqa: B023  waited for at once
         orderly = self.process_group.retire(15 * self.retry_for)
         with self.server.client(socket_timeout=60) as client:
             left = remaining_state.take(client)
@@ -195,12 +211,17 @@ class Environment:
             left,
             read_history(self.server.directory) if self.topology == "standalone" else None,
             self.lease,
+            told=self.lines("told"),
+            reads=self.lines("reads"),
         )
         result = check(data, also=also, waived=waived)
         finished = sum(line["phase"] == "end" for line in self.lines("calls"))
         if finished != len(self.process_group.producers()):
             result.counts["producers that failed"] = len(self.process_group.producers()) - finished
             result.failed.append("producers that failed")
+        if self.process_group.readers() and not any(line["phase"] == "end" for line in self.lines("reads")):
+            result.counts["readers that failed"] = 1
+            result.failed.append("readers that failed")
         if not orderly:
             result.counts["workers that did not end"] = 1
             result.failed.append("workers that did not end")

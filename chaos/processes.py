@@ -177,6 +177,10 @@ class ProcessGroup:
             f"producer{number}", *command, url=url, env={"CHAOS_SPOOL": str(self.directory / f"spool{number}")}
         )
 
+    def reader(self, url: str, *, seed: int) -> Program:
+        """Start the program that reads what jobs tell, and that puts schedules; faults strike its connections alone."""
+        return self._add("reader", "chaos.reader_program", str(seed), url=url, keep=False)
+
     def drain_buffers(self) -> None:
         """Kill the producers that may be killed, for good; a last one each delivers what is left in its buffer."""
         with self._lock:
@@ -196,7 +200,11 @@ class ProcessGroup:
 
     def workers(self) -> list[Program]:
         """Return the programs that work."""
-        return [program for program in self.programs if not program.name.startswith("producer")]
+        return [program for program in self.programs if not program.name.startswith(("producer", "reader"))]
+
+    def readers(self) -> list[Program]:
+        """Return the programs that read."""
+        return [program for program in self.programs if program.name == "reader"]
 
     def producers(self) -> list[Program]:
         """Return the programs that push."""

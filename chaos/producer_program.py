@@ -31,13 +31,15 @@ MIX: dict[str, float] = {
     "spread": 12, "spread_message": 6, "spread_messages": 0.2, "parent": 4, "batched": 8, "batched_apart": 1,
     "batched_beside": 1, "batched_poison": 0.1, "ordered": 6, "pair": 4, "scarce": 3, "paced": 2, "costly": 1.5,
     "grouped_message": 4, "rerun": 4, "debounced": 4, "narrow": 3, "narrow_bulk": 0.2, "published_message": 3, "tagged": 3,
+    "told": 4, "told_steady": 1, "told_boxed": 0.5,
 }  # fmt: skip
 STEADFAST = {
     kind: MIX[kind]
-    for kind in ("quick", "steady", "message", "bulk", "slow", "delayed", "spread", "spread_message", "parent")
+    for kind in ("quick", "steady", "message", "bulk", "slow", "delayed", "spread", "spread_message", "parent", "told")
 }
 """Of producers that ask for replicas, or have a buffer: kinds whose id is known to be theirs, however the call ends."""
 LEVELLED = {"ordered", "pair", "scarce", "paced", "costly", "grouped_message"}
+TOLD = {"told", "told_steady", "told_boxed"}
 FANNED = {"rerun", "debounced", "narrow", "narrow_bulk", "published_message", "tagged"}
 BULK = 60
 
@@ -106,6 +108,9 @@ class Producer:
             self.levelled(kind, ms)
         elif kind in FANNED:
             self.fanned(kind, ms)
+        elif kind in TOLD:
+            pause = float(fixed) if fixed else draw.choice((5, 20, 60))
+            self.task(kind, getattr(tested_app, kind), draw.randint(3, 25), pause, draw.choice((0, 0, 1, 2)))
         elif "bulk" in kind or "message" in kind:
             self.many(kind, int(fixed) if fixed else BULK, ms)
         elif kind in {"slow", "slow_steady", "blocking"}:

@@ -12,7 +12,8 @@ from chaos.run_result import MUST_BE_ZERO, RunResult
 ROWS = (
     "attempted", "acknowledged", "confirmed", "existing", "refused", "unknown", "recovered", "ok", "dead", "dead by crashes",
     "cancelled", "spawned", "executions", "repeated executions", "highest attempt", "overlapping executions", "unexplained repeats",
-    "false reaps", "workers registered", "runs under a limit", "calls made one", *MUST_BE_ZERO,
+    "false reaps", "workers registered", "runs under a limit", "calls made one", "ticks", "ticks skipped",
+    "notes found", "parts read", "updates read", "events read", "reads left", *MUST_BE_ZERO,
     "recovery, supervised", "recovery, by lease", "pickup",
 )  # fmt: skip
 """The lines of the table, in their order; chaos/README.md explains each."""

@@ -12,6 +12,8 @@ from chaos.redis_history import History
 from chaos.remaining_state import RemainingState
 
 Line = dict[str, Any]
+TICK = "tick/"
+"""What the token of a job begins with that a schedule has enqueued: its name and the planned instant in ms follow."""
 POISONS = {"poison", "boxed_poison", "batched_poison"}
 
 
@@ -45,6 +47,8 @@ class Run:
     end: float | None = None
     how: str = ""
     """`ok`, `failed`, or nothing when its process did not live to tell."""
+    why: str = ""
+    """The class of the error that it failed with."""
 
 
 @dataclass
@@ -63,6 +67,10 @@ class RunData:
     max_crashes: int = 3
     by_token: dict[str, set[str]] = field(default_factory=dict)
     """token → the ids it ran under."""
+    told: list[Line] = field(default_factory=list)
+    """What jobs found in their notes, and told."""
+    reads: list[Line] = field(default_factory=list)
+    """What the reader was told of them; nothing in a run without one."""
 
     def struck(self) -> tuple[set[int], list[Line]]:
         """Return the pids that met a fault of their own, and the faults that concern everybody."""
@@ -88,15 +96,26 @@ def gather(
     dump: RemainingState,
     history: History | None,
     lease: float,
+    *,
+    told: Iterable[Line] = (),
+    reads: Iterable[Line] = (),
 ) -> RunData:
     """Put lines together."""
     tokens, cancelled = _tokens(calls)
     by_id, by_token = _runs(runs)
-    return RunData(tokens, by_id, cancelled, list(faults), dump, history, lease, by_token=by_token)
+    for name in by_token:
+        if name.startswith(TICK):  # nobody has asked for it but its schedule
+            tokens[name] = Token(name, "tick", 0.0, {})
+    return RunData(
+        tokens, by_id, cancelled, list(faults), dump, history, lease,
+        by_token=by_token, told=list(told), reads=list(reads),
+    )  # fmt: skip
 
 
 def normal(id_: str) -> str:
-    """Return the id with its place in front: a caller's own comes without one, and here all of these are in `default`."""
+    """Return the id with its place in front: a caller's own comes without one, as does that of an instant of a schedule."""
+    if "@" in id_:
+        return id_ if id_.startswith("told:") else f"told:{id_}"
     return id_ if ":" in id_ else f"default:{id_}"
 
 
@@ -144,7 +163,7 @@ def _runs(lines: Iterable[Line]) -> tuple[dict[str, list[Run]], dict[str, set[st
             open_[key] = run
         elif key in open_:
             run = open_.pop(key)
-            run.end, run.how = line["at"], line["phase"]
+            run.end, run.how, run.why = line["at"], line["phase"], line.get("why", "")
     for found in by_id.values():
         found.sort(key=lambda run: run.start)
     return dict(by_id), dict(by_token)

@@ -38,10 +38,19 @@ def read(path: Path) -> list[dict[str, Any]]:
 
     A line whose writer was killed amid it is left out, wherever it stands: it lacks its last brace, so it is no JSON.
     """
+    return read_on(path, 0)[0]
+
+
+def read_on(path: Path, at: int) -> tuple[list[dict[str, Any]], int]:
+    """Return the lines of a file behind the byte *at*, as `read` does, and the byte behind the last whole line."""
     if not path.exists():
-        return []
+        return [], at
+    with path.open("rb") as file:
+        file.seek(at)
+        text = file.read()
+    whole = text[: text.rfind(b"\n") + 1]
     found = []
-    for line in path.read_bytes().split(b"\n"):
+    for line in whole.split(b"\n"):
         with suppress(ValueError):
             found.append(json.loads(line))
-    return found
+    return found, at + len(whole)

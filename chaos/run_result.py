@@ -10,7 +10,8 @@ EXAMPLES = 5
 MUST_BE_ZERO = (
     "lost", "confirmed lost", "unexpected", "spawned twice", "stored twice", "same attempt twice", "duplicate outcomes",
     "ended without result", "zombie accepted", "unique key held twice", "poison started too often", "started early",
-    "ran after cancel", "limit violations", "order violations", "stuck", "leaked keys", "audit findings",
+    "ran after cancel", "limit violations", "order violations", "tick violations", "note violations", "stream violations",
+    "progress violations", "update violations", "event violations", "stuck", "leaked keys", "audit findings",
 )  # fmt: skip
 """What no run may show; a scenario may add to these, or say why one cannot hold."""
 

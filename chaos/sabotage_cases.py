@@ -314,10 +314,29 @@ def fanned(environment: Environment) -> RunResult:
     return environment.evaluate(also=("unexplained repeats",))
 
 
+def told(environment: Environment) -> RunResult:
+    """Jobs that tell parts, progress and notes, and fail at first, and ticks of schedules, while replies are lost."""
+    environment.process_group.queues = ("told",)
+    for number in range(2):
+        environment.process_group.embedded(f"program{number}", environment.proxy.url)
+    environment.read_along(environment.proxy.url)
+    environment.ready(2, queue="told")
+    producer = _push(environment, 40, rate=10, told_ms10=1)
+    while producer.alive():
+        environment.fault("swallow replies")
+        environment.proxy.swallow_reply(1, "EVALSHA")
+        environment.wait(lambda: not environment.proxy.swallows or not producer.alive(), 5)
+        environment.wait(lambda: not producer.alive(), 0.05)
+    environment.proxy.heal()
+    environment.end_schedules()
+    environment.drain(10, stall=6)
+    return environment.evaluate()
+
+
 CASES = {
     "zombie": Case(zombie), "kill": Case(kill), "recovery": Case(recovery, 15.0), "poison": Case(poison), "cut": Case(cut),
     "rollback": Case(rollback), "frozen": Case(frozen), "slow": Case(slow), "full": Case(full), "pickup": Case(pickup, 15.0),
     "term": Case(term, 15.0), "unique": Case(unique, 15.0), "clock": Case(clock, 15.0), "mixed": Case(mixed, 15.0),
     "batch": Case(batch, 15.0), "levelled": Case(levelled, 15.0), "levelled-kill": Case(levelled_kill, 15.0),
-    "fanned": Case(fanned, 15.0),
+    "fanned": Case(fanned, 15.0), "told": Case(told, 2.0),
 }  # fmt: skip

@@ -16,7 +16,7 @@ from support.server_groups import ClusterOfNodes, SentinelGroup, slot_of  # type
 
 KEYS = tuple(
     f"chaos:{{{queue}}}:jobs"
-    for queue in ("default", "wide/0", "mail", "wide/1", "post/0", "default", "wide/2", "post/1")
+    for queue in ("default", "wide/0", "mail", "wide/1", "post/0", "default", "wide/2", "post/1", "told")
 )
 """One of each slot that is moved; the busiest queue has two turns."""
 ONCE: dict[str, Any] = {"socket_timeout": 5}

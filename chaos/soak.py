@@ -22,6 +22,12 @@ FORGOTTEN = (
     "ran after cancel",
     "limit violations",
     "order violations",
+    "tick violations",
+    "note violations",
+    "stream violations",
+    "progress violations",
+    "update violations",
+    "event violations",
 )
 """
 What follows when a promoted replica had not heard the last writes: pushes, starts, outcomes, counts and cancellations of the last
@@ -42,6 +48,7 @@ def soak(
     with Environment(seed=seed, lease=lease, clock=True, topology=topology, roles=roles) as environment:
         _people(environment, seed, seconds)
         environment.ready(4)
+        environment.read_along(environment.proxy.url if topology == "standalone" else environment.url)
         injector = FaultInjector(environment, faults)
         injector.start()
         injector.finish()
@@ -50,6 +57,7 @@ def soak(
             if not program.killable:
                 program.signal(signal.SIGTERM)
         environment.process_group.drain_buffers()
+        environment.end_schedules()
         began = time.monotonic()
         drained = environment.drain(20 + 10 * lease)
         result = environment.evaluate(waived=FORGOTTEN if topology == "sentinel" else ())
@@ -76,7 +84,7 @@ def _people(environment: Environment, seed: int, seconds: float) -> None:
     processes, direct = environment.process_group, environment.url
     alone = environment.topology == "standalone"
     proxied = environment.proxy.url if alone else direct
-    processes.queues = ("default", "wide", "box", "narrow")
+    processes.queues = ("default", "wide", "box", "narrow", "told")
     processes.supervised("worker1", direct)
     processes.supervised("worker2", proxied)
     processes.embedded("program1", direct)

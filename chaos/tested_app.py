@@ -1,4 +1,4 @@
-"""The program under test: an app of tasks that write down each of their runs outside the queue.
+"""The program under test: an app of tasks that write down each of their runs, and what they told, outside the queue.
 
 It uses nothing but the public interface. `CHAOS_DIR` is the run's directory, `CHAOS_LEASE` the lease in seconds,
 `CHAOS_SPOOL` a producer's buffer on disk, `CHAOS_CONFIRM` how many replicas must have what it pushes.
@@ -42,12 +42,19 @@ narrow = app.queue("narrow", max_length=40, full="block", **ASKED)
 copies = [app.queue(name, max_attempts=40) for name in ("left", "right")]
 topic = app.topic("chaos.made")
 post = app.queue("post", partitions=PARTITIONS, max_attempts=40, **ASKED)
+app.queue("told", events=200_000, **ASKED)
 
 
 @functools.cache
 def runs() -> RunLog:
     """Return this process's hold on the file of runs."""
     return RunLog(Path(os.environ["CHAOS_DIR"]) / "runs")
+
+
+@functools.cache
+def told_lines() -> RunLog:
+    """Return this process's hold on the file of what jobs told and noted."""
+    return RunLog(Path(os.environ["CHAOS_DIR"]) / "told")
 
 
 @contextmanager
@@ -299,6 +306,79 @@ async def debounced(token: str, page: str, context: Context = current()) -> dict
 async def through(token: str, ms: float, context: Context = current()) -> dict[str, Any]:
     """Run in a queue that takes few jobs, and whose producers wait for room."""
     return await level(token, ms, 0, context)
+
+
+# -- what jobs tell while they run, and what is started by the clock ---------------------------------------------------
+
+
+class Teller:
+    """What one attempt tells: each is written down before it is told. Its notes count on from where it found them."""
+
+    def __init__(self, context: Context, parts: int) -> None:
+        """Write down which notes the attempt found."""
+        self.context, self.parts, self.number = context, parts, 0
+        self.mark = int(context.notes.get("mark", 0))
+        self.facts = {"id": context.job_id, "attempt": context.attempt, "pid": os.getpid()}
+        told_lines().write(phase="found", mark=self.mark, **self.facts)
+
+    def part(self) -> list[int]:
+        """Note and tell one step, and return what is to be emitted."""
+        self.number, self.mark = self.number + 1, self.mark + 1
+        told_lines().write(phase="told", number=self.number, mark=self.mark, **self.facts)
+        self.context.notes["mark"] = self.mark
+        self.context.progress(self.number, self.parts, f"{self.context.attempt}/{self.number}")
+        return [self.context.attempt, self.number]
+
+    def fail_at_first(self, failures: int) -> None:
+        """Raise in the first attempts."""
+        if self.context.attempt <= failures:
+            raise RuntimeError(f"attempt {self.context.attempt} of {self.context.job_id} fails")
+
+
+@app.task(name="told", queue="told", retry=PATIENT)
+async def told(token: str, parts: int, ms: float, failures: int, context: Context = current()) -> dict[str, Any]:
+    """Emit parts, tell the progress, and keep notes, on the loop."""
+    with noted(token, context.job_id, context.attempt):
+        teller = Teller(context, parts)
+        for _ in range(parts):
+            await context.emit(teller.part())
+            await asyncio.sleep(ms / 1000)
+        teller.fail_at_first(failures)
+        return answer(token, context)
+
+
+def tell(token: str, parts: int, ms: float, failures: int, context: Context) -> dict[str, Any]:
+    """Do the same in a plain function."""
+    with noted(token, context.job_id, context.attempt):
+        teller = Teller(context, parts)
+        for _ in range(parts):
+            context.emit(teller.part())
+            time.sleep(ms / 1000)
+        teller.fail_at_first(failures)
+        return answer(token, context)
+
+
+@app.task(name="told_steady", queue="told", retry=PATIENT)
+def told_steady(token: str, parts: int, ms: float, failures: int, context: Context = current()) -> dict[str, Any]:
+    """Do the same on a thread."""
+    return tell(token, parts, ms, failures, context)
+
+
+@app.task(name="told_boxed", queue="box", run_in="process", retry=PATIENT)
+def told_boxed(token: str, parts: int, ms: float, failures: int, context: Context = current()) -> dict[str, Any]:
+    """Do the same in a process of its own."""
+    return tell(token, parts, ms, failures, context)
+
+
+@app.task(name="tick", queue="told", retry=PATIENT)
+async def tick(schedule: str, context: Context = current()) -> dict[str, Any]:
+    """Run for an instant of a schedule; its token says which."""
+    planned = context.scheduled_for
+    assert planned is not None
+    token = f"tick/{schedule}/{round(planned.timestamp() * 1000)}"
+    with noted(token, context.job_id, context.attempt):
+        await asyncio.sleep(0.02)
+        return answer(token, context)
 
 
 def die(how: str) -> None:

@@ -22,7 +22,7 @@ from support.server_process import find_binary
 
 SECONDS = float(os.environ.get("CONVEYOR_CHAOS_SECONDS", "12"))
 HOME = Path(__file__).parents[2]
-UNDER_TEST = {"tested_app", "embedded_worker", "producer_program"}
+UNDER_TEST = {"tested_app", "embedded_worker", "producer_program", "reader_program"}
 """The modules of chaos that are under test, in processes of their own; all others drive or check."""
 
 

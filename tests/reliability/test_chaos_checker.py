@@ -30,6 +30,8 @@ class RunBuilder:
         self.calls: list[dict[str, Any]] = []
         self.runs: list[dict[str, Any]] = []
         self.faults: list[dict[str, Any]] = []
+        self.told: list[dict[str, Any]] = []
+        self.reads: list[dict[str, Any]] = []
         self.history = History()
         self.dump = RemainingState()
         self.now = 100.0
@@ -93,7 +95,9 @@ class RunBuilder:
         return self.wrote(f"DEL|{P}leased:{worker}", f"LPUSH|{P}ready:0|{bare}")
 
     def checked(self, **options: Any) -> RunResult:
-        data = gather(self.calls, self.runs, self.faults, self.dump, self.history, lease=2.0)
+        data = gather(
+            self.calls, self.runs, self.faults, self.dump, self.history, lease=2.0, told=self.told, reads=self.reads
+        )
         return check(data, **options)
 
 
@@ -260,6 +264,70 @@ def test_each_wrong_is_found(name: str) -> None:
     builder, expected = WRONG[name]
 
     assert set(builder.checked().failed) == expected
+
+
+def telling() -> RunBuilder:
+    """Build a run of a job that fails once and tells something in both of its attempts, of a reader of it, and of a schedule."""
+    builder = RunBuilder().push(kind="told").stored().leased().run("failed")
+    builder.runs[-1]["why"] = "RuntimeError"
+    builder.wrote(f"HDEL|{P}leased:w|{BARE}", f"RPUSH|{P}ready:0|{BARE}").leased().run(attempt=2).done(attempt=2, pid=7)
+    for attempt in (1, 2):
+        facts = {"id": ID, "attempt": attempt, "pid": 7}
+        found = 2 * (attempt - 1)
+        builder.told.append({"phase": "found", "mark": found, **facts})
+        builder.told += [{"phase": "told", "number": n, "mark": found + n, **facts} for n in (1, 2)]
+        builder.reads += [
+            {"phase": "part", "id": ID, "part": f"{attempt}-{n}", "attempt": attempt, "value": [attempt, n]}
+            for n in (1, 2)
+        ]
+    builder.reads.append({"phase": "part end", "id": ID})
+    for update in ("1-ready", "1-leased", "2-scheduled", "2-leased", "2-done"):
+        attempt, state = update.split("-")
+        kind = "JobEnded" if state == "done" else "StateChanged"
+        builder.reads.append(
+            {"phase": "update", "id": ID, "update": update, "kind": kind, "state": state, "attempt": int(attempt)}
+        )
+    builder.reads += [{"phase": "update end", "id": ID}, {"phase": "progress", "id": ID, "text": "2/2"}]
+    for phase, due, skipped in (("put", 5000, 0), ("stood", 9000, 4)):
+        builder.reads.append({"phase": phase, "schedule": "s", "due": due, "fired": 0, "skipped": skipped, "skips": []})
+    return builder
+
+
+TOLD_WRONG: dict[str, tuple[int, dict[str, Any] | None, str]] = {
+    "a part is missing": (1, None, "stream violations"),
+    "the last part of the end is missing": (3, None, "stream violations"),
+    "a part that is another": (2, {"value": [1, 2]}, "stream violations"),
+    "a stream without an end": (4, None, "stream violations"),
+    "a start is missing": (6, None, "update violations"),
+    "a start is told again": (7, {"update": "1-leased", "state": "leased", "attempt": 1}, "update violations"),
+    "no end is told": (9, {"update": "2-ready", "kind": "StateChanged", "state": "ready"}, "update violations"),
+    "an older progress": (11, {"text": "2/1"}, "progress violations"),
+    "an instant that nobody counts": (13, {"skipped": 3}, "tick violations"),
+    "an instant that was fired, and no job": (13, {"fired": 1}, "tick violations"),
+}
+
+
+@pytest.mark.parametrize("name", TOLD_WRONG)
+def test_what_a_reader_was_not_told_is_found(name: str) -> None:
+    """One line less or another in what the reader wrote down fails for that; all of them together are right."""
+    at, change, expected = TOLD_WRONG[name]
+    builder = telling()
+    assert builder.checked().failed == []
+    if change is None:
+        del builder.reads[at]
+    else:
+        builder.reads[at].update(change)
+
+    assert builder.checked().failed == [expected]
+
+
+def test_notes_that_are_lost_are_found() -> None:
+    """The attempt after one that failed finds its notes; after one that was taken from its worker it may find older ones."""
+    builder = telling()
+    builder.told[3]["mark"] = 0
+    assert builder.checked().failed == ["note violations"]
+    builder.told[3]["mark"] = 7
+    assert builder.checked().failed == ["note violations"]
 
 
 def test_what_is_left_is_stuck_or_leaked() -> None:
