@@ -97,6 +97,34 @@ async def burst(number: int) -> None:
     await asyncio.sleep(0.05)
 
 
+@app.task(queue="told")
+async def idling(seconds: float) -> None:
+    """Say nothing for a while."""
+    await asyncio.sleep(seconds)
+
+
+@app.task(queue="told")
+async def progressing(seconds: float, context: Context = current()) -> None:
+    """Tell a progress 100,000 times a second, and note what a thousand calls took, in nanoseconds."""
+    end = time.monotonic() + seconds
+    done = 0
+    while (began := time.monotonic()) < end:
+        at = time.perf_counter_ns()
+        for _ in range(1000):
+            done += 1
+            context.progress(done, 1_000_000)
+        record("progress", done, time.perf_counter_ns() - at)
+        await asyncio.sleep(max(0.0, began + 0.01 - time.monotonic()))
+
+
+@app.task(queue="told")
+async def emitting(parts: int, context: Context = current()) -> int:
+    """Emit so many parts."""
+    for number in range(1, parts + 1):
+        await context.emit(number)
+    return parts
+
+
 PARTED = (1, 4, 16)
 for count in PARTED:
     app.queue(f"parted{count}", partitions=count)

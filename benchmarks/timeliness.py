@@ -1,11 +1,13 @@
 """
-What comes when it should: ``python -m benchmarks.timeliness [schedules ticks instant delayed autoscale dev]``.
+What comes when it should, and what is seen while it runs: ``python -m benchmarks.timeliness [SCENE…]``.
 
 Counts of commands hold on any machine; times are figures only of one that does nothing else. Each scene says its goal.
 """
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import os
 import signal
 import socket
@@ -15,6 +17,7 @@ import tempfile
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable
+from contextlib import aclosing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -163,6 +166,117 @@ def dev(bench: Bench) -> None:
         bench.note("dev, CPU s of all processes", used.ru_utime + used.ru_stime)
 
 
+def progress(bench: Bench) -> None:
+    """What a call of `context.progress` costs, 100,000 times a second, and what is written. Goals: 1 µs, 4 writes a second."""
+    from benchmarks.measured_jobs import app, idling, progressing
+
+    bench.flush()
+    record, seconds = Record(bench.record_path), 2.0 if bench.quick else 20.0
+    list(record.read())
+    calls: dict[str, float] = {}
+    with Worker(bench, "-q", "told", "--processes", "1") as worker:
+        _ready(bench, worker, "told")
+        for task in (idling, progressing):
+            with bench.client() as client:
+                before, began = commands_sent(client), time.monotonic()
+                task.enqueue(seconds).result(timeout=f"{seconds + 60:.0f}s")
+                calls[task.name] = (commands_sent(client) - before) / (time.monotonic() - began)
+    app.close()
+    taken = [one.value / 1e6 for one in record.read()]  # µs of one call: a line is a thousand of them, in ns
+    bench.note("progress, calls /s", 1000 * len(taken) / seconds)
+    bench.note("progress, p50 of a call µs", percentile(taken, 50))
+    bench.note("progress, mean of a call µs", sum(taken) / len(taken))
+    bench.note("progress, commands /s more", calls[progressing.name] - calls[idling.name])
+
+
+def watch(bench: Bench) -> None:
+    """1,000 jobs watched by 100 watchers whose connection is cut while the jobs run. Goals: one subscription, no start and no end missed."""
+    bench.flush()
+    asyncio.run(_watch(bench))
+
+
+async def _watch(bench: Bench) -> None:
+    from benchmarks.measured_jobs import app, burst
+
+    client, count = bench.client(), 1000
+    jobs = await app.aenqueue_many(burst.s(number) for number in range(count))
+    seen: list[dict[str, list[str]]] = [{} for _ in range(100)]
+
+    async def follow(states: dict[str, list[str]]) -> None:
+        async for update in app.awatch(jobs):
+            states.setdefault(update.job_id, []).append(update.state)
+
+    watchers = [asyncio.create_task(follow(states)) for states in seen]
+    key = f"{NAMESPACE}:{{burst}}:waiters"
+    await _until(lambda: client.hlen(key) == count and all(len(states) == count for states in seen))
+    subscribed = [one for one in client.client_list() if int(one["sub"])]
+    channels = {value.count(b"*") for value in client.hvals(key)}
+    cuts, began = 0, time.monotonic()
+    with Worker(bench, "-q", "burst", "--processes", "1", "-c", "10") as worker:
+        while not all(one.done() for one in watchers):
+            worker.check()
+            await asyncio.sleep(0.1)
+            if cuts < 10 and any("leased" in states for states in seen[0].values()):
+                for one in client.client_list():
+                    if int(one["sub"]):
+                        client.client_kill_filter(_id=one["id"])
+                cuts += 1
+    await asyncio.gather(*watchers)
+    bench.note("watched, subscriptions", len(subscribed))
+    bench.note("watched, registrations of a job", max(channels))
+    bench.note("watched, cuts", cuts)
+    bench.note("watched, updates", sum(len(one) for states in seen for one in states.values()))
+    bench.note("watched, starts missed", sum(one.count("leased") != 1 for states in seen for one in states.values()))
+    bench.note("watched, ends missed", sum(one[-1] != "done" for states in seen for one in states.values()))
+    bench.note("watched, seconds", time.monotonic() - began)
+    await app.aclose()
+
+
+def stream(bench: Bench) -> None:
+    """10,000 parts read by a reader that is cut ten times. Goal: each once, in order."""
+    bench.flush()
+    asyncio.run(_stream(bench))
+
+
+async def _stream(bench: Bench) -> None:
+    from benchmarks.measured_jobs import app, emitting
+
+    client, count = bench.client(), bench.size(10_000)
+    values: list[int] = []
+    last, cuts = None, 0
+    with Worker(bench, "-q", "told", "--processes", "1") as worker:
+        _ready(bench, worker, "told")
+        job, began = await emitting.aenqueue(count), time.monotonic()
+        while len(values) < count:
+            async with aclosing(job.astream(last)) as parts:
+                async for part in parts:
+                    last = part.id
+                    values.append(part.value)
+                    if cuts < 10 and len(values) >= (cuts + 1) * count // 11:
+                        cuts += 1
+                        if cuts % 2:
+                            break  # it goes away, and comes back with the id of the last part
+                        for one in client.client_list(_type="pubsub"):
+                            client.client_kill_filter(_id=one["id"])
+                else:
+                    break
+        taken = time.monotonic() - began
+    bench.note("stream, parts", len(values))
+    bench.note("stream, cuts", cuts)
+    bench.note("stream, parts missing", len(set(range(1, count + 1)) - set(values)))
+    bench.note("stream, parts twice", len(values) - len(set(values)))
+    bench.note("stream, parts out of order", sum(b <= a for a, b in itertools.pairwise(values)))
+    bench.note("stream, parts /s", len(values) / taken)
+    await app.aclose()
+
+
+async def _until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+
+
 def _listens(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port), 1).close()
@@ -182,7 +296,7 @@ def _ready(bench: Bench, worker: Worker, queue: str) -> None:
 
 
 SCENES: dict[str, Callable[[Bench], None]] = {
-    scene.__name__: scene for scene in (schedules, ticks, instant, delayed, autoscale, dev)
+    scene.__name__: scene for scene in (schedules, ticks, instant, delayed, autoscale, dev, progress, watch, stream)
 }
 
 
