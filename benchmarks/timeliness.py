@@ -190,7 +190,7 @@ def progress(bench: Bench) -> None:
 
 
 def watch(bench: Bench) -> None:
-    """1,000 jobs watched by 100 watchers whose connection is cut while the jobs run. Goals: one subscription, no start and no end missed."""
+    """1,000 jobs watched by 100 watchers that are cut off meanwhile. Goals: one subscription, no start and no end missed."""
     bench.flush()
     asyncio.run(_watch(bench))
 
