@@ -156,6 +156,18 @@ def test_intervals_and_single_instants() -> None:
     assert (
         str(make_timing("0 9 * * mon-fri", tz="Europe/Berlin")) == "At 09:00 on Monday through Friday (Europe/Berlin)"
     )
+    assert [str(make_timing(every=one)) for one in ("1s", "30s", 1.5)] == ["every 1 s", "every 30 s", "every 1.5 s"]
+    noon = round(datetime(2026, 3, 27, 11, tzinfo=ZoneInfo("UTC")).timestamp() * 1000)
+    hourly = (make_timing("0 * * * *", tz="Europe/Berlin"), make_timing(every="1h"))
+    for timing in hourly:  # over a change of the clocks
+        assert [timing.count(noon, noon + ms) for ms in (-1, 0, 3_599_999, 3_600_000, 72 * 3_600_000)] == [
+            0,
+            1,
+            1,
+            2,
+            73,
+        ]
+    assert (once.count(ms, ms), hourly[0].count(0, noon)) == (1, 10_000)
     assert (str(make_timing(every=90)), str(once)) == ("every 1 m 30 s", "at 2026-12-24 17:00:00 UTC")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from zoneinfo import ZoneInfo
 
@@ -82,6 +82,18 @@ class Timing:
             yield at
             at = self.after(at)
 
+    def count(self, first: int, last: int, most: int = 10_000) -> int:
+        """Return how many instants there are from *first*, which is one, to *last*; those of a cron expression up to *most*."""
+        if first > last:
+            return 0
+        if self.every_ms is not None:
+            return (last - first) // self.every_ms + 1
+        if self.at_ms is not None:
+            return 1
+        assert self.cron is not None
+        instants = _CronInstants(self.cron, datetime.fromtimestamp(first / 1000, _zone(self.tz)))
+        return 1 + sum(1 for _ in takewhile(lambda at: at.timestamp() * 1000 <= last, islice(instants, most - 1)))
+
     def next(self, count: int, ms: int) -> list[datetime]:
         """Return the next instants behind *ms*, in the zone of the schedule."""
         zone = _zone(self.tz)
@@ -90,7 +102,7 @@ class Timing:
     def __str__(self) -> str:
         """Say it in words, such as ``At 09:00 on Monday through Friday (Europe/Berlin)``."""
         if self.every_ms is not None:
-            return f"every {span(self.every_ms / 1000)}"
+            return f"every {_whole_span(self.every_ms)}"
         if self.at_ms is not None:
             return f"at {datetime.fromtimestamp(self.at_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
         assert self.cron is not None
@@ -224,6 +236,11 @@ def late_instants(spec: ScheduleSpec, expected_ms: int, now_ms: int, most: int =
     if spec.missed == "skip" and now_ms - newest > ON_TIME_MS:
         return come, []
     return older, [newest]
+
+
+def _whole_span(ms: int) -> str:
+    """Return an interval in words, a whole number of seconds without a fraction."""
+    return f"{ms // 1000} s" if ms < 10_000 and ms % 1000 == 0 else span(ms / 1000)
 
 
 @lru_cache(maxsize=256)

@@ -248,13 +248,14 @@ class Schedules:
 
     def change_program(self, keys: QueueKeys, name: str, action: Literal["pause", "resume"]) -> Program[None]:
         """Pause a schedule, or let it go on."""
-        next_ms = None
+        next_ms, passed = None, 0
         if action == "resume":
             now, rows = yield schedules.read_schedules(keys, name)
             if rows:
-                timing = read_spec(rows[0]).timing
-                next_ms = rows[0].next_ms if timing.at_ms is not None else timing.after(now)
-        changed = yield schedules.change_schedule(keys, name, action, next_ms)
+                timing, reached = read_spec(rows[0]).timing, rows[0].next_ms
+                next_ms = reached if timing.at_ms is not None else timing.after(now)
+                passed = 0 if reached is None else timing.count(reached, now)
+        changed = yield schedules.change_schedule(keys, name, action, next_ms, passed)
         if changed == -1:
             raise ScheduleNotFound(name)
 

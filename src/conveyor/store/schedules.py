@@ -119,10 +119,14 @@ def fire_schedule(
 
 
 def change_schedule(
-    keys: QueueKeys, name: str, action: Literal["pause", "resume", "delete", "defer"], ms: int | None = None
+    keys: QueueKeys,
+    name: str,
+    action: Literal["pause", "resume", "delete", "defer"],
+    ms: int | None = None,
+    passed: int = 0,
 ) -> Call[int]:
     """Return the call that changes a schedule, as schedule_change.lua says; it yields 1, 0 or -1."""
-    return Call(SCHEDULE_CHANGE, _keys(keys, name), (name, action, "" if ms is None else str(ms)), int)
+    return Call(SCHEDULE_CHANGE, _keys(keys, name), (name, action, "" if ms is None else str(ms), str(passed)), int)
 
 
 def read_schedules(keys: QueueKeys, *names: str) -> Call[tuple[int, list[ScheduleRow]]]:

@@ -93,7 +93,9 @@ class Scheduler(BackgroundRun):
                 if not (await self._app.client.arun(call)).skipped:
                     return  # another worker was first
                 log.warning(
-                    "schedule %s: %d instants passed while no worker was there, and are skipped", row.name, len(missed)
+                    "schedule %s: %s passed while no worker was there, and %s skipped",
+                    row.name,
+                    *(("1 instant", "is") if len(missed) == 1 else (f"{len(missed):,} instants", "are")),
                 )
                 row = row._replace(next_ms=following)
             for instant in come:

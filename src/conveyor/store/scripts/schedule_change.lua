@@ -3,7 +3,7 @@
 --
 -- KEYS  1 schedule:<name>  2 schedules  3 due  4 conf  5 wake  6 none
 -- ARGV  1 name  2 "pause" · "resume": from the instant in 3 on · "delete" · "defer": its alarm, to the instant in 3, as nobody here
---       knows its task  3 ms, "" when no instant comes any more
+--       knows its task  3 ms, "" when no instant comes any more  4 "resume": instants that have come since the pause
 -- returns 1 done · 0 nothing to do · -1 there is no such schedule
 local key, action, now = KEYS[1], ARGV[2], clock()
 local known = redis.call('HMGET', key, 'digest', 'next', 'paused', 'runs')
@@ -11,6 +11,7 @@ redis.call('SCARD', KEYS[2])
 redis.call('ZRANGE', KEYS[3], 0, 0)
 local expires = redis.call('HGET', KEYS[4], 'expires')
 if ARGV[3] ~= '' then number_in(ARGV[3]) end
+local passed = number_in(ARGV[4])
 prove(KEYS[6], 'ZREM', 'DEL', 'SREM', 'HDEL', 'HSET', 'ZADD', 'HINCRBY')
 local counted = nil
 if known[1] then counted = known[2] ~= '' and known[3] ~= '1' end
@@ -31,7 +32,9 @@ else
   if known[3] ~= '1' then return 0 end
   redis.call('HDEL', key, 'paused')
   redis.call('HSET', key, 'next', ARGV[3])
-  if known[2] ~= '' and tonumber(known[2]) <= now then note_skipped(key, known[4], known[2], now, 'paused', 1) end
+  if passed > 0 and known[2] ~= '' and tonumber(known[2]) <= now then
+    note_skipped(key, known[4], known[2], now, 'paused', passed)
+  end
   set_schedule_alarm(KEYS[3], KEYS[4], KEYS[5], ARGV[1], ARGV[3], false)
 end
 return 1
