@@ -111,8 +111,8 @@ logger = logging.getLogger("conveyor.admin")
 PAGE_SIZE = 500
 SEARCH_SIZE = 200
 """Entries that one call looks at when jobs of one task are wanted."""
-_HEADS_SIZE = 250
-"""Jobs of which one call reads the last error, so that it takes the server a millisecond or two."""
+_HEADS_SIZE = 100
+"""Jobs of which one call reads the last error, so that it takes the server a millisecond."""
 _WORKERS_SIZE = 500
 """Queues of which one call reads the workers."""
 _LONGEST_MARK = 100

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from conveyor.messaging import maintenance
-from conveyor.payload.records import AttemptHistory, Failure, to_json
+from conveyor.payload.records import AttemptHistory, Failure, to_json, write_envelope
 from conveyor.store import inspection, operations, schedules
 from conveyor.store.inspection import FinishedJob, write_finished
-from conveyor.store.job_filter import ANY_JOB, JobFilter
+from conveyor.store.job_filter import ANY_JOB, JobFilter, Walk
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Settlement, TurnReport
 from support.script_calls import furnish
@@ -507,3 +507,32 @@ def test_audit_refuses_what_is_too_large(seeded: SeededQueue) -> None:
     seeded.push("a", "b", "c")
     assert seeded.run(inspection.audit(seeded.keys, most=2)) == [("too-large", "3")]
     assert seeded.run(inspection.audit(seeded.keys, most=3)) == []
+
+
+def test_a_step_of_the_history_reads_a_thousand_counters(seeded: SeededQueue) -> None:
+    """A step reads minutes until it has read about a thousand counters, and tells where the next one begins."""
+    counters = {f"done:task{number}": 1 for number in range(200)}
+    for minute in range(100, 120):
+        seeded.redis.hset(f"{seeded.keys.prefix}stats:{minute}", mapping=counters)
+
+    page = seeded.run(inspection.read_stats(seeded.keys, "minutes", 100, 119))
+
+    assert page.next == 105
+    assert sorted(page.times) == [100, 101, 102, 103, 104]
+    assert page.times[100] == {"done": 200}
+
+
+def test_a_step_that_compares_errors_looks_at_fewer_jobs(seeded: SeededQueue) -> None:
+    """The error of a job costs as much as four looks: a step that compares it looks at 100 jobs, and one that does not at 500."""
+    keys, ids = seeded.keys, [f"d{number:03}" for number in range(600)]
+    error = to_json(Failure(1, 1, "builtins.ValueError", "no", "", "w"))
+    state = AttemptHistory(1, 1, 0, [error]).encode()
+    seeded.redis.hset(keys.jobs, mapping=dict.fromkeys(ids, write_envelope("t", b"1")))
+    seeded.redis.hset(keys.state, mapping=dict.fromkeys(ids, state))
+    seeded.redis.zadd(keys.dead, dict.fromkeys(ids, 1))
+
+    compared, found = seeded.run(inspection.count_found(keys, Walk(JobFilter(error="valueerror"), ("dead",))))
+    passed, all_ = seeded.run(inspection.count_found(keys, Walk(JobFilter(), ("dead",))))
+
+    assert (compared.looked, found, compared.ended) == (100, {"dead": 100}, False)
+    assert (passed.looked, all_) == (500, {"dead": 500})

@@ -145,7 +145,7 @@ local function walk_jobs(prefix, at, placed, cost)
     elseif chosen == nil then walk.unsure[#walk.unsure + 1] = id end
     size = size + #(job.envelope or '') + #(job.state or '')
     local searched = job.place and not place
-    left = left - 1 - (searched and 1 or 0) - (job.state and 1 or 0) - (chosen and cost or 0) - ((chosen or searched) and asked or 0)
+    left = left - 1 - (searched and 1 or 0) - (job.state and 4 or 0) - (chosen and cost or 0) - ((chosen or searched) and asked or 0)
   end
   local function has_room() return left > 0 and size < 524288 and #walk.found < most end
 
