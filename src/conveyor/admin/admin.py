@@ -111,8 +111,10 @@ logger = logging.getLogger("conveyor.admin")
 PAGE_SIZE = 500
 SEARCH_SIZE = 200
 """Entries that one call looks at when jobs of one task are wanted."""
-_HEADS_SIZE = 100
-"""Jobs of which one call reads the last error, so that it takes the server a millisecond."""
+_HEADS_SIZE = 250
+"""Jobs of which one call reads the last error, so that it takes the server a millisecond or two."""
+_MATRIX_SIZE = 100
+"""The same while people wait for a page, and other programs for the server."""
 _WORKERS_SIZE = 500
 """Queues of which one call reads the workers."""
 _LONGEST_MARK = 100
@@ -334,7 +336,7 @@ class Admin:
             total += dead
             offset, share = 0, -(-most // len(busy))
             while offset < min(dead, share) and (not offset or time.monotonic() < ends):
-                size = min(_HEADS_SIZE, share - offset)
+                size = min(_MATRIX_SIZE, share - offset)
                 page = self.client.run(inspection.list_jobs(self._keys(part), "dead", offset, size, reads="heads"))
                 offset += page.entries
                 if not page.entries or not table.add(logical(part), part, page.rows):
