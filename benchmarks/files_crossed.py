@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -103,7 +104,7 @@ def _jobs(app: Conveyor) -> Iterator[tuple[str, Trace]]:
     yield "task.options(…).enqueue", _warm(lambda: task.options(priority=3).enqueue(1, 2))
 
 
-async def _worker(app: Conveyor) -> Trace:
+async def _worker(app: Conveyor, *, enqueue_here: bool) -> Trace:
     ran = asyncio.Event()
 
     async def run(a: int, b: int) -> None:
@@ -115,7 +116,10 @@ async def _worker(app: Conveyor) -> Trace:
 
         async def once() -> None:
             ran.clear()
-            await task.aenqueue(1, 2)
+            if enqueue_here:
+                await task.aenqueue(1, 2)
+            else:  # on a thread that the profiler does not see
+                await asyncio.to_thread(task.enqueue, 1, 2)
             await ran.wait()
 
         for _ in range(WARM_UP):
@@ -157,7 +161,8 @@ def main() -> None:
             for scenarios in (_messages, _jobs):
                 for what, trace in scenarios(app):
                     trace.show(what, verbose=verbose)
-        _run("aenqueue, lease, async def, ack", _worker, url, verbose=verbose)
+        _run("lease, async def, ack", partial(_worker, enqueue_here=False), url, verbose=verbose)
+        _run("aenqueue, lease, async def, ack", partial(_worker, enqueue_here=True), url, verbose=verbose)
 
 
 if __name__ == "__main__":
