@@ -127,7 +127,8 @@ class Hooks:
         self.push_middlewares: list[Middleware] = []
         """Those that see pushes, the outermost first."""
         self._lifespans: list[Callable[[], AbstractAsyncContextManager[Resources]]] = []
-        self._listeners: dict[type[Event], list[Callable[[Any], Any]]] = {}
+        self.listeners: dict[type[Event], list[Callable[[Any], Any]]] = {}
+        """By the exact class of the events."""
         self._running: set[asyncio.Future[Any]] = set()
 
     def add_middleware(self, source: object) -> None:
@@ -171,17 +172,13 @@ class Hooks:
 
         def add(listener: Callable[..., Any]) -> None:
             for event in kinds:
-                self._listeners.setdefault(event, []).append(listener)
+                self.listeners.setdefault(event, []).append(listener)
 
         return add
 
-    def has_listener(self, kind: type[Event]) -> bool:
-        """Tell whether there is a listener to events of exactly this class."""
-        return kind in self._listeners
-
     def emit(self, event: Event) -> None:
         """Call the listeners of *event*; async ones are scheduled on the running loop. Never raises."""
-        for listener in self._listeners.get(type(event), ()):
+        for listener in self.listeners.get(type(event), ()):
             try:
                 answer = listener(event)
                 if inspect.isawaitable(answer):

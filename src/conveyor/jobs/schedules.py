@@ -20,11 +20,10 @@ from conveyor.messaging import outbox
 from conveyor.payload.records import read_envelope, write_envelope
 from conveyor.payload.versions import sealed_name
 from conveyor.store import operations, schedules
-from conveyor.store.client.programs import adrive, drive
 from conveyor.store.keys import known_queues
 from conveyor.store.operations import Entry
 from conveyor.store.schedules import Origin, RunLine, ScheduleRow
-from conveyor.store.script import Call
+from conveyor.store.script import Call, adrive, drive
 from conveyor.units import Duration
 
 if TYPE_CHECKING:

@@ -18,12 +18,11 @@ from conveyor.errors import ConfigurationError
 from conveyor.store import operations, topics
 from conveyor.store import partitions as partitioning
 from conveyor.store.client.client import Client
-from conveyor.store.client.programs import adrive, drive
 from conveyor.store.client.queue_index import withdrawing
 from conveyor.store.client.queue_scan import keys_containing
 from conveyor.store.keys import QueueKeys, known_queues
 from conveyor.store.operations import Remains
-from conveyor.store.script import Call
+from conveyor.store.script import Call, adrive, drive
 from conveyor.store.transport.endpoint import in_thread
 
 CHUNK = 5_000

@@ -374,7 +374,13 @@ class LeaseSession:
                 self.refused.append(leased)
 
     def _next_call(self, want: int, leave: bool) -> Call[TurnReply]:
-        report, pending = TurnReport(), tuple(self.pending)
+        flags = ("k" if self.transient and not want else "") + ("t" if leave or (self.transient and not want) else "")
+        if want or not self.transient:
+            now = self.clock()
+            self._looking = self.detector.next_look(now) == 0
+            flags += "l" if self._looking else ""
+            self.renewed = now
+        report, pending, now_ms = TurnReport(), tuple(self.pending), self.now_ms
         reported: dict[str, LeasedMessage] = {}
         ended: list[LeasedMessage] = []
         for leased, settlement in pending:
@@ -391,13 +397,7 @@ class LeaseSession:
                 report.add_done(settlement.id, settlement.attributes)  # the cheapest end: many travel in one command
             else:
                 report.others.append(settlement)
-        flags = ("k" if self.transient and not want else "") + ("t" if leave or (self.transient and not want) else "")
-        if want or not self.transient:
-            now = self.clock()
-            self._looking = self.detector.next_look(now) == 0
-            flags += "l" if self._looking else ""
-            self.renewed = now
-        self.number = operations.next_turn_number(self.number, self.now_ms)
+        self.number = operations.next_turn_number(self.number, now_ms)
         self._leaving = "t" in flags
         flags += operations.ageing_flag(self.ageing_ms) if want else ""
         if want and self._mean_bytes:
@@ -474,6 +474,11 @@ class LeaseSession:
         for id_ in self.held.keys() - set(theirs):
             self.held.pop(id_).lost = True
         self.waiting = deque(leased for leased in self.waiting if not leased.lost)
+
+
+def holds_all(session: LeaseSession, endings: Iterable[tuple[LeasedMessage, Settlement]]) -> bool:
+    """Tell whether the turns of *session* report these ends: none of the messages was moved to another."""
+    return all(leased.session is session for leased, _ in endings)
 
 
 def settle_all(endings: Iterable[tuple[LeasedMessage, Settlement]]) -> None:

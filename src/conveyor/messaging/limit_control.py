@@ -15,10 +15,9 @@ from conveyor.payload.key_text import group_key, key_text
 from conveyor.store import limits as store_limits
 from conveyor.store import partitions as partitioning
 from conveyor.store.client.client import Client
-from conveyor.store.client.programs import adrive, drive
 from conveyor.store.keys import QueueKeys
 from conveyor.store.limits import LimitRecord
-from conveyor.store.script import Call
+from conveyor.store.script import Call, adrive, drive
 
 V = TypeVar("V")
 Program = Generator[Call[Any], Any, V]

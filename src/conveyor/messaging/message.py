@@ -15,7 +15,7 @@ from conveyor.messaging.leases import LeasedMessage
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.payload import failures
 from conveyor.payload.redaction import Hide
-from conveyor.store.client.handling import begin_handling, end_handling
+from conveyor.store.client.handling import HANDLED
 from conveyor.store.operations import Settlement
 from conveyor.units import Duration, milliseconds
 
@@ -185,29 +185,36 @@ class Message(Generic[T]):
 
     def __enter__(self) -> T:
         self.start()
-        self._outer = begin_handling(self._leased.session.keys.queue)
+        self._begin_handling()
         return self.body
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        end_handling(self._outer)
+        self._end_handling()
         if endings := self._endings(error):
             self._settler.settle_soon(endings)
         return self._stops(error)
 
     async def __aenter__(self) -> T:
         await self.astart()
-        self._outer = begin_handling(self._leased.session.keys.queue)
+        self._begin_handling()
         return self.body
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        end_handling(self._outer)
+        self._end_handling()
         if endings := self._endings(error):
             await self._settler.asettle_soon(endings)
         return self._stops(error)
+
+    def _begin_handling(self) -> None:
+        self._outer = HANDLED.get()
+        HANDLED.set(self._leased.session.keys.queue)
+
+    def _end_handling(self) -> None:
+        HANDLED.set(self._outer)
 
     # -- decisions ------------------------------------------------------------------------------------------------
 
@@ -372,11 +379,11 @@ class Batch(list[Message[T]]):
 
     def _begin_handling(self) -> None:
         if self:
-            self[0]._outer = begin_handling(self[0]._leased.session.keys.queue)  # noqa: SLF001
+            self[0]._begin_handling()  # noqa: SLF001
 
     def _end_handling(self) -> None:
         if self:
-            end_handling(self[0]._outer)  # noqa: SLF001
+            self[0]._end_handling()  # noqa: SLF001
 
     def _open(self) -> list[Message[T]]:
         return [one for one in self if not one._leased.settled or one._unconfirmed()]  # noqa: SLF001

@@ -25,14 +25,13 @@ from conveyor.store import partitions as partitioning
 from conveyor.store.max_length import NO_LIMIT
 from conveyor.store.operations import Entry, NewQueueIds, ProducerSequence, StalePush
 from conveyor.store.partitions import PartitionCountMismatch
-from conveyor.store.script import Call, Script
+from conveyor.store.script import Call, Script, StepProgram
 from conveyor.store.transport import replies
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from conveyor.store.client.client import Client
-    from conveyor.store.client.programs import StepProgram
     from conveyor.store.keys import QueueKeys
 
 TAKE, TRIM = Script("outbox_take"), Script("outbox_trim")

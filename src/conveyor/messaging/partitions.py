@@ -31,12 +31,11 @@ from conveyor.store import inspection
 from conveyor.store import partitions as partitioning
 from conveyor.store.client.batching import PushTarget
 from conveyor.store.client.client import Client
-from conveyor.store.client.programs import adrive, drive
 from conveyor.store.keys import QueueKeys, known_queues
 from conveyor.store.max_length import UNBOUNDED, MaxLength
 from conveyor.store.operations import Entry
 from conveyor.store.partitions import PartitionCountMismatch, partition_of
-from conveyor.store.script import Argument, Call
+from conveyor.store.script import Argument, Call, adrive, drive
 
 V = TypeVar("V")
 MAX_PARTITIONS = 256

@@ -34,9 +34,9 @@ from conveyor.payload.codec import ValueCodec
 from conveyor.store.client.batching import BULK, PushTarget
 from conveyor.store.client.client import Client
 from conveyor.store.client.durability import after_partial_push
-from conveyor.store.client.programs import adrive, drive
 from conveyor.store.keys import QueueKeys
 from conveyor.store.max_length import UNBOUNDED, MaxLength
+from conveyor.store.script import adrive, drive
 
 if TYPE_CHECKING:
     from conveyor.messaging.declared_limits import LoadKeyReader, QueueLimits

@@ -7,7 +7,6 @@ import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from functools import partial
 from typing import Any, Generic, TypeVar, Unpack, cast, get_args
 
 from conveyor import ids
@@ -53,12 +52,11 @@ from conveyor.payload.versions import check_version, sealed_name
 from conveyor.store import inspection, operations
 from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability
-from conveyor.store.client.programs import adrive, arun_once, drive, run_once
 from conveyor.store.inspection import QueueCounts
 from conveyor.store.keys import QueueKeys
 from conveyor.store.max_length import Full, MaxLength
 from conveyor.store.operations import MOST_HELD
-from conveyor.store.script import Call
+from conveyor.store.script import Call, adrive, drive
 from conveyor.units import Duration, milliseconds
 
 T = TypeVar("T")
@@ -395,7 +393,7 @@ class Queue(MessageSource[T]):
 
     def purge(self, dead: bool = False) -> int:
         """Remove all waiting messages, or the *dead* letters, and return how many. Leased messages stay."""
-        return drive(self._purge(dead), partial(run_once, self.client))
+        return drive(self._purge(dead), self.client.run_once)
 
     def redrive(self, limit: int | None = None) -> int:
         """
@@ -430,7 +428,7 @@ class Queue(MessageSource[T]):
 
     async def apurge(self, dead: bool = False) -> int:
         """Awaitable form of `purge`."""
-        return await adrive(self._purge(dead), partial(arun_once, self.client))
+        return await adrive(self._purge(dead), self.client.arun_once)
 
     async def aredrive(self, limit: int | None = None) -> int:
         """Awaitable form of `redrive`."""

@@ -26,10 +26,9 @@ from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.payload.pipeline import PLAIN
 from conveyor.payload.records import AttemptHistory, read_envelope
 from conveyor.store import inspection, operations
-from conveyor.store.client.programs import adrive
 from conveyor.store.inspection import JobRow
 from conveyor.store.operations import Settlement
-from conveyor.store.script import Call
+from conveyor.store.script import Call, adrive
 
 SettledAs = Literal["done", "retried", "dead", "extended", "lost"]
 End = Callable[[SettlementPolicy, LeasedMessage], Settlement]

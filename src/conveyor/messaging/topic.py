@@ -42,11 +42,11 @@ from conveyor.payload.versions import check_version
 from conveyor.store import inspection, operations, topics
 from conveyor.store import partitions as partitioning
 from conveyor.store.client.outages import FIRST_TRY
-from conveyor.store.client.programs import Step, StepProgram, adrive_steps, drive_steps
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.max_length import AS_DECLARED
 from conveyor.store.operations import Entry, NewQueueIds, ProducerSequence
 from conveyor.store.partitions import PartitionCountMismatch
+from conveyor.store.script import Step, StepProgram, adrive_steps, drive_steps
 from conveyor.store.topics import Subscribers, SubscribersChanged, TopicCopies, TopicKeys, checked_pattern, is_pattern
 
 if TYPE_CHECKING:

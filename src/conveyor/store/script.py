@@ -1,9 +1,15 @@
-"""A script and a call of it: every step in Redis is one value, and two small runners carry it out."""
+"""
+A script and a call of it: every step in Redis is one value, and two small runners carry it out.
+
+A program of calls is a generator that yields calls, receives the decoded replies, and returns a value. It does no input or
+output, so `drive` and `adrive` carry out the same one. Where a step is more than a call, it is a pair: what blocks, and what
+is awaited.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha1
 from pkgutil import get_data
@@ -13,6 +19,13 @@ from conveyor.store.fork_safety import lazy_property
 
 T = TypeVar("T")
 S = TypeVar("S")
+C = TypeVar("C")
+Run = Callable[..., Any]
+"""Carries out a call; takes `deadline` (monotonic) too, the end of its time."""
+AsyncRun = Callable[..., Awaitable[Any]]
+Step = tuple[Callable[[], Any], Callable[[], Awaitable[Any]]]
+"""A step as it blocks, and as it is awaited."""
+StepProgram = Generator[Step, Any, Any]
 
 _NEEDS = re.compile(r"^-- needs: (.+)$", re.MULTILINE)
 _COMMENT = re.compile(r"^ *--.*\n", re.MULTILINE)
@@ -112,3 +125,43 @@ class Command(Call[T]):
         return (self.script.name, *self.keys, *self.args)
 
     load = command
+
+
+def drive(program: Generator[C, Any, T], run: Callable[[C], Any]) -> T:
+    """Carry out *program* and return its value. Errors of *run* are raised inside the program."""
+    try:
+        call = next(program)
+        while True:
+            try:
+                reply = run(call)
+            except Exception as error:
+                call = program.throw(error)
+            else:
+                call = program.send(reply)
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]
+
+
+async def adrive(program: Generator[C, Any, T], run: Callable[[C], Awaitable[Any]]) -> T:
+    """Awaitable form of `drive`."""
+    try:
+        call = next(program)
+        while True:
+            try:
+                reply = await run(call)
+            except Exception as error:
+                call = program.throw(error)
+            else:
+                call = program.send(reply)
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]
+
+
+def drive_steps(program: Generator[Step, Any, T]) -> T:
+    """Carry out a program of steps, blocking."""
+    return drive(program, lambda step: step[0]())
+
+
+async def adrive_steps(program: Generator[Step, Any, T]) -> T:
+    """Awaitable form of `drive_steps`."""
+    return await adrive(program, lambda step: step[1]())

@@ -39,8 +39,8 @@ class WorkerServices:
     """Returns what Redis stores about the worker of a queue with that weight."""
     listen: Callable[[LeasingQueue], None]
     """Waits for work of a consumer, and of others that nothing waits for."""
-    after_turn: Callable[[], None]
-    """Called after each turn, when its reply was taken in."""
+    after_turn: Callable[[], None] | None
+    """Called after each turn, when its reply was taken in; None: there is nothing to do then."""
     carry_out: Callable[[LeaseHolder, WorkerCommand], None]
     """Carries out a command that a person sent to the worker."""
     fail: Callable[[BaseException], None]

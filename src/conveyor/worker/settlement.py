@@ -212,7 +212,7 @@ class SettlementWriter:
             self._log_done(attempt, seconds)
         if len(report.recent) < RECENT:
             report.recent.append(write_finished(attempt.id, handler.name, "done", now_ms, round(seconds * 1000)))
-        if self._app.has_listener(JobDone):
+        if JobDone in self._app.listeners:
             self._app.emit(JobDone(attempt.public_id, handler.name, attempt.consumer.queue, attempt.number, seconds))
 
     def report_live(self, report: TurnReport, attempt: Attempt) -> None:
@@ -326,7 +326,7 @@ class SettlementWriter:
                 logging.WARNING, "✗ %s attempt %d/%d %s → retry in %s", attempt.label,
                 attempt.number, budget, error_line(error, hide), span(decision.ms / 1000), error=error, hide=hide,
             )  # fmt: skip
-            if self._app.has_listener(JobRetried):
+            if JobRetried in self._app.listeners:
                 self._app.emit(
                     JobRetried(attempt.public_id, handler.name, queue, attempt.number, decision.ms / 1000, error)
                 )
@@ -403,7 +403,7 @@ class SettlementWriter:
             report.recent.append(
                 write_finished(attempt.id, attempt.handler.name, "dead", now_ms, round(seconds * 1000))
             )
-        if self._app.has_listener(JobDead):
+        if JobDead in self._app.listeners:
             self._app.emit(
                 JobDead(attempt.public_id, attempt.handler.name, attempt.consumer.queue, attempt.number, reason, error)
             )
@@ -498,7 +498,7 @@ class SettlementWriter:
         report.others.append(
             Settlement("C", attempt.id, CANCELLED_KEPT_MS, record, b"", envelope.attributes, envelope.own_id)
         )
-        if self._app.has_listener(JobCancelledEvent):
+        if JobCancelledEvent in self._app.listeners:
             self._app.emit(
                 JobCancelledEvent(attempt.public_id, attempt.handler.name, attempt.consumer.queue, attempt.number)
             )

@@ -155,16 +155,15 @@ class Worker:
         self.executor = self._make_executor()
         stack.callback(keep_logs())
         self._watch_loop(stack)  # first: a start may wait for Redis, and a loop that waits is not blocked
-        self.connections = WorkerConnections(
-            self.name, self.lifecycle, self.app.client, lambda: self.capacity.has_room, self._after_turn
-        )
+        self.capacity = Capacity(self.executor, self.lifecycle, self._recycle_limits)
+        after_turn = self._after_turn if self._burst is not None or self._recycle_limits.is_limited else None
+        self.connections = WorkerConnections(self.name, self.lifecycle, self.app.client, self.capacity, after_turn)
         stack.push_async_callback(self.connections.close)
         shared_state = await stack.enter_async_context(self.app.lifespan_context())
         stack.push_async_callback(self.executor.close)
-        self.capacity = Capacity(self.executor, self.lifecycle, self._recycle_limits)
         services = WorkerServices(
             self.app, self.lifecycle, self.executor, self.capacity, self.loader, self.settlement_writer, shared_state,
-            self._slot, self._burst is not None, self._describe, self.connections.listen, self._after_turn,
+            self._slot, self._burst is not None, self._describe, self.connections.listen, after_turn,
             self.carry_out, self.fail,
         )  # fmt: skip
         for queue, weight in self._queues.items():

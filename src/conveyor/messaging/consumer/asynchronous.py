@@ -22,15 +22,14 @@ from conveyor.messaging.consumer.settling import (
     log_not_left,
 )
 from conveyor.messaging.consumer.steps import LookStep, Program, TurnStep, WaitStep
-from conveyor.messaging.leases import LeasedMessage, LeaseSession, settle_all
+from conveyor.messaging.leases import LeasedMessage, LeaseSession, holds_all, settle_all
 from conveyor.messaging.message import Batch, Ending, Message, OnError
 from conveyor.messaging.partitions import Partitions
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.store import operations
 from conveyor.store.client.client import Client
 from conveyor.store.client.outages import FIRST_TRY
-from conveyor.store.client.programs import AsyncRun, adrive, adrive_steps, arun_once
-from conveyor.store.script import Call
+from conveyor.store.script import AsyncRun, Call, adrive, adrive_steps
 from conveyor.store.transport.wakeup import AsyncWakeupWaiter
 
 T = TypeVar("T")
@@ -111,7 +110,8 @@ class AsyncSettler(SettlerState):
             if self.session.take_new_queue():
                 await self.client.aannounce_again(self.session.keys)
             self._has_left = leave and not self.session.transient and not self.session.held
-        await adrive_steps(self.deliver_outbox())
+        if self.session.take_outbox():
+            await adrive_steps(self.deliver_outbox())
         if self.session.bodies is not None:
             await self.session.bodies.fetch(self.session.waiting)
 
@@ -160,7 +160,7 @@ class AsyncPartitionSettler(AsyncSettler):
 
     async def asettle_soon(self, endings: Sequence[Ending]) -> None:
         """Settle with the next turn if the loop's body comes to it without waiting, else at once."""
-        if self.holds(endings):
+        if holds_all(self.session, endings):
             settle_all(endings)
             self._consumer.settled.set()
             self._loop.call_soon(self.begin_flush)
@@ -299,7 +299,7 @@ class AsyncConsumer(Generic[T]):
         """Return what carries out the calls at *source*."""
         if source.partitions is not None:
             return partial(arun_partitioned, source.partitions)
-        return partial(arun_once, self.client)
+        return self.client.arun_once
 
     async def _take_back(self, *, answered_only: bool = False) -> None:
         """Give back what was pulled and not handed out; *answered_only*: where Redis has answered before it did not."""

@@ -24,15 +24,14 @@ from conveyor.messaging.consumer.settling import (
     log_not_left,
 )
 from conveyor.messaging.consumer.steps import LookStep, Program, TurnStep, WaitStep
-from conveyor.messaging.leases import LeasedMessage, LeaseSession, settle_all
+from conveyor.messaging.leases import LeasedMessage, LeaseSession, holds_all, settle_all
 from conveyor.messaging.message import Batch, Ending, Message, OnError
 from conveyor.messaging.partitions import Partitions
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.store import operations
 from conveyor.store.client.client import Client
 from conveyor.store.client.outages import FIRST_TRY
-from conveyor.store.client.programs import Run, drive, drive_steps, run_once
-from conveyor.store.script import Call
+from conveyor.store.script import Call, Run, drive, drive_steps
 from conveyor.store.signal_safety import SignalSafeEvent
 from conveyor.store.transport.connection import Connection
 from conveyor.store.transport.wakeup import WakeupWaiter
@@ -96,7 +95,8 @@ class BlockingSettler(SettlerState):
             if self.session.take_new_queue():
                 self.client.announce_again(self.session.keys)
             self._has_left = leave and not self.session.transient and not self.session.held
-        drive_steps(self.deliver_outbox())
+        if self.session.take_outbox():
+            drive_steps(self.deliver_outbox())
         return True
 
     def flush(self) -> bool:
@@ -128,7 +128,7 @@ class PartitionSettler(BlockingSettler):
 
     def settle_soon(self, endings: Sequence[Ending]) -> None:
         """Settle with the next turn if the loop comes to it at once, else now."""
-        if self.holds(endings):
+        if holds_all(self.session, endings):
             settle_all(endings)
             self._consumer.note_settled()
             if not self._consumer.comes_to(endings):
@@ -249,8 +249,8 @@ class Consumer(Generic[T]):
     # -- for the settlers ---------------------------------------------------------------------------------------------
 
     def note_settled(self) -> None:
-        """Note that a held message has been settled."""
-        if not self._settled.is_set():
+        """Note that a held message has been settled. A loop that is not idle looks by itself before it waits."""
+        if self._is_idle and not self._settled.is_set():
             self._settled.set()
 
     def comes_to(self, endings: Sequence[Ending]) -> bool:
@@ -295,11 +295,11 @@ class Consumer(Generic[T]):
         """Return what carries out the calls at *source*."""
         if source.partitions is not None:
             return partial(run_partitioned, source.partitions)
-        return partial(run_once, self.client) if self._connection is None else self._run_own
+        return self.client.run_once if self._connection is None else self._run_own
 
     def _run_own(self, call: Call[Any], *, deadline: float | None = None) -> Any:
         if self._connection is None:  # an extended message outlives its consumer
-            return run_once(self.client, call, deadline=deadline)
+            return self.client.run_once(call, deadline=deadline)
         return self._connection.run(call, retry_for=self.client.retry_for, deadline=deadline)
 
     def _take_back(self, *, answered_only: bool = False) -> None:

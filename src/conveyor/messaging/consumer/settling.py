@@ -23,8 +23,7 @@ from conveyor.payload.failures import FailureLog
 from conveyor.store import operations
 from conveyor.store.client.client import Client
 from conveyor.store.client.outages import FIRST_TRY
-from conveyor.store.client.programs import StepProgram
-from conveyor.store.script import Call
+from conveyor.store.script import Call, StepProgram
 from conveyor.store.transport import eviction
 
 T = TypeVar("T")
@@ -132,7 +131,7 @@ class SettlerState:
     def deliver_outbox(self) -> StepProgram:
         """Deliver what a turn has found in the outbox of the queue: copies of published messages, for other queues."""
         directory, keys = self.session.directory, self.session.keys
-        if not self.session.take_outbox() or directory is None:
+        if directory is None:
             return
         try:
             while (yield from outbox.deliver(directory, keys, retry_for=FIRST_TRY)):
@@ -160,10 +159,6 @@ class SettlerState:
     def is_cancelled(self, leased: LeasedMessage) -> bool:
         """Tell whether somebody asked to cancel the message while we hold it."""
         return leased.id in leased.session.cancelled
-
-    def holds(self, endings: Sequence[Ending]) -> bool:
-        """Tell whether the consumer's own turns report these ends: none of the messages was moved."""
-        return all(leased.session is self.session for leased, _ in endings)
 
     def confirm(self, endings: Sequence[Ending]) -> Generator[Call[Any], Any, None]:
         """Make the turns that report *endings*, wherever their messages are held now, unless another has."""

@@ -174,7 +174,7 @@ class ConsumerSteps(Generic[M]):
             self._settle_unreadable(leased, error)
             return None
         leased.begun = begin
-        if begin and (presumed := self._policy.presumed_crash(leased)) is not None:
+        if begin and leased.history.crashes and (presumed := self._policy.presumed_crash(leased)) is not None:
             session.settle(leased, presumed)
             yield TurnStep(0)
             if leased.lost or self.drop(leased):

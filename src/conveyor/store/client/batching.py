@@ -95,7 +95,8 @@ class LoopConnections:
 
     def batcher(self, keys: QueueKeys, max_length: int) -> PushBatcher:
         """Return the batcher for *keys*."""
-        max_length = declared_length(max_length)
+        if isinstance(max_length, MaxLength):
+            max_length = declared_length(max_length)
         key = (keys.prefix, max_length, keys.partitions)
         batcher = self._batchers.get(key)
         if batcher is None:

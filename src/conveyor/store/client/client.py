@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from conveyor.errors import ConfigurationError, ConveyorError, QueueFull, StoreUnavailable
 from conveyor.ids import new_identity
@@ -29,13 +29,12 @@ from conveyor.store.client.batching import LoopConnections, PushBatcher, chunks,
 from conveyor.store.client.confirmed import ConfirmedConnections, ConfirmedTarget
 from conveyor.store.client.durability import Confirmation, Durability, DurabilityRequest
 from conveyor.store.client.outages import ServerOutages
-from conveyor.store.client.programs import adrive, drive
 from conveyor.store.client.queue_index import QueueIndex, removing_expired
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.keys import QueueKeys, check_namespace, known_queues
 from conveyor.store.max_length import MaxLength
 from conveyor.store.operations import Entry, ProducerSequence
-from conveyor.store.script import Argument, Call
+from conveyor.store.script import Argument, Call, adrive, drive
 from conveyor.store.transport.async_connection import AsyncConnection
 from conveyor.store.transport.connection import Connection
 from conveyor.store.transport.credentials import LoginProvider
@@ -201,6 +200,15 @@ class Client:
             )
         finally:
             producer.free_list.append(producer)
+
+    def run_once(self, call: Call[T], *, retry_for: float | None = None, deadline: float | None = None) -> T:
+        """Carry out one step as `run` does, repeated only when that is harmless."""
+        return self.run(call, retry_for=self._once(call, retry_for), deadline=deadline)
+
+    def _once(self, call: Call[Any], most: float | None) -> float | None:
+        """Return the seconds for which *call* is repeated, *most* at most."""
+        # An intake is never repeated: it would store new entries over old ones.
+        return 0.0 if call.script is operations.LIST_INTAKE else most
 
     def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
         """Store *entries* in order, all or none (per thousand, unless *whole*); return an id for each."""
@@ -420,6 +428,10 @@ class Client:
         return await connection.run(
             call, retry_for=self.retry_for if retry_for is None else retry_for, deadline=deadline
         )
+
+    async def arun_once(self, call: Call[T], *, retry_for: float | None = None, deadline: float | None = None) -> T:
+        """Awaitable form of `run_once`."""
+        return await self.arun(call, retry_for=self._once(call, retry_for), deadline=deadline)
 
     async def apush(
         self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False

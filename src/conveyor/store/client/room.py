@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 from conveyor.errors import ConveyorError, QueueFull
 from conveyor.ids import logical, new_identity
 from conveyor.store import operations
-from conveyor.store.client.handling import handled_queue
+from conveyor.store.client.handling import HANDLED
 from conveyor.store.client.subscription import Subscription
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.keys import reply_channel
@@ -179,7 +179,7 @@ class RoomLine:
         """Plan a push. The QueueFull of an attempt is thrown in; it is raised when nothing more is to be tried."""
         deadline = min((entry.deadline for entry in entries if entry.deadline is not None), default=None)
         began = time.monotonic()
-        inside = handled_queue() or self._client.queue_of_job()
+        inside = HANDLED.get() or self._client.queue_of_job()
         is_inside = inside is not None and logical(inside) == logical(keys.queue)
         known = self._subscriptions.get(waiting.server)
         if is_inside or _is_over(deadline) or known is None or not known.ready.is_set():

@@ -48,7 +48,7 @@ class Connection:
         self.endpoint = endpoint
         self._timeout = timeout
         self._deadline = math.inf  # of the call that is under way (monotonic)
-        self._reply_timeout = endpoint.reply_timeout  # of its present try
+        self._longest_try = self._reply_timeout = endpoint.reply_timeout  # of any try, and of the present one
         self._raw: RawConnection | None = None
         self._socket: socket.socket | None = None
         self._reader: Any = None
@@ -77,7 +77,7 @@ class Connection:
     def begin(self, retry_for: float, deadline: float | None = None) -> replies.RetryTimer:
         """Begin the time of a call: what is executed next is its first try."""
         timer = self._timeout.timer(retry_for, deadline)
-        self._deadline, self._reply_timeout = timer.deadline, timer.first_try(self.endpoint.reply_timeout)
+        self._deadline, self._reply_timeout = timer.deadline, timer.first_try(self._longest_try)
         return timer
 
     def start(self, call: Call[T]) -> Callable[[float], T]:
@@ -123,7 +123,7 @@ class Connection:
                 if wait is None:
                     raise replies.unavailable(str(self.endpoint), error) from error
                 time.sleep(wait)
-                self._deadline, self._reply_timeout = timer.deadline, timer.next_try(self.endpoint.reply_timeout)
+                self._deadline, self._reply_timeout = timer.deadline, timer.next_try(self._longest_try)
                 if what is replies.ErrorAction.ASK:
                     at = Connection(self.endpoint.ask_redirect(text))
                     at._deadline, at._reply_timeout = self._deadline, self._reply_timeout

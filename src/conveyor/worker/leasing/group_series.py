@@ -56,23 +56,23 @@ class GroupSeries:
         self._taken: dict[str, tuple[Attempt, _Series]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._seconds = _AIM
+        """Those that a job takes, as far as they are known."""
+        self.length = 1
+        """The number of jobs that the next turn may lease of a group; 1: no series."""
+        self.flag = ""
+        """The flag of a turn that asks for them."""
 
     # -- length ---------------------------------------------------------------------------------------------------
-
-    @property
-    def length(self) -> int:
-        """The number of jobs that the next turn may lease of a group; 1: no series."""
-        return max(1, min(MOST, int(_AIM / self._seconds)))
-
-    @property
-    def flag(self) -> str:
-        """The flag of a turn that asks for them."""
-        return f"s{self.length}" if self._seconds <= _AIM / 2 else ""
 
     def note_ends(self, count: int, seconds: float) -> None:
         """Measure jobs with groups or limits: so many have ended, and ran for *seconds* altogether."""
         # Quick to believe in long ones, slow to forget them.
-        self._seconds = max(seconds / count + _COST, self._seconds / 2)
+        self._expect(max(seconds / count + _COST, self._seconds / 2))
+
+    def _expect(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.length = max(1, min(MOST, int(_AIM / seconds)))
+        self.flag = f"s{self.length}" if seconds <= _AIM / 2 else ""
 
     # -- what a turn has leased -----------------------------------------------------------------------------------
 
@@ -148,7 +148,7 @@ class GroupSeries:
         """Return the *rest* of a series, the youngest first, so many jobs of which have *started*."""
         rest = [one for one in rest if one.ended == 0.0 and self._held.get(one.id) is one]
         if rest:
-            self._seconds = max(self._seconds, _AIM / started)
+            self._expect(max(self._seconds, _AIM / started))
             self._hand_back(rest)
 
     def _set_timer(self) -> None:

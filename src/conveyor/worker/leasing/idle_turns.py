@@ -53,13 +53,13 @@ class IdleTurns:
     """Renews the queues at one endpoint: those with nothing to do together, each of the others by a turn."""
 
     def __init__(
-        self, connection: AsyncConnection, consumers: Sequence[IdleConsumer], after_turn: Callable[[], None]
+        self, connection: AsyncConnection, consumers: Sequence[IdleConsumer], after_turn: Callable[[], None] | None
     ) -> None:
         """
         Args:
             connection: the one that the turns of the queues use.
             consumers: those at the endpoint; more may be added.
-            after_turn: called after each idle turn.
+            after_turn: called after each idle turn, if anything.
         """
         self._connection, self._consumers, self._after_turn = connection, consumers, after_turn
         self._task: asyncio.Task[None] | None = None
@@ -89,7 +89,8 @@ class IdleTurns:
                 consumer.renew()
         finally:
             self._task = None
-        self._after_turn()
+        if self._after_turn is not None:
+            self._after_turn()
 
     async def _renew(self, consumers: list[IdleConsumer]) -> None:
         self._count += 1

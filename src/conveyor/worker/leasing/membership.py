@@ -19,8 +19,8 @@ from conveyor import ids
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.messaging.leases import DeadWorkerDetector
 from conveyor.store import operations
-from conveyor.store.client.programs import adrive
 from conveyor.store.partitions import PartitionCountMismatch
+from conveyor.store.script import adrive
 from conveyor.store.transport.replies import LONGEST_PAUSE
 from conveyor.worker.logs import log_repeated_error
 

@@ -69,7 +69,8 @@ class PreparedTurn:
 
     def fits(self, identity: str, room: int, report: TurnReport) -> bool:
         """Tell whether it is a turn of this worker, which has nothing to report, and *room* for what it asks."""
-        return self.identity == identity and 0 < self.want <= room and not (report or report.stats or report.recent)
+        reports = report.done or report.others or report.stats or report.recent
+        return self.identity == identity and 0 < self.want <= room and not reports
 
     def numbered(self, number: int) -> tuple[Call[TurnReply], bytes | None]:
         """Return the call and the bytes of the turn with another *number*; no bytes when it is longer."""
@@ -298,8 +299,9 @@ class QueueConsumer:
 
     def on_token(self) -> None:
         """Make a turn, with or without room, because a wake-up token was taken."""
+        is_turning = self.is_turning
         self.has_more = True
-        if self.is_turning:
+        if is_turning:
             self._is_woken = True
         else:
             self._send_turn(self._capacity.room(self))
@@ -347,10 +349,10 @@ class QueueConsumer:
             return
         if self.quarantine.reserved:
             self._advance_quarantine()
-        want = self._capacity.room(self) if self.has_more or self.report.frees else 0
+        want = self._capacity.room(self) if self._has_more or self.report.frees else 0
         if want > 0:
             self._send_turn(want)
-        elif self.report:
+        elif self.report.done or self.report.others:
             if not self._report_waits():
                 self._send_turn(0)
         else:
@@ -410,9 +412,12 @@ class QueueConsumer:
 
         It is that of an idle worker, also while other queues work: nothing is asked of this one when they have ended.
         """
-        if self.held or self.report or self._has_more or self.is_turning or self.has_left or self._lifecycle.stopping:
-            return  # the next turn has something to say, comes now, or leases nothing
-        want, number = self._capacity.idle_room(self), operations.next_turn_number(self.number, self.now_ms)
+        if self.held or self.report.done or self.report.others or self._has_more or self.is_turning:
+            return  # the next turn has something to say, or comes now
+        if self.has_left or self._lifecycle.stopping:
+            return  # it leases nothing
+        now_ms = self.now_ms
+        want, number = self._capacity.idle_room(self), operations.next_turn_number(self.number, now_ms)
         call = operations.turn(self.keys, self.identity, number, want, self.lease_ms, TurnReport(), flags=self._ageing)
         self._prepared = PreparedTurn(self.identity, number, want, call, self.connection.pack(call.command()))
 
@@ -515,10 +520,11 @@ class QueueConsumer:
             self._take(turn)
         if self.quarantine.in_use:
             self._advance_quarantine()
-        self._capacity.note_held(self, bool(held or self.early_acks))
         self._is_paused, was_woken, self._is_woken = turn.paused, self._is_woken, False
         self._expires = turn.expires
-        self.has_more = was_woken or turn.more or (len(turn.ids) >= self._wanted > 0)
+        self._has_more = was_woken or turn.more or (len(turn.ids) >= self._wanted > 0)
+        self._capacity.note_held(self, bool(held or self.early_acks.waiting or self.early_acks.acknowledged))
+        self._capacity.note_work(self, possible=self._has_more and not self._is_paused)
         if turn.ids:
             self.group.note_turn(self)
         if self._is_looking:
@@ -530,8 +536,9 @@ class QueueConsumer:
             self.due_timer.watch(turn.next_due, turn.now, missed=self._wanted > 0 and not turn.ids)
         self._turn_ended.set()
         self._advance()
-        self._services.after_turn()
-        if not self.has_more:
+        if self._services.after_turn is not None:
+            self._services.after_turn()
+        if not self._has_more:
             self._capacity.offer()
 
     def _cancel(self, attempt: Attempt) -> None:
@@ -659,9 +666,9 @@ class QueueConsumer:
     # -- attempts -------------------------------------------------------------------------------------------------
 
     def on_started(self, attempt: Attempt) -> None:
-        """Note that an attempt started."""
-        self._capacity.note_backlog(self, -1)
+        """Note that an attempt started, and tell listeners."""
         self.announce(attempt)
+        self._capacity.note_backlog(self, -1)
 
     def note_backlog(self, change: int) -> None:
         """Count a batch of this queue that waits for a slot, or has one."""
@@ -669,7 +676,7 @@ class QueueConsumer:
 
     def announce(self, attempt: Attempt) -> None:
         """Tell listeners that an attempt starts."""
-        if self._services.app.has_listener(JobStarted):
+        if JobStarted in self._services.app.listeners:
             self._services.app.emit(JobStarted(attempt.public_id, attempt.handler.name, self.queue, attempt.number))
 
     def on_abandoned(self) -> None:

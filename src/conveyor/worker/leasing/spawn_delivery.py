@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from conveyor.errors import ConveyorError
 from conveyor.messaging import outbox
-from conveyor.store.client.programs import adrive_steps
+from conveyor.store.script import adrive_steps
 from conveyor.store.transport import replies
 from conveyor.worker.leasing.timers import BackgroundRun
 

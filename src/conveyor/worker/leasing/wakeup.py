@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from conveyor.store.client.client import Client
     from conveyor.store.keys import QueueKeys
     from conveyor.store.transport.endpoint import Endpoint
-    from conveyor.worker.leasing.capacity import LeasingQueue
+    from conveyor.worker.leasing.capacity import Capacity, LeasingQueue
     from conveyor.worker.leasing.queue_consumer import QueueConsumer
     from conveyor.worker.lifecycle import Lifecycle
 
@@ -49,17 +49,17 @@ class WakeupListener:
 
     def __init__(
         self, lifecycle: Lifecycle, connection: AsyncConnection, waiting: dict[WakeupListener, None],
-        has_room: Callable[[], bool],
+        capacity: Capacity,
     ) -> None:  # fmt: skip
         """
         Args:
             lifecycle: that of the worker.
             connection: one that nothing else uses.
             waiting: this one is there while it listens to no queue, because the worker has no room.
-            has_room: tells whether the worker could lease another job.
+            capacity: that of the worker.
         """
         self._lifecycle, self._connection = lifecycle, connection
-        self._waiting, self._has_room = waiting, has_room
+        self._waiting, self._capacity = waiting, capacity
         self.consumers: list[QueueConsumer] = []
         """Those it listens for; more may be added."""
         self._woken: QueueConsumer | None = None
@@ -103,7 +103,7 @@ class WakeupListener:
 
     def _with_capacity(self) -> list[QueueConsumer]:
         """Return the queues that would take work and have none."""
-        return [one for one in self.consumers if one.would_take] if self._has_room() else []
+        return [one for one in self.consumers if one.would_take] if self._capacity.has_room else []
 
     def _block(self, has_capacity: list[QueueConsumer]) -> None:
         if self._later is not None:
@@ -203,10 +203,10 @@ class EndpointConnections:
 
     def __init__(
         self, worker: str, lifecycle: Lifecycle, endpoint: Endpoint, waiting: dict[WakeupListener, None],
-        has_room: Callable[[], bool], after_turn: Callable[[], None],
+        capacity: Capacity, after_turn: Callable[[], None] | None,
     ) -> None:  # fmt: skip
         self._worker, self._lifecycle, self._endpoint = worker, lifecycle, endpoint
-        self._waiting, self._has_room = waiting, has_room
+        self._waiting, self._capacity = waiting, capacity
         self.consumers: list[QueueConsumer] = []
         self.connection = AsyncConnection(endpoint)
         self.listeners: list[WakeupListener] = []
@@ -221,7 +221,7 @@ class EndpointConnections:
         self.consumers.append(consumer)
         if not self.listeners or len(self.listeners[-1].consumers) == MOST_QUEUES:
             connection = AsyncConnection(self._endpoint)
-            self.listeners.append(WakeupListener(self._lifecycle, connection, self._waiting, self._has_room))
+            self.listeners.append(WakeupListener(self._lifecycle, connection, self._waiting, self._capacity))
         self.listeners[-1].consumers.append(consumer)
         return self.listeners[-1]
 
@@ -268,19 +268,19 @@ class WorkerConnections:
     """The connections of one worker to the endpoints of all its queues."""
 
     def __init__(
-        self, worker: str, lifecycle: Lifecycle, client: Client, has_room: Callable[[], bool],
-        after_turn: Callable[[], None],
+        self, worker: str, lifecycle: Lifecycle, client: Client, capacity: Capacity,
+        after_turn: Callable[[], None] | None,
     ) -> None:  # fmt: skip
         """
         Args:
             worker: its name.
             lifecycle: that of the worker.
             client: knows the endpoints.
-            has_room: tells whether the worker could lease another job.
-            after_turn: called after each idle turn.
+            capacity: that of the worker.
+            after_turn: called after each idle turn, if anything.
         """
         self._worker, self._lifecycle, self._client = worker, lifecycle, client
-        self._has_room, self._after_turn = has_room, after_turn
+        self._capacity, self._after_turn = capacity, after_turn
         self._asked: dict[LeasingQueue, None] = {}
         self._by_endpoint: dict[Endpoint, EndpointConnections] = {}
         self._listeners: dict[LeasingQueue, WakeupListener] = {}
@@ -292,7 +292,7 @@ class WorkerConnections:
         connections = self._by_endpoint.get(endpoint)
         if connections is None:
             connections = EndpointConnections(
-                self._worker, self._lifecycle, endpoint, self._waiting, self._has_room, self._after_turn
+                self._worker, self._lifecycle, endpoint, self._waiting, self._capacity, self._after_turn
             )
             self._by_endpoint[endpoint] = connections
         return connections
@@ -316,7 +316,7 @@ class WorkerConnections:
         for consumer in asked:
             self._listeners[consumer].listen()
             consumer.prepare()
-        if self._waiting and self._has_room():
+        if self._waiting and self._capacity.has_room:
             for listener in [*self._waiting]:
                 listener.listen()
 
