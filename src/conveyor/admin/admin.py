@@ -983,9 +983,7 @@ class Admin:
         if core is None:  # one that declares nothing
             from conveyor.jobs.core import AppCore
 
-            core = AppCore(
-                self.client, lease_ms=15_000, max_payload=MAX_PAYLOAD, sealing=self._sealing, formats=self._formats
-            )
+            core = AppCore.without_declarations(self.client, sealing=self._sealing, formats=self._formats)
         queue, bare = split(public_id)
         return Job(core, bare, queue)
 
@@ -1026,13 +1024,13 @@ class Admin:
             for row in self._ask(part, worker_commands.leased_jobs(self._keys(part), worker, _LONGEST)) or ():
                 yield leased_job(part, row)
 
-    def _schedule_rows(self) -> Iterator[tuple[str, str, datetime | None, bool]]:
-        """Yield (name, queue, due, paused) of all schedules."""
+    def _schedule_rows(self) -> Iterator[tuple[str, schedules.ScheduleRow]]:
+        """Yield the queue and the row of all schedules."""
         named = self.client.run(schedules.all_names(schedules.schedule_index(self.client.namespace)))
         for queue in sorted(set(named.values())):
             _, rows = self._ask(queue, schedules.read_schedules(self._keys(queue))) or (0, ())
             for row in rows:
-                yield row.name, logical(queue), None if row.next_ms is None else instant(row.next_ms), row.paused
+                yield logical(queue), row
 
     def doctor(self, *, seconds: float | None = None) -> doctor.HealthReport:
         """Examine the server and the queues. *seconds*: the time for the records of queue after queue; None: of all."""

@@ -18,7 +18,7 @@ from conveyor.admin.server_checks import (
     replication_findings,
 )
 from conveyor.admin.server_info import execute_if_allowed, read_setting
-from conveyor.admin.views import instant, instant_or_none, queue_info
+from conveyor.admin.views import instant, queue_info
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
 from conveyor.store import inspection, schedules
 from conveyor.store.client.client import Client
@@ -502,8 +502,7 @@ def _check_schedule_names(
             if named.get(row.name, keys.queue) != keys.queue:
                 text = f"schedule '{row.name}' of queue '{queue}' stands in queue '{named[row.name]}' too: each instant comes twice"
                 report.add("schedule", "problem", text, "Delete it, and declare it for one of them again.")
-        due = [(row.name, queue, instant_or_none(row.next_ms), row.paused) for row in rows]
-        for flag in late_schedules(due, instant(now)):
+        for flag in late_schedules([(queue, row) for row in rows], instant(now)):
             report.add("schedule", flag.level, flag.text, flag.remedy, flag.code)
 
 

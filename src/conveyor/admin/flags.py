@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
+from conveyor.admin.views import instant_or_none
 from conveyor.units import span
 
 if TYPE_CHECKING:
     from conveyor.admin.history import History
     from conveyor.admin.views import QueueInfo
     from conveyor.admin.worker_control import LeasedJob
+    from conveyor.store.schedules import ScheduleRow
 
 _MAX_NAMED = 10
 _MAX_ALONE = 5
@@ -107,11 +109,12 @@ def _age(queue: QueueInfo) -> str:
     return "" if (queue.oldest_age or 0) < 60 else f", since {span(queue.oldest_age or 0)}"
 
 
-def late_schedules(rows: Iterable[tuple[str, str, datetime | None, bool]], now: datetime) -> list[Flag]:
-    """Return a flag for each schedule that is behind its instant; *rows*: name, queue, due, whether it is paused."""
+def late_schedules(rows: Iterable[tuple[str, ScheduleRow]], now: datetime) -> list[Flag]:
+    """Return a flag for each schedule that is behind its instant; *rows*: its queue, and what is stored of it."""
     found = []
-    for name, queue, due, paused in rows:
-        if due is None or paused or (late := (now - due).total_seconds()) < LATE_SECONDS:
+    for queue, row in rows:
+        name, due = row.name, instant_or_none(row.next_ms)
+        if due is None or row.paused or (late := (now - due).total_seconds()) < LATE_SECONDS:
             continue
         text = f"Schedule '{name}' stands still: it was due {span(late)} ago. A worker of '{queue}' carries it on."
         remedy = f"conveyor worker -q {queue}  (with an app that has its task)"

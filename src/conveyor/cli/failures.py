@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,7 +9,7 @@ import click
 from conveyor.cli.command import CommandGroup
 from conveyor.cli.completion import complete_queues
 from conveyor.cli.exit import ExitCode
-from conveyor.cli.output import Output, ProgressLine, clock_time, confirm_options, quantity
+from conveyor.cli.output import OutcomeCounter, Output, clock_time, confirm_options, quantity
 from conveyor.cli.target import Target, redis_options
 from conveyor.errors import ConfigurationError
 
@@ -134,21 +133,16 @@ def _act(
     what = f"{quantity(total, 'dead job')} of {row.task or row.queue} ({row.type or 'no error'}: {row.message[:80]})"
     if not out.confirm(f"{verb} {what}?", yes=yes, dry_run=dry_run):
         return ExitCode.OK
-    outcomes = Counter[str]()
-    with ProgressLine(out, "done", total) as progress:
-        for results in admin.act_on_matching(action, query):
-            outcomes.update(one.outcome for one in results)
-            progress.add(len(results))
-    done = sum(count for outcome, count in outcomes.items() if outcome not in {"refused", "not found"})
-    admin.note("retry" if verb == "Retry" else "delete", row.queue, chosen_by=row.filter, count=done)
+    outcomes = OutcomeCounter()
+    outcomes.follow(out, total, admin.act_on_matching(action, query))
+    admin.note("retry" if verb == "Retry" else "delete", row.queue, chosen_by=row.filter, count=outcomes.done)
     if out.as_json:
         out.document("failure-action", action=action, fingerprint=row.fingerprint, outcomes=dict(outcomes))
     elif out.on_terminal:
-        for outcome, number in outcomes.items():
-            out.line(f"{quantity(number, 'job')} {outcome}.")
+        outcomes.show(out)
     else:
         out.table(("outcome", "jobs"), sorted(outcomes.items()))
-    return ExitCode.REFUSED if outcomes["refused"] else ExitCode.OK
+    return outcomes.exit_code
 
 
 def _find(matrix: FailureMatrix, fingerprint: str) -> FailureRow:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from dataclasses import fields as dataclass_fields
@@ -20,8 +19,8 @@ from conveyor.cli.completion import complete_queues
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.filters import STATES, filter_text, selection_options
 from conveyor.cli.output import (
+    OutcomeCounter,
     Output,
-    ProgressLine,
     confirm_options,
     machine_text,
     parse_instant,
@@ -610,27 +609,24 @@ def _act_on_filter(
     if not out.confirm(question.format(f"{quantity(total, 'job')} ({by_state})"), yes=yes, dry_run=dry_run):
         return ExitCode.OK
     kept: list[ActionResult] = []
-    outcomes = Counter[str]()
-    summary = out.on_terminal and not out.as_json
-    with ProgressLine(out, "done", total) as progress:
-        for results in admin.act_on_chosen(action, queue, state, wanted):
-            outcomes.update(one.outcome for one in results)
-            if out.as_json:
-                kept += results
-            elif summary:
-                kept += [one for one in results if not one.done][: _REFUSALS_SHOWN - len(kept)]
-            else:
-                _print_outcomes(out, results)
-            progress.add(len(results))
-    done = sum(count for outcome, count in outcomes.items() if outcome not in {"refused", "not found"})
-    admin.note(schema, queue or "all queues", chosen_by=filter_text(state, wanted), count=done)
+    outcomes, summary = OutcomeCounter(), out.on_terminal and not out.as_json
+
+    def on_page(results: list[ActionResult]) -> None:
+        if out.as_json:
+            kept.extend(results)
+        elif summary:
+            kept.extend([one for one in results if not one.done][: _REFUSALS_SHOWN - len(kept)])
+        else:
+            _print_outcomes(out, results)
+
+    outcomes.follow(out, total, admin.act_on_chosen(action, queue, state, wanted), on_page)
+    admin.note(schema, queue or "all queues", chosen_by=filter_text(state, wanted), count=outcomes.done)
     if out.as_json:
         out.document(schema, jobs=kept)
     elif summary:
         _print_outcomes(out, kept)
-        for outcome, number in outcomes.items():
-            out.line(f"{quantity(number, 'job')} {outcome}.")
-    return ExitCode.REFUSED if outcomes["refused"] else ExitCode.OK
+        outcomes.show(out)
+    return outcomes.exit_code
 
 
 def _act(

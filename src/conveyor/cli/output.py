@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime, timedelta
 from time import monotonic
@@ -24,6 +25,8 @@ from conveyor.units import span
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    from conveyor.admin.views import ActionResult
 
 _COLOURS = {
     "dead": "red", "leased": "cyan", "scheduled": "yellow", "ready": "green", "cancelled": "magenta",
@@ -106,6 +109,37 @@ class Output:
             self.say("Nothing was done.")
             raise click.exceptions.Exit(ExitCode.REFUSED)
         return True
+
+
+class OutcomeCounter(Counter[str]):
+    """How many jobs of an action on many ended how."""
+
+    def follow(
+        self, out: Output, total: int, pages: Iterable[list[ActionResult]],
+        on_page: Callable[[list[ActionResult]], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Count the results of the *pages*, of *total* jobs, while a line says how far the action is; hand each page on."""
+        with ProgressLine(out, "done", total) as progress:
+            for results in pages:
+                self.update(one.outcome for one in results)
+                if on_page is not None:
+                    on_page(results)
+                progress.add(len(results))
+
+    @property
+    def done(self) -> int:
+        """The number of jobs that were changed."""
+        return sum(count for outcome, count in self.items() if outcome not in {"refused", "not found"})
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """The exit code of the command."""
+        return ExitCode.REFUSED if self["refused"] else ExitCode.OK
+
+    def show(self, out: Output) -> None:
+        """Print a line for each outcome, for people."""
+        for outcome, number in self.items():
+            out.line(f"{quantity(number, 'job')} {outcome}.")
 
 
 class ProgressLine:

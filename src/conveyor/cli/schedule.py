@@ -144,17 +144,9 @@ def delete(target: Target, out: Output, name: str, yes: bool, dry_run: bool) -> 
 
 def schedules_of(target: Target) -> Schedules:
     """Return the schedules of the namespace that a command is about; of an app its keys open sealed ones."""
-    from conveyor.jobs.core import AppCore, core_of
     from conveyor.jobs.schedules import Schedules
-    from conveyor.payload.formats import JSON
 
-    client = target.client()
-    known = None if target.app is None else core_of(target.app)
-    core = AppCore(
-        client, lease_ms=15_000, max_payload=2**20 if known is None else known.max_payload,
-        sealing=None if known is None else known.sealing, formats=JSON if known is None else known.formats,
-    )  # fmt: skip
-    return Schedules(core)
+    return Schedules(target.core())
 
 
 def _changed(out: Output, name: str, what: str, text: str) -> None:

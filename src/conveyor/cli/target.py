@@ -20,6 +20,7 @@ from conveyor.store.audit_log import write_audit
 
 if TYPE_CHECKING:
     from conveyor.admin.admin import Admin
+    from conveyor.jobs.core import AppCore
     from conveyor.store.client.client import Client
 
 RETRY_FOR = 1.0
@@ -130,6 +131,18 @@ class Target:
         app.client.retry_for = self.retry_for
         click.get_current_context().call_on_close(app.close)
         return app
+
+    def core(self) -> AppCore:
+        """Return the inside of an app that declares nothing, on the client; it opens what the app of the command seals."""
+        from conveyor.jobs.core import AppCore, core_of
+
+        client = self.client()
+        if self._app is None:
+            return AppCore.without_declarations(client)
+        known = core_of(self._app)
+        return AppCore.without_declarations(
+            client, max_payload=known.max_payload, sealing=known.sealing, formats=known.formats
+        )
 
     def admin(self) -> Admin:
         """Return the administration interface of the client."""

@@ -124,21 +124,12 @@ def publish(
 
 def _directory(target: Target) -> TopicDirectory:
     """Return the topics of the app that the command names, or of one that declares nothing."""
-    from conveyor.jobs.core import AppCore, core_of
-    from conveyor.payload.codec import MAX_PAYLOAD
-    from conveyor.payload.formats import JSON
+    from conveyor.jobs.core import core_of
 
     client, app = target.client(), target.app  # in this order: `client` loads the app
     if app is not None and app.client is client:
         return core_of(app).topics
-    known = None if app is None else core_of(app)
-    return AppCore(
-        client,
-        lease_ms=15_000,
-        max_payload=MAX_PAYLOAD if known is None else known.max_payload,
-        sealing=None if known is None else known.sealing,
-        formats=JSON if known is None else known.formats,
-    ).topics
+    return target.core().topics
 
 
 def _topic(target: Target, name: str) -> Topic[Any]:

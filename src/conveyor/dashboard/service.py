@@ -24,8 +24,6 @@ from conveyor.jobs.core import AppCore
 from conveyor.jobs.schedules import Schedule, Schedules
 from conveyor.messaging.declared_limits import short_limit
 from conveyor.messaging.limit_control import GroupControl, LimitControl, LimitState
-from conveyor.payload.codec import MAX_PAYLOAD
-from conveyor.payload.formats import JSON
 
 logger = logging.getLogger("conveyor.dashboard")
 _MOST_GROUPS = 100
@@ -116,7 +114,7 @@ class Service:
         """Return the inside of the app, or of one that declares nothing."""
         if self.core is not None:
             return self.core
-        return AppCore(self.admin.client, lease_ms=15_000, max_payload=MAX_PAYLOAD, sealing=None, formats=JSON)
+        return AppCore.without_declarations(self.admin.client)
 
     def schedules(self) -> list[dict[str, Any]]:
         """Return all schedules."""

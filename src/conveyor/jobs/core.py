@@ -12,6 +12,8 @@ from conveyor.jobs.hooks import Hooks
 from conveyor.jobs.registry import QueueRegistry
 from conveyor.jobs.results import ResultSubscriber
 from conveyor.jobs.watching import WatchHub
+from conveyor.payload.codec import MAX_PAYLOAD
+from conveyor.payload.formats import JSON
 
 if TYPE_CHECKING:
     from conveyor.jobs.schedule import Declaration
@@ -71,6 +73,14 @@ class AppCore(QueueRegistry, Hooks):
         """Functions of dependencies, and what is called in their places."""
         self.outboxes: list[DatabaseOutbox] = []
         """Those in a database of the program, whose rows are jobs to come."""
+
+    @classmethod
+    def without_declarations(
+        cls, client: Client, *, max_payload: int = MAX_PAYLOAD, sealing: PayloadPipeline | None = None,
+        formats: FormatRegistry = JSON,
+    ) -> AppCore:  # fmt: skip
+        """Return the inside of an app that declares nothing: for what looks at the jobs of other programs."""
+        return cls(client, lease_ms=15_000, max_payload=max_payload, sealing=sealing, formats=formats)
 
     @property
     def worker_command(self) -> str:
