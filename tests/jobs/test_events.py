@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from itertools import islice
 from typing import Any
 
@@ -25,6 +25,7 @@ from conveyor.events import (
     JobReturned,
 )
 from conveyor.jobs import queue_events
+from support.app_fixtures import blocking_client  # noqa: F401
 from support.manual_worker import eventually
 from support.running_worker import drain, working
 from support.time_limits import LATER, PATIENCE
@@ -37,13 +38,6 @@ async def app(url: str) -> AsyncIterator[Conveyor]:
     app.queue("told", events=1000)
     yield app
     await app.aclose()
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[Conveyor]:
-    """The same for blocking calls."""
-    with Conveyor(url) as app:
-        yield app
 
 
 async def take(app: Conveyor, count: int, after: str | None = None, name: str = "told") -> list[JobEvent]:

@@ -13,18 +13,11 @@ from conveyor import Context, Conveyor, Retry, Snooze, current
 from conveyor.admin.admin import Admin
 from conveyor.cli import main
 from conveyor.payload.records import AttemptHistory, PastEvent
+from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import audit, drain, working
 from support.time_limits import PATIENCE
 
 HERE = f"{platform.node()}:{os.getpid()}"
-
-
-@pytest.fixture
-async def app(url: str) -> Any:
-    """An app on the emptied server."""
-    app = Conveyor(url)
-    yield app
-    await app.aclose()
 
 
 async def told(job: Any) -> list[tuple[str, str, int]]:

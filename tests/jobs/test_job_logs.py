@@ -18,6 +18,7 @@ from conveyor.jobs.job_log import MOST_BYTES, MOST_LINES, JobLog
 from conveyor.store.operations import TurnReport
 from conveyor.worker.log_capture import LINE_BYTES
 from support import process_app
+from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import audit, drain, until, working
 from support.time_limits import PATIENCE
 
@@ -30,14 +31,6 @@ def level() -> Iterator[None]:
     shop.setLevel(logging.INFO)
     yield
     shop.setLevel(logging.NOTSET)
-
-
-@pytest.fixture
-async def app(url: str) -> Any:
-    """An app on the emptied server."""
-    app = Conveyor(url)
-    yield app
-    await app.aclose()
 
 
 async def lines(job: Any) -> list[tuple[int, str, str]]:

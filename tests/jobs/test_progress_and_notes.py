@@ -19,16 +19,9 @@ from conveyor.payload.records import AttemptHistory
 from conveyor.store import operations
 from conveyor.store.operations import Settlement, TurnReport
 from support import process_app
+from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import audit, drain, until, working
 from support.time_limits import PATIENCE
-
-
-@pytest.fixture
-async def app(url: str) -> Any:
-    """An app on the emptied server."""
-    app = Conveyor(url)
-    yield app
-    await app.aclose()
 
 
 async def said(job: Any, done: float) -> Progress:

@@ -15,26 +15,12 @@ from conveyor.jobs import watching
 from conveyor.payload.records import AttemptHistory, Failure, Outcome, to_json
 from conveyor.store import operations
 from conveyor.store.operations import Settlement
+from support.app_fixtures import blocking_client, loop_app  # noqa: F401
 from support.manual_worker import ManualWorker, eventually
 from support.running_worker import drain, until, working
 from support.time_limits import LATER, PATIENCE
 
 WAITERS = "conveyor:{default}:waiters"
-
-
-@pytest.fixture
-async def app(url: str) -> Any:
-    """An app on the emptied server."""
-    app = Conveyor(url)
-    yield app
-    await app.aclose()
-
-
-@pytest.fixture
-def client(url: str) -> Any:
-    """An app on the emptied server for blocking calls."""
-    with Conveyor(url) as app:
-        yield app
 
 
 def told(updates: list[JobUpdate]) -> list[str]:

@@ -17,6 +17,7 @@ import pytest
 
 from conveyor import ConfigurationError, Conveyor, Retry, Webhook
 from conveyor.jobs import webhooks
+from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import drain, until
 
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
@@ -57,14 +58,6 @@ def receiver() -> Iterator[Receiver]:
     receiver = Receiver()
     yield receiver
     receiver.close()
-
-
-@pytest.fixture
-async def app(url: str) -> Any:
-    """An app on the emptied server."""
-    app = Conveyor(url)
-    yield app
-    await app.aclose()
 
 
 @pytest.mark.row("D356")

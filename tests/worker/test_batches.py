@@ -41,6 +41,7 @@ from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.shared_memory import ChildSlot, ChildSpec, SharedMemory
 from conveyor.worker.worker import RETIRED, Worker
 from support import batch_app
+from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import audit, counts, drain, until, working
 from support.time_limits import PATIENCE
 from support.worker_processes import wait, worker_processes
@@ -54,14 +55,6 @@ LONG = "1h"
 class Row:
     id: int
     tenant: str = ""
-
-
-@pytest.fixture
-async def app(url: str) -> Any:
-    """An app on the emptied server."""
-    app = Conveyor(url)
-    yield app
-    await app.aclose()
 
 
 async def results(jobs: list[Job[Any]]) -> list[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -14,17 +13,10 @@ from conveyor.store import operations
 from conveyor.worker.leasing import group_series
 from conveyor.worker.leasing.group_series import GroupSeries
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
+from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import audit, counts, drain, until, working
 
 ONCE = Retry(attempts=5, backoff="10ms", cap="10ms", jitter=False)
-
-
-@pytest.fixture
-async def app(url: str) -> AsyncIterator[Conveyor]:
-    """An app on the emptied server."""
-    app = Conveyor(url)
-    yield app
-    await app.aclose()
 
 
 @pytest.fixture

@@ -14,16 +14,9 @@ from conveyor.jobs.app import Conveyor
 from conveyor.store.operations import TurnReport
 from conveyor.worker.leasing import heartbeat, wakeup
 from conveyor.worker.worker import Worker
+from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import drain, until, working
 from support.time_limits import LATER, PATIENCE
-
-
-@pytest.fixture
-async def app(url: str) -> Any:
-    """An app on the emptied server."""
-    app = Conveyor(url)
-    yield app
-    await app.aclose()
 
 
 @pytest.mark.usefixtures("only_when_woken")

@@ -12,15 +12,8 @@ from conveyor.jobs.app import Conveyor
 from conveyor.jobs.context import Context, current
 from conveyor.messaging.retry import Retry
 from conveyor.worker.worker import Worker
+from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import drain, until, working
-
-
-@pytest.fixture
-async def app(url: str) -> Any:
-    """An app on the emptied server."""
-    app = Conveyor(url)
-    yield app
-    await app.aclose()
 
 
 async def test_raw_entries_run_as_jobs(app: Conveyor, redis: Any) -> None:

@@ -16,6 +16,7 @@ from conveyor.jobs.context import current
 from conveyor.messaging import retry
 from conveyor.messaging.limits import Concurrency
 from conveyor.worker import settlement
+from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import audit, counts, working
 from support.shell import Shell
 
@@ -25,14 +26,6 @@ app = Conveyor()
 @app.task(name="train", requires="gpu")
 async def train() -> None: ...
 """
-
-
-@pytest.fixture
-async def app(url: str) -> Any:
-    """An app on the emptied server."""
-    app = Conveyor(url)
-    yield app
-    await app.aclose()
 
 
 async def why(job: Any, kind: str) -> str:

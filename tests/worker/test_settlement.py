@@ -25,16 +25,9 @@ from conveyor.store.client.client import Client
 from conveyor.worker.leasing.capacity import Capacity
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.worker import Worker
+from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import audit, counts, drain, until, working
 from support.time_limits import PATIENCE
-
-
-@pytest.fixture
-async def app(url: str) -> Any:
-    """An app on the emptied server."""
-    app = Conveyor(url)
-    yield app
-    await app.aclose()
 
 
 @pytest.mark.row("I18")

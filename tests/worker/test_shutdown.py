@@ -17,16 +17,9 @@ from conveyor.worker.execution import threads
 from conveyor.worker.leasing.capacity import Capacity
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.worker import Worker
+from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import counts, drain, until, working
 from support.server_process import Server
-
-
-@pytest.fixture
-async def app(url: str) -> Any:
-    """An app on the emptied server."""
-    app = Conveyor(url)
-    yield app
-    await app.aclose()
 
 
 @pytest.mark.row("A10")

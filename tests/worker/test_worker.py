@@ -17,16 +17,9 @@ from conveyor.jobs.context import Context, current
 from conveyor.messaging.retry import Retry
 from conveyor.store import inspection
 from conveyor.worker.leasing.capacity import Capacity
+from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import audit, counts, drain, until, working
 from support.time_limits import PATIENCE
-
-
-@pytest.fixture
-async def app(url: str) -> Any:
-    """An app on the emptied server."""
-    app = Conveyor(url)
-    yield app
-    await app.aclose()
 
 
 async def test_jobs_run_in_the_order_they_were_enqueued(app: Conveyor) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,17 +13,10 @@ from conveyor.admin.admin import Admin
 from conveyor.errors import WorkerNotFound
 from conveyor.jobs.app import Conveyor
 from conveyor.store import operations
+from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import counts, drain, until, working
 from support.shell import Shell
 from support.worker_processes import wait, worker_processes
-
-
-@pytest.fixture
-async def app(url: str) -> Any:
-    """An app on the emptied server."""
-    app = Conveyor(url)
-    yield app
-    await app.aclose()
 
 
 async def test_a_worker_is_seen_and_told_what_to_do(app: Conveyor) -> None:

@@ -1,0 +1,28 @@
+"""
+Fixtures of an app that a test file takes in place of the `app` of conftest.py, by importing them.
+
+The one of conftest.py runs what is left in its queues when a test is over, which most tests on an event loop do not want.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from conveyor import Conveyor
+
+
+@pytest.fixture(name="app")
+async def loop_app(url: str) -> AsyncIterator[Conveyor]:
+    """An app on the emptied server, closed on the event loop of the test."""
+    app = Conveyor(url)
+    yield app
+    await app.aclose()
+
+
+@pytest.fixture(name="client")
+def blocking_client(url: str) -> Iterator[Conveyor]:
+    """Another app on the emptied server, for blocking calls."""
+    with Conveyor(url) as app:
+        yield app
