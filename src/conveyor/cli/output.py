@@ -112,7 +112,7 @@ class Output:
 
 
 class OutcomeCounter(Counter[str]):
-    """How many jobs of an action on many ended how."""
+    """The outcomes of an action on many jobs, each with the number of jobs that had it."""
 
     def follow(
         self, out: Output, total: int, pages: Iterable[list[ActionResult]],
