@@ -17,6 +17,7 @@ import pytest
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.jobs.app import Conveyor
 from conveyor.store.client.buffer import Buffer
+from conveyor.store.transport.connection import Connection
 from support.server_process import Server
 from support.time_limits import PATIENCE
 
@@ -313,3 +314,23 @@ def test_a_bad_timeout_is_refused(value: Any) -> None:
         Conveyor("redis://127.0.0.1:1", timeout=value)
     with pytest.raises(ConfigurationError, match="timeout"):
         Conveyor("redis://127.0.0.1:1").ping(timeout=value)
+
+
+@pytest.mark.leaves_keys("the jobs that were enqueued")
+def test_the_timeout_of_the_socket_is_set_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls with the same timeout set it at the socket once, and one with another sets another: it costs three system calls."""
+    given: list[float] = []
+    set_timeout = Connection._set_socket_timeout
+
+    def noting(self: Connection, seconds: float) -> None:
+        given.append(round(seconds, 3))
+        set_timeout(self, seconds)
+
+    monkeypatch.setattr(Connection, "_set_socket_timeout", noting)
+    with Conveyor(url, timeout=4) as app:
+        for number in range(20):
+            app.queue("orders").push(number)
+        app.client.retry_for = 6
+        app.queue("orders").push(20)
+
+    assert len(given) == len(set(given)) == 2

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from conveyor.store.transport.endpoint import Endpoint
 
 T = TypeVar("T")
+SAME_TIMEOUT = 0.001
+"""Seconds by which the timeout of the socket may differ from that of a try: to set another takes three system calls."""
 ASYNC_QUERY_TIMEOUT = 2.0
 """Seconds a reply may take on an asyncio connection of redis-py, which has no time limit of its own."""
 
@@ -53,7 +55,7 @@ class Connection:
         self._socket: socket.socket | None = None
         self._reader: Any = None
         self._pack: Callable[[Any], bytes]
-        self._socket_timeout = 0.0
+        self._socket_timeout = math.inf  # none is set yet
         self._sent = 0  # the number of the last command that may have left
         self._answered = 0  # the number of the last command whose reply was read, or that was given up
 
@@ -185,7 +187,7 @@ class Connection:
         if number != self._answered + 1:
             self.close()
             raise _connection_error("Another call has used the connection before this one was answered")
-        if self._socket_timeout != block + self._reply_timeout:
+        if abs(block + self._reply_timeout - self._socket_timeout) > SAME_TIMEOUT:
             self._set_socket_timeout(block + self._reply_timeout)
         data = b""
         try:
@@ -219,7 +221,7 @@ class Connection:
         raw = self.endpoint.open(read_timeout=self._reply_timeout, deadline=self._deadline)
         self._reader = hiredis.Reader(replyError=ResponseError)
         self._pack = hiredis.pack_command
-        self._socket_timeout = 0.0
+        self._socket_timeout = math.inf  # none is set yet
         self._raw = raw
         self._socket = raw._sock  # noqa: SLF001  the one private name we use; a test holds it
         # Last, so that an interrupted opening leaves none that is half made.

@@ -92,7 +92,8 @@ class CallTimeout:
             return RetryTimer(retry_for, deadline, firm=True)
         if self.seconds is None or retry_for is None:
             return RetryTimer(retry_for)
-        return RetryTimer(retry_for, time.monotonic() + max(self.seconds, retry_for), firm=self.firm)
+        now = time.monotonic()
+        return RetryTimer(retry_for, now + max(self.seconds, retry_for), firm=self.firm, since=now)
 
 
 NO_TIMEOUT = CallTimeout()
@@ -111,8 +112,10 @@ class RetryTimer:
 
     __slots__ = ("_attempt", "_firm", "_since", "deadline", "longest_pause", "seconds")
 
-    def __init__(self, seconds: float | None, deadline: float = math.inf, *, firm: bool = False) -> None:
-        self.seconds, self._since, self._attempt = seconds, time.monotonic(), 0
+    def __init__(
+        self, seconds: float | None, deadline: float = math.inf, *, firm: bool = False, since: float | None = None
+    ) -> None:
+        self.seconds, self._since, self._attempt = seconds, time.monotonic() if since is None else since, 0
         self.deadline, self._firm, self.longest_pause = deadline, firm, LONGEST_PAUSE
 
     def first_try(self, most: float) -> float:
