@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from conveyor import ConfigurationError, Conveyor, Retry, Webhook
+from conveyor import ConfigurationError, Conveyor, Retry, RetryIn, Webhook
 from conveyor.jobs import webhooks
 from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import drain, until
@@ -157,3 +157,12 @@ def test_a_webhook_needs_a_job_that_ends(url: str) -> None:
             app.task(ack="early", webhook=Webhook("https://example.org/", SECRET))(lambda: None)
         with pytest.raises(ConfigurationError, match="takes a Webhook"):
             app.task(webhook="https://example.org/")(lambda: None)  # type: ignore[arg-type,call-overload]
+
+
+def test_a_receiver_that_asks_for_patience_is_named(receiver: Receiver) -> None:
+    """A status with Retry-After postpones the next try, and the error says which status answered."""
+    receiver.answers = [503]
+    told = {"id": "default:x", "state": "done", "at": "2026-11-28T04:20:00.000+00:00"}
+    with pytest.raises(RetryIn, match=r"^http://127\.0\.0\.1 answered 503\.$") as postponed:
+        webhooks.send(Webhook(receiver.url, SECRET, allow_private=True), "default:y", told)
+    assert postponed.value.delay == 0
