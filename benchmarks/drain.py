@@ -38,7 +38,7 @@ def drain(bench: Bench) -> None:
                 continue
             bench.flush()
             measured_jobs.app.enqueue_many(call(number, TEXT) for number in range(count * processes))
-            first, last = _drain(bench, queue, processes)
+            first, last = drained(bench, queue, processes)
             name = f"ours drain {queue} {processes}"
             done = _note(bench, name, first, last)
             bench.note(f"{name} commands/job", (last.commands - first.commands) / done)
@@ -60,7 +60,7 @@ def levelled(bench: Bench) -> None:
     }.items():
         bench.flush()
         jobs.app.enqueue_many(call(number, TEXT) for number in range(count))
-        first, last = _drain(bench, queue, 1)
+        first, last = drained(bench, queue, 1)
         name = f"ours levelled {queue}"
         done = _note(bench, name, first, last)
         bench.note(f"{name} commands/job", (last.run - first.run) / done)
@@ -81,7 +81,7 @@ def live_jobs(client: Any, queue: str) -> int:
     return int(client.hlen(f"{NAMESPACE}:{{{queue}}}:jobs"))
 
 
-def _drain(bench: Bench, queue: str, processes: int, parts: Sequence[str] = ()) -> tuple[Snapshot, Snapshot]:
+def drained(bench: Bench, queue: str, processes: int, parts: Sequence[str] = ()) -> tuple[Snapshot, Snapshot]:
     """
     Return the snapshots at about 10 % and 90 %, so that neither start-up nor the tail is measured.
 
@@ -133,7 +133,7 @@ def partitions(bench: Bench) -> None:
                 f"ours push {number} partitions server us/job", (cpu_seconds(bench.server_pid) - used) / count * 1e6
             )
             bench.note(f"ours push {number} partitions commands/job", (commands_run(client) - ran) / count)
-        first, last = _drain(bench, queue, 1, parts)
+        first, last = drained(bench, queue, 1, parts)
         done = first.left - last.left
         bench.note(f"ours drain {number} partitions server us/job", (last.server_cpu - first.server_cpu) / done * 1e6)
         bench.note(f"ours drain {number} partitions commands/job", (last.run - first.run) / done)

@@ -10,6 +10,10 @@ from benchmarks.harness import NAMESPACE
 from conveyor import Concurrency, Context, Conveyor, Unique, current
 
 app = Conveyor(namespace=NAMESPACE)  # the URL comes from CONVEYOR_URL
+if os.environ.get("CONVEYOR_BENCH_TRACED"):
+    from conveyor.contrib.opentelemetry import instrument
+
+    instrument(app)
 
 
 @app.task(queue="async", timeout="30s")

@@ -252,3 +252,40 @@ async def test_absent_tracing_costs_nothing(url: str) -> None:
             sys.setprofile(None)
         await app.queue("post").apurge()
     assert called == []
+
+
+@pytest.mark.parametrize("kind", ["loop", "thread"])
+async def test_tracing_without_an_sdk_is_left_out_of_runs(url: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the API alone no run goes through the middleware, unless its job carries a trace on; with an SDK each does."""
+    ran: list[str] = []
+
+    class Noting(OpenTelemetry):
+        async def run(self, context: Any, call_next: Any) -> Any:
+            ran.append(context.job_id)
+            return await super().run(context, call_next)
+
+    async with Conveyor(url) as app:
+        app.middleware(telemetry := Noting())
+        seen: list[dict[str, str]] = []
+
+        async def loop() -> None:
+            seen.append(dict(current().headers))
+
+        def thread() -> None:
+            seen.append(dict(current().headers))
+
+        task = app.task(name=kind, queue="mail")(loop if kind == "loop" else thread)
+        await task.aenqueue()
+        await drain(app)
+        assert (ran, seen) == ([], [{}])
+
+        traced = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+        carried = await task.options(headers=traced).aenqueue()
+        await drain(app)
+        assert (ran, seen[1:]) == ([carried.id], [traced])
+
+        monkeypatch.setattr("conveyor.contrib.opentelemetry._API", ("no.api",))  # as where an SDK is set up
+        telemetry._look_at = 0.0
+        later = await task.aenqueue()
+        await drain(app)
+        assert ran[1:] == [later.id]

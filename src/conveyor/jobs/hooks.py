@@ -50,6 +50,14 @@ class Middleware:
         """Await ``call_next()`` to run the job, and return its result or another one."""
         return await call_next()
 
+    def skips(self, headers: Mapping[str, str]) -> bool:
+        """
+        Tell whether `run` would do nothing for a job with these headers. Where all middleware says so, none is called.
+
+        It is asked before each attempt, and must be quick.
+        """
+        return False
+
 
 class _AdaptedMiddleware(Middleware):
     """A function, or an object that has `push` or `run` without being a Middleware."""
@@ -101,6 +109,15 @@ def wraps_pushes(middleware: Middleware) -> bool:
 def wraps_runs(middleware: Middleware) -> bool:
     """Tell whether it does anything when a job runs."""
     return "run" in vars(middleware) or type(middleware).run is not Middleware.run
+
+
+def skipping(middlewares: Sequence[Middleware]) -> Callable[[Mapping[str, str]], bool] | None:
+    """Return what tells whether all of *middlewares* skip a job; None where one of them never does."""
+    if any(type(one).skips is Middleware.skips for one in middlewares):
+        return None
+    if len(middlewares) == 1:
+        return middlewares[0].skips
+    return lambda headers: all(one.skips(headers) for one in middlewares)
 
 
 async def run_through(middlewares: Sequence[Middleware], context: Context, job: Callable[[], Awaitable[Any]]) -> Any:

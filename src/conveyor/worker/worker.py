@@ -15,7 +15,7 @@ from conveyor import ids
 from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
 from conveyor.events import WorkerStarted, WorkerStopped
 from conveyor.jobs.core import core_of
-from conveyor.jobs.hooks import run_through, wraps_runs
+from conveyor.jobs.hooks import run_through, skipping, wraps_runs
 from conveyor.store import operations
 from conveyor.store.client.queue_index import REFRESH
 from conveyor.store.transport import eviction
@@ -200,6 +200,7 @@ class Worker:
             kinds={task.run_in for task in tasks if task.run_in != "process" or processes.refusal(task) is None},
             loader=self.loader, running_table=self._running_table,
             chain=(lambda context, call: run_through(chain, context, call)) if chain else None,
+            skips=skipping(chain) if chain else None,
         )  # fmt: skip
 
     def _make_processes(self) -> ProcessPool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextvars import Context as Variables
 from contextvars import copy_context
 from functools import partial
@@ -42,7 +42,8 @@ class Executor:
     def __init__(
         self, *, concurrency: int, threads: int, processes: ProcessPool, on_finished: OnFinished,
         on_stuck: Callable[[Attempt], None], on_batch: Callable[[list[End]], None], kinds: set[str], loader: JobLoader,
-        chain: Chain | None = None, running_table: RunningTable | None = None,
+        chain: Chain | None = None, skips: Callable[[Mapping[str, str]], bool] | None = None,
+        running_table: RunningTable | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -55,12 +56,14 @@ class Executor:
             kinds: how the app's tasks run ("loop", "thread", "process").
             loader: opens sealed bodies.
             chain: calls the middlewares around a job; None without any.
+            skips: tells by the headers of a job whether none of them would do anything; None: one of them always may.
             running_table: where a supervisor reads which jobs run; None without one.
         """
         self.concurrency = concurrency
         self._kinds = kinds
         self._loader = loader
         self._on_finished, self._on_stuck, self._chain = on_finished, on_stuck, chain
+        self._skips = skips
         self._on_batch = on_batch
         self.gatherer: BatchGatherer | None = None
         """Gathers jobs of batch tasks; None until the first of them."""
@@ -124,7 +127,7 @@ class Executor:
                 backlog.append(attempt)
             elif kind == "batch":
                 self._gather(attempt)
-            elif self._chain is not None:
+            elif self._chain is not None and not self._is_skipped(attempt):
                 backlog.append(attempt)
             elif kind == "thread":
                 self._start_on_thread(attempt)
@@ -189,11 +192,15 @@ class Executor:
         handler = attempt.handler
         attempt.runner = asyncio.current_task()
         variables.run(CURRENT.set, attempt)
-        if self._chain is not None:
+        if self._chain is not None and (handler.kind != "loop" or not self._is_skipped(attempt)):
             return variables, self._chain(attempt.open(), partial(self._call, attempt))
         args, kwargs = handler.decode(attempt.body)
         function = self._filled(attempt) if handler.fills else handler.function
         return variables, variables.run(function, *args, **kwargs)
+
+    def _is_skipped(self, attempt: Attempt) -> bool:
+        """Tell whether no middleware would do anything around an attempt."""
+        return self._skips is not None and self._skips(attempt.envelope.extra.headers)
 
     async def _call(self, attempt: Attempt) -> Any:
         """Run the function itself, inside all middlewares."""
