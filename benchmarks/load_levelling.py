@@ -7,6 +7,7 @@ Every case counts violations from the journal that the jobs write, and ends with
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -119,13 +120,14 @@ class Run:
                 time.sleep(0.01)
         self.returns.append(time.monotonic() - begin)
 
-    def kill_evenly(self, seconds: float) -> int:
-        """Kill as many processes as asked, evenly over so many seconds; return how many were killed."""
+    def kill_evenly(self, seconds: float, meanwhile: Callable[[], object]) -> int:
+        """Kill as many processes as asked, evenly over so many seconds or twice as many; return how many were killed."""
         killed, begin = 0, time.monotonic()
-        for number in range(self.options.kills):
-            time.sleep(max(0.0, begin + (number + 1) * seconds / (self.options.kills + 1) - time.monotonic()))
-            killed += self.kill_one()
-        time.sleep(max(0.0, begin + seconds - time.monotonic()))
+        while killed < self.options.kills and (now := time.monotonic() - begin) < 2 * seconds:
+            if now >= (killed + 1) * seconds / (self.options.kills + 1):
+                killed += self.kill_one()
+            meanwhile()
+            time.sleep(0.02)
         return killed
 
     def wait(self, condition: Callable[[], object], what: str, within: float = 300.0) -> None:
@@ -254,20 +256,29 @@ def used(starts: list[float], n: int, per: float) -> float:
 def concurrency(options: argparse.Namespace) -> int:
     """Count jobs that run at a time, with kills; slots that are taken after draining."""
     with running(options, n=options.n, seconds=0.02) as run:
-        run.app.enqueue_many([run.tasks.slotted.s(n) for n in range(options.jobs)])
+        calls, queue = map(run.tasks.slotted.s, itertools.count()), run.app.queue("levelled")
+        jobs = 0
+
+        def refill() -> None:
+            """Keep jobs waiting as long as processes are killed."""
+            nonlocal jobs
+            if len(queue) < options.jobs // 2:
+                jobs += len(run.app.enqueue_many(itertools.islice(calls, options.jobs)))
+
+        refill()
         run.start(options.processes, -(-50 // options.processes))
         run.wait(run.lines, "the first start", 60)
-        killed = run.kill_evenly(options.seconds)
+        killed = run.kill_evenly(options.seconds, refill)
         run.wait(run.drained, "the queue to be empty")
         lines = run.lines()
         for watcher in run.watchers:
             watcher.join()
         slots = [state.used for state in run.app.limits.list("levelled")]
-        dead = run.app.queue("levelled").stats().dead
+        dead = queue.stats().dead
     most, over, gaps = count_running(lines, options.n)
     say("limit, worker slots", f"{options.n}, 50")
     say("kills", killed)
-    say("jobs, starts", f"{options.jobs}, {sum(line.what == 'start' for line in lines)}")
+    say("jobs, starts", f"{jobs}, {sum(line.what == 'start' for line in lines)}")
     say("most at a time by the jobs' own log", most)
     say("starts above the limit", over)
     returns = sorted(run.returns) or [0.0]
@@ -275,7 +286,7 @@ def concurrency(options: argparse.Namespace) -> int:
     say("slots back after a kill, s: longest", returns[-1])
     say("longest gap between starts while work waited, s", gaps)
     say("slots in use after draining", sum(slots))
-    say("jobs lost", options.jobs - len({line.n for line in lines if line.what == "end"}) - dead)
+    say("jobs lost", jobs - len({line.n for line in lines if line.what == "end"}) - dead)
     return int(over > 0 or sum(slots) > 0)
 
 

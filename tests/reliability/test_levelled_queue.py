@@ -181,7 +181,7 @@ SABOTAGES = {
     "a change while the job runs is forgotten": ("da, waits, lease, push", "PUSH", "return {'rerun', id, behind = holder}", "return {'kept', holder}"),
     "a debounced job keeps the first": ("sb, waits, push, push", "PUSH", "redis.call('HSET', queue.jobs, id, head .. text .. rest)", ""),
     "a debounced job does not wait anew": ("sb, runs, push, push", "PUSH", "redis.call('ZADD', queue.due, int(instant), id)", ""),
-    "two of one key run": ("da, waits, lease, push", "PUSH", "if place == 'waits' then\n        queue", "if true then\n        queue"),
+    "two of one key run": ("da, waits, lease, push", "PUSH", "if place == 'waits' then\nqueue", "if true then\nqueue"),
     "a ticket is doubled": ("dk, waits, cancel, push", "PUSH", "if length == 1 then", "if true then"),
     "a slot is given back to nobody": ("dk, waits, lease, crash", "REAP", "give_back(queue, grouped)", ""),
     "the baton is dropped": ("da, runs, L, lease", "TURN", "if room >= cost then", "if false then"),

@@ -28,7 +28,7 @@ Step = tuple[Callable[[], Any], Callable[[], Awaitable[Any]]]
 StepProgram = Generator[Step, Any, Any]
 
 _NEEDS = re.compile(r"^-- needs: (.+)$", re.MULTILINE)
-_COMMENT = re.compile(r"^ *--.*\n", re.MULTILINE)
+_UNREAD = re.compile(r"^ *(?:--.*\n)?", re.MULTILINE)
 
 
 class Script:
@@ -45,14 +45,14 @@ class Script:
     @lazy_property
     def text(self) -> str:
         """
-        The text that the server gets: the parts, then the file, without lines of comments.
+        The text that the server gets: the parts, then the file, without lines of comments and indentation.
 
         It is put together once in a process.
         """
         own = _read(f"{self.name}.lua")
         needs = _NEEDS.search(own)
         texts = [_read(f"lib/{part}.lua") for part in (needs[1].split() if needs else ())]
-        return _COMMENT.sub("", "".join([*texts, own]))
+        return _UNREAD.sub("", "".join([*texts, own]))
 
     @lazy_property
     def sha(self) -> str:

@@ -573,6 +573,53 @@ def test_wrong_type_fails_with_nothing_written(seeded: SeededQueue, name: str) -
     assert noticed == shared
 
 
+@pytest.mark.row("C28")
+@pytest.mark.parametrize("name", [*GROUPED_CALLS, "turn-due"])
+def test_wrong_type_of_one_group_or_limit(seeded: SeededQueue, name: str) -> None:
+    """With the key of one group, limit or rate of another type, a step is refused whole, or done with that group set aside."""
+    declare(seeded, one="c 1 -", rate="r 1 3600000 0 -")
+    seeded.push(*(entry(f"{key}{n}", group=key) for n in (1, 2, 3) for key in "abc"))
+    seeded.push(
+        *(entry(f"l{n}", limits=("1:one", "1:rate")) for n in (1, 2)),
+        *(entry(f"m{n}", limits=("1:rate",)) for n in (1, 2)),
+    )
+    seeded.register("w")
+    assert len(seeded.turn("w", 1, 9).ids) == 4
+    call = GROUPED_CALLS.get(name, lambda keys: operations.turn(keys, "w", 3, 9, LEASE, TurnReport([])))(seeded.keys)
+    if name == "turn-due":
+        seeded.turn("w", 2, 0, others=[Settlement("R", "b1", 1, state=b"1 1 0")])
+        instant = seeded.now()
+        while seeded.now() <= instant + 1:
+            pass
+    snapshot = Snapshot(seeded.redis)
+    seeded.run(call)
+    jobs = set(seeded.redis.hkeys(seeded.keys.jobs))
+    kinds = ("group:", "limit:", "rate:")
+    snapshot.restore()
+    single = [
+        key
+        for found in seeded.redis.scan_iter("*")
+        if (key := found.decode().removeprefix(seeded.keys.prefix)).startswith(kinds)
+    ]
+    assert {key.partition(":")[0] + ":" for key in single} == {*kinds}
+    for key in sorted(single):
+        snapshot.restore()
+        seeded.redis.delete(seeded.keys.prefix + key)
+        seeded.redis.sadd(seeded.keys.prefix + key, "spoiled")
+        before = exact(seeded.redis)
+        try:
+            seeded.run(call)
+        except ConveyorError:
+            assert difference(before, exact(seeded.redis)) == {}, f"it wrote something before it failed on {key}"
+            continue
+        left = set(seeded.redis.hkeys(seeded.keys.jobs))
+        assert left >= jobs or (name == "purge" and len(left) >= len(jobs)), f"it lost jobs over {key}"
+        if seeded.redis.type(seeded.keys.prefix + key) == b"set":
+            seeded.redis.delete(seeded.keys.prefix + key)
+        seeded.run(operations.repair(seeded.keys, [one.decode() for one in sorted(left)]))
+        assert [one for one in seeded.audit() if "count" not in one[0]] == [], f"after {key}"
+
+
 def test_hashes_of_many_slots_are_tables(seeded: SeededQueue) -> None:
     """A turn of many jobs keeps slots and their counts as tables: a list would be searched for every job."""
     declare(seeded, one="c 1000")

@@ -37,8 +37,9 @@ def code(text: str) -> str:
 
 
 def without_comments(text: str) -> str:
-    """Return the lines of a text that are not comments alone."""
-    return "".join(line for line in text.splitlines(keepends=True) if not line.lstrip(" ").startswith("--"))
+    """Return the lines of a text that are not comments alone, without their indentation."""
+    lines = (line.lstrip(" ") for line in text.splitlines(keepends=True))
+    return "".join(line for line in lines if not line.startswith("--"))
 
 
 def doubled(text: str) -> list[str]:
@@ -113,7 +114,7 @@ def test_functions_are_defined_before_they_are_called() -> None:
 
 
 def test_texts_are_the_parts_and_the_file() -> None:
-    """A text is its parts in the order of the header, then the file, without lines of comments, whatever the order in a folder."""
+    """A text is its parts in the order of the header, then the file, without comments and indentation, whatever the order in a folder."""
     assert Script("held_ids").text != without_comments(FILES["held_ids"])
     assert Script("wake").text == without_comments(FILES["wake"]) != FILES["wake"]
     assert "[[" not in "".join([*FILES.values(), *PARTS.values()])  # no text of several lines could hold such a line

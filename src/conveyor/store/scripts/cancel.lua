@@ -95,7 +95,7 @@ local function cancel_job(id)
   if group then
     queue.counters.waiting_stubs = queue.counters.waiting_stubs + 1
     -- A group whose first job this was may have one behind it that need not wait.
-    if redis.call('LINDEX', queue.prefix .. 'group:' .. found.priority .. ':' .. group, 0) == id then
+    if redis.pcall('LINDEX', queue.prefix .. 'group:' .. found.priority .. ':' .. group, 0) == id then
       readmit(queue, found.priority .. group)
     end
   end

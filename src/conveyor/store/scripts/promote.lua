@@ -31,7 +31,7 @@ local event = past_event('promoted', walk.now, ARGV[1])
 for i, job in ipairs(walk.found) do
   -- An alarm, whose name begins with a tab, has no envelope.
   if envelopes[i] and redis.call('ZREM', KEYS[1], job.id) == 1 then
-    if grouped[i] then rejoin(queue, {grouped[i]}) else redis.call('RPUSH', KEYS[4 + priority_of(envelopes[i])], job.id) end
+    if grouped[i] then rejoin(queue, {grouped[i]}, walk.now) else redis.call('RPUSH', KEYS[4 + priority_of(envelopes[i])], job.id) end
     local state = redis.call('HGET', prefix .. 'state', job.id)
     redis.call('HSET', prefix .. 'state', job.id, with_event(state, event))
     if events then note_event('promoted', job.id, envelopes[i], attempt_in(state), 'by', ARGV[1]) end

@@ -27,10 +27,12 @@ if grouped then
   prove(prefix .. 'none', 'SREM')
 end
 
--- Remove jobs from a group, and tell whether it is empty then.
+-- Remove jobs from a group, and tell whether it is empty then. A list of another type counts as empty.
 local function take_group(priority, group)
   local key = prefix .. 'group:' .. priority .. ':' .. group
-  for _, id in ipairs(redis.call('LPOP', key, limit - #ids) or {}) do
+  local popped = redis.pcall('LPOP', key, limit - #ids) or {}
+  if popped.err then return true end
+  for _, id in ipairs(popped) do
     ids[#ids + 1] = id
     groups[#ids] = group
     queue.counters.waiting = queue.counters.waiting - 1
@@ -59,7 +61,7 @@ local function take_waiting()
   for _, one in ipairs(members) do
     if #ids >= limit then break end
     if take_group(string.sub(one[1], 1, 1), string.sub(one[1], 2)) then
-      redis.call('ZREM', prefix .. 'limit:' .. one[2], one[1])
+      redis.pcall('ZREM', prefix .. 'limit:' .. one[2], one[1])
       redis.call('HDEL', prefix .. 'waits', one[1])
     else
       readmit(queue, one[1])

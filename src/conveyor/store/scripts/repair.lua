@@ -26,6 +26,17 @@ local function mend_ticket(priority, group)
   queue.moved = priority
 end
 
+-- Forget the ticket of a group whose list is lost: it is made anew with its first job.
+local function forget_ticket(priority, group)
+  local member = priority .. group
+  if redis.call('EXISTS', prefix .. 'group:' .. priority .. ':' .. group) == 1 then return end
+  redis.call('LREM', KEYS[8 + priority], 0, '\t' .. group)
+  redis.call('SREM', prefix .. 'tickets', member)
+  local limit = redis.call('HGET', prefix .. 'waits', member)
+  if limit then redis.call('ZREM', prefix .. 'limit:' .. limit, member) end
+  redis.call('HDEL', prefix .. 'waits', member)
+end
+
 local function is_placed(id, found, envelope)
   if found and found.after and redis.call('HEXISTS', jobs, found.after) == 1 and redis.call('HGET', prefix .. 'reruns', found.after) == id then
     return true
@@ -56,7 +67,7 @@ end
 if #lost == 0 and #grouped == 0 then return {0, 0} end
 prove(KEYS[18], 'HDEL', 'HGET', 'HSET', 'HINCRBY', 'ZADD', 'LPUSH')
 prove_groups(KEYS[18])
-prove(KEYS[18], 'LLEN')
+prove(KEYS[18], 'LLEN', 'LREM', 'SREM')
 local back, removed = 0, 0
 for _, i in ipairs(lost) do
   local id, found = ARGV[i], marks(envelopes[i]) or {}
@@ -77,6 +88,7 @@ for _, i in ipairs(lost) do
       if group then
         -- The slots that it held when it was lost are free.
         give_back(queue, {id})
+        forget_ticket(found.priority, group)
         join_group(queue, found.priority, group, id, true)
       else
         redis.call('LPUSH', KEYS[8 + (found.priority or 0)], id)

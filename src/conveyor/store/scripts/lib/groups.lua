@@ -114,7 +114,7 @@ end
 local function readmit(queue, member)
   local limit = redis.call('HGET', queue.prefix .. 'waits', member)
   if not limit then return false end
-  redis.call('ZREM', queue.prefix .. 'limit:' .. limit, member)
+  redis.pcall('ZREM', queue.prefix .. 'limit:' .. limit, member)
   move_to_ready(queue, {member})
   return true
 end
@@ -200,13 +200,20 @@ end
 -- Put jobs that were scheduled into their groups: in front where they kept their group's slot while they waited for a retry.
 -- queue    as begin_groups makes it
 -- jobs     {id, priority, group}…
+-- now      ms; a job whose group has a key of another type is looked at again in a minute
 -- returns  true when one has a priority above 0
-local function rejoin(queue, jobs)
-  local ids, urgent = {}, false
-  for i, job in ipairs(jobs) do ids[i] = job[1] end
+local function rejoin(queue, jobs, now)
+  local ids, urgent, able = {}, false, {}
+  for _, job in ipairs(jobs) do
+    if type(redis.pcall('LLEN', list_of(queue, job[2], job[3]))) == 'number' then
+      able[#able + 1], ids[#ids + 1] = job, job[1]
+    else
+      redis.call('ZADD', queue.due, int(now + 60000), job[1])
+    end
+  end
   local slots = read_fields(queue.prefix .. 'slots', ids)
   give_back(queue, ids)
-  for i, job in ipairs(jobs) do
+  for i, job in ipairs(able) do
     join_group(queue, job[2], job[3], job[1], slots[i] ~= false)
     if job[2] > 0 then urgent = true end
   end
@@ -232,8 +239,8 @@ end
 -- name     of the limit
 -- returns  its cost
 local function first_cost(queue, member, name)
-  local id = redis.call('LINDEX', list_of(queue, string.sub(member, 1, 1), string.sub(member, 2)), 0)
-  local found = id and marks(redis.call('HGET', queue.jobs, id) or '\n')
+  local id = redis.pcall('LINDEX', list_of(queue, string.sub(member, 1, 1), string.sub(member, 2)), 0)
+  local found = type(id) == 'string' and marks(redis.call('HGET', queue.jobs, id) or '\n')
   for _, limit in ipairs(found and found.limits or {}) do
     local cost, other = string.match(limit, '^(%d+):(.*)$')
     if other == name then return tonumber(cost) end
@@ -259,7 +266,7 @@ local function pass_on(queue, now, most)
   if waited == 0 then return end
   local waiting, firsts = {}, {}
   for i, name in ipairs(names) do
-    local first = redis.call('ZRANGE', keys[i], 0, 0)[1]
+    local first = redis.pcall('ZRANGE', keys[i], 0, 0)[1] -- nil also of a key of another type
     if first then waiting[#waiting + 1], firsts[#firsts + 1] = name, first end
   end
   load_limits(queue, waiting)

@@ -114,9 +114,10 @@ end
 local function read_rate(queue, s, now)
   local key = queue.prefix .. 'rate:' .. s.name
   local kept = redis.call('TYPE', key).ok
+  if kept ~= 'list' and kept ~= 'hash' and kept ~= 'string' then s.other, kept = kept ~= 'none', 'none' end -- of another type: forgotten
   s.kept, s.starts, s.windows, s.next_at = kept, nil, nil, nil
   if kept == 'string' then
-    s.next_at = tonumber(redis.call('GET', key))
+    s.next_at = tonumber(redis.call('GET', key)) or 0
     -- A start less than one interval ago, where the limit was not smooth before or will not be now.
     s.free = s.next_at <= now and 1 or 0
     if not s.smooth and s.free == 1 then s.free = math.min(s.n, 1000) end
@@ -205,6 +206,7 @@ end
 -- returns  nothing
 local function write_rate(queue, s, passed, now)
   local key, count, cost = queue.prefix .. 'rate:' .. s.name, passed[1], passed[2]
+  if s.other then redis.call('DEL', key) end
   if s.smooth then
     local interval = s.per / s.n
     -- The instants keep to their grid when a start is late by less than the clock shows.

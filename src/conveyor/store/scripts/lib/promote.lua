@@ -39,7 +39,7 @@ local function promote_due(queue, first, now, missing)
       end
     end
     if #alarms > 0 then ring(queue, alarms, now) end
-    if #grouped > 0 and rejoin(queue, grouped) then urgent = true end
+    if #grouped > 0 and rejoin(queue, grouped, now) then urgent = true end
     first = redis.call('ZRANGE', queue.due, 0, 0, 'WITHSCORES')
   end
   return tonumber(first[2]), urgent

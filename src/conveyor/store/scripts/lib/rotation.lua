@@ -6,8 +6,8 @@
 -- one      {group, limit (of its key)}
 -- returns  true or false
 local function may_be_open(queue, priority, one)
-  local id = redis.call('LINDEX', list_of(queue, priority, one.group), 0)
-  local found = id and marks(redis.call('HGET', queue.jobs, id) or '\n')
+  local id = redis.pcall('LINDEX', list_of(queue, priority, one.group), 0)
+  local found = type(id) == 'string' and marks(redis.call('HGET', queue.jobs, id) or '\n')
   for _, limit in ipairs(found and found.limits or {}) do
     if string.sub(limit, -#one.limit) == one.limit then return true end
   end
@@ -59,7 +59,9 @@ local function read_groups(queue, priority, entries, room, whole, now)
         one.series = s.count > 0 and 1 or math.min(one.most, queue.series or 1)
         one.most = one.series
       end
-      one.ids = redis.call('LRANGE', lead .. one.group, '0', one.most == 1 and '1' or one.most)
+      -- A list of another type is set aside as an empty one: its ticket goes, and the jobs that it had are found by a repair.
+      one.ids = redis.pcall('LRANGE', lead .. one.group, '0', one.most == 1 and '1' or one.most)
+      if one.ids.err then one.ids = {} end
     end
   end
   return groups
@@ -245,7 +247,11 @@ local function park(queue, priority, waiting)
     members[i], waits[2 * i - 1], waits[2 * i] = member, member, one[2]
     -- A higher priority comes first, and else who waits longer.
     local place = (9 - priority) * 2 ^ 45 + last - #waiting + i
-    redis.call('ZADD', queue.prefix .. 'limit:' .. one[2], int(place), member)
+    local limit = queue.prefix .. 'limit:' .. one[2]
+    if type(redis.pcall('ZADD', limit, int(place), member)) ~= 'number' then -- of another type: the tickets in it were lost
+      redis.call('DEL', limit)
+      redis.call('ZADD', limit, int(place), member)
+    end
   end
   redis.call('SREM', queue.prefix .. 'tickets', unpack(members))
   redis.call('HDEL', queue.prefix .. 'credits', unpack(members))

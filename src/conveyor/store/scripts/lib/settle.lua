@@ -28,6 +28,12 @@ local function read_settlements(queue, leased, done_at, done_count, other_at, ot
       if (ARGV[i] == 'D' or ARGV[i] == 'C') and ARGV[i + 2] ~= '0' then kinds.keep = true end
       if ARGV[i + 5] ~= '' and attributes(ARGV[i + 5], {}).keys then kinds.unique = true end
       if ARGV[i + 6] == '1' then kinds.own = true end
+      if ARGV[i] == 'F' or ARGV[i] == 'L' then
+        local envelope = redis.call('HGET', queue.jobs, ARGV[i + 1])
+        local found = envelope and marks(envelope)
+        local group = found and group_of(found)
+        if group then redis.call('LLEN', queue.prefix .. 'group:' .. found.priority .. ':' .. group) end
+      end
       if ARGV[i] == 'R' and ARGV[i + 3] ~= '' then
         kinds.needs = true
         redis.call('HLEN', queue.prefix .. 'needs')
