@@ -304,7 +304,7 @@ def _begin_session(deadline: float, connection: Any) -> None:
 def _driver(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return what redis-py tells the server of itself: without it, it reads the metadata of its package for each connection."""
     try:
-        from redis.driver_info import DriverInfo
+        from redis import DriverInfo
     except ImportError:  # an earlier redis-py
         return {}
     return {} if {"lib_name", "lib_version"} & parameters.keys() else {"driver_info": DriverInfo()}
