@@ -238,10 +238,12 @@ def forgetful_relay(server: Server) -> Iterator[tuple[str, Callable[[], None]]]:
     ends: list[socket.socket] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=accept, daemon=True).start()
-        yield f"redis://127.0.0.1:{listener.getsockname()[1]}/0", forget
-        listener.shutdown(socket.SHUT_RDWR)
-        for end in ends:
-            end.close()
+        try:
+            yield f"redis://127.0.0.1:{listener.getsockname()[1]}/0", forget
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            for end in ends:
+                end.close()
 
 
 @pytest.mark.row("C110")
