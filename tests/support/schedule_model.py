@@ -117,12 +117,13 @@ class ScheduleMachine(RuleBasedStateMachine):
 
     @rule(name=NAMES)
     def resume(self, name: str) -> None:
-        """Let it go on, from the first instant that is to come."""
+        """Let it go on, from the first instant that is to come; each that has passed meanwhile is skipped."""
         schedule = self.known.get(name)
-        answer = self.seeded.run(schedules.change_schedule(self.keys, name, "resume", self.ms(0)))
+        passed = 0 if schedule is None or schedule.next is None else max(0, -schedule.next)
+        answer = self.seeded.run(schedules.change_schedule(self.keys, name, "resume", self.ms(0), passed))
         assert answer == (-1 if schedule is None else int(schedule.paused))
         if schedule is not None and schedule.paused:
-            self.note_passed(schedule)
+            schedule.skipped += passed
             schedule.paused, schedule.next = False, 0
 
     @rule(hours=st.sampled_from([1, 1, 2, -1]))
