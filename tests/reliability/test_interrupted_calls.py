@@ -171,7 +171,7 @@ def in_conveyor(frame):
 @pytest.mark.row("A31")
 def test_calls_of_a_loop_that_was_interrupted(url):
     """KeyboardInterrupt leaves `run_until_complete`, and the program goes on with the same loop: its calls are right."""
-    for interruption in points(2, only=in_conveyor, error=KeyboardInterrupt):
+    for interruption in points(1, only=in_conveyor, error=KeyboardInterrupt):
         loop = asyncio.new_event_loop()
         client = Client(url)
 

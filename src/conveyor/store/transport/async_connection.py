@@ -40,8 +40,14 @@ class _StreamProtocol(asyncio.Protocol):
         self._connection = None
 
     def data_received(self, data: bytes) -> None:
-        if self._connection is not None:
-            self._connection.feed(data)
+        connection = self._connection
+        if connection is not None:
+            try:
+                connection.feed(data)
+            # Here, since it may be interrupted as it is entered, and a reply that is lost shifts all that follow.
+            except BaseException:
+                connection.drop(ConnectionLost("interrupted while replies were handed out"))
+                raise
 
     def eof_received(self) -> bool:
         return False
@@ -311,17 +317,13 @@ class AsyncConnection:
     def feed(self, data: bytes) -> None:
         """Hand out the replies in order, each to the command of its number; a mismatch ends the connection."""
         reader, pending = self._reader, self._pending
-        try:
-            reader.feed(data)
-            while pending is self._pending and (reply := reader.gets()) is not False:
-                self._answered += 1
-                if not pending or pending[0][2] != self._answered:
-                    self.drop(ConnectionLost("a reply belongs to no command"))
-                    return
-                pending.popleft()[0](reply)
-        except BaseException:
-            self.drop(ConnectionLost("interrupted while replies were handed out"))
-            raise
+        reader.feed(data)
+        while pending is self._pending and (reply := reader.gets()) is not False:
+            self._answered += 1
+            if not pending or pending[0][2] != self._answered:
+                self.drop(ConnectionLost("a reply belongs to no command"))
+                return
+            pending.popleft()[0](reply)
 
     def drop(self, error: OSError) -> None:
         """Give up the connection; every pending call gets *error*."""
