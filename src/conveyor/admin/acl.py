@@ -235,8 +235,9 @@ def commands_of(script: Script) -> set[str]:
 
     A function that the script never calls adds none.
     """
-    functions = {one[1]: one[0] for one in _FUNCTION.finditer(script.text)}
-    commands, seen, texts = set[str](), set[str](), [_FUNCTION.sub("", script.text)]
+    code = script.code
+    functions = {one[1]: one[0] for one in _FUNCTION.finditer(code)}
+    commands, seen, texts = set[str](), set[str](), [_FUNCTION.sub("", code)]
     while texts:
         text = texts.pop()
         for expression in (*_CALL.findall(text), *_PASSED_ARGUMENTS.findall(text)):

@@ -28,7 +28,8 @@ Step = tuple[Callable[[], Any], Callable[[], Awaitable[Any]]]
 StepProgram = Generator[Step, Any, Any]
 
 _NEEDS = re.compile(r"^-- needs: (.+)$", re.MULTILINE)
-_UNREAD = re.compile(r"^ *(?:--.*\n)?", re.MULTILINE)
+_COMMENT = re.compile(r"^ *--.*\n", re.MULTILINE)
+_INDENTATION = re.compile(r"^ +", re.MULTILINE)
 
 
 class Script:
@@ -42,17 +43,18 @@ class Script:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    @lazy_property
-    def text(self) -> str:
-        """
-        The text that the server gets: the parts, then the file, without lines of comments and indentation.
-
-        It is put together once in a process.
-        """
+    @property
+    def code(self) -> str:
+        """The parts, then the file, without lines of comments: each function ends with the first line that is a plain ``end``."""
         own = _read(f"{self.name}.lua")
         needs = _NEEDS.search(own)
         texts = [_read(f"lib/{part}.lua") for part in (needs[1].split() if needs else ())]
-        return _UNREAD.sub("", "".join([*texts, own]))
+        return _COMMENT.sub("", "".join([*texts, own]))
+
+    @lazy_property
+    def text(self) -> str:
+        """The text for the server, put together once in a process: the code without its indentation."""
+        return _INDENTATION.sub("", self.code)
 
     @lazy_property
     def sha(self) -> str:
