@@ -83,10 +83,11 @@ class TestEnqueue:
     def test_a_job_does_not_wait_for_its_own_queue(self, app, redis):
         """A job that enqueues to its own full queue is refused at once, on the loop and on a thread."""
         app.queue("work", max_length=2, full="block")
-        refused = []
+        refused, over = [], threading.Event()
 
         @app.task(name="work.leaf", queue="work")
-        async def leaf() -> None: ...
+        async def leaf() -> None:
+            await asyncio.to_thread(over.wait, 60)  # else it may make room before the second is enqueued
 
         @app.task(name="work.loop", queue="work", retry=1)
         async def on_loop() -> None:
@@ -95,6 +96,8 @@ class TestEnqueue:
                 await leaf.aenqueue()
             except QueueFull as error:
                 refused.append(str(error))
+            finally:
+                over.set()
 
         @app.task(name="work.thread", queue="work", retry=1)
         def on_thread() -> None:
@@ -103,9 +106,12 @@ class TestEnqueue:
                 leaf.enqueue()
             except QueueFull as error:
                 refused.append(str(error))
+            finally:
+                over.set()
 
         for task in (on_loop, on_thread):
             before = ended(app, redis)
+            over.clear()
             task.enqueue()
             drain(app, redis, before + 2)
         assert len(refused) == 2

@@ -145,7 +145,8 @@ def test_orphans_drain_and_end(supervise: Callable[..., SupervisorProcess], queu
     until(lambda: sum(running(pid) for pid in pids) == 1)
     ends = set[int]()
     while any(running(pid) for pid in pids):
-        assert queue.counts().ready + queue.counts().leased == 2
+        found = queue.counts()  # once: a job may go from one place to the other between two looks
+        assert found.ready + found.leased == 2
         ends.update(member.end for member in queue.workers())
         time.sleep(0.02)
 
