@@ -13,7 +13,7 @@ JOURNAL = Path(os.environ.get("LEVELLED_JOURNAL", "/nowhere"))
 N = int(os.environ.get("LEVELLED_N", "100"))
 PER = os.environ.get("LEVELLED_PER", "1s")
 SECONDS = float(os.environ.get("LEVELLED_SECONDS", "0"))
-"""How long a job takes."""
+"""Duration of a job in seconds."""
 
 app = Conveyor(lease=os.environ.get("LEVELLED_LEASE", "15s"))
 PATIENT = Retry(attempts=50, backoff="20ms", cap="20ms", jitter=False, max_crashes=1000)

@@ -97,7 +97,7 @@ async def tick(number: int, context: Context = current()) -> None:
 
 @app.task(queue="burst")
 async def burst(number: int) -> None:
-    """Take 50 ms."""
+    """Last for 50 ms."""
     await asyncio.sleep(0.05)
 
 

@@ -1,5 +1,5 @@
 """
-What comes when it should, and what is seen while it runs: ``python -m benchmarks.timeliness [SCENE…]``.
+Work that comes when it should, and what is seen while it runs: ``python -m benchmarks.timeliness [SCENE…]``.
 
 Counts of commands hold on any machine; times are figures only of one that does nothing else. Each scene says its goal.
 """
@@ -50,7 +50,7 @@ def _idle_rate(bench: Bench) -> float:
 
 
 def ticks(bench: Bench) -> None:
-    """How late a schedule of each second starts its job in an idle worker. Goal: 50 ms at p99."""
+    """Measure how late a schedule of each second starts its job in an idle worker. Goal: 50 ms at p99."""
     from benchmarks.measured_jobs import app, tick
 
     bench.flush()
@@ -71,7 +71,7 @@ def ticks(bench: Bench) -> None:
 
 
 def instant(bench: Bench) -> None:
-    """How long it takes until 10,000 jobs that are due at one instant have started in one process. Goal: 1 s."""
+    """Measure how long it takes until 10,000 jobs that are due at one instant have started in one process. Goal: 1 s."""
     from benchmarks.measured_jobs import app, due
 
     bench.flush()
@@ -92,7 +92,7 @@ def instant(bench: Bench) -> None:
 
 
 def delayed(bench: Bench) -> None:
-    """How late single delayed jobs start in an idle worker, one each 50 ms. Goal: 20 ms at p99."""
+    """Measure how late single delayed jobs start in an idle worker, one each 50 ms. Goal: 20 ms at p99."""
     from benchmarks.measured_jobs import app, due
 
     bench.flush()
@@ -116,7 +116,7 @@ def delayed(bench: Bench) -> None:
 
 
 def autoscale(bench: Bench) -> None:
-    """How long a burst of 10,000 jobs of 50 ms takes to bring 2..8 processes to the upper bound, and back. Goals: 5 s, 60 s."""
+    """Measure how soon a burst of 10,000 jobs of 50 ms brings 2..8 processes to the upper bound, and back. Goals: 5 s, 60 s."""
     from benchmarks.measured_jobs import app, burst
 
     bench.flush()
@@ -139,7 +139,7 @@ def autoscale(bench: Bench) -> None:
 
 
 def dev(bench: Bench) -> None:
-    """How long `conveyor dev` takes until the worker and the dashboard are there. Goal: 2 s."""
+    """Measure how long `conveyor dev` takes until the worker and the dashboard are there. Goal: 2 s."""
     with tempfile.TemporaryDirectory(prefix="dev", dir="/tmp") as directory, socket.socket() as probe:
         (Path(directory) / "tasks.py").write_text(
             "from conveyor import Conveyor\n\napp = Conveyor()\n\n\n@app.task\ndef work() -> None: ...\n"
@@ -167,7 +167,7 @@ def dev(bench: Bench) -> None:
 
 
 def progress(bench: Bench) -> None:
-    """What a call of `context.progress` costs, 100,000 times a second, and what is written. Goals: 1 µs, 4 writes a second."""
+    """Measure a call of `context.progress`, 100,000 times a second, and count what is written. Goals: 1 µs, 4 writes a second."""
     from benchmarks.measured_jobs import app, idling, progressing
 
     bench.flush()

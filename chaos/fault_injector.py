@@ -58,7 +58,7 @@ class Fault:
 
 
 _LATER = object()
-"""What a fault returns that is still under way: a thread of its own counts it."""
+"""Return value of a fault that is still under way: a thread of its own counts it."""
 
 
 class MissedError(Exception):

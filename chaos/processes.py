@@ -132,7 +132,7 @@ class ProcessGroup:
         self.directory = directory
         self.roles = roles
         self.queues: tuple[str, ...] = ("default",)
-        """What workers serve; a program with one inside leaves `box` alone, whose jobs have processes of their own."""
+        """Queues that workers serve; a program with one inside leaves `box` alone, whose jobs have processes of their own."""
         path = os.pathsep.join([str(source or HOME / "src"), str(HOME)])
         self.env = {
             **{key: value for key, value in os.environ.items() if not key.startswith("CONVEYOR_")},

@@ -22,7 +22,7 @@ class Job:
     """The recorded life of one id of one queue."""
 
     created: int = 0
-    """How often it was stored: more than once is a push that happened twice."""
+    """Times it was stored: more than once is a push that happened twice."""
     unique: str = ""
     key_taken: str = ""
     """The id that lived and held the same unique key when this one was stored."""
@@ -32,7 +32,7 @@ class Job:
     stolen: int = 0
     """Ends recorded by somebody who did not hold it."""
     records: list[dict[str, Any]] = field(default_factory=list)
-    """What was stored as its result, each time."""
+    """Results stored of it, each time."""
     silent: bool = False
     """It went, and the same step stored no result."""
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 CONSTANT = ("*:queues", "*:conf", "*:wake", "*:recent", "*:inbox:*", "*:{/topics}:registry", "*:{/topics}:counts")
-"""What a drained queue may keep for good."""
+"""Keys that a drained queue may keep for good."""
 
 
 @dataclass
@@ -23,7 +23,7 @@ class RemainingState:
     leaked: list[str] = field(default_factory=list)
     """Keys that will never go, beyond those documented and those of dead letters."""
     findings: list[str] = field(default_factory=list)
-    """What does not agree: a job in no place or in two, an entry, a state or a lease of nobody, a wrong count."""
+    """Contradictions: a job in no place or in two, an entry, a state or a lease of nobody, a wrong count."""
 
 
 def take(client: Any, namespace: str = "chaos") -> RemainingState:

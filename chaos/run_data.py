@@ -13,7 +13,7 @@ from chaos.remaining_state import RemainingState
 
 Line = dict[str, Any]
 TICK = "tick/"
-"""What the token of a job begins with that a schedule has enqueued: its name and the planned instant in ms follow."""
+"""Beginning of the token of a job that a schedule has enqueued: its name and the planned instant in ms follow."""
 POISONS = {"poison", "boxed_poison", "batched_poison"}
 
 
@@ -68,9 +68,9 @@ class RunData:
     by_token: dict[str, set[str]] = field(default_factory=dict)
     """token → the ids it ran under."""
     told: list[Line] = field(default_factory=list)
-    """What jobs found in their notes, and told."""
+    """Lines of jobs on the notes they found, and on what they told."""
     reads: list[Line] = field(default_factory=list)
-    """What the reader was told of them; nothing in a run without one."""
+    """Lines of the reader on what it was told of them; nothing in a run without one."""
 
     def struck(self) -> tuple[set[int], list[Line]]:
         """Return the pids that met a fault of their own, and the faults that concern everybody."""

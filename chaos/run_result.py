@@ -13,7 +13,7 @@ MUST_BE_ZERO = (
     "ran after cancel", "limit violations", "order violations", "tick violations", "note violations", "stream violations",
     "progress violations", "update violations", "event violations", "stuck", "leaked keys", "audit findings",
 )  # fmt: skip
-"""What no run may show; a scenario may add to these, or say why one cannot hold."""
+"""Findings that no run may show; a scenario may add to these, or say why one cannot hold."""
 
 
 @dataclass
@@ -24,7 +24,7 @@ class RunResult:
     examples: dict[str, list[str]] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     waived: list[str] = field(default_factory=list)
-    """What is not zero, and need not be here."""
+    """Counts that are not zero, and need not be here."""
 
     def note(self, what: str, example: str) -> None:
         """Count one, and keep the first few as examples."""

@@ -30,8 +30,8 @@ FORGOTTEN = (
     "event violations",
 )
 """
-What follows when a promoted replica had not heard the last writes: pushes, starts, outcomes, counts and cancellations of the last
-moments are gone, whoever uses Redis. What a replica had confirmed is not, and nothing may be stuck, or in two places.
+Effects of the promotion of a replica that had not heard the last writes: pushes, starts, outcomes, counts and cancellations
+of the last moments are gone, whoever uses Redis. What a replica had confirmed is not, and nothing may be stuck, or in two places.
 """
 
 

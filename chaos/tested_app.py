@@ -24,7 +24,8 @@ LEASE = float(os.environ.get("CHAOS_LEASE", "2"))
 NAMESPACE = "chaos"
 MAX_CRASHES = 3
 PATIENT = Retry(attempts=40, backoff="50ms", cap="500ms", max_crashes=1_000_000)
-"""Jobs that cause no crash, beside others that do: none of them may become a dead letter."""
+"""Jobs that cause no crash, beside others that do: none of them may become a dead letter. Nor may a message, though its
+worker is killed from outside more often than a queue lets pass by default."""
 
 PARTITIONS = 3
 SPOOL = os.environ.get("CHAOS_SPOOL")
@@ -36,12 +37,12 @@ app = Conveyor(namespace=NAMESPACE, lease=LEASE, buffer=Buffer(SPOOL, linger="60
 if ASKED:
     app.queue("default", **ASKED)  # undeclared it takes the shortest way in
 box = app.queue("box")  # for `conveyor worker` only: a program with a worker inside runs no processes
-mail = app.queue("mail", max_attempts=40, **ASKED)
+mail = app.queue("mail", max_attempts=40, max_crashes=PATIENT.max_crashes, **ASKED)
 wide = app.queue("wide", partitions=PARTITIONS, **ASKED)
 narrow = app.queue("narrow", max_length=40, full="block", **ASKED)
-copies = [app.queue(name, max_attempts=40) for name in ("left", "right")]
+copies = [app.queue(name, max_attempts=40, max_crashes=PATIENT.max_crashes) for name in ("left", "right")]
 topic = app.topic("chaos.made")
-post = app.queue("post", partitions=PARTITIONS, max_attempts=40, **ASKED)
+post = app.queue("post", partitions=PARTITIONS, max_attempts=40, max_crashes=PATIENT.max_crashes, **ASKED)
 app.queue("told", events=200_000, **ASKED)
 
 
@@ -225,7 +226,7 @@ async def batched(items: list[Item], context: Context = current()) -> list[dict[
 
 @app.batch_task(name="batched_apart", queue="box", run_in="process", size=4, within="100ms", retry=PATIENT)
 def batched_apart(items: list[Item], context: Context = current()) -> list[dict[str, Any]]:
-    """Do the same in a process of its own."""
+    """Handle the items of a batch in a process of its own."""
     contexts = context.items
     with noted_batch(items, contexts) as failed:
         time.sleep(max(item.ms for item in items) / 1000)
@@ -312,7 +313,7 @@ async def through(token: str, ms: float, context: Context = current()) -> dict[s
 
 
 class Teller:
-    """What one attempt tells: each is written down before it is told. Its notes count on from where it found them."""
+    """Lines of one attempt on what it tells, each written down before it is told. Its notes count on from where it found them."""
 
     def __init__(self, context: Context, parts: int) -> None:
         """Write down which notes the attempt found."""
@@ -348,7 +349,7 @@ async def told(token: str, parts: int, ms: float, failures: int, context: Contex
 
 
 def tell(token: str, parts: int, ms: float, failures: int, context: Context) -> dict[str, Any]:
-    """Do the same in a plain function."""
+    """Run as the coroutine does, in a plain function."""
     with noted(token, context.job_id, context.attempt):
         teller = Teller(context, parts)
         for _ in range(parts):
@@ -360,13 +361,13 @@ def tell(token: str, parts: int, ms: float, failures: int, context: Context) -> 
 
 @app.task(name="told_steady", queue="told", retry=PATIENT)
 def told_steady(token: str, parts: int, ms: float, failures: int, context: Context = current()) -> dict[str, Any]:
-    """Do the same on a thread."""
+    """Run as the coroutine does, on a thread."""
     return tell(token, parts, ms, failures, context)
 
 
 @app.task(name="told_boxed", queue="box", run_in="process", retry=PATIENT)
 def told_boxed(token: str, parts: int, ms: float, failures: int, context: Context = current()) -> dict[str, Any]:
-    """Do the same in a process of its own."""
+    """Run as the coroutine does, in a process of its own."""
     return tell(token, parts, ms, failures, context)
 
 

@@ -16,12 +16,12 @@ FAILURE = "RuntimeError"
 EXPIRED = ("JobNotFound", "ResultExpired")
 """The errors of what is not kept any more."""
 EVENTS = "told:"
-"""What the ids of jobs begin with whose queue keeps events."""
+"""Beginning of the ids of jobs whose queue keeps events."""
 
 
 @dataclass
 class Told:
-    """What one attempt wrote down: the notes it found, and those it had last; how many parts it emitted."""
+    """Lines that one attempt wrote down: the notes it found, and those it had last; how many parts it emitted."""
 
     found: int = 0
     mark: int = 0
@@ -30,7 +30,7 @@ class Told:
 
 @dataclass
 class Reads:
-    """What the reader was told of one job, in order."""
+    """Lines of the reader on one job, in order."""
 
     parts: list[Line] = field(default_factory=list)
     updates: list[Line] = field(default_factory=list)
@@ -70,7 +70,7 @@ def check_told(data: RunData, result: RunResult) -> None:
 
 
 LAWS = {"part": "stream", "update": "update", "progress": "progress", "event": "event"}
-"""What is read → the word of its line in the table."""
+"""Source of what is read → the word of its line in the table."""
 
 
 def _said(data: RunData) -> dict[str, dict[int, Told]]:

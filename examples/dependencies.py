@@ -1,4 +1,4 @@
-"""What a job needs is opened for it, closed after it, and replaced in a test. python dependencies.py"""
+"""A job's dependencies: each is opened for it, closed after it, and replaced in a test. python dependencies.py"""
 
 import asyncio
 from collections.abc import AsyncIterator

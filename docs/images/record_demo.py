@@ -37,7 +37,7 @@ AFTER_KILL, UNTIL_STOP = 2.0, 6.0
 
 @dataclass(frozen=True)
 class Style:
-    """How a character is drawn; *colour* is the number of an SGR code, 0: the colour of plain text."""
+    """Style of a character; *colour* is the number of an SGR code, 0: the colour of plain text."""
 
     colour: int = 0
     bold: bool = False
@@ -49,7 +49,7 @@ Row = list[tuple[str, Style]]
 
 @dataclass
 class Screen:
-    """What a terminal shows, with all lines that have scrolled away; it knows the few codes that the demo uses."""
+    """Text of a terminal, with all lines that have scrolled away; it knows the few codes that the demo uses."""
 
     rows: list[Row] = field(default_factory=lambda: [[]])
     row: int = 0
@@ -57,7 +57,7 @@ class Screen:
     style: Style = Style()
 
     def feed(self, text: str) -> None:
-        """Take output of the program."""
+        """Receive output of the program."""
         for code, plain in re.findall(r"\x1b\[([?\d;]*[A-Za-z])|([^\x1b])", text):
             if code:
                 self._obey(code)

@@ -1,4 +1,4 @@
-"""What all commands share: usage errors, help, options before the command, and the completion of shells."""
+"""Behaviour that all commands share: usage errors, help, options before the command, and the completion of shells."""
 
 from __future__ import annotations
 

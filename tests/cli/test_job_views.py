@@ -1,4 +1,4 @@
-"""What an operator reads in the night: where a job hangs, what fails since when, and commands that act on exactly those."""
+"""Views for an operator in the night: where a job hangs, what fails since when, and commands that act on exactly those."""
 
 from __future__ import annotations
 
@@ -295,7 +295,7 @@ def test_moments_are_read() -> None:
 
 
 def test_the_night_takes_few_commands(shell: Shell, backend: Client, redis: Redis) -> None:
-    """What fails, since when, how often and why is known after three commands; two more put exactly those back."""
+    """Three commands tell what fails, since when, how often and why; two more put exactly those back."""
     for minutes in range(37):
         bury(
             backend,

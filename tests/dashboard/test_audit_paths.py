@@ -1,4 +1,4 @@
-"""What people do to workers and to kinds of failures stands in the audit, whichever way they do it."""
+"""Actions on workers and on kinds of failures stand in the audit, whichever way they are made."""
 
 from __future__ import annotations
 

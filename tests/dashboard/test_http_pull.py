@@ -216,7 +216,7 @@ def test_a_pull_waits_and_ends_with_its_client(app: Conveyor, site: Any) -> None
     ],
 )  # fmt: skip
 def test_bad_input(app: Conveyor, site: Any, path: str, inputs: dict[str, Any]) -> None:
-    """What cannot be a queue, a receipt or a duration is refused, and nothing is settled."""
+    """A value that cannot be a queue, a receipt or a duration is refused, and nothing is settled."""
     app.queue("orders")
     app.plain_list("plain")
 

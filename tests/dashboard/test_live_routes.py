@@ -1,4 +1,4 @@
-"""What a page follows: the snapshot that all viewers share, flags, history, and the routes of schedules, limits, topics and the server."""
+"""Data that a page follows: the snapshot that all viewers share, flags, history, and the routes of schedules, limits, topics and the server."""
 
 from __future__ import annotations
 
@@ -281,7 +281,7 @@ def test_jobs_that_run_too_long_are_named(
 
 
 def test_schedules_limits_groups_and_topics_are_changed(app: Conveyor) -> None:
-    """What the pages of schedules, limits and topics change is changed, noted in the audit under the visitor's name, and shown."""
+    """A change by the pages of schedules, limits and topics is made, noted in the audit under the visitor's name, and shown."""
 
     @app.task(name="report", queue="reports", limits=[Concurrency(5, by="tenant")])
     def report(tenant: str) -> None: ...

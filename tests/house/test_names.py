@@ -98,15 +98,15 @@ def test_a_class_name_means_one_thing() -> None:
     assert shared_class_names(sources) == {}
 
 
-def test_texts_of_the_source_begin_with_their_subject() -> None:
-    """No docstring and no line of a comment in src begins with Who, What, Whom, Whose, How, Take or "Do the same"."""
+def test_texts_begin_with_their_subject() -> None:
+    """No docstring and no line of a comment begins with Who, What, Whom, Whose, How, Take or "Do the same"."""
     bad = '"""What it is."""\nx = 1  # Who takes it\n"""\nTake it.\n"""\ndef f():\n    """Do the same."""\n'
     assert unclear_beginnings(bad) == [1, 2, 3, 7]
     good = '"""Return what it is."""\nx = "What"  # taken by whoever\n# Whoever, Taken, However\ny = 1\n'
     assert unclear_beginnings(good) == []
     assert unclear_comments("-- Do it.\nlocal x = 1 -- What it is\n--- How\n-- so\n-- However") == [2]
 
-    paths = list(written("src"))
+    paths = list(written("src", "tests", "chaos", "benchmarks", "examples", "docs"))
     found = {
         str(path.relative_to(HOME)): (unclear_beginnings if path.suffix == ".py" else unclear_comments)(
             path.read_text()

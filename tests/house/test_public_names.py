@@ -38,7 +38,7 @@ NAMES = {
     "conveyor.dashboard": "Access BasicAuth dashboard wsgi_dashboard",
     "conveyor.sql": "Ledger Outbox",
 }
-"""What may be imported, by module: a name that is missing here is not public, one that disappears breaks programs."""
+"""Names that may be imported, by module: a name that is missing here is not public, one that disappears breaks programs."""
 
 NAMES_OF_EXTRAS = {
     "conveyor.contrib.opentelemetry": "OpenTelemetry instrument",

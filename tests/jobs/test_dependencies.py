@@ -284,7 +284,7 @@ def test_enqueue_knows_nothing_of_dependencies(app: Conveyor) -> None:
 
 
 def test_wrong_declarations_are_refused(app: Conveyor) -> None:
-    """What cannot be filled is refused where it is declared, with what to write."""
+    """A parameter that cannot be filled is refused where it is declared, with what to write."""
 
     def needs(name: str) -> str:
         return name

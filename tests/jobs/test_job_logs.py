@@ -1,4 +1,4 @@
-"""What a job logs is kept, with the attempt that logged it."""
+"""Log lines of a job are kept, with the attempt that logged them."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ async def test_lines_of_a_process_are_kept(app: Conveyor, how: str) -> None:
 
 
 async def test_a_running_job_is_followed(app: Conveyor) -> None:
-    """Who follows a job sees its lines while it runs, in their order and each once, and the last ones at its end."""
+    """A follower of a job sees its lines while it runs, in their order and each once, and the last ones at its end."""
     gate, seen = threading.Event(), []
 
     @app.task

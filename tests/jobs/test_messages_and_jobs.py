@@ -214,7 +214,7 @@ def test_consumers_put_jobs_off(app: Conveyor, url: str, how: str, caplog: pytes
 async def test_after_a_day_it_is_a_dead_letter(
     url: str, redis: redis_py.Redis, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What no program took for a day becomes a dead letter that says why, with its bytes kept."""
+    """A message that no program took for a day becomes a dead letter that says why, with its bytes kept."""
     async with Conveyor(url) as app, Conveyor(url) as producer:
         keys, queue = app.client.keys("mixed"), app.queue("mixed")
         with monkeypatch.context() as long_ago:

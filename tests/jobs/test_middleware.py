@@ -254,7 +254,7 @@ class TestMessages:
     async def test_a_push_cannot_break_the_rules(
         self, app: Conveyor, redis: redis_py.Redis, name: str, value: Any
     ) -> None:
-        """What middleware has left is checked like what the caller wrote; nothing is stored, in bulk neither."""
+        """Arguments that middleware has changed are checked like those of the caller; nothing is stored, in bulk neither."""
 
         class Break(Middleware):
             def push(self, outgoing: Outgoing) -> None:

@@ -1,4 +1,4 @@
-"""What a running job says of itself: its progress, and the notes that stay between its attempts."""
+"""Progress of a running job, and the notes that stay between its attempts."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def context() -> Context:
     "wrong", [("3",), (math.nan,), (math.inf,), (-1,), (True,), (1, "10"), (1, 2, 3), (), (None, None, "")]
 )
 def test_a_progress_that_is_none_is_refused(wrong: tuple[Any, ...]) -> None:
-    """What is no number of at least 0, no text, or nothing at all is refused with what to write."""
+    """A value that is no number of at least 0, no text, or nothing at all is refused with what to write."""
     with pytest.raises(ConfigurationError, match=r"context\.progress\(3, 10, 'resizing'\)"):
         context().progress(*wrong)
 

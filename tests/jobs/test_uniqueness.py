@@ -81,7 +81,7 @@ def test_the_key_of_a_call_takes_the_place_of_that_of_its_arguments(app: Conveyo
 
 
 def test_a_key_is_shown_in_readable_form(app: Conveyor, manual: ManualWorker) -> None:
-    """What a job is unique by is told with its policy; a long key keeps its beginning and a digest."""
+    """The key of a unique job is told with its policy; a long key keeps its beginning and a digest."""
     from conveyor.admin.admin import Admin
 
     task = app.task(name="sync", unique=Unique(by=("page", "tenant"), until="5m", conflict="replace"))(sync)
@@ -338,7 +338,7 @@ def test_a_dead_letter_stays_dead_while_its_rerun_has_the_key(app: Conveyor, man
 
 
 def test_the_rerun_can_be_cancelled_and_purged(app: Conveyor, manual: ManualWorker, redis: redis_py.Redis) -> None:
-    """What is to run after another is a job: cancelling it leaves the first alone, and a purge takes it."""
+    """The rerun that waits for another is a job: cancelling it leaves the first alone, and a purge takes it."""
     task = app.task(unique=Unique(by=("page",), conflict="rerun"))(sync)
     task.enqueue(1, "a")
     [id_] = manual.take()

@@ -196,7 +196,7 @@ async def test_sealed_and_large_arguments_are_changed(url: str, tmp_path: Path) 
 
 
 async def test_wrong_updates_change_nothing(app: Conveyor) -> None:
-    """What does not fit, or cannot be changed, is refused with what to do, and the job stays as it was."""
+    """A change that does not fit, or cannot be made, is refused with what to do, and the job stays as it was."""
 
     @app.task(name="work", unique=Unique(by=("user",)))
     async def work(user: int, text: str = "") -> None: ...

@@ -81,7 +81,7 @@ def test_each_state_by_push(client: Conveyor, redis: redis_py.Redis, monkeypatch
 
 @pytest.mark.row("D353")
 def test_nothing_is_missed_over_a_cut(client: Conveyor, redis: redis_py.Redis) -> None:
-    """What happened while the subscription was cut is told afterwards, in order; a reader that went away goes on from its id."""
+    """Updates of the time while the subscription was cut are told afterwards, in order; a reader that went away goes on from its id."""
 
     @client.task
     def work() -> None: ...

@@ -50,7 +50,7 @@ def seed(queue, monkeypatch, *jobs):
 
 
 def take(queue, count, at_once=1):
-    """Take so many messages, *at_once* in a turn; return their bodies."""
+    """Pull so many messages, *at_once* in a turn; return their bodies."""
     bodies = []
     while len(bodies) < count:
         messages = queue.pull(at_once, wait="20s")
@@ -86,7 +86,7 @@ def test_the_wait_of_a_scheduled_message_begins_when_it_is_due(queue, monkeypatc
 
 
 def test_ids_of_a_callers_own_and_cancelled_ones_stay(queue, monkeypatch, redis):
-    """What has no time in its id keeps its priority, and holds up nobody behind it; a cancelled one is passed over."""
+    """A job with no time in its id keeps its priority, and holds up nobody behind it; a cancelled one is passed over."""
     own = Entry("mine", b"\n\n1", own_id=True)
     queue.client.run(operations.push(queue.keys, ProducerSequence("own"), [own]))
     seed(queue, monkeypatch, (2, 30, {}), (3, 30, {}), (4, 0, {"priority": 1}))

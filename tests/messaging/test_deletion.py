@@ -110,7 +110,7 @@ async def test_no_key_of_jobs_is_left(url: str, redis: redis_py.Redis) -> None:
 
 
 def test_no_key_beside_a_plain_list_is_left(app: Conveyor, redis: redis_py.Redis) -> None:
-    """What lies beside a list goes, also where the list lends its tag to a queue; what is on the list keeps it."""
+    """A queue beside a list goes, also where the list lends its tag to a queue; one that is on the list keeps it."""
     mail, tagged = app.queue("mail"), app.plain_list("to{mail}list")
     mail.push(1)
     tagged.push({"n": 1})
@@ -205,7 +205,7 @@ async def _awaited_code(url: str, partitions: int) -> str:
 def test_a_queue_in_use_is_refused(
     app: Conveyor, redis: redis_py.Redis, url: str, partitions: int, fill: Callable[[Any], None], says: str
 ) -> None:
-    """What holds anything is refused with the counts and what to do, and no key is changed."""
+    """A queue that holds anything is refused with the counts and what to do, and no key is changed."""
     queue = app.queue("orders", partitions=partitions)
     fill(queue)
     before = keys_of(redis)

@@ -108,7 +108,7 @@ def test_a_queue_that_holds_something_stays(app: Conveyor, redis: redis_py.Redis
 
 
 def test_cancelled_message_nobody_waits_for_keeps_no_queue(app: Conveyor, redis: redis_py.Redis) -> None:
-    """What is left of a job that was cancelled while it was ready goes with its queue."""
+    """The rest of a job that was cancelled while it was ready goes with its queue."""
     queue = app.queue("reply", expires="1h")
 
     @app.task(queue="reply")

@@ -1,4 +1,4 @@
-"""What a program may do with messages it pulled: keep their leases, see when these end, give messages back."""
+"""Messages that a program has pulled: it keeps their leases, sees when these end, gives messages back."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class TestRelease:
             message.ack()
 
     def test_failures_before_it_stay(self, queue: Any) -> None:
-        """What was charged before stays charged, and the release adds nothing."""
+        """A crash charged before stays charged, and the release adds nothing."""
         queue.push(1)
         queue.pull()[0].nack(delay=0)
         for _ in range(3):
@@ -127,7 +127,7 @@ class TestRelease:
                 assert message.attempt == 1
 
     def test_a_lost_lease(self, queue: Any) -> None:
-        """What is not held any more cannot be released; what was settled neither."""
+        """A message that is not held any more cannot be released; one that was settled neither."""
         queue.push(1)
         [message] = queue.pull()
         crash(queue, message)
@@ -192,7 +192,7 @@ class TestRenew:
 
     @pytest.mark.row("D323")
     def test_messages_nobody_refers_to(self, queue: Any) -> None:
-        """What the program has dropped cannot be settled, so it is not kept: it comes again when its lease ends."""
+        """A message that the program has dropped cannot be settled, so it is not kept: it comes again when its lease ends."""
         queue.lease_ms = int(SHORT * 1000)
         queue.push(1)
         queue.pull(renew=True)

@@ -289,7 +289,7 @@ class TestModel:
 
 
 def _consume_some(queue, chance, ended):
-    """Take a few messages in a loop that is then left; with more than there are it would wait for ever."""
+    """Consume a few messages in a loop that is then left; with more than there are it would wait for ever."""
     few = min(chance.randrange(12), queue.stats().ready)
     if few:
         for message in queue.consume(prefetch=chance.randrange(1, 10)):

@@ -73,7 +73,7 @@ def filled(app: Conveyor, cluster: ClusterOfNodes) -> tuple[Any, Outage]:
 
 
 def rest(orders: Any, found: list[str], take: Callable[[], list[Any]]) -> None:
-    """Take what was away until nothing is left; each message came once."""
+    """Pull what was away until nothing is left; each message came once."""
     deadline = time.monotonic() + PATIENCE
     while len(set(found)) < COUNT * MANY and time.monotonic() < deadline:
         for message in take():

@@ -351,7 +351,7 @@ class TestIdlePull:
         )  # a lease of 2 s: every 0.67 s, and at both ends
 
     def test_a_paused_queue_is_idle(self, queue, redis):
-        """What lies in a paused queue makes no work."""
+        """Messages in a paused queue make no work."""
         queue.push(1)
         queue.pause()
         redis.config_resetstat()

@@ -76,7 +76,7 @@ class Producers:
 
 
 def take(queue, count):
-    """Take and acknowledge so many messages, one at a time; return their bodies."""
+    """Pull and acknowledge so many messages, one at a time; return their bodies."""
     bodies = []
     while len(bodies) < count:
         for message in queue.pull(wait="20s"):

@@ -22,7 +22,7 @@ from support.message_fixtures import FAST, until
 
 @pytest.fixture(params=["pull", "consume"])
 def take(request):
-    """Take one message of a queue, pulled or from a loop; return it and what closes its consumer."""
+    """Lease one message of a queue, pulled or from a loop; return it and what closes its consumer."""
 
     def take(queue):
         if request.param == "pull":

@@ -198,7 +198,7 @@ class TestWaiting:
             message.ack()
 
     def test_a_paused_queue_makes_nobody_ask(self, app: Conveyor, redis: Redis[bytes]) -> None:
-        """What lies in a paused queue, ready or overdue, neither ends the wait of a pull nor makes it ask again."""
+        """Messages in a paused queue, ready or overdue, neither end the wait of a pull nor make it ask again."""
         paused = app.queue("q3")
         paused.push("ready")
         paused.push("due", delay="50ms")
@@ -456,7 +456,7 @@ def _consume(app: Conveyor, queues: list[Any], found: list[Any], count: int) -> 
     ],
 )
 def test_wrong_input(wrong: Callable[[Conveyor], Any]) -> None:
-    """What is no list of queues with weights is refused before anything is sent."""
+    """An argument that is no list of queues with weights is refused before anything is sent."""
     app = Conveyor("redis://127.0.0.1:1/0")
     with pytest.raises(ConfigurationError):
         wrong(app)

@@ -179,7 +179,7 @@ def test_many_are_cancelled_in_bounded_steps(app: Conveyor, redis: redis_py.Redi
 @pytest.mark.redis6
 @pytest.mark.parametrize("state", ["ready", "scheduled", "leased"])
 def test_a_walk_misses_nothing_while_the_queue_changes(app: Conveyor, state: str) -> None:
-    """What is there from the first step to the last is found, each once, though others come and go meanwhile."""
+    """Jobs that are there from the first step to the last are found, each once, though others come and go meanwhile."""
     later: dict[str, Any] = {"delay": "1h"} if state == "scheduled" else {}
     ids = pushed(app, 2500, **later)
     held = [message for _ in range(3) for message in app.queue("q").pull(1000)] if state == "leased" else []

@@ -27,7 +27,7 @@ TOPIC = "user.created"
 
 
 def taken(app: Conveyor, queue: str) -> list[Any]:
-    """Take all messages of a queue that are ready, and return their bodies."""
+    """Pull all messages of a queue that are ready, and return their bodies."""
     bodies = []
     while messages := app.queue(queue).pull(100):
         for message in messages:
@@ -262,7 +262,7 @@ def test_a_subscriber_whose_producers_wait_for_room_refuses_at_once(app: Conveyo
 
 
 def test_counts(app: Conveyor, redis: redis_py.Redis) -> None:
-    """What is published is counted by topic, and what reached nobody besides; by name for 10,000 topics, then together."""
+    """Messages published are counted by topic, and those that reached nobody besides; by name for 10,000 topics, then together."""
     app.topic(TOPIC).publish_many(range(5))
     app.topic(TOPIC).subscribe("q")
     app.topic("user.#").subscribe("q")
@@ -343,7 +343,7 @@ def test_partitions_of_a_subscriber(url: str, other: Conveyor) -> None:
 
 
 def taken_of(queue: Any) -> list[Any]:
-    """Take all messages of a declared queue."""
+    """Pull all messages of a declared queue."""
     bodies = []
     while messages := queue.pull(100):
         for message in messages:
@@ -588,7 +588,7 @@ def test_a_forked_child_has_sequences_of_its_own(app: Conveyor) -> None:
 
 
 def test_a_program_remembers_so_many_topics(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who subscribes is remembered for the topics published to last: a program may publish to one of each of its clients."""
+    """Subscribers are remembered for the topics published to last: a program may publish to one of each of its clients."""
     monkeypatch.setattr("conveyor.messaging.topic.MOST_TOPICS", 3)
     app.topic("#").subscribe("q")
     for number in range(5):

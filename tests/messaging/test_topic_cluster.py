@@ -26,7 +26,7 @@ QUEUES = ("a", "b", "c", "d")
 
 
 def taken(app: Conveyor, queue: str) -> list[Any]:
-    """Take all messages of a queue that are ready, and return their bodies."""
+    """Pull all messages of a queue that are ready, and return their bodies."""
     bodies = []
     while messages := app.queue(queue).pull(100):
         for message in messages:

@@ -50,7 +50,7 @@ def channels(url: str, redis: Redis[bytes]) -> Iterator[Any]:
 
 
 def test_publish_get_and_acknowledge(channels: Any) -> None:
-    """What is published is received once, by priority and in order; a tag is acknowledged once."""
+    """A published message is received once, by priority and in order; a tag is acknowledged once."""
     channel = channels()
     for number in range(3):
         channel.basic_publish({"n": number}, "mail", headers={"h": "1"})

@@ -62,7 +62,7 @@ STORED = {
 
 @pytest.mark.parametrize("stored", STORED)
 def test_our_own_exceptions_are_stored_without_their_module(stored):
-    """What is stored of an exception of Conveyor stays when its class moves to another module, or gets another name."""
+    """The stored name of an exception of Conveyor stays when its class moves to another module, or gets another name."""
     assert failures.describe(STORED[stored], 1, 0, "").type == stored
 
 

@@ -103,7 +103,7 @@ TRANSITIONS: dict[str, tuple[str, Callable[[Pair], Any]]] = {
     "leave": (RUNS, lambda one: one.reap_holder("leave")),
     **{kind: (RUNS, lambda one, kind=kind: one.end(kind)) for kind in ("done", "D", "C", "X", "R", "F", "L", "M", "K")},
 }
-"""What may happen to a job → where it must be before, and how it happens."""
+"""Each transition of a job → where the job must be before, and how it happens."""
 POLICIES = [f"{life}{conflict}" for life in "dst" for conflict in ("kraxb" if life == "s" else "krax")]
 BEFORE: dict[str, list[str]] = {
     WAITS: [],
@@ -112,7 +112,7 @@ BEFORE: dict[str, list[str]] = {
     DEAD: ["lease", "X"],
     FOLLOWED: ["lease", "push"],
 }
-"""How a job gets into each place."""
+"""Each place of a job → the steps that bring a job there."""
 
 
 def place_of(one: Pair) -> set[str]:
@@ -159,7 +159,7 @@ def test_every_pair_of_transitions(seeded: SeededQueue, policy: str, rounds: Cal
     count = 0
     for place, first, second in pairs()[POLICIES.index(policy) % every :: every]:
         newcomer = place == FOLLOWED or "push" in {first, second}
-        # What newcomers do is all that differs, and only one that is to run again afterwards follows a job that runs.
+        # Newcomers' effect is all that differs, and only one that is to run again afterwards follows a job that runs.
         if newcomer if policy[1] == "a" else policy[1] == "k" or (newcomer and place != FOLLOWED):
             count += check_pair(seeded, policy, place, first, second)
     print(f"{count} pairs")

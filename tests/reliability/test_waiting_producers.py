@@ -31,7 +31,7 @@ def small(app: Conveyor, **options: Any) -> Any:
 
 
 def take(queue: Any, count: int) -> list[int]:
-    """Take and acknowledge so many messages, one at a time; return their bodies."""
+    """Pull and acknowledge so many messages, one at a time; return their bodies."""
     bodies: list[int] = []
     while len(bodies) < count:
         for message in queue.pull(wait="20s"):
@@ -93,7 +93,7 @@ def test_a_frozen_producer_holds_up_the_others_for_a_moment(app: Conveyor, url: 
 
 
 def take_one(queue: Any) -> int | None:
-    """Take what is there; each pull is a turn, which calls the next producer."""
+    """Pull what is there; each pull is a turn, which calls the next producer."""
     for message in queue.pull(wait="200ms"):
         message.ack()
         return int(message.body)

@@ -425,7 +425,7 @@ class AsyncLostConnection(LostConnection):
 
 @pytest.mark.row("D62")
 async def test_the_error_of_a_block_is_raised_though_the_connection_is_lost(app: Conveyor, tmp_path: Path) -> None:
-    """What the block raised is raised, or the error of the commit, and not that of the rollback that cannot be done."""
+    """The error of the block is raised, or that of the commit, and not that of the rollback that cannot be done."""
     database = sqlite(tmp_path / "shop.db")
     outbox = Outbox(app, database.connect)
     prepare(outbox, database)

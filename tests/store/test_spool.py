@@ -143,7 +143,7 @@ def test_what_was_delivered_without_a_mark(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, portions: tuple[int, int], fault: str
 ) -> None:
     """
-    What Redis took is stored once though no mark says so on disk, whatever the portions are afterwards.
+    A record that Redis took is stored once though no mark says so on disk, whatever the portions are afterwards.
 
     Its deliverer died between the reply and the mark, or could not write the mark.
     """
@@ -270,7 +270,7 @@ def test_one_damaged_bit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
 
 @pytest.mark.row("D182")
 def test_a_frame_within_a_damaged_one_is_no_record(tmp_path: Path) -> None:
-    """What a payload holds is not taken for a record of the file, when the record that holds it is damaged."""
+    """Bytes of a payload are not taken for a record of the file, when the record that holds them is damaged."""
     spools, now = SpoolDirectory(tmp_path, "here", fsync=False), time.time()
     inner = spool._frame(("P", SpooledPush("conveyor", "mail", [Entry("inner", b"")], now, lane="x+", server="here")))
     left = spools.claim()
@@ -311,7 +311,7 @@ def _no_space(*_: object, **__: object) -> None:
 
 @pytest.mark.row("D183")
 def test_a_living_process_delivers_for_a_dead_one(server: Server, tmp_path: Path) -> None:
-    """What a process leaves that dies while another lives, with the same directory, is delivered by that one."""
+    """Records of a process that dies while another lives, with the same directory, are delivered by that one."""
     with Conveyor(server.url, buffer=Buffer(tmp_path)) as app:
         first = app.queue("mail").push("it has nothing else to deliver")
         away = Path(server.url.removeprefix("unix://").partition("?")[0])

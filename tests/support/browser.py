@@ -33,7 +33,7 @@ def open_browser() -> Iterator[Any]:
 
 
 class Complaints(list[str]):
-    """What a page complains of: errors, and all that its console says, as a broken content security policy does."""
+    """Complaints of a page: errors, and all that its console says, as a broken content security policy does."""
 
     def follow(self, page: Any) -> None:
         page.on("console", lambda message: self.append(f"{message.type}: {message.text}"))

@@ -254,7 +254,7 @@ class SimulatedClient:
         return True
 
     def token(self) -> None:
-        """Take the wake token, then make the turns that taking it requires."""
+        """Pop the wake token, then make the turns that taking it requires."""
 
         def check(replayed: ReplayState, reply: Any) -> None:
             assert (reply is not None) is replayed.model.token

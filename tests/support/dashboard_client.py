@@ -13,7 +13,7 @@ from conveyor.dashboard.endpoint import ApiRoute
 from conveyor.dashboard.web import Dashboard
 
 OWN_PAGE = {"sec-fetch-site": "same-origin"}
-"""What a browser sends with a request of the dashboard's own page."""
+"""Headers that a browser sends with a request of the dashboard's own page."""
 _SAMPLES: dict[str, Any] = {
     "text": "x",
     "number": 1,

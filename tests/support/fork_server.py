@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 _AT_START = ("PYTHON", "LC_", "LANG", "TZ", "LD_", "OPENSSL_")
-"""How the variables begin that an interpreter or its libraries read when they start."""
+"""Beginnings of the variables that an interpreter or its libraries read when they start."""
 
 
 def of_the_start(environment: dict[str, str]) -> dict[str, str]:

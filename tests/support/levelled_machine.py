@@ -20,7 +20,7 @@ from support.queue_model import NOW, Job, Model, ModelWorker, Reply
 from support.state_machine import ANY, QueueMachine, same_turn
 
 DECLARED = {"two": "c 2 -", "one": "c 1 key", "open": "c 2 key", "few": "r 3 3600000 0 -", "cost": "r 6 3600000 0 key"}
-"""What the code declares. Time opens no rate here: `LevelledMachine.time_passes` does."""
+"""The declarations of the code. Time opens no rate here: `LevelledMachine.time_passes` does."""
 SHAPES: list[tuple[str | None, tuple[str, ...]]] = [
     ("a", ()), ("a", ()), ("d", ()), ("a", ("1:two",)), ("b", ("1:open:b",)), (None, ("1:two",)), (None, ("1:one:x",)),
     (None, ("1:two", "1:one:y")), (None, ("1:few",)), ("c", ("2:cost:c", "1:two")), (None, ("3:cost:x",)), (None, ("1:unknown",)),
@@ -58,7 +58,7 @@ class LevelledModel(Model):
         self.passed: dict[str, int] = {}  # rate → the costs of what has started
         self.opened = False  # time has opened a limit, which nobody is told
         self.found: tuple[list[str], set[str], set[str]] = ([], set(), set())
-        """What the turn has leased that is being carried out; all jobs that are there after it, and the scheduled ones."""
+        """Jobs that the turn being carried out has leased; all jobs that are there after it, and the scheduled ones."""
 
     # -- limits ---------------------------------------------------------------------------------------------------
 
@@ -110,7 +110,7 @@ class LevelledModel(Model):
         return [id_ for id_ in firsts if id_ is not None and self.full_limit(id_) is None]
 
     def start(self, id_: str) -> None:
-        """Take the slots of a job, and pay its rates."""
+        """Occupy the slots of a job, and pay its rates."""
         job, held = self.jobs[id_], list[str]()
         if group_of(job) is None:
             return
@@ -288,7 +288,7 @@ class LevelledMachine(QueueMachine):
     @precondition(lambda self: self.model.held or self.model.passed)
     @rule(pick=ANY)
     def time_passes(self, pick: int) -> None:
-        """What a job held is free, or the window of a rate is over; the alarm of the limit rings, if it has one."""
+        """A slot that a job held is free, or the window of a rate is over; the alarm of the limit rings, if it has one."""
         names = [*sorted(self.model.held), *self.model.passed]
         name = names[pick % len(names)]
         if name in self.model.held:

@@ -40,7 +40,7 @@ LIST = "foreign:{t1}:list"
 PASSWORD = "pass-canary"
 FAST = Retry(attempts=2, backoff="1ms", jitter=False)
 EXPECTED = {"client|setinfo", "client", "config|get", "config", "wait", "waitaof"}
-"""What redis-py and the doctor ask for and can do without."""
+"""Commands that redis-py and the doctor ask for and can do without."""
 SERVER = {"redis6": "6.2", "redis7": "7.0", "redis8": "7.2", "valkey": "7.2"}
 
 

@@ -23,7 +23,7 @@ ANY, HOW = st.integers(0, 99), st.sampled_from(["fire", "alone", "alone", "misse
 
 @dataclass
 class Expected:
-    """What a schedule is to be; `next` is the number of an instant, None when none comes any more."""
+    """The state that a schedule is to have; `next` is the number of an instant, None when none comes any more."""
 
     digest: str
     origin: str

@@ -157,7 +157,7 @@ class LimitedUser:
         self._client.execute_command("ACL", "SETUSER", "limited", "reset", "on", ">secret", "~*", "&*", "+@all")
 
     def deny(self, *rules: str) -> None:
-        """Take rights away, by rules such as ``-lpop`` or ``resetchannels``."""
+        """Withdraw rights, by rules such as ``-lpop`` or ``resetchannels``."""
         self.allow_all()
         self._client.execute_command("ACL", "SETUSER", "limited", *rules)
 

@@ -20,10 +20,10 @@ from support.server_dump import difference, exact, readable
 T = TypeVar("T")
 REST = write_envelope("", b"1")
 PLAIN = REST.decode()
-"""What a plain job's envelope reads like in a dump."""
+"""The envelope of a plain job as a dump shows it."""
 LEASE = 60_000
 WORKER = {".about": "{}", ".lease": str(LEASE)}
-"""What a lease hash holds besides `.turn` and the jobs."""
+"""Fields of a lease hash besides `.turn` and the jobs."""
 
 
 def entry(id: str, **options: Any) -> Entry:  # noqa: A002

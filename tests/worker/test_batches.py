@@ -354,7 +354,7 @@ async def test_an_item_may_choose_when_it_runs_again(app: Conveyor) -> None:
     ],
 )
 async def test_an_answer_that_does_not_fit_ends_the_items(app: Conveyor, answer: Any, words: str) -> None:
-    """What cannot be told apart is a dead letter at once, with an error that says why: its work is done."""
+    """Items that cannot be told apart are dead letters at once, with an error that says why: their work is done."""
     seen: list[int] = []
 
     @app.batch_task(size=3, within=LONG)
@@ -519,7 +519,7 @@ async def test_an_item_that_has_expired_is_left_out(app: Conveyor) -> None:
 @pytest.mark.row("A181")
 @pytest.mark.parametrize("kind", ["loop", "thread"])
 async def test_a_half_full_batch_goes_back_at_a_stop(app: Conveyor, kind: str) -> None:
-    """What waits for others when the worker is told to stop goes back in its order, without an attempt."""
+    """Items that wait for others when the worker is told to stop go back in their order, without an attempt."""
     seen: list[list[tuple[int, int]]] = []
 
     def note(rows: list[int], context: Context = current()) -> None:

@@ -70,7 +70,7 @@ async def test_one_turn_leases_many(app: Conveyor, taken: list[int], kind: str) 
 @pytest.mark.row("C292")
 @pytest.mark.parametrize("end", ["retry", "snooze", "limited", "dead", "cancelled"])
 async def test_other_ends_keep_the_order(app: Conveyor, taken: list[int], end: str) -> None:
-    """What follows a job that ends otherwise than well starts after its last attempt, in its order."""
+    """Jobs behind one that ends otherwise than well start after its last attempt, in their order."""
     starts: list[tuple[int, int]] = []
     errors = {"retry": RetryIn("20ms"), "snooze": Snooze("20ms"), "limited": RateLimited("20ms"), "dead": ValueError()}
 
@@ -102,7 +102,7 @@ async def test_other_ends_keep_the_order(app: Conveyor, taken: list[int], end: s
 
 @pytest.mark.row("C292")
 async def test_nothing_waits_for_a_long_job(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What follows a job that runs for long goes back, where a pause of its key holds it; a stop returns it, too, and in its order."""
+    """Jobs behind one that runs for long go back, where a pause of their key holds them; a stop returns them, too, and in order."""
     monkeypatch.setattr(GroupSeries, "flag", _ALWAYS_A_HUNDRED, raising=False)
     ran: list[int] = []
     gate = asyncio.Event()

@@ -153,7 +153,7 @@ async def test_the_context_is_known(run: Run) -> None:
 
 
 async def test_partial_results_come_before_the_end(processes: ProcessPool) -> None:
-    """What a job emits in its process reaches the worker in order, and before its result."""
+    """Values that a job emits in its process reach the worker in order, and before its result."""
     parts: list[bytes] = []
 
     async def emit(data: bytes) -> None:
@@ -562,7 +562,7 @@ async def test_a_worker_runs_its_jobs_in_processes(url: str, tmp_path: Path) -> 
 
 @pytest.mark.row("D161")
 async def test_a_job_that_expired_while_its_process_started_does_not_run(processes: ProcessPool) -> None:
-    """What is too late when a process is free does not run in it, and the process is kept for the next."""
+    """A job that is too late when a process is free does not run in it, and the process is kept for the next."""
     late = attempt("pid")
     late.expire = lambda: True
 

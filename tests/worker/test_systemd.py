@@ -1,4 +1,4 @@
-"""What a worker tells systemd, at a real socket."""
+"""Notifications of a worker to systemd, at a real socket."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def test_series_only_of_what_is_left(seeded: SeededQueue) -> None:
 @pytest.mark.row("C292")
 @pytest.mark.parametrize("way", ["F", "R", "L", "reap"])
 def test_rest_of_a_series_comes_back_in_order(seeded: SeededQueue, way: str) -> None:
-    """What a worker has not started of a series stands before what was behind it, and behind the job that ended otherwise."""
+    """Jobs of a series that a worker has not started stand before those behind them, and behind the job that ended otherwise."""
     seeded.push(*(entry(f"a{n}", group="a") for n in range(1, 7)))
     seeded.register("w", "v")
     assert seeded.turn("w", 1, 9, flags="s4").ids == ["a1", "a2", "a3", "a4"]

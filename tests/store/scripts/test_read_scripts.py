@@ -419,7 +419,7 @@ def alarm(seeded: SeededQueue, name: str, *, late: int = 0) -> None:
 
 
 def silence(seeded: SeededQueue, name: str) -> None:
-    """Take the alarm of a schedule away, as an eviction or a hand would."""
+    """Remove the alarm of a schedule, as an eviction or a hand would."""
     seeded.redis.hincrby(seeded.keys.conf, "alarms", -seeded.redis.zrem(seeded.keys.due, f"\t\t{name}"))
 
 
