@@ -134,7 +134,7 @@ class LevelledModel(Model):
             return True
         if self.startable():
             return False
-        return not self.due or self.blind or any(member.watching for member in self.members.values())
+        return not self.due or any(member.watching for member in self.members.values())
 
     def wake(self) -> None:
         """Leave it to the server whether there is a token: a job behind others of its group needs none."""
@@ -344,7 +344,6 @@ class LevelledMachine(QueueMachine):
     def is_alike(self) -> None:
         """The queue equals the model, groups and slots too, and a worker is told while a job may start."""
         self.model.token = self.seeded.redis.llen(self.keys.wake) == 1
-        self.model.blind = self.model.blind and not self.model.token
         super().is_alike()
         self.sound = True
 

@@ -81,7 +81,6 @@ class Model:
         self.waiters: dict[str, list[str]] = {}
         self.paused = False
         self.token = False
-        self.blind = False  # who watched the clock has died: the others look again after a few seconds
 
     # -- what is true of every queue ------------------------------------------------------------------------------
 
@@ -130,11 +129,11 @@ class Model:
             return True
         if any(self.ready.values()):
             return False
-        return not self.due or self.blind or any(member.watching for member in self.members.values())
+        return not self.due or any(member.watching for member in self.members.values())
 
     def wake(self) -> None:
         """Leave one token."""
-        self.token, self.blind = True, False
+        self.token = True
 
     # -- ends -----------------------------------------------------------------------------------------------------
 
@@ -323,7 +322,6 @@ class Model:
     def reap(self, name: str, *, crashed: bool, blame: tuple[list[str], list[str]] | None = None) -> int:
         """Remove a worker, with a crash for all it held or for those in *blame*; return how many jobs came back."""
         member = self.members.pop(name)
-        self.blind = self.blind or member.watching
         returned = 0
         for id_ in sorted(member.leases, key=lambda one: -member.leases[one]):
             job = self.jobs[id_]
@@ -336,7 +334,7 @@ class Model:
             job.state = (starts + 1, failures, crashes, b"")
             self.line_of(id_).insert(0, id_)
             returned += 1
-        if returned:
+        if self.due or any(self.ready.values()):
             self.wake()
         return returned
 
