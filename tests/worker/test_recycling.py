@@ -176,7 +176,7 @@ def test_processes_of_single_jobs_follow_the_same_limits(workers: WorkerProcesse
     wait(lambda: len(workers.starts()) == 40 and workers.drained())
 
     assert workers.repeats() == 0
-    assert re.search(r'of run_in="process" has \d+ MB after \d jobs? and \d+ s \(limit \d+ MB\)', workers.log)
+    assert re.search(r'of run_in="process" has \d+ MB after \d+ jobs? and \d+ s \(limit \d+ MB\)', workers.log)
     assert "it takes no more" not in workers.log
 
 
