@@ -401,8 +401,27 @@ class TestEnds:
 
 
 @pytest.mark.usefixtures("only_when_woken")
+def test_a_token_at_any_node_wakes_a_loop(cluster: ClusterOfNodes) -> None:
+    """A loop over queues at several nodes, with partitions, is woken by a push to any of them."""
+    with Conveyor(cluster.url, lease="30s") as app:
+        queues = [*(app.queue(name) for name in NAMES[:4]), app.queue("many", partitions=3)]
+        assert len({cluster.owner(queue.keys.jobs).port for queue in queues}) > 1
+        found: list[Any] = []
+        thread = threading.Thread(target=_consume, args=(app, queues, found, 10))
+        thread.start()
+        for number in range(10):
+            queues[number % 5].push(number)
+            until(lambda number=number: len(found) > number, PATIENCE)
+        thread.join()
+        assert found == list(range(10))
+
+
 def test_slots_of_a_cluster(cluster: ClusterOfNodes) -> None:
-    """Over queues in different slots and nodes, with partitions and a plain list, every message is taken once."""
+    """
+    Over queues in different slots and nodes, with partitions and a plain list, every message is taken once.
+
+    Each pull closes what waited for it; a token that reaches a closed connection costs its successor seconds.
+    """
     with Conveyor(cluster.url, lease="30s") as app:
         queues = [*(app.queue(name) for name in NAMES[:4]), app.queue("many", partitions=3), app.plain_list("list")]
         assert len({cluster.owner(queue.keys.jobs).port for queue in queues}) > 1

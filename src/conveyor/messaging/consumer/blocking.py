@@ -383,13 +383,13 @@ class Consumer(Generic[T]):
     def _wait(self, step: WaitStep) -> None:
         self._set_idle(True)
         try:
+            self._settled.clear()  # before the look: what is settled from now on is noted
             for settler in self.settlers:
                 if settler.session.pending:  # another thread settled something meanwhile
                     if self._only_session is not None:
                         return  # the turn that follows takes it along
                     settler.flush()
             if step.full:
-                self._settled.clear()
                 self._settled.wait(step.seconds)
                 return
             if self._movers is None:
