@@ -90,6 +90,16 @@ def scripts_sent(redis):
     return redis.info("commandstats").get("cmdstat_evalsha", {"calls": 0})["calls"]
 
 
+def commands_run(redis):
+    """Return how often each command ran since the statistics were reset, those inside scripts too; not those of new connections."""
+    counts = Counter()
+    for name, row in redis.info("commandstats").items():
+        command = name.removeprefix("cmdstat_")
+        if command.partition("|")[0] not in {"info", "config", "hello", "auth", "client", "select"}:
+            counts[command] += row["calls"]
+    return counts
+
+
 class TestThreads:
     def test_a_full_queue_makes_the_push_wait(self, queue, redis):
         """A push to a full queue returns when a message was acknowledged, and not when it was only leased."""
@@ -324,6 +334,43 @@ def watch_line(queue, redis, url, count, *, watched=0.0):
         idle, taken = asyncio.run(wait_in_line(channels))
         told = [message["data"] for message in iter(lambda: channels.get_message(timeout=0.3), None)]
     return idle, taken, Counter(data.split(b"\n")[0] for data in told if b"\n" in data)
+
+
+@pytest.mark.standalone_only("counts every command that one server runs")
+class TestCosts:
+    """Commands of a producer that waits for room, and is woken, as the server counts them."""
+
+    @pytest.mark.parametrize("length", [2, 40])
+    def test_a_wake(self, queue, redis, length):
+        """A producer that waits sends nothing; its wake is one round trip, with the same commands whether 2 or 40 stand behind it."""
+        ids = [queue.push(0) for _ in range(3)]
+        producers = Producers(redis, queue)
+
+        def count_commands(store):
+            """Cancel a message, and store one in its place; return the commands of both."""
+            redis.config_resetstat()
+            assert queue.client.run(operations.cancel(queue.keys, ids.pop().removeprefix("small:"))) == 1
+            store()
+            return commands_run(redis)
+
+        for _ in range(2):  # at first the server does not know the scripts
+            plain = count_commands(lambda: ids.append(queue.push(0)))
+        producers.begin(1)
+        count_commands(producers.join)  # the process is subscribed from now on, and has told those who waited for that
+        producers.begin(*range(2, 4 + length))
+        _, second, third = producers.threads[:3]
+        redis.config_resetstat()
+        time.sleep(0.3)
+        assert commands_run(redis) == {}
+        woken = count_commands(second.join)
+        assert count_commands(third.join) == woken
+        assert (plain["evalsha"], woken["evalsha"]) == (2, 2)
+        assert (plain["publish"], woken["publish"]) == (0, 2)  # the call, and the question whether the next one lives
+        assert woken.total() - plain.total() == 20  # of the two scripts
+        assert queue.purge() == 3
+        assert take(queue, length) == list(range(4, 4 + length))
+        producers.join()
+        assert producers.errors == []
 
 
 class TestAsync:
