@@ -34,6 +34,12 @@ async def rated(n: int) -> None:
     write("end", "-", n)
 
 
+@app.task(name="keyed", queue="levelled", limits=[Rate(1, PER, by="key", name="each")])
+async def keyed(key: str, n: int) -> None:
+    """Start under the rate of a key."""
+    write("start", key, n)
+
+
 @app.task(name="slotted", queue="levelled", limits=[Concurrency(N)], retry=PATIENT)
 async def slotted(n: int) -> None:
     """Run under a concurrency limit."""

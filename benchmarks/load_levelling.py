@@ -253,6 +253,55 @@ def used(starts: list[float], n: int, per: float) -> float:
     return windows * per / (starts[windows * n] - starts[0]) if windows > 0 else 0.0
 
 
+def keys(options: argparse.Namespace) -> int:
+    """
+    Let a job wait behind the limit of each of many keys, and find how late it starts, and how often a ticket was let go for it.
+
+    Limits open evenly over the seconds: of each key, one job starts at once, and the next one a window later.
+    """
+    per = options.seconds + 10
+    with running(options, per=f"{round(per * 1000)}ms") as run, run.server.client() as client:
+        prefix, job, step = QueueKeys("conveyor", "levelled").prefix, run.tasks.keyed.s, -(-options.keys // 1000)
+        run.start(options.processes, 50)
+        run.app.enqueue_many([job("first", 0)])
+        run.wait(run.lines, "the first start", 60)
+        begin = time.monotonic()
+        for at in range(0, options.keys, step):
+            part = range(at, min(at + step, options.keys))
+            run.app.enqueue_many([job(f"k{key}", n) for n in (0, 1) for key in part])
+            time.sleep(max(0.0, begin + options.seconds * at / options.keys - time.monotonic()))
+        run.wait(lambda: client.hlen(prefix + "waits") == options.keys, "a job of each key to wait", per)
+        opens = [at + per * 1000 for at in last_passes(client, prefix, options.keys)]
+        parked = int(client.hget(prefix + "conf", "waits"))
+        seconds, micros = client.time()
+        clock = seconds + micros / 1e6 - time.monotonic()
+        if (seconds * 1000) > min(opens):
+            raise SystemExit("Limits opened before a job of each key waited: give more --seconds.")
+        time.sleep(max(0.0, max(opens) / 1000 - clock - time.monotonic()))
+        run.wait(run.drained, "the queue to be empty")
+        passed = last_passes(client, prefix, options.keys)
+        again = int(client.hget(prefix + "conf", "waits")) - parked
+        starts = {line.key: (line.at + clock) * 1000 for line in run.lines() if line.n == 1}
+    late = sorted(at - due for at, due in zip(passed, opens, strict=True))
+    started = sorted(starts[f"k{key}"] - due for key, due in enumerate(opens))
+    say("keys, seconds in which their limits open", f"{options.keys}, {options.seconds:g}")
+    say("admissions a start", 1 + again / options.keys)
+    for what, found in (("pass by the server's record", late), ("start by the jobs' own log", started)):
+        for name, place in (("middle", len(found) // 2), ("99 %", len(found) * 99 // 100), ("longest", -1)):
+            say(f"ms from the opening to the {what}: {name}", float(found[place]))
+    say("started more than 20 ms after the opening", sum(ms > 20 for ms in started))
+    say("passed before the opening", sum(ms < 0 for ms in late))
+    return int(again > 0.05 * options.keys or late[0] < 0)
+
+
+def last_passes(client: Any, prefix: str, count: int) -> list[int]:
+    """Return when the limit of each key was passed last, in ms since the epoch by the server's clock."""
+    with client.pipeline(transaction=False) as pipeline:
+        for key in range(count):
+            pipeline.lindex(f"{prefix}rate:each:k{key}", 0)
+        return [int(at) for at in pipeline.execute()]
+
+
 def concurrency(options: argparse.Namespace) -> int:
     """Count jobs that run at a time, with kills; slots that are taken after draining."""
     with running(options, n=options.n, seconds=0.02) as run:
@@ -403,7 +452,14 @@ def weights(options: argparse.Namespace) -> int:
     return int(not 3.5 <= first["heavy"] / max(1, first["light"]) <= 4.5)
 
 
-CASES = {"rate": rate, "concurrency": concurrency, "order": order, "fairness": fairness, "weights": weights}
+CASES = {
+    "rate": rate,
+    "keys": keys,
+    "concurrency": concurrency,
+    "order": order,
+    "fairness": fairness,
+    "weights": weights,
+}
 
 
 def main() -> int:
