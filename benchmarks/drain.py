@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.harness import NAMESPACE, TEXT, Bench, Worker, commands_run, commands_sent, cpu_seconds, wait_for
 
@@ -21,6 +22,30 @@ class Snapshot:
     run: int
     server_cpu: float
     worker_cpu: float
+
+
+class Cost(NamedTuple):
+    """Jobs a second, and for each job the CPU seconds of the server and the worker, and the commands sent and run."""
+
+    rate: float
+    server: float
+    worker: float
+    sent: float
+    run: float
+
+    @property
+    def cpu(self) -> float:
+        """CPU seconds of both for each job."""
+        return self.server + self.worker
+
+    @classmethod
+    def between(cls, first: Snapshot, last: Snapshot) -> Cost:
+        """Return the cost of what was drained between two snapshots."""
+        done = first.left - last.left
+        return cls(
+            done / (last.time - first.time), (last.server_cpu - first.server_cpu) / done,
+            (last.worker_cpu - first.worker_cpu) / done, (last.commands - first.commands) / done, (last.run - first.run) / done,
+        )  # fmt: skip
 
 
 def drain(bench: Bench) -> None:
@@ -40,40 +65,51 @@ def drain(bench: Bench) -> None:
             measured_jobs.app.enqueue_many(call(number, TEXT) for number in range(count * processes))
             first, last = drained(bench, queue, processes)
             name = f"ours drain {queue} {processes}"
-            done = _note(bench, name, first, last)
-            bench.note(f"{name} commands/job", (last.commands - first.commands) / done)
+            cost = Cost.between(first, last)
+            _note(bench, name, [cost])
+            bench.note(f"{name} commands/job", cost.sent)
     bench.flush()
 
 
 def levelled(bench: Bench) -> None:
-    """Drain no-op jobs of 10,000 groups, of one, of one opened, under a limit with room, and with unique keys; and plain ones."""
+    """
+    Drain no-op jobs of 10,000 groups, of one, of one opened, under a limit with room, and with unique keys; and plain ones.
+
+    Short rounds of plain jobs and of the others alternate, and each round is compared with its neighbour alone.
+    """
     from benchmarks import measured_jobs as jobs
 
-    count = bench.size(100_000)
-    for queue, call in {
+    count, rounds = (20_000, 2) if bench.quick else (100_000, 5)
+    calls = {
         "async": jobs.noop.s,
-        "grouped": lambda number, text: jobs.grouped.s(number % 10_000, text),
+        "grouped": lambda number, text: jobs.grouped.s(number % (count // 10), text),
         "strict": lambda _, text: jobs.strict.s(1, text),
         "opened": lambda _, text: jobs.opened.s(1, text),
         "limited": jobs.limited.s,
         "keyed": jobs.keyed.s,
-    }.items():
-        bench.flush()
-        jobs.app.enqueue_many(call(number, TEXT) for number in range(count))
-        first, last = drained(bench, queue, 1)
-        name = f"ours levelled {queue}"
-        done = _note(bench, name, first, last)
-        bench.note(f"{name} commands/job", (last.run - first.run) / done)
+    }
+    spent = defaultdict[str, list[Cost]](list)
+    for kind in (name for name in calls if name != "async"):
+        for number in range(rounds):
+            for queue in ("async", kind) if number % 2 else (kind, "async"):
+                bench.flush()
+                jobs.app.enqueue_many(calls[queue](at, TEXT) for at in range(count))
+                spent[queue].append(Cost.between(*drained(bench, queue, 1)))
+        pairs = list(zip(spent["async"][-rounds:], spent[kind], strict=True))
+        name = f"ours levelled {kind}"
+        bench.note(f"{name} of plain", statistics.median(one.rate / plain.rate for plain, one in pairs))
+        bench.note(f"{name} of plain, by CPU", statistics.median(plain.cpu / one.cpu for plain, one in pairs))
+    for queue, costs in spent.items():
+        _note(bench, f"ours levelled {queue}", costs)
+        bench.note(f"ours levelled {queue} commands/job", statistics.median(cost.run for cost in costs))
     bench.flush()
 
 
-def _note(bench: Bench, name: str, first: Snapshot, last: Snapshot) -> int:
-    """Note the rate and the costs of what was drained between two snapshots; return how many jobs that are."""
-    done = first.left - last.left
-    bench.note(f"{name} /s", done / (last.time - first.time))
-    bench.note(f"{name} server us/job", (last.server_cpu - first.server_cpu) / done * 1e6)
-    bench.note(f"{name} worker us/job", (last.worker_cpu - first.worker_cpu) / done * 1e6)
-    return done
+def _note(bench: Bench, name: str, costs: Sequence[Cost]) -> None:
+    """Note the rate and the costs of drains, the median of each."""
+    bench.note(f"{name} /s", statistics.median(cost.rate for cost in costs))
+    bench.note(f"{name} server us/job", statistics.median(cost.server for cost in costs) * 1e6)
+    bench.note(f"{name} worker us/job", statistics.median(cost.worker for cost in costs) * 1e6)
 
 
 def live_jobs(client: Any, queue: str) -> int:

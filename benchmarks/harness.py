@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import statistics
 import subprocess
@@ -131,14 +132,23 @@ def percentile(values: list[float], percent: float) -> float:
 
 def cpu_seconds(*pids: int) -> float:
     """Return the CPU time that the processes have used so far, all threads, user and system."""
-    ticks = 0
-    for pid in pids:
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    return sum(map(_cpu_seconds_of, pids))
+
+
+def _cpu_seconds_of(pid: int) -> float:
+    try:
+        return time.clock_gettime((~pid << 3) | 2)  # its CPU clock, as clock_getcpuclockid(3) makes it
+    except OSError:  # it has ended; until its parent knows that, /proc tells what it used
+        return sum(_ticks(pid)[:2]) / os.sysconf("SC_CLK_TCK")
+
+
+def _ticks(pid: int) -> list[int]:
+    """Return the ticks of CPU time of a process, user and system, and the same of its children that have ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return [0, 0, 0, 0]
+    return [int(field) for field in fields[11:15]]
 
 
 def process_tree(root: int) -> list[int]:
@@ -181,6 +191,7 @@ class Worker:
         """Start `conveyor worker benchmarks.measured_jobs:app` with *flags*."""
         self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
         command = [sys.executable, "-m", "conveyor", "worker", "benchmarks.measured_jobs:app", *flags]
+        self._ended_before = _cpu_of_ended_children()
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=environment(bench))
 
     def __enter__(self) -> Worker:
@@ -208,8 +219,16 @@ class Worker:
         raise RuntimeError(f"The worker exited with {self.process.returncode}:\n{words}")
 
     def cpu(self) -> float:
-        """Return the CPU seconds of the supervisor and its children so far."""
-        return cpu_seconds(*process_tree(self.process.pid))
+        """Return the CPU seconds of the supervisor and its children so far, those included that have ended."""
+        if self.process.poll() is not None:
+            return _cpu_of_ended_children() - self._ended_before
+        ended = sum(_ticks(self.process.pid)[2:]) / os.sysconf("SC_CLK_TCK")
+        return ended + cpu_seconds(*process_tree(self.process.pid))
+
+
+def _cpu_of_ended_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _kill(pid: int) -> None:
