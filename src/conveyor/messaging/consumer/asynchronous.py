@@ -382,13 +382,13 @@ class AsyncConsumer(Generic[T]):
     async def _wait(self, step: WaitStep) -> None:
         self._set_idle(True)
         try:
+            self.settled.clear()  # before the look: what is settled from now on is noted
             for settler in self.settlers:
                 if settler.session.pending:  # settled meanwhile by another task
                     if self._only_session is not None:
                         return  # the turn that follows takes it along
                     settler.begin_flush()
             if step.full:
-                self.settled.clear()
                 try:
                     await asyncio.wait_for(self.settled.wait(), step.seconds)
                 except TimeoutError:
