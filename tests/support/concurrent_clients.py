@@ -280,7 +280,10 @@ class SimulatedClient:
 
     @staticmethod
     def gone(replayed: ReplayState, name: str) -> int:
-        return 0 if replayed.left.pop(name, None) is not None else -1  # the memory of who has left goes, too
+        if replayed.left.pop(name, None) is None:
+            return -1
+        replayed.model.wake_for_the_rest()
+        return 0  # the memory of who has left goes, too
 
     def extend(self) -> None:
         name = self.worker()

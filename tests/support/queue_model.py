@@ -334,9 +334,13 @@ class Model:
             job.state = (starts + 1, failures, crashes, b"")
             self.line_of(id_).insert(0, id_)
             returned += 1
+        self.wake_for_the_rest()
+        return returned
+
+    def wake_for_the_rest(self) -> None:
+        """Wake a worker when anything is ready or scheduled, as a reap does."""
         if self.due or any(self.ready.values()):
             self.wake()
-        return returned
 
     def extend(self, name: str, id_: str, new: str) -> bool:
         """Move a lease to an identity of its own."""
