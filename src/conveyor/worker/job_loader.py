@@ -21,7 +21,7 @@ from conveyor.payload.records import Envelope, EnvelopeOptions, read_leniently
 from conveyor.payload.versions import PayloadTooNew
 from conveyor.payload.wrapped import MAGIC
 from conveyor.store.operations import TurnReport
-from conveyor.worker.attempt import Attempt, AttemptOwner, Handler, SealedAttempt
+from conveyor.worker.attempt import Attempt, AttemptOwner, Handler
 from conveyor.worker.crash_attribution import EXECUTING, LOOP_CELL, RunningTable, id_checksum
 
 if TYPE_CHECKING:
@@ -42,9 +42,8 @@ def _load_attributes(consumer: AttemptOwner, plain: Mapping[bytes, Handler], id_
         attributes = data[:first].decode()
     except UnicodeDecodeError:
         return None
-    attempt = Attempt(consumer, handler, id_, data[second + 1 :])
-    attempt.envelope = Envelope(handler.name, attempt.body, attributes=attributes)
-    return attempt
+    body = data[second + 1 :]
+    return Attempt(consumer, handler, id_, body, Envelope(handler.name, body, attributes=attributes))
 
 
 class JobLoader:
@@ -116,8 +115,7 @@ class JobLoader:
         if handler is None or load_error is not None:
             handler = Handler.unknown(envelope.task, load_error)
         sealed = handler.kind != "unknown" and self._is_sealed(consumer, handler, envelope.body, envelope.extra.version)
-        attempt = (SealedAttempt if sealed else Attempt)(consumer, handler, id_, envelope.body)
-        attempt.envelope = envelope
+        attempt = Attempt(consumer, handler, id_, envelope.body, envelope, sealed=sealed)
         if handler.early:
             self._read_early(attempt)
         return attempt
@@ -217,5 +215,4 @@ class JobLoader:
 
 
 def _unseal(attempt: Attempt, body: bytes) -> None:
-    assert isinstance(attempt, SealedAttempt)
     attempt.body, attempt.sealed = body, False

@@ -121,9 +121,9 @@ class SettlementWriter:
 
         *stuck*: its thread goes on beyond the time limit.
         """
-        consumer, why = attempt.consumer, attempt.stop_reason
-        consumer.changed_handlers.add(attempt.handler)
-        report, now = consumer.report, consumer.now_ms
+        consumer, why, handler = attempt.consumer, attempt.stop_reason, attempt.handler
+        consumer.changed_handlers.add(handler)
+        report = consumer.report
         if attempt.context is not None:
             if attempt.charges:
                 self._charge(report, attempt)
@@ -136,7 +136,19 @@ class SettlementWriter:
         if parts is not None:
             report.others.append(parts)
         if attempt.number == 1 and attempt.started:
-            attempt.handler.first_starts.append(attempt)
+            handler.first_starts.append(attempt)
+        if error is None and why is None:
+            self.done(report, attempt, value)
+        else:
+            self._settle_unsuccessful(report, attempt, value, error, stuck=stuck)
+        if parts is not None and report.others[-1].kind in {"D", "C"}:
+            parts.ms = max(self._keep_ms(attempt), KEPT_MS)
+
+    def _settle_unsuccessful(
+        self, report: TurnReport, attempt: Attempt, value: Any, error: BaseException | None, *, stuck: bool
+    ) -> None:
+        """Settle an attempt that raised or was stopped; one that returned although it was to be stopped is a success."""
+        why, now = attempt.stop_reason, attempt.consumer.now_ms
         unfinished = attempt.started == 0.0 or isinstance(error, asyncio.CancelledError) or stuck
         if why in {"cancel", "expired"} and (unfinished or error is not None):
             self.cancelled(report, attempt, now)
@@ -149,26 +161,24 @@ class SettlementWriter:
         else:
             final = _error_of(attempt, error)
             if final is None:
-                self.done(report, attempt, value, now)
+                self.done(report, attempt, value)
             else:
                 self.failed(report, attempt, final, now)
-        if parts is not None and report.others[-1].kind in {"D", "C"}:
-            parts.ms = max(self._keep_ms(attempt), KEPT_MS)
 
     @staticmethod
     def _keep_ms(attempt: Attempt) -> int:
         own = attempt.envelope.extra.keep_ms
-        return attempt.handler.task.settings.keep_ms if own is None else own
+        return attempt.handler.keep_ms if own is None else own
 
-    def done(self, report: TurnReport, attempt: Attempt, value: Any, now_ms: int) -> None:
+    def done(self, report: TurnReport, attempt: Attempt, value: Any) -> None:
         """Settle a success. A result that cannot be stored makes the job a dead letter."""
-        handler, envelope = attempt.handler, attempt.envelope
+        handler, envelope, context = attempt.handler, attempt.envelope, attempt.context
         seconds = attempt.ended - attempt.started
-        keep = self._keep_ms(attempt)
-        told = handler.task.settings.webhook and self._told(attempt, "done", now_ms)
-        spawned = [*attempt.spawned, *told] if told else attempt.context is not None and attempt.spawned
+        keep = handler.keep_ms if envelope is PLAIN_ENVELOPE else self._keep_ms(attempt)
+        told = handler.has_webhook and self._told(attempt, "done", attempt.consumer.now_ms)
+        spawned = [*attempt.spawned, *told] if told else context is not None and attempt.spawned
         # Those that simply ended come first, and the other reports of an attempt must come before its end.
-        live = None if attempt.context is None else attempt.live_record
+        live = None if context is None else attempt.live_record
         # Of a job that more is to be told of than its one run a record is kept in any case.
         tells = live is not None or attempt.state is not None
         simple = not (envelope.own_id or spawned or tells or (report.others and report.others[-1].id == attempt.id))
@@ -176,24 +186,19 @@ class SettlementWriter:
         ms, record, state = 0, b"", b""
         if keep and (stores or tells):
             try:
-                data = handler.task.results.encode(value) if stores else b"null"
+                record = self._success_record(report, attempt, value, live, stores=stores)
             except PayloadError as error:
-                self.failed(report, attempt, error, now_ms, may_retry=False)
+                self.failed(report, attempt, error, attempt.consumer.now_ms, may_retry=False)
                 return
-            run = self._run_record(attempt, now_ms)
-            if handler.task.bare_results:
-                record = b'{"status":"done","value":%b,"at":%d,"run":%b}' % (data, now_ms, run)
-            else:
-                packed = pack_result(self._sealing or PLAIN, data, attempt.consumer.queue, attempt.id)
-                record = b'{"status":"done",%b,"at":%d,"run":%b}' % (packed, now_ms, run)
-            if live is not None:
-                record = self._add_live(report, attempt, live, record)
             ms, state = keep, b"" if stores else b"-"
         elif value is not None and not keep and handler.task.promises_result:
             # A promised value that was returned and is not kept is told from none: `result` raises ResultExpired.
             state = b"+"
         if simple:
-            report.add_done(attempt.id, envelope.attributes)
+            if envelope.attributes:
+                report.add_done(attempt.id, envelope.attributes)
+            else:
+                report.done.append(attempt.id)
             if record or state:
                 report.results[attempt.id] = (ms, record)
         else:
@@ -205,15 +210,30 @@ class SettlementWriter:
         if envelope.attributes:
             report.frees += 1
             report.seconds += seconds
-        if attempt.context is not None:
-            end_spawning(attempt.context)  # a thread of the job that goes on gets an error if it spawns
-        handler.count_done(seconds)
+        if context is not None:
+            end_spawning(context)  # a thread of the job that goes on gets an error if it spawns
+        handler.successes.append(attempt)
         if self._logged is not None:
             self._log_done(attempt, seconds)
         if len(report.recent) < RECENT:
+            now_ms = attempt.consumer.now_ms
             report.recent.append(write_finished(attempt.id, handler.name, "done", now_ms, round(seconds * 1000)))
         if JobDone in self._app.listeners:
             self._app.emit(JobDone(attempt.public_id, handler.name, attempt.consumer.queue, attempt.number, seconds))
+
+    def _success_record(
+        self, report: TurnReport, attempt: Attempt, value: Any, live: LiveRecord | None, *, stores: bool
+    ) -> bytes:
+        """Return the record of a success, with its value where the task *stores* one; raises PayloadError."""
+        task, now_ms = attempt.handler.task, attempt.consumer.now_ms
+        data = task.results.encode(value) if stores else b"null"
+        run = self._run_record(attempt, now_ms)
+        if task.bare_results:
+            record = b'{"status":"done","value":%b,"at":%d,"run":%b}' % (data, now_ms, run)
+        else:
+            packed = pack_result(self._sealing or PLAIN, data, attempt.consumer.queue, attempt.id)
+            record = b'{"status":"done",%b,"at":%d,"run":%b}' % (packed, now_ms, run)
+        return record if live is None else self._add_live(report, attempt, live, record)
 
     def report_live(self, report: TurnReport, attempt: Attempt) -> None:
         """Report what a running attempt says of itself, as far as it is new, and its lines while somebody follows them."""

@@ -13,6 +13,8 @@ from collections.abc import Callable, Hashable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
+from msgspec import field
+
 from conveyor.jobs.batch_task import item_ends
 from conveyor.jobs.context import Context, share_log
 from conveyor.jobs.job_log import JobLog
@@ -56,25 +58,36 @@ def _as_arguments(values: Any) -> tuple[list[Any], dict[str, Any]]:
     return [values], {}
 
 
-class BatchAttempt(Attempt):
+class BatchAttempt(Attempt, kw_only=True, eq=False):
     """One call of the function of a batch task: the attempt that takes a slot. `items` are the attempts of its jobs."""
 
-    __slots__ = ("cells", "is_announced", "items", "live", "phase", "place", "plan", "timer")
+    place: Place
+    plan: BatchPlan
+    items: dict[Attempt, Any] = field(default_factory=dict)
+    """The attempts of its jobs, with their decoded arguments, in the order in which they came."""
+    live: list[Attempt] = field(default_factory=list)
+    """Those of them that the function receives, in the order of its list; set when it starts."""
+    phase: Literal["open", "recalled", "submitted"] = "open"
+    is_announced: bool = False
+    timer: asyncio.TimerHandle | None = None
+    cells: list[int] = field(default_factory=list)
 
-    def __init__(self, first: Attempt, handler: Handler, place: Place, plan: BatchPlan) -> None:
+    @classmethod
+    def begun_by(cls, first: Attempt, handler: Handler, place: Place, plan: BatchPlan) -> BatchAttempt:
+        """Return a batch without items, for *first*."""
         values: list[Any] = []  # the list that the function receives; `BatchHandler` makes it the arguments
-        super().__init__(cast("AttemptOwner", BatchOwner(self)), handler, first.id, cast("bytes", values))
-        self.number = first.number
-        self.envelope = _BATCH
-        self.place, self.plan = place, plan
-        self.items: dict[Attempt, Any] = {}
-        """The attempts of its jobs, with their decoded arguments, in the order in which they came."""
-        self.live: list[Attempt] = []
-        """Those of them that the function receives, in the order of its list; set when it starts."""
-        self.phase: Literal["open", "recalled", "submitted"] = "open"
-        self.is_announced = False
-        self.timer: asyncio.TimerHandle | None = None
-        self.cells: list[int] = []
+        batch = cls(
+            first.consumer,
+            handler,
+            first.id,
+            cast("bytes", values),
+            _BATCH,
+            place=place,
+            plan=plan,
+            number=first.number,
+        )
+        batch.consumer = cast("AttemptOwner", BatchOwner(batch))
+        return batch
 
     @property
     def first(self) -> Attempt:
@@ -213,7 +226,7 @@ class BatchGatherer:
         batch = None if item.crashed_before else self._open.get(place)
         if batch is None:
             handler = self._handlers.setdefault(task.name, BatchHandler(item.handler))
-            batch = BatchAttempt(item, handler, place, plan)
+            batch = BatchAttempt.begun_by(item, handler, place, plan)
         batch.items[item] = value
         self._batch_of[item] = batch
         if item.crashed_before or self._is_draining:
@@ -279,7 +292,7 @@ class BatchGatherer:
         if batch.phase == "submitted":
             if batch.started != 0.0:
                 return False
-            if hasattr(batch, "unclaimed"):
+            if batch.unclaimed is not None:
                 if not self._runner.threads.take_back(batch):
                     return False
                 batch = self._recall(batch)
@@ -299,7 +312,7 @@ class BatchGatherer:
 
     def _recall(self, batch: BatchAttempt) -> BatchAttempt:
         """Return a batch in place of one that no thread had begun, of which jobs leave; what is left is submitted again."""
-        rest = BatchAttempt(batch.first, batch.handler, batch.place, batch.plan)
+        rest = BatchAttempt.begun_by(batch.first, batch.handler, batch.place, batch.plan)
         rest.phase, rest.is_announced, rest.items = "recalled", True, batch.items
         self._batch_of.update(dict.fromkeys(rest.items, rest))
         batch.ended = perf_counter()  # its thread still reports it

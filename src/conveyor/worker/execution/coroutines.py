@@ -112,7 +112,7 @@ class CoroutinePool:
                 await asyncio.sleep(0)
                 continue
             attempt = backlog.popleft()
-            attempt.started = now
+            attempt.started, attempt.runner = now, me
             self.current = attempt
             self.running += 1
             if cells is not None:
@@ -129,7 +129,6 @@ class CoroutinePool:
                     if guard.is_copy:
                         guard.end_on_loop()
                     self.current = None
-                    attempt.runner = me
                     if cells is not None:
                         cells[cell], is_shown = checksum, True
                         cells[LOOP_CELL] = 0

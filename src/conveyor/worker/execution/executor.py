@@ -174,7 +174,7 @@ class Executor:
         """Keep an attempt that waits from starting; False when a thread has claimed it, so that it starts."""
         if attempt.handler.kind == "batch":
             return self.gatherer is None or self.gatherer.take_back(attempt)
-        if hasattr(attempt, "unclaimed"):
+        if attempt.unclaimed is not None:
             return self.threads.take_back(attempt)
         if attempt in self.coroutines.backlog:
             self.coroutines.backlog.remove(attempt)
@@ -190,7 +190,6 @@ class Executor:
         attempt.consumer.on_started(attempt)
         variables = self._base.copy()
         handler = attempt.handler
-        attempt.runner = asyncio.current_task()
         variables.run(CURRENT.set, attempt)
         if self._chain is not None and (handler.kind != "loop" or not self._is_skipped(attempt)):
             return variables, self._chain(attempt.open(), partial(self._call, attempt))

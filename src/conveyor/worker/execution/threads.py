@@ -61,6 +61,7 @@ class ThreadPool:
 
     def take_back(self, attempt: Attempt) -> bool:
         """Keep an attempt that was submitted from starting; False when a thread has claimed it."""
+        assert attempt.unclaimed is not None
         try:
             attempt.unclaimed.pop()
         except IndexError:
@@ -89,6 +90,7 @@ class ThreadPool:
         guard, cells = self._fork_guard, None if self._running_table is None else self._running_table.cells
         while (work := self._queue.get()) is not None:
             attempt, variables, checksum = work
+            assert attempt.unclaimed is not None
             try:
                 call = attempt.unclaimed.pop()  # one step for all threads: the loop cannot take it back as well
             except IndexError:

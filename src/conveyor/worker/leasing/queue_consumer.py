@@ -22,7 +22,7 @@ from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import WrongReply
 from conveyor.store.transport import eviction, wakeup
 from conveyor.store.worker_commands import FOLLOWED, read_command
-from conveyor.worker.attempt import Attempt, Handler
+from conveyor.worker.attempt import PLAIN, Attempt, Handler
 from conveyor.worker.leasing.capacity import JobSizeEstimate
 from conveyor.worker.leasing.group_series import GroupSeries
 from conveyor.worker.leasing.list_intake import ListIntake
@@ -575,7 +575,7 @@ class QueueConsumer:
             end = data.find(b"\n", 1)
             handler = lookup.get(data[: end + 2])  # a plain job's envelope: \n, its task, \n, an object
             if handler is not None:
-                attempt = Attempt(self, handler, id_, data[end + 1 :])
+                attempt = Attempt(self, handler, id_, data[end + 1 :], PLAIN)
             else:
                 attempt = self._services.loader.load(self, handlers, id_, data, plain=lookup)
             held[id_] = attempt
@@ -667,8 +667,12 @@ class QueueConsumer:
 
     def on_started(self, attempt: Attempt) -> None:
         """Note that an attempt started, and tell listeners."""
-        self.announce(attempt)
-        self._capacity.note_backlog(self, -1)
+        if JobStarted in self._services.app.listeners:
+            self.announce(attempt)
+        # As `note_backlog`, without a call, since it is once for each job.
+        self.backlog -= 1
+        self.group.backlog -= 1
+        self._capacity.backlog -= 1
 
     def note_backlog(self, change: int) -> None:
         """Count a batch of this queue that waits for a slot, or has one."""
