@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from datetime import datetime
 from typing import ClassVar
 
+import msgspec
 
-@dataclass(frozen=True, slots=True)
-class Event:
+
+class Event(msgspec.Struct, frozen=True):
     """An event of this process; each subclass is one kind."""
 
     name: ClassVar[str] = ""
 
 
-@dataclass(frozen=True, slots=True)
-class JobEvent(Event):
+class _Origin(Event, frozen=True, kw_only=True):
+    id: str = ""
+    at: datetime | None = None
+    worker: str = ""
+
+
+class JobEvent(_Origin, frozen=True):
     """
     An event of a job; `attempt` counts from 1, and `task` is "" for a message.
 
@@ -27,28 +32,22 @@ class JobEvent(Event):
     task: str
     queue: str
     attempt: int
-    id: str = field(default="", kw_only=True)
-    at: datetime | None = field(default=None, kw_only=True)
-    worker: str = field(default="", kw_only=True)
 
 
-@dataclass(frozen=True, slots=True)
-class JobStarted(JobEvent):
+class JobStarted(JobEvent, frozen=True):
     """An attempt starts; as `app.events` yields it, a worker has leased the job."""
 
     name: ClassVar[str] = "started"
 
 
-@dataclass(frozen=True, slots=True)
-class JobDone(JobEvent):
+class JobDone(JobEvent, frozen=True):
     """An attempt succeeded; `duration` in seconds, as `app.events` yields it from the lease on."""
 
     name: ClassVar[str] = "done"
     duration: float
 
 
-@dataclass(frozen=True, slots=True)
-class JobRetried(JobEvent):
+class JobRetried(JobEvent, frozen=True):
     """An attempt failed, and the next one follows after `delay` seconds."""
 
     name: ClassVar[str] = "retried"
@@ -56,8 +55,7 @@ class JobRetried(JobEvent):
     error: BaseException
 
 
-@dataclass(frozen=True, slots=True)
-class JobDead(JobEvent):
+class JobDead(JobEvent, frozen=True):
     """
     The job is dead: `reason` says why; `error` is the last one, None for a poison job.
 
@@ -69,8 +67,7 @@ class JobDead(JobEvent):
     error: BaseException | None
 
 
-@dataclass(frozen=True, slots=True)
-class JobCancelledEvent(JobEvent):
+class JobCancelledEvent(JobEvent, frozen=True):
     """
     A job was cancelled while this worker had leased it.
 
@@ -82,23 +79,20 @@ class JobCancelledEvent(JobEvent):
     by: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class JobLost(JobEvent):
+class JobLost(JobEvent, frozen=True):
     """The lease was lost before the job ended: its outcome was refused, and another worker runs it."""
 
     name: ClassVar[str] = "lost"
 
 
-@dataclass(frozen=True, slots=True)
-class JobEnqueued(JobEvent):
+class JobEnqueued(JobEvent, frozen=True):
     """A job, or a message, is in its queue; `due` is when it may start, None at once. Only `app.events` yields it."""
 
     name: ClassVar[str] = "enqueued"
     due: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class JobReturned(JobEvent):
+class JobReturned(JobEvent, frozen=True):
     """
     The job is back in its queue without a failure, to go on after `delay` seconds. Only `app.events` yields it.
 
@@ -110,16 +104,14 @@ class JobReturned(JobEvent):
     delay: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class JobPromoted(JobEvent):
+class JobPromoted(JobEvent, frozen=True):
     """A scheduled job was made ready, by somebody. Only `app.events` yields it."""
 
     name: ClassVar[str] = "promoted"
     by: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class JobUpdated(JobEvent):
+class JobUpdated(JobEvent, frozen=True):
     """A waiting job was changed, by somebody, or replaced by a push with its unique key. Only `app.events` yields it."""
 
     name: ClassVar[str] = "updated"
@@ -127,39 +119,34 @@ class JobUpdated(JobEvent):
     due: datetime | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class JobRedriven(JobEvent):
+class JobRedriven(JobEvent, frozen=True):
     """A dead letter was put back, by somebody. Only `app.events` yields it."""
 
     name: ClassVar[str] = "redriven"
     by: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class EventsMissed(JobEvent):
+class EventsMissed(JobEvent, frozen=True):
     """Events of the queue behind the one before are not kept any more. Only `app.events` yields it; it is of no job."""
 
     name: ClassVar[str] = "events-missed"
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerStarted(Event):
+class WorkerStarted(Event, frozen=True):
     """A worker leases jobs from now on."""
 
     name: ClassVar[str] = "worker-started"
     worker: str
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerStopped(Event):
+class WorkerStopped(Event, frozen=True):
     """A worker has stopped and handed back all its jobs."""
 
     name: ClassVar[str] = "worker-stopped"
     worker: str
 
 
-@dataclass(frozen=True, slots=True)
-class JobUpdate:
+class JobUpdate(msgspec.Struct, frozen=True):
     """
     An update that `job.watch()` yields: the state of a job has changed.
 
@@ -174,15 +161,13 @@ class JobUpdate:
     at: datetime | None
 
 
-@dataclass(frozen=True, slots=True)
-class StateChanged(JobUpdate):
+class StateChanged(JobUpdate, frozen=True):
     """The job is scheduled, ready, waiting or leased now; `error` is that of the attempt before, where it has failed."""
 
     error: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class ProgressChanged(JobUpdate):
+class ProgressChanged(JobUpdate, frozen=True):
     """The job has told a progress: `done` of `total`, and a text; None and "" stand for what it did not tell."""
 
     done: float | None = None
@@ -190,8 +175,7 @@ class ProgressChanged(JobUpdate):
     text: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class JobEnded(JobUpdate):
+class JobEnded(JobUpdate, frozen=True):
     """The job is done, dead or cancelled; `reason` says why it was cancelled, `error` is the last one of a dead job."""
 
     reason: str = ""

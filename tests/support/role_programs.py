@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -251,7 +251,7 @@ def find(app: Conveyor) -> None:
         list(app.jobs(queue="default", **options))
     first = Walk(states=("dead",), most=1)
     step, _ = app.client.run(inspection.find_jobs(app.client.keys("default"), first))
-    app.client.run(inspection.find_jobs(app.client.keys("default"), replace(first, cursor=step.cursor)))
+    app.client.run(inspection.find_jobs(app.client.keys("default"), msgspec.structs.replace(first, cursor=step.cursor)))
 
 
 def _ended(job: Any) -> None:

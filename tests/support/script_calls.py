@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from time import time
 from typing import Any
+
+from msgspec.structs import replace
 
 from conveyor.messaging import outbox
 from conveyor.payload.records import EnvelopeOptions, write_envelope

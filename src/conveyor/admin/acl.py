@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from conveyor.errors import ConfigurationError
 from conveyor.messaging import outbox
@@ -41,8 +42,7 @@ _PASSED_ARGUMENTS = re.compile(r"(?<!redis\.)(?<!redis\.p)\b(?!redis)\w+\(([^()]
 _COMMAND_NAME = re.compile(r"'([A-Z]{2,})'")
 
 
-@dataclass(frozen=True)
-class Role:
+class Role(msgspec.Struct, frozen=True):
     """
     A kind of program, with the scripts and commands that it uses.
 
@@ -135,8 +135,7 @@ _OWN_KEYS = {"dashboard": ("audit", "marks"), "operator": ("audit", "marks")}
 ROLES: dict[str, Role] = {role.name: role for role in (_PRODUCER, _WORKER, _DASHBOARD, _OPERATOR, _SENTINEL)}
 
 
-@dataclass(frozen=True)
-class AclRules:
+class AclRules(msgspec.Struct, frozen=True):
     """The rights of one user: commands (lower case, sorted), key patterns and channel patterns."""
 
     role: str

@@ -26,12 +26,14 @@ from collections.abc import (
 )
 from contextlib import contextmanager, suppress
 from copy import copy
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial, wraps
 from itertools import islice
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+import msgspec
+from msgspec.structs import replace
 
 from conveyor.acting import LONGEST_NAME, acting_as
 from conveyor.admin import doctor
@@ -127,8 +129,7 @@ _MOST_HOLDING, _LONGEST = 100, 20
 """Workers, and jobs of each, of which is asked whether they run too long: what a worker holds is in the order of its starts."""
 
 
-@dataclass(frozen=True, slots=True)
-class _JobLookup:
+class _JobLookup(msgspec.Struct, frozen=True):
     keys: QueueKeys
     id: str
     location: str

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from statistics import median
 from typing import Literal
+
+import msgspec
+from msgspec.structs import replace
 
 from conveyor.admin import server_checks
 from conveyor.admin.flags import late_schedules, queue_flags
@@ -54,8 +55,7 @@ _LEVEL_TEXTS: dict[DurabilityLevel, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True):
     """
     The result of one check.
 
@@ -69,8 +69,7 @@ class Finding:
     code: str = ""
 
 
-@dataclass(slots=True)
-class HealthReport:
+class HealthReport(msgspec.Struct):
     """
     The findings of an examination.
 
@@ -85,7 +84,7 @@ class HealthReport:
     durability: DurabilityLevel = "unknown"
     fsync_works: bool = False
     replicas: int = 0
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Finding] = msgspec.field(default_factory=list)
 
     @property
     def healthy(self) -> bool:
@@ -223,7 +222,7 @@ def _check_latency(client: Client, report: HealthReport) -> None:
         start = time.perf_counter()
         client.execute("PING")
         took.append((time.perf_counter() - start) * 1000)
-    report.latency_ms = round(median(took), 3)
+    report.latency_ms = round(sorted(took)[len(took) // 2], 3)
     level: Level = "warning" if report.latency_ms > 10 else "ok"
     remedy = "Run workers and producers near the server: every push is one round trip." if level == "warning" else ""
     report.add("latency", level, f"answers in {report.latency_ms:.2f} ms at {report.url}", remedy)

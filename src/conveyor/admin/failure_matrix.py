@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from datetime import datetime
+
+import msgspec
 
 from conveyor.admin.history import RANGES, SECONDS_OF
 from conveyor.admin.job_search import OTHER_MESSAGES, fingerprint_of, kind_of, last_failure, message_pattern
@@ -25,8 +26,7 @@ _PLAIN = re.compile(r"[\w.:/-]+")
 """Names that stand in a filter as they are."""
 
 
-@dataclass(frozen=True, slots=True)
-class FailureRow:
+class FailureRow(msgspec.Struct, frozen=True):
     """
     Dead letters of one queue that failed alike: the task, the class of the error and the innermost frame of the user's own code.
 
@@ -49,8 +49,7 @@ class FailureRow:
     filter: str
 
 
-@dataclass(frozen=True, slots=True)
-class FailureMatrix:
+class FailureMatrix(msgspec.Struct, frozen=True):
     """The rows, the largest first, of *read* out of *total* dead letters: the newest. Columns begin at `times` (epoch)."""
 
     range: str
@@ -62,15 +61,14 @@ class FailureMatrix:
     footer: str | None
 
 
-@dataclass(slots=True)
-class _Kind:
+class _Kind(msgspec.Struct):
     message: str
     frame: str
     id: str
     part: str
     first: int
     last: int
-    cells: Counter[int] = field(default_factory=Counter)
+    cells: Counter[int] = msgspec.field(default_factory=Counter)
 
 
 class FailureTable:

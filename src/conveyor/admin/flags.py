@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
 
 from conveyor.admin.views import instant_or_none
 from conveyor.units import span
@@ -28,8 +29,7 @@ LONG_SECONDS = 3600.0
 """A job runs too long after that where nothing tells how long those of its task usually run."""
 
 
-@dataclass(frozen=True, slots=True)
-class Flag:
+class Flag(msgspec.Struct, frozen=True):
     """
     Something that asks for attention; the dashboard, the doctor and `conveyor status` show the same sentence of it.
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
 
 from conveyor.admin.views import instant
 from conveyor.errors import ConfigurationError, StoreUnavailable
@@ -30,13 +31,12 @@ _MOST_SECONDS = 0.08
 MOST_MARKS = 200
 
 
-@dataclass(slots=True)
-class _Sums:
+class _Sums(msgspec.Struct):
     """The counters of a time or a task: outcomes, ms of successful runs, and their number by bucket of duration."""
 
-    outcomes: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = msgspec.field(default_factory=Counter)
     run_ms: int = 0
-    buckets: Counter[int] = field(default_factory=Counter)
+    buckets: Counter[int] = msgspec.field(default_factory=Counter)
 
     def add(self, sums: Mapping[str, int]) -> None:
         for kind, number in sums.items():
@@ -56,8 +56,7 @@ class _Sums:
         return {**found, "mean_ms": round(self.run_ms / done, 1) if done else None}
 
 
-@dataclass(frozen=True, slots=True)
-class History:
+class History(msgspec.Struct, frozen=True):
     """
     The attempts that ended in each minute or hour of a range.
 

@@ -11,10 +11,12 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
 from typing import Any
+
+import msgspec
+from msgspec.structs import replace
 
 from conveyor.admin.job_search import fingerprint_of, kind_of
 from conveyor.admin.views import STATES, JobInfo
@@ -31,8 +33,7 @@ _COMPARISON = re.compile(r"(>=|<=|>|<|=)?(.+)", re.DOTALL)
 _BARE = re.compile(r'[^\s"]+')
 
 
-@dataclass(frozen=True, slots=True)
-class Term:
+class Term(msgspec.Struct, frozen=True):
     """
     One term: the field, with its path (``args.user.id``), the value, and whether it is turned around.
 
@@ -52,8 +53,7 @@ class Term:
         return self.field in PAYLOAD_FIELDS
 
 
-@dataclass(frozen=True, slots=True)
-class JobQuery:
+class JobQuery(msgspec.Struct, frozen=True):
     """
     A parsed filter.
 

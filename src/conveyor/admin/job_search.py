@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from hashlib import sha256
+
+import msgspec
 
 from conveyor.admin.views import FailureGroup, instant
 from conveyor.ids import public
@@ -28,8 +29,7 @@ def last_failure(row: JobRow, queue: str, decoder: RecordDecoder) -> Failure | N
     return decoder.failure(failures[-1], queue, row.id) if failures else None
 
 
-@dataclass(slots=True)
-class _Tally:
+class _Tally(msgspec.Struct):
     """A group while it is counted; times in ms. `message` and `id` of the newest."""
 
     count: int

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from typing import Any
+
+import msgspec
+from msgspec.structs import fields
 
 from conveyor.admin.views import QueueInfo
 from conveyor.admin.worker_control import WorkerProcess
@@ -25,17 +27,16 @@ _STATES = ("ready", "scheduled", "waiting", "leased", "dead")
 _SECONDS = [f"{bound / 1000:g}" for bound in BUCKETS_MS]
 
 
-@dataclass(slots=True)
-class TaskTotals:
+class TaskTotals(msgspec.Struct):
     """The counters of one task in one queue. Histograms by the number of their bucket, times in ms."""
 
     done: int = 0
     failed: int = 0
     retried: int = 0
     ran_ms: int = 0
-    durations: dict[int, int] = field(default_factory=dict)
-    delays: dict[int, int] = field(default_factory=dict)
-    waits: dict[str, int] = field(default_factory=dict)
+    durations: dict[int, int] = msgspec.field(default_factory=dict)
+    delays: dict[int, int] = msgspec.field(default_factory=dict)
+    waits: dict[str, int] = msgspec.field(default_factory=dict)
 
 
 def task_totals(counters: Mapping[str, int]) -> dict[str, TaskTotals]:
@@ -56,8 +57,7 @@ def task_totals(counters: Mapping[str, int]) -> dict[str, TaskTotals]:
     return dict(totals)
 
 
-@dataclass(frozen=True, slots=True)
-class LoadView:
+class LoadView(msgspec.Struct, frozen=True):
     """
     The work of one queue, as an autoscaler needs it.
 
@@ -105,8 +105,7 @@ def load_json(views: Mapping[str, LoadView]) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class SystemFacts:
+class SystemFacts(msgspec.Struct, frozen=True):
     """
     The state of schedules, limits and workers, and the leases that were lost by queue.
 
@@ -116,7 +115,7 @@ class SystemFacts:
     schedules: Sequence[tuple[str, int, ScheduleRow]] = ()
     limits: Sequence[LimitState] = ()
     workers: Sequence[WorkerProcess] = ()
-    lost: Mapping[str, int] = field(default_factory=dict)
+    lost: Mapping[str, int] = msgspec.field(default_factory=dict)
 
 
 NO_FACTS = SystemFacts()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+from msgspec.structs import replace
 
 from conveyor.admin.job_query import JobQuery
 from conveyor.admin.queue_directory import QueueDirectory, ended_in
@@ -33,8 +35,7 @@ _MOST_LISTED = 100
 """Queues of which the jobs that are done and still listed are counted."""
 
 
-@dataclass(frozen=True, slots=True)
-class SearchPage:
+class SearchPage(msgspec.Struct, frozen=True):
     """
     One page of jobs.
 
@@ -49,8 +50,7 @@ class SearchPage:
     footer: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class MatchCount:
+class MatchCount(msgspec.Struct, frozen=True):
     """The number of jobs that a filter chooses, by state. `exact` is false where the search ended before it had looked at all."""
 
     count: int
@@ -58,8 +58,7 @@ class MatchCount:
     exact: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _SearchStep:
+class _SearchStep(msgspec.Struct, frozen=True):
     """The jobs that one step has found, out of *looked*; where it began, and where the next one does (None: at the end)."""
 
     looked: int
@@ -68,8 +67,7 @@ class _SearchStep:
     next: str | None
 
 
-@dataclass(slots=True)
-class _Budget:
+class _Budget(msgspec.Struct):
     """The work that one call may still do: jobs to look at, and the instant (monotonic) at which it ends."""
 
     looks: int

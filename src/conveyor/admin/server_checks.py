@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from conveyor.errors import ConveyorError
 from conveyor.store.client.durability import Durability, FsyncMethod, decide_fsync_method
@@ -24,8 +25,7 @@ _FSYNC_METHODS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class DurabilityFinding:
+class DurabilityFinding(msgspec.Struct, frozen=True):
     """A finding of the doctor about durability."""
 
     level: Literal["ok", "note", "warning", "problem"]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
+
+import msgspec
 
 from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.store.client.client import Client
@@ -13,8 +14,7 @@ from conveyor.store.transport import replies
 from conveyor.store.transport.cluster import Cluster
 
 
-@dataclass(frozen=True, slots=True)
-class ServerInfo:
+class ServerInfo(msgspec.Struct, frozen=True):
     """
     The facts of a server; None for one that it does not tell, as to a user that may not ask for INFO.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
+
+import msgspec
+from msgspec.structs import replace
 
 from conveyor.ids import made_at_ms, public
 from conveyor.payload.live_records import Progress
@@ -22,8 +24,7 @@ STATES: tuple[Status, ...] = ("leased", "ready", "waiting", "scheduled", "dead",
 LIVE: tuple[Status, ...] = ("leased", "ready", "waiting", "scheduled", "dead")
 
 
-@dataclass(frozen=True, slots=True)
-class QueueInfo:
+class QueueInfo(msgspec.Struct, frozen=True):
     """
     The contents of a queue.
 
@@ -67,8 +68,7 @@ def queue_info(name: str, counts: QueueCounts, partitions: int = 1, unanswered: 
     )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorInfo:
+class ErrorInfo(msgspec.Struct, frozen=True):
     """The error of one attempt. `frame`: the innermost frame of the user's own code, "" where the record has none."""
 
     attempt: int
@@ -80,8 +80,7 @@ class ErrorInfo:
     frame: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class JobInfo:
+class JobInfo(msgspec.Struct, frozen=True):
     """
     One job or message in its present state.
 
@@ -110,11 +109,11 @@ class JobInfo:
     ran_ms: int | None = None
     unique: str | None = None
     group: str | None = None
-    limits: list[str] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
-    headers: dict[str, str] = field(default_factory=dict)
+    limits: list[str] = msgspec.field(default_factory=list)
+    keys: list[str] = msgspec.field(default_factory=list)
+    headers: dict[str, str] = msgspec.field(default_factory=dict)
     payload: str | None = None
-    errors: list[ErrorInfo] = field(default_factory=list)
+    errors: list[ErrorInfo] = msgspec.field(default_factory=list)
     worker: str | None = None
     result: str | None = None
     reason: str = ""
@@ -122,9 +121,9 @@ class JobInfo:
     host: str | None = None
     pid: int | None = None
     timeout_ms: int | None = None
-    tags: list[str] = field(default_factory=list)
+    tags: list[str] = msgspec.field(default_factory=list)
     progress: Progress | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = msgspec.field(default_factory=dict)
     origin: str | None = None
 
     @property
@@ -133,8 +132,7 @@ class JobInfo:
         return self.ended or self.leased_at or self.enqueued
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerInfo:
+class WorkerInfo(msgspec.Struct, frozen=True):
     """
     One worker of one queue.
 
@@ -153,8 +151,7 @@ class WorkerInfo:
     read_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class FailureGroup:
+class FailureGroup(msgspec.Struct, frozen=True):
     """
     Dead letters of one queue that failed alike.
 
@@ -173,8 +170,7 @@ class FailureGroup:
     id: str
 
 
-@dataclass(frozen=True, slots=True)
-class FailureSummary:
+class FailureSummary(msgspec.Struct, frozen=True):
     """Groups of dead letters, the largest first, with how many of *total* dead letters were read for them: the newest."""
 
     groups: list[FailureGroup]
@@ -187,8 +183,7 @@ Outcome = Literal[
 ]  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class ActionResult:
+class ActionResult(msgspec.Struct, frozen=True):
     """
     The result of an action on one id.
 
@@ -206,8 +201,7 @@ class ActionResult:
         return self.outcome not in {"refused", "not found"}
 
 
-@dataclass(frozen=True, slots=True)
-class AuditEntry:
+class AuditEntry(msgspec.Struct, frozen=True):
     """
     An action that somebody took.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from datetime import datetime
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from conveyor.admin.views import WorkerInfo, instant, instant_or_none
 from conveyor.errors import WorkerNotFound
@@ -23,8 +24,7 @@ LOOK_EVERY = 0.03
 """Seconds between two looks for the answer of a worker, which comes within milliseconds."""
 
 
-@dataclass(frozen=True, slots=True)
-class LeasedJob:
+class LeasedJob(msgspec.Struct, frozen=True):
     """A job that a worker holds; `since`: when it was leased, None where that is not known."""
 
     id: str
@@ -33,8 +33,7 @@ class LeasedJob:
     since: datetime | None
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerProcess:
+class WorkerProcess(msgspec.Struct, frozen=True):
     """
     One process that serves queues.
 
@@ -66,8 +65,8 @@ class WorkerProcess:
     lease_ends: datetime
     silent: bool
     loop_lag: float = 0.0
-    jobs: list[LeasedJob] = field(default_factory=list)
-    members: list[WorkerInfo] = field(default_factory=list)
+    jobs: list[LeasedJob] = msgspec.field(default_factory=list)
+    members: list[WorkerInfo] = msgspec.field(default_factory=list)
     """Its registrations, one for each queue or partition."""
 
 

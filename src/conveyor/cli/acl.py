@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from urllib.parse import parse_qs, urlsplit
 
 import click
+from msgspec.structs import asdict
 
 from conveyor.admin import acl as acl_rules
 from conveyor.cli.command import LeafCommand

@@ -8,12 +8,12 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import click
+import msgspec
 
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.jobs.include import INCLUDE_VARIABLE
@@ -27,8 +27,7 @@ _MAX_FILES = 3000
 _DEFINES_TASK = re.compile(r"^@\w+\.task\b", re.MULTILINE)
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(msgspec.Struct, frozen=True):
     """
     The settings in ``[tool.conveyor]`` of the nearest pyproject.toml.
 
@@ -40,7 +39,7 @@ class Settings:
     include: tuple[str, ...] = ()
     url: str | None = None
     namespace: str | None = None
-    worker: dict[str, Any] = field(default_factory=dict)
+    worker: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 def read_settings() -> Settings:

@@ -7,7 +7,6 @@ Shared options may stand before or after the name of a command, and an unknown n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -137,6 +136,8 @@ class CommandGroup(_ArgumentParsing, click.Group):
 
     def _similar(self, ctx: click.Context, name: str) -> list[str]:
         """Return the commands of nested groups with this name, else the command with the closest one."""
+        from difflib import get_close_matches
+
         names = self.list_commands(ctx)
         groups = {group: self.get_command(ctx, group) for group in names}
         nested = [f"{group} {name}" for group, one in groups.items() if name in getattr(one, "commands", ())]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
-from dataclasses import fields as dataclass_fields
 from datetime import timedelta
 from itertools import islice
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import click
+from msgspec.structs import asdict
 
 from conveyor.cli.command import CommandGroup
 from conveyor.cli.completion import complete_queues
@@ -339,8 +338,7 @@ def why(target: Target, out: Output, id_: str) -> None:
 
 def _why_document(why: Why) -> dict[str, Any]:
     """Return a cause for a document: its fields, its sentence, and the further causes."""
-    fields = {one.name: getattr(why, one.name) for one in dataclass_fields(why)}
-    return {**fields, "sentence": str(why), "also": [_why_document(one) for one in why.also]}
+    return {**asdict(why), "sentence": str(why), "also": [_why_document(one) for one in why.also]}
 
 
 @job.command()

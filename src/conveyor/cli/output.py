@@ -11,12 +11,13 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
 
 import click
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from conveyor.cli.exit import ExitCode
 from conveyor.errors import ConfigurationError
@@ -257,7 +258,7 @@ def _to_json(value: object) -> object:
         return iso_timestamp(value)
     if isinstance(value, timedelta):
         return value.total_seconds()
-    if is_dataclass(value) and not isinstance(value, type):
+    if isinstance(value, Struct):
         return asdict(value)
     raise TypeError(f"{type(value).__name__} has no JSON form")
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import click
+from msgspec.structs import asdict
 
 from conveyor.cli.command import CommandGroup
 from conveyor.cli.completion import complete_queues

@@ -7,7 +7,6 @@ import getpass
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,17 +26,20 @@ RETRY_FOR = 1.0
 """Seconds for which a command repeats a call before it reports an unreachable server."""
 
 
-@dataclass
 class Target:
     """The server, namespace and app of a command: given by flags, or looked up."""
 
-    url: str | None = field(default=None, repr=False)  # it may hold a password
-    namespace: str | None = None
-    app_name: str | None = None
-    retry_for: float = RETRY_FOR
-    _settings: Settings | None = field(default=None, repr=False)
-    _app: Any = field(default=None, repr=False)
-    _opened: Any = field(default=None, repr=False)
+    def __init__(
+        self,
+        url: str | None = None,
+        namespace: str | None = None,
+        app_name: str | None = None,
+        retry_for: float = RETRY_FOR,
+    ) -> None:
+        self.url, self.namespace, self.app_name, self.retry_for = url, namespace, app_name, retry_for
+        self._settings: Settings | None = None
+        self._app: Any = None
+        self._opened: Any = None
 
     @property
     def settings(self) -> Settings:

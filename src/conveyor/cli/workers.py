@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import click
+from msgspec.structs import asdict
 
 from conveyor.cli.command import CommandGroup
 from conveyor.cli.completion import complete_workers
@@ -189,6 +189,4 @@ def _row(one: WorkerProcess) -> tuple[object, ...]:
 def _document(one: WorkerProcess) -> dict[str, Any]:
     document = asdict(one)
     del document["members"]
-    for job, shown in zip(one.jobs, document["jobs"], strict=True):
-        shown["seconds"] = _since(one, job)
-    return document
+    return {**document, "jobs": [{**asdict(job), "seconds": _since(one, job)} for job in one.jobs]}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
 from conveyor.dashboard.access import Access
 
@@ -103,7 +105,6 @@ def why_document(why: Why, access: Access) -> dict[str, Any]:
     """Return a cause of waiting with its sentence, its links and the further causes; without the errors that may not be seen."""
     if not access.allows("view_payloads"):
         why = replace(why, error="")
-    found = {one.name: getattr(why, one.name) for one in fields(why)}
     links: list[dict[str, str]] = []
     if why.kind in {"queue-paused", "no-worker", "position", "unknown-task", "task-paused"}:
         links.append({"page": "queue", "name": why.queue})
@@ -115,7 +116,12 @@ def why_document(why: Why, access: Access) -> dict[str, Any]:
         links.append({"page": "job", "id": why.name})
     if why.kind == "running":
         links.append({"page": "workers", "name": why.name})
-    return {**found, "sentence": str(why), "links": links, "also": [why_document(one, access) for one in why.also]}
+    return {
+        **asdict(why),
+        "sentence": str(why),
+        "links": links,
+        "also": [why_document(one, access) for one in why.also],
+    }
 
 
 def cause_document(cause: QueueCause) -> dict[str, Any]:
@@ -129,8 +135,8 @@ def shortened(text: str | None, most: int) -> str | None:
 
 
 def plain(value: Any) -> Any:
-    """Return a dataclass as a mapping, other values as they are."""
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    """Return a view as a mapping, other values as they are."""
+    return asdict(value) if isinstance(value, Struct) else value
 
 
 def iso(at: datetime) -> str:
@@ -143,7 +149,7 @@ def _to_json(value: object) -> object:
         return iso(value)
     if isinstance(value, timedelta):
         return value.total_seconds()
-    if is_dataclass(value) and not isinstance(value, type):
+    if isinstance(value, Struct):
         return asdict(value)
     if isinstance(value, set | frozenset):
         return sorted(value)

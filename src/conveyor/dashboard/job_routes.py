@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
+
+from msgspec.structs import asdict
 
 from conveyor.admin.failure_matrix import MATRIX_RANGES
 from conveyor.admin.job_query import JobQuery, parse
@@ -192,7 +193,7 @@ def _copies(info: JobInfo, call: ApiCall) -> dict[str, str | None]:
 def list_failures(call: ApiCall) -> dict[str, Any]:
     """Return failures by what they have in common and by time."""
     document = asdict(call.admin.failure_matrix(call["range"], queue=call["queue"], seconds=SECONDS))
-    groups = [hide(one, call.access) for one in document["groups"]]
+    groups = [hide(asdict(one), call.access) for one in document["groups"]]
     if not call.access.allows("view_payloads"):
         groups = [{**one, "filter": one["filter"] if " fingerprint:" in one["filter"] else None} for one in groups]
     return {**document, "groups": groups}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from msgspec.structs import asdict
 from starlette.responses import Response, StreamingResponse
 
 from conveyor.admin.history import RANGES

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+from msgspec.structs import asdict
 
 from conveyor.admin.job_query import JobQuery
 from conveyor.errors import ConfigurationError, ConveyorError
@@ -23,8 +25,7 @@ _MOST_KEPT = 100
 _SHOWN_FOR = timedelta(minutes=1)
 
 
-@dataclass(slots=True)
-class Operation:
+class Operation(msgspec.Struct):
     """One action on all jobs that a filter chooses; `done`, `refused` and `total` are numbers of jobs."""
 
     id: str
@@ -35,7 +36,7 @@ class Operation:
     total: int | None = None
     done: int = 0
     refused: int = 0
-    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    started: datetime = msgspec.field(default_factory=lambda: datetime.now(UTC))
     ended: datetime | None = None
     error: str | None = None
 

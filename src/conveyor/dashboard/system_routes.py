@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import asdict
 
 from conveyor.admin.server_info import read_server_info
 from conveyor.dashboard.endpoint import ApiCall, ApiRoute, Field

@@ -30,8 +30,9 @@ from contextlib import (
     asynccontextmanager,
     contextmanager,
 )
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, overload
+
+import msgspec
 
 from conveyor.errors import ConfigurationError
 from conveyor.jobs.context import Context
@@ -127,8 +128,7 @@ class _Step(typing.NamedTuple):
     contexts: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Injection:
+class Injection(msgspec.Struct, frozen=True):
     """
     The values that a worker fills in of the calls of one task.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,8 +15,7 @@ from conveyor.payload.versions import sealed_name
 from conveyor.store.inspection import JobRow
 
 
-@dataclass(frozen=True, slots=True)
-class JobDetails:
+class JobDetails(msgspec.Struct, frozen=True):
     """
     The facts about a job: of one that ended well, for as long as its result is kept.
 
@@ -33,7 +31,7 @@ class JobDetails:
     status: Status
     task: str | None = None
     arguments: Any = None
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = msgspec.field(default_factory=dict)
     attempts: int = 0
     worker: str | None = None
     enqueued: datetime | None = None
@@ -43,7 +41,7 @@ class JobDetails:
     tags: tuple[str, ...] = ()
     origin: str | None = None
     progress: Progress | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 def live_details(queue: str, row: JobRow, decoder: RecordDecoder) -> JobDetails:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import UTC, datetime
+
+import msgspec
 
 from conveyor.ids import made_at_ms
 from conveyor.payload.records import AttemptHistory, Outcome, PastEvent, read_outcome
@@ -11,8 +12,7 @@ from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store.inspection import JobRow
 
 
-@dataclass(frozen=True, slots=True)
-class HistoryEntry:
+class HistoryEntry(msgspec.Struct, frozen=True):
     """
     A state that a job came into.
 

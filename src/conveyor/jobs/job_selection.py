@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Iterator
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError
@@ -29,8 +30,7 @@ class CancelledJobs(int):
     asked: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class JobSelection:
+class JobSelection(msgspec.Struct, frozen=True):
     """
     The jobs of an app that *wanted* accepts, in *state* (None: any that Redis keeps whole) and in *queue* (None: all queues).
 

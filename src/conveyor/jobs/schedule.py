@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import islice, takewhile
@@ -46,8 +45,7 @@ class _CronInstants(CronSim):
         return True
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
+class Timing(msgspec.Struct, frozen=True):
     """
     The instants of a schedule: those of a cron expression in a time zone, all multiples of a time, or one instant.
 
@@ -127,8 +125,7 @@ class ScheduleSpec(msgspec.Struct, frozen=True, omit_defaults=True):
         return Timing(self.cron, self.tz, self.every_ms, self.at_ms)
 
 
-@dataclass(frozen=True, slots=True)
-class Declaration:
+class Declaration(msgspec.Struct, frozen=True):
     """A schedule that code declares beside its task; a worker puts it when it starts."""
 
     name: str

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, PayloadError, ScheduleNotFound
@@ -37,8 +37,7 @@ Program = Generator[Call[Any], Any, V]
 """Yields calls, gets their replies, returns a value: a blocking and an awaitable method carry out the same one."""
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRun:
+class ScheduledRun(msgspec.Struct, frozen=True):
     """
     One instant of a schedule, and its outcome.
 

@@ -6,8 +6,9 @@ import asyncio
 import re
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from conveyor.errors import ConfigurationError, ResultExpired, StoreUnavailable
 from conveyor.ids import public
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
 _ID = re.compile(r"(\d{1,15})-(\d{1,15})")
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(msgspec.Struct, frozen=True):
     """A partial result: `id` is where to go on (``job.stream(after=part.id)``), `attempt` the one that emitted it, from 1 on."""
 
     id: str

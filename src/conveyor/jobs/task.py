@@ -8,10 +8,12 @@ import inspect
 import sys
 from asyncio import _get_running_loop
 from collections.abc import Callable, Container, Coroutine, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Never, ParamSpec, Protocol, TypeVar
+
+import msgspec
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError
@@ -74,12 +76,11 @@ class TaskCore(JobCore, Protocol):
     ) -> list[str]: ...
 
 
-@dataclass(frozen=True)
-class TaskOptions:
+class TaskOptions(msgspec.Struct, frozen=True):
     """The options of a task: how its jobs run. Times in ms; `keep_ms` 0 keeps no result, None elsewhere sets no limit."""
 
     timeout_ms: int | None = None
-    retry: Retry = field(default_factory=Retry)
+    retry: Retry = msgspec.field(default_factory=Retry)
     keep_ms: int = 600_000
     ack: Literal["late", "early"] = "late"
     expires_ms: int | None = None
@@ -103,8 +104,7 @@ class TaskOptions:
         return EnvelopeOptions(pin=build, requires=list(self.requires)) if build or self.requires else None
 
 
-@dataclass(frozen=True, slots=True)
-class BatchPlan:
+class BatchPlan(msgspec.Struct, frozen=True):
     """When the jobs of a batch task run: `size` of them together, or fewer, `within_ms` after the first of them came."""
 
     size: int

@@ -5,9 +5,11 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
+
+import msgspec
+from msgspec.structs import replace
 
 from conveyor.ids import clean, public
 from conveyor.payload.records import Failure, Status
@@ -25,8 +27,7 @@ CRASHED = "crashed"
 """The type of the error of an attempt that ended its worker."""
 
 
-@dataclass(frozen=True, slots=True)
-class Why:
+class Why(msgspec.Struct, frozen=True):
     """
     The cause of a job's waiting; `str` of it is a sentence.
 
@@ -300,8 +301,7 @@ _SENTENCES: dict[str, Callable[[Why], str]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class QueueCause:
+class QueueCause(msgspec.Struct, frozen=True):
     """
     A cause for which jobs of a queue wait; `str` of it is a sentence.
 

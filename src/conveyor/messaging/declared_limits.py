@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from difflib import get_close_matches
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, get_origin, is_typeddict
+
+import msgspec
 
 from conveyor.errors import ConfigurationError, PayloadError, StoreUnavailable
 from conveyor.messaging.limits import Concurrency, Rate
@@ -32,8 +33,7 @@ FindReader = Callable[[str, str], Reader]
 """Returns the reader of a path; the second text names in errors what holds the path. Raises ConfigurationError."""
 
 
-@dataclass(frozen=True, slots=True)
-class DeclaredLimit:
+class DeclaredLimit(msgspec.Struct, frozen=True):
     """A limit of a queue or a task, with the name that it has in the queue. `exact`: its key picks the partition."""
 
     name: str
@@ -273,6 +273,8 @@ def message_reader(queue: str, type_: Any) -> FindReader:
             return lambda outgoing: outgoing.headers.get(header)
         known = _fields(type_)
         if known is not None and head not in known:
+            from difflib import get_close_matches
+
             close = get_close_matches(head, known, 1)
             meant = f" Did you mean {close[0]!r}?" if close else ""
             raise ConfigurationError(

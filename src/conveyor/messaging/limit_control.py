@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, TypeVar
+
+import msgspec
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError
@@ -24,8 +26,7 @@ Program = Generator[Call[Any], Any, V]
 MOST_GROUPS = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class LimitState:
+class LimitState(msgspec.Struct, frozen=True):
     """
     One limit, or one key of it, at this moment. Of a queue in partitions numbers are sums.
 
@@ -45,8 +46,7 @@ class LimitState:
     opens_at: datetime | None
 
 
-@dataclass(frozen=True, slots=True)
-class GroupState:
+class GroupState(msgspec.Struct, frozen=True):
     """One group at this moment: how many of it wait and run, its weight, and whether it is paused."""
 
     queue: str
@@ -301,6 +301,6 @@ def _state(queue: str, record: LimitRecord, partitions: int) -> LimitState:
 
 def _sum(one: LimitState, other: LimitState) -> LimitState:
     opens = [at for at in (one.opens_at, other.opens_at) if at is not None]
-    return replace(
+    return msgspec.structs.replace(
         one, used=one.used + other.used, waiting=one.waiting + other.waiting, opens_at=min(opens, default=None)
     )

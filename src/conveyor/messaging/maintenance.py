@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
+
+import msgspec
+from msgspec.structs import replace
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError
@@ -32,8 +34,7 @@ PAGE = 100
 CountingProgram = Generator[Call[Any], Any, int]
 
 
-@dataclass(frozen=True, slots=True)
-class DeadLetter:
+class DeadLetter(msgspec.Struct, frozen=True):
     """
     A message or job that was given up.
 

@@ -10,11 +10,11 @@ deliver, or a repeated step, push each entry once.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
+from msgspec.structs import replace
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, ConveyorError
@@ -181,8 +181,7 @@ class _StaleDelivery(Exception):
         self.inbox = inbox
 
 
-@dataclass(slots=True)
-class _Part:
+class _Part(msgspec.Struct):
     """The part of a batch for one queue or partition; `partitions` are those that its queue has now, None for one piece."""
 
     source: QueueKeys

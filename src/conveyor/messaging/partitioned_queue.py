@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import AsyncIterator, Iterable, Iterator
-from dataclasses import replace
 from itertools import islice
 from typing import Any, TypeVar
+
+from msgspec.structs import replace
 
 from conveyor.ids import queue_name, split
 from conveyor.messaging.consumer.settling import PartitionSource

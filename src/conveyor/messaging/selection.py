@@ -6,9 +6,11 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Generic, Literal, NamedTuple, TypeVar
+
+import msgspec
+from msgspec.structs import replace
 
 from conveyor.errors import ConfigurationError
 from conveyor.ids import public
@@ -76,8 +78,7 @@ def _seconds_each(rate: object) -> float:
     )
 
 
-@dataclass(slots=True)
-class JobWalk(Generic[R]):
+class JobWalk(msgspec.Struct, Generic[R]):
     """
     A walk through the jobs of one queue or partition that *wanted* accepts, in one of *states*.
 
@@ -134,8 +135,7 @@ class JobWalk(Generic[R]):
         return []
 
 
-@dataclass(frozen=True, slots=True)
-class Walks:
+class Walks(msgspec.Struct, frozen=True):
     """Makes walks for one filter. *decoder* opens errors, *sealed* tells whether they are."""
 
     wanted: JobFilter

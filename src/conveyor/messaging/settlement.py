@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
+import msgspec
 from msgspec.structs import replace
 
 from conveyor.errors import ConveyorError, RateLimited, UnknownTask
@@ -30,8 +30,7 @@ CANCELLED_KEPT_MS = 600_000
 """ms for which the record of a cancelled message is kept, as after any cancel."""
 
 
-@dataclass(frozen=True, slots=True)
-class SettlementPolicy:
+class SettlementPolicy(msgspec.Struct, frozen=True):
     """Decides what becomes of a leased message. `worker` is recorded in every failure, dated by `now_ms`, the server's clock."""
 
     retry: Retry

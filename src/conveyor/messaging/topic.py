@@ -18,6 +18,8 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, Unpack, cast
 
+import msgspec
+
 from conveyor import ids
 from conveyor.errors import ConfigurationError, ConveyorError, PayloadError, StoreUnavailable
 from conveyor.ids import new_identity, new_ids, public
@@ -84,8 +86,7 @@ class DeclaredQueues(outbox.OutboxRoutes, Protocol):
     def admit_message(self, queue: str) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class TopicInfo:
+class TopicInfo(msgspec.Struct, frozen=True):
     """
     A topic or a pattern: the queues that subscribe to exactly this name, and what was published.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import binascii
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,8 +21,7 @@ TEXT_BYTES = 300
 _LIMIT = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(msgspec.Struct, frozen=True):
     """The progress of a job: `done` of `total`, and a text; None and "" stand for what the job did not tell."""
 
     done: float | None = None
@@ -48,8 +46,7 @@ StoredLine = tuple[int, str, str, str]
 """A line that a job logged: ms since the epoch, level, logger and text."""
 
 
-@dataclass(frozen=True, slots=True)
-class LogLine:
+class LogLine(msgspec.Struct, frozen=True):
     """A line that a job logged: when, at what level, through which logger, in which attempt."""
 
     at: datetime

@@ -28,10 +28,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from conveyor.errors import PayloadError
 from conveyor.units import span
@@ -141,8 +141,7 @@ class Outcome(msgspec.Struct, omit_defaults=True):
 Life = Literal["done", "start", "time"]
 
 
-@dataclass(frozen=True, slots=True)
-class JobKey:
+class JobKey(msgspec.Struct, frozen=True):
     """
     A unique key of a job.
 

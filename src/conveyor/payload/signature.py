@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import sys
 import typing
@@ -440,5 +439,7 @@ def _as_field(default: Any) -> Any:
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1)
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, known, 1)
     return f"  Did you mean '{close[0]}'?" if close else ""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from conveyor.ids import made_at_ms, may_arrive_later
 from conveyor.payload.records import AttemptHistory, Envelope, Status, read_envelope, read_leniently
@@ -27,8 +27,7 @@ COUNT_QUEUES, READ_STATS = Script("count_queues"), Script("read_stats")
 READ_TOTALS, EXAMINE_QUEUES = Script("read_totals"), Script("examine_queues")
 
 
-@dataclass(frozen=True, slots=True)
-class QueueCounts:
+class QueueCounts(msgspec.Struct, frozen=True):
     """
     The counts of a queue.
 
@@ -74,8 +73,7 @@ def total(parts: Sequence[QueueCounts]) -> QueueCounts:
     )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class JobRow:
+class JobRow(msgspec.Struct, frozen=True):
     """
     One job: `extra` is its due instant or its death in ms, or the worker that has leased it.
 
@@ -88,7 +86,7 @@ class JobRow:
     state: AttemptHistory
     extra: str
     leased_ms: int = 0
-    about: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = msgspec.field(default_factory=dict)
     raw: bytes = b""
     """Its envelope as it is stored, where one job was read."""
 
@@ -97,8 +95,7 @@ LOOKED_AT = 10_000
 """Entries at either end of a list among which a job is looked for."""
 
 
-@dataclass(frozen=True, slots=True)
-class WaitFacts:
+class WaitFacts(msgspec.Struct, frozen=True):
     """
     The facts from which follows why a job waits; `job` is as `get_job` yields it, without its body. Times in ms.
 
@@ -138,16 +135,14 @@ class WaitFacts:
     """(build, labels) of the workers that serve the queue, each once."""
 
 
-@dataclass(frozen=True, slots=True)
-class JobPage:
+class JobPage(msgspec.Struct, frozen=True):
     """One page of jobs, and the number of `entries` that it covers: the next page begins behind them. 0: there are no more."""
 
     rows: list[JobRow]
     entries: int
 
 
-@dataclass(frozen=True, slots=True)
-class FinishedJob:
+class FinishedJob(msgspec.Struct, frozen=True):
     """One of the recently finished jobs: `at` in ms since the epoch, `ran_ms` the duration of its last attempt."""
 
     id: str
@@ -157,8 +152,7 @@ class FinishedJob:
     ran_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerRow:
+class WorkerRow(msgspec.Struct, frozen=True):
     """
     One worker of a queue: its identity, the end of its lease (ms), its facts, and the number of its jobs.
 
@@ -466,8 +460,7 @@ def why(keys: QueueKeys, id: str) -> Call[WaitFacts]:  # noqa: A002
     return Call(WHY, (*_job_keys(keys, id), keys.conf, *keys.ready), (id, str(LOOKED_AT)), decode)
 
 
-@dataclass(frozen=True, slots=True)
-class QueueFacts:
+class QueueFacts(msgspec.Struct, frozen=True):
     """
     The facts from which follows why the jobs of a queue wait. Times in ms.
 

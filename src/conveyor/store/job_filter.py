@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
+
+import msgspec
 
 from conveyor.errors import ConfigurationError
 from conveyor.ids import tag_text
@@ -14,8 +15,7 @@ UNLIMITED = 1_000_000_000
 """More jobs than one step of a walk finds."""
 
 
-@dataclass(frozen=True, slots=True)
-class JobFilter:
+class JobFilter(msgspec.Struct, frozen=True):
     """
     A choice of jobs.
 
@@ -69,8 +69,7 @@ class JobFilter:
 ANY_JOB = JobFilter()
 
 
-@dataclass(frozen=True, slots=True)
-class Walk:
+class Walk(msgspec.Struct, frozen=True):
     """
     A walk through the jobs of one queue or partition that *wanted* accepts and that are in one of *states* (none given: any).
 
@@ -107,8 +106,7 @@ class Walk:
         return (wanted.tag or "", wanted.task or "", error, since, older, " ".join(self.states))
 
 
-@dataclass(frozen=True, slots=True)
-class WalkStep:
+class WalkStep(msgspec.Struct, frozen=True):
     """
     The reply to one step: the time in ms by the server's clock, whether it was the last one, and how many jobs it looked at.
 

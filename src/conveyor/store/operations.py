@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from hashlib import blake2b, sha1
 from math import inf
 from typing import Any, Literal, NamedTuple, NoReturn
+
+import msgspec
 
 from conveyor.acting import current_actor
 from conveyor.errors import ConfigurationError, Duplicate, QueueFull
@@ -62,8 +63,7 @@ MOST_HELD = 1000
 """Maximum jobs of a queue that one worker may hold; scripts clamp to it."""
 
 
-@dataclass(slots=True)
-class Entry:
+class Entry(msgspec.Struct):
     """
     One message to push. `rest` is the envelope after its marks; times in ms.
 
@@ -109,8 +109,7 @@ def plain_entries(pairs: Sequence[Argument]) -> list[Entry]:
     return [Entry(both[at], both[at + 1]) for at in range(0, len(both), 2)]
 
 
-@dataclass(slots=True)
-class ProducerSequence:
+class ProducerSequence(msgspec.Struct):
     """
     A producer's identity and its push number: one push in flight, so that a repeat is answered and not carried out again.
 
@@ -121,7 +120,7 @@ class ProducerSequence:
     identity: str
     number: int = 0
     resends_refused: bool = False
-    key_names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of the keys of a plain push, by queue
+    key_names: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)  # of the keys of a plain push, by queue
 
     def next(self) -> int:
         """Return the number of the next push."""
@@ -422,8 +421,7 @@ def refused(keys: QueueKeys, words: Sequence[str]) -> NoReturn:
     raise StalePush
 
 
-@dataclass(slots=True)
-class Settlement:
+class Settlement(msgspec.Struct):
     """The end or continuation of one leased job; `kind` is a letter of turn.lua's header, `attributes` those of its envelope."""
 
     kind: str
@@ -440,20 +438,19 @@ class Settlement:
         return self.kind in {"M", "K", "T"}
 
 
-@dataclass(slots=True)
-class TurnReport:
+class TurnReport(msgspec.Struct):
     """The part of a turn that a worker sends: settlements, counters of this minute, entries for the recently finished jobs."""
 
-    done: list[str] = field(default_factory=list)
-    others: list[Settlement] = field(default_factory=list)
-    stats: dict[str, int] = field(default_factory=dict)
-    recent: list[bytes] = field(default_factory=list)
+    done: list[str] = msgspec.field(default_factory=list)
+    others: list[Settlement] = msgspec.field(default_factory=list)
+    stats: dict[str, int] = msgspec.field(default_factory=dict)
+    recent: list[bytes] = msgspec.field(default_factory=list)
     spawned: bool = False  # some settlements put entries into the outbox
     frees: int = 0  # those that may let another job of a group or at a limit start
     seconds: float = 0.0  # for which these ran
-    results: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    results: dict[str, tuple[int, bytes]] = msgspec.field(default_factory=dict)
     """Of jobs in `done`: for how long (ms) which record is kept; (0, b"") of a value that is not kept."""
-    released: dict[str, str] = field(default_factory=dict)
+    released: dict[str, str] = msgspec.field(default_factory=dict)
     """The attributes of those in `done` that have unique keys or tags."""
 
     def __bool__(self) -> bool:
@@ -466,8 +463,7 @@ class TurnReport:
             self.released[id] = attributes
 
 
-@dataclass(slots=True)
-class TurnReply:
+class TurnReply(msgspec.Struct):
     """
     The reply to a turn. Times in ms by the server's clock; `next_due` is None when nothing is scheduled.
 
@@ -485,9 +481,9 @@ class TurnReply:
     overdue: list[tuple[str, int]]
     cancelled: list[str]
     paused: bool
-    missing: list[str] = field(default_factory=list)
+    missing: list[str] = msgspec.field(default_factory=list)
     outbox: bool = False  # it was checked, and is not empty
-    schedules: list[str] = field(default_factory=list)  # whose instant has come: this worker is to carry it out
+    schedules: list[str] = msgspec.field(default_factory=list)  # whose instant has come: this worker is to carry it out
     expires: bool = False  # the queue goes when nobody uses it
     has_series: bool = False  # several jobs of a group that runs one at a time may be among them
 
@@ -662,8 +658,7 @@ def heartbeat(keys: QueueKeys, worker: str, lease_ms: int) -> Call[bool]:
     return Call(HEARTBEAT, (keys.leased(worker), keys.workers), (worker, str(lease_ms)), bool)
 
 
-@dataclass(slots=True)
-class IdleReply:
+class IdleReply(msgspec.Struct):
     """
     The reply to an idle turn; times in ms by the server's clock. One of each list for each queue.
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Generator, Sequence
-from dataclasses import dataclass, replace
 from hashlib import sha1
 from pkgutil import get_data
 from typing import Any, Generic, TypeVar
+
+import msgspec
+from msgspec.structs import replace
 
 from conveyor.store.fork_safety import lazy_property
 
@@ -80,8 +82,7 @@ class WrongReply(ConnectionError):
     """The reply belongs to another call. The connection is of no use any more, and the call is repeated on another."""
 
 
-@dataclass(slots=True)  # frozen would be right, and cost a microsecond a call
-class Call(Generic[T]):
+class Call(msgspec.Struct, Generic[T]):
     """
     One step in Redis: the script, its inputs, how to read the reply.
 
@@ -119,8 +120,6 @@ class Call(Generic[T]):
 
 class Command(Call[T]):
     """A step that is one plain command, named where others have their script. It changes nothing the second time either."""
-
-    __slots__ = ()
 
     def command(self) -> tuple[Argument, ...]:
         """Return the words sent to the server."""

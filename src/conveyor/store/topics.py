@@ -8,9 +8,10 @@ stores the copy of one queue, and the others in that queue's outbox.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+import msgspec
 
 from conveyor.errors import ConfigurationError
 from conveyor.ids import new_identity
@@ -43,8 +44,7 @@ class TopicKeys:
         return f"{self.prefix}lane:{producer}"
 
 
-@dataclass(frozen=True, slots=True)
-class Subscribers:
+class Subscribers(msgspec.Struct, frozen=True):
     """The queues that subscribe to a topic, and the version of the registry that says so."""
 
     version: str = ""
@@ -59,8 +59,7 @@ class SubscribersChanged(Exception):
         self.now = now
 
 
-@dataclass(slots=True)
-class TopicCopies:
+class TopicCopies(msgspec.Struct):
     """The copies for one queue or partition. Copies with the same *entries* travel once."""
 
     keys: QueueKeys

@@ -10,8 +10,9 @@ code was being executed, and which jobs were only waiting for something.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from zlib import crc32
+
+import msgspec
 
 CELLS = 4096
 """Cells of the table."""
@@ -71,8 +72,7 @@ class RunningTable:
             self._free.append(cell)
 
 
-@dataclass(frozen=True, slots=True)
-class RunningSnapshot:
+class RunningSnapshot(msgspec.Struct, frozen=True):
     """The jobs that were running when their child died, as checksums."""
 
     executing: frozenset[int]

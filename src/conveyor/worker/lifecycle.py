@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(slots=True)
-class Lifecycle:
+class Lifecycle(msgspec.Struct):
     """Flags of one worker, each of them set once. The parts of the worker read them; the worker sets them."""
 
     stopping: bool = False

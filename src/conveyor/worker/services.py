@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
     from conveyor.worker.shared_memory import ChildSlot
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerServices:
+class WorkerServices(msgspec.Struct, frozen=True):
     """The parts of one worker, as its consumers use them. Made once, when the worker starts."""
 
     app: AppCore

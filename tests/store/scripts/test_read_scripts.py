@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from conveyor.messaging import maintenance
 from conveyor.payload.records import AttemptHistory, Failure, to_json, write_envelope

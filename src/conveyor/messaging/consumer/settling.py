@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from random import randrange
 from typing import Any, Generic, TypeVar
+
+import msgspec
 
 from conveyor import ids
 from conveyor.errors import ConveyorError, StoreUnavailable
@@ -30,8 +31,7 @@ T = TypeVar("T")
 logger = logging.getLogger("conveyor.queue")
 
 
-@dataclass(frozen=True, slots=True)
-class PartitionSource(Generic[T]):
+class PartitionSource(msgspec.Struct, Generic[T], frozen=True):
     """A queue or partition as a consumer needs it: new session, policy, decoder."""
 
     session: LeaseSession

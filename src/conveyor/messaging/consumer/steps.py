@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+import msgspec
 
 from conveyor.errors import PayloadError, UnknownTask
 from conveyor.ids import clean, public
@@ -27,8 +28,7 @@ V = TypeVar("V")
 logger = logging.getLogger("conveyor.queue")
 
 
-@dataclass(frozen=True, slots=True)
-class TurnStep:
+class TurnStep(msgspec.Struct, frozen=True):
     """Make a turn at partition `at`: report what is pending and lease up to `want` more."""
 
     want: int
@@ -38,16 +38,14 @@ class TurnStep:
     """False: where Redis is away, go on without this turn."""
 
 
-@dataclass(frozen=True, slots=True)
-class WaitStep:
+class WaitStep(msgspec.Struct, frozen=True):
     """Block until a token comes, at most `seconds`; when `full`, until something held was settled."""
 
     seconds: float
     full: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class LookStep:
+class LookStep(msgspec.Struct, frozen=True):
     """Find out, in one call, at which of the partitions `ats` a turn would find something; report to `looked`."""
 
     ats: tuple[int, ...]

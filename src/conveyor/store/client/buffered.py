@@ -11,6 +11,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from conveyor.errors import ConfigurationError, ConveyorError, QueueFull, StoreUnavailable
 from conveyor.ids import logical, partition
 from conveyor.store import operations
@@ -121,7 +123,7 @@ class BufferedClient(Client):
         """Put a push into the buffer: *content* is entries, or id, envelope, id, envelope, …"""
         entries = list(content) if content and isinstance(content[0], Entry) else operations.plain_entries(content)
         entries = [
-            replace(one, deadline=None) if one.deadline is not None else one for one in entries
+            msgspec.structs.replace(one, deadline=None) if one.deadline is not None else one for one in entries
         ]  # of this process
         if any(key.conflict == "raise" for entry in entries for key in entry.keys):
             raise StoreUnavailable(

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypedDict, TypeVar
+
+import msgspec
 
 from conveyor import ids as ident
 from conveyor.errors import ConfigurationError, DurabilityNotReached
@@ -29,8 +30,7 @@ RELIABLE_WAITAOF_SINCE = (8, 0)
 """The first Redis whose WAITAOF waits under everysec; of Valkey no release up to 9.1 does."""
 
 
-@dataclass(frozen=True, slots=True)
-class Durability:
+class Durability(msgspec.Struct, frozen=True):
     """The durability of a push: an fsync of the append-only file, a number of replicas; falsy when neither."""
 
     fsync: bool = False
@@ -116,8 +116,7 @@ def after_partial_push(error: DurabilityNotReached, before: Sequence[str]) -> Du
     )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Confirmation:
+class Confirmation(msgspec.Struct, frozen=True):
     """The durability that a server confirmed for one push."""
 
     synced: bool
@@ -242,8 +241,7 @@ class FsyncWatch:
     synced = False
 
 
-@dataclass(frozen=True, slots=True)
-class DurabilityRequest:
+class DurabilityRequest(msgspec.Struct, frozen=True):
     """The durability that one call asks for; None: as its queue does."""
 
     fsync: bool | None = None

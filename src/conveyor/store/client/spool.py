@@ -20,7 +20,7 @@ import re
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ class SpooledPush:
                 continue
             delay = None if entry.delay_ms is None else max(0, entry.delay_ms - waited)
             life = None if entry.expires_ms is None else max(1, entry.expires_ms - waited)
-            yield replace(entry, delay_ms=delay, expires_ms=life)
+            yield msgspec.structs.replace(entry, delay_ms=delay, expires_ms=life)
 
     def fits_with(self, other: SpooledPush) -> bool:
         """Tell whether both, which are for one queue, may travel in one call."""

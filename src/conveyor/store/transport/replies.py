@@ -11,8 +11,9 @@ import math
 import random
 import re
 import time
-from dataclasses import dataclass
 from enum import Enum
+
+import msgspec
 
 from conveyor.errors import ConfigurationError, ConveyorError, QueueFull, StoreUnavailable
 from conveyor.store.transport.credentials import NO_CREDENTIALS
@@ -70,8 +71,7 @@ def action_for(text: str) -> ErrorAction:
     return _ACTIONS.get(match[1] or match[2], ErrorAction.RAISE)
 
 
-@dataclass(frozen=True, slots=True)
-class CallTimeout:
+class CallTimeout(msgspec.Struct, frozen=True):
     """
     The longest that a call on a connection may take, everything included, in seconds.
 

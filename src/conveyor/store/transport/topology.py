@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from urllib.parse import parse_qs
 
@@ -57,7 +56,9 @@ def embedded_directory(url: str) -> str:
 
 def _refuse_scheme(url: str, scheme: str, topology: str) -> None:
     """Raise the error for an unknown scheme, with the one that was probably meant."""
-    near = difflib.get_close_matches(scheme.replace("valkey", "redis"), (*SCHEMES, "embedded"), 1, cutoff=0.7)
+    from difflib import get_close_matches
+
+    near = get_close_matches(scheme.replace("valkey", "redis"), (*SCHEMES, "embedded"), 1, cutoff=0.7)
     guess = f" Did you mean {near[0]}://?" if near else ""
     what = f"there is no topology {topology!r}" if topology else "this is not a Redis URL"
     raise ConfigurationError(

@@ -13,11 +13,12 @@ import os
 import re
 import socket
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
+
+import msgspec
 
 from conveyor.errors import ConfigurationError
 from conveyor.store.fork_safety import lazy_property
@@ -107,15 +108,14 @@ def check_database(text: str, url: str) -> None:
         raise ConfigurationError(f"{masked(url)!r}: the database must be a number, as in redis://host:6379/0.")
 
 
-@dataclass(frozen=True)
-class StandaloneServer:
+class StandaloneServer(msgspec.Struct, frozen=True, dict=True):
     """One Redis server by its URL: ``redis://``, ``rediss://`` or ``unix://``."""
 
     url: str
     connect_timeout: float = _CONNECT_TIMEOUT
     handshake_timeout: float = REPLY_TIMEOUT
     """Seconds for the first exchange on a new connection (AUTH, SELECT): connecting succeeds even to a frozen server."""
-    login: LoginProvider | None = field(default=None, compare=False, repr=False)
+    login: LoginProvider | None = None
     """Asked at each connection, instead of the user and the password of the URL."""
 
     def __post_init__(self) -> None:
@@ -342,17 +342,19 @@ class PasswordFile:  # a CredentialProvider of redis-py, which is not imported b
         return self.get_credentials()
 
 
-@dataclass(frozen=True)
-class HostList:
+class HostList(msgspec.Struct, frozen=True):
     """The parts of a URL that names several hosts: ``scheme://user:password@h1:1,h2:2/path?options``."""
 
     scheme: str
     """redis or rediss."""
     user: str
-    password: str = field(repr=False)
+    password: str
     hosts: tuple[tuple[str, int], ...]
     path: str
-    options: tuple[tuple[str, str], ...] = field(repr=False)
+    options: tuple[tuple[str, str], ...]
+
+    def __repr__(self) -> str:
+        return f"<HostList {self.hosts}>"
 
     def url(self, host: str, port: int, *, database: str = "") -> str:
         """Return the URL of one server, with these credentials and options."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from conveyor import ids
 from conveyor.errors import ConveyorError
@@ -57,8 +58,7 @@ IDLE = 5.0
 """Longest pause between two turns in seconds: a lost wake-up token costs at most this."""
 
 
-@dataclass(slots=True)
-class PreparedTurn:
+class PreparedTurn(msgspec.Struct):
     """The command of a turn that has nothing to report, made before it is needed."""
 
     identity: str
