@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 
 from conveyor import Conveyor, Retry
-from conveyor.dashboard import Access, dashboard
+from conveyor.dashboard import Access, dashboard, live_routes
 from support.browser import open_browser, open_page, violations
 from support.running_worker import drain
 
@@ -53,6 +53,24 @@ def page_beside() -> Iterator[Browse]:
 def browse() -> Iterator[Browse]:
     with page_beside() as steps:
         yield steps
+
+
+def test_the_first_view_waits_for_no_second_answer(
+    browse: Browse, app: Conveyor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The overview is drawn with its charts and counts from the page alone, while the stream has not answered yet."""
+    monkeypatch.setattr(live_routes, "_FIRST_SECONDS", 60)
+    app.queue("mail").push_many(range(3))
+
+    def look(page: Any) -> None:
+        page.route("**/api/v1/stream*", lambda _: None)
+        page.goto(url)
+        page.wait_for_selector(".chart")
+        page.wait_for_selector(".live.live", state="attached")
+        page.wait_for_selector("main a:text-is('mail')")
+
+    with served(app) as url:
+        browse(look)
 
 
 def test_failing_task_is_found_read_and_retried(browse: Browse, app: Conveyor) -> None:

@@ -21,7 +21,7 @@ from conveyor import Concurrency, Conveyor, Retry
 from conveyor.admin.admin import Admin
 from conveyor.admin.history import quantile
 from conveyor.cli import main
-from conveyor.dashboard import Access, dashboard
+from conveyor.dashboard import Access, dashboard, live_routes
 from conveyor.dashboard.endpoint import ApiCall
 from conveyor.dashboard.live_routes import stream
 from conveyor.errors import StoreUnavailable
@@ -157,6 +157,45 @@ async def test_a_viewer_is_told_that_redis_is_away(app: Conveyor, monkeypatch: p
     events = events_of([await anext(body) for _ in range(2)])
     assert [name for name, _ in events] == ["session", "away"]
     assert events[1][1]["message"] == "Redis does not answer."
+    await app.aclose()
+
+
+async def test_a_page_holds_what_it_shows_first(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Behind the page stands what the stream sends first, the hour on the overview alone, and no text in it ends its element.
+
+    Where Redis does not answer the page comes without.
+    """
+    monkeypatch.setattr(live_routes, "_FIRST_SECONDS", 60)  # a busy machine may take longer than a page waits
+    await app.queue("mail").apush({"to": "ada"})
+    user = "</script><script>alert(1)</script><!--"
+    site: Any = dashboard(app, lambda _: Access.ALL.named(user))
+    site.service.live.snapshot._seconds = 3600.0
+
+    async def held(path: str, **headers: str) -> Any:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(site), base_url="http://here") as client:
+            page = await client.get(path, headers=headers)
+        assert (page.status_code, page.headers["cache-control"]) == (200, "no-store")
+        assert page.text.count("<script") == 2, page.text
+        assert page.text.endswith("</script>\n</body>\n</html>\n")
+        return json.loads(page.text.partition('id="first">')[2].partition("</script>")[0])
+
+    call = ApiCall(site.service, site.service.admin, Access.ALL.named(user), {"seconds": 1, "history": "1h"})
+    sent: AsyncIterator[Any] = (await stream(call)).body_iterator  # type: ignore[attr-defined]
+    events = dict(events_of([await anext(sent) for _ in range(3)]))
+    for document in events.values():
+        del document["schema"]
+    assert await held("/") == events
+    assert await held("/", **{"accept-encoding": "identity"}) == events
+    del events["history"]
+    assert await held("/jobs") == events
+
+    def fail() -> Any:
+        raise StoreUnavailable("Redis does not answer.")
+
+    monkeypatch.setattr(site.service.live.snapshot, "_make", fail)
+    monkeypatch.setattr(site.service.live.snapshot, "_seconds", 0.0)
+    assert await held("/") == {}
     await app.aclose()
 
 

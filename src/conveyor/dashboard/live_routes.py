@@ -39,6 +39,17 @@ async def snapshot(call: ApiCall) -> dict[str, Any]:
     return await call.service.live.snapshot.get()
 
 
+async def first_view(call: ApiCall, *, hour: bool) -> dict[str, Any]:
+    """Return what a page shows first, as the stream sends it, with the last *hour*; nothing where that takes longer."""
+    live = call.service.live
+    asked = [in_thread(partial(session, call)), live.snapshot.get(), *([live.hour.get()] if hour else [])]
+    try:
+        async with asyncio.timeout(_FIRST_SECONDS):
+            return dict(zip(("session", "snapshot", "history"), await asyncio.gather(*asked), strict=False))
+    except (ConveyorError, TimeoutError):
+        return {}
+
+
 async def overview(call: ApiCall) -> dict[str, Any]:
     """Return the snapshot with the findings of the doctor."""
     live = call.service.live
@@ -87,6 +98,8 @@ async def _events(call: ApiCall) -> AsyncIterator[bytes]:
 
 
 _HISTORY_SECONDS = 30.0
+_FIRST_SECONDS = 0.5
+"""A page waits so long for what it shows first; the stream says what is wrong, or brings it."""
 METRICS = ApiRoute("GET", "metrics", "metrics", "Show what Prometheus scrapes", metrics)
 LIVE_ENDPOINTS = (
     METRICS,

@@ -6,7 +6,8 @@ import gzip
 import html
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import lru_cache, partial
 from hashlib import sha256
@@ -17,7 +18,7 @@ from urllib.parse import unquote
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from conveyor.admin.admin import Admin
@@ -31,7 +32,7 @@ from conveyor.dashboard.access import (
     is_own_page,
 )
 from conveyor.dashboard.endpoint import MOST_BODY, ApiCall, ApiRoute, NotAllowed, never
-from conveyor.dashboard.live_routes import METRICS
+from conveyor.dashboard.live_routes import METRICS, first_view
 from conveyor.dashboard.routes import ENDPOINTS
 from conveyor.dashboard.service import Service
 from conveyor.errors import (
@@ -190,7 +191,14 @@ class Dashboard:
         if not file.is_file():
             return Response("The pages of the dashboard are not installed.\n", 404, media_type="text/plain")
         text = file.read_text("utf-8").replace("{{base}}", html.escape(_base(request), quote=True))
-        return _cached(request, text.encode(), "text/html; charset=utf-8")
+        call = ApiCall(self.service, self.service.admin_for(access), access, {}, _base(request))
+        first = partial(first_view, call, hour=_path(request).strip("/") == "")
+        headers = {"cache-control": "no-store", "vary": "accept-encoding"}
+        packs = "gzip" in request.headers.get("accept-encoding", "")
+        if packs:
+            headers["content-encoding"] = "gzip"
+        parts = _page_parts(text, first)
+        return StreamingResponse(_gzipped(parts) if packs else parts, headers=headers, media_type="text/html")
 
     async def _file(self, request: Request) -> Response:
         """Return a file of the pages. They hold nothing of the server, so anybody may have them."""
@@ -328,6 +336,22 @@ def _cached(request: Request, body: bytes, kind: str, *, store: bool = True) -> 
 def _compressed(body: bytes) -> bytes:
     """Return a page or file compressed; each is compressed once."""
     return gzip.compress(body, 9, mtime=0)
+
+
+async def _page_parts(text: str, first: Callable[[], Awaitable[dict[str, Any]]]) -> AsyncIterator[bytes]:
+    """Yield the page, and then what it shows first: the browser loads style and modules while that is read."""
+    head, _, rest = text.partition("<!-- first -->")
+    yield head.encode()
+    data = documents.encoded("", await first()).replace(b"<", b"\\u003c")  # no text in it ends the element
+    yield b'<script type="application/json" id="first">' + data + b"</script>" + rest.encode()
+
+
+async def _gzipped(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield the parts compressed, each whole for its reader."""
+    packer = zlib.compressobj(wbits=31)
+    async for part in parts:
+        yield packer.compress(part) + packer.flush(zlib.Z_SYNC_FLUSH)
+    yield packer.flush()
 
 
 def _refusal(error: LoginRequired | TooManyAttempts) -> Response:

@@ -828,5 +828,9 @@ function Shell() {
     <${Toasts} /><${Confirmation} /><${Overlay} />`;
 }
 
+// The server writes what the page shows first behind the page itself; the stream brings it too.
+const first = JSON.parse(document.getElementById("first")?.textContent ?? "{}");
+Object.assign(live, { session: first.session ?? null, history: first.history ?? null });
+if (first.snapshot) live.take(first.snapshot);
 live.restart();
 render(html`<${Shell} />`, document.getElementById("app"));
