@@ -10,18 +10,16 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections import defaultdict
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
 import redis
 
-from benchmarks.harness import running_server, wait_for
+from benchmarks.harness import running_dashboard, running_server, wait_for
 from conveyor import Conveyor
 
 _PAINTED = """
@@ -30,6 +28,18 @@ new MutationObserver((_, observer) => {
   observer.disconnect();
   requestAnimationFrame(() => requestAnimationFrame(() => { window.painted = performance.now(); }));
 }).observe(document, {childList: true, subtree: true});
+"""
+_PHASES = """
+(() => {
+  const [page] = performance.getEntriesByType("navigation");
+  const files = performance.getEntriesByType("resource").filter((one) => one.name.includes("static/"));
+  const [paint] = performance.getEntriesByName("first-contentful-paint");
+  return {
+    "page begins": page.responseStart, "page ends": page.responseEnd,
+    "files are there": Math.max(...files.map((one) => one.responseEnd)),
+    "modules have run": page.domContentLoadedEventEnd, "first paint": paint?.startTime ?? 0, "chart is painted": window.painted,
+  };
+})()
 """
 
 
@@ -46,35 +56,13 @@ def fill(app: Conveyor) -> None:
             )  # fmt: skip
 
 
-@contextmanager
-def running_dashboard(url: str) -> Iterator[str]:
-    """Run `conveyor dashboard` in a process of its own; yields its address."""
-    command = [sys.executable, "-m", "conveyor", "dashboard", "--port", "0", "--insecure", "--url", url]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        try:
-            line = next(one for one in process.stdout if "http://" in one)
-            address = line[line.index("http://") :].split()[0].rstrip("/.,")
-            wait_for(lambda: _answers(address), "the dashboard to answer")
-            yield address
-        finally:
-            process.terminate()
-            process.wait(10)
-
-
-def _answers(address: str) -> bool:
-    try:
-        return httpx.get(address).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 def measure_first_view(address: str, times: int) -> None:
     """Print requests, bytes and time of the first view."""
     from playwright.sync_api import sync_playwright
 
     path = next(found for name in ("chromium", "google-chrome") if (found := shutil.which(name)))
-    took, sent, asked = [], [], []
+    sent, asked = [], []
+    phases = defaultdict[str, list[float]](list)
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         for _ in range(times):
@@ -88,15 +76,15 @@ def measure_first_view(address: str, times: int) -> None:
             page.add_init_script(_PAINTED)
             page.goto(address)
             page.wait_for_function("window.painted")
-            took.append(float(page.evaluate("window.painted")))
+            for phase, at in page.evaluate(_PHASES).items():
+                phases[phase].append(float(at))
             sent.append(sum(bytes_))
             asked.append(sum(one.startswith("http") for one in requests))
             context.close()
         browser.close()
-    print(
-        f"first view: {max(asked)} requests, {max(sent) / 1000:.1f} kB as sent, painted after {statistics.median(took):.0f} ms "
-        f"(median of {times}, least {min(took):.0f})"
-    )
+    print(f"first view: {max(asked)} requests, {max(sent) / 1000:.1f} kB as sent; after (median of {times}, least):")
+    for phase, at in phases.items():
+        print(f"  {phase:<18} {statistics.median(at):>5.0f} ms {min(at):>5.0f}")
 
 
 def measure_viewers(address: str, url: str, viewers: int, seconds: float) -> None:
@@ -105,7 +93,7 @@ def measure_viewers(address: str, url: str, viewers: int, seconds: float) -> Non
         client = stack.enter_context(httpx.Client(limits=httpx.Limits(max_connections=None), timeout=None))
         events = [0]
         for _ in range(viewers):
-            answer = stack.enter_context(client.stream("GET", f"{address}/api/v1/stream?history=1h"))
+            answer = stack.enter_context(client.stream("GET", f"{address}api/v1/stream?history=1h"))
             threading.Thread(target=_follow, args=(answer, events), daemon=True).start()
         wait_for(lambda: events[0] >= 3 * viewers, "every viewer to be told something")
         commands, ends = 0, time.monotonic() + seconds

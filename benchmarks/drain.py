@@ -66,7 +66,7 @@ def drain(bench: Bench) -> None:
             first, last = drained(bench, queue, processes)
             name = f"ours drain {queue} {processes}"
             cost = Cost.between(first, last)
-            _note(bench, name, [cost])
+            note_costs(bench, name, [cost])
             bench.note(f"{name} commands/job", cost.sent)
     bench.flush()
 
@@ -100,12 +100,12 @@ def levelled(bench: Bench) -> None:
         bench.note(f"{name} of plain", statistics.median(one.rate / plain.rate for plain, one in pairs))
         bench.note(f"{name} of plain, by CPU", statistics.median(plain.cpu / one.cpu for plain, one in pairs))
     for queue, costs in spent.items():
-        _note(bench, f"ours levelled {queue}", costs)
+        note_costs(bench, f"ours levelled {queue}", costs)
         bench.note(f"ours levelled {queue} commands/job", statistics.median(cost.run for cost in costs))
     bench.flush()
 
 
-def _note(bench: Bench, name: str, costs: Sequence[Cost]) -> None:
+def note_costs(bench: Bench, name: str, costs: Sequence[Cost]) -> None:
     """Note the rate and the costs of drains, the median of each."""
     bench.note(f"{name} /s", statistics.median(cost.rate for cost in costs))
     bench.note(f"{name} server us/job", statistics.median(cost.server for cost in costs) * 1e6)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -89,18 +90,47 @@ def running_server() -> Iterator[tuple[str, int]]:
             pid = int(leash.stdout.readline())
             url = f"redis://127.0.0.1:{port}/0"
             try:
-                wait_for(lambda: _answers(url), "the server to answer", within=20)
+                wait_for(lambda: _pings(url), "the server to answer", within=20)
                 yield url, pid
             finally:
                 leash.stdin.close()
                 leash.wait(10)
 
 
-def _answers(url: str) -> bool:
+def _pings(url: str) -> bool:
     try:
         with redis.Redis.from_url(url) as client:
             return bool(client.ping())
     except redis.ConnectionError:
+        return False
+
+
+@contextmanager
+def running_dashboard(url: str, namespace: str = "conveyor") -> Iterator[str]:
+    """Run `conveyor dashboard` in a process of its own until it answers; yields its address, which ends with a slash."""
+    command = [sys.executable, "-m", "conveyor", "dashboard", "--port", "0", "--url", url, "--namespace", namespace]
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            address = process.stdout.readline().strip()
+            if not address:
+                log.seek(0)
+                raise RuntimeError(f"The dashboard did not start:\n{log.read()[-3000:]}")
+            wait_for(lambda: _shows_page(address), "the dashboard to answer")
+            yield address
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def _shows_page(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
         return False
 
 
