@@ -302,12 +302,14 @@ def _begin_session(deadline: float, connection: Any) -> None:
 
 
 def _driver(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what redis-py tells the server of itself: without it, it reads the metadata of its package for each connection."""
+    """Return what redis-py tells the server of itself: by itself it reads the metadata of its package for each connection."""
     try:
-        from redis import DriverInfo
+        from redis import DriverInfo, __version__
     except ImportError:  # an earlier redis-py
         return {}
-    return {} if {"lib_name", "lib_version"} & parameters.keys() else {"driver_info": DriverInfo()}
+    return (
+        {} if {"lib_name", "lib_version"} & parameters.keys() else {"driver_info": DriverInfo(lib_version=__version__)}
+    )
 
 
 class PasswordFile:  # a CredentialProvider of redis-py, which is not imported before the first connection
