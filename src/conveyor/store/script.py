@@ -115,7 +115,7 @@ class Call(msgspec.Struct, Generic[T]):
     def then(self, convert: Callable[[T], S]) -> Call[S]:
         """Return the same step with its decoded reply converted further."""
         decode = self.decode
-        return replace(self, decode=lambda reply: convert(decode(reply)))  # type: ignore[arg-type,return-value]
+        return replace(self, decode=lambda reply: convert(decode(reply)))  # type: ignore[arg-type]
 
 
 class Command(Call[T]):
