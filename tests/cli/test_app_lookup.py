@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,13 +39,6 @@ def shell(url: str, tmp_path: Path) -> Shell:
     shell = Shell(tmp_path, url)
     shell.write("jobs.py", JOBS)
     return shell
-
-
-@pytest.fixture
-def backend(url: str) -> Iterator[Client]:
-    backend = Client(url, retry_for=1)
-    yield backend
-    backend.close()
 
 
 # -- finding the app ----------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -27,18 +26,6 @@ from support.shell import Shell
 from support.terminal import on_terminal, plain
 
 pytestmark = pytest.mark.leaves_keys("jobs are pushed here to be looked at")
-
-
-@pytest.fixture
-def shell(url: str, tmp_path: Path) -> Shell:
-    return Shell(tmp_path, url)
-
-
-@pytest.fixture
-def backend(url: str) -> Iterator[Client]:
-    backend = Client(url, retry_for=1)
-    yield backend
-    backend.close()
 
 
 def documents(text: str) -> dict[str, object]:

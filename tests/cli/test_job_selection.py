@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -22,11 +21,6 @@ pytestmark = pytest.mark.leaves_keys("jobs are pushed here to be chosen")
 def app(url: str) -> Iterator[Conveyor]:
     with Conveyor(url) as app:
         yield app
-
-
-@pytest.fixture
-def shell(url: str, tmp_path: Path) -> Shell:
-    return Shell(tmp_path, url)
 
 
 def dead(app: Conveyor, count: int, *, tags: tuple[str, ...] = ("a",)) -> list[str]:

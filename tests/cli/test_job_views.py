@@ -6,9 +6,7 @@ import asyncio
 import json
 import os
 import re
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 from redis import Redis
@@ -27,18 +25,6 @@ from support.terminal import on_terminal, plain
 
 pytestmark = pytest.mark.leaves_keys("jobs are pushed here to be looked at")
 LONG = "payments.example.org answered 503: " + "upstream connect error, " * 20 + "reset at the end"
-
-
-@pytest.fixture
-def shell(url: str, tmp_path: Path) -> Shell:
-    return Shell(tmp_path, url)
-
-
-@pytest.fixture
-def backend(url: str) -> Iterator[Client]:
-    backend = Client(url, retry_for=1)
-    yield backend
-    backend.close()
 
 
 def bury(backend: Client, redis: Redis, task: str, kind: str, message: str, *, ago: timedelta) -> str:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,11 +31,6 @@ from support.time_limits import PATIENCE
 def app(url: str) -> Iterator[Conveyor]:
     with Conveyor(url) as app:
         yield app
-
-
-@pytest.fixture
-def shell(url: str, tmp_path: Path) -> Shell:
-    return Shell(tmp_path, url)
 
 
 class Terminal(io.StringIO):

@@ -12,19 +12,10 @@ from conveyor.errors import ConfigurationError
 from conveyor.ids import new_id
 from conveyor.messaging.queue import Queue
 from conveyor.store import inspection, operations
-from conveyor.store.client.client import Client
 from conveyor.store.operations import Entry, ProducerSequence
 from support.message_fixtures import until
 
 MINUTE = 60_000
-
-
-@pytest.fixture
-def backend(url):
-    """The app's access to the emptied server."""
-    backend = Client(url)
-    yield backend
-    backend.close()
 
 
 @pytest.fixture

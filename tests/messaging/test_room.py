@@ -20,14 +20,6 @@ from support.message_fixtures import until
 from support.script_faults import break_script
 
 
-@pytest.fixture
-def backend(url):
-    """The app's access to the emptied server."""
-    backend = Client(url)
-    yield backend
-    backend.close()
-
-
 def bounded(backend, most=3, name="small", **options):
     return Queue(backend, name, int, lease_ms=2000, max_length=most, full="block", **options)
 

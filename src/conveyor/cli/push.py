@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conveyor.cli.command import LeafCommand
+from conveyor.cli.command import F, LeafCommand
 from conveyor.cli.completion import complete_queues
 from conveyor.cli.output import Output, parse_seconds, quantity
 from conveyor.cli.target import Target, redis_options
@@ -26,15 +26,28 @@ _CHUNK = 1 << 16
 _MAX_LINE = 1 << 24
 
 
+def message_options(function: F) -> F:
+    """Add the message and its options, which are the same for a queue and for a topic."""
+    for add in reversed(
+        (
+            click.argument("message", required=False, metavar="[JSON | -]"),
+            click.option("--delay", metavar="5m", help="Deliver it after this delay."),
+            click.option("--priority", type=click.IntRange(0, 9), default=0, help="0 to 9, higher goes first."),
+            click.option("--id", "own_id", metavar="ID", help="Your own id: a queue that has it stores nothing."),
+            click.option("--expires", metavar="1h", help="Drop it where no consumer has taken it by then."),
+            click.option("--header", "headers", multiple=True, metavar="K=V", help="A header; may be repeated."),
+            click.option(
+                "--tag", "tags", multiple=True, metavar="TAG", help="A word by which it is found; may be repeated."
+            ),
+        )
+    ):
+        function = add(function)
+    return function
+
+
 @click.command(cls=LeafCommand)
 @click.argument("queue", metavar="QUEUE", shell_complete=complete_queues)
-@click.argument("message", required=False, metavar="[JSON | -]")
-@click.option("--delay", metavar="5m", help="Deliver it after this delay.")
-@click.option("--priority", type=click.IntRange(0, 9), default=0, help="0 to 9, higher goes first.")
-@click.option("--id", "own_id", metavar="ID", help="Your own id: pushing it again stores nothing.")
-@click.option("--expires", metavar="1h", help="Drop it if no worker has taken it by then.")
-@click.option("--header", "headers", multiple=True, metavar="K=V", help="A header; may be repeated.")
-@click.option("--tag", "tags", multiple=True, metavar="TAG", help="A word by which it is found; may be repeated.")
+@message_options
 @click.option("--front", is_flag=True, help="Put it before the messages that wait.")
 @redis_options
 def push(

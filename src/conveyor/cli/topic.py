@@ -10,7 +10,7 @@ import click
 from conveyor.cli.command import CommandGroup
 from conveyor.cli.completion import complete_queues
 from conveyor.cli.output import Output, parse_seconds, quantity
-from conveyor.cli.push import parse_headers, read_bodies
+from conveyor.cli.push import message_options, parse_headers, read_bodies
 from conveyor.cli.target import Target, redis_options
 
 if TYPE_CHECKING:
@@ -79,13 +79,7 @@ def unsubscribe(target: Target, out: Output, name: str, queues: tuple[str, ...])
 
 @topic.command()
 @_NAME
-@click.argument("message", required=False, metavar="[JSON | -]")
-@click.option("--delay", metavar="5m", help="Deliver it after this delay.")
-@click.option("--priority", type=click.IntRange(0, 9), default=0, help="0 to 9, higher goes first.")
-@click.option("--id", "own_id", metavar="ID", help="Your own id: a queue that has it stores nothing.")
-@click.option("--expires", metavar="1h", help="Drop it where no consumer has taken it by then.")
-@click.option("--header", "headers", multiple=True, metavar="K=V", help="A header; may be repeated.")
-@click.option("--tag", "tags", multiple=True, metavar="TAG", help="A word by which it is found; may be repeated.")
+@message_options
 @redis_options
 def publish(
     target: Target, out: Output, name: str, message: str | None, delay: str | None, priority: int, own_id: str | None,
