@@ -1,4 +1,4 @@
-"""What most tests of the command line use: a shell, and the server behind it."""
+"""Fixtures of most tests of the command line: a shell, and the server behind it."""
 
 from __future__ import annotations
 
