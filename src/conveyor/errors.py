@@ -239,10 +239,10 @@ class Snooze(Exception):  # not an error: control flow with a meaning
     """
     Raised by a job that is to run again after *delay* without using an attempt.
 
-    *delay*: seconds, or a text such as ``"5m"``.
+    *delay*: seconds, a `timedelta`, or a text such as ``"5m"``.
     """
 
-    def __init__(self, delay: float | str) -> None:
+    def __init__(self, delay: float | str | timedelta) -> None:
         super().__init__(delay)
         self.delay = delay
 
@@ -251,10 +251,11 @@ class RetryIn(Exception):  # not an error: a failure that knows when to try agai
     """
     Raised by a job or a consumer of messages that failed and is to be tried again after *delay*.
 
-    It uses an attempt, as any failure does; only the pause is the caller's. *delay*: seconds, or a text such as ``"5m"``.
+    It uses an attempt, as any failure does; only the pause is the caller's. *delay*: seconds, a `timedelta`, or
+    a text such as ``"5m"``.
     """
 
-    def __init__(self, delay: float | str) -> None:
+    def __init__(self, delay: float | str | timedelta) -> None:
         super().__init__(delay)
         self.delay = delay
 

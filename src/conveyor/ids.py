@@ -13,6 +13,7 @@ import re
 from binascii import a2b_base64, b2a_base64
 from collections.abc import Iterable
 from time import time
+from typing import Any
 
 from conveyor.errors import ConfigurationError
 
@@ -72,11 +73,19 @@ def build_of_program() -> str:
     return label_text(build, "CONVEYOR_BUILD") if build else ""
 
 
-def label_text(label: object, what: str = "a label") -> str:
+def label_text(label: object, what: str = "label") -> str:
     """Return a label of a worker, or a build, if it is valid; raises ConfigurationError."""
     if not isinstance(label, str) or not _LABEL.fullmatch(label):
         raise ConfigurationError(f"Invalid {what} {label!r}: use 1 to 64 characters out of A-Z a-z 0-9 _ . + = -")
     return label
+
+
+def label_texts(labels: object, what: str) -> tuple[str, ...]:
+    """Return valid labels, each once: of one, or of several. Raises ConfigurationError, which names the option *what*."""
+    given = [labels] if isinstance(labels, str) else labels
+    if not isinstance(given, Iterable):
+        raise ConfigurationError(f'{what} takes a label, or several: {what}="gpu", not {labels!r}.')
+    return tuple(dict.fromkeys(label_text(one, f"label in {what}") for one in given))
 
 
 def new_identity() -> str:
@@ -102,7 +111,11 @@ def public(queue: str, id: str) -> str:  # noqa: A002
 
 
 def split(public_id: str) -> tuple[str | None, str]:
-    """Return (queue or partition, id); the first is None for a bare id, which may be in any queue."""
+    """Return (queue or partition, id); the first is None for a bare id, which may be in any queue. Raises ConfigurationError."""
+    if not isinstance(public_id, str):
+        raise ConfigurationError(
+            f"The id of a job or a message is a text, such as the one that push or job.id returned, not {public_id!r}."
+        )
     queue, colon, id_ = public_id.rpartition(":")
     if colon and queue and is_generated(id_) and _QUEUE_OR_PARTITION.fullmatch(queue):
         return queue, id_
@@ -145,6 +158,14 @@ def queue_name(name: str, *, what: str = "queue") -> str:
     """Return *name* if it is a valid queue or task name; raises ConfigurationError. *what* is named in the error."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigurationError(f"Invalid {what} name {name!r}: use 1 to 128 characters out of A-Z a-z 0-9 _ . : -")
+    return name
+
+
+def name_of(queue: Any) -> str:
+    """Return the name of a queue that is given by itself or by its name; raises ConfigurationError for what is neither."""
+    name = queue if isinstance(queue, str) else getattr(queue, "name", None)
+    if not isinstance(name, str):
+        raise ConfigurationError(f"queue takes a queue or the name of one, not {queue!r}.")
     return name
 
 

@@ -101,6 +101,8 @@ def test_an_export_has_every_job_with_its_arguments(app: Conveyor, capsys: pytes
     assert json.loads(next(one["job"]["payload"] for one in lines if one["job"]["id"] == ids[5])) == {"to": "5@b.c"}
     (vip,) = _run(capsys, "job", "export", "tag:vip").splitlines()
     assert json.loads(vip)["job"]["status"] == "scheduled"
+    by_options = _run(capsys, "job", "export", "--tag", "vip", "--state", "scheduled", "--since", "1h")
+    assert by_options.splitlines() == [vip]
     assert len(app.queue("default")) == 701
 
 

@@ -75,7 +75,8 @@ def test_within_bounds_the_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"backoff": []}, {"backoff": ["soon"]}, {"backoff": [-1]}, {"within": 0}, {"within": "later"}]
+    "options",
+    [{"backoff": []}, {"backoff": ["soon"]}, {"backoff": [-1]}, {"within": 0}, {"within": "later"}, {"jitter": 1}],
 )
 def test_a_policy_that_makes_no_sense_is_refused(options: dict[str, Any]) -> None:
     """A list without pauses, a pause that is none, and a bound of nothing are refused where they are written."""

@@ -271,6 +271,22 @@ def test_partitions_have_tags(url: str, redis: redis_py.Redis) -> None:
         assert tag_keys(redis) == {}
 
 
+def test_many_jobs_get_tags_together(app: Conveyor) -> None:
+    """`enqueue_many` gives its tags to all its jobs, besides those of a task and of a call, and of a generator too."""
+
+    @app.task(tags=["task"])
+    def send(n: int) -> None: ...
+
+    listed = app.enqueue_many(
+        [send.s(1), send.options(tags=["own"], queue="vip").s(2), send.s(3)], tags=["bulk", "task"]
+    )
+    generated = app.enqueue_many((send.s(n) for n in range(3)), tags=["bulk"], spread="1h")
+
+    assert [job.info().tags for job in listed] == [("task", "bulk"), ("task", "own", "bulk"), ("task", "bulk")]
+    assert {job.id for job in app.jobs(tag="bulk")} == {job.id for job in [*listed, *generated]}
+    assert app.cancel(tag="bulk") == 6
+
+
 def test_a_middleware_sees_and_changes_tags(app: Conveyor) -> None:
     """A middleware reads the tags of jobs and messages, and may change them; bad ones are refused before anything is stored."""
     given: list[tuple[str, ...]] = []

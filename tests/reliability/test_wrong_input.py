@@ -109,6 +109,7 @@ def test_patience_with_a_slot_outlasts_the_end_of_its_move() -> None:
     ("options", "says"),
     [
         ({"url": 5}, "must be text"),
+        ({"url": ""}, "The URL is empty"),
         ({"buffer": True}, "takes a Buffer"),
         ({"buffer": "spool"}, "takes a Buffer"),
         ({"max_payload": "half a page"}, "such as '256KiB'"),
@@ -173,13 +174,25 @@ def test_a_policy_takes_classes(option: str) -> None:
     assert Retry(on=ValueError, give_up=()).on is ValueError
 
 
-@pytest.mark.parametrize("options", [{"concurrency": 0}, {"threads": -1}, {"queues": "mail"}, {"queues": {"mail": 0}}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"concurrency": 0},
+        {"threads": -1},
+        {"queues": "mail"},
+        {"queues": {"mail": 0}},
+        {"queues": {"mail": "x"}},
+        {"queues": {}},
+    ],
+)
 def test_an_embedded_worker_that_could_do_nothing_is_refused(options: dict[str, Any]) -> None:
     """Where it is made, not by standing still."""
     app = Conveyor()
     app.task(_nothing)
     with pytest.raises(ConfigurationError, match=r"worker\("):
         app.worker(**options)
+    with pytest.raises(ConfigurationError, match="Invalid queue name"):
+        app.worker(queues={"no queue": 1})
 
 
 def test_a_worker_repeats_a_complaint_once_a_minute(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
@@ -287,3 +300,37 @@ def test_a_worker_that_cannot_go_on_says_why_in_a_line(shell: Shell) -> None:
             rest = running.communicate(timeout=60)[1]
     assert "The worker cannot continue: E02 The lamp is dark. Plug it in." in lines[-1]
     assert "Traceback" not in "".join(lines) + rest
+
+
+def _add(a: int, b: int) -> int:
+    return a + b
+
+
+CALLS_THAT_MEAN_NOTHING: dict[str, tuple[Callable[[Conveyor, Any], object], str]] = {
+    "tuples": (lambda app, add: app.enqueue_many([(1, 2)]), r"takes calls of tasks, such as .*, not \(1, 2\)"),
+    "a task": (lambda app, add: app.enqueue_many([add.s(1, 2), add]), "takes calls of tasks"),
+    "one call": (lambda app, add: app.enqueue_many(add.s(1, 2)), "takes calls of tasks"),
+    "spread": (lambda app, add: app.enqueue_many([5], spread="1m"), "takes calls of tasks"),
+    "tagged": (lambda app, add: app.enqueue_many(iter([5]), tags=["a"]), "takes calls of tasks"),
+    "tags": (lambda app, add: app.enqueue_many([add.s(1, 2)], tags="order"), "takes a list of texts"),
+    "by task": (lambda app, add: app.enqueue(add, 1, 2), r"takes the name of a task. Write:  _add\.enqueue"),
+    "an id": (lambda app, add: app.job(5), "is a text, .* not 5"),
+    "an id of a task": (lambda app, add: add.job(None), "is a text, .* not None"),
+    "watched": (lambda app, add: app.watch("default:1"), "takes several jobs"),
+    "watched items": (lambda app, add: app.awatch([5]), "is a text, .* not 5"),
+    "events": (lambda app, add: app.events(5), "the name of one, not 5"),
+    "jobs": (lambda app, add: app.jobs(queue=5), "the name of one, not 5"),
+    "redriven": (lambda app, add: app.redrive(5), "the name of one, not 5"),
+    "redriven limit": (lambda app, add: app.redrive("q", limit=-1), "limit must be a whole number"),
+    "listener": (lambda app, add: app.on("dead", 5), "takes a function"),
+}
+
+
+@pytest.mark.parametrize(("call", "says"), CALLS_THAT_MEAN_NOTHING.values(), ids=CALLS_THAT_MEAN_NOTHING.keys())
+def test_calls_that_mean_nothing_are_refused_before_anything_is_sent(
+    call: Callable[[Conveyor, Any], object], says: str
+) -> None:
+    """They are a ConfigurationError that names what was given, not an AttributeError, and no server is asked."""
+    app = Conveyor("redis://127.0.0.1:1")
+    with pytest.raises(ConfigurationError, match=says):
+        call(app, app.task(_add))

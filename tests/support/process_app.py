@@ -13,8 +13,9 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from conveyor import Context, Conveyor, Retry, RetryIn, Snooze, current
 from conveyor.worker.execution.process_protocol import DoneReply, pack
@@ -117,7 +118,8 @@ def fail(kind: str) -> None:
         "local": Local("gone"), "frozen": Frozen(3), "exit": SystemExit(7), "os": FileNotFoundError(2, "No such", "/x"),
         "cancelled": asyncio.CancelledError(), "stop": StopIteration(1), "interrupt": KeyboardInterrupt(),
         "group": ExceptionGroup("both", [ValueError("a"), Local("b")]), "unicode": UnicodeDecodeError("utf8", b"", 0, 1, "r"),
-        "snooze": Snooze("5m"), "retry_in": RetryIn("7m"), "long": ValueError("m" * 100_000),
+        "snooze": Snooze("5m"), "retry_in": RetryIn("7m"), "snooze_delta": Snooze(timedelta(minutes=5)),
+        "snooze_wrong": Snooze(cast("Any", object())), "long": ValueError("m" * 100_000),
     }  # fmt: skip
     raise errors[kind]
 

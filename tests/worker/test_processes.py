@@ -21,7 +21,7 @@ import uvloop
 from conveyor import ConfigurationError, Conveyor, JobFailed, PayloadError, Retry, RetryIn, Snooze, ids
 from conveyor.jobs.task import definition_of
 from conveyor.messaging import retry
-from conveyor.messaging.retry import GiveUp, RetryAfter, after_failure
+from conveyor.messaging.retry import GiveUp, RetryAfter, after_failure, wait_of
 from conveyor.payload import failures
 from conveyor.payload.records import AttemptHistory, EnvelopeOptions
 from conveyor.worker.app_loading import find_reference, load
@@ -231,6 +231,12 @@ async def test_control_flow_and_codes_arrive(run: Run) -> None:
     with pytest.raises(Snooze) as snoozed:
         await run("fail", kind="snooze")
     assert snoozed.value.delay == "5m"
+    with pytest.raises(Snooze) as snoozed:
+        await run("fail", kind="snooze_delta")
+    assert snoozed.value.delay == 300
+    with pytest.raises(Snooze) as snoozed:
+        await run("fail", kind="snooze_wrong")
+    assert wait_of(snoozed.value) is None
 
     with pytest.raises(PayloadError) as load_error:
         await run("swap", point=1)

@@ -128,7 +128,16 @@ def test_labels_that_are_none_are_refused(url: str) -> None:
     for wrong in ({"requires": "a b"}, {"requires": [""]}, {"requires": 5}, {"pin": "version"}, {"requires": "x" * 65}):
         with pytest.raises(ConfigurationError):
             app.task(**wrong)(print)  # type: ignore[call-overload]
+    with pytest.raises(ConfigurationError, match="Invalid label in labels"):
+        app.worker(labels="a b")
     app.close()
+
+
+def test_one_label_is_one_for_a_worker_as_for_a_task(url: str) -> None:
+    """``labels="gpu"`` is the label gpu, and not three of one letter."""
+    worker: Any = Conveyor(url).worker(queues={"q": 1}, labels="gpu")
+    assert worker._worker._labels == ["gpu"]
+    assert repr(worker) == "<EmbeddedWorker of q: not started>"
 
 
 def test_a_worker_gets_its_labels_on_the_command_line(url: str, tmp_path: Path) -> None:

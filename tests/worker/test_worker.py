@@ -6,11 +6,11 @@ import asyncio
 import re
 import threading
 import time
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from conveyor.errors import JobCancelled, JobFailed, RetryIn, Snooze
+from conveyor.errors import JobCancelled, JobFailed, RateLimited, RetryIn, Snooze
 from conveyor.events import Event
 from conveyor.jobs.app import Conveyor
 from conveyor.jobs.context import Context, current
@@ -146,6 +146,28 @@ async def test_a_snooze_uses_no_attempt(app: Conveyor) -> None:
 
     assert seen == [1, 2, 3, 4]
     assert (await counts(app)).dead == 0
+
+
+@pytest.mark.parametrize("wait", [Snooze("soon"), Snooze(cast("Any", None)), RetryIn("soon"), RateLimited("soon")])
+async def test_a_wait_that_is_no_duration_is_a_failure_like_any_other(app: Conveyor, wait: Exception) -> None:
+    """A job that raises it fails, which its record shows; the worker goes on."""
+
+    @app.task(retry=1)
+    async def wrong() -> None:
+        raise wait
+
+    @app.task
+    async def right() -> int:
+        return 1
+
+    jobs = await wrong.aenqueue(), await right.aenqueue()
+    await drain(app)
+
+    assert await jobs[1].aresult(timeout=60) == 1
+    with pytest.raises(JobFailed) as failed:
+        await jobs[0].aresult(timeout=60)
+    assert failed.value.type.endswith(type(wait).__name__)
+    assert (await counts(app)).dead == 1
 
 
 @pytest.mark.parametrize("run_in", ["loop", "thread"])

@@ -14,9 +14,8 @@ import click
 from msgspec.structs import asdict
 
 from conveyor.cli.command import CommandGroup
-from conveyor.cli.completion import complete_queues
 from conveyor.cli.exit import ExitCode
-from conveyor.cli.filters import STATES, filter_text, selection_options
+from conveyor.cli.filters import filter_text, selection_options
 from conveyor.cli.output import (
     OutcomeCounter,
     Output,
@@ -77,10 +76,9 @@ def list_(
 
     Without --state: all that have not ended, and dead ones. Dead and done ones come newest first.
     """
+    _refuse_both(words, wanted)
     admin = target.admin()
     if words:
-        if wanted is not None:
-            raise click.UsageError("Give a FILTER, or --tag, --task, --error, --since and --older, not both.")
         _list_matching(out, admin, words, queue, state, offset, limit, ids_only)
         return
     if out.on_terminal and not out.as_json:
@@ -129,25 +127,32 @@ def _list_matching(
 
 @job.command()
 @click.argument("words", metavar="[FILTER]", nargs=-1)
-@click.option("--queue", metavar="QUEUE", shell_complete=complete_queues, help="Only jobs of this queue.")
-@click.option("--state", type=click.Choice(STATES), help="Only jobs in this state.")
+@selection_options
 @redis_options
-def export(target: Target, out: Output, words: tuple[str, ...], queue: str | None, state: str | None) -> None:
+def export(
+    target: Target, out: Output, words: tuple[str, ...], queue: str | None, state: str | None, wanted: JobFilter | None
+) -> None:
     """
-    Write jobs as JSON lines, one a job, with arguments, errors and history: to read them elsewhere.
+    Write jobs as JSON lines, one a job, with arguments and errors: to read them elsewhere.
 
-    FILTER: as for `job list`. Without one: all that have not ended, and dead ones. Nothing is changed.
+    FILTER, or options: as for `job list`. Without them: all that have not ended, and dead ones. Nothing is changed.
     """
     from conveyor.admin.job_query import parse
 
+    _refuse_both(words, wanted)
     admin, count = target.admin(), 0
     query = parse(" ".join(map(_quoted, words))).joined(queue, state)
-    jobs = _each_match(admin, query, 0) if words else admin.each_job(queue, state)
+    jobs = _each_match(admin, query, 0) if words else admin.each_job(queue, state, **_named(wanted))
     for info in jobs:
         out.document("job", job=info)
         count += 1
     say_unanswered(out, admin)
     out.say(f"{quantity(count, 'job')} exported.")
+
+
+def _refuse_both(words: Sequence[str], wanted: JobFilter | None) -> None:
+    if words and wanted is not None:
+        raise click.UsageError("Give a FILTER, or --tag, --task, --error, --since and --older, not both.")
 
 
 def _each_match(admin: Admin, query: JobQuery, offset: int) -> Iterator[JobInfo]:

@@ -18,13 +18,26 @@ from collections.abc import (
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from datetime import datetime
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, Never, ParamSpec, Self, TypeVar, Unpack, cast, get_args, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    Never,
+    ParamSpec,
+    Protocol,
+    Self,
+    TypeVar,
+    Unpack,
+    cast,
+    get_args,
+    overload,
+)
 
 from conveyor import ids
 from conveyor.acting import acting_as
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.jobs.batch_task import BatchDecorator, batch_plan
-from conveyor.jobs.bulk import ChunkSender, add_count, bulk_bar, chunks, spread_out
+from conveyor.jobs.bulk import ChunkSender, add_count, bulk_bar, chunks, planned
 from conveyor.jobs.core import AppCore
 from conveyor.jobs.decorator import TaskDecorator, external_task, named_task, register, task_options
 from conveyor.jobs.dependencies import overriding
@@ -78,6 +91,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M")
 L = TypeVar("L", bound=Lifespan)
 BlockingInLoop = Literal["refuse", "allow"]
+
+
+class AppWorker(Protocol):
+    """The worker of ``async with app.worker() as worker:``."""
+
+    async def wait(self) -> None:
+        """Wait until the worker ends by itself, which it does with `burst` when everything is drained."""
+        ...
+
+    def stop(self) -> None:
+        """Stop before the block ends. The first call drains, the second hands everything back at once."""
+        ...
 
 
 class Conveyor:
@@ -243,6 +268,22 @@ class Conveyor:
             max_crashes=max_crashes, max_length=max_length, full=full, limits=limits,
             ageing=ageing, expires=expires, events=events, version=version, upcast=upcast, format=format, **durability,
         )  # fmt: skip
+
+    @overload
+    def plain_list(
+        self, name: str, task: Task[..., Any] | str | None = None, *, lease: Duration | None = None, max_attempts: int = 5,
+        sealed: bool = True,
+    ) -> PlainList[Any]: ...  # fmt: skip
+    @overload
+    def plain_list(
+        self, name: str, task: Task[..., Any] | str | None = None, *, type: type[T], lease: Duration | None = None,
+        max_attempts: int = 5, sealed: bool = True,
+    ) -> PlainList[T]: ...  # fmt: skip
+    @overload
+    def plain_list(
+        self, name: str, task: Task[..., Any] | str | None = None, *, type: Any, lease: Duration | None = None,
+        max_attempts: int = 5, sealed: bool = True,
+    ) -> PlainList[Any]: ...  # fmt: skip
 
     def plain_list(
         self,
@@ -513,13 +554,15 @@ class Conveyor:
         *,
         spread: Duration | None = None,
         jitter: Duration | None = None,
+        tags: Iterable[str] | None = None,
         bar: bool = False,
     ) -> list[Job[R]]:
         """
         Enqueue many calls (``task.s(…)``) in a few round trips, each queue's in their order; return their handles.
 
         *spread* distributes their starts evenly over that time from now, and *jitter* puts each off by up to that; both add
-        to what a call has of `delay` or `at`, and a generator is taken whole first. *bar* draws on a terminal (standard error) how
+        to what a call has of `delay` or `at`, and a generator is taken whole first. *tags* are those of all these jobs, besides
+        those of a call. *bar* draws on a terminal (standard error) how
         many are stored. Each thousand for a queue is accepted
         whole or not at all. A call that does not fit raises PayloadError. Of a list nothing is stored then; of a generator
         nothing is stored from that thousand on.
@@ -528,7 +571,7 @@ class Conveyor:
         sender = ChunkSender()
         try:
             with push_scope(self._core.push_middlewares, many=True), sender, bulk_bar(calls, wanted=bar) as show:
-                for chunk in chunks(self._core, spread_out(calls, spread, jitter)):
+                for chunk in chunks(self._core, planned(calls, spread, jitter, tags)):
                     sender.send(chunk)
                     show(len(sender.jobs))
         except ConveyorError as error:
@@ -542,12 +585,13 @@ class Conveyor:
         *,
         spread: Duration | None = None,
         jitter: Duration | None = None,
+        tags: Iterable[str] | None = None,
         bar: bool = False,
     ) -> list[Job[R]]:
         """Awaitable form of `enqueue_many`."""
         jobs: list[Job[R]] = []
         stored = self.sealing is not None and self.sealing.store is not None
-        prepared = chunks(self._core, spread_out(calls, spread, jitter))
+        prepared = chunks(self._core, planned(calls, spread, jitter, tags))
         try:
             # Large bodies are written while a chunk is prepared, which would block the loop.
             with push_scope(self._core.push_middlewares, many=True), bulk_bar(calls, wanted=bar) as show:
@@ -570,13 +614,18 @@ class Conveyor:
         jobs that it watches, however many watch them.
         """
         refuse_in_loop(self.client, "app.watch()", "async for update in app.awatch(…)")
-        return watch_jobs(self._core, [self.job(one) if isinstance(one, str) else one for one in jobs], after)
+        return watch_jobs(self._core, self._handles(jobs), after)
 
     def awatch(
         self, jobs: Iterable[Job[Any] | str], after: Mapping[str, str] | None = None
     ) -> AsyncGenerator[JobUpdate, None]:
         """Awaitable form of `watch`."""
-        return awatch_jobs(self._core, [self.job(one) if isinstance(one, str) else one for one in jobs], after)
+        return awatch_jobs(self._core, self._handles(jobs), after)
+
+    def _handles(self, jobs: Iterable[Job[Any] | str]) -> list[Job[Any]]:
+        if isinstance(jobs, str | Job) or not isinstance(jobs, Iterable):
+            raise ConfigurationError(f"app.watch() takes several jobs, or their ids, such as [job], not {show(jobs)}.")
+        return [one if isinstance(one, Job) else self.job(one) for one in jobs]
 
     def events(self, queue: str | Queue[Any], after: str | None = None) -> Generator[JobEvent, None, None]:
         """
@@ -597,7 +646,7 @@ class Conveyor:
     def _event_reader(self, queue: str | Queue[Any], after: str | None) -> EventReader:
         from conveyor.jobs.queue_events import EventReader  # an app that reads no events never loads it
 
-        return EventReader(self._core, queue if isinstance(queue, str) else queue.name, after)
+        return EventReader(self._core, ids.name_of(queue), after)
 
     def external_task(self, name: str, *, queue: str = "default") -> Task[..., Any]:
         """
@@ -813,6 +862,8 @@ class Conveyor:
         Without *listener* it is a decorator. A class above several kinds, such as `JobEvent`, stands for all of them.
         An exception in a listener is logged and disturbs nothing else.
         """
+        if listener is not None and not callable(listener):
+            raise ConfigurationError(f"app.on takes a function that is called with the event, not {show(listener)}.")
         add = self._core.listen(kind)
 
         def decorate(function: F) -> F:
@@ -832,8 +883,8 @@ class Conveyor:
         burst: bool = False,
         grace: Duration = "30s",
         allow_eviction: bool = False,
-        labels: Iterable[str] = (),
-    ) -> AbstractAsyncContextManager[Any]:
+        labels: str | Iterable[str] = (),
+    ) -> AbstractAsyncContextManager[AppWorker]:
         """
         Return a worker for `async with`, which runs jobs inside this program until the block ends.
 
@@ -847,7 +898,7 @@ class Conveyor:
             self, queues=queues, concurrency=concurrency, threads=threads, burst=burst, grace=grace,
             allow_eviction=allow_eviction, labels=labels,
         )  # fmt: skip
-        return cast("AbstractAsyncContextManager[Any]", made)
+        return cast("AbstractAsyncContextManager[AppWorker]", made)
 
     def ping(self, timeout: Duration | None = None) -> float:
         """
@@ -902,6 +953,10 @@ def make_client(
     """
     if url is not None and not isinstance(url, str):
         raise ConfigurationError(f"The URL must be text such as 'redis://host:6379/0', not {type(url).__name__}.")
+    if url == "":
+        raise ConfigurationError(
+            "The URL is empty. Give one such as 'redis://host:6379/0', or None for CONVEYOR_URL or the embedded server."
+        )
     if blocking_in_loop not in get_args(BlockingInLoop):
         raise ConfigurationError(f"blocking_in_loop must be 'refuse' or 'allow', not {show(blocking_in_loop)}.")
     options: dict[str, Any] = {

@@ -10,14 +10,16 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from conveyor.errors import ConfigurationError, ConveyorError
-from conveyor.ids import new_ids
+from conveyor.ids import new_ids, tag_texts
 from conveyor.jobs.job import Job, note_accepted
+from conveyor.jobs.task import TaskCall
+from conveyor.payload.codec import show
 from conveyor.store.client.batching import BULK
 from conveyor.store.operations import Entry
 from conveyor.units import Duration, milliseconds
 
 if TYPE_CHECKING:
-    from conveyor.jobs.task import TaskCall, TaskCore, TaskDefinition
+    from conveyor.jobs.task import TaskCore, TaskDefinition
     from conveyor.messaging.push_options import Outgoing
     from conveyor.store.client.durability import DurabilityRequest
 
@@ -61,13 +63,14 @@ class JobChunk:
     __slots__ = ("_batches", "_core", "_turns", "jobs")
 
     def __init__(self, core: TaskCore, calls: list[TaskCall[Any]]) -> None:
-        """Encode all of *calls*; raises PayloadError for the first that does not fit."""
+        """Encode all of *calls*; raises PayloadError for the first that does not fit, ConfigurationError for what is no call."""
         self._core = core
         self._batches: dict[str, QueueBatch] = {}
         self._turns: dict[str, int] = {}  # queue → the partition that this chunk fills
         self.jobs: list[Job[Any]] = []
         if not calls:
             return
+        _refuse_others(calls)
         append = self.jobs.append
         definition, outgoing = calls[0].definition, calls[0].outgoing
         batch, plain, encode = self._settings(definition, outgoing)
@@ -165,6 +168,41 @@ def chunks(core: TaskCore, calls: Iterable[TaskCall[Any]]) -> Iterator[JobChunk]
         yield JobChunk(core, taken)
 
 
+def planned(
+    calls: Iterable[TaskCall[Any]], spread: Duration | None, jitter: Duration | None, tags: Iterable[str] | None
+) -> Iterable[TaskCall[Any]]:
+    """Return *calls* with *tags* besides their own, and with their starts as `spread_out` has them; raises ConfigurationError."""
+    if not isinstance(calls, Iterable):
+        raise _no_call(calls)
+    return spread_out(calls if tags is None else _tagged(calls, tag_texts(tags)), spread, jitter)
+
+
+def _tagged(calls: Iterable[TaskCall[Any]], tags: tuple[str, ...]) -> Iterable[TaskCall[Any]]:
+    before = after = None
+
+    def add(call: TaskCall[Any]) -> TaskCall[Any]:
+        nonlocal before, after
+        _refuse_others([call])
+        if after is None or call.outgoing is not before:  # most calls have that of their task
+            before = call.outgoing
+            after = replace(before, tags=tag_texts([*before.tags, *tags]))
+        return TaskCall(call.definition, after, call.durability_request, call.args, call.kwargs)
+
+    return [add(call) for call in calls] if isinstance(calls, Sequence) else map(add, calls)
+
+
+def _refuse_others(calls: Sequence[object]) -> None:
+    """Raise ConfigurationError when one of *calls* is no call of a task."""
+    if {*map(type, calls)} - {TaskCall}:
+        raise _no_call(next(one for one in calls if not isinstance(one, TaskCall)))
+
+
+def _no_call(given: object) -> ConfigurationError:
+    return ConfigurationError(
+        f"enqueue_many takes calls of tasks, such as [add.s(1, 2), add.s(3, 4)], not {show(given)}."
+    )
+
+
 def spread_out(
     calls: Iterable[TaskCall[Any]], spread: Duration | None, jitter: Duration | None
 ) -> Iterable[TaskCall[Any]]:
@@ -176,11 +214,10 @@ def spread_out(
     """
     if spread is None and jitter is None:
         return calls
-    from conveyor.jobs.task import TaskCall
-
     over = 0 if spread is None else milliseconds(spread, name="spread")
     most = 0 if jitter is None else milliseconds(jitter, name="jitter")
     taken, later = list(calls), list[TaskCall[Any]]()
+    _refuse_others(taken)
     for at, call in enumerate(taken):
         outgoing = call.outgoing
         if outgoing.front:

@@ -98,7 +98,7 @@ def task_options(
         tags=ids.tag_texts(tags),
         limits=limits,
         group_by=group_by,
-        requires=_labels(requires),
+        requires=ids.label_texts(requires, "requires"),
         pin=None if pin is None else _one_of("pin", pin, ("build",)),
         webhook=_webhook(webhook, ack),
         logs=_one_of("logs", logs, ("failure", "always", "never")),
@@ -116,14 +116,6 @@ def _webhook(webhook: Webhook | None, ack: str) -> Webhook | None:
     if webhook is not None and ack == "early":
         raise ConfigurationError('webhook does not go with ack="early": such a job has ended before it runs.')
     return webhook
-
-
-def _labels(requires: str | Iterable[str]) -> tuple[str, ...]:
-    """Return the labels that a task requires of a worker; raises ConfigurationError."""
-    if not isinstance(requires, str | Iterable):
-        raise ConfigurationError(f'requires takes a label, or several: requires="gpu", not {requires!r}.')
-    given = [requires] if isinstance(requires, str) else [*requires]
-    return tuple(dict.fromkeys(ids.label_text(one, "label in requires") for one in given))
 
 
 def register(
@@ -247,6 +239,9 @@ def external_task(core: AppCore, name: str, queue: str) -> Task[..., Any]:
 
 def named_task(core: AppCore, name: str) -> Task[..., Any]:
     """Return the task of that name: registered here, declared as external, or an external one on ``default``."""
+    if isinstance(name, Task):
+        written = getattr(name.function, "__name__", name.name)
+        raise ConfigurationError(f"app.enqueue() takes the name of a task. Write:  {written}.enqueue(…)")
     return core.tasks.get(name) or core.external_tasks.get(name) or external_task(core, name, "default")
 
 

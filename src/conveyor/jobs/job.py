@@ -149,10 +149,10 @@ class Job(Generic[R_co]):
         """
         Return scheduled, ready, leased, done, dead, cancelled or waiting.
 
-        A job is waiting while it is in the buffer of this program, a spawned job until its parent has ended, and one that is
-        to run once more until the job before it has ended. `done`
-        and `cancelled` are known for ten minutes, or for as long as the result is kept. Raises JobNotFound for a job that
-        is not known, or not any more: purged and deleted ones are not.
+        A job is waiting at a limit, behind a job of its group, while its task is paused, and while it is in the buffer of this
+        program; a spawned job until its parent has ended, and one that is to run once more until the job before it has ended.
+        `done` and `cancelled` are known for ten minutes, or for as long as the result is kept. Raises JobNotFound for a job
+        that is not known, or not any more: purged and deleted ones are not.
         """
         refuse_in_loop(self._core.client, "job.status()", "await job.astatus()")
         if self._is_buffered():

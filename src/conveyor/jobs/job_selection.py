@@ -119,8 +119,8 @@ class JobSelection(msgspec.Struct, frozen=True):
 
     def redrive(self, rate: str | None, limit: int | None) -> int:
         """Put the dead letters back."""
-        client, pace = self.core.client, Pace(rate)
-        steps = act(client, self.acting("redrive", client.queues()), pace, checked_limit(limit))
+        client, pace, most = self.core.client, Pace(rate), checked_limit(limit)
+        steps = act(client, self.acting("redrive", client.queues()), pace, most)
         return sum(sum(one.outcome == "retried" for one in acted) for acted in steps)
 
     # -- awaitable ------------------------------------------------------------------------------------------------
@@ -158,8 +158,8 @@ class JobSelection(msgspec.Struct, frozen=True):
 
     async def aredrive(self, rate: str | None, limit: int | None) -> int:
         """Awaitable form of `redrive`."""
-        client, pace, done = self.core.client, Pace(rate), 0
-        steps = aact(client, self.acting("redrive", await client.aqueues()), pace, checked_limit(limit))
+        client, pace, most, done = self.core.client, Pace(rate), checked_limit(limit), 0
+        steps = aact(client, self.acting("redrive", await client.aqueues()), pace, most)
         async for acted in steps:
             done += sum(one.outcome == "retried" for one in acted)
         return done
@@ -181,7 +181,7 @@ def select(
         raise ConfigurationError(
             f"state={state!r} cannot be chosen: a job is found while it is {', '.join(LIVE[:-1])} or {LIVE[-1]}."
         )
-    name = queue if queue is None or isinstance(queue, str) else queue.name
+    name = None if queue is None else ids.name_of(queue)
     wanted = JobFilter(task, error, since_instant("since", since), since_instant("older", older), tag)
     known_list = name is not None and name in core.plain_lists
     return JobSelection(core, wanted, state, name if name is None or known_list else _queue_or_partition(name))

@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec.structs import replace as replaced
 
-from conveyor.errors import ConfigurationError, RateLimited, RetryIn
+from conveyor.errors import ConfigurationError, RateLimited, RetryIn, Snooze
 from conveyor.ids import made_at_ms
 from conveyor.payload.records import AttemptHistory
 from conveyor.units import Duration, milliseconds, span
@@ -55,6 +55,8 @@ class Retry:
                 raise ConfigurationError(
                     f"Retry({name}=…) takes exception classes, such as (ConnectionError,), not {types!r}."
                 )
+        if not isinstance(self.jitter, bool):
+            raise ConfigurationError(f"Retry(jitter=…) must be True or False, not {self.jitter!r}.")
         if isinstance(self.backoff, list):
             object.__setattr__(self, "backoff", tuple(self.backoff))
         if isinstance(self.backoff, tuple) and not self.backoff:
@@ -162,7 +164,7 @@ def after_failure(
     """
     budget = policy.attempts if attempts is None else attempts
     failed = replaced(history, starts=attempt, failures=history.failures + 1, errors=[*history.errors, record])
-    chosen = _chosen_ms(error)
+    chosen = wait_of(error) if isinstance(error, RetryIn) else None
     if chosen is None and (isinstance(error, _tuple(policy.give_up)) or not isinstance(error, _tuple(policy.on))):
         return GiveUp(failed, f"{type(error).__name__} is not retried")
     if failed.failures >= budget:
@@ -173,19 +175,11 @@ def after_failure(
     return RetryAfter(pause, failed)
 
 
-def _chosen_ms(error: BaseException) -> int | None:
-    if not isinstance(error, RetryIn):
-        return None
+def wait_of(error: RateLimited | RetryIn | Snooze) -> int | None:
+    """Return the ms that *error* says to wait; None for what is no duration: a failure like any other, whose error shows it."""
+    given = getattr(error, "after" if isinstance(error, RateLimited) else "delay", None)
     try:
-        return milliseconds(error.delay, name="RetryIn")
-    except ConfigurationError:
-        return None  # a failure like any other, whose error shows the delay that is none
-
-
-def wait_of(error: RateLimited) -> int | None:
-    """Return the ms that a service asked to wait; None for what is no duration: a failure like any other."""
-    try:
-        return milliseconds(error.after, name="RateLimited(after)")
+        return milliseconds(given, name=type(error).__name__)
     except ConfigurationError:
         return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from time import monotonic
@@ -31,17 +32,14 @@ class EmbeddedWorker:
     def __init__(
         self, app: Conveyor, *, queues: Mapping[str, float] | None = None, concurrency: int = 100, threads: int = 8,
         burst: bool = False, grace: Duration = 30.0, allow_eviction: bool = False,
-        labels: Iterable[str] = (),
+        labels: str | Iterable[str] = (),
     ) -> None:  # fmt: skip
         """The parameters are those of `app.worker`."""
         for name, value in (("concurrency", concurrency), ("threads", threads)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigurationError(f"worker({name}=…) must be a whole number of at least 1, not {value!r}.")
-        weights = {} if queues is None else queues
-        if not isinstance(weights, Mapping) or not all(weight > 0 for weight in weights.values()):
-            raise ConfigurationError(
-                f"worker(queues=…) takes names with weights above 0, such as {{'mail': 3, 'default': 1}}, not {queues!r}."
-            )
+        if queues is not None:
+            check_weights(queues)
         self._worker = Worker(
             app, queues=queues, concurrency=concurrency, threads=threads, burst=burst,
             grace=milliseconds(grace, name="grace") / 1000, before_leasing=self._keep_leases, labels=labels,
@@ -51,6 +49,11 @@ class EmbeddedWorker:
         self._stack = ExitStack()
         self._running: asyncio.Task[int] | None = None
         self._stopped = False
+
+    def __repr__(self) -> str:
+        running = self._running
+        state = "not started" if running is None else "stopped" if running.done() else "running"
+        return f"<EmbeddedWorker of {', '.join(self._worker.queues)}: {state}>"
 
     async def __aenter__(self) -> Self:
         """Start the worker; return when it is registered, or raise the reason why it could not start."""
@@ -126,3 +129,13 @@ class EmbeddedWorker:
 
     def _leases(self) -> list[Lease]:
         return [(one.keys, one.identity, one.lease_ms) for one in self._worker.consumers if one.identity]
+
+
+def check_weights(queues: object) -> None:
+    """Raise ConfigurationError for what is no map of names of queues to weights above 0."""
+    weights = list(queues.values()) if isinstance(queues, Mapping) else []
+    numbers = [one for one in weights if isinstance(one, int | float) and not isinstance(one, bool)]
+    if not weights or len(numbers) < len(weights) or not all(0 < one < math.inf for one in numbers):
+        raise ConfigurationError(
+            f"worker(queues=…) takes names with weights above 0, such as {{'mail': 3, 'default': 1}}, not {queues!r}."
+        )

@@ -39,7 +39,7 @@ from conveyor.payload.records import (
 from conveyor.payload.sealed_records import pack_arguments, pack_failure, pack_refusal, pack_result
 from conveyor.store.inspection import write_finished
 from conveyor.store.operations import Settlement, TurnReport
-from conveyor.units import milliseconds, span
+from conveyor.units import span
 from conveyor.worker.attempt import PLAIN as PLAIN_ENVELOPE
 from conveyor.worker.attempt import Attempt, error_line, one_line
 from conveyor.worker.execution.processes import ProcessCrashed, ProcessUnavailable
@@ -315,8 +315,8 @@ class SettlementWriter:
         self, report: TurnReport, attempt: Attempt, error: BaseException, now_ms: int, *, may_retry: bool = True
     ) -> None:
         """Settle a failure: again later, or dead."""
-        if isinstance(error, Snooze):
-            self._snoozed(report, attempt, error)
+        if isinstance(error, Snooze) and (snooze_ms := retry.wait_of(error)) is not None:
+            self._snoozed(report, attempt, snooze_ms)
             return
         if isinstance(error, UnreadablePayload):
             self.unreadable(report, attempt, error, now_ms)
@@ -554,8 +554,7 @@ class SettlementWriter:
         )
         attempt.consumer.note_retry(attempt, ms)
 
-    def _snoozed(self, report: TurnReport, attempt: Attempt, snooze: Snooze) -> None:
-        ms = milliseconds(snooze.delay, name="Snooze")
+    def _snoozed(self, report: TurnReport, attempt: Attempt, ms: int) -> None:
         history = retry.snoozed(attempt.history, attempt.number)
         self.put_off(report, attempt, ms, self._with_event(history, attempt, "snoozed"))
 

@@ -61,7 +61,7 @@ class Worker:
         self, app: Conveyor, *, queues: Mapping[str, float] | None = None, concurrency: int = 100, threads: int = 8,
         burst: bool = False, grace: float = 30.0, slot: ChildSlot | None = None, reference: str | None = None,
         recycle_limits: RecycleLimits | None = None, await_until: float = 0.0,
-        before_leasing: Callable[[], None] = lambda: None, declares: bool = True, labels: Iterable[str] = (),
+        before_leasing: Callable[[], None] = lambda: None, declares: bool = True, labels: str | Iterable[str] = (),
     ) -> None:  # fmt: skip
         """
         Args:
@@ -80,7 +80,7 @@ class Worker:
             declares: store the schedules that decorators of the app declare.
         """
         self.app = core_of(app)
-        self._labels, self._build = sorted({ids.label_text(one) for one in labels}), ids.build_of_program()
+        self._labels, self._build = sorted(ids.label_texts(labels, "labels")), ids.build_of_program()
         self.name = f"{platform.node()}:{os.getpid()}"
         self.lifecycle = Lifecycle()
         self.retiring = self._stopped_by_command = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, assert_type
 
 from conveyor import (
@@ -20,9 +20,12 @@ from conveyor import (
     JobFailed,
     Middleware,
     Outgoing,
+    PlainList,
     Queue,
     Rate,
     Retry,
+    RetryIn,
+    Snooze,
     Task,
     Throttle,
     Topic,
@@ -107,8 +110,19 @@ async def twins() -> None:
     assert_type(await send.options(delay="10m", id="order-7").aenqueue(1, "acme"), Job[str])
     assert_type(await app.aenqueue_many(add.s(i, i) for i in range(10)), list[Job[int]])
     assert_type(await add(1, 2), int)
-    async with app, app.worker(queues={"mail": 3, "default": 1}, concurrency=100, threads=8):
-        pass
+    async with app, app.worker(queues={"mail": 3, "default": 1}, concurrency=100, threads=8, labels="gpu") as worker:
+        assert_type(worker.stop(), None)
+        assert_type(await worker.wait(), None)
+
+
+def waiting() -> None:
+    raise (Snooze if current().attempt == 1 else RetryIn)(timedelta(minutes=1))
+
+
+def lists() -> None:
+    assert_type(app.plain_list("raw"), PlainList[Any])
+    assert_type(app.plain_list("orders", type=Order), PlainList[Order])
+    assert_type(app.enqueue_many([add.s(1)], tags=["bulk"]), list[Job[int]])
 
 
 def blocking() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from conveyor.errors import ConveyorError, RateLimited, RetryIn, Snooze
-from conveyor.messaging.retry import Retry
+from conveyor.messaging.retry import Retry, wait_of
 from conveyor.payload import failures
 
 HEAD = struct.Struct("<I")
@@ -184,11 +184,11 @@ def capture(error: BaseException) -> FailedReply:
 
 
 def _delay(error: BaseException) -> float | str | None:
-    if isinstance(error, Snooze | RetryIn):
-        return error.delay
-    if isinstance(error, RateLimited):
-        return error.after.total_seconds() if isinstance(error.after, timedelta) else error.after
-    return None
+    """Return how long *error* says to wait; None where it says nothing, or nothing that is a duration."""
+    if not isinstance(error, Snooze | RetryIn | RateLimited) or wait_of(error) is None:
+        return None
+    given = error.after if isinstance(error, RateLimited) else error.delay
+    return given.total_seconds() if isinstance(given, timedelta) else given
 
 
 def rebuild(failed: FailedReply, policy: Retry) -> Exception:

@@ -53,7 +53,9 @@ def queue_weights(app: AppCore, queues: Mapping[str, float] | None) -> dict[str,
     task_queues = [task.queue for task in app.definitions.values()]
     weights = dict(queues) if queues else dict.fromkeys((*task_queues, *fed_lists), 1.0)
     for name in weights:
-        if name in app.plain_lists and name not in fed_lists:
+        if name not in app.plain_lists:
+            ids.queue_name(ids.logical(name) if isinstance(name, str) else name)
+        elif name not in fed_lists:
             raise ConfigurationError(
                 f"The plain list '{name}' feeds no task, so a worker can do nothing with it. "
                 f"Declare app.plain_list('{name}', task=…), or consume it with app.plain_list('{name}').consume()."
