@@ -169,6 +169,21 @@ def test_passwords(app: Conveyor) -> None:
         Access.only("fly")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"authorize": Access.READ_ONLY}, "takes a function of the request"),
+        ({"tokens": {"SECRET": "all"}}, "takes tokens and their Access"),
+        ({"tokens": {"": Access.ALL}}, "takes tokens and their Access"),
+        ({"hosts": "jobs.example"}, "takes a list of names"),
+    ],
+)
+def test_who_may_do_what_is_checked_where_it_is_written(app: Conveyor, options: dict[str, Any], says: str) -> None:
+    """What cannot say it is refused when the dashboard is made, and not by an error of each request."""
+    with pytest.raises(ConfigurationError, match=says):
+        dashboard(app, **options)
+
+
 def test_unknown_token_is_refused(app: Conveyor) -> None:
     """A token that is not known is a 401, not an anonymous visit."""
     site = dashboard(app, lambda _: Access.ALL, tokens={"secret": Access.ALL})

@@ -6,14 +6,16 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from conveyor import Buffer, ConfigurationError, Conveyor, Retry, StoreUnavailable
+from conveyor.admin import Admin
 from conveyor.errors import ConveyorError
 from conveyor.jobs.core import core_of
 from conveyor.jobs.task import definition_of
+from conveyor.sql import Outbox
 from conveyor.store.client.client import Client
 from conveyor.store.transport import replies
 from conveyor.worker import logs
@@ -323,6 +325,9 @@ CALLS_THAT_MEAN_NOTHING: dict[str, tuple[Callable[[Conveyor, Any], object], str]
     "redriven": (lambda app, add: app.redrive(5), "the name of one, not 5"),
     "redriven limit": (lambda app, add: app.redrive("q", limit=-1), "limit must be a whole number"),
     "listener": (lambda app, add: app.on("dead", 5), "takes a function"),
+    "admin": (lambda app, add: Admin(cast("Any", app)), r"Write: Admin\(app\.client\)"),
+    "outbox": (lambda app, add: Outbox(add), "takes an app, such as"),
+    "outbox connection": (lambda app, add: Outbox(app, cast("Any", 5)), "takes a function that opens"),
 }
 
 

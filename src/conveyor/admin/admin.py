@@ -190,6 +190,8 @@ class Admin:
         *formats*: those of the app; without them a sealed payload, error or result is described instead of shown.
         *durability_requests*: the durability that queues request for every push; the doctor checks it.
         """
+        if hasattr(client, "client"):  # an app has one
+            raise ConfigurationError("Admin takes the connections of an app. Write: Admin(app.client)")
         self.durability_requests = durability_requests or {}
         self.who = ""
         """The name of the user or account for the audit; "": nothing is noted."""

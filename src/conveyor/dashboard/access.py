@@ -75,6 +75,21 @@ ROLES: dict[str, Access] = {
 Authorize = Callable[[Request], Access | Awaitable[Access]]
 
 
+def check_access(authorize: object, tokens: object, hosts: object) -> None:
+    """Raise ConfigurationError for what cannot say who may do what, or by which names a dashboard is asked."""
+    if authorize is not None and not callable(authorize):
+        raise ConfigurationError(
+            "dashboard(authorize=…) takes a function of the request that returns an Access, such as "
+            f"lambda request: Access.READ_ONLY, not {authorize!r:.100}."
+        )
+    if not isinstance(tokens, Mapping) or not all(
+        isinstance(token, str) and token and isinstance(access, Access) for token, access in tokens.items()
+    ):
+        raise ConfigurationError("dashboard(tokens=…) takes tokens and their Access: {'SECRET': Access.READ_ONLY}.")
+    if isinstance(hosts, str):
+        raise ConfigurationError(f"dashboard(hosts=…) takes a list of names: hosts=[{hosts!r}].")
+
+
 class LoginRequired(Exception):
     """The visitor is not known; *scheme* is how a browser is to ask."""
 
@@ -96,7 +111,7 @@ class BasicAuth:
     """
 
     def __init__(self, users: Mapping[str, str | tuple[str, Access]]) -> None:
-        if not users:
+        if not isinstance(users, Mapping) or not users:
             raise ConfigurationError("BasicAuth needs a user at least: {'ada': 'password'}.")
         self._users = {name: (entry, Access.ALL) if isinstance(entry, str) else entry for name, entry in users.items()}
         if any(not password for password, _ in self._users.values()):

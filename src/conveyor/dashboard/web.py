@@ -28,6 +28,7 @@ from conveyor.dashboard.access import (
     Authorize,
     LoginRequired,
     TooManyAttempts,
+    check_access,
     is_allowed_host,
     is_own_page,
 )
@@ -105,6 +106,7 @@ def make_dashboard(
     hosts: Sequence[str] | None,
 ) -> Dashboard:  # fmt: skip
     """Return the dashboard of what *admin* administers; *app* knows its tasks, None: no app is known."""
+    check_access(authorize, tokens, hosts)
     core = None if app is None else core_of(app)
     service = Service(admin, core, authorize=authorize, tokens=tokens, read_only=read_only, hosts=hosts)
     service.app = app

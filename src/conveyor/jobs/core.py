@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from conveyor.errors import ConfigurationError
 from conveyor.jobs.context import queue_of_job
 from conveyor.jobs.hooks import Hooks
 from conveyor.jobs.registry import QueueRegistry
@@ -123,6 +124,8 @@ def _importable(module: str) -> str:
 
 
 def core_of(app: Any) -> AppCore:
-    """Return the inside of an app."""
-    core: AppCore = app._core  # noqa: SLF001  the one way to it
+    """Return the inside of an app; raises ConfigurationError for what is none."""
+    core = getattr(app, "_core", None)  # the one way to it
+    if not isinstance(core, AppCore):
+        raise ConfigurationError(f"This takes an app, such as app = Conveyor(), not {app!r:.100}.")
     return core

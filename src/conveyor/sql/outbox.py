@@ -82,12 +82,17 @@ class Outbox(ManagedTable):
         is a name with or without a schema. *interval* is the longest pause between two passes of a relay.
         """
         super().__init__(TableSql(table, OUTBOX, "outbox"))
+        core = core_of(app)
+        if connect is not None and not callable(connect):
+            raise ConfigurationError(
+                f"Outbox(app, connect) takes a function that opens a blocking connection, not {connect!r:.100}."
+            )
         self.app = app
         self._connect = connect
         self._interval = positive_ms(interval, "interval") / 1000
         self._relays: set[Relay] = set()
         app.client.push_target_resolver = partial(open_transaction, app.client)
-        core_of(app).outboxes.append(OutboxRows(self._table, self._connection, app.namespace))
+        core.outboxes.append(OutboxRows(self._table, self._connection, app.namespace))
 
     def __repr__(self) -> str:
         return f"<Outbox {self._table} of {self.app!r}>"
