@@ -10,6 +10,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.jobs.app import Conveyor
 from conveyor.store.client.buffer import Buffer
+from conveyor.store.transport import replies
 from conveyor.store.transport.connection import Connection
 from support.server_process import Server
 from support.time_limits import PATIENCE
@@ -336,3 +338,18 @@ def test_the_timeout_of_the_socket_is_set_once(url: str, monkeypatch: pytest.Mon
         app.queue("orders").push(20)
 
     assert len(given) == len(set(given)) == 2
+
+
+@pytest.mark.parametrize("draw", ["longest", "shortest"])
+def test_a_call_is_tried_until_its_time_is_over(draw: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pause that was drawn long ends the tries early: the last of them comes within 20 ms of the end, and none behind it."""
+    clock = [100.0]
+    monkeypatch.setattr(replies, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(replies.random, "uniform", lambda least, most: most if draw == "longest" else least)
+    for seconds, end in ((0.5, 100.5), (5.0, 105.0), (5.0, 102.0)):
+        clock[0] = 100.0
+        timer = replies.RetryTimer(seconds, end)
+        while (pause := timer.next_pause("Connection refused")) is not None:
+            clock[0] += pause
+        assert end - 0.02 <= clock[0] < end
+    assert replies.RetryTimer(0.0, 200.0).next_pause("Connection refused") is None

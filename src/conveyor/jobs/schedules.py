@@ -262,7 +262,7 @@ class Schedules:
         now, rows = yield schedules.read_schedules(keys, name)
         if not rows:
             raise ScheduleNotFound(name)
-        entry = self.job_entry(keys, rows[0], now, ids.new_id())
+        entry = self.job_entry(keys, rows[0], now, ids.new_id(), jitter=False)
         entry.planned_ms = None
         [job] = yield operations.push(keys, operations.ProducerSequence(new_identity()), [entry])
         return Job(self._core, str(job), keys.queue, self._core.definitions.get(read_spec(rows[0]).task))
@@ -297,8 +297,14 @@ class Schedules:
 
     # -- what an instant enqueues -----------------------------------------------------------------------------------
 
-    def job_entry(self, keys: QueueKeys, row: ScheduleRow, instant_ms: int, id: str) -> Entry:  # noqa: A002
-        """Return the job of a schedule for an instant. Raises PayloadError for a definition that cannot be opened."""
+    def job_entry(
+        self, keys: QueueKeys, row: ScheduleRow, instant_ms: int, id: str, *, jitter: bool = True  # noqa: A002
+    ) -> Entry:  # fmt: skip
+        """
+        Return the job of a schedule for an instant, put off by its *jitter*.
+
+        Raises PayloadError for a definition that cannot be opened.
+        """
         spec = read_spec(row)
         _, entry = outbox.read(self._open(row.name, row.entry))
         if self._core.sealing is not None:
@@ -307,7 +313,7 @@ class Schedules:
             body = self._core.sealing.wrap(envelope.body, queue=ids.logical(keys.queue), task=task, id=id)
             entry.rest = write_envelope(envelope.task, body, envelope.extra)
         entry.id, entry.own_id, entry.planned_ms = id, False, instant_ms
-        if spec.jitter_ms:
+        if jitter and spec.jitter_ms:
             entry.delay_ms = (entry.delay_ms or 0) + random.randint(0, spec.jitter_ms)  # noqa: S311  no secret
         return entry
 

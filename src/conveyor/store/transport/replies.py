@@ -101,6 +101,8 @@ LONGEST_PAUSE = 2.0
 """Seconds between two tries, at most."""
 _LEAST = 0.001
 """Seconds that a try gets at least: 0 would mean no limit."""
+_LAST_TRY = 0.02
+"""Seconds before the end from which on nothing is tried again."""
 
 
 class RetryTimer:
@@ -139,8 +141,9 @@ class RetryTimer:
             # A large slot moves for longer than an outage is waited for, and what follows (MOVED, a new connection) is part of it.
             self.seconds = seconds = max(seconds, SLOT_MOVE_TIMEOUT)
             self.deadline = max(self.deadline, self._since + seconds)
-        end = time.monotonic() + wait
-        return wait if end - self._since <= seconds and end < self.deadline else None
+        # Shorter towards the end: a pause that was drawn long is no reason to give up before the time is over.
+        left = min(self._since + seconds, self.deadline) - time.monotonic()
+        return min(wait, left / 2) if left > _LAST_TRY else None
 
 
 def fatal_error(text: str, address: str) -> ConveyorError:
