@@ -116,3 +116,18 @@ def test_a_bench_measures_and_leaves_no_key_for_long(
     assert figures["drain"]["value"] > 0
     assert figures["drain"]["ratio"] == figures["drain"]["value"] / figures["drain"]["plain"]
     assert all(redis.ttl(key) > 0 for key in redis.scan_iter("conveyor:{bench-*"))
+
+
+@pytest.mark.parametrize("command", ["bench", "metrics", "topic list"])
+def test_a_server_that_is_away_is_told_alike(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The exit code is 3 whatever the command, and no password is shown."""
+    assert main([*command.split(), "--url", "redis://ada:lovelace@127.0.0.1:1"]) == 3
+    printed = capsys.readouterr()
+    assert "E01" in printed.err or "Redis does not answer" in printed.err
+    assert "lovelace" not in printed.out + printed.err
+
+
+def test_a_kind_of_failure_that_is_not_there(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The exit code is that of everything that is not found."""
+    assert main(["failures", "show", "f00", "--url", url]) == 5
+    assert "No kind of failure" in capsys.readouterr().err

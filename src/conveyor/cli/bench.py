@@ -105,6 +105,7 @@ async def _measure(app: Conveyor, count: int, text: str) -> list[Figure]:
         single.put_nowait(perf_counter())
 
     async with app:
+        await app.aping()  # a server that is away is told as everywhere
         plain = AsyncConnection(app.client.endpoint(queue.keys))
         key = f"{queue.keys.prefix}bench"
         try:

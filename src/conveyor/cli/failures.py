@@ -11,7 +11,7 @@ from conveyor.cli.completion import complete_queues
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import OutcomeCounter, Output, clock_time, confirm_options, quantity
 from conveyor.cli.target import Target, redis_options
-from conveyor.errors import ConfigurationError
+from conveyor.errors import ConfigurationError, JobNotFound
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -146,9 +146,11 @@ def _act(
 
 
 def _find(matrix: FailureMatrix, fingerprint: str) -> FailureRow:
-    """Return the row whose fingerprint begins so. Raises ConfigurationError for none, and for more than one."""
+    """Return the row whose fingerprint begins so. Raises JobNotFound for none, ConfigurationError for more than one."""
     found = [row for row in matrix.groups if fingerprint and row.fingerprint.startswith(fingerprint)]
-    if len(found) != 1:
-        what = "No kind of failure has" if not found else f"{len(found)} kinds of failures have"
-        raise ConfigurationError(f"{what} a fingerprint that begins with {fingerprint!r}. See: conveyor failures list")
+    begins = f"a fingerprint that begins with {fingerprint!r}. See: conveyor failures list"
+    if not found:
+        raise JobNotFound(f"No kind of failure has {begins}")
+    if len(found) > 1:
+        raise ConfigurationError(f"{len(found)} kinds of failures have {begins}")
     return found[0]
