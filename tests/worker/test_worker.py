@@ -148,6 +148,7 @@ async def test_a_snooze_uses_no_attempt(app: Conveyor) -> None:
     assert (await counts(app)).dead == 0
 
 
+@pytest.mark.leaves_keys("a dead letter stays")
 @pytest.mark.parametrize("wait", [Snooze("soon"), Snooze(cast("Any", None)), RetryIn("soon"), RateLimited("soon")])
 async def test_a_wait_that_is_no_duration_is_a_failure_like_any_other(app: Conveyor, wait: Exception) -> None:
     """A job that raises it fails, which its record shows; the worker goes on."""
