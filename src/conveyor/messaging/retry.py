@@ -177,7 +177,7 @@ def after_failure(
 
 def wait_of(error: RateLimited | RetryIn | Snooze) -> int | None:
     """Return the ms that *error* says to wait; None for what is no duration: a failure like any other, whose error shows it."""
-    given = getattr(error, "after" if isinstance(error, RateLimited) else "delay", None)
+    given: Any = getattr(error, "after" if isinstance(error, RateLimited) else "delay", None)
     try:
         return milliseconds(given, name=type(error).__name__)
     except ConfigurationError:
