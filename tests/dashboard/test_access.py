@@ -179,7 +179,7 @@ def test_passwords(app: Conveyor) -> None:
     ],
 )
 def test_who_may_do_what_is_checked_where_it_is_written(app: Conveyor, options: dict[str, Any], says: str) -> None:
-    """What cannot say it is refused when the dashboard is made, and not by an error of each request."""
+    """An option that cannot say it is refused when the dashboard is made, and not by an error of each request."""
     with pytest.raises(ConfigurationError, match=says):
         dashboard(app, **options)
 
