@@ -67,16 +67,18 @@ class Run:
 
         self.tasks, self.app = levelled_app, levelled_app.app
         self.workers: list[subprocess.Popen[bytes]] = []
-        self.killed: set[int] = set()
+        self.killed: dict[int, float] = {}
+        """The processes that were killed, and when (monotonic)."""
         self.returns: list[float] = []
         self.watchers: list[threading.Thread] = []
 
     def start(self, processes: int, concurrency: int) -> None:
         """Start a supervisor with so many processes."""
-        command = [
-            sys.executable, "-m", "conveyor", "worker", "benchmarks.levelled_app:app", "-q", "levelled",
-            "--processes", str(processes), "-c", str(concurrency), "--grace", "1s",
-        ]  # fmt: skip
+        app, queue, number, slots = "benchmarks.levelled_app:app", "levelled", str(processes), str(concurrency)
+        command = [sys.executable, "-m", "benchmarks.warm_workers", app, queue, number, slots]
+        if self.options.cold:
+            command = [sys.executable, "-m", "conveyor", "worker", app, "-q", queue, "--processes", number, "-c", slots]
+            command += ["--grace", "1s"]
         log = (self.journal.parent / "workers.log").open("ab")
         self.workers.append(subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=log, stderr=log))
 
@@ -99,11 +101,11 @@ class Run:
         leases = {
             key: json.loads(client.hget(key, "\tabout") or b"{}").get("pid") for key in client.scan_iter("*:leased:*")
         }
-        serving = sorted((children & {*leases.values()}) - self.killed)
+        serving = sorted((children & {*leases.values()}) - self.killed.keys())
         if len(serving) < 2:
             return False
         pid = self.random.choice(serving)
-        self.killed.add(pid)
+        self.killed[pid] = time.monotonic()
         with suppress(ProcessLookupError):  # it has ended meanwhile
             os.kill(pid, signal.SIGKILL)
             held = [key for key, of in leases.items() if of == pid]
@@ -120,10 +122,19 @@ class Run:
                 time.sleep(0.01)
         self.returns.append(time.monotonic() - begin)
 
+    def see_returns(self) -> None:
+        """Wait until the leases of all killed processes are gone."""
+        for watcher in self.watchers:
+            watcher.join()
+
     def kill_evenly(self, seconds: float, meanwhile: Callable[[], object]) -> int:
-        """Kill as many processes as asked, evenly over so many seconds or twice as many; return how many were killed."""
+        """
+        Kill as many processes as asked, evenly over so many seconds; return how many were killed.
+
+        A machine on which starting a process takes long gets more time, up to half an hour.
+        """
         killed, begin = 0, time.monotonic()
-        while killed < self.options.kills and (now := time.monotonic() - begin) < 2 * seconds:
+        while killed < self.options.kills and (now := time.monotonic() - begin) < max(1800, seconds):
             if now >= (killed + 1) * seconds / (self.options.kills + 1):
                 killed += self.kill_one()
             meanwhile()
@@ -178,13 +189,17 @@ class Admissions(threading.Thread):
     """
     The server's record of what a rate let start, read again and again while it is kept: a job of a worker that is killed counts.
 
-    Of each ms the most that was ever seen counts, since the oldest of a record leave it one after the other.
+    Of each ms the most that was ever seen counts, since the oldest of a record leave it one after the other. `serves` is
+    since when each process serves the queue (monotonic), as far as it was seen.
     """
 
     def __init__(self, run: Run, name: str, per: float) -> None:
         super().__init__(daemon=True)
-        self._run, self._pause, self._seen, self._over = run, per / 10, Counter[int](), threading.Event()
-        self._key = f"{QueueKeys('conveyor', 'levelled').prefix}rate:{name}"
+        self._run, self._pause, self._seen, self._over = run, min(per / 10, 0.1), Counter[int](), threading.Event()
+        self._prefix = QueueKeys("conveyor", "levelled").prefix
+        self._name = name
+        self._workers: set[bytes] = set()
+        self.serves: dict[int, float] = {}
 
     def run(self) -> None:
         """Read until it is over; a server that restarts is asked again."""
@@ -192,10 +207,18 @@ class Admissions(threading.Thread):
             while True:
                 over = self._over.wait(self._pause)
                 with suppress(redis.RedisError):
-                    for at, count in Counter(map(int, client.lrange(self._key, 0, -1))).items():
-                        self._seen[at] = max(self._seen[at], count)
+                    self._look(client)
                 if over:
                     return
+
+    def _look(self, client: Any) -> None:
+        for at, count in Counter(map(int, client.lrange(f"{self._prefix}rate:{self._name}", 0, -1))).items():
+            self._seen[at] = max(self._seen[at], count)
+        for worker in {*client.zrange(f"{self._prefix}workers", 0, -1)} - self._workers:
+            about = client.hget(f"{self._prefix}leased:{worker.decode()}", "\tabout")
+            if about is not None:
+                self._workers.add(worker)
+                self.serves.setdefault(json.loads(about)["pid"], time.monotonic())
 
     def instants(self) -> list[float]:
         """Return when each start was let pass, in seconds by the server's clock, and end."""
@@ -204,17 +227,60 @@ class Admissions(threading.Thread):
         return [at / 1000 for at in sorted(self._seen.elements())]
 
 
+class Room:
+    """How long no live process had room for a job: each had as many as it runs at a time, or none served the queue."""
+
+    def __init__(self, run: Run, lines: list[Line], serves: dict[int, float], slots: int) -> None:
+        since = dict(serves)
+        for line in lines:
+            since[line.pid] = min(since.get(line.pid, line.at), line.at)
+        changes = [(at, pid, slots) for pid, at in since.items()]
+        changes += [(at, pid, -(10**6)) for pid, at in run.killed.items() if pid in since]
+        changes += [(line.at, line.pid, -1 if line.what == "start" else 1) for line in lines]
+        changes.sort()
+        self._begins: list[float] = []
+        self._ends: list[float] = []
+        self._before = [0.0]
+        free: Counter[int] = Counter()
+        able, last = 0, 0.0
+        for at, pid, change in changes:
+            was = able
+            able += (free[pid] + change > 0) - (free[pid] > 0)
+            free[pid] += change
+            if was and not able:
+                last = at
+            elif able and not was:
+                self._begins.append(last)
+                self._ends.append(at)
+                self._before.append(self._before[-1] + at - last)
+
+    def _lacking_until(self, at: float) -> float:
+        """Return how long there was none, until an instant (monotonic)."""
+        number = bisect_left(self._begins, at)
+        return self._before[number] - max(0.0, self._ends[number - 1] - at if number else 0.0)
+
+    def lacking(self, begin: float, end: float) -> float:
+        """Return how long there was none between two instants (monotonic)."""
+        return self._lacking_until(end) - self._lacking_until(begin)
+
+
+def idle_time() -> tuple[int, int]:
+    """Return how long the processors of this machine have been idle, and all of their time, in ticks."""
+    ticks = [int(one) for one in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
+
+
 def rate(options: argparse.Namespace) -> int:
     """Count starts in every window that begins at a start, with kills, and with restarts of the server."""
-    n, per = options.n, options.per
+    n, per, slots = options.n, options.per, 50
     with running(options, n=n, per=f"{round(per * 1000)}ms", seconds=0.002) as run:
         count = int(n * options.seconds / per * 3.5) + n
         run.app.enqueue_many([run.tasks.rated.s(n) for n in range(count)])
         admissions = Admissions(run, "rated.rate", per)
         admissions.start()
-        run.start(options.processes, 50)
+        run.start(options.processes, slots)
         run.wait(run.lines, "the first start", 60)
-        begin, killed, restarted, down = time.monotonic(), 0, 0, 0.0
+        begin, idle, killed, restarted, down = time.monotonic(), idle_time(), 0, 0, 0.0
         # A machine on which starting a process takes long gets more time: a process that serves is always left.
         while (now := time.monotonic() - begin) < options.seconds or (
             killed < options.kills and now < 3 * options.seconds
@@ -227,30 +293,52 @@ def rate(options: argparse.Namespace) -> int:
             if killed < options.kills and now >= (killed + 1) * options.seconds / (options.kills + 1):
                 killed += run.kill_one()
             time.sleep(0.01)
-        passed = admissions.instants()
-        starts = sorted(line.at for line in run.lines() if line.what == "start")
-    most = most_in_a_window(passed, per)
+        passed, idle_after = admissions.instants(), idle_time()
+        run.see_returns()
+        with run.server.client() as client:
+            seconds, micros = client.time()
+        clock = seconds + micros / 1e6 - time.monotonic()
+        lines = run.lines()
+        starts = sorted(line.at for line in lines if line.what == "start")
     say("limit", f"{n} / {per:g} s")
     say("kills, restarts of the server", f"{killed}, {restarted}")
     say("the server was down, s", down)
-    say("passes by the server's record", len(passed))
-    say("most in a window that begins at a pass", most)
-    say("used", used(passed, n, per))
-    late = sorted(later - at - per for at, later in zip(passed, passed[n:], strict=False)) or [0.0]
-    say("ms from the opening of a place to the pass: middle", late[len(late) // 2] * 1000)
-    say("ms from the opening of a place to the pass: 99 %", late[len(late) * 99 // 100] * 1000)
-    say("ms from the opening of a place to the pass: longest", late[-1] * 1000)
+    say("processors idle, %", 100 * (idle_after[0] - idle[0]) / (idle_after[1] - idle[1]))
+    lacking = Room(run, sorted(lines, key=lambda line: line.at), admissions.serves, slots).lacking
+    say_passes(passed, n, per, lambda begin, end: lacking(begin - clock, end - clock))
+    say_returns(run)
     say("starts by the jobs' own log", len(starts))
     say("passes that kills took from jobs before their start", len(passed) - len(starts))
     say("most in a window by the jobs' own log", most_in_a_window(starts, per))
     say("used by the jobs' own log", used(starts, n, per))
-    return int(most > n)
+    return int(most_in_a_window(passed, per) > n)
 
 
-def used(starts: list[float], n: int, per: float) -> float:
-    """Return which part of a rate was used: the least time that so many starts need, of what they took."""
+def say_passes(passed: list[float], n: int, per: float, lacking: Callable[[float, float], float]) -> None:
+    """Print how a rate was used; *lacking* tells how long no live process had room between two instants."""
+    late = [(later - at - per, lacking(at + per, later)) for at, later in zip(passed, passed[n:], strict=False)]
+    lacked = sum(seconds for _, seconds in late[::n])  # on the way from the first pass to those n, 2 n, … behind it
+    say("passes by the server's record", len(passed))
+    say("most in a window that begins at a pass", most_in_a_window(passed, per))
+    say("used", used(passed, n, per))
+    say("used while a live process had room", used(passed, n, per, lacked))
+    late.sort()
+    for name, place in (("middle", len(late) // 2), ("99 %", len(late) * 99 // 100), ("longest", -1)):
+        say(f"ms from the opening of a place to the pass: {name}", late[place][0] * 1000)
+    say("ms from the opening to the pass, with room: longest", max(ms - lacked for ms, lacked in late) * 1000)
+
+
+def say_returns(run: Run) -> None:
+    """Print how long the leases of killed processes stayed: until then their jobs and slots were not back."""
+    returns = sorted(run.returns) or [0.0]
+    say("leases back after a kill, s: middle", returns[len(returns) // 2])
+    say("leases back after a kill, s: longest", returns[-1])
+
+
+def used(starts: list[float], n: int, per: float, lacked: float = 0.0) -> float:
+    """Return which part of a rate was used: the least time that so many starts need, of what they took beside *lacked*."""
     windows = (len(starts) - 1) // n
-    return windows * per / (starts[windows * n] - starts[0]) if windows > 0 else 0.0
+    return windows * per / (starts[windows * n] - starts[0] - lacked) if windows > 0 else 0.0
 
 
 def keys(options: argparse.Namespace) -> int:
@@ -320,8 +408,7 @@ def concurrency(options: argparse.Namespace) -> int:
         killed = run.kill_evenly(options.seconds, refill)
         run.wait(run.drained, "the queue to be empty")
         lines = run.lines()
-        for watcher in run.watchers:
-            watcher.join()
+        run.see_returns()
         slots = [state.used for state in run.app.limits.list("levelled")]
         dead = queue.stats().dead
     most, over, gaps = count_running(lines, options.n)
@@ -330,9 +417,7 @@ def concurrency(options: argparse.Namespace) -> int:
     say("jobs, starts", f"{jobs}, {sum(line.what == 'start' for line in lines)}")
     say("most at a time by the jobs' own log", most)
     say("starts above the limit", over)
-    returns = sorted(run.returns) or [0.0]
-    say("slots back after a kill, s: middle", returns[len(returns) // 2])
-    say("slots back after a kill, s: longest", returns[-1])
+    say_returns(run)
     say("longest gap between starts while work waited, s", gaps)
     say("slots in use after draining", sum(slots))
     say("jobs lost", jobs - len({line.n for line in lines if line.what == "end"}) - dead)
@@ -476,6 +561,9 @@ def main() -> int:
     parser.add_argument("--keys", type=int, default=1000)
     parser.add_argument("--slots", type=int, default=10)
     parser.add_argument("--server", default="valkey")
+    parser.add_argument(
+        "--cold", action="store_true", help="fresh interpreters, which import for a second of processor time"
+    )
     parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
     options = parser.parse_args()
     print(f"{options.case}: seed {options.seed}", flush=True)
