@@ -293,13 +293,13 @@ def rate(options: argparse.Namespace) -> int:
             if killed < options.kills and now >= (killed + 1) * options.seconds / (options.kills + 1):
                 killed += run.kill_one()
             time.sleep(0.01)
-        passed, idle_after = admissions.instants(), idle_time()
+        passed, idle_after, end = admissions.instants(), idle_time(), time.monotonic()
         run.see_returns()
         with run.server.client() as client:
             seconds, micros = client.time()
         clock = seconds + micros / 1e6 - time.monotonic()
         lines = run.lines()
-        starts = sorted(line.at for line in lines if line.what == "start")
+        starts = sorted(line.at for line in lines if line.what == "start" and line.at < end)
     say("limit", f"{n} / {per:g} s")
     say("kills, restarts of the server", f"{killed}, {restarted}")
     say("the server was down, s", down)

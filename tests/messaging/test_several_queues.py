@@ -15,7 +15,9 @@ import pytest
 from redis import Redis
 
 from conveyor import ConfigurationError, Conveyor, StoreUnavailable
-from conveyor.messaging.consumer.blocking import BlockingSettler
+from conveyor.messaging.consumer.asynchronous import AsyncConsumer, AsyncWakeupWaiters
+from conveyor.messaging.consumer.blocking import BlockingSettler, Consumer, WakeupWaiters
+from conveyor.messaging.consumer.steps import WaitStep
 from conveyor.messaging.shares import WeightedTurns
 from conveyor.store import operations
 from conveyor.store.transport.connection import Connection
@@ -385,6 +387,41 @@ class TestEnds:
         assert waiter.wait_any([keys.wake], 60) is None
         assert redis.exists(keys.wake)
 
+    def test_a_token_that_comes_as_a_wait_begins(self, app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A token that a thread has taken when the consumer has decided to wait is looked at, and nothing waits."""
+        consumer = app._core.select(["a", "b"], "test")._consumer("log", transient=True)
+        waiters = consumer._waiters = WakeupWaiters(consumer)
+        monkeypatch.setattr(consumer, "_wait", lambda _: pytest.fail("it waits"))
+
+        def wait() -> Any:
+            waiters._heard.put(1)
+            yield WaitStep(60)
+
+        consumer._follow(wait())
+        assert consumer._programs.unspent() == [1]
+
+    def test_a_token_that_comes_as_an_awaited_wait_begins(self, url: str) -> None:
+        """The same for a task that has taken one, also while the wait begins."""
+
+        async def run() -> None:
+            async with Conveyor(url) as app:
+                consumer = app._core.select(["a", "b"], "test")._async_consumer("log", transient=True)
+                waiters = consumer._waiters = AsyncWakeupWaiters(consumer)
+
+                def wait() -> Any:
+                    waiters.hear(1)
+                    yield WaitStep(60)
+
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(consumer, "_wait", lambda _: pytest.fail("it waits"))
+                    await consumer._follow(wait())
+                assert consumer._programs.unspent() == [1]
+                waiters.hear(0)
+                assert await asyncio.wait_for(waiters.wait(60), PATIENCE) == [0]
+                assert await waiters.end() == []
+
+        asyncio.run(run())
+
     def test_a_token_that_was_not_used_is_put_back(self, app: Conveyor, redis: Redis[bytes]) -> None:
         """A pull that was woken for a queue and got its message from another leaves the token to those who wait."""
         selection = app._core.select(["a", "b"], "test")
@@ -401,13 +438,14 @@ class TestEnds:
 
 
 @pytest.mark.usefixtures("only_when_woken")
-def test_a_token_at_any_node_wakes_a_loop(cluster: ClusterOfNodes) -> None:
-    """A loop over queues at several nodes, with partitions, is woken by a push to any of them."""
+@pytest.mark.parametrize("way", ["consume", "pull"])
+def test_a_token_at_any_node_wakes(cluster: ClusterOfNodes, way: str) -> None:
+    """Over queues at several nodes, with partitions, a loop and one pull after the other are woken by a push to any of them."""
     with Conveyor(cluster.url, lease="30s") as app:
         queues = [*(app.queue(name) for name in NAMES[:4]), app.queue("many", partitions=3)]
         assert len({cluster.owner(queue.keys.jobs).port for queue in queues}) > 1
         found: list[Any] = []
-        thread = threading.Thread(target=_consume, args=(app, queues, found, 10))
+        thread = threading.Thread(target=_consume if way == "consume" else _pull, args=(app, queues, found, 10))
         thread.start()
         for number in range(10):
             queues[number % 5].push(number)
@@ -416,26 +454,98 @@ def test_a_token_at_any_node_wakes_a_loop(cluster: ClusterOfNodes) -> None:
         assert found == list(range(10))
 
 
-def test_slots_of_a_cluster(cluster: ClusterOfNodes) -> None:
-    """
-    Over queues in different slots and nodes, with partitions and a plain list, every message is taken once.
+class TestATokenThatComesAsAPullEnds:
+    """A pull over several nodes that takes a token as it ends, with a message of another node or with none, puts it back."""
 
-    Each pull closes what waited for it; a token that reaches a closed connection costs its successor seconds.
-    """
+    @pytest.fixture
+    def app(self, cluster: ClusterOfNodes) -> Iterator[Conveyor]:
+        """An app of the cluster."""
+        with Conveyor(cluster.url, lease="30s") as app:
+            yield app
+
+    @pytest.fixture
+    def queues(self, cluster: ClusterOfNodes, app: Conveyor) -> list[Any]:
+        """Two queues at different nodes."""
+        first, *others = [app.queue(name) for name in NAMES]
+        return [first, next(one for one in others if self.node(cluster, one) is not self.node(cluster, first))]
+
+    @staticmethod
+    def node(cluster: ClusterOfNodes, queue: Any) -> Any:
+        """Return the node that has a queue."""
+        return cluster.owner(queue.keys.jobs)
+
+    def wait(self, cluster: ClusterOfNodes, queues: list[Any]) -> None:
+        """Wait until a call blocks at the node of each queue."""
+        for queue in queues:
+            node = self.node(cluster, queue)
+            until(lambda node=node: b"\nblocked_clients:1\r" in node.ask("INFO", "clients"))
+
+    def token(self, cluster: ClusterOfNodes, queue: Any) -> bool:
+        """Tell whether a token waits for those who wait for the queue."""
+        return bool(self.node(cluster, queue).ask("EXISTS", queue.keys.wake))
+
+    def test_blocking(
+        self, cluster: ClusterOfNodes, app: Conveyor, queues: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of a blocking pull that has its message."""
+        usual = Consumer._stop_waiting
+
+        def stop(consumer: Consumer[Any]) -> None:
+            app.client.run(operations.wake(queues[1].keys.wake))
+            until(lambda: consumer._waiters is not None and not consumer._waiters._heard.empty())
+            usual(consumer)
+
+        monkeypatch.setattr(Consumer, "_stop_waiting", stop)
+        found: list[Any] = []
+        thread = threading.Thread(target=lambda: found.extend(app.pull(queues, wait="60s")))
+        thread.start()
+        self.wait(cluster, queues)
+        queues[0].push(1)
+        thread.join()
+        assert self.token(cluster, queues[1])
+        taken(found)
+
+    @pytest.mark.parametrize("cancelled", [False, True])
+    def test_awaited(
+        self, cluster: ClusterOfNodes, queues: list[Any], monkeypatch: pytest.MonkeyPatch, *, cancelled: bool
+    ) -> None:
+        """Of an awaited pull that has its message, and of one that is cancelled."""
+        usual, called = AsyncConsumer._stop_waiting, []
+
+        async def stop(consumer: AsyncConsumer[Any]) -> None:
+            if not called:
+                called.append(await consumer.client.arun(operations.wake(queues[1].keys.wake)))
+            await usual(consumer)
+
+        monkeypatch.setattr(AsyncConsumer, "_stop_waiting", stop)
+
+        async def run() -> None:
+            async with Conveyor(cluster.url, lease="30s") as app:
+                pull = asyncio.create_task(app.apull([queue.name for queue in queues], wait="60s"))
+                await asyncio.to_thread(self.wait, cluster, queues)
+                if cancelled:
+                    pull.cancel()
+                    with pytest.raises(asyncio.CancelledError):
+                        await pull
+                else:
+                    await app.queue(queues[0].name).apush(1)
+                    [message] = await pull
+                    await message.aack()
+
+        asyncio.run(run())
+        assert self.token(cluster, queues[1])
+
+
+def test_slots_of_a_cluster(cluster: ClusterOfNodes) -> None:
+    """Over queues in different slots and nodes, with partitions and a plain list, every message is taken once."""
     with Conveyor(cluster.url, lease="30s") as app:
         queues = [*(app.queue(name) for name in NAMES[:4]), app.queue("many", partitions=3), app.plain_list("list")]
         assert len({cluster.owner(queue.keys.jobs).port for queue in queues}) > 1
         found: list[Any] = []
 
-        def pull() -> None:
-            while len(found) < 12:
-                for message in app.pull(queues, 3, wait="60s"):
-                    with message as body:
-                        found.append(body)
-
-        for name, take in (("pull", pull), ("consume", lambda: _consume(app, queues, found, 12))):
+        for take in (_pull, _consume):
             found.clear()
-            thread = threading.Thread(target=take, name=name)
+            thread = threading.Thread(target=take, args=(app, queues, found, 12))
             thread.start()
             for number in range(12):
                 queues[number % 6].push(number)
@@ -443,6 +553,13 @@ def test_slots_of_a_cluster(cluster: ClusterOfNodes) -> None:
             thread.join()
             assert found == list(range(12))
         assert [(queue.stats().leased, queue.stats().workers) for queue in queues] == [(0, 0)] * 6
+
+
+def _pull(app: Conveyor, queues: list[Any], found: list[Any], count: int) -> None:
+    while len(found) < count:
+        for message in app.pull(queues, 3, wait="60s"):
+            with message as body:
+                found.append(body)
 
 
 def _consume(app: Conveyor, queues: list[Any], found: list[Any], count: int) -> None:

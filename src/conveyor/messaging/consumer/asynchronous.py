@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
+from conveyor.messaging.consumer.blocking import LONGEST_END
 from conveyor.messaging.consumer.list_mover import AsyncListMover
 from conveyor.messaging.consumer.renewal import LeaseRenewer, by_endpoint, renew_until_settled
 from conveyor.messaging.consumer.settling import (
@@ -248,33 +249,27 @@ class AsyncConsumer(Generic[T]):
         await self._agree(look=True)
         try:
             pulled = await self._follow(self._programs.pull(count, wait), patient=False)
-            await self._return_tokens()
         except StoreUnavailable:
             if self._only_session is None:  # others may have given messages
                 await self._take_back(answered_only=True)
             raise
         except BaseException:  # cancelled, as by a timeout: what was leased has not been handed out
-            leaving = asyncio.get_running_loop().create_task(self._take_back())
+            leaving = asyncio.get_running_loop().create_task(self._give_up())
             LEAVING.add(leaving)
             leaving.add_done_callback(LEAVING.discard)
             await asyncio.wait([leaving], timeout=LONGEST_LEAVE)
             raise
         finally:
-            self._stop_waiting()
+            await self._stop_waiting()
         if renew and pulled:
             renew_until_settled(self.client, self.settlers)
         if self._sources.several_queues:
             pulled = by_arrival(pulled)
         return pulled or self.settlers[0].nothing_from(self.settlers)
 
-    async def _return_tokens(self) -> None:
-        """Put back the tokens of partitions that were not looked at, so that others who wait there are woken."""
-        for at in self._waiters.heard() if self._waiters is not None else ():
-            self._programs.woken(at)
-        for at in self._programs.unspent():
-            keys = self.settlers[at].session.keys
-            with suppress(ConveyorError):  # a lost token costs seconds, never a message
-                await self.client.arun(operations.wake(keys.wake), retry_for=0)
+    async def _give_up(self) -> None:
+        await self._take_back()
+        await self._stop_waiting()
 
     # -- driving ------------------------------------------------------------------------------------------------------
 
@@ -288,7 +283,7 @@ class AsyncConsumer(Generic[T]):
             self._renewer.stop()
         if self._renewal is not None:
             self._renewal.cancel()
-        self._stop_waiting()
+        await self._stop_waiting()
         await self._leave_all()
 
     async def _agree(self, *, look: bool = False) -> None:
@@ -333,11 +328,12 @@ class AsyncConsumer(Generic[T]):
         try:
             while True:
                 step = next(program)
-                if self._waiters is not None:
-                    for at in self._waiters.heard():
-                        self._programs.woken(at)
+                heard = self._waiters.heard() if self._waiters is not None else ()
+                for at in heard:
+                    self._programs.woken(at)
                 if isinstance(step, WaitStep):
-                    await self._wait(step)
+                    if not heard:  # else a token came as the program decided to wait
+                        await self._wait(step)
                 elif isinstance(step, LookStep):
                     found = await self.client.arun(self._sources.find_work(step.ats))
                     for at, due_in in zip(step.ats, found, strict=True):
@@ -406,12 +402,16 @@ class AsyncConsumer(Generic[T]):
                 mover.end()
             self._set_idle(False)
 
-    def _stop_waiting(self) -> None:
+    async def _stop_waiting(self) -> None:
+        """Wait no longer; put back the tokens of partitions that were not looked at, so that others who wait there are woken."""
         for mover in self._movers or ():
             mover.stop()
         waiters, self._waiters, self._movers = self._waiters, None, None
-        if waiters is not None:
-            waiters.close()
+        for at in await waiters.end() if waiters is not None else ():
+            self._programs.woken(at)
+        for at in self._programs.unspent():
+            with suppress(ConveyorError):  # a lost token costs seconds, never a message
+                await self.client.arun(operations.wake(self.settlers[at].session.keys.wake), retry_for=0)
 
     def _set_idle(self, idle: bool) -> None:
         self.is_idle = idle
@@ -435,10 +435,10 @@ class AsyncConsumer(Generic[T]):
 
 class AsyncWakeupWaiters:
     """
-    Waits for a token at any partition: one blocked connection for each endpoint they lie at.
+    Waits for a token at any partition: one blocked connection and a task for each endpoint they lie at.
 
-    Of several endpoints each has a task; one that hears a token while the consumer is busy makes a turn without taking
-    anything, which wakes the next idle consumer.
+    Of several, one that hears a token while the consumer is busy makes a turn without taking anything, which wakes the next
+    idle consumer.
     """
 
     def __init__(self, consumer: AsyncConsumer[Any]) -> None:
@@ -452,17 +452,22 @@ class AsyncWakeupWaiters:
         if self._waiters is None:
             settlers = list(enumerate(self._consumer.settlers))
             groups = by_endpoint(self._consumer.client, settlers, lambda one: one[1].session.keys)
-            self._waiters = [_AsyncEndpointWaiter(self._consumer, dict(group), self.hear) for group in groups]
-        if len(self._waiters) == 1:
-            at = await self._waiters[0].wait(seconds)
-            return [] if at is None else [at]
+            self._waiters = [
+                _AsyncEndpointWaiter(self._consumer, dict(group), self.hear, is_only=len(groups) == 1)
+                for group in groups
+            ]
+        if self._heard:  # one came while an end was reported
+            return self.heard()
         self._has_heard.clear()
-        for waiter in self._waiters:
-            waiter.begin(seconds)
-        try:
-            await asyncio.wait_for(self._has_heard.wait(), seconds)
-        except TimeoutError:
-            pass
+        tasks = [waiter.begin(time.monotonic() + seconds) for waiter in self._waiters]
+        if len(tasks) == 1:
+            await asyncio.wait(tasks)  # cancelled, the task goes on, and `end` reads what it takes
+            tasks[0].result()
+        else:
+            try:
+                await asyncio.wait_for(self._has_heard.wait(), seconds)
+            except TimeoutError:
+                pass
         return self.heard()
 
     def hear(self, at: int) -> None:
@@ -475,51 +480,83 @@ class AsyncWakeupWaiters:
         heard, self._heard = self._heard, []
         return heard
 
-    def close(self) -> None:
-        """Wait no longer."""
-        for waiter in self._waiters or ():
-            waiter.close()
-        self._waiters = None
+    async def end(self) -> list[int]:
+        """Wait no longer; return the partitions whose tokens were taken meanwhile."""
+        waiters, self._waiters = self._waiters or [], None
+        await asyncio.gather(*(waiter.end() for waiter in waiters))
+        return self.heard()
 
 
 class _AsyncEndpointWaiter:
-    """Waits at one endpoint, by a call or in a task; *settlers* are those of the partitions there."""
+    """
+    Waits at one endpoint for *settlers*, the partitions there.
+
+    Its call also waits for an element in a list of its own, and is ended by one, as that of the blocking consumer.
+    """
 
     def __init__(
         self,
         consumer: AsyncConsumer[Any],
         settlers: dict[int, AsyncSettler],
         hear: Callable[[int], None],
+        *,
+        is_only: bool,
     ) -> None:
-        self._consumer, self._settlers, self._hear = consumer, settlers, hear
+        self._consumer, self._settlers, self._hear, self._is_only = consumer, settlers, hear, is_only
         self._partition_of = {settler.session.keys.wake: at for at, settler in settlers.items()}
-        first = next(iter(settlers.values()))
-        self._waiter = AsyncWakeupWaiter(consumer.client.endpoint(first.session.keys), consumer.client.timeout)
+        session = next(iter(settlers.values())).session
+        self._keys, self._own = session.keys, session.keys.wake_of(session.worker)
+        self._waiter = AsyncWakeupWaiter(consumer.client.endpoint(session.keys), consumer.client.timeout)
+        self._until = 0.0
+        self._has_ended = self._is_called = False
         self._task: asyncio.Task[None] | None = None
 
-    async def wait(self, seconds: float) -> int | None:
-        """Wait here and now; return the partition whose token was taken, None when none came."""
-        key = await self._waiter.wait_any(list(self._partition_of), seconds)
-        return None if key is None else self._partition_of[key]
-
-    def begin(self, seconds: float) -> None:
-        """Wait in the background, unless that is so already."""
+    def begin(self, until: float) -> asyncio.Task[None]:
+        """Wait until an instant (monotonic), also where a wait is under way and would end before; return what waits."""
+        self._until = until
         if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._listen(seconds))
+            self._task = asyncio.get_running_loop().create_task(self._listen())
+        return self._task
 
-    async def _listen(self, seconds: float) -> None:
-        try:
-            at = await self.wait(seconds)
-            if at is None:
+    async def _listen(self) -> None:
+        while not self._has_ended:
+            seconds = max(0.001, self._until - time.monotonic())
+            try:
+                key = await self._waiter.wait_any([self._own, *self._partition_of], seconds)
+                if key == self._own:
+                    self._is_called = False
+                elif key is not None:
+                    await self._note(self._partition_of[key])
+                    return
+            except ConveyorError as error:
+                if self._is_only:
+                    raise
+                logger.warning("Waiting for messages was refused: %s", error)
+                await asyncio.sleep(min(1.0, seconds))
+            if self._until - time.monotonic() < 0.01:
                 return
-            self._hear(at)
-            if not self._consumer.is_idle:
-                await self._settlers[at].aflush()
-        except ConveyorError as error:
-            logger.warning("Waiting for messages was refused: %s", error)
-            await asyncio.sleep(min(1.0, seconds))
 
-    def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-        self._waiter.close()
+    async def _note(self, at: int) -> None:
+        """Tell the consumer, unless it is busy; then wake the next idle one."""
+        self._hear(at)
+        if not (self._consumer.is_idle or self._has_ended):
+            await self._settlers[at].aflush()
+
+    async def end(self) -> None:
+        """End the wait, and close the connection."""
+        self._has_ended = True
+        task = self._task
+        try:
+            if task is not None and not task.done() and not self._consumer.client.is_away(self._keys):
+                self._is_called = True
+                async with asyncio.timeout(LONGEST_END):
+                    await self._consumer.client.arun(operations.wake(self._own), retry_for=FIRST_TRY)
+                    await asyncio.gather(task, return_exceptions=True)
+                    if self._is_called:  # the call had ended by itself
+                        await self._consumer.client.arun(operations.delete_key(self._own), retry_for=0)
+        except (ConveyorError, TimeoutError):
+            pass
+        finally:
+            if task is not None:
+                task.cancel()
+            self._waiter.close()

@@ -39,6 +39,8 @@ from conveyor.store.transport.wakeup import WakeupWaiter
 T = TypeVar("T")
 V = TypeVar("V")
 logger = logging.getLogger("conveyor.queue")
+LONGEST_END = 2.0
+"""Seconds for which a consumer that ends waits for the answers to the calls that wait for tokens."""
 
 
 class BlockingSettler(SettlerState):
@@ -219,7 +221,6 @@ class Consumer(Generic[T]):
         self._agree(look=True)
         try:
             pulled = self._follow(self._programs.pull(count, wait), patient=False)
-            self._return_tokens()
         except StoreUnavailable:
             if self._only_session is None:  # others may have given messages
                 self._take_back(answered_only=True)
@@ -236,15 +237,6 @@ class Consumer(Generic[T]):
         if self._sources.several_queues:
             pulled = by_arrival(pulled)
         return pulled or self.settlers[0].nothing_from(self.settlers)
-
-    def _return_tokens(self) -> None:
-        """Put back the tokens of partitions that were not looked at, so that others who wait there are woken."""
-        for at in self._waiters.heard() if self._waiters is not None else ():
-            self._programs.woken(at)
-        for at in self._programs.unspent():
-            keys = self.settlers[at].session.keys
-            with suppress(ConveyorError):  # a lost token costs seconds, never a message
-                self.client.run(operations.wake(keys.wake), retry_for=0)
 
     # -- for the settlers ---------------------------------------------------------------------------------------------
 
@@ -334,11 +326,12 @@ class Consumer(Generic[T]):
         try:
             while True:
                 step = next(program)
-                if self._waiters is not None:
-                    for at in self._waiters.heard():
-                        self._programs.woken(at)
+                heard = self._waiters.heard() if self._waiters is not None else ()
+                for at in heard:
+                    self._programs.woken(at)
                 if isinstance(step, WaitStep):
-                    self._wait(step)
+                    if not heard:  # else a token came as the program decided to wait
+                        self._wait(step)
                 elif isinstance(step, LookStep):
                     found = self.client.run(self._sources.find_work(step.ats))
                     for at, due_in in zip(step.ats, found, strict=True):
@@ -405,11 +398,15 @@ class Consumer(Generic[T]):
             self._set_idle(False)
 
     def _stop_waiting(self) -> None:
+        """Wait no longer; put back the tokens of partitions that were not looked at, so that others who wait there are woken."""
         for mover in self._movers or ():
             mover.stop()
         waiters, self._waiters, self._movers = self._waiters, None, None
-        if waiters is not None:
-            waiters.close()
+        for at in waiters.end() if waiters is not None else ():
+            self._programs.woken(at)
+        for at in self._programs.unspent():
+            with suppress(ConveyorError):  # a lost token costs seconds, never a message
+                self.client.run(operations.wake(self.settlers[at].session.keys.wake), retry_for=0)
 
     def _set_idle(self, idle: bool) -> None:
         self._is_idle = idle
@@ -439,8 +436,9 @@ class WakeupWaiters:
         if len(self._waiters) == 1:
             at = self._waiters[0].wait(seconds)
             return [] if at is None else [at]
+        until = time.monotonic() + seconds
         for waiter in self._waiters:
-            waiter.begin(seconds)
+            waiter.begin(until)
         try:
             return [self._heard.get(timeout=seconds), *self.heard()]
         except Empty:
@@ -453,24 +451,35 @@ class WakeupWaiters:
             heard.append(self._heard.get())
         return heard
 
-    def close(self) -> None:
-        """Wait no longer."""
-        for waiter in self._waiters or ():
-            waiter.close()
-        self._waiters = None
+    def end(self) -> list[int]:
+        """Wait no longer; return the partitions whose tokens were taken meanwhile."""
+        waiters, self._waiters = self._waiters or [], None
+        deadline = time.monotonic() + LONGEST_END
+        for waiter in waiters:
+            waiter.end(deadline)
+        for waiter in waiters:
+            waiter.join(deadline)
+        return self.heard()
 
 
 class _EndpointWaiter:
-    """Waits at one endpoint for *settlers*, the partitions there: by a call, or from a thread."""
+    """
+    Waits at one endpoint for *settlers*, the partitions there: by a call, or from a thread.
+
+    The call of a thread also waits for an element in a list of its own. It is ended by one, and its answer read: a server
+    that has not noticed yet that a connection was closed would give it a token that others wait for.
+    """
 
     def __init__(self, consumer: Consumer[Any], settlers: dict[int, BlockingSettler], heard: SimpleQueue[int]) -> None:
         self._consumer, self._settlers, self._heard = consumer, settlers, heard
         self._partition_of = {settler.session.keys.wake: at for at, settler in settlers.items()}
-        first = next(iter(settlers.values()))
-        self._waiter = WakeupWaiter(consumer.client.endpoint(first.session.keys), consumer.client.timeout)
-        self._begin: SimpleQueue[float | None] = SimpleQueue()
-        self._busy = False
-        self._closed = False
+        self._first = next(iter(settlers.values()))
+        session = self._first.session
+        self._own = session.keys.wake_of(session.worker)
+        self._waiter = WakeupWaiter(consumer.client.endpoint(session.keys), consumer.client.timeout)
+        self._begin: SimpleQueue[None] = SimpleQueue()
+        self._until = 0.0
+        self._is_waiting = self._has_ended = self._is_called = False
         self._thread: threading.Thread | None = None
 
     def wait(self, seconds: float) -> int | None:
@@ -478,37 +487,64 @@ class _EndpointWaiter:
         key = self._waiter.wait_any(list(self._partition_of), seconds)
         return None if key is None else self._partition_of[key]
 
-    def begin(self, seconds: float) -> None:
-        """Wait in the background, unless that is so already."""
-        if self._busy:
-            return
-        self._busy = True
+    def begin(self, until: float) -> None:
+        """Wait in the background until an instant (monotonic), also where a wait is under way and would end before."""
+        self._until = until
         if self._thread is None:
             self._thread = threading.Thread(target=self._listen, name="conveyor-waiter", daemon=True)
             self._thread.start()
-        self._begin.put(seconds)
-
-    def close(self) -> None:
-        self._closed = True
         self._begin.put(None)
+
+    def end(self, deadline: float) -> None:
+        """Tell the thread to end; where its server has not answered by *deadline* (monotonic), its connection is closed."""
+        self._has_ended = True
+        if self._is_waiting:
+            self._is_called = True
+            try:
+                self._run(operations.wake(self._own), deadline)
+            except ConveyorError:
+                self._is_called = False
+                self._waiter.end()
+        self._begin.put(None)
+
+    def join(self, deadline: float) -> None:
+        """Wait until *deadline* for the end of the thread, and close the connection."""
+        if self._thread is not None:
+            self._thread.join(max(0.0, deadline - time.monotonic()))
         self._waiter.end()
+        if self._is_called:  # the call had ended by itself
+            with suppress(ConveyorError):
+                self._run(operations.delete_key(self._own), deadline)
+
+    def _run(self, call: Call[Any], deadline: float) -> None:
+        if self._first.is_away or time.monotonic() >= deadline:
+            raise StoreUnavailable("The server does not answer.")
+        self._consumer.client.run(call, retry_for=FIRST_TRY, deadline=deadline)
 
     def _listen(self) -> None:
-        while (seconds := self._begin.get()) is not None:
-            at = None
+        while not self._has_ended:
+            self._begin.get()
+            self._is_waiting = True  # first, and then the look: `end` first says that it ends, and then looks
+            seconds = self._until - time.monotonic()
             try:
-                at = self.wait(seconds)
+                if seconds > 0 and not self._has_ended:
+                    self._hear(self._waiter.wait_any([self._own, *self._partition_of], seconds))
             except ConveyorError as error:
                 logger.warning("Waiting for messages was refused: %s", error)
                 time.sleep(min(1.0, seconds))
-            self._busy = False
-            if at is None:
-                continue
-            if self._closed:  # nobody listens to it any more
-                with suppress(ConveyorError):
-                    self._consumer.client.run(operations.wake(self._settlers[at].session.keys.wake), retry_for=0)
-                continue
-            self._heard.put(at)
-            if not self._consumer.is_idle:
-                self._settlers[at].flush()
+            self._is_waiting = False
         self._waiter.close()
+
+    def _hear(self, key: str | None) -> None:
+        """Act on what a call has taken."""
+        if key is None:
+            return
+        while not self._begin.empty():
+            self._begin.get()  # the consumer is awake now, and begins anew
+        if key == self._own:
+            self._is_called = False
+            return
+        at = self._partition_of[key]
+        self._heard.put(at)
+        if not (self._consumer.is_idle or self._has_ended):
+            self._settlers[at].flush()
