@@ -67,7 +67,7 @@ def main() -> int:
     for module in ("hiredis", "redis.asyncio", "uvloop", "conveyor.worker.worker", app.partition(":")[0]):
         with suppress(ModuleNotFoundError):
             importlib.import_module(module)
-    child_process.subprocess.Popen = ForkedProcess  # type: ignore[misc,assignment]
+    child_process.subprocess.Popen = ForkedProcess  # type: ignore[attr-defined]
     return supervisor.run(
         app,
         queues={queue: 1.0},

@@ -510,7 +510,8 @@ class TestATokenThatComesAsAPullEnds:
         self, cluster: ClusterOfNodes, queues: list[Any], monkeypatch: pytest.MonkeyPatch, *, cancelled: bool
     ) -> None:
         """Of an awaited pull that has its message, and of one that is cancelled."""
-        usual, called = AsyncConsumer._stop_waiting, []
+        usual = AsyncConsumer._stop_waiting
+        called: list[int] = []
 
         async def stop(consumer: AsyncConsumer[Any]) -> None:
             if not called:
