@@ -228,7 +228,7 @@ class Admissions(threading.Thread):
 
 
 class Room:
-    """How long no live process had room for a job: each had as many as it runs at a time, or none served the queue."""
+    """The times in which no live process had room for a job: each had as many as it runs at a time, or none served the queue."""
 
     def __init__(self, run: Run, lines: list[Line], serves: dict[int, float], slots: int) -> None:
         since = dict(serves)
