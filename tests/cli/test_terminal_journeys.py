@@ -64,7 +64,7 @@ async def test_failing_task_is_found_read_and_retried(app: Conveyor, url: str, t
     counts = json.loads(queue.stdout)["queue"]
     assert (counts["ready"], counts["leased"], counts["dead"]) == (0, 0, 0)
     wrong = await in_thread(lambda: shell.run("failures", "show", fingerprint))
-    assert wrong.returncode == 2
+    assert wrong.returncode == 5
     assert "conveyor failures list" in wrong.stderr
 
 
