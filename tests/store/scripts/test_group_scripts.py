@@ -294,6 +294,18 @@ def test_differing_declaration_is_refused(seeded: SeededQueue) -> None:
     assert seeded.redis.hget(seeded.keys.conf, "limit:a") == b"c 9 -"
 
 
+def test_limits_that_open_together_keep_their_order(seeded: SeededQueue) -> None:
+    """Of limits that a turn finds open, the one that opened first is served first: nobody waits behind those that came later."""
+    declare(seeded, each="r 1 200 0 key")
+    seeded.push(*(entry(f"{part}{key}", limits=(f"1:each:{key}",)) for part in "ab" for key in range(9)))
+    seeded.register("w")
+    assert seeded.turn("w", 1, 20).ids == [f"a{key}" for key in range(9)]
+    opens = seeded.now() + 200
+    while seeded.now() <= opens:
+        pass
+    assert seeded.turn("w", 2, 20).ids == [f"b{key}" for key in range(9)]
+
+
 def test_one_admission_a_start(seeded: SeededQueue) -> None:
     """However many keys' limits jobs wait behind, each start takes one ticket out of its limit, counted in the commands."""
     declare(seeded, each="r 1 200 0 key")
@@ -420,6 +432,57 @@ def test_a_lowered_weight_leaves_nothing_behind(seeded: SeededQueue) -> None:
     assert not seeded.redis.exists(f"{seeded.keys.prefix}credits")
 
 
+def test_first_jobs_of_many_groups(seeded: SeededQueue) -> None:
+    """Of many groups a turn leases the first job of each in the order of their tickets; what cannot start is passed over, and stays."""
+    declare(seeded, two="c 1 -")
+    seeded.run(limits.set_group(seeded.keys, "9", weight=None, paused=True))
+    unlike: dict[int, dict[str, Any]] = {
+        2: {"expires_ms": 3_600_000}, 4: {"limits": ("1:two",)}, 5: {"limits": ("1:two",)}, 8: {"expires_ms": 1},
+    }  # fmt: skip
+    seeded.push(*(entry(f"a{n:02}", group=f"{n}", **unlike.get(n, {})) for n in range(12)))
+    seeded.push(*(entry(f"b{n:02}", group=f"{n}") for n in range(12) if n != 10), "plain")
+    seeded.run(operations.cancel(seeded.keys, "a07"))
+    seeded.redis.hdel(seeded.keys.jobs, "a06")
+    seeded.register("w")
+    ends = seeded.now() + 1
+    while seeded.now() <= ends:
+        pass
+
+    reply = seeded.turn("w", 1, 13)
+    assert reply.ids == ["a00", "a01", "a02", "a03", "a04", "a10", "a11", "plain", "b06", "b07", "b08"]
+    assert reply.missing == ["a06"]
+    assert seeded.audit() == []
+
+    assert seeded.turn("w", 2, 13, done=reply.ids).ids == ["b00", "b01", "b02", "b03", "b04", "a05", "b11"]
+    seeded.run(limits.set_group(seeded.keys, "9", weight=None, paused=False))
+    assert seeded.turn("w", 3, 13).ids == ["a09"]
+    last = ["a05", "a09", "b00", "b01", "b02", "b03", "b04", "b11"]
+    assert seeded.turn("w", 4, 13, done=last).ids == ["b05", "b09"]
+    assert seeded.turn("w", 5, done=["b05", "b09"]).held == 0
+    assert waiting(seeded) == 0
+    assert not seeded.redis.exists(*(seeded.keys.prefix + name for name in ("tickets", "slots", "limits", "waits")))
+
+
+def test_a_turn_over_groups_costs_a_command_each(seeded: SeededQueue) -> None:
+    """A turn that settles and leases a job of each of eighty groups sends forty commands more than one over forty groups."""
+    seeded.register("w")
+    sent, number = [], 0
+    for count in (40, 80):
+        seeded.push(*(entry(f"{count}-{part}-{n}", group=f"{count}-{n}") for part in "abc" for n in range(count)))
+        leased, calls = list[str](), 0
+        for _ in "abc":
+            number += 1
+            calls, before = command_calls(seeded.redis), leased
+            leased = seeded.turn("w", number, count, done=before).ids
+            if before and len(sent) < (1 if count == 40 else 2):
+                sent.append(command_calls(seeded.redis) - calls)
+            assert len(leased) == count
+        number += 1
+        seeded.turn("w", number, done=leased)
+        assert seeded.audit() == []
+    assert sent[1] - sent[0] == 40
+
+
 @pytest.mark.row("C290", "D18")
 @pytest.mark.parametrize("seed", range(4))
 def test_random_steps_leave_no_ticket_and_no_waiter_behind(seeded: SeededQueue, seed: int) -> None:
@@ -465,11 +528,15 @@ SABOTAGES = {
     "a series takes more than a worker asks for": ("TURN", "math.min(one.most, queue.series or 1)", "one.most"),
     "a series takes jobs that a limit holds": ("TURN", "alone = closed and one.series > 1 and #fact[3] == 1", "alone = one.series > 1"),
     "a series is not told to its worker": ("TURN", "if alone and count > 1 then queue.has_series = true end", ""),
+    "a job is lost that needs more than its turn": ("TURN", "redis.call('LPUSH', keys[at], ids[at])", ""),
+    "an empty group keeps its ticket": ("TURN", "find_empty(1, count)\nreturn", "return"),
     "a window is fixed": ("TURN", "if tonumber(starts[i]) > now - s.per then", "if tonumber(starts[i]) >= now - now % s.per then"),
 }  # fmt: skip
 
 
 PROOFS = [
+    test_a_turn_over_groups_costs_a_command_each,
+    test_first_jobs_of_many_groups,
     *(partial(test_retried_or_returned_job_keeps_its_place, way=way) for way in ("R", "F")),
     test_cancelled_retry_frees_its_key,
     test_series_of_a_group,

@@ -169,6 +169,19 @@ def test_returned_jobs_come_first_in_their_own_priority(seeded: SeededQueue) -> 
     assert turn.ids == ["a", "b", "c"]
 
 
+def test_returned_jobs_are_read_together(seeded: SeededQueue) -> None:
+    """A turn that gives back twelve jobs reads what they are with as many commands as one that gives back two."""
+    seeded.lease(*(f"a{n}" for n in range(14)))
+    reads = []
+    for number, returned in enumerate((range(2), range(2, 14)), 2):
+        seeded.redis.config_resetstat()
+        seeded.turn("w", number, others=[Settlement("F", f"a{n}") for n in returned])
+        stats = seeded.redis.info("commandstats")
+        reads.append([stats[f"cmdstat_{name}"]["calls"] for name in ("hget", "hmget")])
+    assert reads[0] == reads[1]
+    assert seeded.audit() == []
+
+
 def test_settled_and_leased_in_one_turn(seeded: SeededQueue) -> None:
     """A job that came back in this turn and is leased again in it arrives with its new state."""
     seeded.lease("a")

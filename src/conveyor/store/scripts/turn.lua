@@ -29,9 +29,12 @@
 --          ids whose envelope is gone, 1 when the flag l was given and the outbox is not empty, names of schedules to carry out}
 local queue = {
   prefix = string.sub(KEYS[1], 1, -5), jobs = KEYS[1], state = KEYS[2], due = KEYS[5], conf = KEYS[7], dead = KEYS[8],
-  waiters = KEYS[10], ready = 11, -- the position in KEYS of the first ready list
-  untagged = {}, -- the ids of jobs that are gone, by their tags
-  schedules = {}, -- the names of those whose instant has come
+  -- The position in KEYS of the first ready list.
+  waiters = KEYS[10], ready = 11,
+  -- The ids of jobs that are gone, by their tags.
+  untagged = {},
+  -- The names of those whose instant has come.
+  schedules = {},
 }
 local leased, workers, recent = KEYS[3], KEYS[4], KEYS[9]
 local worker, number, want, lease_ms = ARGV[1], number_in(ARGV[2]), number_in(ARGV[3]), number_in(ARGV[4])
@@ -85,7 +88,8 @@ local stateful = redis.call('HLEN', queue.state) > 0
 local urgent = redis.call('EXISTS', unpack(KEYS, 12, 20)) > 0
 if urgent then check('LLEN', unpack(KEYS, 12, 20)) end
 local awaited = redis.call('HLEN', queue.waiters) > 0
-if awaited then queue.changed = {} end -- ids of jobs that live, whose state changes
+-- Ids of jobs that live, whose state changes.
+if awaited then queue.changed = {} end
 local done, others, lost, kinds = read_settlements(queue, leased, 7, done_count, other_at, other_count)
 grouped = grouped or kinds.L
 if grouped then
@@ -94,7 +98,8 @@ if grouped then
   queue.tasks = read_paused(conf[4]) or (kinds.L and {})
   queue.grouped, queue.freed, queue.retried, queue.charges = true, {}, {}, {}
 end
-local keyed = false -- some that are simply done have unique keys
+-- Some that are simply done have unique keys.
+local keyed = false
 for i = released_at + 2, released_at + 2 * released_count, 2 do
   keyed = keyed or string.find(ARGV[i], '\tu', 1, true) or string.find(ARGV[i], '\tk', 1, true)
 end
@@ -187,10 +192,11 @@ end
 if grouped then
   if queue.tasks then forget_resumed(queue) end
   write_counters(queue)
-  due_next = tonumber(redis.call('ZRANGE', queue.due, 0, 0, 'WITHSCORES')[2]) -- alarms are new
+  -- Alarms are new.
+  due_next = tonumber(redis.call('ZRANGE', queue.due, 0, 0, 'WITHSCORES')[2])
 end
 if taken > 0 then
-  if unusual then release_started(queue.prefix, ids, envelopes, taken) end
+  if unusual and (queue.keyed or not grouped) then release_started(queue.prefix, ids, envelopes, taken) end
   if redis.call('EXISTS', queue.state) == 1 then states = redis.call('HMGET', queue.state, unpack(ids)) end
 end
 for i = 1, events and taken or 0 do note_event('started', ids[i], envelopes[i], attempt_in(states[i]), 'w', queue.worker) end

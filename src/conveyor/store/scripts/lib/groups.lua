@@ -52,8 +52,10 @@ end
 -- queue    fields prefix, jobs, conf and due are used by them; the others are added here
 -- returns  nothing
 local function begin_groups(queue)
-  queue.limits, queue.touched, queue.touches = {}, {}, {}
+  queue.limits, queue.touched, queue.touches = {}, 0, {}
   queue.counters = {waiting = 0, waiting_stubs = 0, alarms = 0, stubs = 0}
+  queue.unused = {kind = 'k', count = 0, held = 0, paused = false, weight = 1}
+  queue.taken = {kind = 'k', count = 1, held = 0, paused = false, weight = 1}
 end
 
 -- Find the limit at which a job must wait.
@@ -82,27 +84,29 @@ end
 
 -- Note that limits may have room, or that the entry in a ready list that would have used it is not one any more.
 -- queue    as begin_groups makes it
--- names    of the limits
+-- names    of the limits; the list is not changed any more
 -- returns  nothing
 local function touch(queue, names)
-  for _, name in ipairs(names) do
-    if not queue.touched[name] then
-      queue.touched[name] = true
-      queue.touches[#queue.touches + 1] = name
-    end
-  end
+  local lists = queue.touches
+  if lists[#lists] == names then return end
+  queue.touched, lists[#lists + 1] = queue.touched + #names, names
 end
 
--- Move tickets that wait at a limit to the front of their ready lists.
+-- Move tickets that wait at limits to the front of their ready lists, in their order.
 -- queue    as begin_groups makes it; moved: the highest priority to which one was moved
--- members  <priority><group>, which were removed from the limit's set
+-- members  <priority><group>, which were removed from the limits' sets
 -- returns  nothing
 local function move_to_ready(queue, members)
-  redis.call('HDEL', queue.prefix .. 'waits', unpack(members))
-  redis.call('SADD', queue.prefix .. 'tickets', unpack(members))
+  local lists = {}
+  in_chunks('HDEL', queue.prefix .. 'waits', members, 1, #members)
+  in_chunks('SADD', queue.prefix .. 'tickets', members, 1, #members)
   for i = #members, 1, -1 do
     local priority = string.sub(members[i], 1, 1)
-    redis.call('LPUSH', queue.prefix .. 'ready:' .. priority, '\t' .. string.sub(members[i], 2))
+    local list = lists[priority] or {}
+    lists[priority], list[#list + 1] = list, '\t' .. string.sub(members[i], 2)
+  end
+  for priority, list in pairs(lists) do
+    in_chunks('LPUSH', queue.prefix .. 'ready:' .. priority, list, 1, #list)
     queue.moved = math.max(queue.moved or 0, tonumber(priority))
   end
 end
@@ -148,19 +152,27 @@ end
 -- keeps    true: the slot of a group's key is left out
 -- returns  names of the limits; name → how many slots; text → the slot that is left out, nil when there is none
 local function count_slots(ids, texts, keeps)
-  local names, given, kept, counts, seen = {}, {}, {}, {}, {}
+  local counts, different, seen, alone = {}, {}, {}, not keeps
   for i = 1, #ids do
-    local text = texts[i]
-    if text and not seen[ids[i]] then
-      counts[text], seen[ids[i]] = (counts[text] or 0) + 1, true
+    local text, id = texts[i], ids[i]
+    if text and not seen[id] then
+      local so_far = counts[text]
+      if not so_far then
+        different[#different + 1] = text
+        alone = alone and not string.find(text, '\t', 1, true)
+      end
+      counts[text], seen[id] = (so_far or 0) + 1, true
     end
   end
-  for text, count in pairs(counts) do
+  -- One slot each.
+  if alone then return different, counts, {} end
+  local names, given, kept = {}, {}, {}
+  for _, text in ipairs(different) do
     for name in string.gmatch(text, '[^\t]+') do
       if keeps and string.byte(name) == 58 then kept[text] = name
       else
         if not given[name] then names[#names + 1] = name end
-        given[name] = (given[name] or 0) + count
+        given[name] = (given[name] or 0) + counts[text]
       end
     end
   end
@@ -178,7 +190,8 @@ local function give_back(queue, ids, keeps)
   local texts = read_fields(slots, ids)
   local names, given, stays = count_slots(ids, texts, keeps)
   local gone, kept = {}, {}
-  for i = 1, #ids do
+  if not keeps and #names > 0 then gone = ids end
+  for i = 1, keeps and #ids or 0 do
     local text = texts[i]
     if text and not stays[text] then gone[#gone + 1] = ids[i]
     elseif text and stays[text] ~= text then kept[#kept + 1], kept[#kept + 2] = ids[i], stays[text] end
@@ -187,10 +200,11 @@ local function give_back(queue, ids, keeps)
   if #kept > 0 then in_chunks('HSET', slots, kept, 1, #kept) end
   if #names == 0 then return end
   local counts, changed, empty = read_fields(limits, names), {}, {}
+  local states = queue.limits
   for i, name in ipairs(names) do
     local left = tonumber(counts[i] or 0) - given[name]
     if left > 0 then changed[#changed + 1], changed[#changed + 2] = name, left else empty[#empty + 1] = name end
-    if queue.limits[name] then queue.limits[name].count = math.max(left, 0) end
+    if states[name] then own_state(queue, name).count = math.max(left, 0) end
   end
   if #empty > 0 then in_chunks('HDEL', limits, empty, 1, #empty) end
   if #changed > 0 then in_chunks('HSET', limits, changed, 1, #changed) end
@@ -233,14 +247,22 @@ local function set_alarm(queue, s, cost, now)
   end
 end
 
+-- Read the envelope of the first job of a group.
+-- queue    as begin_groups makes it
+-- priority, group  as said
+-- returns  that of a plain job when there is none
+local function first_envelope(queue, priority, group)
+  local id = redis.pcall('LINDEX', list_of(queue, priority, group), 0)
+  return type(id) == 'string' and redis.call('HGET', queue.jobs, id) or '\n'
+end
+
 -- Read what the first job of a group costs at a limit.
 -- queue    as begin_groups makes it
 -- member   <priority><group>
 -- name     of the limit
 -- returns  its cost
 local function first_cost(queue, member, name)
-  local id = redis.pcall('LINDEX', list_of(queue, string.sub(member, 1, 1), string.sub(member, 2)), 0)
-  local found = type(id) == 'string' and marks(redis.call('HGET', queue.jobs, id) or '\n')
+  local found = marks(first_envelope(queue, string.sub(member, 1, 1), string.sub(member, 2)))
   for _, limit in ipairs(found and found.limits or {}) do
     local cost, other = string.match(limit, '^(%d+):(.*)$')
     if other == name then return tonumber(cost) end
@@ -255,33 +277,40 @@ end
 -- most     how many tickets a limit may pass on, when so much has room: those that the next round can lease
 -- returns  nothing
 local function pass_on(queue, now, most)
-  local names = queue.touches
-  if #names == 0 then return end
-  queue.touched, queue.touches = {}, {}
+  local lists, touched, names, keys, seen, waited = queue.touches, queue.touched, {}, {}, {}, 0
+  if touched == 0 then return end
+  queue.touched, queue.touches = 0, {}
   -- Where many are asked about, most often nothing waits at all.
-  if #names > 8 and redis.call('EXISTS', queue.prefix .. 'waits') == 0 then return end
-  local keys, waited = {}, 0
-  for i, name in ipairs(names) do keys[i] = queue.prefix .. 'limit:' .. name end
+  if touched > 8 and redis.call('EXISTS', queue.prefix .. 'waits') == 0 then return end
+  for _, list in ipairs(lists) do
+    for _, name in ipairs(list) do
+      if not seen[name] then
+        seen[name], names[#names + 1], keys[#keys + 1] = true, name, queue.prefix .. 'limit:' .. name
+      end
+    end
+  end
   for first = 1, #keys, 7000 do waited = waited + redis.call('EXISTS', unpack(keys, first, math.min(first + 6999, #keys))) end
   if waited == 0 then return end
   local waiting, firsts = {}, {}
   for i, name in ipairs(names) do
-    local first = redis.pcall('ZRANGE', keys[i], 0, 0)[1] -- nil also of a key of another type
+    -- Nil also of a key of another type.
+    local first = redis.pcall('ZRANGE', keys[i], 0, 0)[1]
     if first then waiting[#waiting + 1], firsts[#firsts + 1] = name, first end
   end
   load_limits(queue, waiting)
+  local members = {}
   for i, name in ipairs(waiting) do
     local s = queue.limits[name]
-    local cost = s.kind == 'r' and math.min(first_cost(queue, firsts[i], name), s.n) or 1
     local room = room_of(queue, s, now, string.byte(firsts[i], 2) == 103)
+    local cost = s.kind == 'r' and room < s.n and s.n > 1 and math.min(first_cost(queue, firsts[i], name), s.n) or 1
     if room >= cost then
-      local popped, members = redis.call('ZPOPMIN', queue.prefix .. 'limit:' .. name, int(math.max(1, math.min(room, most)))), {}
+      local popped = redis.call('ZPOPMIN', queue.prefix .. 'limit:' .. name, int(math.max(1, math.min(room, most))))
       for at = 1, #popped, 2 do members[#members + 1] = popped[at] end
-      move_to_ready(queue, members)
     else
       set_alarm(queue, s, cost, now)
     end
   end
+  if #members > 0 then move_to_ready(queue, members) end
 end
 
 -- Ring alarms: each limit is touched, and one whose hold is over is free of it.
@@ -308,7 +337,7 @@ end
 -- returns  nothing
 local function hold_limit(queue, name, ends, now)
   load_limits(queue, {name})
-  local s = queue.limits[name]
+  local s = own_state(queue, name)
   if ends <= s.held then return end
   s.held = ends
   redis.call('HSET', queue.prefix .. 'limits', '\t' .. name, int(ends))

@@ -28,18 +28,30 @@ local function widen(pairs, filler)
   if #pairs > 32 then pairs[2] = pairs[2] .. string.rep(filler, 65) end
 end
 
+-- Read the whole of a hash that has few fields: where many names are asked for, that costs less than two or three fields for each.
+-- key      the hash
+-- count    how many names are asked for
+-- returns  field → value; nil when it has more fields than that, or few names are asked for
+local function read_small(key, count)
+  if count <= 20 or redis.call('HLEN', key) > count then return nil end
+  local all, found = redis.call('HGETALL', key), {}
+  for i = 1, #all, 2 do found[all[i]] = all[i + 1] end
+  return found
+end
+
 -- Read the fields of conf that define limits.
 -- queue    field conf is used
 -- names    of the limits
--- returns  field → text; true when every field of conf is there
+-- returns  field → text; true when the limit of a key may be paused, or have a weight
 local function read_definitions(queue, names)
-  local texts, fields = {}, {}
-  -- Where many are read, the whole of a small conf costs less than three fields for each.
-  if #names > 20 and redis.call('HLEN', queue.conf) <= #names then
-    local all = redis.call('HGETALL', queue.conf)
-    for i = 1, #all, 2 do texts[all[i]] = all[i + 1] end
-    return texts, true
+  local texts, fields = read_small(queue.conf, #names), {}
+  if texts then
+    for field in pairs(texts) do
+      if string.find(field, '^paused:') or string.find(field, '^weight:') then return texts, true end
+    end
+    return texts, false
   end
+  texts = {}
   for _, name in ipairs(names) do
     local at, colon = #fields, string.find(name, ':', 1, true)
     if string.byte(name) == 59 then
@@ -54,55 +66,84 @@ local function read_definitions(queue, names)
     end
   end
   for i, text in ipairs(read_fields(queue.conf, fields)) do texts[fields[i]] = text end
-  return texts, false
+  return texts, true
 end
 
--- Read limits, those that were not read before in this step.
--- queue    fields prefix and conf are used; limits: name → state, is filled
+-- Read how many slots of limits are taken, and until when limits are held.
+-- queue    field prefix is used
+-- names    of the limits
+-- returns  name → slots, tab and name → ms; true when one may be held
+local function read_taken(queue, names)
+  local key, fields = queue.prefix .. 'limits', {}
+  local found = read_small(key, #names)
+  if found then
+    for field in pairs(found) do
+      if string.byte(field) == 9 then return found, true end
+    end
+    return found, false
+  end
+  found = {}
+  for i, name in ipairs(names) do fields[2 * i - 1], fields[2 * i] = name, '\t' .. name end
+  for i, value in ipairs(read_fields(key, fields)) do found[fields[i]] = value end
+  return found, true
+end
+
+-- Read limits, those that were not read before in this step. Limits of keys of which nothing is known share one state.
+-- queue    fields prefix and conf are used; limits: name → state, is filled; unused: the state that limits of keys share
 -- names    of the limits
 -- returns  nothing
 local function load_limits(queue, names)
-  local states, wanted, taken = queue.limits, {}, {}
+  local states, wanted, size = queue.limits, {}, 0
   for _, name in ipairs(names) do
     if not states[name] then
-      local count = #wanted
-      states[name] = {name = name, kind = nil, count = 0, held = 0, paused = false, weight = 1, n = nil, free = nil}
-      wanted[count + 1], taken[2 * count + 1], taken[2 * count + 2] = name, name, '\t' .. name
+      size = size + 1
+      wanted[size], states[name] = name, queue.unused
     end
   end
-  if #wanted == 0 then return end
-  local texts, whole = read_definitions(queue, wanted)
-  local counts, keyed = read_fields(queue.prefix .. 'limits', taken), not whole
-  for field in pairs(whole and texts or {}) do
-    if string.find(field, '^paused:') or string.find(field, '^weight:') then keyed = true end
-  end
-  for i, name in ipairs(wanted) do
-    local s = states[name]
-    local count, held = counts[2 * i - 1], counts[2 * i]
-    if count then s.count = tonumber(count) end
-    if held then s.held = tonumber(held) end
-    if string.byte(name) == 58 then
-      local key = keyed and string.sub(name, 2)
-      s.kind = 'k'
-      if keyed then
-        s.paused = texts['paused:' .. key] == '1'
-        s.weight = math.min(math.max(tonumber(texts['weight:' .. key] or 1) or 1, 1), 1000)
-      end
-    elseif string.byte(name) == 59 then
-      local paused = '\n' .. (texts.paused_tasks or '') .. '\n'
-      s.kind, s.paused, s.weight = 'p', string.find(paused, '\n' .. string.sub(name, 2) .. '\n', 1, true) ~= nil, 1000
-    else
-      local base = string.match(name, '^[^:]*')
-      local text = texts['override:' .. name] or texts['override:' .. base] or texts['limit:' .. base] or ''
-      local n, per, smooth = string.match(text, '^r (%d+) (%d+) ?([01]?)')
-      if n then
-        s.kind, s.n, s.per, s.smooth = 'r', math.max(tonumber(n), 1), math.max(tonumber(per), 1), smooth == '1'
+  if size == 0 then return end
+  local texts, keyed = read_definitions(queue, wanted)
+  local taken, holds = read_taken(queue, wanted)
+  for _, name in ipairs(wanted) do
+    local count, held, first = taken[name], holds and taken['\t' .. name] or nil, string.byte(name)
+    local key = keyed and string.sub(name, 2)
+    if count or held or first ~= 58 or (keyed and (texts['paused:' .. key] or texts['weight:' .. key])) then
+      local s = {name = name, kind = nil, count = tonumber(count or 0), held = tonumber(held or 0), paused = false, weight = 1, n = nil, free = nil}
+      states[name] = s
+      if first == 58 then
+        s.kind = 'k'
+        if keyed then
+          s.paused = texts['paused:' .. key] == '1'
+          s.weight = math.min(math.max(tonumber(texts['weight:' .. key] or 1) or 1, 1), 1000)
+        end
+      elseif first == 59 then
+        local paused = '\n' .. (texts.paused_tasks or '') .. '\n'
+        s.kind, s.paused, s.weight = 'p', string.find(paused, '\n' .. string.sub(name, 2) .. '\n', 1, true) ~= nil, 1000
       else
-        n = string.match(text, '^c (%d+)')
-        if n then s.kind, s.n = 'c', tonumber(n) end
+        local base = string.match(name, '^[^:]*')
+        local text = texts['override:' .. name] or texts['override:' .. base] or texts['limit:' .. base] or ''
+        local n, per, smooth = string.match(text, '^r (%d+) (%d+) ?([01]?)')
+        if n then
+          s.kind, s.n, s.per, s.smooth = 'r', math.max(tonumber(n), 1), math.max(tonumber(per), 1), smooth == '1'
+        else
+          n = string.match(text, '^c (%d+)')
+          if n then s.kind, s.n = 'c', tonumber(n) end
+        end
       end
     end
   end
+end
+
+-- Read the state of a limit that will change: from then on it is not shared.
+-- queue    as for load_limits, which has read it
+-- name     of the limit
+-- returns  its state
+local function own_state(queue, name)
+  local s = queue.limits[name]
+  if not s.name then
+    s = {name = name, kind = 'k', count = s.count, held = 0, paused = false, weight = 1}
+    queue.limits[name] = s
+  end
+  return s
 end
 
 -- Read what a rate remembers: a list of starts, the newest first; or a hash, the costs of sub-windows of 1/128 of its time,
@@ -260,7 +301,8 @@ local function charge_rate(queue, s, cost, now)
   elseif cost > 0 then
     write_rate(queue, s, {0, cost}, now)
   else
-    write_rate(queue, s, {1, 0}, now) -- as sub-windows, if it was a list
+    -- As sub-windows, if it was a list.
+    write_rate(queue, s, {1, 0}, now)
     local order = {}
     for window in pairs(s.windows) do order[#order + 1] = window end
     table.sort(order)

@@ -1,17 +1,65 @@
 -- Leasing from ready lists that have tickets: round robin between groups and plain jobs. One round reads the head of a list,
 -- decides about each entry in order without a write, and then writes all of it, so that a job is held before the next round.
+-- Only jobs of groups that surely have room leave their lists before (take_singles).
 
 -- Tell whether the first job of a group with a key has a limit by this key, which may let more than one run at a time.
 -- queue, priority  as for read_groups
 -- one      {group, limit (of its key)}
 -- returns  true or false
 local function may_be_open(queue, priority, one)
-  local id = redis.pcall('LINDEX', list_of(queue, priority, one.group), 0)
-  local found = type(id) == 'string' and marks(redis.call('HGET', queue.jobs, id) or '\n')
+  local found = marks(first_envelope(queue, priority, one.group))
   for _, limit in ipairs(found and found.limits or {}) do
     if string.sub(limit, -#one.limit) == one.limit then return true end
   end
   return false
+end
+
+-- Pop the first jobs of groups that run one at a time and run none, where each ticket stands for one job at most. Among many groups
+-- most are such, and each costs one command: its job leaves the list before it is looked at. One that needs more than its turn
+-- comes back, and its group is read like the others.
+-- queue, entries  as for read_groups, for a list of priority 0
+-- names    by the position of its ticket the limit of a group's key
+-- returns  by the position of the ticket the id of its job; its envelope; true when no other job waits in the group
+local function take_singles(queue, entries, names)
+  local found, envelopes, last, places, keys, ids, count = {}, {}, {}, {}, {}, {}, 0
+  local lead, limits, unused, byte, pcall = list_of(queue, 0, 'g'), queue.limits, queue.unused, string.byte, redis.pcall
+  -- A job that has a group and no more: its first line is the ticket.
+  local function is_single(envelope, entry)
+    return envelope and byte(envelope, #entry + 1) == 10 and string.sub(envelope, 1, #entry) == entry
+  end
+  -- Find the groups that are empty by now, with few commands where most are, or most are not.
+  local function find_empty(from, to)
+    local there, middle = redis.call('EXISTS', unpack(keys, from, to)), math.floor((from + to) / 2)
+    if there == 0 then
+      for at = from, to do last[places[at]] = true end
+    elseif there <= to - from then
+      find_empty(from, middle)
+      find_empty(middle + 1, to)
+    end
+  end
+  for i, entry in ipairs(entries) do
+    local name = names[i]
+    if name and limits[name] == unused and byte(entry, 2) == 103 then
+      if count == 0 and not is_single(first_envelope(queue, 0, string.sub(entry, 2)), entry) then return found end
+      local key = lead .. string.sub(name, 2)
+      local id = pcall('LPOP', key)
+      if type(id) == 'string' then
+        count = count + 1
+        ids[count], keys[count], places[count], limits[name] = id, key, i, queue.taken
+      end
+    end
+  end
+  if count == 0 then return found end
+  for at, envelope in ipairs(read_fields(queue.jobs, ids)) do
+    local i = places[at]
+    if is_single(envelope, entries[i]) then found[i], envelopes[i] = ids[at], envelope
+    else
+      redis.call('LPUSH', keys[at], ids[at])
+      limits[names[i]] = unused
+    end
+  end
+  find_empty(1, count)
+  return found, envelopes, last
 end
 
 -- Read what a round needs of its tickets' groups.
@@ -22,34 +70,40 @@ end
 -- whole    true when the list has no other entries: then its groups share what room there is
 -- now      ms
 -- returns  for each entry nil of a plain job, or {group, limit (of its key), most (jobs it may lease), ids (those, and one more),
---          series (how many of them may be leased together though they run one after the other)}
+--          series (how many of them may be leased together though they run one after the other)}; the limits of the groups' keys;
+--          and what take_singles returns, whose groups are left out
 local function read_groups(queue, priority, entries, room, whole, now)
-  local groups, keys, plain = {}, {}, 0
+  local groups, names, keys, tickets, plain = {}, {}, {}, 0, 0
   for i, entry in ipairs(entries) do
     if string.byte(entry) == 9 then
-      local group = string.sub(entry, 2)
-      groups[i] = {group = group, limit = key_limit(group), share = 1, most = 1, first = 0, ids = false, credit = nil, series = 1}
-      keys[#keys + 1] = groups[i].limit
+      local name = string.byte(entry, 2) == 103 and ':' .. string.sub(entry, 3) or key_limit(string.sub(entry, 2))
+      tickets = tickets + 1
+      names[i], keys[tickets] = name, name
     else
       plain = plain + 1
     end
   end
   load_limits(queue, keys)
-  local shares, members, owners = 0, {}, {}
-  for i = 1, #entries do
-    local weight = groups[i] and queue.limits[groups[i].limit].weight or 0
+  local shares, members, owners, credits = 0, {}, {}, {}
+  for i, name in pairs(names) do
+    local weight = queue.limits[name].weight
     shares = shares + weight
-    if weight > 1 then members[#members + 1], owners[#owners + 1] = priority .. groups[i].group, groups[i] end
+    if weight > 1 then members[#members + 1], owners[#owners + 1] = priority .. string.sub(entries[i], 2), i end
   end
   -- A turn that asked for less than a weight has left the rest of it, and the ticket in front.
-  for i, rest in ipairs(read_fields(queue.prefix .. 'credits', members)) do owners[i].credit = tonumber(rest or nil) end
+  for at, rest in ipairs(read_fields(queue.prefix .. 'credits', members)) do credits[owners[at]] = tonumber(rest or nil) end
   local lead = list_of(queue, priority, '')
   local rounds = whole and math.max(1, math.floor((room - plain) / shares)) or 1
-  for i = 1, #entries do
-    local one = groups[i]
-    if one then
-      local s = queue.limits[one.limit]
-      local closed = string.byte(one.group) == 103
+  local singles, envelopes, last = {}, nil, nil
+  if rounds == 1 and tickets > 2 and priority == 0 and not (members[1] or queue.tasks) then
+    singles, envelopes, last = take_singles(queue, entries, names)
+  end
+  for i, name in pairs(names) do
+    if not singles[i] then
+      local s, group = queue.limits[name], string.sub(entries[i], 2)
+      local one = {group = group, limit = name, share = 1, most = 1, first = 0, ids = false, credit = credits[i], series = 1}
+      local closed = string.byte(group) == 103
+      groups[i] = one
       -- Of a group that runs one at a time, and runs, the first job is enough: it tells which other limits are left unused.
       -- The rest is what the group has left of its turn in the first round.
       one.share = (one.credit or s.weight) + s.weight * (rounds - 1)
@@ -60,11 +114,11 @@ local function read_groups(queue, priority, entries, room, whole, now)
         one.most = one.series
       end
       -- A list of another type is set aside as an empty one: its ticket goes, and the jobs that it had are found by a repair.
-      one.ids = redis.pcall('LRANGE', lead .. one.group, '0', one.most == 1 and '1' or one.most)
+      one.ids = redis.pcall('LRANGE', lead .. group, '0', one.most == 1 and '1' or one.most)
       if one.ids.err then one.ids = {} end
     end
   end
-  return groups
+  return groups, names, singles, envelopes, last
 end
 
 -- Read what is said of a job that cannot be leased as it is, or is in a group.
@@ -81,10 +135,11 @@ local function read_fact(queue, one, envelope, names, now)
 end
 
 -- Read the envelopes of a round, and the limits of its jobs.
--- queue, entries, groups, now  as for read_groups; each of groups gets first: where its ids stand before the first
+-- queue, entries, now  as for read_groups
+-- groups, singles  as it returns them; each of groups gets first: where its ids stand before the first
 -- returns  ids, those of plain jobs and those that groups may lease, in order; their envelopes; of those that are in a group
 --          or cannot be leased {fate, marks, limits' names, their costs}, the same for jobs with the same first line
-local function read_jobs(queue, entries, groups, now)
+local function read_jobs(queue, entries, groups, singles, now)
   local ids, count, facts, names = {}, 0, {}, {}
   for i, entry in ipairs(entries) do
     local one = groups[i]
@@ -94,7 +149,7 @@ local function read_jobs(queue, entries, groups, now)
         count = count + 1
         ids[count] = one.ids[at]
       end
-    else
+    elseif not singles[i] then
       count = count + 1
       ids[count] = entry
     end
@@ -105,7 +160,8 @@ local function read_jobs(queue, entries, groups, now)
     local one, envelope = groups[i], nil
     if one then
       local lines, last, fact = {}, at + math.min(#one.ids, one.most), nil
-      local own = entry .. '\n' -- the first line of a job that has this group and no more
+      -- The first line of a job that has this group and no more.
+      local own = entry .. '\n'
       local line = own
       while at < last do
         at = at + 1
@@ -125,7 +181,7 @@ local function read_jobs(queue, entries, groups, now)
           facts[at] = fact
         end
       end
-    else
+    elseif not singles[i] then
       at = at + 1
       envelope = envelopes[at]
       if not envelope or string.byte(envelope) ~= 10 then facts[at] = {fate_of(envelope, now)} end
@@ -141,11 +197,14 @@ local function read_jobs(queue, entries, groups, now)
 end
 
 -- Lease jobs.
+-- queue    keyed is set when one has a unique key
 -- plan     fields ids, envelopes and count are filled
 -- ids, envelopes, first, count  the jobs are those behind the first ones
+-- fact     as read_jobs returns it, nil of a plain job
 -- returns  nothing
-local function lease_next(plan, ids, envelopes, first, count)
+local function lease_next(queue, plan, ids, envelopes, first, count, fact)
   local taken = plan.count
+  if fact and fact[2] and fact[2].keys then queue.keyed = true end
   for at = 1, count do plan.ids[taken + at], plan.envelopes[taken + at] = ids[first + at], envelopes[first + at] end
   plan.count = taken + count
 end
@@ -162,7 +221,7 @@ local function pass(queue, fact, closed, plan, ids, first, count)
   for i, name in ipairs(names) do
     local s = queue.limits[name]
     if s.kind == 'c' or (s.kind == 'k' and closed) then
-      held[#held + 1] = name
+      s, held[#held + 1] = own_state(queue, name), name
       s.count = s.count + count
       plan.changed[name] = s
     elseif s.kind == 'r' then
@@ -215,7 +274,7 @@ local function plan_group(queue, one, ids, envelopes, facts, room, plan, now)
       while count < most and facts[first + count + 1] == fact do count = count + 1 end
       if alone and count > 1 then queue.has_series = true end
       pass(queue, fact, closed, plan, ids, first, count)
-      lease_next(plan, ids, envelopes, first, count)
+      lease_next(queue, plan, ids, envelopes, first, count, fact)
       removed = removed + count
     end
   end
@@ -248,7 +307,8 @@ local function park(queue, priority, waiting)
     -- A higher priority comes first, and else who waits longer.
     local place = (9 - priority) * 2 ^ 45 + last - #waiting + i
     local limit = queue.prefix .. 'limit:' .. one[2]
-    if type(redis.pcall('ZADD', limit, int(place), member)) ~= 'number' then -- of another type: the tickets in it were lost
+    -- Of another type: the tickets in it were lost.
+    if type(redis.pcall('ZADD', limit, int(place), member)) ~= 'number' then
       redis.call('DEL', limit)
       redis.call('ZADD', limit, int(place), member)
     end
@@ -285,7 +345,7 @@ end
 local function write_round(queue, priority, plan, now, missing)
   local ready, prefix = KEYS[queue.ready + priority], queue.prefix
   redis.call('LTRIM', ready, plan.used, -1)
-  local lead, left = list_of(queue, priority, ''), 0
+  local lead, left = list_of(queue, priority, ''), plan.singles
   for _, one in ipairs(plan.removed) do
     local key, count = lead .. one[1], one[2]
     if count == 1 then redis.call('LPOP', key) elseif count > 1 then redis.call('LTRIM', key, count, -1) end
@@ -302,13 +362,14 @@ local function write_round(queue, priority, plan, now, missing)
     local digit = int(priority)
     for i, group in ipairs(plan.ended) do plan.ended[i] = digit .. group end
     redis.call('SREM', prefix .. 'tickets', unpack(plan.ended))
-    redis.call('HDEL', prefix .. 'credits', unpack(plan.ended)) -- its weight may be 1 by now, and then nothing else looks for a rest
+    -- Its weight may be 1 by now, and then nothing else looks for a rest.
+    redis.call('HDEL', prefix .. 'credits', unpack(plan.ended))
   end
   if #plan.slots > 0 then
     widen(plan.slots, '\t')
     redis.call('HSET', prefix .. 'slots', unpack(plan.slots))
   end
-  local counts = {}
+  local counts = plan.counts
   for name, s in pairs(plan.changed) do counts[#counts + 1], counts[#counts + 2] = name, s.count end
   if #counts > 0 then
     widen(counts, ' ')
@@ -337,17 +398,24 @@ local function make_round(queue, priority, room, most, hold_all, now, missing)
   local whole = #entries <= count
   if not whole then entries[count + 1] = nil end
   if #entries == 0 then return false, 0 end
-  local groups = read_groups(queue, priority, entries, room, whole, now)
-  local ids, envelopes, facts = read_jobs(queue, entries, groups, now)
+  local groups, names, singles, texts, last = read_groups(queue, priority, entries, room, whole, now)
+  local ids, envelopes, facts = read_jobs(queue, entries, groups, singles, now)
   local plan = {
-    used = 0, ids = {}, envelopes = {}, count = 0, dropped = {}, slots = {}, changed = {}, passed = {}, removed = {}, waiting = {},
-    ended = {}, tail = {}, front = {}, credits = {}, aside = {},
+    used = 0, ids = {}, envelopes = {}, count = 0, dropped = {}, slots = {}, counts = {}, singles = 0, changed = {}, passed = {},
+    removed = {}, waiting = {}, ended = {}, tail = {}, front = {}, credits = {}, aside = {},
   }
-  local at = 0
+  local at, size, taken, taken_envelopes, slots, counts = 0, 0, plan.ids, plan.envelopes, {}, plan.counts
   for i, entry in ipairs(entries) do
     if plan.count >= room then break end
     local one, fact = groups[i], facts[at + 1]
-    if one then
+    if singles[i] then
+      -- Nobody waits for room in the limit of its key, which was free and is full now.
+      local id, limit, count = singles[i], names[i], plan.count + 1
+      taken[count], taken_envelopes[count], plan.count = id, texts[i], count
+      slots[size + 1], slots[size + 2], counts[size + 1], counts[size + 2] = id, limit, limit, '1'
+      size = size + 2
+      if last[i] then plan.ended[#plan.ended + 1] = string.sub(entry, 2) else plan.tail[#plan.tail + 1] = entry end
+    elseif one then
       plan_group(queue, one, ids, envelopes, facts, room, plan, now)
       at = at + math.min(#one.ids, one.most)
     else
@@ -356,11 +424,15 @@ local function make_round(queue, priority, room, most, hold_all, now, missing)
       elseif fact and fact.task and room_of(queue, queue.limits[';' .. fact.task], now) < 1 then
         plan.aside[#plan.aside + 1] = {fact.task, entry}
       else
-        lease_next(plan, ids, envelopes, at, 1)
+        lease_next(queue, plan, ids, envelopes, at, 1, fact)
       end
       at = at + 1
     end
     plan.used = i
+  end
+  if size > 0 then
+    for i, text in ipairs(plan.slots) do slots[size + i] = text end
+    plan.slots, plan.singles = slots, size / 2
   end
   if plan.count > 0 then hold_all(plan.ids, plan.envelopes, plan.count) end
   write_round(queue, priority, plan, now, missing)
@@ -378,7 +450,8 @@ end
 local function take_rotating(queue, leased, number, want, urgent, now, missing)
   local ids, envelopes, taken, decided, priority = {}, {}, 0, 0, urgent and 9 or 0
   local function hold_found(found, texts, count)
-    for i = 1, count do ids[taken + i], envelopes[taken + i] = found[i], texts[i] end
+    if taken == 0 then ids, envelopes = found, texts end
+    for i = 1, taken > 0 and count or 0 do ids[taken + i], envelopes[taken + i] = found[i], texts[i] end
     hold(leased, number, found, count, taken)
     taken = taken + count
   end

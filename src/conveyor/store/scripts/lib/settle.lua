@@ -1,14 +1,14 @@
 -- Settling: what becomes of the jobs that a worker has finished. The letters stand in the header of turn.lua.
 
 -- Read which settlements count, and check the keys they write to. Nothing is written here.
--- queue        fields prefix and dead are used
+-- queue        fields prefix, jobs and dead are used; returned: id of a job that goes back to the front → its envelope, is made
 -- leased       key leased:<worker>
 -- done_at, done_count    where in ARGV the ids stand that are simply done, and their number
 -- other_at, other_count  where the other settlements stand, seven arguments each, and their number
 -- returns      done: ids that the worker holds; others: where in ARGV those stand that it holds; lost: ids it holds no more;
 --              kinds: the letters of others as keys, and "keep", "unique", "own" where one keeps a record, or releases that
 local function read_settlements(queue, leased, done_at, done_count, other_at, other_count)
-  local done, others, lost, kinds = {}, {}, {}, {}
+  local done, others, lost, kinds, back = {}, {}, {}, {}, {}
   local last = done_at + done_count - 1
   for first = done_at, last, 7000 do
     local held = redis.call('HMGET', leased, unpack(ARGV, first, math.min(first + 6999, last)))
@@ -28,12 +28,7 @@ local function read_settlements(queue, leased, done_at, done_count, other_at, ot
       if (ARGV[i] == 'D' or ARGV[i] == 'C') and ARGV[i + 2] ~= '0' then kinds.keep = true end
       if ARGV[i + 5] ~= '' and attributes(ARGV[i + 5], {}).keys then kinds.unique = true end
       if ARGV[i + 6] == '1' then kinds.own = true end
-      if ARGV[i] == 'F' or ARGV[i] == 'L' then
-        local envelope = redis.call('HGET', queue.jobs, ARGV[i + 1])
-        local found = envelope and marks(envelope)
-        local group = found and group_of(found)
-        if group then redis.call('LLEN', queue.prefix .. 'group:' .. found.priority .. ':' .. group) end
-      end
+      if ARGV[i] == 'F' or ARGV[i] == 'L' then back[#back + 1] = ARGV[i + 1] end
       if ARGV[i] == 'R' and ARGV[i + 3] ~= '' then
         kinds.needs = true
         redis.call('HLEN', queue.prefix .. 'needs')
@@ -43,6 +38,15 @@ local function read_settlements(queue, leased, done_at, done_count, other_at, ot
       lost[#lost + 1] = ARGV[i + 1]
     end
   end
+  local lists = {}
+  queue.returned = {}
+  for at, envelope in ipairs(read_fields(queue.jobs, back)) do
+    local found = envelope and marks(envelope)
+    local group = found and group_of(found)
+    if group then lists[queue.prefix .. 'group:' .. found.priority .. ':' .. group] = true end
+    queue.returned[back[at]] = envelope or '\n'
+  end
+  for list in pairs(lists) do redis.call('LLEN', list) end
   return done, others, lost, kinds
 end
 
@@ -213,7 +217,7 @@ local function settle_other(queue, leased, i, now, asked, ended)
     end
     if kind == 'L' and record ~= '' then hold_limit(queue, record, now + ms, now) end
     if kind == 'F' or kind == 'L' then
-      local envelope = redis.call('HGET', queue.jobs, id) or '\n'
+      local envelope = queue.returned[id]
       local found = marks(envelope)
       local priority = found and found.priority or 0
       local group = found and group_of(found) or paused_group(queue, priority, envelope)
@@ -231,9 +235,8 @@ end
 -- now      ms
 -- returns  nothing
 local function settle_groups(queue, done, now)
-  local freed = queue.freed
-  for _, id in ipairs(done) do freed[#freed + 1] = id end
-  give_back(queue, freed)
+  give_back(queue, done)
+  give_back(queue, queue.freed)
   give_back(queue, queue.retried, true)
   for _, charge in ipairs(queue.charges) do
     load_limits(queue, {charge[1]})
