@@ -665,6 +665,7 @@ class Conveyor:
         else on ``default``.
         """
         task = named_task(self._core, name)
+        refuse_in_loop(self.client, "app.enqueue()", f"await app.aenqueue({name!r}, …)")
         return task.enqueue(*args, **kwargs)
 
     async def aenqueue(self, name: str, /, *args: Any, **kwargs: Any) -> Job[Any]:
