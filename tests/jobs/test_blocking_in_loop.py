@@ -91,7 +91,7 @@ async def test_it_is_refused_by_default(url: str) -> None:
             with pytest.raises(ConfigurationError) as caught:
                 call()
             assert caught.value.code == "E06"
-        assert "Write:  await app.aenqueue('x', …)" in str(caught.value)  # what the caller wrote, and not what is inside
+        assert "Write:  await app.aenqueue('x', …)" in str(caught.value)
         await app.aclose()
 
 
