@@ -174,6 +174,7 @@ class TestForeignProducers:
         message = next(consumer)  # it was idle in between, waiting at the list too
         thread.join(60)
         assert message.attempt == 2
+        until(lambda: not _blocked(redis, "blmove"))  # the server has seen that the connection was closed
         redis.rpush(LIST, "2")
         assert redis.lrange(LIST, 0, -1) == [b"2"]
         message.ack()
