@@ -832,5 +832,7 @@ function Shell() {
 const first = JSON.parse(document.getElementById("first")?.textContent ?? "{}");
 Object.assign(live, { session: first.session ?? null, history: first.history ?? null });
 if (first.snapshot) live.take(first.snapshot);
-live.restart();
 render(html`<${Shell} />`, document.getElementById("app"));
+// What the stream brings is drawn anew, so it waits until the first view is painted.
+if (first.snapshot) requestAnimationFrame(() => setTimeout(live.restart));
+else live.restart();
