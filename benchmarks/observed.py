@@ -36,7 +36,7 @@ def observed(bench: Bench, rounds: int, parts: Collection[str] = PARTS) -> bool:
     """Compare the costs and rates of rounds with and without *parts* turned on; return whether the goal is reached."""
     from benchmarks import measured_jobs
 
-    count = bench.size(60_000)
+    count = bench.size(200_000)
     spent = defaultdict[str, list[Cost]](list)
     with running_dashboard(bench.url, NAMESPACE) as base:  # which reads nothing while nobody looks
         for number in range(rounds):
