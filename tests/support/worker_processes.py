@@ -152,6 +152,11 @@ class WorkerProcesses:
                 if field.startswith(b"done:")
             )
 
+    def lost(self) -> int:
+        """Return how many jobs were taken from workers that died, or gave no sign: each is charged with a crash."""
+        with self.client() as client:
+            return int(client.hget(f"{self.keys.prefix}stats:total", "lost") or 0)
+
     def client(self) -> Any:
         """Return a plain client."""
         return connect(self.url)
