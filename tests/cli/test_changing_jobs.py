@@ -78,6 +78,8 @@ def test_jobs_are_changed_run_again_and_cancelled(app: Conveyor, capsys: pytest.
     assert run("job", "retry", *named, "default:nobody", "--again", code=5).startswith("default:nobody\tnot found")
 
     waits = run("enqueue", *named, "send", "to=long")
+    run("job", "cancel", waits, "--wait", "--dry-run")
+    assert app.job(waits).status() == "ready"
     ready, over = threading.Event(), threading.Event()
 
     async def hold() -> None:

@@ -7,7 +7,9 @@ import base64
 import hashlib
 import hmac
 import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +19,7 @@ import pytest
 
 from conveyor import ConfigurationError, Conveyor, Retry, RetryIn, Webhook
 from conveyor.jobs import webhooks
+from conveyor.jobs.core import core_of
 from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import drain, until
 
@@ -166,3 +169,43 @@ def test_a_receiver_that_asks_for_patience_is_named(receiver: Receiver) -> None:
     with pytest.raises(RetryIn, match=r"^http://127\.0\.0\.1 answered 503\.$") as postponed:
         webhooks.send(Webhook(receiver.url, SECRET, allow_private=True), "default:y", told)
     assert postponed.value.delay == 0
+
+
+@pytest.mark.row("D356")
+def test_a_receiver_that_never_finishes_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A receiver that sends its answer a byte at a time, each in time, holds up a delivery for no longer than all of it may take."""
+    monkeypatch.setattr(webhooks, "_TOTAL", 0.5)
+    left = threading.Event()
+
+    def drip() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            try:
+                for byte in b"HTTP/1.1 204 No Content\r\nx-slow: " + 200 * b"x" + b"\r\n\r\n":
+                    connection.sendall(bytes([byte]))
+                    time.sleep(0.05)
+            except OSError:
+                left.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        receiver = threading.Thread(target=drip)
+        receiver.start()
+        hook = Webhook(f"http://127.0.0.1:{listener.getsockname()[1]}/", SECRET, allow_private=True)
+        with pytest.raises(webhooks.WebhookFailed, match=r"TimeoutError: it took longer than 0\.5 s"):
+            webhooks.send(
+                hook, "default:y", {"id": "default:x", "state": "done", "at": "2026-11-28T04:20:00.000+00:00"}
+            )
+        receiver.join()
+    assert left.is_set()
+
+
+@pytest.mark.row("D356")
+async def test_a_worker_without_the_webhook_does_not_end_it(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A delivery that a worker of another release takes, whose task has no webhook, is tried again: another worker may have it."""
+    monkeypatch.setattr(webhooks, "DELIVERY", replace(webhooks.DELIVERY, attempts=3, backoff="1ms", jitter=False))
+    app.task(name="unlike", webhook=Webhook("https://example.org/", SECRET))(lambda: None)
+    await core_of(app).tasks[webhooks.TASK].aenqueue("pay", {"state": "done"})
+    await drain(app)
+    [letter] = [one async for one in app.queue("default").adead_letters()]
+    assert letter.attempts == 3
+    await app.queue("default").apurge(dead=True)

@@ -18,7 +18,7 @@ import pytest
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.jobs.app import Conveyor
 from conveyor.store.client.buffer import Buffer
-from conveyor.store.transport import replies
+from conveyor.store.transport import connection, replies
 from conveyor.store.transport.connection import Connection
 from support.server_process import Server
 from support.time_limits import PATIENCE
@@ -321,23 +321,62 @@ def test_a_bad_timeout_is_refused(value: Any) -> None:
 
 
 @pytest.mark.leaves_keys("the jobs that were enqueued")
-def test_the_timeout_of_the_socket_is_set_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls with the same timeout set it at the socket once, and one with another sets another: it costs three system calls."""
-    given: list[float] = []
-    set_timeout = Connection._set_socket_timeout
+def test_a_quick_answer_costs_no_poll(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls with any timeouts set those of the kernel once, and one that is answered while the kernel waits makes no other call."""
+    set_up: list[object] = []
+    waits: list[float] = []
+    block_briefly, wait = connection._block_briefly, Connection._wait
 
-    def noting(self: Connection, seconds: float) -> None:
-        given.append(round(seconds, 3))
-        set_timeout(self, seconds)
+    def setting(one: socket.socket) -> None:
+        set_up.append(one)
+        block_briefly(one)
 
-    monkeypatch.setattr(Connection, "_set_socket_timeout", noting)
+    def waiting(one: socket.socket, refusal: Exception, event: int, until: float) -> None:
+        waits.append(until)
+        wait(one, refusal, event, until)
+
+    monkeypatch.setattr(connection, "_block_briefly", setting)
+    monkeypatch.setattr(connection, "POLL_AFTER", PATIENCE)  # so that no busy machine is slower
+    monkeypatch.setattr(Connection, "_wait", staticmethod(waiting))
     with Conveyor(url, timeout=4) as app:
         for number in range(20):
             app.queue("orders").push(number)
         app.client.retry_for = 6
         app.queue("orders").push(20)
 
-    assert len(given) == len(set(given)) == 2
+    assert len(set_up) == 1
+    assert waits == []
+
+
+STORM = 250
+"""Signals, each 20 ms: five seconds of them where a call takes `SHORT`."""
+
+
+@pytest.mark.row("C110")
+@pytest.mark.parametrize("what", ["answer", "room to write"])
+def test_signals_do_not_lengthen_a_call(start_server: Start, what: str) -> None:
+    """A server that stands still costs a call no more than its timeout while signals are handled, which interrupt each wait."""
+    server, ticks = start_server(), 0
+
+    def tick(*_: object) -> None:
+        nonlocal ticks
+        ticks += 1
+        if ticks == STORM:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    with Conveyor(server.url, timeout=SHORT, max_payload="64MiB") as app:
+        app.ping(timeout=PATIENCE)
+        before = signal.signal(signal.SIGALRM, tick)
+        try:
+            with frozen(server):
+                signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+                with pytest.raises(StoreUnavailable):
+                    app.queue("mail").push("" if what == "answer" else "x" * 16_000_000)
+                ended = ticks
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    assert 0 < ended < STORM
 
 
 @pytest.mark.parametrize("draw", ["longest", "shortest"])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import signal
 import subprocess
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -104,6 +107,35 @@ async def test_jobs_and_messages_travel_over_tls(secure_url: str) -> None:
 
     assert await asyncio.to_thread(blocking) == [0, 1, 2]
     await app.aclose()
+
+
+@pytest.mark.row("C110")
+def test_a_server_that_stands_still_is_left_in_time(
+    start_server: Callable[..., Server], identity: tuple[str, ...]
+) -> None:
+    """Over TLS too a blocking call ends in time, whether it waits for an answer or for room to write; a large body arrives whole."""
+    port = str(free_port())
+    server = start_server("--tls-port", port, *identity, name="redis7")
+    with Conveyor(f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={identity[1]}", timeout=0.5, max_payload="64MiB") as app:
+        queue = app.queue("orders")
+        app.ping(timeout=60)
+        app.client.retry_for = 60.0
+        queue.push(large := "".join(chr(97 + n % 23) for n in range(8_000_000)))
+        app.client.retry_for = 0.5
+        os.kill(server.pid, signal.SIGSTOP)
+        thawing = threading.Timer(60, os.kill, (server.pid, signal.SIGCONT))  # else a call that waits without end
+        thawing.start()
+        try:
+            for body in ("", "x" * 16_000_000):
+                with pytest.raises(StoreUnavailable):
+                    queue.push(body)
+            assert thawing.is_alive()
+        finally:
+            thawing.cancel()
+            os.kill(server.pid, signal.SIGCONT)
+        app.ping(timeout=60)
+        app.client.retry_for = 60.0
+        assert queue.pull(1)[0].body == large
 
 
 @pytest.mark.row("C41")

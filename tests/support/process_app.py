@@ -10,14 +10,16 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator
+from contextvars import copy_context
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
-from conveyor import Context, Conveyor, Retry, RetryIn, Snooze, current
+from conveyor import ConfigurationError, Context, Conveyor, Retry, RetryIn, Snooze, current
 from conveyor.worker.execution.process_protocol import DoneReply, pack
 
 app = Conveyor("unix:///nonexistent/conveyor.sock")
@@ -197,6 +199,35 @@ def emit_parts(count: int) -> int:
     for number in range(count):
         current().emit({"number": number})
     return count
+
+
+NEXT_RUNS, HAS_SPOKEN, REFUSED = threading.Event(), threading.Event(), list[str]()
+
+
+@process()
+def linger() -> int:
+    """Leave a thread behind, which speaks for this job while the next one runs."""
+
+    def speak() -> None:
+        NEXT_RUNS.wait(60)
+        context = current()
+        context.progress(1, 2, "late")
+        context.extend(0.001)
+        try:
+            context.emit("late")
+        except ConfigurationError as error:
+            REFUSED.append(error.code)
+        HAS_SPOKEN.set()
+
+    threading.Thread(target=copy_context().run, args=(speak,), daemon=True).start()
+    return os.getpid()
+
+
+@process()
+def listen() -> list[Any]:
+    """Run until a thread of an earlier job has spoken."""
+    NEXT_RUNS.set()
+    return [HAS_SPOKEN.wait(60), os.getpid(), REFUSED]
 
 
 @process()

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import socket
+import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from conveyor import ConfigurationError, Conveyor, JobFailed
+from conveyor.worker.execution import process_main
+from conveyor.worker.execution.process_protocol import EmitRequest, pack
 from support import dependency_app
 from support.dependency_app import aslow, pid, slow, stuck
 from support.manual_worker import drain as remove_jobs
@@ -72,3 +78,41 @@ def test_only_a_process_can_be_killed(app: Conveyor) -> None:
             app.task(name="x", **options)(dependency_app.note)
     with pytest.raises(ConfigurationError, match="longer than timeout"):
         app.task(run_in="process", timeout="1m", timeout_hard="1m")
+
+
+@pytest.mark.row("A191")
+def test_a_limit_cuts_no_message() -> None:
+    """A limit that passes while a job says something to a slow worker raises behind it: what follows can still be read."""
+    ours, theirs = socket.socketpair()
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    connection = process_main._ParentConnection(theirs.detach())
+    limit = process_main._TimeLimit(connection)
+    message = EmitRequest(b"x" * 1_000_000, "default:a", 1)
+    got = bytearray()
+    ticks: list[BaseException] = []
+    postpone = connection.postpone
+
+    def noting(error: BaseException) -> bool:
+        ticks.append(error)
+        return postpone(error)
+
+    connection.postpone = noting  # type: ignore[method-assign]
+
+    def read() -> None:
+        while not ticks:
+            time.sleep(0.01)
+        while len(got) < len(pack(message)):
+            got.extend(ours.recv(65536))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    before = signal.getsignal(signal.SIGALRM)
+    try:
+        with pytest.raises(TimeoutError, match=r"its time limit of 0\.1 s"), limit.of(100):
+            connection.send(message)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    reader.join(60)
+    connection.forked()
+    ours.close()
+    assert bytes(got) == pack(message)

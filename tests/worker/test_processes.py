@@ -165,6 +165,14 @@ async def test_partial_results_come_before_the_end(processes: ProcessPool) -> No
     assert parts == [b'{"number":0}', b'{"number":1}', b'{"number":2}']
 
 
+@pytest.mark.row("A91")
+async def test_a_thread_of_an_ended_job_hurts_no_other(processes: ProcessPool, run: Run) -> None:
+    """A thread that speaks for a job which has ended, while another one runs in its process, is not heard and crashes nothing."""
+    pid, other = await run("linger"), attempt("listen")
+    other.public_id = ids.public("default", ids.new_id())
+    assert await processes.run(other) == [True, pid, ["E44"]]
+
+
 async def test_the_lifespan_is_open(run: Run) -> None:
     """An `async def` runs on the loop of the lifespan, a `def` on none, and both see what it yielded."""
     assert await run("on_loop") is True

@@ -368,6 +368,108 @@ async def test_sealed_schedules(url: str, redis: Any) -> None:
     await app.aclose()
 
 
+@pytest.mark.row("B7")
+async def test_one_that_cannot_be_carried_out_holds_up_no_other(
+    app: Conveyor, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A schedule that was sealed with a key which a worker does not have is put off; others that are due with it are carried out."""
+    keys = keys_of(app)
+
+    async def greet() -> None: ...
+
+    async with Conveyor(url, keys={"old": "0" * 32}) as old, Conveyor(url, keys={"new": "1" * 32}) as new:
+        for name, one in (("a-old", old), ("b-new", new)):
+            await one.schedules.aput(name, one.task(name="greet")(greet).s(), every="1h")
+            await reach(app, name, _hour(0))
+
+        async def carry_out(one: Conveyor, *names: str) -> list[int]:
+            scheduler = Scheduler(keys, core_of(one))
+            scheduler.begin(names)
+            await scheduler.finish(60)
+            return [(await owner.schedules.aget(name)).fired for name, owner in (("a-old", old), ("b-new", new))]
+
+        assert await carry_out(new, "a-old", "b-new") == [0, 1]
+        assert "schedule a-old cannot be carried out here: E" in caplog.text
+        put_off = await app.client.aexecute("ZSCORE", keys.due, "\t\ta-old", key=keys.due)
+        assert float(put_off) > _hour(0).timestamp() * 1000  # type: ignore[arg-type]
+        assert await carry_out(old, "a-old") == [1, 1]
+        await old.schedules.adelete("a-old")
+        await new.schedules.adelete("b-new")
+
+
+@pytest.mark.row("B7")
+async def test_a_schedule_follows_a_change_of_keys(app: Conveyor, url: str) -> None:
+    """Put again with a new first key it is sealed with that one, and keeps the instant that has come; over a lost key it is new."""
+    keys = keys_of(app)
+
+    async def greet() -> None: ...
+
+    async def put(secrets: dict[str, str]) -> Schedule:
+        async with Conveyor(url, keys=secrets) as one:
+            return await one.schedules.aput("greeting", one.task(name="greet")(greet).s(), every="1h")
+
+    old, new = {"old": "0" * 32}, {"new": "1" * 32}
+    await put(old)
+    await reach(app, "greeting", _hour(0))
+    assert (await put(new | old)).due == _hour(0)
+    assert await outcomes(app, "greeting") == []
+    async with Conveyor(url, keys=new) as one:
+        one.task(name="greet")(greet)
+        scheduler = Scheduler(keys, core_of(one))
+        scheduler.begin(["greeting"])
+        await scheduler.finish(60)
+    assert await outcomes(app, "greeting") == [("fired", 0)]
+    digest = await app.client.aexecute("HGET", keys.schedule("greeting"), "digest", key=keys.due)
+    await put(new)
+    assert await app.client.aexecute("HGET", keys.schedule("greeting"), "digest", key=keys.due) == digest
+
+    await put({"other": "2" * 32})
+    assert await app.client.aexecute("HGET", keys.schedule("greeting"), "digest", key=keys.due) != digest
+
+
+async def test_each_of_many_late_instants_cancels_the_one_before(app: Conveyor) -> None:
+    """With overlap="cancel" and missed="all" the jobs of instants that are caught up cancel one another: the newest is left."""
+
+    @app.task(name="greet")
+    async def greet() -> None: ...
+
+    await app.schedules.aput("greeting", greet.s(), every="1h", overlap="cancel", missed="all")
+    await reach(app, "greeting", _hour(3))
+    scheduler = Scheduler(keys_of(app), core_of(app))
+    scheduler.begin(["greeting"])
+    await scheduler.finish(60)
+
+    states = [
+        await app.job(job_id("greeting", round(_hour(back).timestamp() * 1000))).astatus() for back in (3, 2, 1, 0)
+    ]
+    assert states == ["cancelled"] * 3 + ["ready"]
+
+
+@pytest.mark.row("B7")
+async def test_a_schedule_that_is_put_again_keeps_its_alarm(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schedule that is deleted, and put again while a worker finds it gone, is there and has its alarm."""
+
+    @app.task(name="greet")
+    async def greet() -> None: ...
+
+    read = store.read_schedules
+    asked: list[str] = []
+
+    def reading(keys: QueueKeys, *names: str) -> Any:
+        asked.extend(names)
+        return read(keys, "gone")  # as it was just before it was put again
+
+    scheduler = Scheduler(keys := keys_of(app), core_of(app))
+    await app.schedules.aput("greeting", greet.s(), every="1h")
+    monkeypatch.setattr(store, "read_schedules", reading)
+    scheduler.begin(["greeting"])
+    await scheduler.finish(60)
+    monkeypatch.undo()
+    assert asked == ["greeting"]
+    assert [one.name for one in await app.schedules.alist()] == ["greeting"]
+    assert await app.client.aexecute("ZSCORE", keys.due, "\t\tgreeting", key=keys.due) is not None
+
+
 def test_a_decorator_takes_tasks_without_arguments() -> None:
     """`@app.cron` stands on a function or on a task; one that takes arguments is told how its schedule is put."""
     app = Conveyor("redis://localhost:1")

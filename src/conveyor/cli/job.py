@@ -532,7 +532,8 @@ def _cancel_and_wait(
     """Cancel jobs, wait until each has ended, and print how."""
     if chosen is None:
         raise click.UsageError("--wait takes ids.")
-    if len(chosen) > 1 and not out.confirm(f"Cancel {_describe_ids(chosen)}?", yes=yes, dry_run=dry_run):
+    asks = len(chosen) > 1 or dry_run
+    if asks and not out.confirm(f"Cancel {_describe_ids(chosen)}?", yes=yes, dry_run=dry_run):
         return ExitCode.OK
     deadline = None if timeout is None else monotonic() + parse_seconds(timeout, name="--timeout")
     app = target.app_or_client()

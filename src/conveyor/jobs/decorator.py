@@ -209,8 +209,8 @@ def _add_delivery(core: AppCore, queue: str) -> None:
     def deliver(task: str, told: dict[str, Any]) -> int:
         definition = core.definitions.get(task)
         webhook = None if definition is None else definition.settings.webhook
-        if webhook is None:
-            raise webhooks.WebhookRefused(f"Task {task!r} has no webhook in this program any more.")
+        if webhook is None:  # a worker of an earlier or a later release, perhaps: another one may have it
+            raise webhooks.WebhookFailed(f"Task {task!r} has no webhook in this program.")
         return webhooks.send(webhook, current().job_id, told)
 
     options = TaskOptions(timeout_ms=60_000, retry=webhooks.DELIVERY)

@@ -229,12 +229,14 @@ class Schedules:
                 yield schedules.forget_name(index, name)
                 continue
             now, rows = yield schedules.read_schedules(keys, name)
-            if rows and (rows[0].spec, self._open(name, rows[0].entry)) == (_write_spec(spec), entry):
-                if rows[0].origin != origin:
-                    raise _foreign(name, rows[0].origin)
+            is_same = bool(rows) and self._defines(rows[0], spec, entry)
+            if is_same and rows[0].origin != origin:
+                raise _foreign(name, rows[0].origin)
+            if is_same and (self._core.sealing is None or self._core.sealing.is_current(rows[0].entry)):
                 return Schedule(self, keys, rows[0])
             yield operations.announce(known_queues(self._core.client.namespace), keys.queue)
-            next_ms = spec.timing.at_ms or spec.timing.after(now)
+            # One that differs in the key of its seal alone goes on from the instant that it has reached.
+            next_ms = rows[0].next_ms if is_same else spec.timing.at_ms or spec.timing.after(now)
             stored = yield schedules.put_schedule(
                 keys, name, new_identity(), _write_spec(spec), self._seal(name, entry), origin, next_ms
             )
@@ -327,6 +329,15 @@ class Schedules:
         if spec.overlap == "queue" and entry.group is None:
             entry.group = f"schedule:{name}"
         return self._keys(sent.queue), outbox.write(sent.queue, entry)
+
+    def _defines(self, row: ScheduleRow, spec: ScheduleSpec, entry: bytes) -> bool:
+        """Tell whether a schedule has this definition. One that was sealed with a key that is gone is another."""
+        try:
+            return (row.spec, self._open(row.name, row.entry)) == (_write_spec(spec), entry)
+        except PayloadError:
+            if self._core.sealing is None:
+                raise
+            return False
 
     def _keys(self, queue: str) -> QueueKeys:
         """Return the keys of a queue, of its first partition where it has several."""

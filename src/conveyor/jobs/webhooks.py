@@ -8,8 +8,10 @@ import hashlib
 import hmac
 import ipaddress
 import socket
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -135,28 +137,56 @@ def _post(webhook: Webhook, body: bytes, headers: dict[str, str]) -> tuple[int, 
 
     parts = urlsplit(webhook.url)
     host, port = str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80)
-    began = time.monotonic()
+    ends_at = time.monotonic() + _TOTAL
     connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT)
-    connection.sock = _connect(webhook, host, port)
+    connection.sock = _connect(webhook, host, port, ends_at)
     try:
-        if parts.scheme == "https":
-            connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=host)
-        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        default = port == (443 if parts.scheme == "https" else 80)
-        name = f"[{host}]" if ":" in host else host
-        connection.request("POST", path, body, {"host": name if default else f"{name}:{port}", **headers})
-        answer = connection.getresponse()
-        read = 0
-        while read < _MOST_READ and (part := answer.read1(4096)):
-            read += len(part)
-            if time.monotonic() - began > _TOTAL:
-                raise TimeoutError(f"it took longer than {_TOTAL:g} s")
+        with _ended_at(connection.sock, ends_at):
+            if parts.scheme == "https":
+                connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=host)
+            path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            default = port == (443 if parts.scheme == "https" else 80)
+            name = f"[{host}]" if ":" in host else host
+            connection.request("POST", path, body, {"host": name if default else f"{name}:{port}", **headers})
+            answer = connection.getresponse()
+            read = 0
+            while read < _MOST_READ and (part := answer.read1(4096)):
+                read += len(part)
         return answer.status, answer.getheader("retry-after", "")
     finally:
         connection.close()
 
 
-def _connect(webhook: Webhook, host: str, port: int) -> socket.socket:
+@contextmanager
+def _ended_at(connection: socket.socket, instant: float) -> Iterator[None]:
+    """
+    End *connection* at *instant* (monotonic); what uses it then gets a TimeoutError.
+
+    A receiver that sends a byte now and then keeps each step within its timeout, and would hold a thread without end.
+    """
+    twin, is_over = connection.dup(), threading.Event()  # TLS takes the socket itself over
+
+    def end() -> None:
+        is_over.set()
+        with suppress(OSError):
+            twin.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(max(0.0, instant - time.monotonic()), end)
+    timer.daemon, timer.name = True, "conveyor-webhook"
+    timer.start()
+    try:
+        yield
+    except Exception:
+        if not is_over.is_set():
+            raise
+    finally:
+        timer.cancel()
+        twin.close()
+    if is_over.is_set():
+        raise TimeoutError(f"it took longer than {_TOTAL:g} s")
+
+
+def _connect(webhook: Webhook, host: str, port: int, ends_at: float) -> socket.socket:
     """Connect to an address that was checked: the name is not looked up again."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = [entry[4] for entry in found]
@@ -167,7 +197,10 @@ def _connect(webhook: Webhook, host: str, port: int) -> socket.socket:
     last: OSError | None = None
     for address in addresses[:4]:
         try:
-            return socket.create_connection(address[:2], timeout=_TIMEOUT)  # type: ignore[arg-type]
+            timeout = max(0.001, min(_TIMEOUT, ends_at - time.monotonic()))
+            connection = socket.create_connection(address[:2], timeout=timeout)  # type: ignore[arg-type]
+            connection.settimeout(_TIMEOUT)
+            return connection
         except OSError as error:
             last = error
     raise last or OSError(f"{host} has no address")

@@ -140,6 +140,10 @@ class PayloadPipeline:
                 raise _unreadable("a large body refers to another one")
         return _inflate(body, limit) if wrapped.form & COMPRESSED else _bounded(body, limit)
 
+    def is_current(self, data: bytes) -> bool:
+        """Tell whether *data* is sealed as it would be now, by the first key; True where nothing is sealed."""
+        return self.sealer is None or (data[:1] == MAGIC and self.sealer.is_current(read_wrapped(data)))
+
     def is_stored_elsewhere(self, data: bytes) -> bool:
         """Tell whether opening *data* reads the store."""
         return data[:1] == MAGIC and len(data) > 3 and bool(data[3] & ELSEWHERE)

@@ -120,6 +120,10 @@ class Sealer:
         sealed: bytes = cipher.encrypt(nonce, body, context)
         return start + nonce + sealed
 
+    def is_current(self, wrapped: WrappedPayload) -> bool:
+        """Tell whether a body was sealed as `seal` does it now."""
+        return (wrapped.algorithm, wrapped.key_id) == (self._algorithm, self.keyring.sealing_key_id)
+
     def open(self, wrapped: WrappedPayload, kind: bytes, queue: str, task: str, id_: str) -> bytes:
         """Return the body when its seal matches; raises PayloadError (E39 unknown key, E40 no match)."""
         key_id = wrapped.key_id

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from conveyor.errors import ConveyorError
+from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.ids import public
 from conveyor.jobs.schedule import job_id, late_instants
 from conveyor.jobs.schedules import Schedules, read_spec
+from conveyor.payload import failures
 from conveyor.store import operations, schedules
-from conveyor.store.schedules import ScheduleRow
+from conveyor.store.schedules import Fired, ScheduleRow
 from conveyor.units import span
+from conveyor.worker.attempt import one_line
 from conveyor.worker.leasing.timers import BackgroundRun
 
 if TYPE_CHECKING:
@@ -68,11 +70,25 @@ class Scheduler(BackgroundRun):
             try:
                 now, rows = await self._app.client.arun(schedules.read_schedules(self._keys, *names))
                 for row in rows:
-                    await self._carry_out(row, now)
-                for name in set(names) - {row.name for row in rows}:  # its alarm outlived it
-                    await self._app.client.arun(schedules.change_schedule(self._keys, name, "delete"))
+                    await self._try(row, now)
+                for name in set(names) - {row.name for row in rows}:
+                    # Its alarm outlived it, and goes; one that was put meanwhile stays, and is looked at now.
+                    await self._app.client.arun(schedules.change_schedule(self._keys, name, "defer", now))
             except ConveyorError as error:
                 log.warning("queue %s: schedules are carried out later: %s", self._keys.queue, error)
+
+    async def _try(self, row: ScheduleRow, now: int) -> None:
+        """Carry out a schedule. One that cannot be is put off, for a worker that can, and holds up no other."""
+        try:
+            await self._carry_out(row, now)
+        except StoreUnavailable:
+            raise
+        except Exception as error:
+            code = getattr(error, "code", "") or type(error).__name__
+            log.error(
+                "schedule %s cannot be carried out here: %s %s", row.name, code, one_line(failures.message(error))
+            )
+            await self._defer(row, now)
 
     async def _carry_out(self, row: ScheduleRow, now: int) -> None:
         """Carry out all instants of a schedule that have come."""
@@ -100,12 +116,13 @@ class Scheduler(BackgroundRun):
                 row = row._replace(next_ms=following)
             for instant in come:
                 following = spec.timing.after(instant)
-                if not await self._fire(row, spec, instant, following, now):
+                fired = await self._fire(row, spec, instant, following, now)
+                if not (fired.job or fired.skipped):
                     return
-                row = row._replace(next_ms=following)
+                row = row._replace(next_ms=following, last=fired.job or row.last)
 
-    async def _fire(self, row: ScheduleRow, spec: ScheduleSpec, instant: int, following: int | None, now: int) -> bool:
-        """Carry out one instant; tell whether this worker did it, and may go on."""
+    async def _fire(self, row: ScheduleRow, spec: ScheduleSpec, instant: int, following: int | None, now: int) -> Fired:
+        """Carry out one instant; where another worker has done it, or the queue refuses its job, nothing was."""
         if spec.overlap == "cancel" and row.last:
             await self._app.client.arun(operations.cancel(self._keys, row.last))
         job = self._schedules.job_entry(self._keys, row, instant, job_id(row.name, instant))
@@ -124,7 +141,7 @@ class Scheduler(BackgroundRun):
         elif fired.job:
             late = f", {span((now - instant) / 1000)} late" if now - instant >= 1000 else ""
             log.debug("schedule %s: job %s%s", row.name, public(self._keys.queue, fired.job), late)
-        return bool(fired.job or fired.skipped)
+        return fired
 
     async def _defer(self, row: ScheduleRow, now: int) -> None:
         await self._app.client.arun(schedules.change_schedule(self._keys, row.name, "defer", now + DEFERRED_MS))

@@ -412,17 +412,22 @@ def test_numbered_push_is_taken_once_in_any_portions(seeded: SeededQueue) -> Non
 @pytest.mark.row("D211")
 @pytest.mark.parametrize("keeps", [True, False])
 def test_own_id_that_is_free_again_has_no_result_yet(seeded: SeededQueue, keeps: bool) -> None:
-    """A job whose id is used again has its own outcome: not that of the job before, also when it keeps no result."""
+    """A job whose id is used again has its own outcome, parts and lines: not those of the job before, also when it keeps no result."""
     done = Settlement("D", "a", 7 * 86_400_000, b'{"status":"done","value":1}', own_id=True)
     seeded.push(entry("a", own_id=True))
     seeded.register("w")
     seeded.turn("w", 1, 1)
     seeded.turn("w", 2, others=[done])
+    seeded.redis.xadd(stream := seeded.keys.stream("a"), {"v": b"1"}, id="1-7")
+    seeded.redis.rpush(lines := seeded.keys.logs("a"), b"before")
+    for key in (stream, lines):
+        seeded.redis.pexpire(key, 7 * 86_400_000)
     seeded.redis.delete(seeded.keys.prefix + "unique:i:a")  # a day passes
 
     seeded.push(entry("a", own_id=True))
 
     assert seeded.run(operations.await_result(seeded.keys, "a", "")) == ("waiting", b"")
+    assert seeded.redis.exists(stream, lines) == 0
     seeded.turn("w", 3, 1)
     record = b'{"status":"done","value":2}' if keeps else b""
     seeded.turn("w", 4, others=[Settlement("D", "a", 600_000 if keeps else 0, record, own_id=True)])

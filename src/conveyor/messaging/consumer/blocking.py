@@ -290,9 +290,10 @@ class Consumer(Generic[T]):
         return self.client.run_once if self._connection is None else self._run_own
 
     def _run_own(self, call: Call[Any], *, deadline: float | None = None) -> Any:
-        if self._connection is None:  # an extended message outlives its consumer
+        connection = self._connection  # read once: the loop may end while another thread settles
+        if connection is None:  # an extended message outlives its consumer
             return self.client.run_once(call, deadline=deadline)
-        return self._connection.run(call, retry_for=self.client.retry_for, deadline=deadline)
+        return connection.run(call, retry_for=self.client.retry_for, deadline=deadline)
 
     def _take_back(self, *, answered_only: bool = False) -> None:
         """Give back what was pulled and not handed out; *answered_only*: where Redis has answered before it did not."""

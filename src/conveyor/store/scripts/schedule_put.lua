@@ -17,8 +17,8 @@ local expires = redis.call('HGET', conf, 'expires')
 prove(KEYS[6], 'ZREM', 'SADD', 'HSET', 'ZADD', 'HINCRBY')
 redis.call('SADD', KEYS[2], ARGV[1])
 redis.call('HSET', key, 'digest', ARGV[2], 'spec', ARGV[3], 'entry', ARGV[4], 'origin', ARGV[5], 'next', ARGV[6], 'declared', int(now))
--- An instant that had come and that nobody had carried out yet belongs to the definition of before.
-if known[3] and known[3] ~= '' and tonumber(known[3]) <= now then note_skipped(key, known[5], known[3], now, 'superseded', 1) end
+-- An instant that had come and that nobody had carried out yet belongs to the definition of before, unless this one goes on from it.
+if known[3] and known[3] ~= '' and known[3] ~= ARGV[6] and tonumber(known[3]) <= now then note_skipped(key, known[5], known[3], now, 'superseded', 1) end
 if known[4] ~= '1' then
   local counted = nil
   if known[1] then counted = known[3] ~= '' end

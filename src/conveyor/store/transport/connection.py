@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import select
 import socket
 import ssl
 import struct
@@ -32,8 +34,15 @@ if TYPE_CHECKING:
     from conveyor.store.transport.endpoint import Endpoint
 
 T = TypeVar("T")
-SAME_TIMEOUT = 0.001
-"""Seconds by which the timeout of the socket may differ from that of a try: to set another takes three system calls."""
+POLL_AFTER = 0.005
+"""
+Seconds for which the kernel may hold a read or a write, before the rest of a call's time is waited for in `poll`.
+
+The kernel's timeout begins anew after each signal, and that of `poll` in Python does not. So signals that come more seldom
+than this never lengthen a call, and an answer that comes sooner costs no `poll`.
+"""
+_DAY = 86400.0
+_NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 ASYNC_QUERY_TIMEOUT = 2.0
 """Seconds a reply may take on an asyncio connection of redis-py, which has no time limit of its own."""
 
@@ -43,7 +52,8 @@ class Connection:
     A blocking connection that opens itself. Not for several threads at once.
 
     redis-py opens it (URL, TLS, AUTH, SELECT); commands and replies go over its socket directly, which saves a quarter of
-    the time of a call. The timeout is the kernel's: Python's own costs a system call each way.
+    the time of a call. It blocks in the kernel for a moment first (`POLL_AFTER`): a timeout of Python's costs a system call
+    each way.
     """
 
     def __init__(self, endpoint: Endpoint, timeout: replies.CallTimeout = replies.NO_TIMEOUT) -> None:
@@ -55,7 +65,6 @@ class Connection:
         self._socket: socket.socket | None = None
         self._reader: Any = None
         self._pack: Callable[[Any], bytes]
-        self._socket_timeout = math.inf  # none is set yet
         self._sent = 0  # the number of the last command that may have left
         self._answered = 0  # the number of the last command whose reply was read, or that was given up
 
@@ -173,11 +182,48 @@ class Connection:
         first = self._sent + 1
         self._sent += len(commands)
         try:
-            connection.sendall(data)
+            written = 0
+            try:
+                written = connection.send(data)
+            except _NOT_READY:
+                pass
+            if written < len(data):
+                self._send_rest(connection, memoryview(data)[written:])
         except BaseException:
             self.close()
             raise
         return first
+
+    def _send_rest(self, connection: socket.socket, data: memoryview) -> None:
+        """Send what the kernel did not take at once; each part of it may take as long as a reply, all of it until the deadline."""
+        until = self._wait_until()
+        while data:
+            try:
+                written = connection.send(data)
+            except _NOT_READY as error:
+                self._wait(connection, error, select.POLLOUT, until)
+            else:
+                data, until = data[written:], self._wait_until()
+
+    def _wait_until(self) -> float:
+        """Return until when the socket may take to be ready for the next part of what is sent."""
+        return min(time.monotonic() + self._reply_timeout, self._deadline)
+
+    @staticmethod
+    def _wait(connection: socket.socket, refusal: Exception, event: int, until: float) -> None:
+        """Wait until the socket is ready for *event*, or for what TLS needs first. Raises redis-py's ConnectionError at *until*."""
+        if isinstance(refusal, ssl.SSLError):
+            event = select.POLLIN if isinstance(refusal, ssl.SSLWantReadError) else select.POLLOUT
+        left = until - time.monotonic()
+        if left > 0:
+            poller = select.poll()
+            try:
+                poller.register(connection, event)
+            except ValueError:  # another thread has closed it
+                raise _connection_error("Connection closed") from None
+            if poller.poll(math.ceil(min(left, _DAY) * 1000)):
+                return
+        raise _connection_error(f"Timeout {'reading from' if event == select.POLLIN else 'writing to'} server")
 
     def _receive(self, number: int, block: float) -> Any:
         """Return the reply to command *number*, the oldest that has none."""
@@ -187,20 +233,22 @@ class Connection:
         if number != self._answered + 1:
             self.close()
             raise _connection_error("Another call has used the connection before this one was answered")
-        if abs(block + self._reply_timeout - self._socket_timeout) > SAME_TIMEOUT:
-            self._set_socket_timeout(block + self._reply_timeout)
-        data = b""
+        data, until = b"", math.nan
         try:
             while (reply := reader.gets()) is False:
                 if data and time.monotonic() > block + self._deadline:  # it comes in pieces, too slowly
-                    raise BlockingIOError
-                data = connection.recv(65536)
+                    raise _connection_error("Timeout reading from server")
+                try:
+                    data = connection.recv(65536)
+                except _NOT_READY as error:
+                    if math.isnan(until):
+                        until = time.monotonic() + block + self._reply_timeout
+                    self._wait(connection, error, select.POLLIN, until)
+                    continue
                 if not data:
                     raise _connection_error("Connection closed by server")
+                until = math.nan
                 reader.feed(data)
-        except (BlockingIOError, ssl.SSLWantReadError) as error:
-            self.close()
-            raise _connection_error("Timeout reading from server") from error
         except BaseException:
             self.close()
             raise
@@ -221,20 +269,12 @@ class Connection:
         raw = self.endpoint.open(read_timeout=self._reply_timeout, deadline=self._deadline)
         self._reader = hiredis.Reader(replyError=ResponseError)
         self._pack = hiredis.pack_command
-        self._socket_timeout = math.inf  # none is set yet
         self._raw = raw
-        self._socket = raw._sock  # noqa: SLF001  the one private name we use; a test holds it
-        # Last, so that an interrupted opening leaves none that is half made.
-        assert self._socket is not None
-        return self._socket
-
-    def _set_socket_timeout(self, seconds: float) -> None:
-        assert self._socket is not None
-        whole = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-        self._socket.settimeout(None)
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            self._socket.setsockopt(socket.SOL_SOCKET, option, whole)
-        self._socket_timeout = seconds
+        connection = raw._sock  # noqa: SLF001  the one private name we use; a test holds it
+        assert connection is not None
+        _block_briefly(connection)
+        self._socket = connection  # last, so that an interrupted opening leaves none that is half made
+        return connection
 
     def close(self) -> None:
         """Close the socket; the next call opens another."""
@@ -266,6 +306,20 @@ class IdempotentCommand:
     def decode(reply: Any) -> Any:
         """Return the reply unchanged."""
         return reply
+
+
+def _block_briefly(connection: socket.socket) -> None:
+    """
+    Let the kernel hold each read and write of *connection* for `POLL_AFTER` at most.
+
+    Python believes that the socket never blocks, so it makes no system call besides, and hands a refusal on. For TLS
+    too: where Python believes that a socket blocks, it repeats a read that timed out without end.
+    """
+    connection.settimeout(0.0)
+    os.set_blocking(connection.fileno(), True)
+    longest = struct.pack("ll", int(POLL_AFTER), int(POLL_AFTER % 1 * 1e6))
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        connection.setsockopt(socket.SOL_SOCKET, option, longest)
 
 
 _RECONNECTING = {replies.ErrorAction.RECONNECT, replies.ErrorAction.MOVE}

@@ -98,6 +98,8 @@ class _ParentConnection:
         self._sending = threading.Lock()  # a timer and threads of the job tell what is new beside it
         self._socket: socket.socket | None = socket.socket(fileno=descriptor)
         self._socket.set_inheritable(False)
+        self._main_sends = False
+        self._postponed: BaseException | None = None
         on_fork(self)
 
     def forked(self) -> None:
@@ -107,9 +109,28 @@ class _ParentConnection:
             self._socket = None
 
     def send(self, message: Reply) -> None:
-        if self._socket is not None:
-            with self._sending:
-                self._socket.sendall(pack(message))
+        if self._socket is None:
+            return
+        data, is_main = pack(message), threading.current_thread() is threading.main_thread()
+        with self._sending:
+            self._main_sends = is_main
+            try:
+                self._socket.sendall(data)
+            finally:
+                self._main_sends = False
+        if is_main and self._postponed is not None:
+            error, self._postponed = self._postponed, None
+            raise error
+
+    def postpone(self, error: BaseException) -> bool:
+        """
+        Raise *error* behind the message that the main thread is sending; return False when it sends none.
+
+        A signal may interrupt the sending where the worker is slow to read, and behind half a message nothing can be read.
+        """
+        if self._main_sends:
+            self._postponed = error
+        return self._main_sends
 
     def receive(self) -> Request | None:
         head = self._exactly(HEAD.size)
@@ -184,7 +205,8 @@ class _LiveSender:
 class _TimeLimit:
     """The time limit that raises in a job, where another one kills its process: by a signal in a `def`, else by the event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, connection: _ParentConnection) -> None:
+        self._connection = connection
         self._seconds: float | None = None
         self._timeout: asyncio.Timeout | None = None
 
@@ -226,7 +248,9 @@ class _TimeLimit:
             signal.setitimer(signal.ITIMER_REAL, self._seconds)
 
     def _raise(self, *_: object) -> None:
-        raise self._error()
+        error = self._error()
+        if not self._connection.postpone(error):
+            raise error
 
     def _error(self) -> TimeoutError:
         return TimeoutError(f"the attempt ran longer than its time limit of {self._seconds:g} s")
@@ -249,7 +273,7 @@ class _Runner:
         self._worker_scope = WorkerScope(offload=False)
         self._lifespan: asyncio.Task[None]
         self._state: Mapping[str, Any] = {}
-        self._limit = _TimeLimit()
+        self._limit = _TimeLimit(connection)
         self._app: Any
 
     def open(self, start: StartRequest) -> None:
@@ -311,6 +335,9 @@ class _Runner:
             reply = _reply(job, error)
             reply.charges = {} if context is None else charges_of(context)
             return reply
+        finally:
+            if context is not None:
+                end_spawning(context)  # a thread of the job that goes on gets an error if it spawns or emits
 
     def _run_batch(self, job: RunRequest, task: TaskDefinition) -> BatchReply | FailedReply:
         """Run the function with the items that can be read; return how each item of the request ended."""
@@ -343,7 +370,10 @@ class _Runner:
             and all(error is alike for _, error in ends.values())
         ):
             return _reply(job, alike)
-        reply = _batch_reply(job, task, ends, {at: spawned_entries(one) for at, one in contexts.items()})
+        spawned = {at: spawned_entries(one) for at, one in contexts.items()}
+        for one in contexts.values():
+            end_spawning(one)
+        reply = _batch_reply(job, task, ends, spawned)
         reply.charges = {at: charges for at, one in contexts.items() if (charges := charges_of(one))}
         return reply
 

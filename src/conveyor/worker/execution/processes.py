@@ -255,19 +255,25 @@ class _PoolProcess:
             raise await self._crash(subject)
 
     async def work(self, job: RunRequest, attempt: Attempt) -> DoneReply | FailedReply | BatchReply:
-        """Run *attempt* as *job*; raises ProcessCrashed, also for a report on another attempt."""
+        """
+        Run *attempt* as *job*; raises ProcessCrashed, also for the end of another attempt.
+
+        Reports on an attempt that has ended are left out: a thread of it may go on, which is no fault of this job.
+        """
         subject = f"The process of {job.task} ({job.id}, attempt {job.attempt})"
         reply = await self._ask(job, subject)
         while not isinstance(reply, ReadyReply):
+            is_own = (reply.id, reply.attempt) == (job.id, job.attempt)
             if isinstance(reply, LiveReply):
-                if not _adopt_live(attempt, reply):
-                    break
-            elif (reply.id, reply.attempt) != (job.id, job.attempt):
-                break
+                _adopt_live(attempt, reply)
             elif isinstance(reply, ExtendRequest):
-                attempt.move_deadline(reply.ms)
+                if is_own:
+                    attempt.move_deadline(reply.ms)
             elif isinstance(reply, EmitRequest):
-                await _emit(attempt, reply)
+                if is_own:
+                    await _emit(attempt, reply)
+            elif not is_own:
+                break
             else:
                 return reply
             reply = await self._read_reply(subject)
@@ -344,19 +350,18 @@ def _refuse_overrides(task: TaskDefinition, injection: Injection) -> None:
         )
 
 
-def _adopt_live(attempt: Attempt, reply: LiveReply) -> bool:
-    """Pass on what a job said of itself; False when it is none of those that run there."""
+def _adopt_live(attempt: Attempt, reply: LiveReply) -> None:
+    """Pass on what a job said of itself, if it is one of those that run there."""
     jobs = [attempt, *attempt.live] if isinstance(attempt, BatchAttempt) else [attempt]
     for one in jobs:
         if (one.public_id, one.number) != (reply.id, reply.attempt):
             continue
         if reply.lines:
             one.adopt_lines(reply.lines)
-            return True
+            return
         if not isinstance(one, BatchAttempt):  # whose id is that of its first item
             one.adopt_live(None if reply.progress is None else Progress(*reply.progress), reply.notes)
-            return True
-    return False
+            return
 
 
 def _batch_result(reply: BatchReply, batch: BatchAttempt) -> list[Any] | None:

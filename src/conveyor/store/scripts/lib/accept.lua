@@ -175,7 +175,8 @@ local function prepare_push(KEYS, ARGV)
       end
       if ARGV[i + 8] == '1' then
         redis.call('SET', prefix .. 'unique:i:' .. id, id)
-        redis.call('DEL', prefix .. 'result:' .. id) -- of an earlier job of this id, where that is kept for more than its day
+        -- Of an earlier job of this id, where they are kept for more than its day. Parts of a stream are known by their numbers alone.
+        redis.call('DEL', prefix .. 'result:' .. id, prefix .. 'stream:' .. id, prefix .. 'logs:' .. id)
       end
       for _, key in ipairs(found.keys or {}) do
         if not behind or holder_of(prefix, key) ~= behind then take_key(prefix, key, id) end
