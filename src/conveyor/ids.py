@@ -176,7 +176,7 @@ def partition(queue: str, number: int) -> str:
 
 def logical(queue: str) -> str:
     """Return the queue of *queue*, which may be a partition of it."""
-    return queue.partition("/")[0] if _QUEUE_OR_PARTITION.fullmatch(queue) else queue
+    return queue.partition("/")[0] if "/" in queue and _QUEUE_OR_PARTITION.fullmatch(queue) else queue
 
 
 def clean(text: str) -> str:

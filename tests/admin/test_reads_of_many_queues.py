@@ -118,3 +118,25 @@ def test_doctor_notes_of_many_queues_are_few(backend: Client) -> None:
     assert "5 more queues have 5 dead letters" in notes
     assert "5 more queues are paused" in notes
     assert sum("dead letter" in text for text in notes) == 21
+
+
+def test_served_queues_are_read_together(backend: Client, steps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers of many served queues, and the jobs that they hold, take a step for all of them, and the names are read a few times."""
+    for number in range(30):
+        ClientWorker(backend, f"tenant-{number:03}").take()
+    reads, queues = list[int](), backend.queues
+    monkeypatch.setattr(backend, "queues", lambda: reads.append(1) or queues())
+    steps.clear()
+
+    text = Admin(backend).metrics_text()
+
+    assert text.count('conveyor_queue_workers{queue="tenant-029"} 1') == 1
+    assert 'conveyor_workers{kind="unknown",state="running"} 1' in text
+    assert (steps.count("workers"), steps.count("count_queues"), len(reads)) == (1, 3, 2)
+    reads.clear()
+    steps.clear()
+
+    Admin(backend).flags(most=5)
+
+    assert (steps.count("workers"), steps.count("leased_jobs"), steps.count("read_stats") <= 5 * 2) == (1, 5, True)
+    assert len(reads) <= 4

@@ -28,6 +28,7 @@ from contextlib import contextmanager, suppress
 from copy import copy
 from datetime import UTC, datetime
 from functools import partial, wraps
+from heapq import nlargest
 from itertools import islice
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -290,49 +291,44 @@ class Admin:
         if names is not None:
             wanted = set(names)
             everything = {name: parts for name, parts in everything.items() if name in wanted}
-        counts = self._counts([part for parts in everything.values() for part in parts])
-        return [
-            _queue_info(name, parts, {part: counts.get(part) for part in parts}) for name, parts in everything.items()
-        ]
+        return [info for info, _ in self.count(everything)]
 
     def _counts(self, parts: Sequence[str]) -> dict[str, QueueCounts]:
         """Return the counts of queues and partitions; those whose server does not answer are left out."""
         counted = self._directory.counts_and_ended(parts, 0, self._ask)
         return {part: counts for part, (counts, _) in counted.items()}
 
-    def queues_and_ended(
-        self, minutes: int, *, most: int | None = None
-    ) -> tuple[list[QueueInfo], list[list[Ended]], int]:
-        """
-        Return queues, what ended in each of the last whole minutes in each of them, and how many queues there are.
+    def queue_partitions(self) -> dict[str, list[str]]:
+        """Return the names of all known queues, sorted, each with the names of its partitions; one read of them all."""
+        return self._directory.everything()
 
-        One read of the names, and one of a hundred queues each. *most*: only so many queues, the first by name.
-        """
-        everything = self._directory.everything()
-        some = dict(islice(everything.items(), most))
-        counted = self._directory.counts_and_ended(
-            [part for parts in some.values() for part in parts], minutes, self._ask
-        )
-        infos = [
-            _queue_info(name, parts, {part: counted[part][0] if part in counted else None for part in parts})
-            for name, parts in some.items()
+    def count(self, partitions: Mapping[str, Sequence[str]], minutes: int = 0) -> list[tuple[QueueInfo, list[Ended]]]:
+        """Return queues of `queue_partitions`, each with what ended in it in the last whole *minutes*; a hundred in one step."""
+        parts = [part for some in partitions.values() for part in some]
+        counted = self._directory.counts_and_ended(parts, minutes, self._ask)
+        counts = {part: one for part, (one, _) in counted.items()}
+        return [
+            (_queue_info(name, some, counts), ended_in(some, counted) if minutes else [])
+            for name, some in partitions.items()
         ]
-        return infos, [ended_in(parts, counted) for parts in some.values()], len(everything)
 
     def failure_matrix(
         self, range: str = "24h", *, queue: str | None = None, most: int = 5_000, seconds: float | None = None,  # noqa: A002
+        queues: Sequence[QueueInfo] | None = None,
     ) -> FailureMatrix:  # fmt: skip
         """
         Return dead letters by what they have in common and by time; of at most *most*, the newest. Raises ConfigurationError.
 
-        *seconds*: no more are read after so long; `read` of the `total` says how many were. None: no limit.
+        *seconds*: no more are read after so long; `read` of the `total` says how many were. None: no limit. *queues*: all of them,
+        as they were counted just now.
         """
         from conveyor.admin.failure_matrix import MATRIX_RANGES, FailureTable
 
         if range not in MATRIX_RANGES:
             raise ConfigurationError(f"There is no range {range!r}. Known: {', '.join(MATRIX_RANGES)}.")
         table, total, cut = FailureTable(range, int(time.time() * 1000), self._decoder), 0, False
-        counts = self._counts(self._partition_names(queue))
+        with_dead = None if queue or queues is None else [one.name for one in queues if one.dead]
+        counts = self._counts(self._partition_names(queue) if with_dead is None else self._parts_of(with_dead))
         busy = {part: one.dead for part, one in counts.items() if one.dead}
         ends = time.monotonic() + (seconds or 3600.0)
         for part, dead in busy.items():
@@ -363,7 +359,7 @@ class Admin:
 
     def ended_lately(self, names: Collection[str], minutes: int) -> dict[str, list[Ended]]:
         """Return what ended in each of the last whole minutes in these queues, the oldest first."""
-        return self._search.ended(names, minutes)
+        return self._search().ended(names, minutes)
 
     def history(self, range: str = "1h", *, queue: str | None = None, task: str | None = None) -> History:  # noqa: A002
         """
@@ -373,9 +369,14 @@ class Admin:
         """
         return read_history(self.client, self._directory, range, None if queue is None else [queue], task)
 
-    def state_counts(self, queue: str | None = None) -> dict[str, int]:
-        """Count the jobs of a queue, or of all (None), by state; of `done` those that are still listed."""
-        return self._search.state_counts(queue)
+    def state_counts(self, queue: str | None = None, *, queues: Sequence[QueueInfo] | None = None) -> dict[str, int]:
+        """
+        Count the jobs of a queue, or of all (None), by state.
+
+        Of `done` those that are still listed, and nothing where there are more than a hundred queues. *queues*: all of them, as
+        they were counted just now.
+        """
+        return self._search(queues).state_counts(queue)
 
     def queue(self, name: str) -> QueueInfo:
         """Return one queue, or one partition (``orders/3``). Raises QueueNotFound."""
@@ -520,18 +521,19 @@ class Admin:
         self.note("repair", name, count=repaired)
         return repaired
 
-    def workers(self, queue: str | None = None) -> list[WorkerInfo]:
+    def workers(self, queue: str | Collection[str] | None = None) -> list[WorkerInfo]:
         """
-        Return the workers of a queue, or of all queues (None).
+        Return the workers of a queue, of those of some that are known, or of all queues (None).
 
         A worker is listed once for each queue or partition it serves.
         """
+        parts = self._partition_names(queue) if queue is None or isinstance(queue, str) else self._parts_of(queue)
         return [
             WorkerInfo(
                 member.worker, name, str(member.about.get("host", "")), member.about.get("pid"), member.held,
                 instant(member.end), member.about, instant(member.end - member.lease_ms), instant(member.now),
             )
-            for name, members in self._read_workers(self._partition_names(queue))
+            for name, members in self._read_workers(parts)
             for member in members
         ]  # fmt: skip
 
@@ -603,26 +605,29 @@ class Admin:
 
     # -- metrics --------------------------------------------------------------------------------------------------
 
-    def metrics_text(self) -> str:
+    def metrics_text(self, queues: Sequence[QueueInfo] | None = None) -> str:
         """
         Return metrics as Prometheus reads them: of all queues, tasks and the server, the same from every program.
 
-        While Redis does not answer, they say that and no more.
+        *queues*: all of them, as they were counted just now; None: they are counted. While Redis does not answer, the text says
+        that and no more.
         """
         from conveyor.admin import metrics
 
         try:
             server = replies.parse_info(self.client.execute("INFO", retry_for=0.0))
-            queues = self.queues()
-            totals = self._read_totals()
-            facts = self._system_facts(queues, totals)
+            everything = self._directory.everything()
+            infos = [info for info, _ in self.count(everything)] if queues is None else queues
+            totals = self._read_totals(everything)
+            facts = self._system_facts(infos, totals)
         except StoreUnavailable:
             return metrics.render((), {}, None)
         counters: dict[str, Counter[str]] = {}
         for (name, _), one in totals.items():
-            counters.setdefault(name, Counter()).update(one.counters)
+            if one.counters:
+                counters.setdefault(name, Counter()).update(one.counters)
         by_task = {name: metrics.task_totals(total) for name, total in counters.items()}
-        return metrics.render(queues, by_task, server, facts)
+        return metrics.render(infos, by_task, server, facts)
 
     def _system_facts(
         self, queues: Iterable[QueueInfo], totals: Mapping[tuple[str, str], inspection.QueueTotals]
@@ -644,14 +649,14 @@ class Admin:
         return metrics.SystemFacts(
             [(name, now, row) for name, now, rows in read for row in rows],
             [limit for name in limited for limit in control.list(name)],
-            processes_of(one for info in queues if info.workers for one in self.workers(info.name)),
+            processes_of(self.workers([info.name for info in queues if info.workers])),
             lost,
         )
 
-    def _read_totals(self) -> dict[tuple[str, str], inspection.QueueTotals]:
+    def _read_totals(self, everything: Mapping[str, list[str]]) -> dict[tuple[str, str], inspection.QueueTotals]:
         """Return what `read_totals` says, by queue and partition; those whose server does not answer are left out."""
         totals: dict[tuple[str, str], inspection.QueueTotals] = {}
-        parts = iter([(name, part) for name, some in self._directory.everything().items() for part in some])
+        parts = iter([(name, part) for name, some in everything.items() for part in some])
         # In a cluster each partition is in a slot of its own.
         while some := list(islice(parts, _AT_A_TIME if self.client.has_one_endpoint else 1)):
             found = self._ask(
@@ -770,31 +775,33 @@ class Admin:
         for acted in act(self.client, walks, Pace(rate), limit):
             yield [ActionResult(*one) for one in acted]
 
-    @property
-    def _search(self) -> JobSearch:
+    def _search(self, queues: Sequence[QueueInfo] | None = None) -> JobSearch:
         from conveyor.admin.search import JobSearch
 
-        return JobSearch(self.client, self._directory, self._decoder, sealed=self._seals, ask=self._ask)
+        return JobSearch(self.client, self._directory, self._decoder, sealed=self._seals, ask=self._ask, queues=queues)
 
     def search(
         self, query: JobQuery, *, cursor: str | None = None, offset: int = 0, limit: int = 50, most: int = 10_000,
-        seconds: float = 3600.0,
+        seconds: float = 3600.0, queues: Sequence[QueueInfo] | None = None,
     ) -> SearchPage:  # fmt: skip
         """
         Return jobs that a filter accepts, in the order of `each_job`: a page of *limit* at most, with bounded work.
 
         *cursor*: the `next` of the page before; without it the page begins after *offset* jobs. At most *most* jobs are looked at,
         for about *seconds*; the `footer` says what was not. Of bodies about 2 KiB are read, unless the filter looks into them.
+        *queues*: all of them, as they were counted just now; None: those that the filter takes are counted.
         """
-        return self._search.page(query, cursor=cursor, offset=offset, limit=limit, most=most, seconds=seconds)
+        search = self._search(queues)
+        return search.page(query, cursor=cursor, offset=offset, limit=limit, most=most, seconds=seconds)
 
     def count_matching(
-        self, query: JobQuery, action: ActionName | None = None, *, seconds: float = 3600.0
-    ) -> MatchCount:
-        """Count the jobs that a filter chooses, of those that *action* is for, for about *seconds*."""
+        self, query: JobQuery, action: ActionName | None = None, *, seconds: float = 3600.0,
+        queues: Sequence[QueueInfo] | None = None,
+    ) -> MatchCount:  # fmt: skip
+        """Count the jobs that a filter chooses, of those that *action* is for, for about *seconds*. *queues* as in `search`."""
         from conveyor.messaging.selection import ACTED_ON
 
-        return self._search.count(query, ACTED_ON[action] if action else (), seconds=seconds)
+        return self._search(queues).count(query, ACTED_ON[action] if action else (), seconds=seconds)
 
     def act_on_matching(
         self, action: ActionName, query: JobQuery, *, limit: int | None = None, rate: str | None = None
@@ -804,7 +811,7 @@ class Admin:
 
         *limit* and *rate* as in `act_on_chosen`. Raises ConfigurationError.
         """
-        return self._search.act(action, query, limit=limit, rate=rate)
+        return self._search().act(action, query, limit=limit, rate=rate)
 
     def failures(self, queue: str | None = None, *, most: int | None = None) -> FailureSummary:
         """
@@ -997,30 +1004,32 @@ class Admin:
             self.note(what, ", ".join(done[:_IDS_NOTED]), count=len(done))
         return results
 
-    def flags(self, queues: Sequence[QueueInfo] | None = None) -> list[Flag]:
+    def flags(self, queues: Sequence[QueueInfo] | None = None, *, most: int | None = None) -> list[Flag]:
         """
         Return what asks for attention, the worst first: stuck queues and schedules, tasks that only fail, jobs that run too long.
 
-        *queues*: those to look at, as they were counted just now; None: all. What may not be read is left out.
+        *queues*: those to look at, as they were counted just now; None: all. *most*: the tasks and jobs of so many of them at most,
+        those that have most running, dead and scheduled ones, since each is read by itself. What may not be read is left out.
         """
         infos = self.queues() if queues is None else queues
         found, now = queue_flags(infos), datetime.now(UTC)
         with suppress(ConveyorError):
             found += late_schedules(self._schedule_rows(), now)
         with suppress(ConveyorError):
-            lately = [one.name for one in infos if one.workers or one.leased or one.dead or one.scheduled]
-            history = read_history(self.client, self._directory, "15m", lately, None)
+            lately = [one for one in infos if one.workers or one.leased or one.dead or one.scheduled]
+            if most is not None and len(lately) > most:
+                lately = nlargest(most, lately, key=lambda one: (one.leased, one.dead, one.scheduled))
+            history = read_history(self.client, self._directory, "15m", [one.name for one in lately], None)
             found += failing_tasks(history)
-            found += overdue_jobs(history, self._longest_running(one.name for one in infos if one.leased), now)
+            found += overdue_jobs(history, self._longest_running([one.name for one in lately if one.leased]), now)
         return sorted(found, key=lambda flag: ("problem", "warning", "note").index(flag.level))
 
-    def _longest_running(self, queues: Iterable[str]) -> Iterator[LeasedJob]:
+    def _longest_running(self, queues: Collection[str]) -> Iterator[LeasedJob]:
         """Yield the jobs that the workers of *queues* hold for longest: a few of each, of so many workers at most."""
         holding = (
             (part, member.worker)
-            for name in queues
-            for part in self._partition_names(name)
-            for member in self._ask(part, inspection.workers(self._keys(part))) or ()
+            for part, members in self._read_workers(self._parts_of(queues))
+            for member in members
             if member.held
         )
         for part, worker in islice(holding, _MOST_HOLDING):
@@ -1035,9 +1044,14 @@ class Admin:
             for row in rows:
                 yield logical(queue), row
 
-    def doctor(self, *, seconds: float | None = None) -> doctor.HealthReport:
-        """Examine the server and the queues. *seconds*: the time for the records of queue after queue; None: of all."""
-        return doctor.examine(self.client, self._directory, self.durability_requests, seconds=seconds)
+    def doctor(self, *, seconds: float | None = None, queues: Sequence[QueueInfo] | None = None) -> doctor.HealthReport:
+        """
+        Examine the server and the queues.
+
+        *seconds*: the time for the records of queue after queue; None: of all. *queues*: all of them, as they were counted just
+        now; None: they are counted.
+        """
+        return doctor.examine(self.client, self._directory, self.durability_requests, seconds=seconds, queues=queues)
 
     # -- awaitable ------------------------------------------------------------------------------------------------
 
@@ -1048,7 +1062,6 @@ class Admin:
     aflags = _awaitable(flags)
     afailure_matrix = _awaitable(failure_matrix)
     aqueues = _awaitable(queues)
-    aqueues_and_ended = _awaitable(queues_and_ended)
     aqueue = _awaitable(queue)
     acauses = _awaitable(causes)
     apartitions = _awaitable(partitions)
@@ -1162,6 +1175,12 @@ class Admin:
             return self._directory.partition_names(queue)
         return [part for parts in self._directory.everything().values() for part in parts]
 
+    def _parts_of(self, queues: Collection[str]) -> list[str]:
+        """Return the partitions of those of *queues* that are known: one read of the names, however many they are."""
+        wanted = set(queues)
+        everything = self._directory.everything() if wanted else {}
+        return [part for name, parts in everything.items() if name in wanted for part in parts]
+
     def _repair(self, keys: QueueKeys) -> int:
         suspects = set(self._page_ids(keys, "jobs"))
         ready = 0
@@ -1186,7 +1205,8 @@ class Admin:
 
     def _queue_info(self, name: str) -> QueueInfo:
         parts = self._directory.partition_names(name)
-        return _queue_info(name, parts, {part: self._ask(part, inspection.counts(self._keys(part))) for part in parts})
+        answers = {part: self._ask(part, inspection.counts(self._keys(part))) for part in parts}
+        return _queue_info(name, parts, answers)
 
     def _count_entries(self, keys: QueueKeys, state: str) -> int:
         """Count the entries of a state in Redis, with stubs of cancelled jobs still in the list."""
@@ -1381,10 +1401,10 @@ class Admin:
 
 
 def _queue_info(name: str, partitions: Sequence[str], answers: Mapping[str, QueueCounts | None]) -> QueueInfo:
-    """Return a queue of which the counts of all partitions that answer are known."""
-    unanswered = tuple(part for part in partitions if answers[part] is None)
-    counts = inspection.total([counts for counts in answers.values() if counts is not None] or [inspection.NOTHING])
-    return queue_info(name, counts, len(partitions), unanswered)
+    """Return a queue of which the counts of all partitions that answer are among *answers*."""
+    found = [counts for part in partitions if (counts := answers.get(part)) is not None]
+    unanswered = tuple(part for part in partitions if answers.get(part) is None) if len(found) < len(partitions) else ()
+    return queue_info(name, inspection.total(found or [inspection.NOTHING]), len(partitions), unanswered)
 
 
 def _each(ids: Iterable[str]) -> list[str]:

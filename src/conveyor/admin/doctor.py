@@ -19,7 +19,7 @@ from conveyor.admin.server_checks import (
     replication_findings,
 )
 from conveyor.admin.server_info import execute_if_allowed, read_setting
-from conveyor.admin.views import instant, queue_info
+from conveyor.admin.views import QueueInfo, instant, queue_info
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
 from conveyor.store import inspection, schedules
 from conveyor.store.client.client import Client
@@ -103,13 +103,14 @@ class HealthReport(msgspec.Struct):
 
 def examine(
     client: Client, directory: QueueDirectory | None = None, durability_requests: Mapping[str, Durability] | None = None, *,
-    seconds: float | None = None,
+    seconds: float | None = None, queues: Sequence[QueueInfo] | None = None,
 ) -> HealthReport:  # fmt: skip
     """
     Run all checks. Raises StoreUnavailable when the server does not answer.
 
     *directory*: the known queues and plain lists. *durability_requests*: queue → the durability it requests for every
     push. *seconds*: the time in which the records of queue after queue are examined, None: of all; a finding says where it ended.
+    *queues*: all of them, as they were counted just now; None: they are counted.
     """
     report = HealthReport(str(client.address))
     if isinstance(client.address, Cluster):
@@ -121,7 +122,7 @@ def examine(
         _check_server(client, report)
     _check_durability_requests(durability_requests or {}, report)
     _check_clock(client, report)
-    _check_queues(client, directory or QueueDirectory(client), report, seconds)
+    _check_queues(client, directory or QueueDirectory(client), report, seconds, queues)
     return report
 
 
@@ -381,11 +382,18 @@ def _check_clock(client: Client, report: HealthReport) -> None:
         report.add("clock", "ok", f"clocks agree ({skew * 1000:.0f} ms apart)")
 
 
-def _check_queues(client: Client, directory: QueueDirectory, report: HealthReport, seconds: float | None) -> None:
+def _check_queues(
+    client: Client, directory: QueueDirectory, report: HealthReport, seconds: float | None, queues: Sequence[QueueInfo] | None
+) -> None:  # fmt: skip
     parts = directory.everything()  # once: of ten thousand queues each other way to a partition reads all names again
-    counted = directory.counts_and_ended([part for some in parts.values() for part in some], 0)
-    counts = {name: inspection.total([counted[part][0] for part in some]) for name, some in parts.items()}
-    for flag in queue_flags([queue_info(name, count) for name, count in counts.items()]):
+    if queues is None:
+        counted = directory.counts_and_ended([part for some in parts.values() for part in some], 0)
+        queues = [
+            queue_info(name, inspection.total([counted[part][0] for part in some])) for name, some in parts.items()
+        ]
+    counts = {one.name: one for one in queues if one.name in parts}
+    parts = {name: parts[name] for name in counts}
+    for flag in queue_flags(list(counts.values())):
         report.add("queue", flag.level, flag.text, flag.remedy, flag.code)
     marks: dict[str, inspection.QueueMarks] = {}
     places = {name: some[0] for name, some in parts.items() if len(some) > 1}  # schedules are in the first partition
@@ -407,7 +415,7 @@ def _check_queues(client: Client, directory: QueueDirectory, report: HealthRepor
 
 def _check_all_records(
     client: Client, directory: QueueDirectory, parts: Mapping[str, Sequence[str]],
-    counts: Mapping[str, inspection.QueueCounts], report: HealthReport, seconds: float | None,
+    counts: Mapping[str, QueueInfo], report: HealthReport, seconds: float | None,
 ) -> None:  # fmt: skip
     until = None if seconds is None else time.monotonic() + seconds
     for read, name in enumerate(parts):
@@ -418,9 +426,7 @@ def _check_all_records(
         _check_records(client, [directory.keys(part) for part in parts[name]], counts[name], report)
 
 
-def _check_sizes(
-    parts: Mapping[str, Sequence[str]], counts: Mapping[str, inspection.QueueCounts], report: HealthReport
-) -> None:
+def _check_sizes(parts: Mapping[str, Sequence[str]], counts: Mapping[str, QueueInfo], report: HealthReport) -> None:
     for name, count in counts.items():
         size = (count.ready + count.scheduled + count.leased + count.dead) // len(parts[name])
         if size > LARGE_SLOT:
@@ -428,7 +434,7 @@ def _check_sizes(
             report.add("queue", "warning", text, "Use more partitions, or move the slot when the queue is short.")
 
 
-def _note_queues(counts: Mapping[str, inspection.QueueCounts], report: HealthReport) -> None:
+def _note_queues(counts: Mapping[str, QueueInfo], report: HealthReport) -> None:
     """Note queues that are paused, or have dead letters: those with most have a note each, and all others share one."""
     paused = [name for name, count in counts.items() if count.paused]
     for name in paused[:_MAX_NOTES]:
@@ -444,11 +450,9 @@ def _note_queues(counts: Mapping[str, inspection.QueueCounts], report: HealthRep
         report.add("queue", "note", f"{len(rest):,} more queues have {total:,} dead letters", "conveyor queue list")
 
 
-def _check_records(
-    client: Client, partitions: list[QueueKeys], count: inspection.QueueCounts, report: HealthReport
-) -> None:
+def _check_records(client: Client, partitions: list[QueueKeys], count: QueueInfo, report: HealthReport) -> None:
     """Look for jobs without a record, and for what schedules and jobs lack. Large queues are skipped: it would take long."""
-    if len(count) + count.leased + count.dead > _MAX_AUDITED:
+    if count.ready + count.scheduled + count.waiting + count.leased + count.dead > _MAX_AUDITED:
         return
     for keys in partitions:
         problems = client.run(inspection.audit(keys))

@@ -40,7 +40,9 @@ class QueueDirectory:
     def everything(self) -> dict[str, list[str]]:
         """Return the names of all known queues, sorted, each with the names of its partitions; one read of them all."""
         known = self._partition_counts()
-        return {name: partition_names(name, known[name]) for name in sorted(known)}
+        return {
+            name: [name] if (number := known[name]) == 1 else partition_names(name, number) for name in sorted(known)
+        }
 
     def is_plain_list(self, name: str) -> bool:
         """Tell whether a queue is a list that is shared with other programs."""

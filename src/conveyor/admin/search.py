@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from conveyor.admin.job_query import JobQuery
 from conveyor.admin.queue_directory import QueueDirectory, ended_in
-from conveyor.admin.views import LIVE, ActionResult, JobInfo, finished_job, instant, live_job
+from conveyor.admin.views import LIVE, ActionResult, JobInfo, QueueInfo, finished_job, instant, live_job
 from conveyor.errors import ConfigurationError, InvalidFilter
 from conveyor.messaging.selection import ACTED_ON, ActionName, Pace, Walks, act, last_error
 from conveyor.payload.codec import MAX_PAYLOAD
@@ -80,13 +80,19 @@ class _Budget(msgspec.Struct):
 
 
 class JobSearch:
-    """Searches through the queues of one client. *ask* reads, and returns None where a server does not answer."""
+    """
+    Searches through the queues of one client.
+
+    *ask* reads, and returns None where a server does not answer. *queues*: all of them, as they were counted lately; None: those
+    that a filter takes are counted.
+    """
 
     def __init__(
         self, client: Client, directory: QueueDirectory, decoder: RecordDecoder, *, sealed: bool,
-        ask: Callable[[str, Call[Any]], Any],
+        ask: Callable[[str, Call[Any]], Any], queues: Sequence[QueueInfo] | None = None,
     ) -> None:  # fmt: skip
         self._client, self._directory, self._decoder, self._sealed, self._ask = client, directory, decoder, sealed, ask
+        self._queues = queues
 
     # -- queues ---------------------------------------------------------------------------------------------------
 
@@ -106,15 +112,19 @@ class JobSearch:
         return {name: ended for name, parts in everything.items() if (ended := ended_in(parts, counted))}
 
     def state_counts(self, queue: str | None) -> dict[str, int]:
-        """Count the jobs of a queue, or of all, by state; of `done` those that are still listed."""
-        everything = self._directory.everything()
-        parts = (
-            self._directory.partition_names(queue) if queue else [part for some in everything.values() for part in some]
-        )
-        counts = self.counts(parts)
-        found: dict[str, int] = {state: sum(getattr(one, state) for one in counts.values()) for state in LIVE}
-        listed = parts if len(parts) <= _MOST_LISTED else []
-        return {**found, "done": sum(self._entries(part, "done", inspection.NOTHING) for part in listed)}
+        """Count the jobs of a queue, or of all, by state; of `done` those that are still listed, of a hundred queues at most."""
+        queues = self._queues
+        counts: Sequence[QueueCounts | QueueInfo] = queues or ()
+        parts: Sequence[str] = ()
+        if queues is None or len(queues) <= _MOST_LISTED:
+            known = self._directory.everything() if queue is None else {queue: self._directory.partition_names(queue)}
+            parts = [part for some in known.values() for part in some]
+        if queues is None:
+            counts = list(self.counts(parts).values())
+        found: dict[str, int] = {state: sum(getattr(one, state) for one in counts) for state in LIVE}
+        if 0 < len(parts) <= _MOST_LISTED or not counts:
+            found["done"] = sum(self._entries(part, "done", inspection.NOTHING) for part in parts)
+        return found
 
     def _places(self, query: JobQuery) -> list[tuple[str, str, int]]:
         """Return (queue or partition, state, entries) for all that the filter may find something in."""
@@ -123,7 +133,10 @@ class JobSearch:
         ]
         if not parts and query.queue is not None and not any(sign in query.queue for sign in "*?[,"):
             parts = self._directory.partition_names(query.queue)  # raises QueueNotFound, or it is a partition
-        counts = self.counts(parts)
+        # Counts of a queue with partitions are sums.
+        known = {one.name: one for one in self._queues or () if one.partitions == 1}
+        counts: dict[str, QueueCounts | QueueInfo] = {part: known[part] for part in parts if part in known}
+        counts |= self.counts([part for part in parts if part not in counts])
         places: list[tuple[str, str, int]] = []
         for part in parts:
             if part in counts:
@@ -131,7 +144,7 @@ class JobSearch:
                 places += [one for one in found if one[2]]
         return places
 
-    def _entries(self, part: str, state: str, counts: QueueCounts) -> int:
+    def _entries(self, part: str, state: str, counts: QueueCounts | QueueInfo) -> int:
         if state == "done":
             keys = self._directory.keys(part)
             return int(self._client.execute("LLEN", keys.recent, key=keys.recent))  # type: ignore[call-overload,no-any-return]

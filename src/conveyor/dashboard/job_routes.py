@@ -11,7 +11,7 @@ from msgspec.structs import asdict
 
 from conveyor.admin.failure_matrix import MATRIX_RANGES
 from conveyor.admin.job_query import JobQuery, parse
-from conveyor.admin.views import JobInfo
+from conveyor.admin.views import JobInfo, QueueInfo
 from conveyor.dashboard.access import Action
 from conveyor.dashboard.documents import hide, job_document, job_row, why_document
 from conveyor.dashboard.endpoint import ApiCall, ApiRoute, Field, NotAllowed
@@ -24,6 +24,8 @@ from conveyor.messaging.selection import ActionName
 
 SECONDS = 0.06
 """The time for which one call searches, so that an answer takes less than 100 ms; the next one goes on."""
+_COUNTED_SECONDS = 5.0
+"""The age that the counts of many queues may have where jobs are looked for."""
 MOST_IDS = 1_000
 MOST_LINES = 500
 """Lines of a job's log on its page, the newest."""
@@ -59,7 +61,10 @@ def filter_document(query: JobQuery) -> dict[str, Any]:
 def list_jobs(call: ApiCall) -> dict[str, Any]:
     """Return a page of jobs, found in bounded work; the footer says what was not searched yet."""
     query = query_of(call)
-    page = call.admin.search(query, cursor=call["cursor"], offset=call["offset"], limit=call["limit"], seconds=SECONDS)
+    page = call.admin.search(
+        query, cursor=call["cursor"], offset=call["offset"], limit=call["limit"], seconds=SECONDS,
+        queues=_counted(call, query.queue),
+    )  # fmt: skip
     newest = set(query.states) <= {"dead", "done"} and query.states
     return {
         "jobs": [job_row(info, call.access) for info in page.jobs], "next": page.next, "looked": page.looked,
@@ -68,14 +73,23 @@ def list_jobs(call: ApiCall) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _counted(call: ApiCall, queue: str | None) -> list[QueueInfo] | None:
+    """Return all queues, by which a search in all of them finds its places: many as they were counted within the last seconds."""
+    return call.service.live.queues.counted(_COUNTED_SECONDS).infos if queue is None else None
+
+
 def count_states(call: ApiCall) -> dict[str, Any]:
-    """Return how many jobs are in each state."""
-    return dict(call.admin.state_counts(call["queue"]))
+    """Return how many jobs are in each state; `at`: when the first of the queues was counted."""
+    if call["queue"]:
+        return {**call.admin.state_counts(call["queue"]), "at": datetime.now(UTC)}
+    counts = call.service.live.queues.counted()
+    return {**call.admin.state_counts(queues=counts.infos), "at": counts.since}
 
 
 def count_matching(call: ApiCall) -> dict[str, Any]:
     """Return how many jobs a filter chooses; not exact where that takes longer."""
-    found = call.admin.count_matching(query_of(call), seconds=SECONDS)
+    query = query_of(call)
+    found = call.admin.count_matching(query, seconds=SECONDS, queues=_counted(call, query.queue))
     return {"count": found.count, "states": found.states, "exact": found.exact}
 
 
@@ -192,7 +206,8 @@ def _copies(info: JobInfo, call: ApiCall) -> dict[str, str | None]:
 
 def list_failures(call: ApiCall) -> dict[str, Any]:
     """Return failures by what they have in common and by time."""
-    document = asdict(call.admin.failure_matrix(call["range"], queue=call["queue"], seconds=SECONDS))
+    queues = _counted(call, call["queue"])
+    document = asdict(call.admin.failure_matrix(call["range"], queue=call["queue"], seconds=SECONDS, queues=queues))
     groups = [hide(asdict(one), call.access) for one in document["groups"]]
     if not call.access.allows("view_payloads"):
         groups = [{**one, "filter": one["filter"] if " fingerprint:" in one["filter"] else None} for one in groups]

@@ -12,18 +12,19 @@ from msgspec.structs import asdict
 
 from conveyor.dashboard.documents import encoded
 from conveyor.dashboard.operations import Operations
+from conveyor.dashboard.queue_counts import QueueTable
 from conveyor.store.transport.endpoint import in_thread
 
 if TYPE_CHECKING:
     from conveyor.admin.admin import Admin
+    from conveyor.admin.doctor import HealthReport
     from conveyor.admin.views import QueueInfo
 
-MOST_QUEUES = 200
-"""Queues that a snapshot has, by name."""
 _STATES = ("ready", "scheduled", "waiting", "leased", "dead")
 _FLAGS_SECONDS, _SECONDS_OF_A_QUEUE, _MOST_SECONDS = 5.0, 1.5, 60.0
 """The age that flags may have, the part of it that each busy queue adds, since it is read by itself, and the most."""
-_MOST_FLAGS = 20
+_MOST_FLAGS, _MOST_BUSY = 20, 200
+"""Flags of a snapshot, and queues whose tasks and running jobs are looked at for them."""
 _SECONDS_OF_RECORDS = 0.03
 """The time in which the doctor examines the records of queue after queue."""
 
@@ -65,6 +66,7 @@ class LiveView:
         self._flags: list[dict[str, Any]] = []
         self._flags_until = 0.0
         self._workers = 0
+        self.queues = QueueTable(admin)
         self.snapshot = Shared(self._read_snapshot, 0.9)
         self.hour = Shared(lambda: asdict(admin.history("1h")), 25.0)
         self.findings = Shared(self._read_findings, 120.0)
@@ -74,15 +76,15 @@ class LiveView:
         self._flags_until = 0.0
 
     def _read_snapshot(self) -> dict[str, Any]:
-        infos, ended, total = self._admin.queues_and_ended(1, most=MOST_QUEUES)
-        minute = [last[-1] for last in ended if last]
+        counts = self.queues.followed()
+        infos, minute = counts.infos, [one.ended for one in counts.queues if one.ended is not None]
         ages = [info.oldest_age for info in infos if info.oldest_age is not None]
         if time.monotonic() >= self._flags_until:
             self._flags = self._read_flags(infos)
             busy = sum(bool(info.workers or info.leased or info.dead or info.scheduled) for info in infos)
             self._flags_until = time.monotonic() + min(_MOST_SECONDS, max(_FLAGS_SECONDS, _SECONDS_OF_A_QUEUE * busy))
         return {
-            "at": datetime.now(UTC),
+            "at": datetime.now(UTC), "counted_since": counts.since,
             "totals": {
                 **{state: sum(getattr(info, state) for info in infos) for state in _STATES}, "workers": self._workers,
                 "paused_queues": sum(info.paused for info in infos), "oldest_age": max(ages, default=None),
@@ -92,9 +94,9 @@ class LiveView:
                     "name": info.name, **{state: getattr(info, state) for state in _STATES}, "workers": info.workers,
                     "oldest_age": info.oldest_age, "paused": info.paused, "stranded": info.stranded,
                 }
-                for info in infos
+                for info in counts.shown()
             ],
-            "queues_total": total,
+            "queues_total": len(infos),
             "read_queues": len(infos),
             "minute": {
                 name: sum(max(0, getattr(one, name)) for one in minute) for name in ("done", "failed", "retried")
@@ -107,17 +109,17 @@ class LiveView:
 
     def _read_findings(self) -> dict[str, Any]:
         """Return what the doctor finds wrong."""
-        found = [
-            asdict(one)
-            for one in self._admin.doctor(seconds=_SECONDS_OF_RECORDS).findings
-            if one.level in {"problem", "warning"}
-        ]
+        found = [asdict(one) for one in self.doctor().findings if one.level in {"problem", "warning"}]
         return {"findings": found}
+
+    def doctor(self) -> HealthReport:
+        """Examine the server and the queues, of which each was counted lately."""
+        return self._admin.doctor(seconds=_SECONDS_OF_RECORDS, queues=self.queues.counted().infos)
 
     def _read_flags(self, infos: list[QueueInfo]) -> list[dict[str, Any]]:
         """Return what asks for attention, as sentences with links: the worst first."""
         self._workers = self._count_workers(infos)
-        return [asdict(one) for one in self._admin.flags(infos)[:_MOST_FLAGS]]
+        return [asdict(one) for one in self._admin.flags(infos, most=_MOST_BUSY)[:_MOST_FLAGS]]
 
 
 def event(name: str, document: dict[str, Any]) -> bytes:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -12,13 +14,15 @@ from msgspec.structs import asdict
 from starlette.responses import Response, StreamingResponse
 
 from conveyor.admin.history import RANGES
-from conveyor.admin.metrics import CONTENT_TYPE, load_json
+from conveyor.admin.metrics import CONTENT_TYPE, load_json, load_view
 from conveyor.dashboard.endpoint import ApiCall, ApiRoute, Field
 from conveyor.dashboard.live import event
-from conveyor.errors import ConveyorError
+from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.store.transport.endpoint import in_thread
 
 _MOST_NAMES = 1_000
+_SCRAPE_SECONDS = 1.0
+"""The age that a count may have for those who measure."""
 
 
 def session(call: ApiCall) -> dict[str, Any]:
@@ -62,14 +66,22 @@ def history(call: ApiCall) -> dict[str, Any]:
 
 
 def metrics(call: ApiCall) -> Response:
-    """Return what Prometheus scrapes."""
-    return Response(call.admin.metrics_text(), headers={"content-type": CONTENT_TYPE, "cache-control": "no-store"})
+    """Return what Prometheus scrapes. Of many queues the counts are shared by all that scrape within a second."""
+    queues = None
+    with suppress(StoreUnavailable):  # the text says so
+        queues = call.service.live.queues.counted(_SCRAPE_SECONDS).infos
+    text = call.admin.metrics_text(queues)
+    return Response(text, headers={"content-type": CONTENT_TYPE, "cache-control": "no-store"})
 
 
 def load(call: ApiCall) -> dict[str, Any]:
-    """Return the work of a queue, or of all, for an autoscaler."""
-    views = call.admin.load([call["queue"]] if call["queue"] else ())
-    return {name: value for name, value in load_json(views).items() if name != "schema"}
+    """Return the work of a queue, or of all, for an autoscaler; `at`: when the first of them was counted."""
+    if call["queue"]:
+        at, views = datetime.now(UTC), call.admin.load([call["queue"]])
+    else:
+        counts = call.service.live.queues.counted(_SCRAPE_SECONDS)
+        at, views = counts.since, {info.name: load_view(info) for info in counts.infos}
+    return {"at": at, **{name: value for name, value in load_json(views).items() if name != "schema"}}
 
 
 async def stream(call: ApiCall) -> Response:

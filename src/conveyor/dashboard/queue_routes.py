@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from conveyor.admin.views import QueueInfo
@@ -11,27 +12,32 @@ from conveyor.dashboard.endpoint import ApiCall, ApiRoute, Field
 PAGE = Field("number", "rows of a page", default=50, least=1, most=100)
 OFFSET = Field("number", "rows before the page", default=0)
 QUEUE = Field("text", "the name of a queue", required=True)
-MOST_COUNTED = 1_000
-"""Queues that are counted to sort by something else than the name."""
 
 
 def list_queues(call: ApiCall) -> dict[str, Any]:
-    """Return a page of queues; those of the page are counted, or all where they are sorted by a count."""
-    names = [name for name in call.admin.names() if call["q"].casefold() in name.casefold()]
+    """
+    Return a page of queues; those of the page are counted now.
+
+    Where they are sorted by a count, `at` is when the first of all was counted for it.
+    """
+    partitions = call.admin.queue_partitions()
+    names = [name for name in partitions if call["q"].casefold() in name.casefold()]
     begin, end = call["offset"], call["offset"] + call["limit"]
-    by_name = call["sort"] == "name" or len(names) > MOST_COUNTED
-    counted = call.admin.queues(names[begin:end] if by_name else names)
+    by_name, at, read = call["sort"] == "name", datetime.now(UTC), 0
     if not by_name:
-        counted = sorted(counted, key=lambda info: -(getattr(info, call["sort"]) or 0))[begin:end]
-    ended = call.admin.ended_lately([info.name for info in counted], 5)
+        counts, wanted = call.service.live.queues.counted(), set(names)
+        sizes = {info.name: getattr(info, call["sort"]) or 0 for info in counts.infos if info.name in wanted}
+        names, at, read = sorted(sizes, key=lambda name: -sizes[name]), counts.since, len(sizes)
+    counted = call.admin.count({name: partitions[name] for name in names[begin:end] if name in partitions}, 5)
+    if not by_name:
+        counted.sort(key=lambda one: -(getattr(one[0], call["sort"]) or 0))
     queues = [
         {**queue_document(info), "recent": {"done": [one.done for one in last], "failed": [one.failed for one in last]}}
-        for info in counted
-        if (last := ended.get(info.name, [])) is not None
+        for info, last in counted
     ]
     return {
-        "queues": queues, "total": len(names), "offset": begin, "limit": call["limit"],
-        "read": len(counted) if by_name else len(names),
+        "queues": queues, "total": len(names), "offset": begin, "limit": call["limit"], "at": at,
+        "read": len(queues) if by_name else read,
     }  # fmt: skip
 
 

@@ -92,8 +92,8 @@ class Service:
 
     def _count_workers(self, queues: Sequence[QueueInfo]) -> int:
         """Count the worker processes; only queues that are served are asked for theirs."""
-        served = (one.name for one in queues if one.workers)
-        return len(by_process(worker for name in served for worker in self.admin.workers(name)))
+        served = [one.name for one in queues if one.workers]
+        return len(by_process(self.admin.workers(served)) if served else ())
 
     def workers(self, admin: Admin, queue: str | None = None) -> list[dict[str, Any]]:
         """Return the worker processes, each with the queues that it serves."""

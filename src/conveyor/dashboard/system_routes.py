@@ -171,7 +171,7 @@ def unsubscribe(call: ApiCall) -> dict[str, Any]:
 
 def show_server(call: ApiCall) -> dict[str, Any]:
     """Return what the server says of itself, and the findings of the doctor."""
-    report = call.admin.doctor(seconds=SECONDS / 2)
+    report = call.service.live.doctor()
     return {
         **asdict(read_server_info(call.admin.client)), "url": report.url, "family": report.family, "version": report.version,
         "latency_ms": report.latency_ms, "durability": report.durability, "replicas": report.replicas,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from struct import Struct
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -176,28 +177,25 @@ def counts(keys: QueueKeys) -> Call[QueueCounts]:
 
 
 def _read_counts(reply: list[Any]) -> QueueCounts:
-    ready, scheduled, leased, dead, workers, paused, now, oldest, marks, max_length, foreign, outbox, *rest = reply
-    unplaced, waiting, *more = rest
-    age = None
-    if oldest:
-        envelope = read_envelope(marks + b"\n\n")
-        since = max(made_at_ms(oldest.decode()) or 0, envelope.due_ms or 0)
-        age = max(0.0, (now - since) / 1000) if since else 0.0
-    limit = int(max_length) if max_length else None
-    return QueueCounts(
-        ready + foreign,
-        scheduled,
-        waiting,
-        leased,
-        dead,
-        age,
-        paused == 1,
-        workers,
-        limit,
-        outbox,
-        max(0, unplaced),
-        *more,
+    now, *numbers, oldest, marks = reply
+    return _queue_counts(numbers, _age(now, oldest, marks) if oldest else None)
+
+
+def _queue_counts(numbers: Sequence[int], age: float | None) -> QueueCounts:
+    ready, scheduled, leased, dead, workers, paused, limit, foreign, outbox, unplaced, waiting, blocked, dropped = (
+        numbers
     )
+    return QueueCounts(
+        ready + foreign, scheduled, waiting, leased, dead, age, paused == 1, workers, None if limit < 0 else limit, outbox,
+        unplaced, blocked, dropped,
+    )  # fmt: skip
+
+
+def _age(now: int, oldest: bytes, marks: bytes) -> float:
+    """Return since when (seconds) the job with the id *oldest* could have started, by the server's clock."""
+    due = read_envelope(marks + b"\n\n").due_ms if marks else None
+    since = max(made_at_ms(oldest.decode()) or 0, due or 0)
+    return max(0.0, (now - since) / 1000) if since else 0.0
 
 
 class QueueTotals(NamedTuple):
@@ -257,12 +255,18 @@ def count_queues(queues: Sequence[str], minutes: int) -> Call[list[tuple[QueueCo
     """
 
     def decode(reply: list[Any]) -> list[tuple[QueueCounts, list[Ended]]]:
+        now, counts, oldest, ended = reply
+        ages = {oldest[at] - 1: _age(now, oldest[at + 1], oldest[at + 2]) for at in range(0, len(oldest), 3)}
+        lately = [_read_ended(*one) for one in _THREE_NUMBERS.iter_unpack(ended)]
         return [
-            (_read_counts(counts), [_read_ended(*ended[at : at + 3]) for at in range(0, len(ended), 3)])
-            for counts, ended in reply
+            (_queue_counts(numbers, ages.get(at)), lately[at * minutes : (at + 1) * minutes])
+            for at, numbers in enumerate(_COUNTS.iter_unpack(counts))
         ]
 
     return Call(COUNT_QUEUES, queues, (str(minutes),), decode)
+
+
+_COUNTS, _THREE_NUMBERS = Struct("<13q"), Struct("<3q")
 
 
 def _read_ended(done: int, failed: int, retried: int) -> Ended:

@@ -93,6 +93,31 @@ def test_counts(seeded: SeededQueue) -> None:
     assert (found.ready, found.paused, found.max_length) == (3, True, 7)
 
 
+def test_many_queues_are_counted_as_one_is(seeded: SeededQueue) -> None:
+    """The script that counts many queues says of each what the script for one says; a queue that holds little costs seven commands."""
+    furnish(seeded)
+    seeded.run(operations.configure(seeded.keys, "max_length", "7"))
+    idle, plain = QueueKeys("c", "q-idle"), QueueKeys("c", "q-plain")
+    seeded.redis.rpush(plain.ready[0], "AAAAAAAAAAAAAAAAAAAAAA")
+    seeded.redis.hset(plain.jobs, "AAAAAAAAAAAAAAAAAAAAAA", "\n\n1")
+    one_by_one = [seeded.run(inspection.counts(keys)) for keys in (seeded.keys, idle, plain)]
+
+    together = [
+        counts for counts, _ in seeded.run(inspection.count_queues([seeded.keys.jobs, idle.jobs, plain.jobs], 0))
+    ]
+
+    assert [replace(one, oldest_age=None) for one in together] == [replace(one, oldest_age=None) for one in one_by_one]
+    assert [one.oldest_age is None for one in together] == [one.oldest_age is None for one in one_by_one]
+    for keys, most in ((idle, 5), (plain, 7)):
+        seeded.redis.config_resetstat()
+        seeded.run(inspection.count_queues([keys.jobs], 0))
+        used = {name: stats["calls"] for name, stats in seeded.redis.info("commandstats").items()}
+        assert (
+            sum(used.values()) - sum(used.get(f"cmdstat_{one}", 0) for one in ("evalsha", "time", "config|resetstat"))
+            == most
+        )
+
+
 def test_counts_of_nothing(seeded: SeededQueue) -> None:
     """An empty queue counts zero and has no oldest job."""
     found = seeded.run(inspection.counts(seeded.keys))

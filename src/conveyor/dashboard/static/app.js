@@ -227,6 +227,9 @@ export function useLive() {
   return live.data;
 }
 
+/** Return over how long a time many queues were counted, one after the other, the first of them at *at*; "" for a moment. */
+export const since = (at) => (at && live.now() - ms(at) > 3000 ? `, counted over the last ${span(live.now() - ms(at))}` : "");
+
 /** Return whether the person who looks may do *action*. */
 export const may = (action) => live.session?.actions?.includes(action) ?? false;
 
@@ -533,7 +536,7 @@ export function History({ queue, task }) {
     <${Card} title="Duration of runs">
       <${Chart} start=${shared.start} step=${step * group} marks=${data?.marks} unit=${span} label="Duration of runs, percentiles" series=${["p50", "p95", "p99"].map((p) => ({ name: p, kind: p, values: times(`${p}_ms`) }))} />
     <//>
-  </div></section>`;
+  </div>${data?.read_queues < data?.queues_total && html`<p class="muted">The first ${num(data.read_queues)} of ${num(data.queues_total)} queues by name. The page of a queue has its own history.</p>`}</section>`;
 }
 
 // ---- toasts, clipboard, confirmation --------------------------------------------------------------------------------
@@ -668,6 +671,7 @@ function Overview() {
       <a class="tile" href=${href("queues")}><span class="label">Done a minute</span><div class="value">${minute ? num(minute.done) : "–"}</div></a>
       <a class=${`tile${!totals.workers && totals.ready ? " bad" : ""}`} href=${href("workers")}><span class="label">Workers</span><div class="value">${num(totals.workers ?? 0)}</div></a>
     </div>
+    ${since(data.counted_since) && html`<p class="muted">Jobs of ${num(data.queues_total)} queues${since(data.counted_since)}.</p>`}
     <${Flags} list=${[...flags, ...findings]} />
     <${History} />
     <div class="grid2">

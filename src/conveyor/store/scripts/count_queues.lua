@@ -3,13 +3,30 @@
 --
 -- KEYS  1… jobs of each queue, about a hundred at most
 -- ARGV  1 number of minutes, the one that goes on now left out
--- returns for each queue {counts, ended}    counts: as counts.lua returns them, without the entries of a plain list
---         ended: of each minute, the oldest first, the attempts that were done, failed and tried again; -1 -1 -1 where a minute
---         has too many counters to read
-local now, reply = clock(), {}
+-- returns {now_ms, counts, oldest, ended}    counts: thirteen numbers of each queue, as counts.lua returns them, of 8 bytes each:
+--         a text costs a sixth of an array of arrays here, and less still to read. The entries of a plain list are left out.
+--         oldest: (number of a queue, its oldest ready id, the marks of its envelope)… of the queues that have one
+--         ended: of each queue and minute, the oldest first, the attempts that were done, failed and tried again, in the same
+--         form; -1 -1 -1 where a minute has too many counters to read
+local now = clock()
 local minute = math.floor(now / 60000)
-for i, key in ipairs(KEYS) do
-  local prefix, ended = string.sub(key, 1, -5), {}
+local counts, oldest_of, ended, none = {}, {}, {}, {}
+
+local function add(number, ready, scheduled, leased, dead, workers, paused, max_length, foreign, outbox, unplaced, waiting, blocked,
+  dropped, oldest, marks)
+  counts[number] = struct.pack('<i8i8i8i8i8i8i8i8i8i8i8i8i8', ready, scheduled, leased, dead, workers, paused, max_length, foreign, outbox,
+    unplaced, waiting, blocked, dropped)
+  if oldest ~= '' then
+    local at = #oldest_of
+    oldest_of[at + 1], oldest_of[at + 2], oldest_of[at + 3] = number, oldest, marks
+  end
+end
+
+for number, key in ipairs(KEYS) do
+  add(number, count_queue(string.sub(key, 1, -5), key, none))
+end
+for _, key in ipairs(tonumber(ARGV[1]) > 0 and KEYS or {}) do
+  local prefix = string.sub(key, 1, -5)
   for one = minute - tonumber(ARGV[1]), minute - 1 do
     local stats, sums = prefix .. 'stats:' .. int(one), {done = 0, failed = 0, retried = 0}
     local fields = redis.call('HLEN', stats)
@@ -21,8 +38,7 @@ for i, key in ipairs(KEYS) do
         if sums[kind] then sums[kind] = sums[kind] + tonumber(counters[at + 1]) end
       end
     end
-    ended[#ended + 1], ended[#ended + 2], ended[#ended + 3] = sums.done, sums.failed, sums.retried
+    ended[#ended + 1] = struct.pack('<i8i8i8', sums.done, sums.failed, sums.retried)
   end
-  reply[i] = {count_queue(prefix, {}, now), ended}
 end
-return reply
+return {now, table.concat(counts), oldest_of, table.concat(ended)}

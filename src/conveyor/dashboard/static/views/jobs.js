@@ -104,7 +104,7 @@ function Jobs({ route }) {
   const filterError = answer.error && (answer.error.status === 422 || answer.error.status === 400) ? answer.error : null;
   return html`<${Head} title="Jobs" />
     <${FilterBar} value=${filter} error=${filterError} />
-    <nav class="tabs" aria-label="States"><a href=${tab("")} aria-current=${state ? null : "true"}>All</a>${TABS.map((name) => html`<a href=${tab(name)} aria-current=${state === name ? "true" : null}><i class="dot" data-state=${name}></i>${stateWord(name)}<span class="n">${counts.data ? num(counts.data[name] ?? 0) : ""}</span></a>`)}</nav>
+    <nav class="tabs" aria-label="States"><a href=${tab("")} aria-current=${state ? null : "true"}>All</a>${TABS.map((name) => html`<a href=${tab(name)} aria-current=${state === name ? "true" : null}><i class="dot" data-state=${name}></i>${stateWord(name)}<span class="n">${counts.data?.[name] == null ? "" : num(counts.data[name])}</span></a>`)}</nav>
     <${Operations} />
     <${Answer} of=${filterError ? { data: answer.data, error: answer.data ? null : {} } : answer}>${(data) => html`<section class="card" aria-label="Jobs" onMouseEnter=${() => setOver(true)} onMouseLeave=${() => setOver(false)}>
       ${rows.length ? html`<${Table} label="Jobs" rows=${rows} keyOf=${(job) => job.id} columns=${COLUMNS} chosen=${all ? new Set(rows.map((job) => job.id)) : chosen} onChoose=${(set) => { setAll(false); setChosen(set); }} />`

@@ -1,5 +1,5 @@
 // The list of queues, and one queue.
-import { Act, Answer, Card, Count, Empty, Flags, Head, History, Icon, Meter, Spark, Table, api, confirm, go, href, html, jobsHref, linkHref, num, queueHref, rate, span, term, toast, useLive, useQuery, useState } from "../app.js";
+import { Act, Answer, Card, Count, Empty, Flags, Head, History, Icon, Meter, Spark, Table, api, confirm, go, href, html, jobsHref, linkHref, num, queueHref, rate, since, span, term, toast, useLive, useQuery, useState } from "../app.js";
 import { GroupTable, LimitTable } from "../parts/limits.js";
 import { WorkerTable } from "../parts/workers.js";
 
@@ -28,15 +28,19 @@ const COLUMNS = (again) => [
   { name: "actions", kind: "actions tall", cell: (q) => pauseOrResume(q, again) },
 ];
 
+const ORDERS = [["name", "by name"], ["ready", "most ready"], ["dead", "most dead"], ["oldest_age", "oldest job"]];
+
 function Queues() {
   const [text, setText] = useState("");
-  const answer = useQuery(`queues?limit=100${text ? `&q=${encodeURIComponent(text)}` : ""}`);
-  return html`<${Head} title="Queues"><input type="search" aria-label="Names that contain" placeholder="Filter by name" value=${text} onInput=${(e) => setText(e.target.value)} /><//>
+  const [order, setOrder] = useState("name");
+  const answer = useQuery(`queues?limit=100&sort=${order}${text ? `&q=${encodeURIComponent(text)}` : ""}`);
+  const many = answer.data?.total > 100;
+  return html`<${Head} title="Queues">${many && html`<select aria-label="Order" value=${order} onChange=${(e) => setOrder(e.target.value)}>${ORDERS.map(([value, said]) => html`<option value=${value}>${said}</option>`)}</select>`}<input type="search" aria-label="Names that contain" placeholder="Filter by name" value=${text} onInput=${(e) => setText(e.target.value)} /><//>
     <${Answer} of=${answer}>${(data) => html`<${Card} body=${false} label="Queues">${data.queues.length
       ? html`<${Table} label="Queues" rows=${data.queues} keyOf=${(q) => q.name} columns=${COLUMNS(answer.again)} />`
       : text ? html`<${Empty} title="No queue has such a name" />`
         : html`<${Empty} title="No queue yet" code=${"app.queue(\"mail\").push({\"to\": \"ada@example.com\"})\n# or\nconveyor push mail '{\"to\": \"ada@example.com\"}'"}>A queue appears with its first message or job.<//>`}
-      ${data.total > data.queues.length && html`<div class="foot">The first ${num(data.queues.length)} of ${num(data.total)} queues. Filter by name to see others.</div>`}<//>`}<//>`;
+      ${data.total > data.queues.length && html`<div class="foot">The first ${num(data.queues.length)} of ${num(data.total)} queues, ${ORDERS.find(([value]) => value === order)[1]}${order !== "name" && since(data.at)}. Filter by name to see others.</div>`}<//>`}<//>`;
 }
 
 /** Causes of waiting, one sentence each, with links to where they are mended. */

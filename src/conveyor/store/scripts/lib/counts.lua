@@ -2,27 +2,29 @@
 
 -- Count what a queue holds.
 -- prefix   of its keys
+-- jobs     the first of them; each name that is put together once more costs as much as half a command
 -- lists    of a plain list: it and its intake, else empty
--- now      ms
--- returns  what counts.lua says
-local function count_queue(prefix, lists, now)
+-- returns  what counts.lua says, as that many values, without now_ms
+local function count_queue(prefix, jobs, lists)
   -- Of many queues most have jobs of priority 0 alone, and no workers: two looks spare them twenty-two.
-  local ready, oldest, name = redis.call('LLEN', prefix .. 'ready:0'), '', prefix .. 'ready:'
-  local urgent = redis.call('EXISTS', name .. 1, name .. 2, name .. 3, name .. 4, name .. 5, name .. 6, name .. 7, name .. 8, name .. 9) > 0
-  local busy = redis.call('EXISTS', prefix .. 'due', prefix .. 'dead', prefix .. 'workers', prefix .. 'outbox', prefix .. 'reruns') > 0
+  local name, first_list, oldest = prefix .. 'ready:', prefix .. 'ready:0', ''
+  local ready = redis.call('LLEN', first_list)
+  local urgent = redis.call('EXISTS', name .. '1', name .. '2', name .. '3', name .. '4', name .. '5', name .. '6', name .. '7', name .. '8', name .. '9') > 0
+  local due_key, dead_key, workers_key, outbox, reruns_key = prefix .. 'due', prefix .. 'dead', prefix .. 'workers', prefix .. 'outbox', prefix .. 'reruns'
+  local busy = redis.call('EXISTS', due_key, dead_key, workers_key, outbox, reruns_key) > 0
   for priority = 9, urgent and 1 or 10, -1 do
     local length = redis.call('LLEN', name .. priority)
     if length > 0 and oldest == '' then oldest = redis.call('LINDEX', name .. priority, 0) or '' end
     ready = ready + length
   end
-  if ready > 0 and oldest == '' then oldest = redis.call('LINDEX', name .. 0, 0) or '' end
+  if ready > 0 and oldest == '' then oldest = redis.call('LINDEX', first_list, 0) or '' end
   local foreign = 0
   for _, list in ipairs(lists) do foreign = foreign + redis.call('LLEN', list) end
-  local leased, workers = 0, busy and redis.call('ZRANGE', prefix .. 'workers', 0, 999) or {}
+  local leased, workers = 0, busy and redis.call('ZRANGE', workers_key, 0, 999) or {}
   for _, worker in ipairs(workers) do leased = leased + count_held(prefix .. 'leased:' .. worker) end
   local conf = redis.call('HMGET', prefix .. 'conf', 'stubs', 'paused', 'max_length', 'waiting', 'waiting_stubs', 'alarms', 'bound', 'line', 'dropped')
-  local scheduled = busy and math.max(0, redis.call('ZCARD', prefix .. 'due') - tonumber(conf[6] or 0)) or 0 -- alarms may have been evicted
-  local dead = busy and redis.call('ZCARD', prefix .. 'dead') or 0
+  local scheduled = busy and math.max(0, redis.call('ZCARD', due_key) - tonumber(conf[6] or 0)) or 0 -- alarms may have been evicted
+  local dead = busy and redis.call('ZCARD', dead_key) or 0
   local grouped, waiting = tonumber(conf[4] or 0), tonumber(conf[4] or 0) - tonumber(conf[5] or 0)
   if conf[4] then ready = ready - redis.call('SCARD', prefix .. 'tickets') end
   if string.byte(oldest) == 9 then
@@ -33,14 +35,13 @@ local function count_queue(prefix, lists, now)
     oldest = first
   end
   -- Not known where there are more workers than were asked.
-  local reruns = busy and redis.call('HLEN', prefix .. 'reruns') or 0
-  local unplaced = #workers < 1000 and redis.call('HLEN', prefix .. 'jobs') - ready - grouped - scheduled - leased - dead - reruns or 0
-  local line = oldest ~= '' and string.match(redis.call('HGET', prefix .. 'jobs', oldest) or '', '^[^\n]*') or ''
+  local reruns = busy and redis.call('HLEN', reruns_key) or 0
+  local unplaced = #workers < 1000 and redis.call('HLEN', jobs) - ready - grouped - scheduled - leased - dead - reruns or 0
+  local line = oldest ~= '' and string.match(redis.call('HGET', jobs, oldest) or '', '^[^\n]*') or ''
   ready = ready - tonumber(conf[1] or 0) + tonumber(conf[5] or 0)
   -- Cancelled jobs of a paused task count as if they stood in ready.
   if ready < 0 then ready, waiting = 0, math.max(0, waiting + ready) end
-  return {ready, scheduled, leased, dead, #workers,
-    conf[2] == '1' and 1 or 0, now, oldest, line, conf[3] or string.match(conf[7] or '', '^%d+') or '',
-    foreign, busy and redis.call('LLEN', prefix .. 'outbox') or 0, unplaced, waiting + reruns, conf[8] and redis.call('ZCARD', prefix .. 'room') or 0,
-    tonumber(conf[9] or 0)}
+  return ready, scheduled, leased, dead, #workers, conf[2] == '1' and 1 or 0,
+    tonumber(conf[3] or string.match(conf[7] or '', '^%d+') or -1), foreign, busy and redis.call('LLEN', outbox) or 0,
+    math.max(0, unplaced), waiting + reruns, conf[8] and redis.call('ZCARD', prefix .. 'room') or 0, tonumber(conf[9] or 0), oldest, line
 end
