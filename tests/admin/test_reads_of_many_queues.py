@@ -80,6 +80,29 @@ def test_many_workers_are_read_in_further_steps(backend: Client, steps: list[str
     assert steps == ["workers", "workers"]
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        Admin.failures,
+        Admin.count_jobs,
+        lambda admin: list(admin.each_job(state="dead")),
+        lambda admin: admin.jobs(offset=239),
+    ],
+    ids=["failures", "count_jobs", "each_job", "page"],
+)
+def test_jobs_of_many_queues_are_looked_for_where_some_are(
+    backend: Client, steps: list[str], read: Callable[[Admin], object]
+) -> None:
+    """Dead letters, pages and numbers of jobs in all queues: these are counted a hundred in a step, and those that hold none are left."""
+    dead(backend, "tenant-007", "no")
+    steps.clear()
+
+    read(Admin(backend))
+
+    assert (steps.count("counts"), steps.count("count_queues")) == (0, 3)
+    assert steps.count("list_jobs") <= 2
+
+
 def test_doctor_reads_many_queues_in_few_steps(backend: Client, steps: list[str]) -> None:
     """Its checks take a step for many queues, but for the records, of which it reads as many as it has time for, and says so."""
     report = Admin(backend).doctor(seconds=0)
