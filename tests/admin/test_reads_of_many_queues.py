@@ -54,6 +54,42 @@ def test_queues_are_counted_a_hundred_in_one_step(
     assert steps.count("counts") == 0
 
 
+def test_a_step_of_counting_ends_behind_many_workers_or_counters(backend: Client, steps: list[str]) -> None:
+    """A queue with a thousand workers, or as many counters of a minute, ends a step: the next one goes on behind it, and none is missed."""
+    crowded = backend.keys("tenant-003")
+    names = [one for number in range(1000) for one in ("9999999999999", f"w{number:03}")]
+    backend.execute("ZADD", crowded.workers, *names, key=crowded.workers)
+    minute = int(time.time() // 60)
+    prefix = backend.keys("tenant-010").prefix
+    counters = [one for number in range(1000) for one in (f"done:task{number}", "2")]
+    for number in (minute - 1, minute, minute + 1):  # whichever is the last when it is counted
+        backend.execute("HSET", f"{prefix}stats:{number}", *counters, key=prefix)
+    admin = Admin(backend)
+    partitions = {name: [name] for name in admin.names()[:50]}
+    steps.clear()
+
+    found = {info.name: (info.workers, ended[-1].done) for info, ended in admin.count(partitions, 1)}
+
+    assert len(found) == 50
+    assert (found["tenant-003"], found["tenant-010"], found["tenant-049"]) == ((1000, 0), (0, 2000), (0, 0))
+    assert steps == ["count_queues"] * 3
+
+
+def test_a_step_of_metrics_ends_behind_many_counters(backend: Client, steps: list[str]) -> None:
+    """A queue with a thousand counters ends a step of the totals too, and all queues are in the metrics."""
+    for name in ("tenant-003", "tenant-010"):
+        prefix = backend.keys(name).prefix
+        counters = [one for number in range(1000) for one in (f"done:task{number}", "2")]
+        backend.execute("HSET", f"{prefix}stats:total", *counters, key=prefix)
+    steps.clear()
+
+    text = Admin(backend).metrics_text()
+
+    assert text.count(',outcome="succeeded"} 2') == 2000
+    assert text.count("conveyor_leases_lost_total{") == MANY
+    assert steps.count("read_totals") == 2 + 3  # behind those two, and of the other 229
+
+
 def test_workers_of_many_queues_are_read_in_one_step(backend: Client, steps: list[str]) -> None:
     """Queues without a worker cost no step of their own; those with one list it, in their order."""
     for name in ("tenant-200", "tenant-007"):

@@ -656,13 +656,14 @@ class Admin:
     def _read_totals(self, everything: Mapping[str, list[str]]) -> dict[tuple[str, str], inspection.QueueTotals]:
         """Return what `read_totals` says, by queue and partition; those whose server does not answer are left out."""
         totals: dict[tuple[str, str], inspection.QueueTotals] = {}
-        parts = iter([(name, part) for name, some in everything.items() for part in some])
-        # In a cluster each partition is in a slot of its own.
-        while some := list(islice(parts, _AT_A_TIME if self.client.has_one_endpoint else 1)):
-            found = self._ask(
-                some[0][1], inspection.read_totals([self._directory.key(part, "jobs") for _, part in some])
-            )
+        parts, at = [(name, part) for name, some in everything.items() for part in some], 0
+        size = _AT_A_TIME if self.client.has_one_endpoint else 1  # in a cluster each partition is in a slot of its own
+        while at < len(parts):
+            some = parts[at : at + size]
+            call = inspection.read_totals([self._directory.key(part, "jobs") for _, part in some])
+            found = self._ask(some[0][1], call)
             totals.update(zip(some, found or (), strict=False))
+            at += len(some if found is None else found)
         return totals
 
     def load(self, queues: Collection[str] = ()) -> dict[str, metrics.LoadView]:

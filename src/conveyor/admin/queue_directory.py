@@ -87,7 +87,7 @@ class QueueDirectory:
             return found
         return queue_key(self._client.namespace, name, key)
 
-    def steps(self, parts: Sequence[str], size: int = _AT_A_TIME) -> Iterator[Sequence[str]]:
+    def steps(self, parts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
         """Yield queues and partitions as a script may read them in one step: *size* at one server, each alone in a cluster."""
         size = size if self._client.has_one_endpoint else 1
         for first in range(0, len(parts), size):
@@ -108,9 +108,14 @@ class QueueDirectory:
             if (counts := ask(part, inspection.counts(keys))) is not None:
                 ended = ask(part, inspection.count_queues([keys.jobs], minutes)) if minutes else None
                 found[part] = (counts, ended[0][1] if ended else [])
-        for some in self.steps([part for part in parts if part not in self._plain_lists]):
+        size = _AT_A_TIME if self._client.has_one_endpoint else 1
+        rest = [part for part in parts if part not in self._plain_lists]
+        at = 0
+        while at < len(rest):
+            some = rest[at : at + size]
             counted = ask(some[0], inspection.count_queues([self.key(part, "jobs") for part in some], minutes))
             found.update(zip(some, counted or (), strict=False))
+            at += len(some if counted is None else counted)
         return found
 
     def counts(self, name: str) -> QueueCounts:

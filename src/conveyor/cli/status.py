@@ -40,7 +40,8 @@ def status(target: Target, out: Output) -> int:
     from conveyor.admin.flags import DOCTORS_KINDS
 
     admin = target.admin()
-    report, queues, workers = admin.doctor(seconds=_SECONDS_OF_RECORDS), admin.queues(), admin.workers()
+    queues, workers = admin.queues(), admin.workers()
+    report = admin.doctor(seconds=_SECONDS_OF_RECORDS, queues=queues)
     failures = admin.failures(most=MOST_DEAD_LETTERS)
     causes = _causes(admin, queues)
     shown = [

@@ -37,6 +37,7 @@ class Shared:
         self._making: asyncio.Task[dict[str, Any]] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._found: tuple[float, dict[str, Any]] | None = None
+        self._event: tuple[dict[str, Any], bytes] | None = None
 
     async def get(self) -> dict[str, Any]:
         """Return the document. Raises what making it raises."""
@@ -47,6 +48,13 @@ class Shared:
             self._making, self._loop = loop.create_task(self._read()), loop
             self._making.add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(self._making)  # one who goes takes it from nobody
+
+    async def event(self, name: str) -> bytes:
+        """Return the document as a server-sent event, written once for all who follow. Raises as `get`."""
+        document = await self.get()
+        if self._event is None or self._event[0] is not document:
+            self._event = (document, event(name, document))
+        return self._event[1]
 
     async def _read(self) -> dict[str, Any]:
         made = await in_thread(self._make)

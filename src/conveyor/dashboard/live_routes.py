@@ -100,9 +100,9 @@ async def _events(call: ApiCall) -> AsyncIterator[bytes]:
             if not greeted:
                 yield event("session", await in_thread(partial(session, call)))
                 greeted = True
-            yield event("snapshot", await live.snapshot.get())
+            yield await live.snapshot.event("snapshot")
             if call["history"] and time.monotonic() - told >= _HISTORY_SECONDS:
-                yield event("history", await live.hour.get())
+                yield await live.hour.event("history")
                 told = time.monotonic()
         except ConveyorError as error:
             yield event("away", {"message": str(error)})

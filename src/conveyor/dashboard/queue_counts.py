@@ -39,7 +39,7 @@ def _jobs(one: CountedQueue) -> int:
     return info.ready + info.scheduled + info.waiting + info.leased + info.dead
 
 
-class QueueCounts(NamedTuple):
+class CountedQueues(NamedTuple):
     """All queues by name, and when the one was counted that was counted first."""
 
     queues: list[CountedQueue]
@@ -61,9 +61,9 @@ class QueueTable:
     """
     The counts of all queues.
 
-    A reading of ten thousand queues takes a hundred steps and a quarter of a second of two processes. So those who look do not
-    read, each for himself, what was read just now: of many queues a few hundred are counted again every second while
-    somebody follows, those with most jobs each time and the others in turn, and each answer tells its age.
+    To count ten thousand queues takes a hundred steps and a quarter of a second of two processes, which is too much for each answer.
+    So answers share what was counted. While somebody follows, a few hundred of many queues are counted again every second, those
+    with most jobs each time and the others in turn. Each answer tells the age of its oldest count.
     """
 
     def __init__(self, admin: Admin) -> None:
@@ -73,7 +73,7 @@ class QueueTable:
         self._named_at = float("-inf")
         self._counted: dict[str, CountedQueue] = {}  # in the order in which they were counted
 
-    def counted(self, seconds: float | None = None) -> QueueCounts:
+    def counted(self, seconds: float | None = None) -> CountedQueues:
         """
         Return all queues, none of them counted longer ago than *seconds*; a few are always counted now.
 
@@ -87,7 +87,7 @@ class QueueTable:
             self._count([name for name in self._partitions if not self._is_younger(name, begin - limit)])
             return self._all()
 
-    def followed(self) -> QueueCounts:
+    def followed(self) -> CountedQueues:
         """Return all queues; of many only those are counted now that have most jobs, and those that were counted longest ago."""
         with self._lock:
             begin = time.monotonic()
@@ -123,7 +123,7 @@ class QueueTable:
             self._counted.pop(info.name, None)
             self._counted[info.name] = CountedQueue(now, info, ended[-1] if ended else None)
 
-    def _all(self) -> QueueCounts:
+    def _all(self) -> CountedQueues:
         first = next(iter(self._counted.values()), None)
         since = time.time() - (time.monotonic() - first.at if first else 0.0)
-        return QueueCounts([self._counted[name] for name in self._partitions], datetime.fromtimestamp(since, UTC))
+        return CountedQueues([self._counted[name] for name in self._partitions], datetime.fromtimestamp(since, UTC))

@@ -210,7 +210,7 @@ def read_totals(queues: Sequence[str]) -> Call[list[QueueTotals]]:
     """
     Return the call that reads the counters of queues since they were begun, by their keys `jobs`.
 
-    About a hundred at one server, and in a cluster one.
+    About a hundred at one server, and in a cluster one. Many counters make it read fewer, at least one.
     """
 
     def decode(reply: list[Any]) -> list[QueueTotals]:
@@ -251,7 +251,8 @@ def count_queues(queues: Sequence[str], minutes: int) -> Call[list[tuple[QueueCo
     """
     Return the call that counts queues of one server, by their keys `jobs`, a hundred at most.
 
-    Each with what ended in the last whole *minutes*. Entries of plain lists are left out.
+    Each with what ended in the last whole *minutes*. Entries of plain lists are left out. Many workers or counters make it count
+    fewer, at least one.
     """
 
     def decode(reply: list[Any]) -> list[tuple[QueueCounts, list[Ended]]]:

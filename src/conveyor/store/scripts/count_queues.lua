@@ -3,31 +3,29 @@
 --
 -- KEYS  1… jobs of each queue, about a hundred at most
 -- ARGV  1 number of minutes, the one that goes on now left out
--- returns {now_ms, counts, oldest, ended}    counts: thirteen numbers of each queue, as counts.lua returns them, of 8 bytes each:
---         a text costs a sixth of an array of arrays here, and less still to read. The entries of a plain list are left out.
+-- returns {now_ms, counts, oldest, ended}, of as many queues, from the first on, as have a thousand workers and counters together
+--         counts: thirteen numbers of each queue, as counts.lua returns them, of 8 bytes each: a text costs a third of an array of
+--         arrays here, and less still to read. The entries of a plain list are left out.
 --         oldest: (number of a queue, its oldest ready id, the marks of its envelope)… of the queues that have one
 --         ended: of each queue and minute, the oldest first, the attempts that were done, failed and tried again, in the same
 --         form; -1 -1 -1 where a minute has too many counters to read
-local now = clock()
+local now, minutes = clock(), number_in(ARGV[1])
 local minute = math.floor(now / 60000)
-local counts, oldest_of, ended, none = {}, {}, {}, {}
+local counts, oldest_of, ended, none, work = {}, {}, {}, {}, 0
 
-local function add(number, ready, scheduled, leased, dead, workers, paused, max_length, foreign, outbox, unplaced, waiting, blocked,
-  dropped, oldest, marks)
+local function add_counts(number, ready, scheduled, leased, dead, workers, paused, max_length, foreign, outbox, unplaced, waiting,
+  blocked, dropped, oldest, marks)
   counts[number] = struct.pack('<i8i8i8i8i8i8i8i8i8i8i8i8i8', ready, scheduled, leased, dead, workers, paused, max_length, foreign, outbox,
     unplaced, waiting, blocked, dropped)
   if oldest ~= '' then
     local at = #oldest_of
     oldest_of[at + 1], oldest_of[at + 2], oldest_of[at + 3] = number, oldest, marks
   end
+  work = work + workers
 end
 
-for number, key in ipairs(KEYS) do
-  add(number, count_queue(string.sub(key, 1, -5), key, none))
-end
-for _, key in ipairs(tonumber(ARGV[1]) > 0 and KEYS or {}) do
-  local prefix = string.sub(key, 1, -5)
-  for one = minute - tonumber(ARGV[1]), minute - 1 do
+local function add_ended(prefix)
+  for one = minute - minutes, minute - 1 do
     local stats, sums = prefix .. 'stats:' .. int(one), {done = 0, failed = 0, retried = 0}
     local fields = redis.call('HLEN', stats)
     if fields > 1000 then sums = {done = -1, failed = -1, retried = -1}
@@ -37,8 +35,16 @@ for _, key in ipairs(tonumber(ARGV[1]) > 0 and KEYS or {}) do
         local kind = string.match(counters[at], '^(%a+):')
         if sums[kind] then sums[kind] = sums[kind] + tonumber(counters[at + 1]) end
       end
+      work = work + fields
     end
     ended[#ended + 1] = struct.pack('<i8i8i8', sums.done, sums.failed, sums.retried)
   end
+end
+
+for number, key in ipairs(KEYS) do
+  if work >= 1000 then break end
+  local prefix = string.sub(key, 1, -5)
+  add_counts(number, count_queue(prefix, key, none))
+  if minutes > 0 then add_ended(prefix) end
 end
 return {now, table.concat(counts), oldest_of, table.concat(ended)}
