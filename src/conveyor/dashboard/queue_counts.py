@@ -61,8 +61,8 @@ class QueueTable:
     """
     The counts of all queues.
 
-    To count ten thousand queues takes a hundred steps and a quarter of a second of two processes, which is too much for each answer.
-    So answers share what was counted. While somebody follows, a few hundred of many queues are counted again every second, those
+    To count ten thousand queues takes a hundred steps and a quarter of a second of two processes: too much for each answer. So they
+    share what was counted. While somebody follows, a few hundred of many queues are counted again every second, those
     with most jobs each time and the others in turn. Each answer tells the age of its oldest count.
     """
 
@@ -81,7 +81,7 @@ class QueueTable:
         """
         with self._lock:
             begin = time.monotonic()
-            self._read_names(begin - min(_SECONDS_OF_NAMES, 1.0 if seconds is None else seconds))
+            self._read_names(begin, min(_SECONDS_OF_NAMES, 1.0 if seconds is None else seconds))
             count = len(self._partitions)
             limit = 0.0 if count <= FEW else count / (STEP * _STEPS) * 1.5 if seconds is None else seconds
             self._count([name for name in self._partitions if not self._is_younger(name, begin - limit)])
@@ -91,7 +91,7 @@ class QueueTable:
         """Return all queues; of many only those are counted now that have most jobs, and those that were counted longest ago."""
         with self._lock:
             begin = time.monotonic()
-            self._read_names(begin - (_SECONDS_OF_NAMES if len(self._partitions) > FEW else 0.0))
+            self._read_names(begin, _SECONDS_OF_NAMES)
             names: Sequence[str] = list(self._partitions)
             if len(names) > FEW:
                 oldest = min((one.at for one in islice(self._counted.values(), 1)), default=float("-inf"))
@@ -107,11 +107,10 @@ class QueueTable:
     def _is_younger(self, name: str, instant: float) -> bool:
         return (one := self._counted.get(name)) is not None and one.at > instant
 
-    def _read_names(self, instant: float) -> None:
-        """Read the names of queues, unless that was done after *instant*; those that are gone leave."""
-        if self._named_at > instant:
+    def _read_names(self, now: float, seconds: float) -> None:
+        """Read the names of queues; of many not in the *seconds* after they were read. Those that are gone leave."""
+        if len(self._partitions) > FEW and now - self._named_at < seconds:
             return
-        now = time.monotonic()
         self._partitions = self._admin.queue_partitions()
         self._named_at = now
         self._counted = {name: one for name, one in self._counted.items() if name in self._partitions}
