@@ -11,7 +11,7 @@ local function count_queue(prefix, jobs, lists)
   local ready = redis.call('LLEN', first_list)
   local urgent = redis.call('EXISTS', name .. '1', name .. '2', name .. '3', name .. '4', name .. '5', name .. '6', name .. '7', name .. '8', name .. '9') > 0
   local due_key, dead_key, workers_key, outbox, reruns_key = prefix .. 'due', prefix .. 'dead', prefix .. 'workers', prefix .. 'outbox', prefix .. 'reruns'
-  local busy = redis.call('EXISTS', due_key, dead_key, workers_key, outbox, reruns_key) > 0
+  local found = redis.call('EXISTS', due_key, dead_key, workers_key, outbox, reruns_key)
   for priority = 9, urgent and 1 or 10, -1 do
     local length = redis.call('LLEN', name .. priority)
     if length > 0 and oldest == '' then oldest = redis.call('LINDEX', name .. priority, 0) or '' end
@@ -20,8 +20,9 @@ local function count_queue(prefix, jobs, lists)
   if ready > 0 and oldest == '' then oldest = redis.call('LINDEX', first_list, 0) or '' end
   local foreign = 0
   for _, list in ipairs(lists) do foreign = foreign + redis.call('LLEN', list) end
-  local leased, workers = 0, busy and redis.call('ZRANGE', workers_key, 0, 999) or {}
+  local leased, workers = 0, found > 0 and redis.call('ZRANGE', workers_key, 0, 999) or {}
   for _, worker in ipairs(workers) do leased = leased + count_held(prefix .. 'leased:' .. worker) end
+  local busy = found > (#workers > 0 and 1 or 0) -- there is more than workers
   local conf = redis.call('HMGET', prefix .. 'conf', 'stubs', 'paused', 'max_length', 'waiting', 'waiting_stubs', 'alarms', 'bound', 'line', 'dropped')
   local scheduled = busy and math.max(0, redis.call('ZCARD', due_key) - tonumber(conf[6] or 0)) or 0 -- alarms may have been evicted
   local dead = busy and redis.call('ZCARD', dead_key) or 0
