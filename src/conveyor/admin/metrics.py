@@ -329,6 +329,7 @@ def _worker_families(facts: SystemFacts) -> Iterator[_Family]:
             lag.add(one.loop_lag, worker=one.name)
     for (kind, state), number in sorted(states.items()):
         count.add(number, kind=kind, state=state)
-    for queue, number in sorted(facts.lost.items()):
-        lost.add(number, queue=queue)
+    lost.add_lines(
+        f'{lost.name}{{queue="{_escaped(queue)}"}} {number}\n' for queue, number in sorted(facts.lost.items())
+    )
     yield from (count, slots, lag, lost)
