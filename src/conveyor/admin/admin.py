@@ -1059,6 +1059,8 @@ class Admin:
     aflags = _awaitable(flags)
     afailure_matrix = _awaitable(failure_matrix)
     aqueues = _awaitable(queues)
+    aqueue_partitions = _awaitable(queue_partitions)
+    acount = _awaitable(count)
     aqueue = _awaitable(queue)
     acauses = _awaitable(causes)
     apartitions = _awaitable(partitions)

@@ -37,7 +37,7 @@ CLOCK_SKEW_WARNING = 1.0
 _MAX_NAMED = 10
 _MAX_NOTES = 20
 """Queues of which each has a note that it is paused, or has dead letters."""
-_MARKS_SIZE = 1_000
+_MARKS_SIZE = 300
 """Queues of which one call reads the marks."""
 _MAX_AUDITED = 10_000
 MEMORY_WARNING, MEMORY_PROBLEM = 0.75, 0.9
