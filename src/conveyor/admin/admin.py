@@ -308,7 +308,9 @@ class Admin:
         counted = self._directory.counts_and_ended(parts, minutes, self._ask)
         counts = {part: one for part, (one, _) in counted.items()}
         return [
-            (_queue_info(name, some, counts), ended_in(some, counted) if minutes else [])
+            (queue_info(name, counts[name]), counted[name][1])
+            if len(some) == 1 and some[0] in counts
+            else (_queue_info(name, some, counts), ended_in(some, counted) if minutes else [])
             for name, some in partitions.items()
         ]
 

@@ -23,11 +23,16 @@ STEP = 100
 """Queues that one step counts."""
 _STEPS = 3
 """Steps of a snapshot for the queues that were counted longest ago: ten thousand take 34 of them."""
-_SECONDS_OF_NAMES = 5.0
+_SECONDS_OF_NAMES, _LONGEST_PAUSE = 5.0, 60.0
+"""Seconds for which names of many queues serve, and after which one who begins to follow has all queues counted."""
 
 
 class CountedQueue(NamedTuple):
-    """A queue as it was counted at an instant (`at`: monotonic), and what ended there in the last whole minute before."""
+    """
+    A queue as it was counted at an instant (`at`: monotonic).
+
+    `ended`: what ended there in the last whole minute before it was last counted for those who follow; None: it never was.
+    """
 
     at: float
     info: QueueInfo
@@ -70,8 +75,8 @@ class QueueTable:
         self._admin = admin
         self._lock = threading.Lock()
         self._partitions: dict[str, list[str]] = {}
-        self._named_at = float("-inf")
-        self._counted: dict[str, CountedQueue] = {}  # in the order in which they were counted
+        self._named_at = self._followed_at = float("-inf")
+        self._counted: dict[str, CountedQueue] = {}  # in the order in which following has counted them
 
     def counted(self, seconds: float | None = None) -> CountedQueues:
         """
@@ -84,7 +89,11 @@ class QueueTable:
             self._read_names(begin, min(_SECONDS_OF_NAMES, 1.0 if seconds is None else seconds))
             count = len(self._partitions)
             limit = 0.0 if count <= FEW else count / (STEP * _STEPS) * 1.5 if seconds is None else seconds
-            self._count([name for name in self._partitions if not self._is_younger(name, begin - limit)])
+            known, instant = self._counted, begin - limit
+            old = [name for name in self._partitions if name not in known or known[name].at <= instant]
+            for info, _ in self._admin.count({name: self._partitions[name] for name in old}):
+                former = known.get(info.name)  # it keeps its turn, so that each comes round
+                known[info.name] = CountedQueue(begin, info, former.ended if former else None)
             return self._all()
 
     def followed(self) -> CountedQueues:
@@ -93,19 +102,15 @@ class QueueTable:
             begin = time.monotonic()
             self._read_names(begin, _SECONDS_OF_NAMES)
             names: Sequence[str] = list(self._partitions)
-            if len(names) > FEW:
-                oldest = min((one.at for one in islice(self._counted.values(), 1)), default=float("-inf"))
-                if oldest > begin - 2 * len(names) / (STEP * _STEPS):  # else nobody has followed for a while
-                    largest = [one.info.name for one in nlargest(STEP, self._counted.values(), key=_jobs)]
-                    new = [name for name in names if name not in self._counted]
-                    names = list(
-                        dict.fromkeys([*largest, *new, *islice(self._counted, max(0, STEP * _STEPS - len(new)))])
-                    )
-            self._count(names)
+            if len(names) > FEW and begin - self._followed_at < _LONGEST_PAUSE:
+                largest = [one.info.name for one in nlargest(STEP, self._counted.values(), key=_jobs)]
+                new = [name for name in names if name not in self._counted]
+                names = list(dict.fromkeys([*largest, *new, *islice(self._counted, max(0, STEP * _STEPS - len(new)))]))
+            for info, ended in self._admin.count({name: self._partitions[name] for name in names}, 1):
+                self._counted.pop(info.name, None)
+                self._counted[info.name] = CountedQueue(begin, info, ended[-1] if ended else None)
+            self._followed_at = begin
             return self._all()
-
-    def _is_younger(self, name: str, instant: float) -> bool:
-        return (one := self._counted.get(name)) is not None and one.at > instant
 
     def _read_names(self, now: float, seconds: float) -> None:
         """Read the names of queues; of many not in the *seconds* after they were read. Those that are gone leave."""
@@ -115,14 +120,7 @@ class QueueTable:
         self._named_at = now
         self._counted = {name: one for name, one in self._counted.items() if name in self._partitions}
 
-    def _count(self, names: Sequence[str]) -> None:
-        now = time.monotonic()
-        some = {name: self._partitions[name] for name in names}
-        for info, ended in self._admin.count(some, 1):
-            self._counted.pop(info.name, None)
-            self._counted[info.name] = CountedQueue(now, info, ended[-1] if ended else None)
-
     def _all(self) -> CountedQueues:
-        first = next(iter(self._counted.values()), None)
-        since = time.time() - (time.monotonic() - first.at if first else 0.0)
-        return CountedQueues([self._counted[name] for name in self._partitions], datetime.fromtimestamp(since, UTC))
+        queues, now = [self._counted[name] for name in self._partitions], time.monotonic()
+        since = time.time() - now + min([one.at for one in queues], default=now)
+        return CountedQueues(queues, datetime.fromtimestamp(since, UTC))

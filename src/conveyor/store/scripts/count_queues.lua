@@ -12,6 +12,8 @@
 local now, minutes = clock(), number_in(ARGV[1])
 local minute = math.floor(now / 60000)
 local counts, oldest_of, ended, none, work = {}, {}, {}, {}, 0
+local names, nothing = {}, struct.pack('<i8i8i8', 0, 0, 0)
+for one = minute - minutes, minute - 1 do names[#names + 1] = 'stats:' .. int(one) end
 
 local function add_counts(number, ready, scheduled, leased, dead, workers, paused, max_length, foreign, outbox, unplaced, waiting,
   blocked, dropped, oldest, marks)
@@ -25,19 +27,19 @@ local function add_counts(number, ready, scheduled, leased, dead, workers, pause
 end
 
 local function add_ended(prefix)
-  for one = minute - minutes, minute - 1 do
-    local stats, sums = prefix .. 'stats:' .. int(one), {done = 0, failed = 0, retried = 0}
+  for _, name in ipairs(names) do
+    local stats, packed = prefix .. name, nothing
     local fields = redis.call('HLEN', stats)
-    if fields > 1000 then sums = {done = -1, failed = -1, retried = -1}
+    if fields > 1000 then packed = struct.pack('<i8i8i8', -1, -1, -1)
     elseif fields > 0 then
-      local counters = redis.call('HGETALL', stats)
+      local counters, sums = redis.call('HGETALL', stats), {done = 0, failed = 0, retried = 0}
       for at = 1, #counters, 2 do
         local kind = string.match(counters[at], '^(%a+):')
         if sums[kind] then sums[kind] = sums[kind] + tonumber(counters[at + 1]) end
       end
-      work = work + fields
+      work, packed = work + fields, struct.pack('<i8i8i8', sums.done, sums.failed, sums.retried)
     end
-    ended[#ended + 1] = struct.pack('<i8i8i8', sums.done, sums.failed, sums.retried)
+    ended[#ended + 1] = packed
   end
 end
 
