@@ -45,12 +45,12 @@ def run(
 
 def test_payload_of_16_mb(url: str, run: Any) -> None:
     """A job with 16 MB of arguments is listed, shown, filtered and explained; pages show its beginning and its size."""
-    with Conveyor(url, max_payload="17MiB", redact=["password"]) as app:
+    with Conveyor(url, max_payload="16MiB", redact=["password"]) as app:
 
         @app.task(queue="large")
         def work(data: str, password: str) -> None: ...
 
-        large = "x" * (16 * 1024 * 1024)
+        large = "x" * 16_000_000
         job = work.enqueue(large, "secret-word")
         for text in ("", "args.data:y*"):
             page = get(app, "jobs", filter=text)

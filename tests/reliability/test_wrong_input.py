@@ -115,6 +115,7 @@ def test_patience_with_a_slot_outlasts_the_end_of_its_move() -> None:
         ({"buffer": True}, "takes a Buffer"),
         ({"buffer": "spool"}, "takes a Buffer"),
         ({"max_payload": "half a page"}, "such as '256KiB'"),
+        ({"max_payload": "17MiB"}, "at most 16MiB"),
     ],
 )
 def test_options_of_an_app_that_mean_nothing_are_refused(options: dict[str, Any], says: str) -> None:

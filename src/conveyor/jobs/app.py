@@ -52,7 +52,7 @@ from conveyor.jobs.task import AsyncTask, Logs, RunIn, SyncTask, Task, TaskCall,
 from conveyor.messaging.limit_control import GroupControl, LimitControl
 from conveyor.messaging.push_options import push_scope
 from conveyor.messaging.retry import Retry
-from conveyor.payload.codec import MAX_PAYLOAD, show
+from conveyor.payload.codec import MAX_PAYLOAD, payload_limit, show
 from conveyor.payload.formats import FormatChoice, make_registry
 from conveyor.payload.pipeline import LARGE_ABOVE, MAX_LARGE, make_pipeline
 from conveyor.payload.redaction import check_names
@@ -60,7 +60,7 @@ from conveyor.store import limits
 from conveyor.store.client.client import Client
 from conveyor.store.max_length import Full
 from conveyor.store.transport.credentials import CredentialProvider, Credentials, LoginProvider
-from conveyor.units import Duration, Size, positive_ms, size
+from conveyor.units import Duration, Size, positive_ms
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -141,7 +141,7 @@ class Conveyor:
             lease: how long a worker may be silent before its jobs go to others.
             keys: key id to secret: the first seals payloads, results and errors, all open them. Unsealed ones are set aside.
             encrypt: with `keys`, payloads cannot be read in Redis either.
-            max_payload: the limit of one set of arguments, one message or one result; bytes, or ``"256KiB"``.
+            max_payload: the limit of one set of arguments, one message or one result; bytes, or ``"256KiB"``, at most 16 MiB.
             compress: the size above which payloads are compressed. None: never.
             large: a store for large arguments and messages.
             large_above: the size above which they go there.
@@ -161,7 +161,7 @@ class Conveyor:
         """
         if unknown:
             refuse_unknown("Conveyor()", unknown, APP_OPTIONS)
-        max_payload = size(max_payload, "max_payload")
+        max_payload = payload_limit(max_payload, "max_payload")
         client = make_client(url, namespace, buffer, timeout, blocking_in_loop, credentials)
         client.redaction.add_patterns(check_names(redact, "Conveyor(redact=)"))
         self._core = AppCore(

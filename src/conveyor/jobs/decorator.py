@@ -29,10 +29,11 @@ from conveyor.jobs.uniqueness import DeclaredUniqueness
 from conveyor.jobs.webhooks import Webhook
 from conveyor.messaging.limits import Concurrency, Rate, check_path
 from conveyor.messaging.retry import Retry
+from conveyor.payload.codec import payload_limit
 from conveyor.payload.formats import FormatChoice
 from conveyor.payload.redaction import RESULT, Redaction, check_names
 from conveyor.payload.versions import check_version
-from conveyor.units import Duration, Size, milliseconds, positive_ms, size
+from conveyor.units import Duration, Size, milliseconds, positive_ms
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -154,7 +155,7 @@ def register(
             "them as far as they let themselves be stopped."
         )
         raise ConfigurationError(f"{name}: {why}")
-    limit = None if max_payload is None else size(max_payload, "@app.task(max_payload=…)")
+    limit = None if max_payload is None else payload_limit(max_payload, "@app.task(max_payload=…)")
     definition = TaskDefinition(
         core, function, name=name, queue=queue, run_in=where, options=options,
         max_payload=core.max_whole if limit is None else limit,

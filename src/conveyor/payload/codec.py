@@ -19,11 +19,14 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import msgspec
 
 from conveyor.errors import ConfigurationError, PayloadError
+from conveyor.units import size
 
 T = TypeVar("T")
 
 MAX_PAYLOAD = 512 * 1024
 """Bytes of JSON that one body, one set of arguments or one result may take."""
+LARGEST_MAX_PAYLOAD = 16 * 1024 * 1024
+"""Bytes that an application may raise that limit to: one reply with larger ones holds up all that is behind it."""
 MAX_DEPTH = 64
 """Levels of lists and objects in stored JSON."""
 
@@ -43,6 +46,17 @@ _SCALARS: tuple[tuple[type, Callable[[Any], Any]], ...] = (
 )
 _NOT_BRACKET = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _ONE_KIND = bytes.maketrans(b"{}", b"[]")
+
+
+def payload_limit(value: object, name: str) -> int:
+    """Return a limit of payloads in bytes; raises ConfigurationError, which calls it *name*, also above 16 MiB."""
+    limit = size(value, name)
+    if limit > LARGEST_MAX_PAYLOAD:
+        raise ConfigurationError(
+            f"{name} is at most 16MiB, not {value!r}: payloads go through the memory of the server and of each worker. "
+            "Larger ones lie in a store of yours: Conveyor(large=…), or pass a reference."
+        )
+    return limit
 
 
 class ValueCodec(Generic[T]):
