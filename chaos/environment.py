@@ -10,7 +10,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,7 +25,7 @@ from chaos.processes import ProcessGroup, role_rules
 from chaos.recording_server import RecordingServer
 from chaos.redis_history import read_history
 from chaos.run_data import gather
-from chaos.run_log import RunLog, read
+from chaos.run_log import RunLog, read_on
 from chaos.run_result import RunResult
 
 QUEUES = (
@@ -84,6 +85,8 @@ class Environment:
         self.faults: Counter[str] = Counter()
         self._record = RunLog(self.directory / "faults")
         self._lock = threading.Lock()
+        self._read: dict[str, tuple[list[dict[str, Any]], int]] = {}
+        self._client: Any = None
         self.keep = bool(os.environ.get("CHAOS_KEEP"))
 
     @property
@@ -102,12 +105,26 @@ class Environment:
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """Return what stands in a file of the run: calls, runs or faults."""
-        return read(self.directory / name)
+        found, at = self._read.get(name, ([], 0))
+        more, at = read_on(self.directory / name, at)  # not all of it again: some of who waits looks 50 times a second
+        self._read[name] = (found + more, at)
+        return self._read[name][0]
+
+    @contextmanager
+    def _asking(self) -> Iterator[Any]:
+        """Give a client of the server, from the thread that drives the run; where there is one server, the same each time."""
+        if self.topology != "standalone":  # the next one to ask may be another
+            with self.server.client() as client:
+                yield client
+            return
+        client, self._client = self._client or self.server.client(), None
+        yield client
+        self._client = client  # not after an error: the server may have been started again
 
     def remaining(self) -> int:
         """Return how many jobs have not ended; -1 when Redis does not answer."""
         try:
-            with self.server.client() as client:
+            with self._asking() as client:
                 pipe = client.pipeline(transaction=False)
                 for queue in QUEUES:
                     pipe.hlen(f"chaos:{{{queue}}}:jobs")
@@ -130,7 +147,7 @@ class Environment:
         """Wait until that many workers have registered for the jobs of a queue; raises when they do not."""
 
         def registered() -> bool:
-            with self.server.client() as client:
+            with self._asking() as client:
                 return int(client.zcard(f"chaos:{{{queue}}}:workers")) >= workers
 
         if not self.wait(registered, seconds):
@@ -187,7 +204,7 @@ class Environment:
 
     def _only_the_living(self) -> bool:
         """Return whether the registrations of all dead workers are gone."""
-        with self.server.client() as client:
+        with self._asking() as client:
             for key in client.scan_iter("chaos:*:leased:*", count=1000):
                 about = client.hget(key, "\tabout")
                 if about and not Path(f"/proc/{json.loads(about).get('pid', 1)}").exists():

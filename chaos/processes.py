@@ -10,8 +10,13 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from chaos.recording_server import HOME
+
+from support.fork_server import ForkServer  # type: ignore[import-not-found]  # isort: skip  # of the test suite
+
+_FORK_SERVER = ForkServer()
 
 
 class Program:
@@ -27,10 +32,11 @@ class Program:
         keep: bool = True,
         env: dict[str, str] | None = None,
     ) -> None:
-        """Start *command* with Redis at *url*; *keep* it running."""
+        """Start *command*, a module and its arguments, with Redis at *url*; *keep* it running."""
         self.process_group, self.name, self.command, self.url, self.keep = process_group, name, command, url, keep
         self.starts = 0
         self.env = env or {}
+        self.process: Any = None
         self.start()
 
     @property
@@ -51,16 +57,15 @@ class Program:
     def start(self) -> None:
         """Start it."""
         self.starts += 1
-        with (self.process_group.directory / f"{self.name}.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command,
-                env={**self.process_group.env, **self.env, "CONVEYOR_URL": self.url},
-                cwd=HOME,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        env = {**self.process_group.env, **self.env, "CONVEYOR_URL": self.url}
+        name = self.process_group.directory / f"{self.name}.log"
+        with name.open("ab") as log, Path(os.devnull).open("rb") as nothing:
+            streams, forks = [nothing.fileno(), log.fileno(), log.fileno()], self.process_group.fork_server
+            self.process = forks and forks.start(self.command, cwd=HOME, env=env, streams=streams, new_session=True)
+            self.process = self.process or subprocess.Popen(
+                [sys.executable, "-m", *self.command],
+                env=env, cwd=HOME, stdin=nothing, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
 
     def children(self) -> list[int]:
         """Return the pids of its children: those that lease and run jobs."""
@@ -131,6 +136,8 @@ class ProcessGroup:
         """
         self.directory = directory
         self.roles = roles
+        self.fork_server = _FORK_SERVER if source is None else None
+        """Forks the programs, so that none imports the library; None for another `src`, of which there are too few."""
         self.queues: tuple[str, ...] = ("default",)
         """Queues that workers serve; a program with one inside leaves `box` alone, whose jobs have processes of their own."""
         path = os.pathsep.join([str(source or HOME / "src"), str(HOME)])
@@ -194,7 +201,7 @@ class ProcessGroup:
             user = ROLES[name.startswith("producer")]
             url = url.replace("://", f"://{user}:{PASSWORD}@", 1)
         with self._lock:
-            program = Program(self, name, [sys.executable, "-m", *command], url=url, keep=keep, env=env)
+            program = Program(self, name, [*command], url=url, keep=keep, env=env)
             self.programs.append(program)
         return program
 

@@ -6,6 +6,7 @@ import compileall
 import functools
 import itertools
 import os
+import random
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -78,7 +79,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _long_first(items: list[pytest.Item], processes: int) -> None:
     """Deal what takes long to the starts of the parts that the processes are given: none is left alone with it at the end."""
     long = [item for item in items if item.get_closest_marker("long") is not None]
-    rest = [item for item in items if item.get_closest_marker("long") is None]
+    rest = _mixed([item for item in items if item.get_closest_marker("long") is None], processes)
     total, dealt = len(items), list[pytest.Item]()
     for number in range(processes):
         size = (total - len(dealt)) // (processes - number)  # as `--dist worksteal` cuts them
@@ -86,6 +87,14 @@ def _long_first(items: list[pytest.Item], processes: int) -> None:
         dealt += mine + rest[: max(0, size - len(mine))]
         del rest[: max(0, size - len(mine))]
     items[:] = dealt + rest
+
+
+def _mixed(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
+    """Put files into another order, the same each time: tests that wait, of a worker for example, run beside tests that do not."""
+    files = [list(run) for _, run in itertools.groupby(items, lambda item: item.path)]
+    if processes > 1:
+        random.Random(1).shuffle(files)
+    return list(itertools.chain.from_iterable(files))
 
 
 def _uses_the_server(item: pytest.Item) -> bool:

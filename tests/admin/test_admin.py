@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -17,18 +16,6 @@ from conveyor.store.client.client import Client
 from support.client_worker import ClientWorker, dead, push
 
 pytestmark = pytest.mark.leaves_keys("jobs are pushed here to be looked at")
-
-
-@pytest.fixture
-def backend(url: str) -> Iterator[Client]:
-    backend = Client(url, namespace="t", retry_for=1)
-    yield backend
-    backend.close()
-
-
-@pytest.fixture
-def admin(backend: Client) -> Admin:
-    return Admin(backend)
 
 
 def test_counts_of_a_queue(admin: Admin, backend: Client) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -25,18 +24,6 @@ pytestmark = pytest.mark.leaves_keys("dead letters are made here to be counted")
 DIED = datetime(2026, 3, 1, 2, 14, tzinfo=UTC)
 Died = tuple[str, str, str]
 """Task, class and message of the error of a dead letter."""
-
-
-@pytest.fixture
-def backend(url: str) -> Iterator[Client]:
-    backend = Client(url, namespace="t", retry_for=1)
-    yield backend
-    backend.close()
-
-
-@pytest.fixture
-def admin(backend: Client) -> Admin:
-    return Admin(backend)
 
 
 def bury(

@@ -37,22 +37,26 @@ def served(app: Conveyor) -> Iterator[str]:
         thread.join(60)
 
 
-@contextmanager
-def page_beside() -> Iterator[Browse]:
-    """Open a page in a thread of its own, where its steps are done: its event loop would keep this thread from using the app."""
+@pytest.fixture(scope="module")
+def beside() -> Iterator[tuple[ThreadPoolExecutor, Any]]:
+    """A thread, and a browser whose steps are done there: its event loop would keep this thread from using the app."""
     stack = ExitStack()
     with ThreadPoolExecutor(1) as thread:
-        page = thread.submit(lambda: stack.enter_context(open_page(stack.enter_context(open_browser())))).result()
         try:
-            yield lambda step: thread.submit(step, page).result()
+            yield thread, thread.submit(lambda: stack.enter_context(open_browser())).result()
         finally:
             thread.submit(stack.close).result()
 
 
 @pytest.fixture
-def browse() -> Iterator[Browse]:
-    with page_beside() as steps:
-        yield steps
+def browse(beside: tuple[ThreadPoolExecutor, Any]) -> Iterator[Browse]:
+    """Carry out steps on a page of its own."""
+    (thread, browser), stack = beside, ExitStack()
+    page = thread.submit(lambda: stack.enter_context(open_page(browser))).result()
+    try:
+        yield lambda step: thread.submit(step, page).result()
+    finally:
+        thread.submit(stack.close).result()
 
 
 def test_the_first_view_waits_for_no_second_answer(

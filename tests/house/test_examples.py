@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.shell import Shell
+from support.shell import FORK_SERVER, Shell
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -68,16 +68,13 @@ PAIRED = {
 @pytest.mark.parametrize("name", PRINTED)
 def test_example_does_what_it_says(name: str, url: str) -> None:
     """An example runs by itself, prints what is expected in that order, and exits 0."""
-    done = subprocess.run(
-        [sys.executable, f"{name}.py"], cwd=EXAMPLES, env=Shell(EXAMPLES, url).environment(), capture_output=True, text=True,
-        timeout=40, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    lines = iter(done.stdout.splitlines())
+    example = FORK_SERVER.start([f"{name}.py"], cwd=EXAMPLES, env=Shell(EXAMPLES, url).environment())
+    assert example is not None
+    printed, errors = example.communicate(timeout=40)
+    assert example.returncode == 0, errors
+    lines = iter(printed.splitlines())
     for expected in PRINTED[name]:
-        assert any(expected in line for line in lines), (
-            f"{expected!r} is not in order in:\n{done.stdout}\n{done.stderr}"
-        )
+        assert any(expected in line for line in lines), f"{expected!r} is not in order in:\n{printed}\n{errors}"
 
 
 @pytest.mark.leaves_keys("it is ended by a signal, like a web server, and not by the end of its worker")

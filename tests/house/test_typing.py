@@ -19,7 +19,11 @@ PROGRAMS = Path(__file__).parent / "typed_programs"
 def test_right_uses_pass_and_wrong_ones_are_refused(
     check: Callable[[Path], dict[tuple[str, int], str]], tmp_path: Path
 ) -> None:
-    """A checker has nothing to say of right.py, and of each wrong program exactly that its marked line is wrong."""
+    """
+    A checker has nothing to say of right.py, and of each wrong program exactly that its marked line is wrong.
+
+    It runs without the network, and sees the types of the library.
+    """
     folder = Path(copytree(PROGRAMS, tmp_path / "typing"))
     marked = {
         (path.name, number)
@@ -35,3 +39,4 @@ def test_right_uses_pass_and_wrong_ones_are_refused(
 
     assert {place: text for place, text in found.items() if place not in marked} == {}
     assert set(found) == marked
+    assert ['"int"' in text for (name, _), text in found.items() if name == "wrong_units.py"] == [True]

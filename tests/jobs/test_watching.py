@@ -217,8 +217,11 @@ async def test_many_watchers_share_a_subscription(app: Conveyor, redis: redis_py
     assert not redis.exists(WAITERS)
 
 
-async def test_ends_without_a_start_and_bad_input(app: Conveyor, redis: redis_py.Redis) -> None:
+async def test_ends_without_a_start_and_bad_input(
+    app: Conveyor, redis: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A cancelled job ends as such, a watcher that leaves leaves nothing, and what cannot be watched is refused clearly."""
+    monkeypatch.setattr(watching, "CHECK_AGAIN", LATER)
 
     @app.task
     async def work() -> None: ...
@@ -233,6 +236,7 @@ async def test_ends_without_a_start_and_bad_input(app: Conveyor, redis: redis_py
     other = await work.options(delay="1h").aenqueue()
     async for _ in (updates := other.awatch()):
         break
+    await until(lambda: app._core.watch_hub._changed._sleepers)  # its thread waits for changes: leaving is one
     await updates.aclose()
     await until(lambda: not redis.exists(WAITERS))
     await other.acancel()

@@ -20,18 +20,8 @@ from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.store import operations
 from conveyor.store.keys import QueueKeys
 from support.message_fixtures import until
-from support.partition_helpers import FAST, ack_all, audits, clear, in_a_loop, place_of, spread
+from support.partition_helpers import FAST, ack_all, audits, in_a_loop, place_of, spread
 from support.time_limits import PATIENCE
-
-
-@pytest.fixture
-def orders(backend):
-    """A queue with 8 partitions that must be in order, and hold nothing leased, when the test is over."""
-    queue = spread(backend)
-    yield queue
-    assert audits(queue) == []
-    clear(queue)
-    assert (queue.stats().leased, queue.stats().workers) == (0, 0)
 
 
 def drained(queue, **options):

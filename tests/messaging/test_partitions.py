@@ -14,17 +14,7 @@ from conveyor import Conveyor
 from conveyor.errors import ConfigurationError, JobNotFound, QueueFull
 from conveyor.ids import logical, new_id, own_id, public, queue_name, split
 from conveyor.messaging.partitions import likely_first, partition_of
-from support.partition_helpers import ack_all, audits, clear, in_a_loop, lengths, place_of, spread
-
-
-@pytest.fixture
-def orders(backend):
-    """A queue with 8 partitions that must be in order, and hold nothing leased, when the test is over."""
-    queue = spread(backend)
-    yield queue
-    assert audits(queue) == []
-    clear(queue)
-    assert (queue.stats().leased, queue.stats().workers) == (0, 0)
+from support.partition_helpers import ack_all, clear, in_a_loop, lengths, place_of, spread
 
 
 class TestPlacement:

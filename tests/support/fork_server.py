@@ -1,7 +1,7 @@
 """
-An interpreter that has imported the command line already, and forks for each command that a test runs.
+An interpreter that has imported Conveyor already, and forks for each program that a test runs.
 
-A command is a process of its own as ever, with its own environment, directory, streams and exit code: only the half
+A program is a process of its own as ever, with its own environment, directory, streams and exit code: only the half
 second of processor time is saved that a fresh interpreter imports for. As a program this file is that interpreter.
 """
 
@@ -13,14 +13,16 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, Self, TextIO
 
 _AT_START = ("PYTHON", "LC_", "LANG", "TZ", "LD_", "OPENSSL_")
 """Beginnings of the variables that an interpreter or its libraries read when they start."""
@@ -29,6 +31,83 @@ _AT_START = ("PYTHON", "LC_", "LANG", "TZ", "LD_", "OPENSSL_")
 def of_the_start(environment: dict[str, str]) -> dict[str, str]:
     """Return the variables that cannot change once an interpreter runs."""
     return {name: value for name, value in environment.items() if name.startswith(_AT_START)}
+
+
+class Program:
+    """A program that the interpreter has forked, as `subprocess.Popen` shows one."""
+
+    def __init__(self, words: list[str], status: int, streams: list[int | None]) -> None:
+        """Read its pid from the pipe *status*, its end later; *streams* are our ends of pipes to its own, where there are any."""
+        self.args = words
+        self.returncode: int | None = None
+        modes = zip(streams, "wrr", strict=True)
+        self.stdin, self.stdout, self.stderr = (None if one is None else os.fdopen(one, mode) for one, mode in modes)
+        self._lock, self._status = threading.Lock(), os.fdopen(status, "rb", buffering=0)
+        self.pid = int(self._status.readline())
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return its exit code once it has ended; negative for a signal."""
+        if self.returncode is None and not select.select([self._status], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        with self._lock:
+            if self.returncode is None:
+                self.returncode = int(self._status.readline())
+            return self.returncode
+
+    def poll(self) -> int | None:
+        """Return its exit code, None while it runs."""
+        with suppress(subprocess.TimeoutExpired):
+            return self.wait(0)
+        return None
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def communicate(self, given: str | None = None, timeout: float | None = None) -> tuple[str, str]:
+        """Write *given*, read both streams to their ends, and wait."""
+        found = ["", ""]
+
+        def read(number: int, stream: TextIO) -> None:
+            with stream:
+                found[number] = stream.read()
+
+        def write(stream: TextIO) -> None:
+            with suppress(BrokenPipeError):  # it did not want to read all of it
+                if given:
+                    stream.write(given)
+                stream.close()
+
+        told = [(number, one) for number, one in enumerate((self.stdout, self.stderr)) if one is not None]
+        threads = [threading.Thread(target=read, args=one, daemon=True) for one in told]
+        if self.stdin is not None:
+            threads.append(threading.Thread(target=write, args=(self.stdin,), daemon=True))
+        for thread in threads:
+            thread.start()
+        self.wait(timeout)
+        for thread in threads:
+            thread.join()
+        return found[0], found[1]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the streams and wait, as `subprocess.Popen` does."""
+        for stream in (self.stdout, self.stderr, self.stdin):
+            if stream is not None:
+                stream.close()
+        self.wait()
 
 
 class ForkServer:
@@ -43,23 +122,49 @@ class ForkServer:
         self, arguments: list[str], *, cwd: Path, env: dict[str, str], stdin: str | None, timeout: float
     ) -> subprocess.CompletedProcess[str] | None:
         """Run `conveyor …` to its end; None where only a fresh interpreter could."""
+        program = self.start(["conveyor", *arguments], cwd=cwd, env=env)
+        if program is None:
+            return None
+        try:
+            out, error = program.communicate(stdin, timeout)
+        except subprocess.TimeoutExpired:
+            program.kill()
+            raise
+        return subprocess.CompletedProcess(program.args, program.wait(), out, error)
+
+    def start(
+        self, words: list[str], *, cwd: Path, env: dict[str, str], streams: list[int] | None = None,
+        new_session: bool = False,
+    ) -> Program | None:  # fmt: skip
+        """
+        Start a module by its name, or a file of Python, with arguments; None where only a fresh interpreter could.
+
+        Args:
+            words: the module or file, and the arguments.
+            cwd: its directory.
+            env: its environment.
+            streams: the descriptors of its three streams; None: pipes.
+            new_session: it leads a session, and so a process group, of its own.
+        """
         with self._lock:
-            if self._channel is None:
+            if self._channel is None and "LD_PRELOAD" not in env:
                 self._launch(env)
         if of_the_start(env) != self._start:
             return None
-        command = ["conveyor", *arguments]
+        status = os.pipe()
+        pipes = [] if streams is not None else [os.pipe() for _ in range(3)]
+        theirs = [pipes[0][0], pipes[1][1], pipes[2][1]] if streams is None else streams
         with os.fdopen(os.memfd_create("request"), "w+b") as request:
-            request.write(json.dumps([arguments, str(cwd), env]).encode())
+            request.write(json.dumps([words, str(cwd), env, new_session]).encode())
             request.flush()
-            pipes = [os.pipe() for _ in range(4)]  # its three streams, and what becomes of it
-            theirs = [pipes[0][0], pipes[1][1], pipes[2][1], pipes[3][1]]
             with self._lock:
                 assert self._channel is not None
-                socket.send_fds(self._channel, [b"."], [request.fileno(), *theirs])
-        for descriptor in theirs:
+                socket.send_fds(self._channel, [b"."], [request.fileno(), *theirs, status[1]])
+        os.close(status[1])
+        for descriptor in theirs if pipes else ():
             os.close(descriptor)
-        return _follow(command, pipes[0][1], [pair[0] for pair in pipes[1:]], stdin, timeout)
+        ours = [pipes[0][1], pipes[1][0], pipes[2][0]] if pipes else [None] * 3
+        return Program(words, status[0], ours)
 
     def _launch(self, env: dict[str, str]) -> None:
         ours, theirs = socket.socketpair()
@@ -79,41 +184,17 @@ class ForkServer:
         process.wait()
 
 
-def _follow(
-    command: list[str], written: int, read: list[int], stdin: str | None, timeout: float
-) -> subprocess.CompletedProcess[str]:
-    """Feed a command, and read its streams and its exit code to their ends."""
-    found: dict[int, bytes] = {}
+_OF_TESTS = ForkServer()
 
-    def drain(descriptor: int) -> None:
-        with os.fdopen(descriptor, "rb") as stream:
-            found[descriptor] = stream.read()
 
-    def feed() -> None:
-        try:
-            with os.fdopen(written, "wb") as stream:
-                stream.write((stdin or "").encode())
-        except BrokenPipeError:
-            pass  # it did not want to read all of it
-
-    status = os.fdopen(read[2], "rb")
-    pid = int(status.readline())
-    threads = [threading.Thread(target=drain, args=(one,), daemon=True) for one in read[:2]]
-    threads.append(threading.Thread(target=feed, daemon=True))
-    for thread in threads:
-        thread.start()
-    killer = threading.Timer(timeout, os.kill, (pid, signal.SIGKILL))
-    killer.start()
-    with status:
-        code = int(status.readline())
-    overdue = not killer.is_alive()
-    killer.cancel()
-    for thread in (*threads, killer):
-        thread.join()
-    out, err = (found[one].decode().replace("\r\n", "\n").replace("\r", "\n") for one in read[:2])
-    if overdue:
-        raise subprocess.TimeoutExpired(command, timeout, out, err)
-    return subprocess.CompletedProcess(command, code, out, err)
+def start_program(words: list[str], env: dict[str, str], log: IO[bytes]) -> Program | subprocess.Popen[bytes]:
+    """Start a module of the tests, which finds all that they find and writes into a file."""
+    env = {**env, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with Path(os.devnull).open("rb") as nothing:
+        streams = [nothing.fileno(), log.fileno(), log.fileno()]
+        program = _OF_TESTS.start(words, cwd=Path.cwd(), env=env, streams=streams)
+        command = [sys.executable, "-m", *words]
+        return program or subprocess.Popen(command, env=env, stdin=nothing, stdout=log, stderr=log)
 
 
 def _preload() -> None:
@@ -124,7 +205,8 @@ def _preload() -> None:
         importlib.import_module(entry.target.partition(":")[0])
     for name in conveyor.__all__:
         getattr(conveyor, name)
-    importlib.import_module("conveyor.admin.admin")
+    for name in ("admin.admin", "worker.embedded", "worker.supervision.supervisor", "worker.worker"):
+        importlib.import_module(f"conveyor.{name}")
     importlib.import_module("redis.asyncio")
 
 
@@ -144,14 +226,17 @@ def _serve(channel: socket.socket) -> tuple[Any, list[int]]:
     if pid := os.fork():  # its parent, which says how it ended
         for descriptor in streams:
             os.close(descriptor)
-        os.write(status, f"{pid}\n".encode())
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         os.write(status, f"{code}\n".encode())
         os._exit(0)
-    os.close(status)
     os.lseek(request, 0, os.SEEK_SET)
     with os.fdopen(request, "rb") as file:
-        return json.load(file), streams
+        *found, new_session = json.load(file)
+    if new_session:
+        os.setsid()
+    os.write(status, f"{os.getpid()}\n".encode())
+    os.close(status)
+    return found, streams
 
 
 def _stream(descriptor: int, mode: str, like: TextIO) -> TextIOWrapper:
@@ -162,14 +247,14 @@ def _stream(descriptor: int, mode: str, like: TextIO) -> TextIOWrapper:
 
 
 def main() -> None:
-    """Import, then be one command after another, each in a process of its own."""
+    """Import, then be one program after another, each in a process of its own."""
     channel = socket.socket(fileno=int(sys.argv[1]))
     _preload()
     gc.collect()
     gc.freeze()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the parents of the commands
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the parents of the programs
     channel.send(b"!")
-    (arguments, directory, environment), streams = _serve(channel)
+    ((program, *arguments), directory, environment), streams = _serve(channel)
     for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
         os.close(descriptor)
@@ -180,19 +265,24 @@ def main() -> None:
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = ["conveyor", *arguments]
+    sys.argv = [program, *arguments]
     sys.path[0] = directory
     importlib.invalidate_caches()
+    code = 0
     try:
-        runpy.run_module("conveyor", run_name="__main__", alter_sys=True)
+        if program.endswith(".py"):
+            runpy.run_path(program, run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         if not isinstance(end.code, int):
             raise
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(end.code)  # to take apart what was imported is a third of what a command costs
+        code = end.code
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # to take apart what was imported is a third of what a command costs
 
 
 if __name__ == "__main__":

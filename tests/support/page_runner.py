@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from support.fork_server import Program
 from support.markdown_page import ROOT, Block
+from support.shell import FORK_SERVER, Shell
 
 RETRY_FOR = 20.0
 SNIPPETS = Path(__file__).parent / "snippet_runner.py"
@@ -34,6 +37,7 @@ _LOOSE = (
 
 _ERASED = re.compile(r"[^\n]*\r\x1b\[K")
 """A line that is erased, such as a progress bar, and with it the sequence that does so."""
+_OF_SHELLS = re.compile(r"[|&;<>$`*?~#]")
 _STAYS = re.compile(r"conveyor worker(?= |$)(?!.* --burst)")
 """Commands that run until ctrl-C."""
 
@@ -65,7 +69,7 @@ class Terminal:
         self.command = command
         self.printed = ""
         self._screen, inner = pty.openpty()
-        self.process = subprocess.Popen(
+        self.process = _forked(command, directory, environment, inner) or subprocess.Popen(
             ["/bin/sh", "-c", command], cwd=directory, env=environment, stdin=subprocess.DEVNULL, stdout=inner, stderr=inner,
             start_new_session=True,
         )  # fmt: skip
@@ -123,6 +127,14 @@ class Terminal:
         os.close(self._screen)
 
 
+def _forked(command: str, directory: Path, environment: dict[str, str], screen: int) -> Program | None:
+    """Start a command that is `conveyor` alone in a process that need not import for it: see `fork_server`."""
+    words = shlex.split(command.removeprefix("exec "))
+    if words[0] != "conveyor" or _OF_SHELLS.search(command):
+        return None
+    return FORK_SERVER.start(words, cwd=directory, env=environment, streams=[screen] * 3, new_session=True)
+
+
 class PageRunner:
     """Does with the blocks of a page what a person does."""
 
@@ -135,14 +147,14 @@ class PageRunner:
         for name, words in {"python": "", "conveyor": " -m conveyor"}.items():
             (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable}{words} "$@"\n')
             (programs / name).chmod(0o755)
-        # Not PYTHONUNBUFFERED, with which a line of print() is two writes: a log line of another process may come between.
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("CONVEYOR_", "PYT"))}
-        self.environment = kept | {
-            "PATH": f"{programs}:{kept.get('PATH', '/usr/bin:/bin')}", "PYTHONPATH": f"{directory}:{ROOT / 'src'}",
-            "NO_COLOR": "1", "COLUMNS": "120", "LINES": "50", "CONVEYOR_EXAMPLES": str(ROOT / "examples"),
-        } | ({"CONVEYOR_URL": url} if url else {})  # fmt: skip
+        path = f"{programs}:{os.environ.get('PATH', '/usr/bin:/bin')}"
+        self.environment = Shell(directory, url).environment(
+            PATH=path, NO_COLOR="1", COLUMNS="120", LINES="50", CONVEYOR_EXAMPLES=str(ROOT / "examples")
+        )
+        # With it a line of print() is two writes: a log line of another process may come between.
+        self.environment.pop("PYTHONUNBUFFERED", None)
         self._running: list[Terminal] = []
-        self._snippets: subprocess.Popen[str] | None = None
+        self._snippets: Program | None = None
 
     def __enter__(self) -> PageRunner:
         return self
@@ -160,11 +172,7 @@ class PageRunner:
             for terminal in self._running:
                 terminal.close()
             if self._snippets is not None:
-                assert self._snippets.stdin is not None
-                assert self._snippets.stdout is not None
-                self._snippets.stdin.close()
-                self._snippets.wait(RETRY_FOR)
-                self._snippets.stdout.close()
+                self._snippets.communicate(timeout=RETRY_FOR)
 
     def follow(self, block: Block, place: str) -> None:
         """Do what the block asks for."""
@@ -207,10 +215,8 @@ class PageRunner:
     def run(self, block: Block, place: str) -> None:
         """Run a Python block where the ones before it have run."""
         if self._snippets is None:
-            self._snippets = subprocess.Popen(
-                [sys.executable, str(SNIPPETS)], cwd=self.directory, env=self.environment, stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            )  # fmt: skip
+            self._snippets = FORK_SERVER.start([str(SNIPPETS)], cwd=self.directory, env=self.environment)
+            assert self._snippets is not None
         assert self._snippets.stdin is not None
         assert self._snippets.stdout is not None
         self._snippets.stdin.write(json.dumps([block.text, place]) + "\n")

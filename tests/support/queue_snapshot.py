@@ -1,68 +1,52 @@
-"""Read the content of a queue in the form of `Model.snapshot`, in two round trips."""
+"""Read the content of a queue in the form of `Model.snapshot`, in one round trip."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from conveyor.store.keys import QueueKeys
+from support.server_dump import contents
 
 
 def read(client: Any, keys: QueueKeys) -> dict[str, Any]:
     """Return the content of the queue; raises AssertionError where its keys contradict each other."""
-    names = [key.decode().removeprefix(keys.prefix) for key in client.keys(keys.prefix + "*")]
-    rest = {
-        kind: [name.removeprefix(kind) for name in names if name.startswith(kind)]
-        for kind in ("leased:", "unique:k:", "unique:i:", "result:", "results:", "tag:", "group:")
-    }
-    pipeline = client.pipeline(transaction=False)
-    for key in keys.ready:
-        pipeline.lrange(key, 0, -1)
-    pipeline.hgetall(keys.jobs).zrange(keys.due, 0, -1).zrange(keys.dead, 0, -1).hgetall(keys.state)
-    pipeline.hgetall(f"{keys.prefix}reruns").hgetall(f"{keys.prefix}slots")
-    pipeline.hgetall(keys.waiters).hgetall(keys.conf).llen(keys.wake).zrange(keys.workers, 0, -1)
-    for worker in rest["leased:"]:
-        pipeline.hgetall(keys.leased(worker))
-    for key in rest["unique:k:"]:
-        pipeline.get(f"{keys.prefix}unique:k:{key}")
-    for key in rest["unique:i:"]:
-        pipeline.pttl(f"{keys.prefix}unique:i:{key}")
-    for window in rest["results:"]:
-        pipeline.hkeys(f"{keys.prefix}results:{window}")
-    for tag in rest["tag:"]:
-        pipeline.zrange(keys.tag(tag), 0, -1)
-    for group in rest["group:"]:
-        pipeline.lrange(f"{keys.prefix}group:{group}", 0, -1)
-    replies = iter(pipeline.execute())
+    found = {name.removeprefix(keys.prefix): held for name, held in contents(client).items()}
 
-    ready = {priority: _jobs(next(replies)) for priority in range(10)}
-    jobs, due, dead, state, reruns, slots, waiters, conf, token, workers = (next(replies) for _ in range(10))
-    leased = {worker: _lease(next(replies)) for worker in rest["leased:"]}
+    def at(name: str, empty: Any) -> Any:
+        return found[name][1] if name in found else empty
+
+    def below(kind: str) -> dict[str, Any]:
+        return {name.removeprefix(kind): value for name, (_, value) in found.items() if name.startswith(kind)}
+
+    leased = {worker: _lease(held) for worker, held in below("leased:").items()}
     leased = {worker: lease for worker, lease in leased.items() if lease is not None}
-    assert sorted(leased) == sorted(_texts(workers)), "registrations and ends of leases differ"
-    assert token in (0, 1), "more than one wake token"
+    assert sorted(leased) == sorted(_members(at("workers", []))), "registrations and ends of leases differ"
+    jobs, conf, tokens = at("jobs", {}), at("conf", {}), len(at("wake", []))
+    assert tokens in (0, 1), "more than one wake token"
+    states = {id_.decode(): history(text) for id_, text in at("state", {}).items()}
     return {
         "jobs": {id_.decode(): envelope.startswith(b"x") for id_, envelope in jobs.items()},
-        "ready": {priority: ids for priority, ids in ready.items() if ids},
-        "slots": {id_.decode(): text.decode().strip("\t").split("\t") for id_, text in slots.items()},
-        "due": _jobs(due),
-        "dead": _texts(dead),
+        "ready": {priority: ids for priority in range(10) if (ids := _jobs(at(f"ready:{priority}", [])))},
+        "slots": {id_.decode(): text.decode().strip("\t").split("\t") for id_, text in at("slots", {}).items()},
+        "due": _jobs([id_ for id_, _ in at("due", [])]),
+        "dead": _members(at("dead", [])),
         "leased": leased,
-        "state": {id_.decode(): counts for id_, text in state.items() if (counts := history(text)) is not None},
-        "unique": {key: next(replies).decode() for key in rest["unique:k:"]},
-        "reruns": {first.decode(): last.decode() for first, last in reruns.items()},
+        "state": {id_: counts for id_, counts in states.items() if counts is not None},
+        "unique": {key: id_.decode() for key, id_ in below("unique:k:").items()},
+        "reruns": {first.decode(): last.decode() for first, last in at("reruns", {}).items()},
         "bodies": {
             id_.decode(): envelope.split(b"\n", 2)[2].decode()
             for id_, envelope in jobs.items()
             if not envelope.startswith(b"x")
         },
-        "own": {id_: next(replies) >= 0 for id_ in rest["unique:i:"]},
-        "results": {*rest["result:"], *(id_ for _ in rest["results:"] for id_ in _texts(next(replies)))},
-        "tags": {tag: _texts(next(replies)) for tag in rest["tag:"]},
-        "groups": {group: _texts(next(replies)) for group in rest["group:"]},
-        "waiters": {id_.decode(): text.decode().split() for id_, text in waiters.items()},
+        "own": {id_: found[f"unique:i:{id_}"][0] >= 0 for id_ in below("unique:i:")},
+        "results": {*below("result:"), *(id_.decode() for held in below("results:").values() for id_ in held)},
+        "tags": {tag: _members(held) for tag, held in below("tag:").items()},
+        "groups": {group: [id_.decode() for id_ in held] for group, held in below("group:").items()},
+        "waiters": {id_.decode(): text.decode().split() for id_, text in at("waiters", {}).items()},
         "stubs": int(conf.get(b"stubs", 0)),
         "paused": conf.get(b"paused") == b"1",
-        "token": token == 1,
+        "token": tokens == 1,
     }
 
 
@@ -88,8 +72,9 @@ def _jobs(entries: list[bytes]) -> list[str]:
     return [entry.decode() for entry in entries if not entry.startswith(b"\t")]
 
 
-def _texts(items: list[bytes]) -> list[str]:
-    return [item.decode() for item in items]
+def _members(found: list[tuple[bytes, float]]) -> list[str]:
+    """Return the members of a sorted set, in its order."""
+    return [member.decode() for member, _ in found]
 
 
 def kept_result(redis: Any, keys: QueueKeys, id: str) -> bytes:  # noqa: A002

@@ -22,6 +22,15 @@ REST = write_envelope("", b"1")
 PLAIN = REST.decode()
 """The envelope of a plain job as a dump shows it."""
 LEASE = 60_000
+_NAMES = """
+local found = {}
+for _, key in ipairs(redis.call("KEYS", ARGV[1])) do
+  found[#found + 1] = key
+  found[#found + 1] = redis.call("PTTL", key)
+end
+return found
+"""
+"""The keys of a pattern, each with its TTL in ms: one round trip."""
 WORKER = {".about": "{}", ".lease": str(LEASE)}
 """Fields of a lease hash besides `.turn` and the jobs."""
 
@@ -134,13 +143,13 @@ class SeededQueue:
 
     def audit(self) -> list[tuple[str, str]]:
         """Return what is inconsistent."""
-        names = [key.decode().removeprefix(self.keys.prefix) for key in self.redis.keys(f"{self.keys.prefix}*")]
+        found = self.redis.eval(_NAMES, 0, f"{self.keys.prefix}*")
+        ttls = {
+            key.decode().removeprefix(self.keys.prefix): ttl for key, ttl in zip(found[::2], found[1::2], strict=True)
+        }
+        names = list(ttls)
         tags = [name.removeprefix("tag:") for name in names if name.startswith("tag:")]
-        unique = [
-            name.removeprefix("unique:k:")
-            for name in names
-            if name.startswith("unique:k:") and self.redis.pttl(self.keys.prefix + name) == -1
-        ]
+        unique = [name.removeprefix("unique:k:") for name in names if name.startswith("unique:k:") and ttls[name] == -1]
         beside = [name for name in names if name.startswith(("stream:", "logs:"))]
         return self.run(inspection.audit(self.keys, tags=tags, unique=unique, beside=beside))
 

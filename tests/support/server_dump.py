@@ -34,7 +34,7 @@ _LATE_MS = 2_900
 
 def exact(client: Any) -> dict[str, Any]:
     """Return key → (has a TTL, value) of every key."""
-    return {key: (ttl >= 0, value) for key, (ttl, value) in _read(client).items()}
+    return {key: (ttl >= 0, value) for key, (ttl, value) in contents(client).items()}
 
 
 def readable(client: Any, prefix: str = "") -> dict[str, Any]:
@@ -42,7 +42,7 @@ def readable(client: Any, prefix: str = "") -> dict[str, Any]:
     seconds, micros = client.time()
     now = seconds * 1000 + micros // 1000
     shown: dict[str, Any] = {}
-    for key, (ttl, value) in _read(client).items():
+    for key, (ttl, value) in contents(client).items():
         name = key.removeprefix(prefix)
         minute = name.startswith("stats:")
         if minute and not name.removeprefix("stats:").isdigit():
@@ -54,7 +54,7 @@ def readable(client: Any, prefix: str = "") -> dict[str, Any]:
     return shown
 
 
-def _read(client: Any) -> dict[str, tuple[int, Any]]:
+def contents(client: Any) -> dict[str, tuple[int, Any]]:
     """Return key → (TTL in ms or -1, value) of every key, in the order of their names."""
     found = {key.decode(): (ttl, _value(kind, value)) for key, kind, ttl, value in client.eval(_READ, 0)}
     return dict(sorted(found.items()))

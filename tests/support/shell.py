@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.fork_server import ForkServer
+from support.fork_server import ForkServer, Program
 
 FORK_SERVER = ForkServer()
 SOURCES = Path(__file__).parents[2] / "src"
@@ -78,12 +78,14 @@ class Shell:
         with os.fdopen(ours) as pipe:
             return done, float(pipe.read())
 
-    def start(self, *arguments: str, **extra: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, **extra: str) -> Program | subprocess.Popen[str]:
         """Start one command and leave it running."""
-        return subprocess.Popen(
+        environment = self.environment(**extra)
+        program = FORK_SERVER.start(["conveyor", *arguments], cwd=self.directory, env=environment)
+        return program or subprocess.Popen(
             [sys.executable, "-m", "conveyor", *arguments],
             cwd=self.directory,
-            env=self.environment(**extra),
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

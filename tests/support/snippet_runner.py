@@ -6,6 +6,7 @@ import ast
 import asyncio
 import inspect
 import json
+import os
 import sys
 import traceback
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 
 def main() -> None:
     """Answer each block with what it printed and a last line that tells how it ended."""
+    os.dup2(1, 2)
     names: dict[str, Any] = {"__name__": "__main__"}
     with asyncio.Runner() as runner:
         for line in sys.stdin:

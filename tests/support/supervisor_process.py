@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ from conveyor.store.client.client import Client
 from conveyor.store.inspection import WorkerRow
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Entry
+from support.fork_server import start_program
 from support.server_kinds import connect
 
 KEYS = QueueKeys("test", "q")
@@ -101,12 +100,8 @@ class SupervisorProcess:
     def __init__(self, url: str, log: Path, env: dict[str, str], **options: Any) -> None:
         self.log_path = log
         with log.open("wb") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "support.stub_worker", json.dumps(options)],
-                env={**os.environ, "STUB_URL": url, "PYTHONPATH": os.pathsep.join(sys.path), **env},
-                stderr=out,
-                stdin=subprocess.DEVNULL,
-            )
+            words, variables = ["support.stub_worker", json.dumps(options)], {"STUB_URL": url, **env}
+            self.process = start_program(words, {**os.environ, **variables}, out)
         self.pid = self.process.pid
 
     @property

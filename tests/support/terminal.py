@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import pty
 import re
-import subprocess
-import sys
 from collections.abc import Collection
 from contextlib import suppress
 
-from support.shell import Shell
+from support.shell import FORK_SERVER, Shell
 
 
 def plain(printed: str) -> str:
@@ -21,10 +19,9 @@ def plain(printed: str) -> str:
 def on_terminal(shell: Shell, *arguments: str, expected: Collection[int] = (0,), columns: int = 80) -> str:
     """Return what a command prints in a terminal."""
     ours, theirs = pty.openpty()
-    command = subprocess.Popen(
-        [sys.executable, "-m", "conveyor", *arguments], cwd=shell.directory,
-        env=shell.environment(TERM="xterm", COLUMNS=str(columns)), stdin=theirs, stdout=theirs, stderr=theirs,
-    )  # fmt: skip
+    environment = shell.environment(TERM="xterm", COLUMNS=str(columns))
+    command = FORK_SERVER.start(["conveyor", *arguments], cwd=shell.directory, env=environment, streams=[theirs] * 3)
+    assert command is not None
     os.close(theirs)
     printed = b""
     with suppress(OSError):  # EIO: the command has ended

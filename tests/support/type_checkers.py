@@ -15,19 +15,9 @@ SOURCES = Path(__file__).parents[2] / "src"
 Place = tuple[str, int]
 
 
-def mypy_errors(path: Path) -> dict[int, str]:
-    """Return line → first error of `mypy --strict` on the file."""
-    return {line: text for (_, line), text in _mypy([path], path.parent).items()}
-
-
 def mypy_errors_in(folder: Path) -> dict[Place, str]:
     """Return (file's name, line) → first error of `mypy --strict` on the files of a folder, in one run."""
     return _mypy(sorted(folder.glob("*.py")), folder)
-
-
-def pyright_errors(path: Path) -> dict[int, str]:
-    """Return line → first error of pyright in strict mode on the file."""
-    return {line: text for (_, line), text in _pyright([path], path.parent).items()}
 
 
 def pyright_errors_in(folder: Path) -> dict[Place, str]:

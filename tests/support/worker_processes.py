@@ -27,8 +27,11 @@ from conveyor.worker.shared_memory import ChildSpec
 from conveyor.worker.supervision import autoscale
 from conveyor.worker.supervision.supervisor import Supervisor
 from support import journal_app
+from support.fork_server import Program, start_program
 from support.server_kinds import connect
 from support.supervisor_process import running, until
+
+Process = Program | subprocess.Popen[bytes]
 
 
 class Line(NamedTuple):
@@ -51,10 +54,9 @@ class WorkerProcesses:
         self.app = Conveyor(url, lease=lease)
         self.tasks = journal_app.declare(self.app)
         self.keys = self.app.client.keys("default")
-        paths = os.pathsep.join(path for path in sys.path if path)
-        self._env = {**os.environ, "PYTHONPATH": paths, "CONVEYOR_URL": url, "WORKERS_PLACE": str(place)}
+        self._env = {**os.environ, "CONVEYOR_URL": url, "WORKERS_PLACE": str(place)}
         self._env |= {"WORKERS_LEASE": lease, **env}
-        self.supervisors: list[subprocess.Popen[bytes]] = []
+        self.supervisors: list[Process] = []
         self._read, self._lines = 0, []
 
     def __enter__(self) -> Self:
@@ -84,19 +86,15 @@ class WorkerProcesses:
 
     # -- processes ------------------------------------------------------------------------------------------------
 
-    def start(
-        self, *, processes: int = 1, env: dict[str, str] | None = None, **options: Any
-    ) -> subprocess.Popen[bytes]:
+    def start(self, *, processes: int = 1, env: dict[str, str] | None = None, **options: Any) -> Process:
         """Start a supervisor, with further variables *env*."""
         options = {"processes": processes, **options}
+        words = ["support.worker_processes", json.dumps(options)]
         with (self.place / f"log{len(self.supervisors)}").open("wb") as log:
-            command = [sys.executable, "-m", "support.worker_processes", json.dumps(options)]
-            self.supervisors.append(
-                subprocess.Popen(command, env=self._env | (env or {}), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-            )
+            self.supervisors.append(start_program(words, self._env | (env or {}), log))
         return self.supervisors[-1]
 
-    def embed(self, **options: Any) -> subprocess.Popen[bytes]:
+    def embed(self, **options: Any) -> Process:
         """Start a program with a worker inside: no supervisor looks after it."""
         return self.start(embed=True, **options)
 
@@ -110,7 +108,7 @@ class WorkerProcesses:
         return "".join((self.place / f"log{n}").read_text() for n in range(len(self.supervisors)))
 
     @staticmethod
-    def children(supervisor: subprocess.Popen[bytes]) -> list[int]:
+    def children(supervisor: Process) -> list[int]:
         """Return the pids of its children."""
         place = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children")
         return [int(pid) for pid in place.read_text().split()]

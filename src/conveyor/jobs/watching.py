@@ -338,6 +338,7 @@ class WatchHub:
     def _run(self) -> None:
         outage, next_look, idle_since = OutageTimer(), 0.0, time.monotonic()
         while True:
+            self._changed.clear()  # before the look: what changes from now on ends the wait below
             now = time.monotonic()
             keys = self._due(everything=now >= next_look)
             if now >= next_look:
@@ -361,7 +362,7 @@ class WatchHub:
                 if self._closed or (not self._watched and now - idle_since > _IDLE):
                     self._thread = None
                     break
-            self._changed.wait_for(lambda: bool(self._stale) or self._closed, max(0.0, next_look - time.monotonic()))
+            self._changed.wait(max(0.0, next_look - time.monotonic()))
         if self._closed:
             self._fail(ConfigurationError("The app was closed while jobs were watched. Watch again: watch(after=…)."))
 

@@ -14,7 +14,7 @@ from conveyor.errors import ConveyorError
 from conveyor.payload.records import write_attributes
 from conveyor.store import inspection, limits, operations
 from conveyor.store.operations import Settlement, TurnReport
-from support.script_faults import LimitedUser, Snapshot, break_script, commands_sent
+from support.script_faults import Snapshot, break_script, refuse_each_command
 from support.seeded_queue import LEASE, SeededQueue, entry
 from support.server_dump import difference, exact
 
@@ -591,29 +591,8 @@ def test_refused_command_refuses_whole(seeded: SeededQueue, url: str, name: str)
     )
     seeded.register("w")
     assert len(seeded.turn("w", 1, 9).ids) == 4
-    call = GROUPED_CALLS[name](seeded.keys)
-    snapshot = Snapshot(seeded.redis)
-    commands = commands_sent(seeded.redis, lambda: seeded.run(call))
-    done = seeded.jobs_and_places()
-    user = LimitedUser(seeded.redis, url)
-    limited = SeededQueue(seeded.redis, user.url)
-    renewed = {seeded.keys.workers} if name == "turn" else set()
-    for command in sorted(commands):
-        snapshot.restore()
-        before = exact(seeded.redis)
-        user.deny(f"-{command}")
-        refused = True
-        with suppress(ConveyorError):
-            limited.run(call)
-            refused = False
-        if refused:
-            assert difference(before, exact(seeded.redis)).keys() <= renewed, f"with -{command} it stopped half-way"
-            user.allow_all()
-            limited.run(call)
-        assert difference(done, seeded.jobs_and_places()) == {}, f"with -{command} it did something else"
-        assert seeded.audit() == [], f"with -{command}"
-    limited.client.close()
-    user.close()
+    renewed = {seeded.keys.workers} if name == "turn" else ()
+    refuse_each_command(seeded, url, GROUPED_CALLS[name](seeded.keys), renewed=frozenset(renewed))
 
 
 @pytest.mark.row("C28")

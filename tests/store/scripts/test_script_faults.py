@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
-import redis as redis_py
 
-from conveyor.errors import ConfigurationError, ConveyorError, QueueFull
+from conveyor.errors import ConveyorError, QueueFull
 from support.script_calls import CALLS, KEYS, PUSHES, READS, furnish, name_of
-from support.script_faults import LimitedUser, OpenSlot, Snapshot, commands_sent, plant
+from support.script_faults import OpenSlot, Snapshot, plant, reached, refuse_each_command
 from support.seeded_queue import SeededQueue, full
 from support.server_dump import difference, exact
 from support.server_groups import ClusterOfNodes
@@ -49,9 +47,9 @@ def test_wrong_type_fails_with_nothing_written(seeded: SeededQueue, name: str) -
     make, touched = CALLS[name]
     furnish(seeded)
     snapshot = Snapshot(seeded.redis)
-    others = {key.removeprefix(KEYS.prefix) for key in exact(seeded.redis)} - {"q"}
+    others = reached(seeded.redis, exact(seeded.redis).keys() - {"q"}, lambda: seeded.run(make(KEYS)))
     noticed = set()
-    for key in sorted(touched | others):
+    for key in sorted(touched | {name.removeprefix(KEYS.prefix) for name in others}):
         snapshot.restore()
         spoil(seeded, name_of(key, seeded))
         before = exact(seeded.redis)
@@ -155,30 +153,8 @@ def test_refused_command_refuses_whole_or_not_at_all(seeded: SeededQueue, url: s
     """Whichever of its commands, or a channel, a user may not use: a script is refused whole, or done, and a repeat is whole."""
     make, _ = CALLS[name]
     furnish(seeded)
-    call, dump = make(KEYS), seeded.jobs_and_places
-    snapshot = Snapshot(seeded.redis)
-    commands = commands_sent(seeded.redis, lambda: seeded.run(call))
-    done = dump()
-    renewed = {KEYS.workers} if name == "turn" else set()  # the lease of whoever asks may be renewed all the same
-    user = LimitedUser(seeded.redis, url)
-    limited = SeededQueue(seeded.redis, user.url)
-    for rule in (*(f"-{command}" for command in sorted(commands)), "resetchannels"):
-        snapshot.restore()
-        before = exact(seeded.redis)
-        user.deny(rule)
-        refused = True
-        with suppress(ConfigurationError):
-            limited.run(call)
-            refused = False
-        if refused:
-            assert difference(before, exact(seeded.redis)).keys() <= renewed, f"with {rule} it stopped half-way"
-            user.allow_all()
-            limited.run(call)
-        assert difference(done, dump()) == {}, f"with {rule} it did something else"
-        assert seeded.audit() == [], f"with {rule}"
-    assert commands
-    limited.client.close()
-    user.close()
+    renewed = {KEYS.workers} if name == "turn" else ()  # the lease of whoever asks may be renewed all the same
+    refuse_each_command(seeded, url, make(KEYS), "resetchannels", renewed=frozenset(renewed))
 
 
 @pytest.fixture(scope="module", params=["valkey", "redis7", "redis6"])
@@ -191,38 +167,42 @@ def nodes(request: pytest.FixtureRequest, directory: Path) -> Iterator[ClusterOf
     found.stop()
 
 
+@pytest.fixture(scope="module")
+def slot(nodes: ClusterOfNodes) -> Iterator[OpenSlot]:
+    """The slot of the queue, closed, at one of these nodes."""
+    found = OpenSlot(nodes, KEYS)
+    yield found
+    found.close()
+
+
 @pytest.mark.row("C22", "I4")
 @pytest.mark.parametrize("name", CALLS)
-def test_open_slot_refuses_whole_or_does_all(nodes: ClusterOfNodes, name: str) -> None:
+def test_open_slot_refuses_whole_or_does_all(nodes: ClusterOfNodes, slot: OpenSlot, name: str) -> None:
     """While a slot moves, a script with all its keys at the old node, or some, or none, is refused whole, or done."""
     make, _ = CALLS[name]
-    slot = OpenSlot(nodes, KEYS)
-    client = redis_py.Redis(port=slot.source.port)
-    client.flushall(asynchronous=False)
-    seeded = SeededQueue(client, nodes.url)
+    slot.client.flushall(asynchronous=False)
+    seeded = SeededQueue(slot.client, nodes.url)
     furnish(seeded)
     call = make(KEYS)
     plant(seeded, call)
     assert seeded.audit() == []
-    snapshot = Snapshot(client)
-    there = {key.decode() for key in client.keys("*")}
+    snapshot = Snapshot(slot.client)
+    there = {key.decode() for key in slot.client.keys("*")}
     declared = [key for key in call.keys if key in there]
     assert set(call.keys) - there <= {KEYS.none}
     for moved in ((), sorted(there - set(call.keys)), declared[:1], declared[-1:], sorted(there)):
         snapshot.restore()
         with slot.opened(moved):
-            before = slot.content(client)
+            before = slot.content()
             try:
                 seeded.run(call)
             except ConveyorError:
-                assert difference(before, slot.content(client)) == {}, f"refused half-way, with {moved} moved"
+                assert difference(before, slot.content()) == {}, f"refused half-way, with {moved} moved"
         if not moved:
             assert seeded.audit() == []
             seeded.run(call)  # nothing is in its way now
             assert seeded.audit() == []
     seeded.client.close()
-    client.close()
-    slot.close()
 
 
 @pytest.mark.parametrize("name", sorted(READS))

@@ -53,7 +53,7 @@ def called_before_defined(text: str, names: set[str]) -> list[str]:
     called: dict[str, int] = {}
     for found in re.finditer(r"^ *local function (\w+)", text, re.MULTILINE):
         defined.setdefault(found[1], found.start())
-    for found in re.finditer(r"(?<![\w.'\"])(?<!function )(\w+)\(", text):
+    for found in re.finditer(r"\b(?<![.'\"])(?<!function )(\w+)\(", text):
         called.setdefault(found[1], found.start())
     return [name for name in sorted(names & called.keys()) if called[name] < defined.get(name, len(text))]
 
