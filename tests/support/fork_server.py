@@ -45,6 +45,10 @@ class Program:
         self._lock, self._status = threading.Lock(), os.fdopen(status, "rb", buffering=0)
         self.pid = int(self._status.readline())
 
+    def __del__(self) -> None:
+        """Close the pipe, which more than one thread may wait at until then."""
+        self._status.close()
+
     def wait(self, timeout: float | None = None) -> int:
         """Return its exit code once it has ended; negative for a signal."""
         if self.returncode is None and not select.select([self._status], [], [], timeout)[0]:
