@@ -151,7 +151,7 @@ class ForkServer:
             new_session: it leads a session, and so a process group, of its own.
         """
         with self._lock:
-            if self._channel is None and "LD_PRELOAD" not in env:
+            if self._channel is None and env.get("LD_PRELOAD") == os.environ.get("LD_PRELOAD"):
                 self._launch(env)
         if of_the_start(env) != self._start:
             return None

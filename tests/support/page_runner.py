@@ -151,8 +151,6 @@ class PageRunner:
         self.environment = Shell(directory, url).environment(
             PATH=path, NO_COLOR="1", COLUMNS="120", LINES="50", CONVEYOR_EXAMPLES=str(ROOT / "examples")
         )
-        # With it a line of print() is two writes: a log line of another process may come between.
-        self.environment.pop("PYTHONUNBUFFERED", None)
         self._running: list[Terminal] = []
         self._snippets: Program | None = None
 

@@ -35,6 +35,7 @@ class Shell:
     def environment(self, **extra: str) -> dict[str, str]:
         """Return the variables that a command sees."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("CONVEYOR_", "PYTEST"))}
+        kept.pop("PYTHONUNBUFFERED", None)  # with it a line of print() is two writes: a log line may come between
         kept |= {"PYTHONPATH": str(SOURCES), "PYTHONDONTWRITEBYTECODE": "1"}
         return kept | ({"CONVEYOR_URL": self.url} if self.url else {}) | extra
 
