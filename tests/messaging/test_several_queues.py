@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, contextmanager
 from itertools import islice
 from typing import Any
 
@@ -437,21 +437,33 @@ class TestEnds:
         assert (message.queue, woken) in {("a", 1), ("b", 0)}
 
 
+@contextmanager
+def at_several_nodes(cluster: ClusterOfNodes) -> Iterator[tuple[Conveyor, list[Any]]]:
+    """Give an app, four queues at more than one node, and one with partitions."""
+    with Conveyor(cluster.url, lease="30s") as app:
+        queues = [*(app.queue(name) for name in NAMES[:4]), app.queue("many", partitions=3)]
+        assert len({cluster.owner(queue.keys.jobs).port for queue in queues}) > 1
+        yield app, queues
+
+
+def push_one_by_one(app: Conveyor, queues: list[Any], count: int, take: Callable[..., None]) -> None:
+    """Push to each of *queues* in turn, a body when the last one was taken, by *take* in a thread."""
+    found: list[Any] = []
+    thread = threading.Thread(target=take, args=(app, queues, found, count))
+    thread.start()
+    for number in range(count):
+        queues[number % len(queues)].push(number)
+        until(lambda number=number: len(found) > number, PATIENCE)
+    thread.join()
+    assert found == list(range(count))
+
+
 @pytest.mark.usefixtures("only_when_woken")
 @pytest.mark.parametrize("way", ["consume", "pull"])
 def test_a_token_at_any_node_wakes(cluster: ClusterOfNodes, way: str) -> None:
     """Over queues at several nodes, with partitions, a loop and one pull after the other are woken by a push to any of them."""
-    with Conveyor(cluster.url, lease="30s") as app:
-        queues = [*(app.queue(name) for name in NAMES[:4]), app.queue("many", partitions=3)]
-        assert len({cluster.owner(queue.keys.jobs).port for queue in queues}) > 1
-        found: list[Any] = []
-        thread = threading.Thread(target=_consume if way == "consume" else _pull, args=(app, queues, found, 10))
-        thread.start()
-        for number in range(10):
-            queues[number % 5].push(number)
-            until(lambda number=number: len(found) > number, PATIENCE)
-        thread.join()
-        assert found == list(range(10))
+    with at_several_nodes(cluster) as (app, queues):
+        push_one_by_one(app, queues, 10, _consume if way == "consume" else _pull)
 
 
 class TestATokenThatComesAsAPullEnds:
@@ -539,20 +551,10 @@ class TestATokenThatComesAsAPullEnds:
 
 def test_slots_of_a_cluster(cluster: ClusterOfNodes) -> None:
     """Over queues in different slots and nodes, with partitions and a plain list, every message is taken once."""
-    with Conveyor(cluster.url, lease="30s") as app:
-        queues = [*(app.queue(name) for name in NAMES[:4]), app.queue("many", partitions=3), app.plain_list("list")]
-        assert len({cluster.owner(queue.keys.jobs).port for queue in queues}) > 1
-        found: list[Any] = []
-
+    with at_several_nodes(cluster) as (app, queues):
+        queues.append(app.plain_list("list"))
         for take in (_pull, _consume):
-            found.clear()
-            thread = threading.Thread(target=take, args=(app, queues, found, 12))
-            thread.start()
-            for number in range(12):
-                queues[number % 6].push(number)
-                until(lambda number=number: len(found) > number, PATIENCE)
-            thread.join()
-            assert found == list(range(12))
+            push_one_by_one(app, queues, 12, take)
         assert [(queue.stats().leased, queue.stats().workers) for queue in queues] == [(0, 0)] * 6
 
 
