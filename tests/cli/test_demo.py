@@ -184,7 +184,7 @@ def test_unattended_demo_adds_up_and_leaves_nothing(shell: Shell, temporary: dic
 
 def test_ctrl_c_drains_and_exits_0(shell: Shell, temporary: dict[str, str]) -> None:
     """Ctrl-C ends a demo in order: accepted jobs are finished, counted and printed."""
-    demo = shell.start("demo", "--seconds", "300", **temporary)
+    demo = shell.start_anew("demo", "--seconds", "300", **temporary)
     assert demo.stdout is not None
     said = ""
     while "the first job was done" not in said:
@@ -201,7 +201,7 @@ def test_ctrl_c_drains_and_exits_0(shell: Shell, temporary: dict[str, str]) -> N
 
 def test_killed_demo_leaves_nothing(shell: Shell, temporary: dict[str, str]) -> None:
     """Nothing of a demo that was killed with SIGKILL stays: no worker, no server, no file."""
-    demo = shell.start("demo", "--seconds", "300", **temporary)
+    demo = shell.start_anew("demo", "--seconds", "300", **temporary)
     assert demo.stdout is not None
     while "the first job was done" not in demo.stdout.readline():
         pass
@@ -215,7 +215,7 @@ def test_killed_demo_leaves_nothing(shell: Shell, temporary: dict[str, str]) -> 
 
 def test_demo_without_workers_fails(shell: Shell, temporary: dict[str, str]) -> None:
     """When the supervisor itself is killed, the demo ends early, counts what is left, and exits 1."""
-    demo = shell.start("demo", "--seconds", "300", **temporary)
+    demo = shell.start_anew("demo", "--seconds", "300", **temporary)
     assert demo.stdout is not None
     while "the first job was done" not in demo.stdout.readline():
         pass

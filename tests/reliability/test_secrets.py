@@ -195,7 +195,7 @@ def test_what_the_command_line_shows(shell, monkeypatch, capsys):
 
 def worker_output(shell: Shell, run: dict[str, str]) -> str:
     """Run a supervised worker until the job is dead; return what it printed, and the command lines of its processes."""
-    worker = shell.start("worker", "--processes", "2", "-v", **run)
+    worker = shell.start_anew("worker", "--processes", "2", "-v", **run)
     lines = ""
     deadline = time.monotonic() + 30
     while "as it should" not in lines:

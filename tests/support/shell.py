@@ -83,10 +83,14 @@ class Shell:
         """Start one command and leave it running."""
         environment = self.environment(**extra)
         program = FORK_SERVER.start(["conveyor", *arguments], cwd=self.directory, env=environment)
-        return program or subprocess.Popen(
+        return program or self.start_anew(*arguments, **extra)
+
+    def start_anew(self, *arguments: str, **extra: str) -> subprocess.Popen[str]:
+        """Start one command in an interpreter of its own: the system shows its words and variables."""
+        return subprocess.Popen(
             [sys.executable, "-m", "conveyor", *arguments],
             cwd=self.directory,
-            env=environment,
+            env=self.environment(**extra),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -7,10 +7,12 @@ Tables on a terminal, tab-separated text in a pipe, or one JSON document with `-
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
@@ -250,6 +252,8 @@ def _print(text: str) -> None:
     except BrokenPipeError:
         raise  # the reader is gone: click ends the command without an error
     except OSError as error:
+        with suppress(OSError):  # what was not written is tried again at the end, and the exit code would be 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise StandardOutputError(f"Cannot write to standard output: {error.strerror or error}") from error
 
 
