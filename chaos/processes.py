@@ -52,7 +52,7 @@ class Program:
     @property
     def pid(self) -> int:
         """The process itself."""
-        return self.process.pid
+        return int(self.process.pid)
 
     def start(self) -> None:
         """Start it."""
