@@ -20,5 +20,5 @@ def backend(url: str) -> Iterator[Client]:
 
 @pytest.fixture
 def admin(backend: Client) -> Admin:
-    """What an operator sees and does over it."""
+    """The administration over it."""
     return Admin(backend)
