@@ -9,9 +9,9 @@ import pytest
 from conveyor.admin.acl import commands_of
 from conveyor.errors import ConfigurationError
 from conveyor.messaging import outbox
-from conveyor.payload.records import AttemptHistory, read_failure
+from conveyor.payload.records import AttemptHistory, JobKey, read_failure
 from conveyor.store import operations
-from support.script_faults import LimitedUser
+from support.script_faults import LimitedUser, refuse_each_command
 from support.seeded_queue import LEASE, PLAIN, WORKER, SeededQueue, entry
 
 
@@ -339,3 +339,17 @@ def test_register_names_the_right_that_is_missing(seeded: SeededQueue, url: str)
     limited.register("w")
     limited.client.close()
     user.close()
+
+
+@pytest.mark.row("C101")
+@pytest.mark.standalone_only("makes a user, and reads with MONITOR what scripts send")
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_successor_takes_its_place_or_nothing_is_done(seeded: SeededQueue, url: str, scheduled: bool) -> None:
+    """Whichever command a user may not use: a dead worker whose job was to be cancelled is removed whole, with the successor's place."""
+    key = JobKey("k", conflict="rerun")
+    seeded.push(entry("a", keys=(key,)))
+    seeded.register("w")
+    assert seeded.turn("w", 1, 1).ids == ["a"]
+    seeded.push(entry("b", keys=(key,), delay_ms=3_600_000 if scheduled else None))
+    seeded.run(operations.cancel(seeded.keys, "a"))
+    refuse_each_command(seeded, url, operations.reap(seeded.keys, "w"))

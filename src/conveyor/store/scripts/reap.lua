@@ -27,14 +27,21 @@ local queue = {
 }
 local conf = redis.call('HMGET', queue.conf, 'paused_tasks', 'expires', 'events')
 queue.tasks = read_paused(conf[1])
-local lists, groups, grouped = {}, {}, {}
+local function set_of(text)
+  local found = {}
+  for id in string.gmatch(text or '', '[^\n]+') do found[id] = found[id] or '' end
+  for id, by in string.gmatch(text or '', '\t([^\t\n]+)\t([^\n]*)') do found[id] = by end
+  return found
+end
+local asked, blamed, near = set_of(known[3]), set_of(ARGV[4]), set_of(ARGV[5])
+local lists, groups, grouped, keyed = {}, {}, {}, false
 check('HLEN', KEYS[6])
 local line = known[3] and redis.call('HGET', string.sub(jobs, 1, -5) .. 'conf', 'line')
 for i, id in ipairs(ids) do
   local found = envelopes[i] and marks(envelopes[i])
   local priority = found and found.priority or 0
   local group = found and group_of(found) or paused_group(queue, priority, envelopes[i])
-  lists[i] = KEYS[7 + priority]
+  lists[i], keyed = KEYS[7 + priority], keyed or asked[id] and found and found.keys
   check('LLEN', lists[i])
   if group then
     groups[i], grouped[#grouped + 1] = {priority, group}, id
@@ -49,18 +56,14 @@ local name = name_of(known[4] or '') or ARGV[1]
 local died = int(now - number_in(ARGV[7] or '0'))
 local crash = string.format(',"at":%s,"type":"crashed","message":%s,"worker":%s}', died, cjson.encode(ARGV[6] or ''), cjson.encode(name))
 prove(queue.prefix .. 'none', 'ZREM', 'DEL', 'HSET', 'HDEL', 'SET', 'GET', 'PEXPIRE', 'HGET', 'LPUSH')
+if keyed then -- one that ends gives back its keys, and its successor takes its place
+  check('HLEN', queue.prefix .. 'reruns')
+  prove(queue.prefix .. 'none', 'ZADD', 'RPUSH')
+end
 if #grouped > 0 then prove_groups(queue.prefix .. 'none') end
 redis.call('ZREM', workers, ARGV[1])
 redis.call('DEL', leased)
 note_seen(queue.prefix .. 'conf', known[4] or '', now)
-local function set_of(text)
-  local found = {}
-  for id in string.gmatch(text or '', '[^\n]+') do found[id] = found[id] or '' end
-  for id, by in string.gmatch(text or '', '\t([^\t\n]+)\t([^\n]*)') do found[id] = by end
-  return found
-end
-local asked, blamed, near = set_of(known[3]), set_of(ARGV[4]), set_of(ARGV[5])
-
 local function charge(id, attempts)
   local starts, failures, crashes, doubt, rest = string.match(attempts or '0 0 0', '^(%d+) (%d+) (%d+)([+*]?)(.*)$')
   if not starts then starts, failures, crashes, doubt, rest = 0, '0', 0, '', '' end
