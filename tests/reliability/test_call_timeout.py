@@ -364,7 +364,7 @@ def test_signals_do_not_lengthen_a_call(start_server: Start, what: str) -> None:
         if ticks == STORM:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
-    with Conveyor(server.url, timeout=SHORT, max_payload="64MiB") as app:
+    with Conveyor(server.url, timeout=SHORT, max_payload="16MiB") as app:
         app.ping(timeout=PATIENCE)
         before = signal.signal(signal.SIGALRM, tick)
         try:

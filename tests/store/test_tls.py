@@ -116,7 +116,7 @@ def test_a_server_that_stands_still_is_left_in_time(
     """Over TLS too a blocking call ends in time, whether it waits for an answer or for room to write; a large body arrives whole."""
     port = str(free_port())
     server = start_server("--tls-port", port, *identity, name="redis7")
-    with Conveyor(f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={identity[1]}", timeout=0.5, max_payload="64MiB") as app:
+    with Conveyor(f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={identity[1]}", timeout=0.5, max_payload="16MiB") as app:
         queue = app.queue("orders")
         app.ping(timeout=60)
         app.client.retry_for = 60.0
