@@ -255,11 +255,12 @@ def mixed(environment: Environment) -> RunResult:
 def batch(environment: Environment) -> RunResult:
     """Items of batches, some of which fail alone and one of which ends its worker, with no other fault."""
     # One after the other: what ends the worker is to have others before it in its batch, and others behind it.
-    for number, count in enumerate((20, 1, 20)):
-        mix = {"batched_poison": 1.0} if count == 1 else {"batched": 6.0, "batched_apart": 1.0, "batched_beside": 2.0}
-        before = environment.remaining()
-        _push(environment, count, number=number, **mix)
-        environment.wait(lambda: environment.remaining() == before + count, 20)  # noqa: B023  waited for at once
+    _push(environment, 20, batched=6, batched_apart=1, batched_beside=2)
+    environment.wait(lambda: environment.remaining() == 20, 20)
+    _push(environment, 1, number=1, batched_poison=1)
+    environment.wait(lambda: environment.remaining() == 21, 20)
+    _push(environment, 20, number=2, batched=6, batched_apart=1, batched_beside=2)
+    environment.wait(lambda: environment.remaining() == 41, 20)
     environment.process_group.queues = ("default", "box")
     environment.process_group.supervised("worker", environment.url, processes=1)
     environment.ready(1)
