@@ -117,6 +117,24 @@ class TestEnqueue:
         assert len(refused) == 2
         assert all("handles a job or a message of queue 'work'" in text for text in refused)
 
+    def test_a_job_that_handles_a_message_of_another_queue(self, app, redis):
+        """A job that enqueues to its own full queue is refused at once also while it handles a message of another one."""
+        app.queue("work", max_length=1, full="block")
+        app.queue("mail").push("x")
+        refused = []
+
+        @app.task(name="work.forward", queue="work", retry=1)
+        def forward() -> None:
+            with app.queue("mail").pull()[0]:
+                try:
+                    forward.enqueue()
+                except QueueFull as error:
+                    refused.append(str(error))
+
+        forward.enqueue()
+        drain(app, redis, 1)
+        assert "handles a job or a message of queue 'work'" in refused[0]
+
     def test_with_partitions(self, app, redis):
         """max_length is split, and each enqueue waits for room in its own partition."""
         double = declared(app, partitions=2)

@@ -458,6 +458,24 @@ class TestHandlers:
                 if number == 2:
                     message.ack()
 
+    def test_a_handler_of_two_queues_waits_for_neither(self, queue, backend):
+        """Code that handles messages of two queues is refused by both, and by none when both have ended, in whatever order."""
+        other = Queue(backend, "other", int, lease_ms=60_000)
+        other.push(9)
+        queue.push_many([1, 2, 3])
+        mine, (others,) = queue.pull(2), other.pull()
+        mine[0].__enter__()
+        others.__enter__()
+        with pytest.raises(QueueFull, match="handles a job or a message of queue 'small'"):
+            queue.push(4, timeout="20s")
+        mine[0].__exit__(None, None, None)
+        others.__exit__(None, None, None)
+        queue.push(4)
+        with pytest.raises(QueueFull, match="The push waited"):
+            queue.push(5, timeout="50ms")
+        mine[1].ack()
+        take(queue, 2)
+
     def test_a_handler_waits_for_another_queue(self, queue, backend, redis):
         """Code that handles a message of one queue waits for room in another."""
         first = Queue(backend, "first", int, lease_ms=2000)

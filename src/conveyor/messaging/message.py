@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Generic, Literal, Protocol, TypeVar
@@ -57,8 +57,6 @@ class Message(Generic[T]):
     body: T
     _leased: LeasedMessage
     _settler: Settler
-    _outer: str | None = field(default=None, init=False)
-    """The queue whose message was handled when the block of this one began."""
 
     @property
     def id(self) -> str:
@@ -210,11 +208,14 @@ class Message(Generic[T]):
         return self._stops(error)
 
     def _begin_handling(self) -> None:
-        self._outer = HANDLED.get()
-        HANDLED.set(self._leased.session.keys.queue)
+        HANDLED.set((*HANDLED.get(), self._leased.session.keys.queue))
 
     def _end_handling(self) -> None:
-        HANDLED.set(self._outer)
+        # The first of its name, and not what there was at its begin: messages may end in another order than they began.
+        handled = list(HANDLED.get())
+        if (queue := self._leased.session.keys.queue) in handled:
+            handled.remove(queue)
+        HANDLED.set(tuple(handled))
 
     # -- decisions ------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
-"""The queue whose job or message the running code handles: that has a place in the queue until it ends."""
+"""The queues whose messages the running code handles: each has a place in its queue until it ends."""
 
 from __future__ import annotations
 
 from contextvars import ContextVar
 
-HANDLED: ContextVar[str | None] = ContextVar("conveyor_handled", default=None)
-"""The queue or partition whose message is handled here, None outside."""
+HANDLED: ContextVar[tuple[str, ...]] = ContextVar("conveyor_handled", default=())
+"""The queues or partitions whose messages are handled here, with one name for each message."""

@@ -179,8 +179,8 @@ class RoomLine:
         """Plan a push. The QueueFull of an attempt is thrown in; it is raised when nothing more is to be tried."""
         deadline = min((entry.deadline for entry in entries if entry.deadline is not None), default=None)
         began = time.monotonic()
-        inside = HANDLED.get() or self._client.queue_of_job()
-        is_inside = inside is not None and logical(inside) == logical(keys.queue)
+        inside = (*HANDLED.get(), self._client.queue_of_job() or "")
+        is_inside = logical(keys.queue) in map(logical, inside)
         known = self._subscriptions.get(waiting.server)
         if is_inside or _is_over(deadline) or known is None or not known.ready.is_set():
             try:
