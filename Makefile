@@ -10,8 +10,8 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-
 ARGS   ?=
 CORES  ?= 2
 
-SOURCES := src tests docs $(wildcard benchmarks) $(wildcard chaos) $(wildcard examples)
-TYPED   := src docs $(wildcard chaos) $(wildcard examples)
+SOURCES := src tests testbed docs $(wildcard benchmarks) $(wildcard chaos) $(wildcard examples)
+TYPED   := src testbed docs $(wildcard chaos) $(wildcard examples)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-matrix test-smoke check bench chaos format clean

@@ -26,9 +26,8 @@ from typing import Any, NamedTuple
 
 import redis
 
-from chaos import recording_server  # noqa: F401  makes the servers of the test suite importable
 from conveyor.store.keys import QueueKeys
-from support.server_process import Server, find_binary  # type: ignore[import-not-found]
+from testbed.server_process import Server, find_binary
 
 ROOT = Path(__file__).parents[1]
 

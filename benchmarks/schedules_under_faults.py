@@ -25,7 +25,7 @@ import redis
 
 from benchmarks.load_levelling import say
 from chaos.recording_server import FAKETIME
-from support.server_process import Server, find_binary  # type: ignore[import-not-found]
+from testbed.server_process import Server, find_binary
 
 ROOT = Path(__file__).parents[1]
 EXPRESSIONS = ("* * * * * *", "*/1 * * * * *")

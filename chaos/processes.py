@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos.recording_server import HOME
-
-from support.fork_server import ForkServer  # type: ignore[import-not-found]  # isort: skip  # of the test suite
+from testbed.fork_server import ForkServer
 
 _FORK_SERVER = ForkServer()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -17,10 +16,9 @@ import redis as redis_py
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-HOME = Path(__file__).parent.parent
-sys.path.append(str(HOME / "tests"))
+from testbed.server_process import Server, find_binary, kind_of
 
-from support.server_process import Server, find_binary, kind_of  # type: ignore[import-not-found]  # noqa: E402  of the test suite
+HOME = Path(__file__).parent.parent
 
 FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
 """Where libfaketime is, None where it is not installed: then nobody steps clocks."""

@@ -11,8 +11,7 @@ import redis as redis_py
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from chaos import recording_server  # noqa: F401  makes the servers of the test suite importable
-from support.server_groups import ClusterOfNodes, SentinelGroup, slot_of  # type: ignore[import-not-found]
+from testbed.server_groups import ClusterOfNodes, SentinelGroup, slot_of
 
 KEYS = tuple(
     f"chaos:{{{queue}}}:jobs"

@@ -21,7 +21,7 @@ from conveyor.jobs.app import Conveyor
 from support import server_kinds
 from support.leaked_keys import complaint, leaked
 from support.manual_worker import drain
-from support.server_process import Server, find_binary
+from testbed.server_process import Server, find_binary
 
 pytest_plugins = [
     "pytester", "support.message_fixtures", "support.cluster_fixtures", "support.databases", "support.time_limits",

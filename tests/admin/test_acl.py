@@ -15,8 +15,8 @@ import pytest
 from conveyor.admin import acl
 from conveyor.errors import ConfigurationError
 from support.role_programs import LIST, NAMESPACE, SERVER, RoleUser, furnish, look, operate, produce, shop, work
-from support.server_process import Server
 from support.shell import Shell
+from testbed.server_process import Server
 
 pytestmark = [
     pytest.mark.leaves_keys("scenarios end where a right is missing"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from conveyor.admin import acl
 from support.role_programs import LIST, NAMESPACE, PASSWORD, shop, work
-from support.server_groups import ClusterOfNodes, Node, SentinelGroup
+from testbed.server_groups import ClusterOfNodes, Node, SentinelGroup
 
 DIGEST = "#" + hashlib.sha256(PASSWORD.encode()).hexdigest()
 

@@ -14,7 +14,7 @@ from conveyor.store import operations, schedules
 from conveyor.store.client.client import Client
 from conveyor.store.keys import known_queues
 from support.client_worker import ClientWorker, dead, push
-from support.server_process import Server
+from testbed.server_process import Server
 
 pytestmark = pytest.mark.leaves_keys("jobs are pushed here to be looked at")
 Start = Callable[..., Server]

@@ -10,7 +10,7 @@ from conveyor.admin import doctor
 from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability
 from support.replica_pair import ReplicaPair
-from support.server_process import Server
+from testbed.server_process import Server
 
 Start = Callable[..., Server]
 

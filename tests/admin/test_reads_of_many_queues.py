@@ -10,7 +10,7 @@ import pytest
 from conveyor.admin.admin import Admin
 from conveyor.store import schedules
 from conveyor.store.client.client import Client
-from support.client_worker import ClientWorker, dead, push
+from support.client_worker import ClientWorker, dead, push, recorded_steps
 
 pytestmark = [
     pytest.mark.leaves_keys("jobs are pushed here to be looked at"),
@@ -31,14 +31,7 @@ def backend(url: str) -> Iterator[Client]:
 @pytest.fixture
 def steps(backend: Client, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The scripts that were run, in their order."""
-    told, run = list[str](), backend.run
-
-    def counted(call, **options):  # type: ignore[no-untyped-def]
-        told.append(call.script.name)
-        return run(call, **options)
-
-    monkeypatch.setattr(backend, "run", counted)
-    return told
+    return recorded_steps(backend, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from conveyor import Conveyor
 from conveyor.admin.admin import Admin
 from conveyor.store.client.client import Client
 from support.client_worker import ClientWorker, wait_for_job
-from support.server_process import Server
 from support.shell import Shell
+from testbed.server_process import Server
 
 pytestmark = pytest.mark.leaves_keys("jobs are enqueued here to be looked at")
 

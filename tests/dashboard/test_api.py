@@ -18,7 +18,7 @@ from conveyor.dashboard import Access, dashboard
 from conveyor.errors import InvalidFilter
 from conveyor.payload.redaction import MARK
 from support.dashboard_client import ask
-from support.server_process import Server
+from testbed.server_process import Server
 
 pytestmark = pytest.mark.leaves_keys("jobs are left to be looked at")
 

@@ -12,7 +12,7 @@ from redis import Redis
 from conveyor import Conveyor
 from conveyor.dashboard import Access, dashboard
 from conveyor.dashboard.queue_counts import FEW, MOST_SHOWN, STEP
-from support.client_worker import ClientWorker
+from support.client_worker import ClientWorker, recorded_steps
 from support.dashboard_client import ask
 
 pytestmark = [
@@ -43,15 +43,7 @@ def site(app: Conveyor) -> Any:
 @pytest.fixture
 def steps(site: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The scripts that were run, in their order."""
-    client = site.service.admin.client
-    told, run = list[str](), client.run
-
-    def counted(call, **options):  # type: ignore[no-untyped-def]
-        told.append(call.script.name)
-        return run(call, **options)
-
-    monkeypatch.setattr(client, "run", counted)
-    return told
+    return recorded_steps(site.service.admin.client, monkeypatch)
 
 
 def get(site: Any, path: str, **inputs: Any) -> Any:

@@ -132,7 +132,7 @@ def public_names(source: str) -> set[str]:
 
 
 def _written() -> Iterator[Path]:
-    for folder in ("src", "tests", "benchmarks", "chaos", "examples"):
+    for folder in ("src", "tests", "testbed", "benchmarks", "chaos", "examples"):
         for suffix in ("*.py", "*.lua"):
             yield from sorted((HOME / folder).rglob(suffix))
 

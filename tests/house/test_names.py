@@ -84,7 +84,7 @@ def test_names_that_were_given_up_do_not_come_back() -> None:
     assert given_up_names("class Berth(Rota): ...  # a Lessee's") == ["Berth", "Rota", "Lessee"]
     assert given_up_names("Berths, rota, lessee, AsyncLaneX, a_Berth") == []
 
-    paths = [*written("src", "tests", "chaos", "benchmarks", "examples", "docs"), *HOME.glob("*.md")]
+    paths = [*written("src", "tests", "testbed", "chaos", "benchmarks", "examples", "docs"), *HOME.glob("*.md")]
     assert len(paths) > 300
     found = {str(path.relative_to(HOME)): given_up_names(path.read_text()) for path in paths}
     assert {file: names for file, names in found.items() if names} == {}
@@ -108,7 +108,7 @@ def test_texts_begin_with_their_subject() -> None:
     assert unclear_beginnings(good) == []
     assert unclear_comments("-- Do it.\nlocal x = 1 -- What it is\n--- How\n-- so\n-- However") == [2]
 
-    paths = list(written("src", "tests", "chaos", "benchmarks", "examples", "docs"))
+    paths = list(written("src", "tests", "testbed", "chaos", "benchmarks", "examples", "docs"))
     found = {
         str(path.relative_to(HOME)): (unclear_beginnings if path.suffix == ".py" else unclear_comments)(
             path.read_text()

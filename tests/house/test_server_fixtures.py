@@ -16,7 +16,7 @@ import redis as redis_py
 
 from support import server_kinds
 from support.leaked_keys import leaked
-from support.server_process import Server, find_binary
+from testbed.server_process import Server, find_binary
 
 
 @pytest.mark.redis6
@@ -70,10 +70,10 @@ def test_keys_that_never_expire_are_leaks(redis: redis_py.Redis) -> None:
 @pytest.mark.row("I19")
 def test_leaking_test_fails(pytester: pytest.Pytester) -> None:
     """A test that passes and leaves a key behind is reported as an error; one that says why is not."""
-    here = Path(__file__).parents[1]
-    pytester.makeconftest((here / "conftest.py").read_text())
+    home = Path(__file__).parents[2]
+    pytester.makeconftest((home / "tests" / "conftest.py").read_text())
     pytester.makeini(
-        f"[pytest]\npythonpath = {here}\nasyncio_default_fixture_loop_scope = function\n"
+        f"[pytest]\npythonpath = {home} {home / 'tests'}\nasyncio_default_fixture_loop_scope = function\n"
         "markers =\n  leaves_keys(reason): x\n  redis6: x\n  redis7: x\n"
     )
     pytester.makepyfile(
@@ -96,8 +96,8 @@ def test_leaking_test_fails(pytester: pytest.Pytester) -> None:
 def test_server_dies_with_its_test_process(directory: Path) -> None:
     """A server is gone soon after the process that started it was killed with SIGKILL."""
     program = (
-        f"import sys, time; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
-        "from pathlib import Path; from support.server_process import Server, find_binary\n"
+        f"import sys, time; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
+        "from pathlib import Path; from testbed.server_process import Server, find_binary\n"
         f"print(Server(find_binary('valkey'), Path({str(directory / 'orphan')!r})).pid, flush=True); time.sleep(60)"
     )
     owner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)

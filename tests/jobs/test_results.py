@@ -22,8 +22,8 @@ from conveyor.jobs.task import Task
 from conveyor.payload.records import Failure
 from support.forked_children import exit_code, in_child
 from support.manual_worker import ManualWorker, drain, eventually
-from support.server_process import Server
 from support.time_limits import LATER, PATIENCE
+from testbed.server_process import Server
 
 WAITERS = "conveyor:{default}:waiters"
 

@@ -14,7 +14,7 @@ from conveyor.messaging.consumer.renewal import by_endpoint
 from support.message_fixtures import until
 from support.partition_helpers import FAST, audits
 from support.running_worker import working
-from support.server_groups import ClusterOfNodes
+from testbed.server_groups import ClusterOfNodes
 
 
 def _blocked(cluster: ClusterOfNodes) -> int:

@@ -17,9 +17,9 @@ from conveyor.errors import StoreUnavailable
 from conveyor.store.transport import cluster as transport
 from support.message_fixtures import until
 from support.partition_helpers import audits
-from support.server_groups import ClusterOfNodes, Node
 from support.shell import Shell
 from support.time_limits import LATER, PATIENCE
+from testbed.server_groups import ClusterOfNodes, Node
 
 COUNT = 20
 MANY = 12

@@ -23,8 +23,8 @@ from conveyor.store import operations
 from conveyor.store.transport.connection import Connection
 from conveyor.store.transport.wakeup import WakeupWaiter
 from support.message_fixtures import until
-from support.server_groups import ClusterOfNodes
 from support.time_limits import PATIENCE
+from testbed.server_groups import ClusterOfNodes
 
 NAMES = [f"q{number}" for number in range(20)]
 

@@ -19,7 +19,7 @@ from conveyor.messaging.topic import TopicInfo
 from conveyor.store import inspection
 from support.cut_commands import AsyncCut, Cut, Dies
 from support.message_fixtures import until
-from support.server_groups import ClusterOfNodes, wait_for
+from testbed.server_groups import ClusterOfNodes, wait_for
 
 TOPIC = "user.created"
 QUEUES = ("a", "b", "c", "d")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from support.server_process import Server
 from support.shell import Shell
+from testbed.server_process import Server
 
 JOBS = """
 import os

@@ -20,8 +20,8 @@ from conveyor.jobs.app import Conveyor
 from conveyor.store.client.buffer import Buffer
 from conveyor.store.transport import connection, replies
 from conveyor.store.transport.connection import Connection
-from support.server_process import Server
 from support.time_limits import PATIENCE
+from testbed.server_process import Server
 
 Start = Callable[..., Server]
 SHORT = 0.4

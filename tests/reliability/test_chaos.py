@@ -18,7 +18,7 @@ from chaos.redis_history import read_history
 from chaos.soak import soak
 from support.manual_worker import eventually
 from support.server_kinds import OTHERS
-from support.server_process import find_binary
+from testbed.server_process import find_binary
 
 SECONDS = float(os.environ.get("CONVEYOR_CHAOS_SECONDS", "12"))
 HOME = Path(__file__).parents[2]

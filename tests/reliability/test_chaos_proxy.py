@@ -14,8 +14,8 @@ from redis.retry import Retry
 
 from chaos.fault_proxy import Proxy
 from chaos.resp_framing import RespSplitter
-from support.server_process import Server
 from support.supervisor_process import until
+from testbed.server_process import Server
 
 ONCE = Retry(NoBackoff(), 0)  # redis-py repeats commands by default, also when it is given no retry
 SET = b"*3\r\n$3\r\nset\r\n$1\r\nk\r\n$5\r\nv\r\nvv\r\n"

@@ -23,7 +23,7 @@ from conveyor.worker.worker import Worker
 from support.forked_children import exit_code, exit_codes, in_child
 from support.multiprocessing_target import note, spawned
 from support.running_worker import audit, counts, drain, until
-from support.server_process import Server
+from testbed.server_process import Server
 
 Rounds = Callable[[int, int], int]
 forks = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")

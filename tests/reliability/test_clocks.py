@@ -17,8 +17,8 @@ import pytest
 from conveyor import ConfigurationError, Conveyor
 from conveyor.worker.worker import Worker
 from support.running_worker import audit, counts, until, working
-from support.server_process import Server, find_binary
 from support.worker_processes import wait, worker_processes
+from testbed.server_process import Server, find_binary
 
 Rounds = Callable[[int, int], int]
 LEASE = 4.0

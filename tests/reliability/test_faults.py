@@ -21,7 +21,7 @@ from conveyor.jobs.app import Conveyor
 from conveyor.store import operations
 from support.forked_children import exit_codes, in_child
 from support.running_worker import audit, counts, drain, until, working
-from support.server_process import Server
+from testbed.server_process import Server
 
 
 @pytest.mark.row("C1")

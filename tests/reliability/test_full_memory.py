@@ -17,7 +17,7 @@ from conveyor.jobs.app import Conveyor
 from conveyor.store.transport import eviction
 from conveyor.store.transport.async_connection import AsyncConnection
 from support.running_worker import audit, drain, until, working
-from support.server_process import Server
+from testbed.server_process import Server
 
 Rounds = Callable[[int, int], int]
 Start = Callable[..., Server]

@@ -17,7 +17,7 @@ from conveyor.errors import ConfigurationError
 from conveyor.jobs.app import Conveyor
 from conveyor.store import inspection
 from support.manual_worker import ManualWorker
-from support.server_process import Server
+from testbed.server_process import Server
 
 Rounds = Callable[[int, int], int]
 SOURCE = Path(conveyor.__file__).parent

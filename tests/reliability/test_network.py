@@ -21,7 +21,7 @@ from conveyor.store.transport.connection import Connection
 from conveyor.store.transport.url import StandaloneServer
 from support.job_load import JobLoad
 from support.running_worker import until, working
-from support.server_process import Server
+from testbed.server_process import Server
 
 Rounds = Callable[[int, int], int]
 Start = Callable[..., Server]

@@ -14,7 +14,7 @@ import pytest
 from conveyor.events import JobLost
 from conveyor.jobs.app import Conveyor
 from support.running_worker import audit, until, working
-from support.server_process import Server
+from testbed.server_process import Server
 
 Rounds = Callable[[int, int], int]
 LEASE = 0.8

@@ -16,9 +16,9 @@ from conveyor.store import inspection
 from support import concurrent_clients
 from support.queue_snapshot import read
 from support.seeded_queue import SeededQueue
-from support.server_groups import free_port
-from support.server_process import Server
 from support.state_machine import QueueMachine
+from testbed.server_groups import free_port
+from testbed.server_process import Server
 
 EXAMPLES = int(os.environ.get("CONVEYOR_MODEL_EXAMPLES", "200"))
 STEPS = int(os.environ.get("CONVEYOR_MODEL_STEPS", "50"))

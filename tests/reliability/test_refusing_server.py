@@ -20,7 +20,7 @@ from conveyor.store.transport.async_connection import AsyncConnection
 from support.job_load import JobLoad
 from support.replica_pair import Switch
 from support.running_worker import until, working
-from support.server_process import Server
+from testbed.server_process import Server
 
 Rounds = Callable[[int, int], int]
 Start = Callable[..., Server]

@@ -15,7 +15,7 @@ from conveyor.store import inspection
 from conveyor.store.operations import WorkerUnregistered
 from support.job_load import JobLoad
 from support.manual_worker import ManualWorker
-from support.server_process import Server
+from testbed.server_process import Server
 
 Rounds = Callable[[int, int], int]
 Start = Callable[..., Server]

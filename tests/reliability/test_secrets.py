@@ -19,8 +19,8 @@ from conveyor.cli import COMMANDS, main
 from conveyor.jobs.app import Conveyor
 from conveyor.messaging.retry import Retry
 from support.running_worker import drain
-from support.server_process import Server
 from support.shell import Shell
+from testbed.server_process import Server
 
 PASSWORD = "canary-of-the-url-9f1c"
 SECRET = "canary-of-the-keys-7d42-and-more"

@@ -20,8 +20,8 @@ from conveyor.store.transport.async_connection import AsyncConnection
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.worker import Worker
 from support.running_worker import audit, counts, drain
-from support.server_process import Server
 from support.worker_processes import wait, worker_processes
+from testbed.server_process import Server
 
 Rounds = Callable[[int, int], int]
 GRACE = 0.5

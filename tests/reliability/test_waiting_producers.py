@@ -14,8 +14,8 @@ import pytest
 
 from conveyor import Conveyor
 from support.message_fixtures import until
-from support.server_groups import ClusterOfNodes, SentinelGroup
-from support.server_process import Server
+from testbed.server_groups import ClusterOfNodes, SentinelGroup
+from testbed.server_process import Server
 
 _PRODUCER = """
 import sys

@@ -19,9 +19,9 @@ from conveyor.sql import Outbox
 from conveyor.store.client.client import Client
 from conveyor.store.transport import replies
 from conveyor.worker import logs
-from support.server_groups import ClusterOfNodes, SentinelGroup
-from support.server_process import Server
 from support.shell import Shell
+from testbed.server_groups import ClusterOfNodes, SentinelGroup
+from testbed.server_process import Server
 
 Start = Callable[..., Server]
 

@@ -21,8 +21,8 @@ from support.databases import Database, prepare, sqlite
 from support.interrupted_delivery import KillAtStep, attempt, fill
 from support.manual_worker import drain, eventually
 from support.ready_ids import bare, line
-from support.server_process import Server
 from support.shell import Shell
+from testbed.server_process import Server
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])

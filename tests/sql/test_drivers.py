@@ -20,7 +20,7 @@ from conveyor.sql.drivers import _style_and_dialect, adapt_blocking, parameters_
 from conveyor.sql.tables import DIALECTS
 from support.databases import Database, prepare, sqlite
 from support.ready_ids import bare, line
-from support.server_process import Server
+from testbed.server_process import Server
 
 
 def check(outbox: Outbox, database: Database, connection: Any, server: Server, commit: Callable[[], None]) -> None:

@@ -19,7 +19,7 @@ from support.databases import Database, prepare
 from support.interrupted_delivery import KillAtStep, attempt, fill
 from support.manual_worker import eventually
 from support.ready_ids import bare, line
-from support.server_process import Server
+from testbed.server_process import Server
 
 
 def test_a_full_queue_takes_what_fits(app: Conveyor, outbox: Outbox, database: Database, server: Server) -> None:

@@ -18,7 +18,7 @@ from support.databases import Database, prepare
 from support.manual_worker import ManualWorker, arguments, eventually
 from support.ready_ids import bare, line
 from support.running_worker import working
-from support.server_process import Server
+from testbed.server_process import Server
 
 SALE = "INSERT INTO sale VALUES ('o1')"
 NOWHERE = "redis://127.0.0.1:1/0"

@@ -25,7 +25,7 @@ from conveyor.store.transport.async_connection import AsyncConnection, Connectio
 from conveyor.store.transport.connection import Connection
 from support.forked_children import exit_code, in_child
 from support.ready_ids import bare, line, until
-from support.server_process import Server
+from testbed.server_process import Server
 
 Start = Callable[..., Server]
 AOF = ("--appendonly", "yes", "--appendfsync", "always")  # everysec may lose what came during a sync

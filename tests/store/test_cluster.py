@@ -25,8 +25,8 @@ from conveyor.store.transport import replies
 from conveyor.store.transport.cluster import slot_of
 from support.failover_load import FailoverLoad
 from support.running_worker import until, working
-from support.server_groups import ClusterOfNodes, free_port
 from support.shell import Shell
+from testbed.server_groups import ClusterOfNodes, free_port
 
 QUEUES = ("mail", "orders", "a", "b:c", "x.y-z")
 

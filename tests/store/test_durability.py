@@ -20,7 +20,7 @@ from conveyor.store.client import confirmed
 from conveyor.store.client.confirmed import AsyncConfirmedConnection, ConfirmedConnection
 from conveyor.store.transport.async_connection import ConnectionLost
 from support.replica_pair import ReplicaPair, Switch, bare, stored
-from support.server_process import Server
+from testbed.server_process import Server
 
 Start = Callable[..., Server]
 ALL = ["valkey", "redis6", "redis7"]
@@ -29,7 +29,7 @@ ALL = ["valkey", "redis6", "redis7"]
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory, directory: Any) -> Iterator[ReplicaPair]:
     """A primary with one replica, for tests that leave them as they were."""
-    from support.server_process import find_binary
+    from testbed.server_process import find_binary
 
     def start(*options: str, name: str) -> Server:
         binary = find_binary(name)

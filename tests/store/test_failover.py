@@ -16,7 +16,7 @@ from conveyor.store import inspection, operations
 from conveyor.store.operations import WorkerUnregistered
 from support.manual_worker import ManualWorker, eventually
 from support.replica_pair import ReplicaPair, Switch, bare, stored
-from support.server_process import Server
+from testbed.server_process import Server
 
 Start = Callable[..., Server]
 

@@ -14,8 +14,8 @@ from conveyor.jobs.app import Conveyor
 from conveyor.store.client import queue_index
 from conveyor.store.client.client import Client
 from support.running_worker import until, working
-from support.server_groups import ClusterOfNodes
-from support.server_process import Server
+from testbed.server_groups import ClusterOfNodes
+from testbed.server_process import Server
 
 pytestmark = pytest.mark.leaves_keys("jobs are pushed here to be looked for")
 Prepare = Callable[[Conveyor], Callable[[], Any]]

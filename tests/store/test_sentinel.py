@@ -21,8 +21,8 @@ from conveyor.store.transport.endpoint import Endpoint
 from conveyor.store.transport.url import redact
 from support.failover_load import FailoverLoad
 from support.running_worker import audit, until, working
-from support.server_groups import Node, SentinelGroup, free_port, wait_for
-from support.server_process import Server
+from testbed.server_groups import Node, SentinelGroup, free_port, wait_for
+from testbed.server_process import Server
 
 
 async def blocked_at(node: Node) -> int:

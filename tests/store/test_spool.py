@@ -24,7 +24,7 @@ from conveyor.store.operations import Entry
 from conveyor.store.script import Call
 from conveyor.store.transport.url import server_name
 from support.ready_ids import bare, line, until
-from support.server_process import Server
+from testbed.server_process import Server
 
 Start = Callable[..., Server]
 

@@ -17,8 +17,8 @@ import pytest
 from conveyor.errors import StoreUnavailable
 from conveyor.jobs.app import Conveyor
 from support.running_worker import working
-from support.server_groups import Node, free_port, wait_for
-from support.server_process import Server, find_binary
+from testbed.server_groups import Node, free_port, wait_for
+from testbed.server_process import Server, find_binary
 
 
 @pytest.fixture

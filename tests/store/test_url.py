@@ -13,8 +13,8 @@ import pytest
 from conveyor import Conveyor
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
 from conveyor.store.transport.sentinel import Sentinel
-from support.server_groups import SentinelGroup, free_port
-from support.server_process import Server
+from testbed.server_groups import SentinelGroup, free_port
+from testbed.server_process import Server
 
 Start = Callable[..., Server]
 

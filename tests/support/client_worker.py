@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import pytest
+
 from conveyor.ids import new_id, new_identity, public, split
 from conveyor.payload import records
 from conveyor.store import operations
@@ -84,3 +86,15 @@ def wait_for_job(worker: ClientWorker) -> str:
             return taken[0]
         time.sleep(0.02)
     raise AssertionError("no job arrived")
+
+
+def recorded_steps(client: Client, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that from now on gets the name of each script that *client* runs, in their order."""
+    steps, run = list[str](), client.run
+
+    def recorded(call, **options):  # type: ignore[no-untyped-def]
+        steps.append(call.script.name)
+        return run(call, **options)
+
+    monkeypatch.setattr(client, "run", recorded)
+    return steps

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.server_groups import ClusterOfNodes, SentinelGroup
+from testbed.server_groups import ClusterOfNodes, SentinelGroup
 
 PATIENT = 15_000
 """Milliseconds for which a node may be silent on a busy machine before a replica, which lacks the last writes, takes over."""

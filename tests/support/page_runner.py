@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from support.fork_server import Program
 from support.markdown_page import ROOT, Block
 from support.shell import FORK_SERVER, Shell
+from testbed.fork_server import Program
 
 RETRY_FOR = 20.0
 SNIPPETS = Path(__file__).parent / "snippet_runner.py"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from support.server_process import Server
+from testbed.server_process import Server
 
 
 def until(condition: Callable[[], object], seconds: float = 20) -> None:

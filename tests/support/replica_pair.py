@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from support.server_process import Server
+from testbed.server_process import Server
 
 
 def free_port() -> int:

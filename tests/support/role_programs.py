@@ -33,7 +33,7 @@ from conveyor.worker.shared_memory import ChildInfo, LeaseIdentity
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
 from support.manual_worker import ManualWorker, eventually
 from support.running_worker import working
-from support.server_process import Server
+from testbed.server_process import Server
 
 NAMESPACE = "shop"
 LIST = "foreign:{t1}:list"

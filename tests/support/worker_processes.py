@@ -27,9 +27,9 @@ from conveyor.worker.shared_memory import ChildSpec
 from conveyor.worker.supervision import autoscale
 from conveyor.worker.supervision.supervisor import Supervisor
 from support import journal_app
-from support.fork_server import Program, start_program
 from support.server_kinds import connect
 from support.supervisor_process import running, until
+from testbed.fork_server import Program, start_program
 
 Process = Program | subprocess.Popen[bytes]
 

@@ -19,7 +19,7 @@ from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.worker import Worker
 from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import counts, drain, until, working
-from support.server_process import Server
+from testbed.server_process import Server
 
 
 @pytest.mark.row("A10")

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from support.server_process import Server
 from support.supervisor_process import KEYS, Queue, SupervisorProcess, running, until
+from testbed.server_process import Server
 
 LEASE_MS = 1000
 FAR_LEASE_MS = "3600000"

@@ -14,8 +14,8 @@ from support.script_calls import CALLS, KEYS, PUSHES, READS, furnish, name_of
 from support.script_faults import OpenSlot, Snapshot, plant, reached, refuse_each_command
 from support.seeded_queue import SeededQueue, full
 from support.server_dump import difference, exact
-from support.server_groups import ClusterOfNodes
-from support.server_process import find_binary
+from testbed.server_groups import ClusterOfNodes
+from testbed.server_process import find_binary
 
 
 def spoil(seeded: SeededQueue, key: str) -> None:

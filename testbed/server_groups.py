@@ -11,13 +11,14 @@ import time
 from binascii import crc_hqx
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import redis as redis_py
 
-from support.server_process import _LEASH as LEASH
-from support.server_process import find_binary
+from testbed.server_process import _LEASH as LEASH
+from testbed.server_process import find_binary
 
 SLOTS = 16384
 _ports: Iterator[int] = itertools.count(20000 + os.getpid() % 300 * 30)
@@ -259,8 +260,8 @@ class ClusterOfNodes:
     ) -> None:
         """Start the nodes, introduce them, and wait until all say that the cluster is well."""
         options = (
-            *QUIET, "--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf", "--cluster-node-timeout", str(node_timeout_ms),
-            "--cluster-replica-validity-factor", "0",
+            *QUIET, "--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf",
+            "--cluster-node-timeout", str(node_timeout_ms), "--cluster-replica-validity-factor", "0",
         )  # fmt: skip
         self.nodes = [Node(directory, *options, name=name) for _ in range(3 * (1 + replicas))]
         masters = self.nodes[:3]
@@ -273,7 +274,7 @@ class ClusterOfNodes:
         self.ids = {node.port: self._id(node) for node in self.nodes}
         for number, node in enumerate(self.nodes[3:]):
             master = self.ids[masters[number % 3].port]
-            wait_for(lambda node=node, master=master: node.ask("CLUSTER", "REPLICATE", master), what="no introduction")
+            wait_for(partial(node.ask, "CLUSTER", "REPLICATE", master), what="no introduction")
         self.url = f"redis+cluster://{','.join(node.name for node in self.nodes[:3])}"
         self.settle()
 

