@@ -59,8 +59,9 @@ class Program:
         env = {**self.process_group.env, **self.env, "CONVEYOR_URL": self.url}
         name = self.process_group.directory / f"{self.name}.log"
         with name.open("ab") as log, Path(os.devnull).open("rb") as nothing:
-            streams, forks = [nothing.fileno(), log.fileno(), log.fileno()], self.process_group.fork_server
-            self.process = forks and forks.start(self.command, cwd=HOME, env=env, streams=streams, new_session=True)
+            streams = [nothing.fileno(), log.fileno(), log.fileno()]
+            forks = self.process_group.fork_server
+            self.process = forks.start(self.command, cwd=HOME, env=env, streams=streams, new_session=True)
             self.process = self.process or subprocess.Popen(
                 [sys.executable, "-m", *self.command],
                 env=env, cwd=HOME, stdin=nothing, stdout=log, stderr=log, start_new_session=True,
@@ -135,8 +136,9 @@ class ProcessGroup:
         """
         self.directory = directory
         self.roles = roles
-        self.fork_server = _FORK_SERVER if source is None else None
-        """Forks the programs, so that none imports the library; None for another `src`, of which there are too few."""
+        ours = HOME / "src"
+        self.fork_server = _FORK_SERVER if source is None else ForkServer(_FORK_SERVER, ours=ours, source=source)
+        """Forks the programs, so that none imports the library. That of another `src` is forked by ours, and imports it once."""
         self.queues: tuple[str, ...] = ("default",)
         """Queues that workers serve; a program with one inside leaves `box` alone, whose jobs have processes of their own."""
         path = os.pathsep.join([str(source or HOME / "src"), str(HOME)])
@@ -231,6 +233,8 @@ class ProcessGroup:
         with self._lock:
             for program in self.programs:
                 program.end()
+        if self.fork_server is not _FORK_SERVER:
+            self.fork_server.close()
 
     def retire(self, retry_for: float = 15.0) -> bool:
         """Ask the workers to end in order; tell whether all did in time."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 from chaos.recording_server import HOME
@@ -44,15 +43,29 @@ def case_of(patch: Path) -> str:
 
 
 def build(patch: Path, directory: Path) -> Path:
-    """Copy this tree's `src` into *directory*, apply *patch*, and return the copy."""
-    source = directory / "src"
-    shutil.copytree(HOME / "src", source)  # with the compiled modules: else every process compiles all of them anew
-    for name, text in changed(patch).items():
+    """Return a copy of this tree's `src` in *directory*, of links but for what *patch* changes."""
+    texts = changed(patch)
+    real = {Path(), *(folder for name in texts for folder in Path(name).parents)}
+    _link(Path("src"), directory, real)
+    for name, text in texts.items():
         path = directory / name
+        path.unlink()
         path.write_text(text)
         for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
             compiled.unlink()
-    return source
+    return directory / "src"
+
+
+def _link(folder: Path, directory: Path, real: set[Path]) -> None:
+    """Make *folder* in *directory*, with links to what is in ours; folders of *real* are made in the same way."""
+    (directory / folder).mkdir()
+    for entry in (HOME / folder).iterdir():
+        name = folder / entry.name
+        # Compiled modules too, each by a link of its own: else every process compiles those beside a changed one anew.
+        if name in real or entry.name == "__pycache__":
+            _link(name, directory, real)
+        else:
+            (directory / name).symlink_to(entry)
 
 
 def changed(patch: Path) -> dict[str, str]:

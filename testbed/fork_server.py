@@ -115,11 +115,19 @@ class Program:
 
 
 class ForkServer:
-    """The process that forks; started at the first call, ended with the process of the tests."""
+    """The process that forks; started at the first call, ended by `close` or with the process of the tests."""
 
-    def __init__(self) -> None:
+    def __init__(self, warm: ForkServer | None = None, *, ours: Path = Path(), source: Path = Path()) -> None:
+        """
+        Args:
+            warm: forks this one, which then imports Conveyor anew and nothing else; None: a fresh interpreter.
+            ours: the folder on PYTHONPATH from which *warm* imported Conveyor.
+            source: the folder that stands there instead.
+        """
+        self._warm, self._ours, self._source = warm, str(ours), str(source)
         self._lock = threading.Lock()
         self._channel: socket.socket | None = None
+        self._process: Any = None
         self._start: dict[str, str] = {}
 
     def run(
@@ -172,20 +180,29 @@ class ForkServer:
 
     def _launch(self, env: dict[str, str]) -> None:
         ours, theirs = socket.socketpair()
-        process = subprocess.Popen(
-            [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
-            env={name: value for name, value in env.items() if not name.startswith("CONVEYOR_")},
-        )  # fmt: skip
-        theirs.close()
-        assert ours.recv(1) == b"!", "the interpreter of the command line did not start"
+        base = {name: value for name, value in env.items() if not name.startswith("CONVEYOR_")}
+        with theirs, Path(os.devnull).open("wb") as nothing:
+            if self._warm is None:
+                command = [sys.executable, __file__]
+                self._process = subprocess.Popen(
+                    command, stdin=theirs.fileno(), stdout=nothing, stderr=nothing, cwd="/", env=base
+                )
+            else:
+                there = base | {"PYTHONPATH": base["PYTHONPATH"].replace(self._source, self._ours)}
+                words, streams = [__file__, self._ours, self._source], [theirs.fileno(), *2 * [nothing.fileno()]]
+                self._process = self._warm.start(words, cwd=Path("/"), env=there, streams=streams)
+        assert ours.recv(1) == b"!", "the interpreter that forks did not start"
         self._channel, self._start = ours, of_the_start(env)
-        atexit.register(self._end, process)
+        atexit.register(self.close)
 
-    def _end(self, process: subprocess.Popen[bytes]) -> None:
-        assert self._channel is not None
-        self._channel.close()
-        process.wait()
+    def close(self) -> None:
+        """End the process and wait for its end; programs that it forked go on."""
+        with self._lock:
+            if self._channel is not None:
+                self._channel.close()
+                self._channel = None
+                self._process.wait()
+        atexit.unregister(self.close)
 
 
 _OF_TESTS = ForkServer()
@@ -199,6 +216,14 @@ def start_program(words: list[str], env: dict[str, str], log: IO[bytes]) -> Prog
         program = _OF_TESTS.start(words, cwd=Path.cwd(), env=env, streams=streams)
         command = [sys.executable, "-m", *words]
         return program or subprocess.Popen(command, env=env, stdin=nothing, stdout=log, stderr=log)
+
+
+def _replace(ours: str, source: str) -> None:
+    """Forget Conveyor as it was imported from the folder *ours*; *source* stands in its place on the path."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "conveyor"]:
+        del sys.modules[name]
+    sys.path[:] = [source if path == ours else path for path in sys.path]
+    importlib.invalidate_caches()
 
 
 def _preload() -> None:
@@ -253,8 +278,10 @@ def _stream(descriptor: int, mode: str, like: TextIO, *, line_buffering: bool) -
 
 
 def main() -> None:
-    """Import, then be one program after another, each in a process of its own."""
-    channel = socket.socket(fileno=int(sys.argv[1]))
+    """Import, then be one program after another, each in a process of its own; requests come through standard input."""
+    channel = socket.socket(fileno=0)
+    if sys.argv[1:]:
+        _replace(*sys.argv[1:])
     _preload()
     gc.collect()
     gc.freeze()
