@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from conveyor import Concurrency, Conveyor
+from conveyor import Concurrency, Conveyor, Queue
 from conveyor.dashboard import Access, dashboard
 from conveyor.messaging.receipts import Receipt, read_receipt
 from support.dashboard_client import ask
@@ -143,6 +143,7 @@ class Caller:
     def __init__(self, site: Any, inputs: dict[str, Any]) -> None:
         self.gone = asyncio.Event()
         self.sent: list[Any] = []
+        self.sends: Callable[[], Any] | None = None
         self._body: list[Any] = [{"type": "http.request", "body": json.dumps(inputs).encode(), "more_body": False}]
         scope = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": "/api/v1/pull",
@@ -159,6 +160,8 @@ class Caller:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Any) -> None:
+        if self.sends is not None:
+            await self.sends()
         self.sent.append(message)
 
 
@@ -201,6 +204,80 @@ def test_a_pull_waits_and_ends_with_its_client(app: Conveyor, site: Any) -> None
     [second] = pull(site)
     assert (second["body"], second["attempt"]) == ({"n": 2}, 1)
     assert settle(site, "ack", first[0], second) == ["done", "done"]
+
+
+async def handed_back(queue: Queue[Any]) -> None:
+    """Wait until nothing is leased: the lease is too long to end meanwhile. The message is as it was before it was pulled."""
+    deadline = time.monotonic() + 60
+    while (stats := await queue.astats()).leased or stats.workers:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+    assert (stats.ready, stats.scheduled, stats.dead) == (1, 0, 0)
+
+
+@pytest.mark.row("D501")
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("inputs", [{}, {"lease": "1h"}])
+def test_a_pull_that_the_server_cancels_hands_back(
+    app: Conveyor, site: Any, times: int, inputs: dict[str, Any]
+) -> None:
+    """A pull that its server cancels at any pass of the loop, once or twice in a row, leaves its message as it was."""
+    queue, messages = app.queue("orders", lease="1h"), list[dict[str, Any]]()
+    queue.push({"n": 1})
+
+    async def run() -> None:
+        passes, struck = 0, 0
+        while True:
+            caller = Caller(site, {"queue": "orders", **inputs})
+            for _ in range(passes):
+                await asyncio.sleep(0)
+            if caller.call.done():
+                break
+            for _ in range(times):
+                caller.call.cancel()
+                await asyncio.sleep(0)
+            await asyncio.wait([caller.call])
+            if caller.call.cancelled():
+                await handed_back(queue)
+                struck += 1
+            else:
+                break
+            passes += 1 if passes < 20 else passes // 8
+        assert struck > 5
+        await app.aclose()
+        messages.extend(json.loads(caller.sent[1]["body"])["messages"])
+
+    asyncio.run(run())
+    assert site.service.waiting_pulls == 0
+    assert [message["attempt"] for message in messages] == [1]
+    assert settle(site, "ack", *messages) == ["done"]
+
+
+@pytest.mark.row("D501")
+@pytest.mark.parametrize("way", ["cancelled", "failed"])
+def test_an_answer_that_is_not_sent_hands_back(app: Conveyor, site: Any, way: str) -> None:
+    """Where the server is cancelled, or fails, as it sends the answer to a pull, the messages are handed back."""
+    queue = app.queue("orders", lease="1h")
+    queue.push({"n": 1})
+
+    async def run() -> None:
+        caller = Caller(site, {"queue": "orders"})
+
+        async def fail() -> None:
+            if way == "failed":
+                raise OSError("the client has gone away")
+            caller.call.cancel()
+            await asyncio.sleep(60)
+
+        caller.sends = fail
+        with pytest.raises((OSError, asyncio.CancelledError)):
+            await caller.call
+        await handed_back(queue)
+        await app.aclose()
+
+    asyncio.run(run())
+    [message] = pull(site)
+    assert (message["attempt"], settle(site, "ack", message)) == (1, ["done"])
 
 
 @pytest.mark.parametrize(

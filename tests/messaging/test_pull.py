@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -11,7 +12,7 @@ import pytest
 
 from conveyor import Conveyor, Retry
 from conveyor.errors import ConfigurationError, LeaseLost
-from conveyor.messaging.consumer.blocking import BlockingSettler
+from conveyor.messaging.consumer.blocking import BlockingSettler, Consumer
 from conveyor.messaging.queue import Queue
 from conveyor.store import inspection
 from conveyor.store.transport.wakeup import WakeupWaiter
@@ -158,20 +159,47 @@ class TestInterrupted:
         await app.aclose()
 
     @pytest.mark.row("D121")
+    @pytest.mark.parametrize("partitions", [1, 3])
+    async def test_a_pull_that_is_cancelled_where_it_ends(self, url, redis, partitions):
+        """Cancelled at any of its suspensions, also those behind the reply with its message, it hands back and leaves."""
+        async with Conveyor(url) as app:
+            queue = app.queue("mail", partitions=partitions, lease="1h")
+            number, struck = 1, True
+            while struck:
+                pulling = asyncio.create_task(_cancelled_at(queue.apull(1, wait="60s"), number))
+                while not (pulling.done() or redis.info("clients")["blocked_clients"]):
+                    await asyncio.sleep(0)
+                await queue.apush(number)
+                try:
+                    [message] = await pulling
+                    struck = False
+                except asyncio.CancelledError:
+                    stats = await queue.astats()
+                    assert (stats.leased, stats.workers, stats.dead, stats.ready) == (0, 0, 0, 1)
+                    [message] = await queue.apull(1)
+                assert (message.body, message.attempt, message._leased.history.crashes) == (number, 1, 0)
+                await message.aack()
+                number += 1
+            assert number > 8, number
+
+    @pytest.mark.row("D121")
     def test_an_interrupted_blocking_pull(self, queue, monkeypatch):
-        """Interrupted behind its lease, or while it waits, a blocking pull hands back and takes its registration away."""
-        for at in ("lease", "wait"):
+        """Interrupted behind its lease, while it waits, or as it ends, a blocking pull hands back and takes its registration away."""
+        for at in ("lease", "wait", "end"):
             with monkeypatch.context() as patch:
                 if at == "lease":
                     queue.push("m")
                     patch.setattr(BlockingSettler, "report_refused", _interrupt)
+                elif at == "end":
+                    queue.push("m")
+                    patch.setattr(Consumer, "_stop_waiting", _interrupt_once(Consumer._stop_waiting))
                 else:
                     patch.setattr(WakeupWaiter, "wait_any", _interrupt)
                 with pytest.raises(KeyboardInterrupt):
                     queue.pull(1, wait="60s")
             stats = queue.stats()
             assert (stats.leased, stats.workers) == (0, 0)
-            if at == "lease":
+            if at != "wait":
                 [message] = queue.pull()
                 assert message.attempt == 1
                 message.ack()
@@ -179,6 +207,36 @@ class TestInterrupted:
 
 def _interrupt(*_, **__):
     raise KeyboardInterrupt
+
+
+def _interrupt_once(usual):
+    """Return a function that is interrupted at its first call, and does the usual later."""
+    calls = []
+
+    def call(*given):
+        calls.append(given)
+        return _interrupt() if len(calls) == 1 else usual(*given)
+
+    return call
+
+
+@types.coroutine
+def _cancelled_at(pulling, number):
+    """Carry out *pulling* and cancel its task where it is suspended for the *number*-th time."""
+    sent = error = None
+    while True:
+        try:
+            future = pulling.send(sent) if error is None else pulling.throw(error)
+        except StopIteration as stop:
+            return stop.value
+        number -= 1
+        if not number:
+            asyncio.current_task().cancel()
+        sent = error = None
+        try:
+            sent = yield future
+        except BaseException as raised:
+            error = raised
 
 
 async def _stopped_at(client, pulling, at):

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
+from conveyor.dashboard import documents
 from conveyor.dashboard.endpoint import ApiCall, ApiRoute, Field
 from conveyor.dashboard.send_routes import app_of
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.ids import logical
 from conveyor.jobs.core import core_of
 from conveyor.messaging import receipts
+from conveyor.messaging.consumer.asynchronous import see_through
 from conveyor.messaging.message import Message
 from conveyor.messaging.queue import Queue
 from conveyor.messaging.receipts import Receipt, SettledAs
@@ -44,30 +48,58 @@ def _lease_ms(call: ApiCall) -> int | None:
     return lease
 
 
-async def pull(call: ApiCall) -> dict[str, Any] | Response:
+class PulledResponse(Response):
+    """The answer to a pull, whose messages are handed back where it is not sent to its end."""
+
+    def __init__(self, body: bytes, messages: list[Message[Any]]) -> None:
+        super().__init__(body, 200, {"cache-control": "no-store"}, "application/json")
+        self._messages = messages
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer."""
+        try:
+            await super().__call__(scope, receive, send)
+        except BaseException:  # the server ends, or the client has gone away
+            await receipts.hand_back(self._messages)
+            raise
+
+
+async def pull(call: ApiCall) -> Response:
     """
     Return messages with their receipts as soon as there are some, or none after `wait` seconds.
 
-    They are handed back when the client goes away meanwhile.
+    They are handed back when the client goes away meanwhile, and when the server ends the call.
     """
     queue, lease_ms, service = _queue(call, call["queue"]), _lease_ms(call), call.service
     wait = call["wait"] if service.waiting_pulls < MOST_WAITING else 0
     service.waiting_pulls += 1
     pulling = asyncio.ensure_future(receipts.pull(queue, call["max"], wait, lease_ms))
     leaving = asyncio.ensure_future(call.gone())
+    response: Response | None = None
     try:
         await asyncio.wait([pulling, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if leaving.done():
-            if pulling.done() and not pulling.exception():
-                await receipts.hand_back([message for _, message in pulling.result()])
-            return Response(status_code=499)
-        found = await pulling
+        if not leaving.done():
+            response = _pulled(call["queue"], pulling.result())
+            return response
+        return Response(status_code=499)
     finally:
         service.waiting_pulls -= 1
-        for one in (pulling, leaving):
-            one.cancel()
-        await asyncio.gather(pulling, leaving, return_exceptions=True)
-    return {"queue": call["queue"], "messages": [_document(*one) for one in found]}
+        leaving.cancel()
+        if response is None:
+            pulling.cancel()
+            await see_through(partial(_take_back, pulling))
+
+
+def _pulled(queue: str, found: list[tuple[Receipt, Message[Any]]]) -> Response:
+    document = {"queue": queue, "messages": [_document(*one) for one in found]}
+    return PulledResponse(documents.encoded("pulled", document), [message for _, message in found])
+
+
+async def _take_back(pulling: asyncio.Future[list[tuple[Receipt, Message[Any]]]]) -> None:
+    """Hand back what *pulling*, which was cancelled, has pulled all the same."""
+    await asyncio.wait([pulling])
+    if not pulling.cancelled() and not pulling.exception():
+        await receipts.hand_back([message for _, message in pulling.result()])
 
 
 def _document(receipt: Receipt, message: Message[Any]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from conveyor.jobs.decorator import CronDecorator
     from conveyor.jobs.job_selection import CancelledJobs, JobSelection
     from conveyor.jobs.queue_events import EventReader
-    from conveyor.jobs.registry import QueueNames
+    from conveyor.jobs.registry import QueueNames, QueuesOf
     from conveyor.jobs.schedule import Missed, Overlap
     from conveyor.jobs.uniqueness import Debounce, Throttle, Unique
     from conveyor.jobs.webhooks import Webhook
@@ -346,6 +346,12 @@ class Conveyor:
         """Awaitable form of `topics`."""
         return await self._core.topics.aread_all()
 
+    @overload
+    def pull(self, queues: QueuesOf[T], n: int = 1, wait: Duration = 0, *, renew: bool = False) -> list[Message[T]]: ...
+    @overload
+    def pull(
+        self, queues: QueueNames, n: int = 1, wait: Duration = 0, *, renew: bool = False
+    ) -> list[Message[Any]]: ...
     def pull(self, queues: QueueNames, n: int = 1, wait: Duration = 0, *, renew: bool = False) -> list[Message[Any]]:
         """
         Return up to *n* messages of several queues as soon as there is one, or none after *wait*.
@@ -357,12 +363,28 @@ class Conveyor:
         """
         return self._core.select(queues, "app.pull()").pull(n, wait, renew=renew)
 
+    @overload
+    async def apull(
+        self, queues: QueuesOf[T], n: int = 1, wait: Duration = 0, *, renew: bool = False
+    ) -> list[Message[T]]: ...
+    @overload
+    async def apull(
+        self, queues: QueueNames, n: int = 1, wait: Duration = 0, *, renew: bool = False
+    ) -> list[Message[Any]]: ...
     async def apull(
         self, queues: QueueNames, n: int = 1, wait: Duration = 0, *, renew: bool = False
     ) -> list[Message[Any]]:
         """Awaitable form of `pull`."""
         return await self._core.select(queues, "app.apull()").apull(n, wait, renew=renew)
 
+    @overload
+    def consume(
+        self, queues: QueuesOf[T], prefetch: int = 1, *, on_error: OnError = "log"
+    ) -> Generator[Message[T], None, None]: ...
+    @overload
+    def consume(
+        self, queues: QueueNames, prefetch: int = 1, *, on_error: OnError = "log"
+    ) -> Generator[Message[Any], None, None]: ...
     def consume(
         self, queues: QueueNames, prefetch: int = 1, *, on_error: OnError = "log"
     ) -> Generator[Message[Any], None, None]:
@@ -374,6 +396,14 @@ class Conveyor:
         """
         return self._core.select(queues, "app.consume()").consume(prefetch, on_error=on_error)
 
+    @overload
+    def aconsume(
+        self, queues: QueuesOf[T], prefetch: int = 1, *, on_error: OnError = "log"
+    ) -> AsyncGenerator[Message[T], None]: ...
+    @overload
+    def aconsume(
+        self, queues: QueueNames, prefetch: int = 1, *, on_error: OnError = "log"
+    ) -> AsyncGenerator[Message[Any], None]: ...
     def aconsume(
         self, queues: QueueNames, prefetch: int = 1, *, on_error: OnError = "log"
     ) -> AsyncGenerator[Message[Any], None]:

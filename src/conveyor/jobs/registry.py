@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 from weakref import WeakValueDictionary
 
 from conveyor import ids
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from conveyor.payload.pipeline import PayloadPipeline
     from conveyor.store.keys import QueueKeys
 
+    T = TypeVar("T")
+    QueuesOf = Mapping[Queue[T], float] | Iterable[Queue[T]]
+    """Queues of one type; a type checker knows that of their messages."""
     QueueNames = Mapping[Queue[Any] | str, float] | Mapping[str, float] | Iterable[Queue[Any] | str]
 
 MOST_SELECTIONS = 64

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, ConveyorError, LeaseLost
+from conveyor.messaging.consumer.asynchronous import see_through
 from conveyor.messaging.consumer.settling import PartitionSource
 from conveyor.messaging.leases import LeasedMessage
 from conveyor.messaging.message import Message, success
@@ -91,10 +92,14 @@ async def _receipt(message: Message[Any], queue: Queue[Any], lease_ms: int | Non
 
 
 async def hand_back(messages: list[Message[Any]]) -> None:
-    """Give messages back to the front of their queue, as if they had not been pulled."""
-    for message in reversed(messages):
-        with suppress(ConveyorError):  # its lease ends, and it comes back then
-            await message.arelease()
+    """Give messages back to the front of their queue, as if they had not been pulled, also where this is cancelled."""
+
+    async def release() -> None:
+        for message in reversed(messages):
+            with suppress(ConveyorError):  # its lease ends, and it comes back then
+                await message.arelease()
+
+    await see_through(release)
 
 
 async def acknowledge(queue: Queue[Any], receipt: Receipt) -> SettledAs:

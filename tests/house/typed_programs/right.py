@@ -18,6 +18,7 @@ from conveyor import (
     Depends,
     Job,
     JobFailed,
+    Message,
     Middleware,
     Outgoing,
     PlainList,
@@ -97,6 +98,20 @@ def spread() -> None:
     for message in orders.pull(3, wait="1s"):
         assert_type(message.body, Order)
     assert_type(orders.repartition(4), int)
+
+
+async def several() -> None:
+    orders, refunds, names = app.queue("orders", Order), app.queue("refunds", Order), app.queue("names", str)
+    for message in app.consume([orders, refunds], prefetch=10):
+        assert_type(message.body, Order)
+    async for message in app.aconsume({orders: 3, refunds: 1}):
+        assert_type(message.body, Order)
+    assert_type(app.pull([orders], 3), list[Message[Order]])
+    assert_type(await app.apull((orders, refunds), 3, wait="1s"), list[Message[Order]])
+    assert_type(app.pull([app.plain_list("raw", type=Order)]), list[Message[Order]])
+    assert_type(app.pull([orders, names]), list[Message[Any]])
+    assert_type(app.pull(["orders", refunds]), list[Message[Any]])
+    assert_type(app.pull({"orders": 3}), list[Message[Any]])
 
 
 async def chain(context: Context = current()) -> None:

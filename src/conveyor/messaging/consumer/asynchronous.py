@@ -38,8 +38,33 @@ V = TypeVar("V")
 logger = logging.getLogger("conveyor.queue")
 LONGEST_LEAVE = 1.0
 """Seconds for which a cancelled pull waits until what it leased is handed back. Where Redis is away that goes on behind it."""
-LEAVING: set[asyncio.Task[None]] = set()
+_LEAVING: set[asyncio.Task[None]] = set()
 """The tasks that hand back what cancelled pulls had leased."""
+
+
+def begin_through(work: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
+    """
+    Return a task that carries out *work*, which may be repeated.
+
+    A loop that closes cancels each of its tasks once and then waits for them, so *work* begins again when it is cancelled.
+    """
+
+    async def twice() -> None:
+        try:
+            await work()
+        except asyncio.CancelledError:
+            async with asyncio.timeout(LONGEST_LEAVE):
+                await work()
+
+    task = asyncio.get_running_loop().create_task(twice())
+    _LEAVING.add(task)
+    task.add_done_callback(_LEAVING.discard)
+    return task
+
+
+async def see_through(work: Callable[[], Awaitable[None]], seconds: float | None = LONGEST_LEAVE) -> None:
+    """Carry out *work* as `begin_through` does, also where the caller is cancelled (again), and wait for it up to *seconds*."""
+    await asyncio.wait([begin_through(work)], timeout=seconds)
 
 
 class AsyncSettler(SettlerState):
@@ -249,26 +274,22 @@ class AsyncConsumer(Generic[T]):
         await self._agree(look=True)
         try:
             pulled = await self._follow(self._programs.pull(count, wait), patient=False)
-        except StoreUnavailable:
-            if self._only_session is None:  # others may have given messages
-                await self._take_back(answered_only=True)
+            await self._stop_waiting()
+            if renew and pulled:
+                renew_until_settled(self.client, self.settlers)
+            if self._sources.several_queues:
+                pulled = by_arrival(pulled)
+            return pulled or self.settlers[0].nothing_from(self.settlers)
+        except StoreUnavailable:  # where there are several, others may have given messages
+            await see_through(partial(self._give_up, answered_only=True), None)
             raise
         except BaseException:  # cancelled, as by a timeout: what was leased has not been handed out
-            leaving = asyncio.get_running_loop().create_task(self._give_up())
-            LEAVING.add(leaving)
-            leaving.add_done_callback(LEAVING.discard)
-            await asyncio.wait([leaving], timeout=LONGEST_LEAVE)
+            await see_through(self._give_up)
             raise
-        finally:
-            await self._stop_waiting()
-        if renew and pulled:
-            renew_until_settled(self.client, self.settlers)
-        if self._sources.several_queues:
-            pulled = by_arrival(pulled)
-        return pulled or self.settlers[0].nothing_from(self.settlers)
 
-    async def _give_up(self) -> None:
-        await self._take_back()
+    async def _give_up(self, *, answered_only: bool = False) -> None:
+        if not answered_only or self._only_session is None:
+            await self._take_back(answered_only=answered_only)
         await self._stop_waiting()
 
     # -- driving ------------------------------------------------------------------------------------------------------
@@ -283,6 +304,9 @@ class AsyncConsumer(Generic[T]):
             self._renewer.stop()
         if self._renewal is not None:
             self._renewal.cancel()
+        await see_through(self._go, None)
+
+    async def _go(self) -> None:
         await self._stop_waiting()
         await self._leave_all()
 
@@ -406,9 +430,9 @@ class AsyncConsumer(Generic[T]):
         """Wait no longer; put back the tokens of partitions that were not looked at, so that others who wait there are woken."""
         for mover in self._movers or ():
             mover.stop()
-        waiters, self._waiters, self._movers = self._waiters, None, None
-        for at in await waiters.end() if waiters is not None else ():
+        for at in await self._waiters.end() if self._waiters is not None else ():
             self._programs.woken(at)
+        self._waiters = self._movers = None
         for at in self._programs.unspent():
             with suppress(ConveyorError):  # a lost token costs seconds, never a message
                 await self.client.arun(operations.wake(self.settlers[at].session.keys.wake), retry_for=0)
@@ -444,6 +468,7 @@ class AsyncWakeupWaiters:
     def __init__(self, consumer: AsyncConsumer[Any]) -> None:
         self._consumer = consumer
         self._waiters: list[_AsyncEndpointWaiter] | None = None
+        self._ending: asyncio.Task[None] | None = None
         self._heard: list[int] = []
         self._has_heard = asyncio.Event()
 
@@ -482,9 +507,13 @@ class AsyncWakeupWaiters:
 
     async def end(self) -> list[int]:
         """Wait no longer; return the partitions whose tokens were taken meanwhile."""
-        waiters, self._waiters = self._waiters or [], None
-        await asyncio.gather(*(waiter.end() for waiter in waiters))
+        if self._ending is None:  # in a task of its own: none that is cancelled before its first step closes anything
+            self._ending = begin_through(self._end_all)
+        await asyncio.wait([self._ending])
         return self.heard()
+
+    async def _end_all(self) -> None:
+        await asyncio.gather(*(waiter.end() for waiter in self._waiters or ()))
 
 
 class _AsyncEndpointWaiter:

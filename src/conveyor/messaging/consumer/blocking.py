@@ -221,22 +221,23 @@ class Consumer(Generic[T]):
         self._agree(look=True)
         try:
             pulled = self._follow(self._programs.pull(count, wait), patient=False)
-        except StoreUnavailable:
-            if self._only_session is None:  # others may have given messages
-                self._take_back(answered_only=True)
-            raise
+            self._stop_waiting()
+            if renew and pulled:
+                renew_until_settled(self.client, self.settlers)
+            if self._sources.several_queues:
+                pulled = by_arrival(pulled)
+            return pulled or self.settlers[0].nothing_from(self.settlers)
         except BaseException as stop:  # what was leased has not been handed out
-            self._take_back()
+            try:
+                if not isinstance(stop, StoreUnavailable):
+                    self._take_back()
+                elif self._only_session is None:  # others may have given messages
+                    self._take_back(answered_only=True)
+            finally:
+                self._stop_waiting()
             if isinstance(stop, KeyboardInterrupt):
                 raise stop.with_traceback(None) from None  # no need to show where it waited
             raise
-        finally:
-            self._stop_waiting()
-        if renew and pulled:
-            renew_until_settled(self.client, self.settlers)
-        if self._sources.several_queues:
-            pulled = by_arrival(pulled)
-        return pulled or self.settlers[0].nothing_from(self.settlers)
 
     # -- for the settlers ---------------------------------------------------------------------------------------------
 
@@ -402,9 +403,9 @@ class Consumer(Generic[T]):
         """Wait no longer; put back the tokens of partitions that were not looked at, so that others who wait there are woken."""
         for mover in self._movers or ():
             mover.stop()
-        waiters, self._waiters, self._movers = self._waiters, None, None
-        for at in waiters.end() if waiters is not None else ():
+        for at in self._waiters.end() if self._waiters is not None else ():
             self._programs.woken(at)
+        self._waiters = self._movers = None  # last, so that what was interrupted is done again
         for at in self._programs.unspent():
             with suppress(ConveyorError):  # a lost token costs seconds, never a message
                 self.client.run(operations.wake(self.settlers[at].session.keys.wake), retry_for=0)
@@ -454,12 +455,12 @@ class WakeupWaiters:
 
     def end(self) -> list[int]:
         """Wait no longer; return the partitions whose tokens were taken meanwhile."""
-        waiters, self._waiters = self._waiters or [], None
-        deadline = time.monotonic() + LONGEST_END
+        waiters, deadline = self._waiters or [], time.monotonic() + LONGEST_END
         for waiter in waiters:
             waiter.end(deadline)
         for waiter in waiters:
             waiter.join(deadline)
+        self._waiters = None
         return self.heard()
 
 
