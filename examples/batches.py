@@ -21,7 +21,7 @@ async def write(rows: list[dict[str, int]], context: Context = current()) -> lis
 async def main() -> None:
     async with app, app.worker(queues={"rows": 1}):
         jobs = await app.aenqueue_many(write.s({"n": n}) for n in range(120))
-        results = [await job.aresult(timeout="30s") for job in jobs]
+        results = [await job.aresult(timeout="1m") for job in jobs]
     print("all written:", results == [2 * n for n in range(120)])
     print("fewer than ten calls:", len(calls) < 10)
 

@@ -30,10 +30,10 @@ async def main() -> None:
     async with app:
         async with app.worker():
             for user in (1, 2):
-                print(await (await greet.aenqueue(user)).aresult(timeout="30s"))
+                print(await (await greet.aenqueue(user)).aresult(timeout="1m"))
         async with app.worker():
             with app.override(database, lambda: {1: "Test"}):
-                print(await (await greet.aenqueue(1)).aresult(timeout="30s"))
+                print(await (await greet.aenqueue(1)).aresult(timeout="1m"))
 
 
 asyncio.run(main())

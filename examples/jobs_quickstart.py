@@ -21,9 +21,9 @@ async def greet(name: str) -> str:
 async def main() -> None:
     async with app, app.worker():  # elsewhere: conveyor worker jobs_quickstart:app
         job = await greet.aenqueue("Ada")
-        print(job.id, await job.aresult(timeout="10s"))
+        print(job.id, await job.aresult(timeout="1m"))
         jobs = await app.aenqueue_many(add.s(n, n) for n in range(1000))
-        print(sum([await one.aresult(timeout="10s") for one in jobs]))
+        print(sum([await one.aresult(timeout="1m") for one in jobs]))
 
 
 if __name__ == "__main__":

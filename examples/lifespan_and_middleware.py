@@ -33,7 +33,7 @@ async def name(user: int, context: Context = current()) -> str:
 
 async def main() -> None:
     async with app, app.worker():
-        print(await (await name.aenqueue(1)).aresult(timeout="10s"))
+        print(await (await name.aenqueue(1)).aresult(timeout="1m"))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ async def main() -> None:
         began = time.monotonic()
         jobs = [await call_api.aenqueue(f"tenant{n % 3}") for n in range(60)]
         jobs += [await book.aenqueue("acme", number) for number in range(3)]
-        await asyncio.gather(*[job.aresult(timeout="20s") for job in jobs])
+        await asyncio.gather(*[job.aresult(timeout="1m") for job in jobs])
         print("60 calls at 20 in 200 ms took long enough:", time.monotonic() - began > 0.39)
         print("at most", max(most.values()), "of a tenant at a time")
         print("booked in order:", order)

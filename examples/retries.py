@@ -25,10 +25,10 @@ async def patient() -> int:
 
 async def main() -> None:
     async with app, app.worker():
-        print(await (await call.aenqueue("ada")).aresult(timeout="10s"))
-        print("patient ran", await (await patient.aenqueue()).aresult(timeout="10s"), "times")
+        print(await (await call.aenqueue("ada")).aresult(timeout="1m"))
+        print("patient ran", await (await patient.aenqueue()).aresult(timeout="1m"), "times")
         try:
-            await (await call.aenqueue("eve")).aresult(timeout="10s")
+            await (await call.aenqueue("eve")).aresult(timeout="1m")
         except JobFailed as error:
             print(f"{error.type}: {error.message}")
 

@@ -16,8 +16,8 @@ def divide(a: float, b: float) -> float:
 if __name__ == "__main__":
     worker = subprocess.Popen([sys.executable, "-m", "conveyor", "worker", "rpc:app"])
     try:
-        print(divide.enqueue(1, 4).result(timeout="20s"))
-        divide.options(retry=1).enqueue(1, 0).result(timeout="20s")
+        print(divide.enqueue(1, 4).result(timeout="1m"))
+        divide.options(retry=1).enqueue(1, 0).result(timeout="1m")
     except JobFailed as error:
         print(f"{error.type}: {error.message}")
     finally:

@@ -27,7 +27,7 @@ async def main() -> None:
         reminder = await app.schedules.aput("remind-ada", remind.s("Ada"), cron="30 8 * * mon", tz="Europe/Berlin")
         print(reminder.when)
         print("Mondays:", {instant.weekday() for instant in reminder.next(5)} == {0})
-        await (await reminder.arun()).aresult(timeout="30s")  # now, beside its instants
+        await (await reminder.arun()).aresult(timeout="1m")  # now, beside its instants
         first, second = await beats.get(), await beats.get()
         print("two beats, a second apart:", second - first == timedelta(seconds=1))
         for schedule in await app.schedules.alist():

@@ -23,14 +23,14 @@ async def index(page: str, version: int) -> str:
 async def main() -> None:
     async with app, app.worker():
         edits = [await publish.aenqueue("home", version) for version in range(1, 6)]
-        print(len({job.id for job in edits}), "job,", await edits[0].aresult(timeout="10s"))
+        print(len({job.id for job in edits}), "job,", await edits[0].aresult(timeout="1m"))
 
         first = await index.aenqueue("home", 1)
         await started.wait()
         later = [await index.aenqueue("home", version) for version in range(2, 6)]
         print(later[-1].conflict, len({job.id for job in later}))
         go.set()
-        print(await first.aresult(timeout="10s"), "then", await later[0].aresult(timeout="10s"))
+        print(await first.aresult(timeout="1m"), "then", await later[0].aresult(timeout="1m"))
 
 
 if __name__ == "__main__":

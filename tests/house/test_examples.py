@@ -70,7 +70,7 @@ def test_example_does_what_it_says(name: str, url: str) -> None:
     """An example runs by itself, prints what is expected in that order, and exits 0."""
     example = FORK_SERVER.start([f"{name}.py"], cwd=EXAMPLES, env=Shell(EXAMPLES, url).environment())
     assert example is not None
-    printed, errors = example.communicate(timeout=40)
+    printed, errors = example.communicate(timeout=240)
     assert example.returncode == 0, errors
     lines = iter(printed.splitlines())
     for expected in PRINTED[name]:
