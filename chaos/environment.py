@@ -59,7 +59,7 @@ class Environment:
         """
         Start Redis and, before a single server, the proxy; programs are started through `process_group`.
 
-        *patience* multiplies the seconds that draining and ending may take.
+        *retry_for* multiplies the seconds that draining and ending may take.
         With *roles* programs have the rights that `conveyor acl` prints for them and no more.
         *server* is a name or the path of a binary, None: that of `CHAOS_SERVER`, else Valkey.
         Under `everysec` a server that is killed on a slow disk forgets what it had answered, whoever uses it.

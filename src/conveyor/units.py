@@ -51,13 +51,13 @@ def _parse(text: str, name: str) -> float:
     return sum(float(number) * _UNIT_MS[unit] for number, unit in _DURATION_PART.findall(text)) / 1000
 
 
-def instant_ms(at: datetime, *, name: str = "at") -> int:
+def instant_ms(at: datetime) -> int:
     """Return an aware datetime as milliseconds since the epoch; a naive one raises ConfigurationError (E18)."""
     if not isinstance(at, datetime) or at.tzinfo is None:
         problem = (
             "needs a time zone" if isinstance(at, datetime) else f"must be a datetime with a time zone, not {at!r}"
         )
-        raise ConfigurationError(f"{name}= {problem}: use datetime.now(UTC) or tzinfo=ZoneInfo(…).", code="E18")
+        raise ConfigurationError(f"at= {problem}: use datetime.now(UTC) or tzinfo=ZoneInfo(…).", code="E18")
     return max(0, math.ceil(at.timestamp() * 1000))
 
 

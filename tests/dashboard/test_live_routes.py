@@ -266,7 +266,7 @@ def test_flags_appear_by_themselves(app: Conveyor, monkeypatch: pytest.MonkeyPat
     site: Any = dashboard(app, lambda _: Access.ALL)
     until = time.monotonic() + 60
     while True:  # until an instant of the schedule has passed
-        site.service.live.forget_flags()
+        site.service.live._flags_until = 0.0
         site.service.live.snapshot._found = None
         flags = {flag["kind"]: flag for flag in get(site, "snapshot")["flags"]}
         if "schedule-stands-still" in flags or time.monotonic() > until:

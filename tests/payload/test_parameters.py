@@ -1,75 +1,33 @@
 """Parameters as text: converted from ``name=text``, and written down for people."""
 
-import inspect
-from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
-from enum import Enum, IntEnum
-from typing import Annotated, Any
+from enum import IntEnum
+from typing import Annotated
 from uuid import UUID
 
 import msgspec
-import pydantic
 import pytest
 
 from conveyor.errors import PayloadError
 from conveyor.payload.signature import TaskSignature
-
-
-class Color(Enum):
-    RED = "r"
-    BLUE = "b"
+from support.sample_functions import (
+    Color,
+    Order,
+    User,
+    greet,
+    injected_between,
+    is_injected,
+    keyword_only,
+    only_others,
+    plain,
+    positional_only,
+    variadic,
+)
 
 
 class Level(IntEnum):
     LOW = 1
-
-
-class User(pydantic.BaseModel):
-    id: int
-    name: str = "ada"
-
-
-@dataclass
-class Order:
-    id: str
-    total: int
-
-
-class Worker:
-    """The mark of parameters that the worker fills, in these tests: any default of this type."""
-
-
-def greet(name: str, excited: bool = False) -> str:
-    return name + "!" * excited
-
-
-def plain(a, b=2):
-    return a, b
-
-
-def positional_only(a: int, b: str = "b", /, c: int = 3):
-    return a, b, c
-
-
-def keyword_only(a: int = 1, *, b: str, c: Decimal = Decimal(3)):
-    return a, b, c
-
-
-def variadic(a: int, *rest: date, flag: bool = False, **others: Color):
-    return a, rest, flag, others
-
-
-def only_others(a: int, /, **others: int):
-    return a, others
-
-
-def injected_between(x: int, db: Any = Worker(), y: int = 5, *, context: Any = Worker(), z: int = 6):  # noqa: B008
-    return x, db, y, context, z
-
-
-def is_injected(parameter: inspect.Parameter) -> bool:
-    return isinstance(parameter.default, Worker)
 
 
 def texts(

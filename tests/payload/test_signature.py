@@ -5,35 +5,30 @@ import inspect
 import json
 import math
 import random
-from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from decimal import Decimal
-from enum import Enum
 from typing import Any, TypedDict, Unpack
 
 import msgspec
-import pydantic
 import pytest
 
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.payload.codec import MAX_PAYLOAD, ValueCodec
 from conveyor.payload.signature import TaskSignature
-
-
-class Color(Enum):
-    RED = "r"
-    BLUE = "b"
-
-
-class User(pydantic.BaseModel):
-    id: int
-    name: str = "ada"
-
-
-@dataclass
-class Order:
-    id: str
-    total: int
+from support.sample_functions import (
+    Color,
+    Order,
+    User,
+    Worker,
+    greet,
+    injected_between,
+    is_injected,
+    keyword_only,
+    only_others,
+    plain,
+    positional_only,
+    variadic,
+)
 
 
 class Options(TypedDict, total=False):
@@ -50,48 +45,12 @@ class Row:
         return "<User: ada>"
 
 
-class Worker:
-    """The mark of parameters that the worker fills, in these tests: any default of this type."""
-
-
-def greet(name: str, excited: bool = False) -> str:
-    return name + "!" * excited
-
-
-def plain(a, b=2):
-    return a, b
-
-
-def positional_only(a: int, b: str = "b", /, c: int = 3):
-    return a, b, c
-
-
-def keyword_only(a: int = 1, *, b: str, c: Decimal = Decimal(3)):
-    return a, b, c
-
-
-def variadic(a: int, *rest: date, flag: bool = False, **others: Color):
-    return a, rest, flag, others
-
-
-def only_others(a: int, /, **others: int):
-    return a, others
-
-
 def unpacked(**options: Unpack[Options]):
     return options
 
 
 def orders(order: Order, more: list[Order] | None = None, user: User | None = None):
     return order, more, user
-
-
-def injected_between(x: int, db: Any = Worker(), y: int = 5, *, context: Any = Worker(), z: int = 6):  # noqa: B008
-    return x, db, y, context, z
-
-
-def is_injected(parameter: inspect.Parameter) -> bool:
-    return isinstance(parameter.default, Worker)
 
 
 CALLS = [

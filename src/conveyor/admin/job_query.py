@@ -157,23 +157,23 @@ def _terms(text: str) -> Iterator[Term]:
         at += negated
         if text[at] == '"':
             value, at = _quoted(text, at)
-            yield _term("text", text, value, negated, begin, begin)
+            yield _term("text", value, negated, begin, begin)
             continue
         match = _BARE.match(text, at)
         assert match is not None  # neither a blank nor a quotation mark stands here
         name, colon, value = match[0].partition(":")
         if not colon:
-            yield _term("text", text, match[0], negated, begin, begin)
+            yield _term("text", match[0], negated, begin, begin)
             at = match.end()
             continue
         value_at = at + len(name) + 1
         at = match.end()
         if not value or (value in {">", "<", ">=", "<=", "="} and text[at : at + 1] == '"'):
             if text[at : at + 1] != '"':
-                raise _error(text, value_at, f"{name}: has no value")
+                raise _error(value_at, f"{name}: has no value")
             quoted, at = _quoted(text, at)
             value += quoted
-        yield _term(name, text, value, negated, begin, value_at)
+        yield _term(name, value, negated, begin, value_at)
 
 
 def _quoted(text: str, at: int) -> tuple[str, int]:
@@ -187,22 +187,22 @@ def _quoted(text: str, at: int) -> tuple[str, int]:
             continue
         if text[at] == '"':
             if not found:
-                raise _error(text, begin, "There is nothing between the quotation marks")
+                raise _error(begin, "There is nothing between the quotation marks")
             return "".join(found), at + 1
         found.append(text[at])
         at += 1
-    raise _error(text, begin, "This quotation mark is not closed")
+    raise _error(begin, "This quotation mark is not closed")
 
 
-def _term(name: str, text: str, value: str, negated: bool, position: int, value_at: int) -> Term:
+def _term(name: str, value: str, negated: bool, position: int, value_at: int) -> Term:
     """Return a checked term."""
     field, _, path = name.partition(".")
     if field not in _FIELDS or (path and field not in _WITH_PATH):
-        raise _error(text, position, _unknown(name))
+        raise _error(position, _unknown(name))
     try:
         accepts = _FIELDS[field](path, value)
     except (ConfigurationError, ValueError, OverflowError) as error:
-        raise _error(text, value_at, f"{name}: {error}") from None
+        raise _error(value_at, f"{name}: {error}") from None
     return Term(field, path, value, negated, position, accepts)
 
 
@@ -222,7 +222,7 @@ def _unknown(name: str) -> str:
     return f"There is no field {name!r}. {hint}"
 
 
-def _error(text: str, position: int, what: str) -> InvalidFilter:
+def _error(position: int, what: str) -> InvalidFilter:
     return InvalidFilter(f"Column {position + 1} of the filter: {what.rstrip('.')}. Nothing was searched.", position)
 
 

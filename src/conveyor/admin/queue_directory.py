@@ -44,10 +44,6 @@ class QueueDirectory:
             name: [name] if (number := known[name]) == 1 else partition_names(name, number) for name in sorted(known)
         }
 
-    def is_plain_list(self, name: str) -> bool:
-        """Tell whether a queue is a list that is shared with other programs."""
-        return name in self._plain_lists
-
     def partition_names(self, name: str) -> list[str]:
         """
         Return the names of a queue's partitions; a partition (``orders/3``) names itself alone.

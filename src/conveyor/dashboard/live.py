@@ -79,10 +79,6 @@ class LiveView:
         self.hour = Shared(lambda: asdict(admin.history("1h")), 25.0)
         self.findings = Shared(self._read_findings, 120.0)
 
-    def forget_flags(self) -> None:
-        """Have the next snapshot read what asks for attention anew."""
-        self._flags_until = 0.0
-
     def _read_snapshot(self) -> dict[str, Any]:
         counts = self.queues.followed()
         infos, minute = counts.infos, [one.ended for one in counts.queues if one.ended is not None]

@@ -354,7 +354,7 @@ class QueueRegistry:
         options = {
             "kind": "queue", "type": type, "lease_ms": lease_ms, "retry": policy, "max_length": max_length,
             "full": full, "ageing": ageing_ms, "partitions": partitions, "version": version, "upcast": upcast, "durability": asks,
-            "format": format, "limits": _limit_list(name, limits), "expires": expires_ms, "events": events,
+            "format": format, "limits": _limit_list(limits), "expires": expires_ms, "events": events,
         }  # fmt: skip
         if self._is_declared(name, options):
             return self.queues[name]
@@ -514,7 +514,7 @@ def check_events_kept(name: str, events: object) -> None:
         )
 
 
-def _limit_list(queue: str, limits: object) -> tuple[object, ...]:
+def _limit_list(limits: object) -> tuple[object, ...]:
     """Return the limits of a queue as its declaration is compared; what is no list is refused where it is made."""
     return tuple(limits) if isinstance(limits, list | tuple) else (limits,) if limits is not None else ()
 

@@ -241,9 +241,9 @@ class Partitions:
             else:
                 self._has_agreed = True
 
-    def claim(self, retry_for: float | None = None) -> None:
-        """Agree with Redis on the number; wait *patience* seconds (None: the client's) for a change."""
-        deadline = time.monotonic() + (self.client.retry_for if retry_for is None else retry_for)
+    def claim(self) -> None:
+        """Agree with Redis on the number; wait for a change of it as long as the client retries."""
+        deadline = time.monotonic() + self.client.retry_for
         while True:
             try:
                 return drive(self._claim_calls(), partial(self.client.run, retry_for=self._retry_for))
@@ -252,9 +252,9 @@ class Partitions:
                     raise
                 time.sleep(RETRY_PAUSE)
 
-    async def aclaim(self, retry_for: float | None = None) -> None:
+    async def aclaim(self) -> None:
         """Awaitable form of `claim`."""
-        deadline = time.monotonic() + (self.client.retry_for if retry_for is None else retry_for)
+        deadline = time.monotonic() + self.client.retry_for
         while True:
             try:
                 return await adrive(self._claim_calls(), partial(self.client.arun, retry_for=self._retry_for))

@@ -69,12 +69,7 @@ class Retry:
             raise ConfigurationError("Retry(within=…) must be longer than 0. For no second attempt: attempts=1.")
         object.__setattr__(self, "within_ms", within)
 
-    def pause_ms(
-        self,
-        failures: int,
-        error: BaseException | None = None,
-        uniform: Callable[[float, float], float] = random.uniform,
-    ) -> int:
+    def pause_ms(self, failures: int, error: BaseException | None = None) -> int:
         """
         Return the ms until the next attempt, with jitter, after so many *failures*, the last by *error*.
 
@@ -90,7 +85,7 @@ class Retry:
             pause = self._pauses_ms[min(failures, len(self._pauses_ms)) - 1]
         else:
             pause = min(self.cap_ms, self._pauses_ms[0] << min(failures - 1, 62))
-        return round(pause * uniform(0.5, 1.5)) if self.jitter else pause
+        return round(pause * random.uniform(0.5, 1.5)) if self.jitter else pause  # noqa: S311
 
     @property
     def over_text(self) -> str:

@@ -104,9 +104,9 @@ class RecordDecoder(NamedTuple):
     formats: FormatRegistry = JSON
     redaction: Redaction | None = None
 
-    def preview(self, body: bytes, queue: str, task: str, id: str, *, limit: int = MAX_LARGE, call: bool) -> str:  # noqa: A002
-        """Return a body as people see it: its value of at most *limit* bytes as JSON, or a description; reads no store."""
-        return self.preview_and_hide(body, queue, task, id, limit=limit, call=call)[0]
+    def preview(self, body: bytes, queue: str, task: str, id: str, *, call: bool) -> str:  # noqa: A002
+        """Return a body as people see it: its value as JSON, or a description; reads no store."""
+        return self.preview_and_hide(body, queue, task, id, call=call)[0]
 
     def preview_and_hide(
         self, body: bytes, queue: str, task: str, id: str, *, limit: int = MAX_LARGE, call: bool  # noqa: A002

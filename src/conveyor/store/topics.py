@@ -179,7 +179,7 @@ def _published(number: str, queues: list[QueueKeys], ids: list[list[str | None]]
     raise operations.StalePush
 
 
-def checked_pattern(name: object, *, what: str = "topic") -> str:
+def checked_pattern(name: object) -> str:
     """
     Check the name of a topic or a pattern, and return it. Raises ConfigurationError.
 
@@ -193,7 +193,7 @@ def checked_pattern(name: object, *, what: str = "topic") -> str:
         if words and len(str(name)) <= 128 and words != ["#", ""]:
             return str(name)
     raise ConfigurationError(
-        f"Invalid {what} {name!r}: write words of A-Z a-z 0-9 _ : - with points between them, 128 characters at most, as in "
+        f"Invalid topic {name!r}: write words of A-Z a-z 0-9 _ : - with points between them, 128 characters at most, as in "
         "'user.created'. In a pattern '*' stands for one word and '#', as the last, for any number of words. Nothing was stored."
     )
 

@@ -36,7 +36,6 @@ class DemoEnvironment:
             _refuse_several_servers(url)
         self.directory = Path(tempfile.mkdtemp(prefix="conveyor-demo-"))
         self.namespace = f"demo-{secrets.token_hex(4)}"
-        self.own_server = url is None
         self.url = f"embedded:{self.directory / cleanup.SERVER}" if url is None else url
         self.journal = self.directory / cleanup.JOURNAL
         self.journal.touch()

@@ -305,8 +305,8 @@ class DemoRun:
         return {task.reading_key(json.loads(text)["id"]): state for text, state in documents}
 
 
-def log_tail(path: Path, lines: int = 15) -> str:
-    """Return the last lines of the workers' log."""
+def log_tail(path: Path) -> str:
+    """Return the last 15 lines of the workers' log."""
     with suppress(FileNotFoundError):
-        return "\n".join(path.read_text("utf-8", "replace").splitlines()[-lines:])
+        return "\n".join(path.read_text("utf-8", "replace").splitlines()[-15:])
     return ""

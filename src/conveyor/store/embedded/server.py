@@ -385,13 +385,13 @@ def _size(file: Path) -> int:
     return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
-def _log_tail(directory: Path, begin: int, lines: int = 10) -> str:
-    """Return the last lines of the log after the byte *begin*, indented, or nothing."""
+def _log_tail(directory: Path, begin: int) -> str:
+    """Return the last ten lines of the log after the byte *begin*, indented, or nothing."""
     try:
         text = (directory / "server.log").read_bytes()[begin:].decode(errors="replace").strip()
     except OSError:
         return ""
-    last = "\n    ".join(text.splitlines()[-lines:])
+    last = "\n    ".join(text.splitlines()[-10:])
     return (
         f" The end of its log, {directory / 'server.log'}:\n    {last}"
         if last

@@ -436,7 +436,7 @@ class QueueConsumer:
         try:
             turn = call.decode(reply)
         except (WorkerUnregistered, StaleTurn) as error:
-            self._recovery = asyncio.get_running_loop().create_task(self._start_over(report, error))
+            self._recovery = asyncio.get_running_loop().create_task(self._start_over(error))
             return
         except WrongReply as error:
             self.connection.drop(error)
@@ -449,7 +449,7 @@ class QueueConsumer:
         try:
             turn = await self.connection.run(call, retry_for=None, longest_pause=longest_pause(self.lease_ms))
         except (WorkerUnregistered, StaleTurn) as error:
-            await self._start_over(report, error)
+            await self._start_over(error)
             return
         except ConveyorError as error:
             log_repeated_error("queue %s: a turn was refused: %s", self.queue, error)
@@ -462,7 +462,7 @@ class QueueConsumer:
         self._recovery = None
         self._absorb(turn, report)
 
-    async def _start_over(self, report: TurnReport, error: Exception) -> None:
+    async def _start_over(self, error: Exception) -> None:
         """Abandon all jobs and register anew: Redis has dropped this worker, and other workers have the jobs."""
         abandoned = list(self.held.values())
         log.warning("queue %s: the lease was lost (%s); %d jobs abandoned", self.queue, error, len(abandoned))
