@@ -340,6 +340,18 @@ def test_a_change_that_fits_no_limit_is_refused(app: Conveyor, limit: Any, key: 
     app.client.execute("DEL", app.client.keys("default").conf, key=app.client.keys("default").conf)
 
 
+def test_a_smooth_rate_in_place_of_one_with_costs_is_refused(app: Conveyor) -> None:
+    """An operator cannot make a rate smooth that weighs its jobs: none of a cost above 1 would start."""
+
+    @app.task(name="work", limits=[Rate(100, "1s", cost="tokens")])
+    def work(tokens: int) -> None: ...
+
+    with pytest.raises(ConfigurationError, match="weighs jobs by 'tokens'"):
+        app.limits.set("default", Rate(100, "1s", smooth=True))
+    assert not any(one.overridden for one in app.limits.list("default"))
+    app.client.execute("DEL", app.client.keys("default").conf, key=app.client.keys("default").conf)
+
+
 async def test_two_programs_that_declare_one_limit_otherwise(app: Conveyor, url: str) -> None:
     """Another number is a deployment; another kind or key is refused, to a producer at the push and to a worker at its start."""
 

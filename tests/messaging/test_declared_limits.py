@@ -123,7 +123,12 @@ def test_names_of_limits() -> None:
 
 def test_text_of_a_limit_is_read_as_it_was() -> None:
     """The limit in the settings of a queue holds again, also of one partition, and of an operator's change."""
-    limits = [Rate(100, "90s", by="a", cost="t", smooth=True), Concurrency(8), Rate(10**9, "1s", cost="t")]
+    limits = [
+        Rate(100, "90s", by="a", cost="t"),
+        Rate(7, "1m", smooth=True),
+        Concurrency(8),
+        Rate(10**9, "1s", cost="t"),
+    ]
     for one in declare_limits("queue q", limits):
         assert read_limit(one.text()) == one.limit
     [shared, exact] = declare_limits("queue q", [Concurrency(8, by="a"), Concurrency(8, by="group")])

@@ -27,7 +27,7 @@ def test_values_keep_what_they_were_given() -> None:
     [
         (Rate, {"n": 0, "per": 1}), (Rate, {"n": 1.5, "per": 1}), (Rate, {"n": 1, "per": 0}),
         (Rate, {"n": 1, "per": "x"}), (Rate, {"n": 1, "per": 1, "by": "not a name"}), (Concurrency, {"n": True}),
-        (Concurrency, {"n": 1, "by": 5}),
+        (Concurrency, {"n": 1, "by": 5}), (Rate, {"n": 5, "per": 1, "cost": "c", "smooth": True}),
     ],
 )  # fmt: skip
 def test_impossible_values_are_refused(kind: Any, wrong: dict[str, Any]) -> None:

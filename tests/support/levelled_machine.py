@@ -157,9 +157,11 @@ class LevelledModel(Model):
 
     def _settle(self, member: ModelWorker, kind: str, id_: str, what: Any) -> None:
         if kind == "G":
-            name, ms = what
-            if self.definition(name)[0] == "r":
-                self.passed[name] = max(0, self.passed.get(name, 0) + ms)
+            name, ms, cost = what
+            kind, *numbers = self.definition(name)
+            if kind == "r":
+                beyond = ms + max(0, cost - int(numbers[0]))
+                self.passed[name] = max(0, self.passed.get(name, 0) + beyond)
             return
         if kind == "L":
             name, what = what
@@ -251,8 +253,9 @@ class LevelledMachine(QueueMachine):
             return super()._settle("R" if kind == "R0" else kind, id_)
         name, number = job.limits[-1].partition(":")[2], next(self.count)
         if kind == "G":
-            ms = number % 7 - 3
-            return Settlement("G", id_, ms, name.encode()), ("G", id_, (name, ms))
+            cost = int(job.limits[-1].partition(":")[0])
+            ms = max(number % 7 - 3, -cost)
+            return Settlement("G", id_, ms, name.encode(), b"%d" % cost), ("G", id_, (name, ms, cost))
         return Settlement("L", id_, 3_600_000, name.encode()), ("L", id_, (name, None))
 
     def _make_turn(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any, get_origin, is_typeddict
+from typing import TYPE_CHECKING, Any, NamedTuple, get_origin, is_typeddict
 
 import msgspec
 
@@ -76,11 +76,19 @@ def held_limit(limits: Iterable[str], group: str | None, declared: Mapping[str, 
     return next(iter([*rates, *names, *([] if group is None else [f":{group}"])]), None)
 
 
-def charge_of(limit: str, charges: Mapping[str, int]) -> tuple[str, int] | None:
-    """Return the limit, with its key, of *limit* (as in `Entry.limits`) and what its job cost beyond; None: nothing."""
+class Charge(NamedTuple):
+    """What a job has cost at a limit, with its key, *beyond* the *cost* that it was pushed with."""
+
+    limit: str
+    beyond: int
+    cost: int
+
+
+def charge_of(limit: str, charges: Mapping[str, int]) -> Charge | None:
+    """Return what a job has cost at *limit* (as in `Entry.limits`) by the *charges* that it told; None: it told none."""
     cost, _, name = limit.partition(":")
     true = charges.get(name.partition(":")[0])
-    return None if true is None or true == int(cost) else (name, true - int(cost))
+    return None if true is None else Charge(name, true - int(cost), int(cost))
 
 
 def cost_arguments(declared: Iterable[DeclaredLimit]) -> dict[str, str]:
@@ -111,7 +119,8 @@ def read_limit(text: str, declared: str = "") -> Rate | Concurrency:
     path = None if by == "-" else by
     if kind == "c":
         return Concurrency(int(n), by=path)
-    return Rate(int(n), shortest_text(int(words[0])), by=path, cost=cost or None, smooth=words[1] == "1")
+    smooth = words[1] == "1" and not cost  # an earlier version took both together
+    return Rate(int(n), shortest_text(int(words[0])), by=path, cost=cost or None, smooth=smooth)
 
 
 def show_limit(limit: Rate | Concurrency) -> str:

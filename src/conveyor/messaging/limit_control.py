@@ -125,6 +125,7 @@ class LimitControl:
         yield from _declare(place, parts)
         records: LimitRecords = yield store_limits.list_limits(parts[0])
         found = _choose(owner, place, limit, key, records)
+        check_weighed(limit, found)
         text = None if key is None else key_text(key, "key")
         number = limit.n if _is_exact(found.declared) else limit.n // len(parts)
         if number == 0:
@@ -264,6 +265,15 @@ def _choose(
     of = f" with key {key!r}" if key is not None else ""
     known = [f"{one.name} = {show_limit(read_limit(one.declared))}" for one in declared]
     raise ConfigurationError(f"{what} fits {show_limit(limit)}{of}. {_listed(known)} {advice} Nothing was changed.")
+
+
+def check_weighed(limit: Rate | Concurrency, found: LimitRecord) -> None:
+    """Raise ConfigurationError for a smooth rate in place of one whose jobs have costs."""
+    known = read_limit(found.declared)
+    if isinstance(known, Rate) and known.cost is not None and isinstance(limit, Rate) and limit.smooth:
+        raise ConfigurationError(
+            f"Limit {found.name!r} weighs jobs by {known.cost!r}, and a smooth rate cannot: leave smooth out. Nothing was changed."
+        )
 
 
 def _fits(record: LimitRecord, limit: Rate | Concurrency, key: str | None) -> bool:

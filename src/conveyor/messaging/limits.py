@@ -24,7 +24,8 @@ class Rate:
 
     `by` names what has a rate of its own for every value: an argument of a task (``tenant``, ``order.customer``), a field
     of a message, ``headers.NAME``, or ``group``. `cost` names the argument that says how much one job takes of `n`.
-    `smooth` spaces the starts evenly. `name` is what operators call it; tasks of one queue that use the same name share it.
+    `smooth` spaces the starts evenly; it takes no `cost`. `name` is what operators call it; tasks of one queue that use the
+    same name share it.
     """
 
     n: int
@@ -42,6 +43,11 @@ class Rate:
         _check_limit_name("Rate(name)", self.name)
         if not isinstance(self.smooth, bool):
             raise ConfigurationError(f"Rate(smooth) must be True or False, not {self.smooth!r}.")
+        if self.smooth and self.cost is not None:
+            raise ConfigurationError(
+                f"Rate(cost={self.cost!r}, smooth=True): a smooth rate spaces starts, and cannot weigh them. Declare two limits: "
+                f"Rate({self.n:,}, {self.per!r}, cost={self.cost!r}), and a Rate(…, smooth=True) of the number of jobs."
+            )
         object.__setattr__(self, "per_ms", positive_ms(self.per, "per"))
         if self.per_ms < SHORTEST_WINDOW_MS or (self.cost is None and self.n >= MOST_STARTS_PER_MS * self.per_ms):
             raise ConfigurationError(

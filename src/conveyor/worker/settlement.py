@@ -541,7 +541,8 @@ class SettlementWriter:
         """Report what the attempt cost beyond what it paid when it started."""
         for limit in attempt.envelope.limits:
             if (charge := charge_of(limit, attempt.charges)) is not None:
-                report.others.append(Settlement("G", attempt.id, charge[1], charge[0].encode()))
+                cost = b"%d" % charge.cost
+                report.others.append(Settlement("G", attempt.id, charge.beyond, charge.limit.encode(), cost))
 
     def _rate_limited(self, report: TurnReport, attempt: Attempt, ms: int) -> None:
         """Return a job that a service refused for now, and hold its limit until then; where it has none, its task."""

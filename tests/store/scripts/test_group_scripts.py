@@ -253,6 +253,52 @@ def test_rate_with_costs_counts_them(seeded: SeededQueue, text: str) -> None:
     assert seeded.audit() == []
 
 
+def test_what_is_given_back_late_is_nobody_elses(seeded: SeededQueue) -> None:
+    """A job that cost less gives that back to the window of its own start; when it has left the window, to none: others paid for theirs."""
+    declare(seeded, tokens="r 100 3600000 0 -/cost")
+    seeded.push(*(entry(f"j{i}", limits=("50:tokens",)) for i in range(3)))
+    seeded.register("w")
+    began = seeded.now() - 1_735_689_600_000
+    assert seeded.turn("w", began - 3_700_000, 9).ids == ["j0", "j1"]
+    back = Settlement("G", "j0", ms=-40, record=b"tokens", state=b"50")
+    assert seeded.turn("w", began, 9, others=[back]).ids == []
+    [record] = seeded.run(limits.list_limits(seeded.keys))
+    assert record.used == 100
+    seeded.redis.delete(f"{seeded.keys.prefix}rate:tokens")
+    seeded.redis.zadd(seeded.keys.due, {"\ttokens": 1}, xx=True)
+    assert seeded.turn("w", began + 1, 9).ids == ["j2"]
+    back = Settlement("G", "j2", ms=-40, record=b"tokens", state=b"50")
+    seeded.turn("w", began + 2, others=[back])
+    [record] = seeded.run(limits.list_limits(seeded.keys))
+    assert record.used == 10
+    assert seeded.audit() == []
+
+
+def test_a_charge_counts_from_what_was_paid(seeded: SeededQueue) -> None:
+    """A job that costs more than its limit lets pass, since it was lowered, has paid that: its true cost counts from there."""
+    declare(seeded, tokens="r 100 3600000 0 -/cost")
+    seeded.push(entry("j0", limits=("100:tokens",)))
+    seeded.run(limits.set_limit(seeded.keys, "tokens", None, "r 50 3600000 0"))
+    seeded.register("w")
+    assert seeded.turn("w", 1, 9).ids == ["j0"]
+    seeded.turn("w", 2, others=[Settlement("G", "j0", ms=-40, record=b"tokens", state=b"100")])
+    [record] = seeded.run(limits.list_limits(seeded.keys))
+    assert record.used == 60
+    assert seeded.audit() == []
+
+
+@pytest.mark.parametrize(("old", "new"), [(0, 1400), (1200, 200), (1999, 1), (1500, 0), (700, 1300)])
+def test_starts_of_a_large_rate_are_counted(seeded: SeededQueue, old: int, new: int) -> None:
+    """Of a rate above a thousand all starts in its window are told, and none that has left it."""
+    declare(seeded, large="r 2000 60000 0 -")
+    now, key = seeded.now(), f"{seeded.keys.prefix}rate:large"
+    for count, at in ((old, now - 70_000), (new, now - 1000)):
+        if count:
+            seeded.redis.lpush(key, *[at] * count)
+    [record] = seeded.run(limits.list_limits(seeded.keys))
+    assert record.used == new
+
+
 def test_smooth_rate_spaces_starts(seeded: SeededQueue) -> None:
     """Of a smooth rate one starts at a time, an interval apart."""
     declare(seeded, even="r 2 3600000 1 -")

@@ -1,5 +1,5 @@
 -- List the limits of a queue, or its groups. Nothing is written.
--- needs: numbers keys envelope rights limits groups
+-- needs: numbers keys envelope rights limits limit_use groups
 --
 -- KEYS  1 conf  2 jobs  3 due  4-13 ready:0 … ready:9
 -- ARGV  1 "limits" or "groups"  2 how many at most of what is in use and not named in conf
@@ -47,12 +47,7 @@ if ARGV[1] == 'limits' then
   load_limits(queue, names)
   for _, name in ipairs(names) do
     local base, key, s = string.match(name, '^[^:]*'), string.match(name, ':(.*)$') or '', queue.limits[name]
-    local room, taken, opens = room_of(queue, s, now), s.count, nil
-    if s.kind == 'r' then
-      if not s.free then read_rate(queue, s, now) end
-      taken = s.smooth and 1 - s.free or math.max(0, s.n - s.free)
-      if s.starts and #s.starts >= 0 and s.n > 1000 then taken = math.min(taken, redis.call('LLEN', prefix .. 'rate:' .. name)) end
-    end
+    local room, taken, opens = room_of(queue, s, now), used_of(queue, s, now), nil
     if room < 1 then opens = opens_at(queue, s, 1, now) end
     local at = #reply
     reply[at + 1], reply[at + 2], reply[at + 3] = base, key, texts['limit:' .. base] or ''

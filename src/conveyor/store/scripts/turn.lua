@@ -15,7 +15,8 @@
 --            X dead: announce the record, keep the state; it died no earlier than its last error, at ms since the epoch
 --            C cancelled: keep the record ms      R again after ms, with this state
 --            F back to the front, with this state ("" as it was)      M still held, with this state
---            L as F, and the limit in record is held for ms      G still held; the limit in record is charged with ms more, or less
+--            L as F, and the limit in record is held for ms
+--            G still held; the limit in record is charged with ms more, or less, than the cost in state
 --            R with a record: another worker is to run it; the record says what it needs (lib/requirements.lua)
 --            R, F and L of a job whose cancellation was asked: it ends cancelled
 --            K still held: it runs, and was told of its cancellation

@@ -1,5 +1,5 @@
 -- Read why a job waits, from the keys that a lease reads. Nothing is written.
--- needs: numbers keys kept_result ended_mark leased listed envelope rights limits paused_tasks groups job_place heads worker_name serving
+-- needs: numbers keys kept_result ended_mark leased listed envelope rights limits limit_use paused_tasks groups job_place heads worker_name serving
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 result:<id>  7 results:<window>  8 conf  9-18 ready:0 … ready:9
 -- ARGV  1 id  2 entries of a list that are looked at from either end, at most
@@ -9,7 +9,7 @@
 --         {jobs before it at least, 1 when it is exact, entries that stand ready and jobs that wait, attempts that ended lately, in how many ms}
 --         {1 when its task is paused; until when it is held (ms; 0)}
 --         {key of its group, or ""; 1 when that is paused; the job that it waits for, or ""; the place of that, and when that is due (ms), or -1}
---         {the limit that is full, or ""; what conf says of it; slots or starts in use; jobs and groups before it; when it opens (ms), or -1}
+--         {the limit that is full, or ""; what conf says of it, "" while it is held; slots or starts in use; jobs and groups before it; when it opens (ms), or -1}
 --         what lib/serving.lua says of the builds and labels of the workers
 local queue = {
   prefix = string.sub(KEYS[1], 1, -5), jobs = KEYS[1], state = KEYS[2], due = KEYS[3], dead = KEYS[4], workers = KEYS[5], conf = KEYS[8],
@@ -108,7 +108,8 @@ local function group_causes()
   local known = behind and redis.call('HEXISTS', queue.jobs, behind) == 1
   local held = known and job_place(queue, behind, '', '') or {'', '', '', ''}
   local causes = {key, paused, behind or '', held[1], held[1] == 'scheduled' and tonumber(held[4]) or -1}
-  if not full or string.byte(full) == 58 or string.byte(full) == 59 then return causes, {'', '', 0, 0, -1} end
+  local its_key = full and string.byte(full) == 58
+  if not full or string.byte(full) == 59 or (its_key and queue.limits[full].held <= now) then return causes, {'', '', 0, 0, -1} end
   local colon, s, cost = string.find(full, ':', 1, true), queue.limits[full], 1
   for i, name in ipairs(names) do
     if name == full then cost = costs[i] end
@@ -117,7 +118,7 @@ local function group_causes()
   local texts = redis.call('HMGET', queue.conf, 'override:' .. full, 'override:' .. base, 'limit:' .. base)
   local before = redis.call('ZRANK', queue.prefix .. 'limit:' .. full, member) or redis.call('ZCARD', queue.prefix .. 'limit:' .. full)
   return causes, {
-    full, texts[1] or texts[2] or texts[3] or '', s.kind == 'r' and math.max(0, s.n - s.free) or s.count, before + (entries_before(list, id)),
+    full, s.held <= now and (texts[1] or texts[2] or texts[3]) or '', used_of(queue, s, now), before + (entries_before(list, id)),
     opens_at(queue, s, cost, now) or -1,
   }
 end

@@ -285,31 +285,24 @@ end
 
 -- Charge a rate with what a job has cost beside what it had paid when it started.
 -- queue    as for load_limits
--- s        its state
--- cost     the difference; below zero it is given back, the newest starts first
+-- s        its state; a smooth one has no costs
+-- cost     the difference; below zero it is given back, from the start of the job on. What has left the window since gives nothing
+--          back: other jobs have paid what the window holds by now
 -- now      ms
+-- since    when the job started; nil: it is not known, and within the window
 -- returns  nothing
-local function charge_rate(queue, s, cost, now)
-  if s.kind ~= 'r' or cost == 0 then return end
+local function charge_rate(queue, s, cost, now, since)
+  if s.kind ~= 'r' or s.smooth or cost == 0 then return end
   read_rate(queue, s, now)
-  if s.smooth then
-    s.next_at = math.max(now, (s.next_at or now) + s.per / s.n * cost)
-    redis.call('DEL', queue.prefix .. 'rate:' .. s.name)
-    if s.next_at > now then
-      redis.call('SET', queue.prefix .. 'rate:' .. s.name, string.format('%.17g', s.next_at), 'PX', int(math.ceil(s.next_at - now) + 1))
-    end
-  elseif cost > 0 then
-    write_rate(queue, s, {0, cost}, now)
-  else
-    -- As sub-windows, if it was a list.
-    write_rate(queue, s, {1, 0}, now)
-    local order = {}
-    for window in pairs(s.windows) do order[#order + 1] = window end
-    table.sort(order)
-    for at = #order, 1, -1 do
-      local window = order[at]
-      local less = math.min(s.windows[window], -cost)
-      s.windows[window], cost = s.windows[window] - less, cost + less
+  -- As sub-windows, if it was a list.
+  write_rate(queue, s, {cost < 0 and 1 or 0, math.max(cost, 0)}, now)
+  local last = math.floor(now * 128 / s.per)
+  local first = since and math.floor(since * 128 / s.per) or last - 128
+  if cost < 0 and first >= last - 128 then
+    for window = first, last do
+      local sum = s.windows[window] or 0
+      local less = math.min(sum, -cost)
+      s.windows[window], cost = sum - less, cost + less
     end
     write_rate(queue, s, {1, 0}, now)
   end

@@ -181,7 +181,7 @@ local function settle_other(queue, leased, i, now, asked, ended)
   elseif kind == 'E' then
     add_parts(queue.prefix .. 'stream:' .. id, record, ms)
   elseif kind == 'G' then
-    queue.charges[#queue.charges + 1] = {record, ms}
+    queue.charges[#queue.charges + 1] = {record, ms, leased_at(redis.call('HGET', leased, id)), tonumber(attempts)}
   elseif kind == 'D' or kind == 'C' then
     local mark = kind == 'D' and (attempts ~= '' and attempts or ms > 0 and '+' or '-') or nil
     redis.call('HDEL', queue.jobs, id)
@@ -240,7 +240,9 @@ local function settle_groups(queue, done, now)
   give_back(queue, queue.retried, true)
   for _, charge in ipairs(queue.charges) do
     load_limits(queue, {charge[1]})
-    charge_rate(queue, queue.limits[charge[1]], charge[2], now)
+    local s = queue.limits[charge[1]]
+    -- A cost above what the limit lets pass has paid that.
+    charge_rate(queue, s, charge[2] + math.max(0, (charge[4] or 0) - (s.n or 0)), now, charge[3])
     touch(queue, {charge[1]})
   end
 end
