@@ -7,8 +7,11 @@ import threading
 
 import pytest
 
-from conveyor import Conveyor
+from conveyor import Conveyor, Debounce, Duplicate, Unique
 from conveyor.errors import ConfigurationError, JobCancelled, JobNotFound, QueueFull
+from conveyor.store import inspection
+from conveyor.store.operations import Settlement
+from support.manual_worker import ManualWorker
 from support.message_fixtures import until
 
 
@@ -191,3 +194,117 @@ class TestDropOldest:
             double.options(unique="k").enqueue(4)
         newest = app.queue("newest", max_length=2, full="drop-oldest")
         assert (newest.stats().dropped, newest.purge()) == (1, 2)
+
+    def test_the_alarm_of_a_schedule_stands_in_no_way(self, app):
+        """Where the instant of a schedule comes before all scheduled jobs, the first of these is dropped, and the schedule stays."""
+        queue = app.queue("newest", max_length=3, full="drop-oldest")
+
+        @app.task(name="newest.note", queue="newest")
+        def note(number: int) -> None: ...
+
+        app.schedules.put("tick", note.s(0), every="10m")
+        first, *_ = [note.options(delay="1h").enqueue(number) for number in range(3)]
+        note.enqueue(3)
+        with pytest.raises(JobNotFound):
+            first.status()
+        stats = queue.stats()
+        assert (stats.ready, stats.scheduled, stats.dropped) == (1, 2, 1)
+        assert app.client.run(inspection.audit(app.client.keys("newest"))) == []
+        app.schedules.get("tick").delete()
+        assert queue.purge() == 3
+
+    @pytest.mark.parametrize("resumed", [False, True])
+    @pytest.mark.parametrize("more", [1, 3, 4])
+    def test_jobs_of_a_paused_task_are_dropped_first(self, app, resumed, more):
+        """Jobs that were set aside for their task have waited longest: they are dropped before others, and leave no ticket behind."""
+        queue = app.queue("newest", max_length=5, full="drop-oldest")
+
+        @app.task(name="newest.held", queue="newest")
+        def held(number: int) -> None: ...
+
+        @app.task(name="newest.note", queue="newest")
+        def note(number: int) -> None: ...
+
+        app.pause_task("newest.held")
+        old = [held.enqueue(number) for number in range(3)]
+        worker = ManualWorker(app, "newest")
+        assert worker.take(5) == []
+        if resumed:
+            app.resume_task("newest.held")
+        new = [note.enqueue(number) for number in range(2 + more)]
+        gone = [*old, *new][:more]
+        for job in gone:
+            with pytest.raises(JobNotFound):
+                job.status()
+        stats = queue.stats()
+        assert (stats.ready + stats.waiting, stats.dropped) == (5, more)
+        assert app.client.run(inspection.audit(app.client.keys("newest"))) == []
+        app.resume_task("newest.held")
+        kept = [job.id.partition(":")[2] for job in [*old, *new][more:]]
+        assert worker.take(9) == kept
+        for id_ in kept:
+            worker.turn(0, Settlement("D", id_))
+        worker.leave()
+
+
+class TestNeedsNoPlace:
+    """A call that stores no new job needs no place, so a full queue takes it."""
+
+    @pytest.mark.parametrize("full", ["raise", "block"])
+    def test_a_replaced_job(self, app, full):
+        """The latest arguments reach a unique or debounced job of a full queue; a call that is kept or raises is answered as ever."""
+        queue = app.queue("few", max_length=3, full=full)
+
+        @app.task(name="few.replace", queue="few", unique=Unique(by=("page",), conflict="replace"))
+        def replace(page: int, text: str = "") -> None: ...
+
+        @app.task(name="few.later", queue="few", debounce=Debounce("1h", by="page"))
+        def later(page: int, text: str = "") -> None: ...
+
+        @app.task(name="few.once", queue="few", unique=Unique(by=("page",), conflict="raise"))
+        def once(page: int) -> None: ...
+
+        first, debounced, _ = replace.enqueue(1, "old"), later.enqueue(1, "old"), once.enqueue(1)
+        assert (replace.enqueue(1, "new").conflict, later.enqueue(1, "new").conflict) == ("replaced", "replaced")
+        assert first.info().arguments == debounced.info().arguments == {"page": 1, "text": "new"}
+        assert replace.enqueue(1, "new").conflict == "kept"
+        with pytest.raises(Duplicate):
+            once.enqueue(1)
+        with pytest.raises(QueueFull):
+            (replace if full == "raise" else replace.options(room_timeout=0)).enqueue(2)
+        assert queue.stats().blocked == 0
+        assert queue.purge() == 3
+
+    def test_some_of_several(self, app):
+        """Of a bulk call only jobs that are new count: it is stored whole when these have room."""
+        queue = app.queue("few", max_length=3)
+
+        @app.task(name="few.keep", queue="few", unique=Unique(by=("page",)))
+        def keep(page: int) -> None: ...
+
+        app.enqueue_many([keep.s(1), keep.s(2)])
+        jobs = app.enqueue_many([keep.s(1), keep.s(2), keep.s(3)])
+        assert [job.duplicate for job in jobs] == [True, True, False]
+        with pytest.raises(QueueFull):
+            app.enqueue_many([keep.s(1), keep.s(4)])
+        assert queue.purge() == 3
+
+    def test_a_rerun_is_a_new_job(self, app):
+        """A call whose job runs stores one that is to run afterwards, which needs a place; the next calls are that job, and need none."""
+        queue = app.queue("few", max_length=2)
+
+        @app.task(name="few.again", queue="few", unique=Unique(by=("page",), conflict="rerun"))
+        def again(page: int, text: str = "") -> None: ...
+
+        again.enqueue(1)
+        worker = ManualWorker(app, "few")
+        [first] = worker.take(1)
+        again.enqueue(2)
+        with pytest.raises(QueueFull):
+            again.enqueue(1, "new")
+        assert queue.purge() == 1
+        assert [again.enqueue(1, text).conflict for text in ("new", "newer")] == ["rerun", "rerun"]
+        worker.turn(0, Settlement("D", first, attributes=worker.envelopes[first].attributes))
+        [second] = worker.take(1)
+        worker.turn(0, Settlement("D", second, attributes=worker.envelopes[second].attributes))
+        worker.leave()

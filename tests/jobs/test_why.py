@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from conveyor import Conveyor, JobNotFound, Why
+from conveyor.admin.admin import Admin
 from conveyor.ids import new_id
 from conveyor.jobs.job import Job
 from conveyor.payload.records import AttemptHistory, Failure, to_json, write_envelope
@@ -247,6 +248,62 @@ def test_a_rate_that_is_used_up(app: Conveyor, queue: str) -> None:
         end(worker, id_)
     app.client.execute("DEL", worker.keys.prefix + "rate:api:acme", key=queue)
     worker.leave()
+
+
+def test_a_limit_that_is_held(app: Conveyor, queue: str) -> None:
+    """A rate, a concurrency and a group that a service holds say until when, and not that they are full."""
+    worker = ServingWorker(app, queue, ("mail.send",))
+    app.client.run(limits.declare_limits(worker.keys, {"api": "r 5 1000 0 -", "two": "c 2 -"}, replace=False))
+    for options, limit, said in (
+        ({"limits": ("1:api",)}, "api", "Limit 'api'"), ({"limits": ("1:two",)}, "two", "Limit 'two'"),
+        ({"group": "acme"}, ":acme", "Group 'acme'"),
+    ):  # fmt: skip
+        job = push(app, **options)
+        [id_] = worker.take(5)
+        worker.turn(0, Settlement("L", id_, 3_600_000, limit.encode(), attributes=worker.envelopes[id_].attributes))
+
+        why = job.why()
+
+        assert (why.kind, why.most, why.behind) == ("limit", None, "")
+        assert why.opens_at is not None
+        assert timedelta(minutes=58) < why.opens_at - datetime.now(UTC) < timedelta(minutes=61)
+        assert str(why).startswith(f"{said} is held until 20")
+        assert job.cancel()
+        app.client.execute("HDEL", f"{worker.keys.prefix}limits", f"\t{limit}", key=queue)
+    worker.take(5)
+    worker.leave()
+    app.queue(queue).purge()
+
+
+def test_causes_of_a_queue_of_groups(app: Conveyor, queue: str) -> None:
+    """The first job of each group is looked at, so a missing worker is told; a paused key is; an alarm of a limit is no scheduled job."""
+    admin, keys = Admin(app.client), app.client.keys(queue)
+    app.client.run(limits.declare_limits(keys, {"api": "r 1 3600000 0 -"}, replace=False))
+    jobs = [
+        push(app, group="acme"),
+        push(app, group="acme"),
+        push(app, limits=("1:api",)),
+        push(app, limits=("1:api",)),
+    ]
+    assert [str(one) for one in admin.causes(queue)] == ["No worker serves it: 4 jobs wait."]
+
+    app.groups.set(queue, "acme", paused=True)
+    worker = ServingWorker(app, queue, ("other",))
+    [id_] = worker.take(5)
+    causes = admin.causes(queue)
+    assert [(one.kind, one.name, one.jobs) for one in causes] == [
+        ("group-paused", "acme", 2), ("limit", "api", 1), ("unknown-task", "mail.send", 2),
+    ]  # fmt: skip
+    assert str(causes[0]) == "Group 'acme' is paused: 2 jobs wait."
+    assert causes[2].looked == 2
+
+    end(worker, id_)
+    assert all(job.cancel() for job in jobs if not job.id.endswith(id_))
+    app.groups.set(queue, "acme", paused=False)
+    app.client.execute("DEL", f"{keys.prefix}rate:api", key=queue)
+    worker.take(5)
+    worker.leave()
+    app.queue(queue).purge()
 
 
 def test_a_group_behind_its_first_job(app: Conveyor, queue: str) -> None:

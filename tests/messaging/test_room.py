@@ -269,6 +269,20 @@ class TestLostProducers:
         thread.join()
         producers.join()
 
+    def test_a_called_producer_that_dies_leaves_nothing_for_good(self, queue, redis):
+        """The places kept for a producer that was called last a bounded time in Redis, also where nobody looks at the queue again."""
+        queue.push_many([1, 2, 3])
+        with redis.pubsub() as channel:
+            channel.subscribe("here")
+            until(lambda: redis.pubsub_numsub("here")[0][1] == 1)
+            redis.zadd(queue.keys.room, {"here 1 1": 1})
+            redis.hset(queue.keys.conf, "line", "1")
+            take(queue, 1)
+            assert redis.zscore(queue.keys.room, "here 1 1") < 0
+            assert 0 < redis.pttl(queue.keys.room) <= 600_000
+            redis.zadd(queue.keys.room, {"here 1 1": -1})
+        assert queue.purge() == 2
+
     def test_a_call_to_a_push_that_was_given_up_is_handed_on(self, queue, redis):
         """A producer that is called after its caller has gone gives its place to the next."""
         queue.push_many([1, 2, 3])

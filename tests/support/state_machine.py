@@ -171,16 +171,17 @@ class QueueMachine(RuleBasedStateMachine):
             call: Call[Any] = operations.push_plain(self.keys, sender, pairs, max_length=maximum)
         else:
             call = operations.push(self.keys, sender, [entry for entry, _, _ in made], max_length=maximum)
-        if maximum and self.model.length() + len(made) > maximum:
-            with self._refused(QueueFull):
-                self._run(call)
-            return
-        before = deepcopy(self.model) if any(job.conflict == "x" for _, job, _ in made) else self.model
+        before = deepcopy(self.model) if maximum or any(job.conflict == "x" for _, job, _ in made) else self.model
         try:
             answers = [self.model.push(entry.id, job, rank, entry.front) for entry, job, rank in made]
         except KeyHeld:
             self.model = before
             with self._refused(Duplicate):
+                self._run(call)
+            return
+        if maximum and self.model.length() > maximum:
+            self.model = before
+            with self._refused(QueueFull):
                 self._run(call)
             return
         expected = [id_ for id_, _ in answers]

@@ -244,6 +244,8 @@ def _limit(why: Why) -> str:
 def _limit_name(why: Why) -> str:
     if why.most is None and why.name == why.task:
         return f"Task {why.name!r}"
+    if not why.name:
+        return f"Group {why.key!r}"
     return f"Limit {why.name!r}{f' of {why.key!r}' if why.key else ''}"
 
 
@@ -362,13 +364,16 @@ def queue_causes(queue: str, waiting: int, parts: Sequence[QueueFacts]) -> list[
 
 
 def _held_up(parts: Sequence[QueueFacts]) -> Iterator[tuple[Cause, str, int]]:
-    """Yield the paused tasks and the full limits of all partitions, with what waits for them."""
-    paused, full = Counter[str](), Counter[str]()
+    """Yield the paused tasks, the paused groups and the full limits of all partitions, with what waits for them."""
+    paused, shut, full = Counter[str](), Counter[str](), Counter[str]()
     for one in parts:
         paused.update(dict(one.paused_tasks))
+        shut.update(dict(one.paused_groups))
         full.update({name: groups for name, groups, _ in one.limits})
     for task, jobs in paused.items():
         yield "task-paused", task, jobs
+    for group, jobs in shut.most_common():
+        yield "group-paused", group, jobs
     for name, groups in full.most_common():
         yield "limit", name, groups
 
@@ -391,6 +396,7 @@ def _unknown_tasks(cause: QueueCause) -> str:
 
 _QUEUE_SENTENCES: dict[str, Callable[[QueueCause], str]] = {
     "task-paused": lambda cause: f"Task {cause.name!r} is paused{f': {_wait(cause)}' if cause.jobs else ''}.",
+    "group-paused": lambda cause: f"Group {cause.name!r} is paused: {_wait(cause)}.",
     "limit": lambda cause: (
         f"Limit {cause.name!r} is full: {cause.jobs:,} {'group waits' if cause.jobs == 1 else 'groups wait'}."
     ),

@@ -471,7 +471,8 @@ class QueueFacts(msgspec.Struct, frozen=True):
 
     `unknown`: (task, jobs, when a worker that knew it was last seen, its name) of tasks that no worker knows, among the first jobs,
     of which `looked` were looked at; `messages` of them name no task. `first_due`: of `scheduled` jobs, -1 without one.
-    `paused_tasks`: (task, jobs that wait for it). `limits`: (limit, groups that wait there, what conf says of it).
+    `paused_tasks`: (task, jobs that wait for it). `paused_groups`: (key, jobs that wait in its groups).
+    `limits`: (limit, groups that wait there, what conf says of it).
     """
 
     now: int
@@ -485,6 +486,7 @@ class QueueFacts(msgspec.Struct, frozen=True):
     messages: int
     paused_tasks: tuple[tuple[str, int], ...] = ()
     limits: tuple[tuple[str, int, str], ...] = ()
+    paused_groups: tuple[tuple[str, int], ...] = ()
     needs: tuple[tuple[str, tuple[str, ...], int], ...] = ()
     """(build, labels, jobs) that jobs which were looked at require of a worker."""
     skills: tuple[tuple[str, tuple[str, ...]], ...] = ()
@@ -504,12 +506,14 @@ def queue_causes(keys: QueueKeys, count: int = 100) -> Call[QueueFacts]:
             needed,
             skills,
             limits,
+            groups,
         ) = reply
         tasks = tuple((one[0].decode(), one[1], *_read_seen(one[2])) for one in unknown)
         return QueueFacts(
             now, is_paused == 1, workers, consumers, scheduled, first_due, tasks, looked, messages,
             tuple((one[0].decode(), one[1]) for one in paused),
             tuple((one[0].decode(), one[1], one[2].decode()) for one in limits),
+            tuple((one[0].decode(), one[1]) for one in groups),
             tuple((*_read_skills([one[0]])[0], one[1]) for one in needed), _read_skills(skills),
         )  # fmt: skip
 

@@ -2,23 +2,43 @@
 -- needs: numbers listed envelope paused_tasks worker_name serving
 --
 -- KEYS  1 jobs  2 due  3 workers  4 conf  5-14 ready:0 … ready:9
--- ARGV  1 how many jobs are looked at, of those that are ready and of those that are scheduled
+-- ARGV  1 how many jobs are looked at, of those that are ready, the first of each group among them, and of those that are scheduled
 -- returns {now_ms, 1 when the queue is paused, workers, consumers of messages, jobs that are scheduled, when the first of them is due (ms; -1)}
 --         then, of the jobs that were looked at, for each task that no worker knows: {task, jobs, when one was last seen (ms) and its name}
 --         behind it how many jobs were looked at, and how many of them are messages
 --         for each task that is paused: {task, jobs that wait for it, a group as one, but for those that no turn has met yet}
 --         what the jobs that were looked at require: {build, a tab and labels as JSON, jobs}, and the same of the workers (lib/serving.lua)
 --         for each limit at which groups wait, of a thousand groups: {limit, groups, what conf says of it}
+--         for each group whose key is paused, the largest first: {key, jobs that wait in it}
 local queue = {prefix = string.sub(KEYS[1], 1, -5), conf = KEYS[4], workers = KEYS[3]}
 local most, now = number_in(ARGV[1]), clock()
-local first = redis.call('ZRANGE', KEYS[2], 0, most - 1, 'WITHSCORES')
 local ids = {}
+-- Groups that wait at limits, and the limits: (<priority><group> limit)…
+local waits = redis.call('HSCAN', queue.prefix .. 'waits', '0', 'COUNT', 1000)[2]
+
+-- Add the first job of a group, which stands for it.
+local function add_first(priority, group)
+  local id = #ids < most and redis.call('LINDEX', queue.prefix .. 'group:' .. priority .. ':' .. group, 0)
+  if id then ids[#ids + 1] = id end
+end
 for i = 14, 5, -1 do
   if #ids < most then
-    for _, id in ipairs(redis.call('LRANGE', KEYS[i], 0, most - #ids - 1)) do ids[#ids + 1] = id end
+    for _, id in ipairs(redis.call('LRANGE', KEYS[i], 0, most - #ids - 1)) do
+      if string.byte(id) == 9 then add_first(i - 5, string.sub(id, 2)) else ids[#ids + 1] = id end
+    end
   end
 end
-for i = 1, #first, 2 do ids[#ids + 1] = first[i] end
+for i = 1, #waits, 2 do add_first(string.sub(waits[i], 1, 1), string.sub(waits[i], 2)) end
+
+-- Alarms of limits and of schedules stand among the scheduled jobs.
+local alarms, first_due, scheduled = tonumber(redis.call('HGET', KEYS[4], 'alarms') or 0), -1, 0
+local due = redis.call('ZRANGE', KEYS[2], 0, most + math.min(alarms, 1000) - 1, 'WITHSCORES')
+for i = 1, #due, 2 do
+  if string.byte(due[i]) ~= 9 and scheduled < most then
+    if scheduled == 0 then first_due = tonumber(due[i + 1]) end
+    ids[#ids + 1], scheduled = due[i], scheduled + 1
+  end
+end
 
 -- Read what a job requires of a worker, from the options in the second line of its envelope; nil when it requires nothing.
 local function needs_of(envelope)
@@ -49,9 +69,8 @@ for _, id in ipairs(ids) do
 end
 -- Count what waits for paused tasks, and at limits.
 local function held_up()
-  local conf = redis.call('HMGET', queue.conf, 'paused_tasks', 'waiting')
   local tasks, limits, found = {}, {}, {}
-  for task, paused in pairs(read_paused(conf[1]) or {}) do
+  for task, paused in pairs(read_paused(redis.call('HGET', queue.conf, 'paused_tasks')) or {}) do
     local waiting = 0
     for priority = 0, 9 do waiting = waiting + redis.call('LLEN', queue.prefix .. 'group:' .. priority .. ':p' .. task) end
     for _, member in ipairs(redis.call('ZRANGE', queue.prefix .. 'limit:;' .. task, 0, 999)) do
@@ -60,9 +79,8 @@ local function held_up()
     if paused then tasks[#tasks + 1] = {task, waiting} end
   end
   table.sort(tasks, function(a, b) return a[1] < b[1] end)
-  local page = conf[2] and redis.call('HSCAN', queue.prefix .. 'waits', '0', 'COUNT', 1000)[2] or {}
-  for i = 2, #page, 2 do
-    local name = page[i]
+  for i = 2, #waits, 2 do
+    local name = waits[i]
     if not found[name] and string.byte(name) ~= 58 and string.byte(name) ~= 59 then
       local base = string.match(name, '^[^:]*')
       local texts = redis.call('HMGET', queue.conf, 'override:' .. name, 'override:' .. base, 'limit:' .. base)
@@ -76,6 +94,27 @@ local function held_up()
   return tasks, limits
 end
 
+-- Count what waits in groups whose key is paused, of a thousand settings and of a hundred keys.
+local function shut_groups()
+  local groups, jobs = {}, {}
+  for i = 1, #waits, 2 do
+    local name = waits[i + 1]
+    if string.byte(name) == 58 and string.byte(waits[i], 2) ~= 103 then
+      jobs[name] = (jobs[name] or 0) + redis.call('LLEN', queue.prefix .. 'group:' .. string.sub(waits[i], 1, 1) .. ':' .. string.sub(waits[i], 2))
+    end
+  end
+  local page = redis.call('HSCAN', queue.conf, '0', 'MATCH', 'paused:*', 'COUNT', 1000)[2]
+  for i = 1, math.min(#page, 200), 2 do
+    local key = string.sub(page[i], 8)
+    local waiting = jobs[':' .. key] or 0
+    for priority = 0, 9 do waiting = waiting + redis.call('LLEN', queue.prefix .. 'group:' .. priority .. ':g' .. key) end
+    if page[i + 1] == '1' and waiting > 0 then groups[#groups + 1] = {key, waiting} end
+  end
+  table.sort(groups, function(a, b) return a[2] > b[2] or (a[2] == b[2] and a[1] < b[1]) end)
+  for i = #groups, 21, -1 do groups[i] = nil end
+  return groups
+end
+
 local workers, consumers, sets, skills = serving(queue, now)
 local paused_tasks, limits = held_up()
 local known, unknown = #names > 0 and task_sets(queue) or {}, {}
@@ -85,7 +124,7 @@ for _, task in ipairs(workers > 0 and names or {}) do
 end
 for i, need in ipairs(needed) do needed[i] = {need, needs[need]} end
 return {
-  {now, redis.call('HGET', queue.conf, 'paused') == '1' and 1 or 0, workers, consumers, redis.call('ZCARD', KEYS[2]),
-    first[2] and tonumber(first[2]) or -1},
-  unknown, looked, messages, paused_tasks, needed, skills, limits,
+  {now, redis.call('HGET', queue.conf, 'paused') == '1' and 1 or 0, workers, consumers,
+    math.max(0, redis.call('ZCARD', KEYS[2]) - alarms), first_due},
+  unknown, looked, messages, paused_tasks, needed, skills, limits, shut_groups(),
 }

@@ -10,23 +10,18 @@ local function prepare_push(KEYS, ARGV)
   if (conf_now[4] or '1') ~= ARGV[3] then return ARGV[1] .. '\npartitions\n' .. (conf_now[4] or '') end
   -- "?" leaves the maximum to what producers have declared, "!" to nobody.
   local prefix, bound = string.sub(jobs, 1, -5), string.match(ARGV[2], '^%d+ ?%S*') or (ARGV[2] == '?' and conf_now[6]) or '0'
-  local maximum, leaves, excess = ARGV[2] ~= '!' and tonumber(conf_now[1] or string.match(bound, '^%d+')) or 0, nil, 0
+  local maximum, leaves, excess, drops = ARGV[2] ~= '!' and tonumber(conf_now[1] or string.match(bound, '^%d+')) or 0, nil, 0, nil
   if maximum > 0 then
     local length = redis.call('HLEN', jobs) - redis.call('ZCARD', dead) - tonumber(conf_now[3] or 0)
     excess = length + tonumber(ARGV[4]) - maximum
-    if excess > 0 and tonumber(ARGV[4]) <= maximum and string.find(bound, 'drop', 1, true) then
-      check('HLEN', prefix .. 'state', prefix .. 'waiters')
-    elseif conf_now[5] or length + tonumber(ARGV[4]) > maximum then
-      local refusal
-      refusal, leaves = admit(prefix, ARGV[2], conf_now[5], length, maximum, tonumber(ARGV[4]))
-      if refusal then return ARGV[1] .. '\n' .. refusal end
-    end
+    drops = excess > 0 and tonumber(ARGV[4]) <= maximum and string.find(bound, 'drop', 1, true)
+    if drops then check('HLEN', prefix .. 'state', prefix .. 'waiters') end
   end
 
   -- Read everything first: which special jobs exist already, here or earlier in this very push.
   check('HLEN', jobs)
   check('LLEN', KEYS[7])
-  local ids, answers, claimed, tagged = {}, {}, {}, {}
+  local ids, answers, claimed, tagged, known = {}, {}, {}, {}, 0
   local parsed = {} -- attributes by their text: many jobs of a push have the same
   local now, appends, prepends, schedules, owns, fronts
   local queue, checked = nil, {} -- where a job has a group or a limit
@@ -87,6 +82,7 @@ local function prepare_push(KEYS, ARGV)
         if (not answer or answer.behind) and ARGV[i + 7] ~= '' then list_tags(tagged, found.tags, id) end
         ids[#ids + 1] = answer and '\t' .. answer[2] .. (answer[1] == 'kept' and '' or '\t' .. answer[1]) or id
         answers[i] = answer
+        if answer and not answer.behind then known = known + 1 end
       end
       at = at + 2 + 10 * count
     end
@@ -94,19 +90,22 @@ local function prepare_push(KEYS, ARGV)
 
   for tag in pairs(tagged) do check('ZCARD', prefix .. 'tag:' .. tag) end
 
-  -- A job that exists already needs no place. A maximum that was lowered far is reached step by step.
-  local drops
-  if excess > 0 and not leaves then
-    for _, id in ipairs(ids) do
-      if string.byte(id) == 9 then excess = excess - 1 end
-    end
+  -- A job that exists already needs no place.
+  local places = tonumber(ARGV[4]) - known
+  excess = excess - known
+  if drops then
+    -- A maximum that was lowered far is reached step by step.
     local most = math.min(excess, tonumber(ARGV[4]) + 1000)
-    if most > 0 then
-      drops = find_oldest(KEYS, most)
-      if drops.count < most then
-        return ARGV[1] .. '\nfull\n' .. int(maximum + excess - tonumber(ARGV[4])) .. '\n' .. int(maximum)
-      end
+    drops = most > 0 and find_oldest(KEYS, most)
+    if drops and drops.count < most then
+      return ARGV[1] .. '\nfull\n' .. int(maximum + excess - places) .. '\n' .. int(maximum)
     end
+  elseif maximum > 0 and places == 0 then
+    leaves = member_of(ARGV[2], ARGV[4])
+  elseif maximum > 0 and (conf_now[5] or excess > 0) then
+    local refusal
+    refusal, leaves = admit(prefix, ARGV[2], conf_now[5], maximum + excess - places, maximum, tonumber(ARGV[4]))
+    if refusal then return ARGV[1] .. '\n' .. refusal end
   end
 
   -- The first write is refused when Redis is full, and the whole push with it. HSET is proven by its first use, and RPUSH too
@@ -121,7 +120,7 @@ local function prepare_push(KEYS, ARGV)
   if fronts then prove_groups(none) end
   if appends and (prepends or schedules) then prove(none, 'RPUSH') end
   if conf_now[7] then prove(none, 'PTTL', 'PERSIST') end
-  if drops then prove(none, 'LTRIM', 'ZREM', 'HGET', 'HINCRBY', 'PEXPIRE', 'GET', 'DEL', 'RPUSH') end
+  if drops then prove(none, 'LTRIM', 'LREM', 'SREM', 'ZREM', 'HGET', 'HINCRBY', 'PEXPIRE', 'GET', 'DEL', 'RPUSH') end
   return nil, function()
     begin_events(conf_now[8])
     if conf_now[7] then renew_expiry(prefix, 0, true) end

@@ -1,5 +1,13 @@
 -- Admission: whether a queue with a maximum length takes more jobs.
 
+-- Name a producer as it stands in the line.
+-- text, count  as for admit
+-- returns   nil of one that does not wait
+local function member_of(text, count)
+  local who = string.match(text, '^%d+ %S+ (%S+ %S+) %d+ %S+$')
+  return who and who .. ' ' .. count
+end
+
 -- Decide about a push, or put its producer into the line (lib/room.lua).
 -- prefix    of the queue's keys
 -- text      "<maximum>[ <full>[ <channel> <number> <since in µs, 0: it comes new> <wait or last>]]": a producer without a channel does
@@ -10,8 +18,8 @@
 -- returns   nil when the jobs may be stored, else the words of the refusal; what leaves the line when they are
 local function admit(prefix, text, line, length, maximum, count)
   local room = prefix .. 'room'
-  local channel, number, since, how = string.match(text, '^%d+ %S+ (%S+) (%S+) (%d+) (%S+)$')
-  local member = channel and channel .. ' ' .. number .. ' ' .. count
+  local since, how = string.match(text, '^%d+ %S+ %S+ %S+ (%d+) (%S+)$')
+  local member = member_of(text, int(count))
   local score = line and member and redis.call('ZSCORE', room, member)
   local fits = length + count <= maximum
   if score and tonumber(score) < 0 and fits then return nil, member end

@@ -44,7 +44,8 @@ local function find_next(prefix)
       free, pending = free - tonumber(places), true
     end
   end
-  if redis.call('EXISTS', room) == 0 then redis.call('HDEL', prefix .. 'conf', 'line') end
+  -- It goes by itself when producers and workers have died; 0: nobody is in it.
+  if redis.call('PEXPIRE', room, 600000) == 0 then redis.call('HDEL', prefix .. 'conf', 'line') end
   return free
 end
 
