@@ -29,9 +29,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     leased: list[int] = []
     take = QueueConsumer._take
 
-    def noting(self: QueueConsumer, turn: operations.TurnReply) -> None:
+    def noting(self: QueueConsumer, turn: operations.TurnReply, sent_at: float) -> None:
         leased.append(len(turn.ids))
-        take(self, turn)
+        take(self, turn, sent_at)
 
     monkeypatch.setattr(group_series, "LONGEST", 600.0)
     monkeypatch.setattr(GroupSeries, "flag", _ALWAYS_A_HUNDRED, raising=False)

@@ -195,20 +195,21 @@ class Capacity:
             capacity = min(capacity, self.backlog + self._limits.remaining(self.taken))
         return capacity
 
-    def room(self, consumer: LeasingQueue) -> int:
-        """Return how many jobs *consumer* may lease now."""
+    def room(self, consumer: LeasingQueue, *, coming: int = 0) -> int:
+        """Return how many jobs *consumer* may lease now, beside those *coming*: leased, and not taken yet."""
         if self._lifecycle.stopping:
             return 0
         group = consumer.group
         if group.leads_another(consumer):
             return 0
-        waiting, capacity = self.backlog, self._total(saturated=group.backlog > 0)
+        waiting, capacity = self.backlog + coming, self._total(saturated=group.backlog + coming > 0)
         rivals = len(self.rivals) + (group not in self.rivals)
-        room = capacity - waiting if rivals == 1 else self._share(capacity, waiting, group)
+        room = capacity - waiting if rivals == 1 else self._share(capacity, waiting, group, coming)
         if group.gathering and room > 0:
             room = self._with_batches(room, group)
         settled = len(consumer.report.done) + len(consumer.report.others)  # given back before more is taken
-        return max(0, min(room, BATCH, consumer.job_size.max_jobs, MOST_HELD - len(consumer.held) + settled))
+        held = len(consumer.held) + coming - settled
+        return max(0, min(room, BATCH, consumer.job_size.max_jobs, MOST_HELD - held))
 
     def _with_batches(self, slots: int, group: PartitionGroup) -> int:
         """
@@ -252,17 +253,17 @@ class Capacity:
             self._rated, self._rated_at = self.finished, now
         return min(MAX_AHEAD, int(self._rate * AHEAD))
 
-    def _share(self, capacity: int, waiting: int, group: PartitionGroup) -> int:
+    def _share(self, capacity: int, waiting: int, group: PartitionGroup, coming: int) -> int:
         """
         Return how many jobs *group* may lease: its part of *capacity*, less what it has waiting.
 
-        *waiting* is what all queues have leased and not started.
+        *waiting* is what all queues have leased and not started, *coming* what of it this group has not taken yet.
         """
         rivals = self.rivals if group in self.rivals else {**self.rivals, group: group.weight}
         total = self._weight if group in self.rivals else self._weight + group.weight
         part = int(capacity * group.weight / total)
         if part >= 1:
-            room = part - group.backlog
+            room = part - group.backlog - coming
             if self._picked is group and room > 0:
                 # A queue with too little for a part of its own waits until its turn comes: each job of the part counts.
                 self._turns.count(rivals, group, room - 1)

@@ -54,6 +54,8 @@ LATE = 0.5
 """Seconds without a reply to a turn, after which other partitions of the queue lease before this one."""
 PUT_OFF_MS = (100, 1000)
 """Shortest and longest time for which a job is put off that has waited long for others that must run alone."""
+SENT_FIRST = 32
+"""Jobs of a reply from which on the next turn leaves before they are made into attempts, so that the server works meanwhile."""
 IDLE = 5.0
 """Longest pause between two turns in seconds: a lost wake-up token costs at most this."""
 
@@ -141,8 +143,8 @@ class QueueConsumer:
         self._sent_at, self._wanted = 0.0, 0
         self._report_timer: asyncio.TimerHandle | None = None
         self._is_scheduled = self._is_looking = self._is_absorbing = False
-        self._clock_offset = 0.0  # server ms minus our monotonic ms
-        self.has_more = True
+        self._takes_plainly = False  # the jobs leased last are run as they are: nothing is reported before
+        self._clock_offset, self.has_more = 0.0, True  # server ms minus our monotonic ms
 
     # -- membership -----------------------------------------------------------------------------------------------
 
@@ -501,7 +503,8 @@ class QueueConsumer:
 
     def _settle_and_take(self, turn: TurnReply, report: TurnReport) -> None:
         self._in_flight = None
-        self._set_clock(turn.now - self._sent_at * 1000, turn.now)
+        wanted, sent_at, is_looking = self._wanted, self._sent_at, self._is_looking
+        self._set_clock(turn.now - sent_at * 1000, turn.now)
         self._note_renewal()
         held = self.held
         self._drop_settled(turn, report)
@@ -516,30 +519,44 @@ class QueueConsumer:
             self._submit(self.quarantine.confirmed(report, held))
         if self.early_acks.waiting:
             self._submit(self.early_acks.confirmed(report))
-        if turn.ids:
-            self._take(turn)
-        if self.quarantine.in_use:
-            self._advance_quarantine()
         self._is_paused, was_woken, self._is_woken = turn.paused, self._is_woken, False
         self._expires = turn.expires
-        self._has_more = was_woken or turn.more or (len(turn.ids) >= self._wanted > 0)
-        self._capacity.note_held(self, bool(held or self.early_acks.waiting or self.early_acks.acknowledged))
-        self._capacity.note_work(self, possible=self._has_more and not self._is_paused)
+        self._has_more = was_woken or turn.more or (len(turn.ids) >= wanted > 0)
+        self._note_work()
         if turn.ids:
             self.group.note_turn(self)
-        if self._is_looking:
+            self._send_first(turn)
+            self._take(turn, sent_at)
+        if self.quarantine.in_use:
+            self._advance_quarantine()
+        self._capacity.note_held(self, bool(held or self.early_acks.waiting or self.early_acks.acknowledged))
+        if is_looking:
             self._reaper.look(turn, self.identity)
-        if turn.held != len(held):
+        if turn.held != len(held) and not self.is_turning:
             self._recovery = asyncio.get_running_loop().create_task(self._reconcile())
             return
         if not self._lifecycle.stopping:
-            self.due_timer.watch(turn.next_due, turn.now, missed=self._wanted > 0 and not turn.ids)
+            self.due_timer.watch(turn.next_due, turn.now, missed=wanted > 0 and not turn.ids)
         self._turn_ended.set()
         self._advance()
         if self._services.after_turn is not None:
             self._services.after_turn()
         if not self._has_more:
             self._capacity.offer()
+
+    def _send_first(self, turn: TurnReply) -> None:
+        """
+        Make the next turn before the jobs of *turn* are taken, where it is one that follows anyway.
+
+        A server that waited while attempts are made would take turns with the worker. Jobs that report before they start need
+        the turn that follows, so that it is made after them.
+        """
+        count = len(turn.ids)
+        if count < SENT_FIRST or not (self._has_more and self._takes_plainly) or turn.held != len(self.held) + count:
+            return
+        want = self._capacity.room(self, coming=count)
+        if want > 0:
+            self._send_turn(want)
 
     def _cancel(self, attempt: Attempt) -> None:
         """Stop an attempt whose cancellation was asked; one that runs is answered for, and one that has not begun ends."""
@@ -562,8 +579,8 @@ class QueueConsumer:
         if self.blobs:
             self._services.loader.delete_bodies(self, report, turn.lost)
 
-    def _take(self, turn: TurnReply) -> None:
-        """Turn what was leased into attempts, and hand them over."""
+    def _take(self, turn: TurnReply, sent_at: float) -> None:
+        """Turn what was leased into attempts, and hand them over. *sent_at*: when the turn was sent (monotonic)."""
         handlers = self._handlers
         if handlers is None:
             handlers = self._load_handlers()
@@ -593,7 +610,8 @@ class QueueConsumer:
             else:
                 attempts.append(attempt)
         if series is not None:
-            series.begin(self._sent_at)
+            series.begin(sent_at)
+        self._takes_plainly = len(attempts) == len(turn.ids) and self._executor.gatherer is None
         if self._lifecycle.draining:
             self.hand_back()
         else:
