@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -106,6 +108,21 @@ def test_a_fork_while_another_thread_computes_what_is_kept() -> None:
         thread.join()
     assert os.waitstatus_to_exitcode(ended[1]) == 7
     assert ended[0] == pid
+
+
+@pytest.mark.row("A46")
+def test_a_first_push_as_the_interpreter_ends(url: str) -> None:
+    """A program that connects for the first time in a function of `atexit` pushes there like anywhere else."""
+    program = (
+        "import atexit, sys\nfrom conveyor import Conveyor\nqueue = Conveyor(sys.argv[1]).queue('mail')\n"
+        "atexit.register(queue.push, 'bye')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, url], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    with Conveyor(url) as app:
+        [message] = app.queue("mail").pull()
+        with message as body:
+            assert body == "bye"
 
 
 @pytest.mark.row("A12")

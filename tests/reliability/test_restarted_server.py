@@ -15,6 +15,7 @@ from conveyor.store import inspection
 from conveyor.store.operations import WorkerUnregistered
 from support.job_load import JobLoad
 from support.manual_worker import ManualWorker
+from support.running_worker import until
 from testbed.server_process import Server
 
 Rounds = Callable[[int, int], int]
@@ -67,10 +68,7 @@ async def test_a_server_that_forgot_everything_takes_new_work(start_server: Star
                 with server.client() as client:
                     client.flushall()
             marker = len(load.accepted)
-            eventually_accepted = monotonic() + 60
-            while len(load.accepted) < marker + 10:
-                assert monotonic() < eventually_accepted
-                await load.more(0)
+            await until(lambda marker=marker: len(load.accepted) >= marker + 10)
             await load.more(20)
     assert load.errors == []
     with server.client() as client:  # nothing but what every queue keeps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -422,6 +423,24 @@ def test_a_full_disk_refuses_and_delivers(server: Server, tmp_path: Path, monkey
         assert app.client.buffer is not None
         assert app.client.buffer.wait_empty(60)
     assert line(server) == bare(ids)
+
+
+@pytest.mark.row("D188")
+def test_a_rewrite_that_fails_takes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that cannot be written anew, as on a full disk, stays as it was, and nothing of the new one stays beside it."""
+    left = SpoolDirectory(tmp_path, server_name("redis://127.0.0.1:1"), fsync=False).claim()
+    left.add(SpooledPush("conveyor", "mail", [Entry("one", b"")], time.time()))
+    before = (tmp_path / "0.log").read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        left._rewrite()
+    assert (tmp_path / "0.log").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.lock", "0.log"]
+    left.close()
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere"])

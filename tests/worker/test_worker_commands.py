@@ -8,14 +8,17 @@ import os
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
 from conveyor.admin.admin import Admin
 from conveyor.errors import WorkerNotFound
 from conveyor.jobs.app import Conveyor
 from conveyor.store import operations
+from conveyor.worker.leasing import wakeup
 from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import counts, drain, until, working
 from support.shell import Shell
+from support.time_limits import LATER, PATIENCE
 from support.worker_processes import wait, worker_processes
 
 
@@ -83,6 +86,37 @@ async def test_what_is_no_command_does_nothing(app: Conveyor) -> None:
             await asyncio.sleep(0.005)
         assert await (await five.aenqueue()).aresult(timeout="60s") == 5
         assert worker.lifecycle.stopping is False
+
+
+@pytest.mark.row("A45")
+@pytest.mark.usefixtures("only_when_woken")
+async def test_a_worker_that_registered_anew_is_heard(
+    app: Conveyor, redis: Redis[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that blocks as a worker registers anew does not go on with the list of its former identity alone."""
+    monkeypatch.setattr(wakeup, "BLOCK", LATER)
+    begun, go = asyncio.Event(), asyncio.Event()
+
+    @app.task
+    async def wait_for_go() -> None:
+        begun.set()
+        await go.wait()
+
+    keys = app.client.keys("default")
+    async with working(app, concurrency=1) as worker:
+        [consumer] = worker.consumers
+        await wait_for_go.aenqueue()
+        await begun.wait()
+        former = consumer.identity
+        listener = worker.connections.of(keys).listeners[0]
+        await until(lambda: listener._listening and consumer.wake_list not in listener._listening)
+        redis.flushdb()
+        go.set()
+        await until(lambda: consumer.identity != former and not consumer.busy)
+        own = keys.wake_of(consumer.identity)
+        await app.client.aexecute("RPUSH", own, "no command", key=own)
+        await until(lambda: not redis.exists(own))
+        await (await wait_for_go.aenqueue()).aresult(timeout=PATIENCE)
 
 
 def test_a_stopped_process_is_not_started_again(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -327,6 +327,7 @@ class DiskSpool(MemorySpool):
                 _sync_directory(self.path.parent)
         except OSError:
             os.close(descriptor)
+            fresh.unlink(missing_ok=True)  # what it takes of a full disk is for pushes
             raise
         os.close(self._file)
         self._file, self._size = descriptor, len(frames)

@@ -13,9 +13,11 @@ Below it: the meaning of an exception of redis-py, and single commands on a conn
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures.thread  # noqa: F401  redis imports it later, which fails while the interpreter ends
 import math
 import os
 import select
+import signal
 import socket
 import ssl
 import struct
@@ -39,10 +41,14 @@ POLL_AFTER = 0.005
 Seconds for which the kernel may hold a read or a write, before the rest of a call's time is waited for in `poll`.
 
 The kernel's timeout begins anew after each signal, and that of `poll` in Python does not. So signals that come more seldom
-than this never lengthen a call, and an answer that comes sooner costs no `poll`.
+than this never lengthen a call, and an answer that comes sooner costs no `poll`. Where the program has a timer, see `_may_tick`.
 """
+_UNHANDLED = int(signal.SIG_DFL), int(signal.SIG_IGN)
+_handler_of: Callable[[int], Any] = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
+"""`signal.getsignal` without its search for the name of a handler: 30 ns, and no system call."""
 _DAY = 86400.0
 _NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+_NOT_READY_YET = BlockingIOError()
 ASYNC_QUERY_TIMEOUT = 2.0
 """Seconds a reply may take on an asyncio connection of redis-py, which has no time limit of its own."""
 
@@ -196,9 +202,11 @@ class Connection:
 
     def _send_rest(self, connection: socket.socket, data: memoryview) -> None:
         """Send what the kernel did not take at once; each part of it may take as long as a reply, all of it until the deadline."""
-        until = self._wait_until()
+        until, polls = self._wait_until(), _may_tick(connection)
         while data:
             try:
+                if polls:
+                    self._wait(connection, _NOT_READY_YET, select.POLLOUT, until)
                 written = connection.send(data)
             except _NOT_READY as error:
                 self._wait(connection, error, select.POLLOUT, until)
@@ -233,11 +241,14 @@ class Connection:
         if number != self._answered + 1:
             self.close()
             raise _connection_error("Another call has used the connection before this one was answered")
-        data, until = b"", math.nan
+        data, until, polls = b"", math.nan, _may_tick(connection)
         try:
             while (reply := reader.gets()) is False:
                 if data and time.monotonic() > block + self._deadline:  # it comes in pieces, too slowly
                     raise _connection_error("Timeout reading from server")
+                if polls:
+                    until = time.monotonic() + block + self._reply_timeout
+                    self._wait(connection, _NOT_READY_YET, select.POLLIN, until)
                 try:
                     data = connection.recv(65536)
                 except _NOT_READY as error:
@@ -306,6 +317,22 @@ class IdempotentCommand:
     def decode(reply: Any) -> Any:
         """Return the reply unchanged."""
         return reply
+
+
+def _may_tick(connection: socket.socket) -> bool:
+    """
+    Tell whether the program handles a signal of a timer, which may interrupt each wait in the kernel before that is over.
+
+    Python then begins the wait anew without coming back. So such a program, and no other, waits in `poll` from the beginning.
+    Over TLS Python comes back.
+    """
+    if isinstance(connection, ssl.SSLSocket):
+        return False
+    return not (
+        _handler_of(signal.SIGALRM) in _UNHANDLED
+        and _handler_of(signal.SIGPROF) in _UNHANDLED
+        and _handler_of(signal.SIGVTALRM) in _UNHANDLED
+    )
 
 
 def _block_briefly(connection: socket.socket) -> None:

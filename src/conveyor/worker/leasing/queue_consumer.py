@@ -150,6 +150,8 @@ class QueueConsumer:
 
     async def register(self) -> None:
         """Make a new identity, tell the supervisor, then register it in Redis."""
+        if self.identity:
+            self.wake_self()  # a call that blocks covers the list of the former identity, where nobody calls any more
         self.identity, self.number = ids.new_identity(), 0
         self.own_wake_list = self.keys.wake_of(self.identity).encode()
         if self._services.slot is not None:
