@@ -57,9 +57,7 @@ def new_command(keys: QueueKeys, action: Action, job: str = "") -> WorkerCommand
 
 
 def read_command(keys: QueueKeys, data: bytes) -> WorkerCommand | None:
-    """Return the command that a worker read in that queue; None for a token, and for what is no command of ours."""
-    if data[:1] != b"{":
-        return None
+    """Return the command that a worker read in that queue; None for what is no command of ours."""
     try:
         command = _DECODER.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError):

@@ -289,7 +289,7 @@ class QueueConsumer:
 
     def on_element(self, element: bytes) -> bool:
         """Act on an element of a wake-up list; return whether it was a token, and no command to this worker."""
-        command = read_command(self.keys, element)
+        command = read_command(self.keys, element) if element[:1] == b"{" else None
         if command is None:
             self.on_token()
             return True
