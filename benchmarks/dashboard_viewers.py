@@ -2,7 +2,8 @@
 The first view of the dashboard in a real Chromium, and what viewers cost Redis: `python -m benchmarks.dashboard_viewers`.
 
 Prints the requests, the bytes as they were sent and the time from the start of the navigation until the first bar of a chart is
-painted, each in a fresh context without a cache; then the commands a second that reach Redis while 1 and 50 viewers follow.
+painted, each in a fresh context without a cache; beside it the floor: one line of text of the same server, which no page can be
+sooner than. Then the commands a second that reach Redis while 1 and 50 viewers follow.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from conveyor import Conveyor
 
 _PAINTED = """
 new MutationObserver((_, observer) => {
-  if (window.painted || !document.querySelector(".chart rect")) return;
+  if (window.painted || !document.querySelector(".chart .column")) return;
   observer.disconnect();
   requestAnimationFrame(() => requestAnimationFrame(() => { window.painted = performance.now(); }));
 }).observe(document, {childList: true, subtree: true});
@@ -62,7 +63,7 @@ def measure_first_view(address: str, times: int) -> None:
 
     path = next(found for name in ("chromium", "google-chrome") if (found := shutil.which(name)))
     sent, asked = [], []
-    phases = defaultdict[str, list[float]](list)
+    phases, floor = defaultdict[str, list[float]](list), list[float]()
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         for _ in range(times):
@@ -81,10 +82,24 @@ def measure_first_view(address: str, times: int) -> None:
             sent.append(sum(bytes_))
             asked.append(sum(one.startswith("http") for one in requests))
             context.close()
+            floor.append(_time_text(browser, address))
         browser.close()
     print(f"first view: {max(asked)} requests, {max(sent) / 1000:.1f} kB as sent; after (median of {times}, least):")
     for phase, at in phases.items():
         print(f"  {phase:<18} {statistics.median(at):>5.0f} ms {min(at):>5.0f}")
+    print(f"  {'floor, a text':<18} {statistics.median(floor):>5.0f} ms {min(floor):>5.0f}")
+
+
+def _time_text(browser: Any, address: str) -> float:
+    """Return after how many ms a short answer of the same server, shown as text, is painted."""
+    context = browser.new_context(viewport={"width": 1280, "height": 860}, bypass_csp=True)
+    page = context.new_page()
+    page.goto(f"{address}api/v1/session")
+    paint = "performance.getEntriesByName('first-contentful-paint')"
+    page.wait_for_function(f"{paint}.length")
+    after = float(page.evaluate(f"{paint}[0].startTime"))
+    context.close()
+    return after
 
 
 def measure_viewers(address: str, url: str, viewers: int, seconds: float) -> None:

@@ -48,17 +48,27 @@ def visit(page: Any, url: str) -> None:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_whole_in_both_themes_and_on_a_phone(browser: Any, sample: SampleDashboard, name: str) -> None:
-    """Each page below a path prefix: no complaint of the browser, nothing that axe finds, and nothing wider than a phone."""
+    """Each page below a path prefix: no complaint of the browser, nothing that axe finds, and nothing wider than its place."""
     with open_page(browser) as page:
         visit(page, sample.url + PAGES[name])
         assert page.title().endswith("· Conveyor")
         assert violations(page) == []
+        cut = "[...document.querySelectorAll('.scroll')].filter(one => one.scrollWidth > one.clientWidth).map(one => one.ariaLabel)"
+        assert page.evaluate(cut) == []
         picture(page, name, "light")
         page.emulate_media(color_scheme="dark")
         assert violations(page, "color-contrast") == []
         picture(page, name, "dark")
         page.set_viewport_size({"width": 390, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
+
+
+def test_a_phone_shows_the_state_that_a_job_is_in(browser: Any, sample: SampleDashboard) -> None:
+    """The picture of a job's way is wider than a phone; it opens where the present state is seen."""
+    with open_page(browser, width=390, height=800) as page:
+        visit(page, sample.url + PAGES["job"])
+        now = page.locator(".diagram .now").bounding_box()
+        assert 0 <= now["x"] and now["x"] + now["width"] <= 390
 
 
 def picture(page: Any, name: str, theme: str) -> None:
@@ -76,7 +86,7 @@ def test_the_first_view_is_five_requests(browser: Any, sample: SampleDashboard) 
             lambda request: request.url.startswith("http") and asked.append(request.url.removeprefix(sample.url)),
         )
         visit(page, sample.url)
-        page.wait_for_selector(".chart rect")
+        page.wait_for_selector(".chart .column")
         assert len(asked) <= 5, asked
 
 

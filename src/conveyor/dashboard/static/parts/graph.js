@@ -1,5 +1,5 @@
 // Pictures of one job: its way through the states, and its attempts over time. Plain SVG and boxes.
-import { Elapsed, Time, html, live, ms, num, span, stateWord } from "../app.js";
+import { Elapsed, Time, html, live, ms, num, span, stateWord, useLayoutEffect, useRef } from "../app.js";
 
 const PLACES = { scheduled: [76, 34], waiting: [76, 146], ready: [226, 90], leased: [376, 90], done: [536, 34], dead: [536, 90], cancelled: [536, 146] };
 const USUAL = [["scheduled", "ready"], ["waiting", "ready"], ["ready", "leased"], ["leased", "done"], ["leased", "dead"], ["leased", "cancelled"], ["leased", "scheduled"]];
@@ -37,7 +37,12 @@ export function StateDiagram({ path: given }) {
   const edges = [...new Set([...USUAL.map((pair) => pair.join(" ")), ...taken.keys()])].sort((a, b) => (taken.get(a) ?? 0) - (taken.get(b) ?? 0));
   const now = path.at(-1);
   const been = new Set(path);
-  return html`<svg class="diagram" viewBox="0 0 612 184" role="img" aria-label=${`Path: ${path.map(stateWord).join(", ")}`}>
+  const picture = useRef(null);
+  useLayoutEffect(() => { // where the picture is wider than a phone, the present state is in sight
+    const frame = picture.current.parentElement;
+    frame.scrollLeft = ((PLACES[now]?.[0] ?? 0) / 612) * picture.current.clientWidth - frame.clientWidth / 2;
+  }, [now]);
+  return html`<svg class="diagram" ref=${picture} viewBox="0 0 612 184" role="img" aria-label=${`Path: ${path.map(stateWord).join(", ")}`}>
     ${edges.map((key) => {
       const [from, to] = key.split(" ");
       const [d, [x, y]] = curve(from, to);

@@ -70,14 +70,15 @@ function FilterBar({ value, error }) {
 const subline = (job) => (job.error ? html`<span class="sub clip"><b>${job.error.type}</b>${job.error.message ? `: ${job.error.message}` : ""}</span>` : job.args ? html`<span class="sub clip mono">${job.args}</span>` : job.hidden ? html`<span class="sub">arguments are hidden from your role</span>` : "");
 const when = (job) => (job.state === "scheduled" ? job.due : job.since ?? job.ended ?? job.enqueued);
 
-const COLUMNS = [
+/** Return the columns of a list of jobs in *state*; those that can be in no row are left out. */
+const columnsOf = (state) => [
   { name: "state", title: "State", cell: (job) => html`<${State} value=${job.state} />` },
   { name: "task", title: "Job", kind: "wide", cell: (job) => html`<a class="name" href=${jobHref(job.id)}>${job.task === "" ? "message" : job.task ?? "unknown"}</a>${subline(job)}` },
   { name: "id", title: "Id", tall: true, cell: (job) => html`<a class="quiet muted mono nowrap" href=${jobHref(job.id)} title=${job.id}>${shortId(job.id)}</a>` },
   { name: "queue", title: "Queue", tall: true, cell: (job) => html`<a class="quiet" href=${queueHref(job.queue)}>${job.queue}</a>` },
   { name: "tags", title: "Tags", tall: true, cell: (job) => (job.tags ?? []).slice(0, 2).map((tag) => html`<a class="tag" href=${href("jobs", { filter: term("tag", tag) })}>${tag}</a> `) },
   { name: "attempt", title: "Attempt", num: true, tall: true, cell: (job) => html`<${Count} n=${job.attempt} />` },
-  { name: "progress", title: "Progress", tall: true, cell: (job) => (job.progress?.total ? html`<${Meter} used=${job.progress.done} most=${job.progress.total} label=${`${job.progress.done} of ${job.progress.total} ${job.progress.text ?? ""}`} />` : job.ran_ms != null ? html`<span class="muted">${span(job.ran_ms)}</span>` : "") },
+  { name: "progress", title: "Progress", tall: true, hide: ["ready", "scheduled", "waiting", "dead"].includes(state), cell: (job) => (job.progress?.total ? html`<${Meter} used=${job.progress.done} most=${job.progress.total} label=${`${job.progress.done} of ${job.progress.total} ${job.progress.text ?? ""}`} />` : job.ran_ms != null ? html`<span class="muted">${span(job.ran_ms)}</span>` : "") },
   { name: "when", title: "When", num: true, cell: (job) => html`<${Time} at=${when(job)} />` },
 ];
 
@@ -107,7 +108,7 @@ function Jobs({ route }) {
     <nav class="tabs" aria-label="States"><a href=${tab("")} aria-current=${state ? null : "true"}>All</a>${TABS.map((name) => html`<a href=${tab(name)} aria-current=${state === name ? "true" : null}><i class="dot" data-state=${name}></i>${stateWord(name)}<span class="n">${counts.data?.[name] == null ? "" : num(counts.data[name])}</span></a>`)}</nav>
     <${Operations} />
     <${Answer} of=${filterError ? { data: answer.data, error: answer.data ? null : {} } : answer}>${(data) => html`<section class="card" aria-label="Jobs" onMouseEnter=${() => setOver(true)} onMouseLeave=${() => setOver(false)}>
-      ${rows.length ? html`<${Table} label="Jobs" rows=${rows} keyOf=${(job) => job.id} columns=${COLUMNS} chosen=${all ? new Set(rows.map((job) => job.id)) : chosen} onChoose=${(set) => { setAll(false); setChosen(set); }} />`
+      ${rows.length ? html`<${Table} label="Jobs" rows=${rows} keyOf=${(job) => job.id} columns=${columnsOf(state)} chosen=${all ? new Set(rows.map((job) => job.id)) : chosen} onChoose=${(set) => { setAll(false); setChosen(set); }} />`
         : filter ? html`<${Empty} title="No job matches">${data.footer ?? "Take a word out of the filter, or look at another state."}<//>`
           : html`<${Empty} title="No job here" code=${"@app.task\ndef greet(name: str) -> str: ...\n\ngreet.enqueue(\"Ada\")"}>Jobs stand here as soon as one is enqueued.<//>`}
       ${(data.footer || next) && html`<div class="foot row between"><span>${data.footer ?? ""}</span>${next && html`<button class="small" onClick=${fetchMore}>Show more</button>`}</div>`}</section>`}<//>
