@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from conveyor.admin.admin import Admin
+from conveyor.admin.history import read_history
+from conveyor.admin.queue_directory import QueueDirectory
 from conveyor.store import schedules
 from conveyor.store.client.client import Client
 from support.client_worker import ClientWorker, dead, push, recorded_steps
@@ -192,3 +194,10 @@ def test_served_queues_are_read_together(backend: Client, steps: list[str], monk
 
     assert (steps.count("workers"), steps.count("leased_jobs"), steps.count("read_stats") <= 5 * 2) == (1, 5, True)
     assert len(reads) <= 4
+
+
+def test_a_slow_server_hides_no_history_of_few_queues(backend: Client) -> None:
+    """Where the first queue takes all of the time, the history of ten is read nevertheless; it says how many there are."""
+    history = read_history(backend, QueueDirectory(backend), "1h", None, None, seconds=0)
+
+    assert (history.read_queues, history.queues_total) == (10, MANY)

@@ -22,6 +22,9 @@ PAGES = {
     "waiting-job": f"job?id={WAITS}", "failures": "failures", "schedules": "schedules", "workers": "workers", "limits": "limits",
     "topics": "topics", "redis": "redis", "audit": "audit",
 }  # fmt: skip
+CUT = "[...document.querySelectorAll('.scroll')].filter(one => one.scrollWidth > one.clientWidth).map(one => one.ariaLabel)"
+"""The tables that are wider than their place."""
+NAMED = ("name", "queue", "queues", "task", "group", "key", "tags", "id")
 PICTURES = Path(__file__).parents[2] / "docs" / "images" if os.environ.get("CONVEYOR_PICTURES") else None
 """With CONVEYOR_PICTURES set the tests write the pictures of the documentation."""
 
@@ -53,8 +56,7 @@ def test_a_page_is_whole_in_both_themes_and_on_a_phone(browser: Any, sample: Sam
         visit(page, sample.url + PAGES[name])
         assert page.title().endswith("· Conveyor")
         assert violations(page) == []
-        cut = "[...document.querySelectorAll('.scroll')].filter(one => one.scrollWidth > one.clientWidth).map(one => one.ariaLabel)"
-        assert page.evaluate(cut) == []
+        assert page.evaluate(CUT) == []
         picture(page, name, "light")
         page.emulate_media(color_scheme="dark")
         assert violations(page, "color-contrast") == []
@@ -68,7 +70,19 @@ def test_a_phone_shows_the_state_that_a_job_is_in(browser: Any, sample: SampleDa
     with open_page(browser, width=390, height=800) as page:
         visit(page, sample.url + PAGES["job"])
         now = page.locator(".diagram .now").bounding_box()
-        assert 0 <= now["x"] and now["x"] + now["width"] <= 390
+        assert now["x"] >= 0
+        assert now["x"] + now["width"] <= 390
+
+
+def test_long_names_widen_no_page(browser: Any) -> None:
+    """Names nearly as long as they may be, of all that has one: no table is cut off at 1280 pixels, and no page is wider than a phone."""
+    with SampleDashboard(texts=["tenant-and-its-name-" * 6], only=NAMED) as sample, open_page(browser) as page:
+        for name, path in PAGES.items():
+            page.set_viewport_size({"width": 1280, "height": 860})
+            visit(page, sample.url + path)
+            assert page.evaluate(CUT) == [], name
+            page.set_viewport_size({"width": 390, "height": 800})
+            assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0, name
 
 
 def picture(page: Any, name: str, theme: str) -> None:

@@ -354,21 +354,22 @@ ROUTES: dict[str, Callable[[dict[str, str]], Any]] = {
 }  # fmt: skip
 
 
-def fill(value: Any, texts: Iterator[str], name: str = "") -> Any:
-    """Return *value* with the next of *texts* in every member that a person or a program can write."""
+def fill(value: Any, texts: Iterator[str], only: frozenset[str], name: str = "") -> Any:
+    """Return *value* with the next of *texts* in every member that a person or a program can write, or *only* in those of these names."""
     if isinstance(value, dict):
-        return {key: fill(member, texts, key) for key, member in value.items()}
+        return {key: fill(member, texts, only, key) for key, member in value.items()}
     if isinstance(value, list):
-        return value if name == "actions" else [fill(member, texts, name) for member in value]
-    free = isinstance(value, str) and name not in EXEMPT and not value.endswith("Z")
+        return value if name == "actions" else [fill(member, texts, only, name) for member in value]
+    free = isinstance(value, str) and (not only or name in only) and name not in EXEMPT and not value.endswith("Z")
     return next(texts) if free else value
 
 
 class SampleDashboard:
     """The sample server at `url`; *prefix*: the path below which it is mounted."""
 
-    def __init__(self, *, prefix: str = "/", texts: Sequence[str] = ()) -> None:
+    def __init__(self, *, prefix: str = "/", texts: Sequence[str] = (), only: Sequence[str] = ()) -> None:
         self.prefix, self.posted = prefix, list[tuple[str, Any]]()
+        self._only = frozenset(only)
         self._texts = itertools.cycle(texts) if texts else None
         self.asked: list[str] = []
         self.closed = threading.Event()
@@ -391,7 +392,7 @@ class SampleDashboard:
         if route is None:
             return None
         found = route(values)
-        return found if self._texts is None or path == "session" else fill(found, self._texts)
+        return found if self._texts is None or path == "session" else fill(found, self._texts, self._only)
 
 
 class _Handler(BaseHTTPRequestHandler):

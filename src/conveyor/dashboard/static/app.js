@@ -684,7 +684,7 @@ function Overview() {
         { name: "share", title: "Failed", num: true, cell: (t) => percent(t.failed, t.failed + t.done) },
         { name: "retried", title: "Retried", num: true, cell: (t) => html`<${Count} n=${t.retried} state="retried" />` },
         { name: "dead", title: "Dead", num: true, cell: (t) => html`<${Count} n=${t.failed} state="dead" />` },
-      ]} />` : html`<${Empty} title="No failed attempt">Tasks whose attempts failed in the last hour stand here.<//>`}<//>
+      ]} />` : html`<${Empty} title=${hour?.read_queues < hour?.queues_total ? "No failed attempt in the queues that were read" : "No failed attempt"}>Tasks whose attempts failed in the last hour stand here.<//>`}<//>
       <${Card} title="Largest queues" body=${false} side=${html`<a href=${href("queues")}>All ${num(data.queues_total ?? queues.length)} queues</a>`}><${Table} label="Largest queues" rows=${largest} keyOf=${(q) => q.name} columns=${[
         { name: "queue", title: "Queue", cell: (q) => html`<a class="name" href=${queueHref(q.name)}>${q.name}</a>${q.paused ? html` <span class="tag warning">paused</span>` : ""}` },
         { name: "ready", title: "Ready", num: true, cell: (q) => html`<${Count} n=${q.ready} />` },

@@ -19,7 +19,7 @@ export function LimitTable({ rows, again, queues = false }) {
   const target = (limit) => ({ queue: limit.queue, name: limit.name, key: limit.key ?? undefined });
   return html`<${Table} label="Limits" rows=${rows} keyOf=${(l) => `${l.queue}/${l.name}/${l.key ?? ""}`} columns=${[
     { name: "name", title: "Limit", sort: (l) => l.name, cell: (l) => html`<span class="name">${l.name}</span>${l.key != null ? html` <span class="tag">${l.key}</span>` : ""}${l.overridden && html` <span class="tag warning">changed, code says ${l.declared}</span>`}` },
-    { name: "queue", title: "Queue", tall: true, hide: !queues, sort: (l) => l.queue, cell: (l) => html`<a href=${queueHref(l.queue)}>${l.queue}</a>` },
+    { name: "queue", title: "Queue", kind: "short", tall: true, hide: !queues, sort: (l) => l.queue, cell: (l) => html`<a title=${l.queue} href=${queueHref(l.queue)}>${l.queue}</a>` },
     { name: "limit", title: "Allows", num: true, tall: true, cell: (l) => l.limit },
     { name: "used", title: "Used", num: true, sort: (l) => l.used / (l.most || 1), cell: (l) => html`${num(l.used)}<span class="muted"> of ${num(l.most)}</span>` },
     { name: "meter", title: "", tall: true, cell: (l) => html`<${Meter} used=${l.used} most=${l.most} state=${l.used >= l.most ? "warning" : "leased"} label=${`${l.used} of ${l.most} used`} />` },
@@ -36,7 +36,7 @@ export function GroupTable({ rows, again, queues = false }) {
   const [edited, setEdited] = useState(null);
   return html`<${Table} label="Groups" rows=${rows} keyOf=${(g) => `${g.queue}/${g.key}`} columns=${[
     { name: "key", title: "Group", sort: (g) => g.key, cell: (g) => html`<span class="name">${g.key}</span>${g.paused && html` <span class="tag warning">paused</span>`}` },
-    { name: "queue", title: "Queue", hide: !queues, tall: true, cell: (g) => html`<a href=${queueHref(g.queue)}>${g.queue}</a>` },
+    { name: "queue", title: "Queue", kind: "short", hide: !queues, tall: true, cell: (g) => html`<a title=${g.queue} href=${queueHref(g.queue)}>${g.queue}</a>` },
     { name: "waiting", title: "Waiting", num: true, sort: (g) => g.waiting, cell: (g) => html`<${Count} n=${g.waiting} />` },
     { name: "running", title: "Running", num: true, sort: (g) => g.running, cell: (g) => html`<${Count} n=${g.running} state="leased" />` },
     { name: "weight", title: "Weight", num: true, cell: (g) => num(g.weight) },

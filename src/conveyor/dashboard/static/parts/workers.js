@@ -16,7 +16,7 @@ export function WorkerTable({ rows, again }) {
   };
   return html`<${Table} label="Workers" rows=${rows} keyOf=${(w) => w.id} columns=${[
     { name: "worker", title: "Worker", sort: (w) => w.host, cell: (w) => html`<span class="name">${w.host}${w.pid ? `:${w.pid}` : ""}</span>${w.silent && html` <span class="tag dead">silent</span>`}${w.about?.quiet && html` <span class="tag warning">quiet</span>`}${(w.about?.labels ?? []).map((label) => html` <span class="tag">${label}</span>`)}<span class="sub clip">${details(w.about ?? {})}</span>` },
-    { name: "queues", title: "Queues", tall: true, cell: (w) => (w.queues ?? (w.queue ? [w.queue] : [])).map((name, i) => html`${i ? ", " : ""}<a href=${queueHref(name)}>${name}</a>`) },
+    { name: "queues", title: "Queues", kind: "wraps", tall: true, cell: (w) => (w.queues ?? (w.queue ? [w.queue] : [])).map((name, i) => html`${i ? ", " : ""}<a href=${queueHref(name)}>${name}</a>`) },
     { name: "held", title: "Jobs", num: true, sort: (w) => w.held, cell: (w) => html`<${Count} n=${w.held} state="leased" />${w.about?.concurrency ? html`<span class="muted"> of ${num(w.about.concurrency)}</span>` : ""}` },
     { name: "meter", title: "", tall: true, cell: (w) => w.about?.concurrency && html`<${Meter} used=${w.held} most=${w.about.concurrency} label=${`${w.held} of ${w.about.concurrency} slots used`} />` },
     { name: "started", title: "Started", tall: true, cell: (w) => html`<${Time} at=${w.about?.started} />` },

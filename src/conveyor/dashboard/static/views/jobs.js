@@ -72,11 +72,11 @@ const when = (job) => (job.state === "scheduled" ? job.due : job.since ?? job.en
 
 /** Return the columns of a list of jobs in *state*; those that can be in no row are left out. */
 const columnsOf = (state) => [
-  { name: "state", title: "State", cell: (job) => html`<${State} value=${job.state} />` },
+  { name: "state", title: "State", kind: "state-of", cell: (job) => html`<${State} value=${job.state} />` },
   { name: "task", title: "Job", kind: "wide", cell: (job) => html`<a class="name" href=${jobHref(job.id)}>${job.task === "" ? "message" : job.task ?? "unknown"}</a>${subline(job)}` },
   { name: "id", title: "Id", tall: true, cell: (job) => html`<a class="quiet muted mono nowrap" href=${jobHref(job.id)} title=${job.id}>${shortId(job.id)}</a>` },
-  { name: "queue", title: "Queue", tall: true, cell: (job) => html`<a class="quiet" href=${queueHref(job.queue)}>${job.queue}</a>` },
-  { name: "tags", title: "Tags", tall: true, cell: (job) => (job.tags ?? []).slice(0, 2).map((tag) => html`<a class="tag" href=${href("jobs", { filter: term("tag", tag) })}>${tag}</a> `) },
+  { name: "queue", title: "Queue", kind: "short", tall: true, cell: (job) => html`<a class="quiet" title=${job.queue} href=${queueHref(job.queue)}>${job.queue}</a>` },
+  { name: "tags", title: "Tags", kind: "short", tall: true, cell: (job) => (job.tags ?? []).slice(0, 2).map((tag) => html`<a class="tag" href=${href("jobs", { filter: term("tag", tag) })}>${tag}</a> `) },
   { name: "attempt", title: "Attempt", num: true, tall: true, cell: (job) => html`<${Count} n=${job.attempt} />` },
   { name: "progress", title: "Progress", tall: true, hide: ["ready", "scheduled", "waiting", "dead"].includes(state), cell: (job) => (job.progress?.total ? html`<${Meter} used=${job.progress.done} most=${job.progress.total} label=${`${job.progress.done} of ${job.progress.total} ${job.progress.text ?? ""}`} />` : job.ran_ms != null ? html`<span class="muted">${span(job.ran_ms)}</span>` : "") },
   { name: "when", title: "When", num: true, cell: (job) => html`<${Time} at=${when(job)} />` },
