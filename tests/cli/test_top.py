@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from conveyor import Conveyor
@@ -23,8 +21,8 @@ async def test_it_shows_queues_and_workers_and_pauses(url: str) -> None:
     await app.queue("mail").apush({"n": 1})
     screen = Top(Admin(app.client), every=3600)
 
-    def cell(table: str, row: str, column: str) -> Any:
-        return screen.query_one(table, DataTable).get_cell(row, column)
+    def cell(table: str, row: str, column: str) -> str:
+        return str(screen.query_one(table, DataTable).get_cell(row, column))
 
     async with screen.run_test(size=(120, 30)) as pilot:
         await pilot.pause()
@@ -45,4 +43,24 @@ async def test_it_shows_queues_and_workers_and_pauses(url: str) -> None:
         await pilot.press("r")
         assert screen.query_one("#workers", DataTable).row_count == 0
         await pilot.press("q")
+    await app.aclose()
+
+
+@pytest.mark.leaves_keys("jobs are left to be looked at")
+async def test_a_long_name_leaves_room_for_the_counts(url: str) -> None:
+    """On 80 columns the counts of all queues are seen, however long a name is."""
+    from textual.widgets import DataTable
+
+    from conveyor.cli.top_screen import Top
+
+    app = Conveyor(url)
+    for name in ("mail", "tenant-and-its-name-" * 6):
+        await app.queue(name).apush({"n": 1})
+    screen = Top(Admin(app.client), every=3600)
+
+    async with screen.run_test(size=(80, 24)) as pilot:
+        await pilot.pause()
+        columns = list(screen.query_one("#queues", DataTable).ordered_columns)
+        before_dead = columns[: [str(one.label) for one in columns].index("DEAD") + 1]
+        assert sum(one.get_render_width(screen.query_one("#queues", DataTable)) for one in before_dead) <= 80
     await app.aclose()

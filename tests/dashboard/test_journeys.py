@@ -207,3 +207,28 @@ def test_a_job_is_changed_and_another_runs_again(browse: Browse, url: str, tmp_p
     [again] = app.jobs(state="ready")
     assert (again.info().origin, again.info().arguments) == (dead.id, {"user": large, "token": "secret-token"})
     app.close()
+
+
+def test_a_server_that_is_away_is_told_once(
+    beside: tuple[ThreadPoolExecutor, Any], start_server: Callable[..., Any]
+) -> None:
+    """While Redis does not answer a page says so once, however much of it was asked."""
+    thread, browser = beside
+    server = start_server()
+
+    def look(url: str) -> None:
+        with open_page(browser, quiet=False) as page:  # the browser complains of each answer that is an error
+            page.goto(f"{url}jobs")
+            page.wait_for_selector("main tbody tr")
+            page.wait_for_selector(".live.live", state="attached")
+            server.kill()
+            with page.expect_response(lambda answer: "api/v1/jobs?" in answer.url and answer.status == 503):
+                page.wait_for_selector(".live.lost", state="attached")
+                page.reload()
+            page.wait_for_selector(".live.lost", state="attached")
+            page.wait_for_selector("main [role=alert]")
+            assert page.locator("main [role=alert]").count() == 1
+
+    with Conveyor(server.url) as app, served(app) as url:
+        app.queue("mail").push(1)
+        thread.submit(look, url).result()

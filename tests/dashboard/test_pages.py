@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from conveyor.units import span
 from support.browser import open_browser, open_page, violations
 from support.sample_dashboard import POLICY, STATIC, SampleDashboard
 from support.xss_strings import STRINGS
@@ -194,3 +195,15 @@ def test_files_are_small_and_their_own() -> None:
     assert sums == {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (STATIC / "vendor").glob("*.js")
     }
+
+
+def test_durations_and_counts_are_written_as_on_the_command_line(browser: Any, sample: SampleDashboard) -> None:
+    """A page writes a length of time as the sentences of the server do, and counts with commas, from a million on in short."""
+    seconds = (0.34, 1.2, 59, 60, 200, 3600, 7500, 90_000, 172_800)
+    with open_page(browser) as page:
+        visit(page, sample.url)
+        page.evaluate("async () => { window.shell = await import(document.querySelector('script[type=module]').src); }")
+        assert page.evaluate("list => list.map(n => shell.span(n * 1000))", seconds) == [span(one) for one in seconds]
+        assert page.evaluate("[null, 0, 999, 1204, -1204, 999999, 1e6, 1234567, 999960000, 2.5e12].map(shell.num)") == [
+            "–", "0", "999", "1,204", "-1,204", "999,999", "1M", "1.2M", "1B", "2.5T",
+        ]  # fmt: skip

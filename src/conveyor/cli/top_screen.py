@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING, ClassVar
 
+from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.widgets import DataTable, Footer, Static
 
@@ -17,8 +18,12 @@ if TYPE_CHECKING:
     from conveyor.admin.views import QueueInfo
     from conveyor.admin.worker_control import WorkerProcess
 
-QUEUES = ("queue", "ready", "waiting", "scheduled", "leased", "dead", "oldest", "workers", "state")
-WORKERS = ("worker", "state", "queues", "slots", "holds", "longest job", "heartbeat")
+QUEUES = ("queue", "state", "ready", "waiting", "scheduled", "leased", "dead", "oldest", "workers")
+WORKERS = ("worker", "state", "slots", "holds", "longest job", "heartbeat", "queues")
+"""The columns; what is wrong stands where 80 columns show it, and the list of any length last."""
+_TEXTS = {"queue", "state", "worker", "queues"}
+_NUMBERS = 68
+"""The columns of a terminal that the numbers beside a name take."""
 
 
 class Top(App[None]):
@@ -50,7 +55,7 @@ class Top(App[None]):
         for name, headings in (("#queues", QUEUES), ("#workers", WORKERS)):
             table = self.query_one(name, DataTable)
             for heading in headings:
-                table.add_column(heading.upper(), key=heading)
+                table.add_column(Text(heading.upper(), justify="left" if heading in _TEXTS else "right"), key=heading)
         await self.action_refresh()
         self.set_interval(self._every, self.action_refresh)
 
@@ -81,13 +86,20 @@ class Top(App[None]):
                 table.remove_row(key)
         known = {str(key.value) for key in table.rows}
         for key, row in rows.items():
-            cells = [clean(human_text(cell)) for cell in row]
+            cells = [self._cell(heading, cell) for heading, cell in zip(headings, row, strict=True)]
             if key not in known:
                 table.add_row(*cells, key=key)
                 continue
             for heading, cell in zip(headings, cells, strict=True):
                 if table.get_cell(key, heading) != cell:
                     table.update_cell(key, heading, cell)
+
+    def _cell(self, heading: str, value: object) -> Text:
+        """Return a value as it is shown: numbers to the right, and a name no longer than leaves room for them."""
+        text = Text(clean(human_text(value)), justify="left" if heading in _TEXTS else "right", no_wrap=True)
+        if heading in {"queue", "worker"}:
+            text.truncate(max(12, self.size.width - _NUMBERS), overflow="ellipsis")
+        return text
 
     async def action_pause(self) -> None:
         """Pause the queue under the cursor, or resume it."""
@@ -105,7 +117,7 @@ class Top(App[None]):
 def _queue_row(one: QueueInfo) -> tuple[object, ...]:
     age = None if one.oldest_age is None else timedelta(seconds=round(one.oldest_age, 1))
     state = "paused" if one.paused else "no worker" if one.stranded else ""
-    return (one.name, one.ready, one.waiting, one.scheduled, one.leased, one.dead, age, one.workers, state)
+    return (one.name, state, one.ready, one.waiting, one.scheduled, one.leased, one.dead, age, one.workers)
 
 
 def _worker_row(one: WorkerProcess) -> tuple[object, ...]:
@@ -113,4 +125,4 @@ def _worker_row(one: WorkerProcess) -> tuple[object, ...]:
     longest = None if since is None else max(timedelta(), one.members[0].read_at - since)
     state = "silent" if one.silent else one.state
     beat = timedelta(seconds=round(one.heartbeat_age, 1))
-    return (one.name, state, ", ".join(one.queues), one.concurrency, one.held, longest, beat)
+    return (one.name, state, one.concurrency, one.held, longest, beat, ", ".join(one.queues))

@@ -18,7 +18,7 @@ export function num(n) {
 /** Write a rate a second: 0.4, 12, 1,204. */
 export const rate = (n) => (n == null ? "–" : n === 0 ? "0" : n < 10 ? n.toFixed(1) : num(n));
 
-/** Write a duration that is given in ms: 340 ms, 1.2 s, 3m 20s, 2h 5m, 3d 4h. */
+/** Write a duration that is given in ms as the sentences of the server do: 340 ms, 1.2 s, 3 m 20 s, 2 h 5 m, 3 d 4 h. */
 export function span(ms) {
   if (ms == null) return "–";
   if (ms < 0) ms = 0;
@@ -32,7 +32,7 @@ export function span(ms) {
   const hours = Math.floor(m / 60);
   return hours < 24 ? pair(hours, "h", m % 60, "m") : pair(Math.floor(hours / 24), "d", hours % 24, "h");
 }
-const pair = (a, x, b, y) => (b ? `${a}${x} ${b}${y}` : `${a}${x}`);
+const pair = (a, x, b, y) => (b ? `${a} ${x} ${b} ${y}` : `${a} ${x}`);
 
 /** Write a share in per cent; nothing of nothing is 0. */
 export const percent = (part, of) => {
@@ -381,7 +381,11 @@ export function Head({ title, crumb, sub, children }) {
 }
 
 /** What *query* answered, drawn by *children*; before it a quiet word, and its error above what was there. */
-export const Answer = ({ of, children }) => html`${of.error && html`<${Problem} error=${of.error} />`}${of.data ? children(of.data) : !of.error && html`<div class="loading" role="status">Loading …</div>`}`;
+export function Answer({ of, children }) {
+  const said = live.state === "lost" && [0, 503].includes(of.error?.status); // at the head of every page, once
+  const error = said ? null : of.error;
+  return html`${error && html`<${Problem} error=${error} />`}${of.data ? children(of.data) : !error && html`<div class="loading" role="status">Loading …</div>`}`;
+}
 
 /**
  * A table. *columns*: `{name, title, cell(row), num, tall, sort(row), hide}`; `tall` ones are left out on a phone. With
