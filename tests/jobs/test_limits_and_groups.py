@@ -340,6 +340,40 @@ def test_a_change_that_fits_no_limit_is_refused(app: Conveyor, limit: Any, key: 
     app.client.execute("DEL", app.client.keys("default").conf, key=app.client.keys("default").conf)
 
 
+async def test_the_numbers_of_limits_and_groups_agree(app: Conveyor) -> None:
+    """What runs and waits by the limits and the groups of a queue is what its counts say: jobs, and not groups of them."""
+    gate = asyncio.Event()
+
+    @app.task(name="open", queue="opened", group_by="key", limits=[Concurrency(3, by="key")])
+    async def opened(key: str) -> None:
+        await gate.wait()
+
+    @app.task(name="one", queue="limited", limits=[Concurrency(2)])
+    async def limited() -> None:
+        await gate.wait()
+
+    @app.task(name="strict", queue="strict", group_by="key")
+    async def strict(key: str) -> None:
+        await gate.wait()
+
+    jobs = [await call.aenqueue() for call in (*[opened.s("a")] * 10, *[limited.s()] * 10, *[strict.s("a")] * 10)]
+    async with working(app, queues={"opened": 1, "limited": 1, "strict": 1}, concurrency=20):
+        for queue, running in (("opened", 3), ("limited", 2), ("strict", 1)):
+            keys = app.client.keys(queue)
+            while (counts := await app.client.arun(inspection.counts(keys))).leased < running:
+                await asyncio.sleep(0.01)
+            assert (counts.leased, counts.waiting) == (running, 10 - running)
+            states = await app.limits.alist(queue)
+            if queue != "strict":
+                assert sum(one.used for one in states) == running
+                assert sum(one.waiting for one in states) == 10 - running
+            groups = await app.groups.alist(queue)
+            assert [(one.waiting, one.running) for one in groups] == [(10 - running, running)]
+        gate.set()
+        for job in jobs:
+            await job.aresult(timeout="30s")
+
+
 def test_a_smooth_rate_in_place_of_one_with_costs_is_refused(app: Conveyor) -> None:
     """An operator cannot make a rate smooth that weighs its jobs: none of a cost above 1 would start."""
 

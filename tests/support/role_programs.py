@@ -173,7 +173,7 @@ def forget_expired(app: Conveyor) -> None:
 def look_at_limits(app: Conveyor) -> None:
     """Show limits, groups, and what waits at them."""
     keys = app.client.keys("levelled")
-    assert app.client.run(limits.list_limits(keys))[0].waiting == 1
+    assert app.client.run(limits.list_limits(keys))[0].waiting == 2
     assert app.client.run(limits.list_groups(keys))
     assert app.client.run(inspection.counts(keys)).waiting == 3
     assert app.client.run(inspection.list_jobs(keys, "waiting", 0, 9)).rows

@@ -299,7 +299,7 @@ def _limit_families(limits: Iterable[LimitState]) -> Iterator[_Family]:
         "conveyor_limit_used", "gauge", "Places or starts in use; of a limit by keys those of its fullest key."
     )
     available = _Family("conveyor_limit_available", "gauge", "What is left of the limit, of its fullest key.")
-    waiting = _Family("conveyor_limit_waiting", "gauge", "Jobs and groups that wait at the limit.")
+    waiting = _Family("conveyor_limit_waiting", "gauge", "Jobs that wait at the limit.")
     of_name: dict[tuple[str, str], list[LimitState]] = defaultdict(list)
     for one in limits:
         of_name[one.queue, one.name].append(one)

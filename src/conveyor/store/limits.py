@@ -20,7 +20,7 @@ class LimitRecord(NamedTuple):
     """
     One limit; `key` is "" for the limit itself, and texts are "" where there are none.
 
-    `used`: slots that are taken, or starts (their costs) that count now. `waiting`: groups that wait here. `opens_at`: when time
+    `used`: slots that are taken, or starts (their costs) that count now. `waiting`: jobs that wait here. `opens_at`: when time
     opens it (ms), None when it has room or time does not open it.
     """
 
@@ -34,7 +34,7 @@ class LimitRecord(NamedTuple):
 
 
 class GroupRecord(NamedTuple):
-    """One key of groups; `running` is 1 while a job runs of a group that runs one at a time."""
+    """One key of groups: how many of its jobs wait and run, and what operators have set."""
 
     group: str
     waiting: int

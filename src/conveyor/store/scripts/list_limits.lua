@@ -45,6 +45,17 @@ if ARGV[1] == 'limits' then
   end
   table.sort(names)
   load_limits(queue, names)
+  local left = 2000 -- so many groups are looked into; each of the others counts as one job
+  local function waiting_at(name)
+    local limit = prefix .. 'limit:' .. name
+    local count = redis.call('ZCARD', limit)
+    local members = count > 0 and left > 0 and redis.call('ZRANGE', limit, 0, left - 1) or {}
+    left = left - #members
+    for _, member in ipairs(members) do
+      count = count - 1 + redis.call('LLEN', prefix .. 'group:' .. string.sub(member, 1, 1) .. ':' .. string.sub(member, 2))
+    end
+    return count
+  end
   for _, name in ipairs(names) do
     local base, key, s = string.match(name, '^[^:]*'), string.match(name, ':(.*)$') or '', queue.limits[name]
     local room, taken, opens = room_of(queue, s, now), used_of(queue, s, now), nil
@@ -52,7 +63,7 @@ if ARGV[1] == 'limits' then
     local at = #reply
     reply[at + 1], reply[at + 2], reply[at + 3] = base, key, texts['limit:' .. base] or ''
     reply[at + 4], reply[at + 5] = texts['override:' .. name] or '', int(taken)
-    reply[at + 6] = redis.call('ZCARD', prefix .. 'limit:' .. name)
+    reply[at + 6] = waiting_at(name)
     reply[at + 7] = opens and int(opens) or ''
   end
   return reply
@@ -78,10 +89,22 @@ local page = redis.call('HSCAN', prefix .. 'waits', '0', 'COUNT', most)[2]
 for i = 1, #page, 2 do note(string.sub(page[i], 1, 1), string.sub(page[i], 2)) end
 table.sort(names)
 load_limits(queue, names)
+-- Concurrency limits by a key may open the groups of it, whose jobs hold slots there and not at the limit of the key itself.
+local opening = {}
+for field, text in pairs(texts) do
+  local base = string.match(field, '^limit:(.*)$')
+  if base and string.match(text, '^c %d+ [^-]') then opening[#opening + 1] = base end
+end
+local function running_of(name)
+  local most, fields = queue.limits[name].count, {string.sub(name, 2)} -- the group of a limit without a key is called as the limit
+  for i, base in ipairs(string.byte(name) == 58 and opening or {}) do fields[i + 1] = base .. name end
+  for _, count in ipairs(read_fields(prefix .. 'limits', fields)) do most = math.max(most, tonumber(count or 0)) end
+  return most
+end
 for _, name in ipairs(names) do
   local at, waiting, s = #reply, 0, queue.limits[name]
   for _, list in ipairs(lists[name] or {}) do waiting = waiting + redis.call('LLEN', list) end
   reply[at + 1], reply[at + 2], reply[at + 3] = string.sub(name, 2), waiting, s.weight
-  reply[at + 4], reply[at + 5] = s.paused and 1 or 0, s.count
+  reply[at + 4], reply[at + 5] = s.paused and 1 or 0, running_of(name)
 end
 return reply
