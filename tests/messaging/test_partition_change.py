@@ -11,11 +11,12 @@ import time
 
 import pytest
 
-from conveyor import Conveyor
+from conveyor import Concurrency, Conveyor, Rate
 from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError
-from conveyor.messaging.partitions import partition_count
+from conveyor.messaging.partitions import partition_count, partition_names
 from conveyor.messaging.queue import Queue
+from conveyor.store import limits as store_limits
 from conveyor.store import partitions as partitioning
 from conveyor.store.client.client import Client
 from conveyor.worker.worker import Worker
@@ -183,6 +184,36 @@ class TestRepartition:
             with pytest.raises(ConfigurationError, match="this program says"):
                 old.push(1)
             assert partition_count(backend, "orders") == after
+
+    @pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2), (2, 1), (1, 2)])
+    def test_what_operators_have_set_is_kept(self, url, before, after):
+        """Limits are split anew, and pauses and weights hold in every partition, one that was used long ago included."""
+        limits = [Rate(8, "1s", name="starts"), Concurrency(8, by="group", name="each")]
+        with Conveyor(url) as app:
+            orders = app.queue("orders", partitions=before, limits=limits)
+            if before < after:
+                app.client.run(store_limits.set_group(app.client.keys("orders/3"), "old", weight=9, paused=True))
+            orders.push({}, group="a")
+            ack_all(orders.pull())
+            app.limits.set("orders", Rate(16, "1s", name="starts"))
+            app.limits.set("orders", Concurrency(5, by="group", name="each"), key="a")
+            app.groups.set("orders", "a", weight=3, paused=True)
+            orders.pause()
+            assert orders.repartition(after) == before
+        with Conveyor(url) as app:
+            orders = app.queue("orders", partitions=after, limits=limits)
+            assert orders.stats().paused
+            for name in partition_names("orders", after):
+                keys = app.client.keys(name)
+                records = {(one.name, one.key): one.override for one in app.client.run(store_limits.list_limits(keys))}
+                assert records["starts", ""] == f"r {16 // after} 1000 0"
+                assert records["each", "a"] == "c 5"
+                groups = app.client.run(store_limits.list_groups(keys))
+                assert {(one.group, one.weight, one.paused) for one in groups} - {("old", 1, False)} == {("a", 3, True)}
+            assert {(one.name, one.key): one.limit.n for one in app.limits.list("orders")}["starts", None] == 16
+            app.limits.reset("orders")
+            app.groups.set("orders", "a", weight=1, paused=False)
+            orders.resume()
 
     @pytest.mark.parametrize("place", ["ready", "scheduled", "leased", "dead"])
     def test_what_holds_something_is_named(self, queue8, place):

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, StoreUnavailable
-from conveyor.store import inspection
+from conveyor.store import inspection, limits, operations
 from conveyor.store import partitions as partitioning
 from conveyor.store.client.batching import PushTarget
 from conveyor.store.client.client import Client
@@ -444,6 +444,8 @@ def _repartition(client: Client, queue: str, number: int) -> Generator[Call[Any]
         else:
             full[keys.queue] = -1
     after = before if full else number
+    if not full:
+        yield from _carry_settings(_places(client, queue, before), _places(client, queue, after))
     done, _ = yield partitioning.repartition(queue_keys, "end", token, after)
     for keys in closed:
         yield partitioning.repartition(keys, "open", token, after)
@@ -454,6 +456,41 @@ def _repartition(client: Client, queue: str, number: int) -> Generator[Call[Any]
             f"Another program is changing the partitions of queue '{queue}' at the same time. Try again.", code="E35"
         )
     return int(before)
+
+
+def _places(client: Client, queue: str, number: int) -> list[QueueKeys]:
+    return [client.keys(name) for name in partition_names(queue, number)]
+
+
+def _carry_settings(old: Sequence[QueueKeys], new: Sequence[QueueKeys]) -> Generator[Call[Any], Any, None]:
+    """Give the *new* places of a queue what operators have set at the *old* ones: pauses, groups, and limits, split anew."""
+    records: list[limits.LimitRecord] = yield limits.list_limits(old[0])
+    groups: list[limits.GroupRecord] = yield limits.list_groups(old[0])
+    counts: inspection.QueueCounts = yield inspection.counts(old[0])
+    facts: inspection.QueueFacts = yield inspection.queue_causes(old[0], 1)
+    set_groups = {one.group: one for one in groups}
+    for keys in new:
+        yield limits.reset_limit(keys, None, None)
+        for record in records:
+            if record.override:
+                yield limits.set_limit(keys, record.name, record.key or None, _split_anew(record, len(old), len(new)))
+        stale: list[limits.GroupRecord] = yield limits.list_groups(keys)
+        for name in {one.group for one in stale} | set_groups.keys():
+            one = set_groups.get(name)
+            yield limits.set_group(keys, name, weight=one.weight if one else 1, paused=one.paused if one else False)
+        for task, _ in facts.paused_tasks:
+            yield limits.pause_task(keys, task, paused=True)
+        if counts.paused:
+            yield operations.configure(keys, "paused", "1")
+
+
+def _split_anew(record: limits.LimitRecord, before: int, after: int) -> str:
+    """Return an operator's limit for each of *after* partitions, where each of *before* had its part of it."""
+    kind, number, *words = record.override.split(" ")
+    key = record.declared.rpartition(" ")[2]
+    is_whole = key.startswith("+") or key == "group"  # its key picks the partition
+    part = int(number) if is_whole else max(1, int(number) * before // after)
+    return " ".join((kind, str(part), *words))
 
 
 def _refuse_full(client: Client, queue: str, number: int) -> Generator[Call[Any], Any, None]:
