@@ -254,6 +254,35 @@ def test_a_pull_that_the_server_cancels_hands_back(
 
 
 @pytest.mark.row("D501")
+def test_a_service_ends_behind_what_it_hands_back(app: Conveyor, site: Any) -> None:
+    """A server cancels its calls and ends its process when the service has stopped: what was pulled is back by then."""
+    queue = app.queue("orders", lease="1h")
+    queue.push({"n": 1})
+
+    async def run() -> None:
+        for passes in range(0, 90, 3):
+            caller = Caller(site, {"queue": "orders", "lease": "2h"})
+            for _ in range(passes):
+                await asyncio.sleep(0)
+            if caller.call.done():
+                break
+            caller.call.cancel()
+            await asyncio.sleep(0)
+            await site.service.stop()
+            assert site.service.waiting_pulls == 0
+            if caller.sent:
+                break
+            stats = await queue.astats()
+            assert (stats.leased, stats.ready) == (0, 1)
+        await app.aclose()
+
+    asyncio.run(run())
+    queue.purge()
+    for message in pull(site):
+        settle(site, "ack", message)
+
+
+@pytest.mark.row("D501")
 @pytest.mark.parametrize("way", ["cancelled", "failed"])
 def test_an_answer_that_is_not_sent_hands_back(app: Conveyor, site: Any, way: str) -> None:
     """Where the server is cancelled, or fails, as it sends the answer to a pull, the messages are handed back."""

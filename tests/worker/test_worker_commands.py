@@ -18,7 +18,7 @@ from conveyor.worker.leasing import wakeup
 from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import counts, drain, until, working
 from support.shell import Shell
-from support.time_limits import LATER, PATIENCE
+from support.time_limits import LATER
 from support.worker_processes import wait, worker_processes
 
 
@@ -113,10 +113,8 @@ async def test_a_worker_that_registered_anew_is_heard(
         redis.flushdb()
         go.set()
         await until(lambda: consumer.identity != former and not consumer.busy)
-        own = keys.wake_of(consumer.identity)
-        await app.client.aexecute("RPUSH", own, "no command", key=own)
-        await until(lambda: not redis.exists(own))
-        await (await wait_for_go.aenqueue()).aresult(timeout=PATIENCE)
+        await Admin(app.client).astop_worker(worker.name)
+        await until(lambda: worker.lifecycle.stopping)
 
 
 def test_a_stopped_process_is_not_started_again(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -25,6 +25,9 @@ from conveyor.messaging.receipts import Receipt, SettledAs
 from conveyor.payload.codec import encode_json
 from conveyor.payload.formats import value_text
 from conveyor.units import milliseconds
+
+if TYPE_CHECKING:
+    from conveyor.dashboard.service import Service
 
 MOST_PULLED = 100
 LONGEST_WAIT = 20.0
@@ -51,9 +54,9 @@ def _lease_ms(call: ApiCall) -> int | None:
 class PulledResponse(Response):
     """The answer to a pull, whose messages are handed back where it is not sent to its end."""
 
-    def __init__(self, body: bytes, messages: list[Message[Any]]) -> None:
+    def __init__(self, body: bytes, messages: list[Message[Any]], service: Service) -> None:
         super().__init__(body, 200, {"cache-control": "no-store"}, "application/json")
-        self._messages = messages
+        self._messages, self._service = messages, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer."""
@@ -62,6 +65,8 @@ class PulledResponse(Response):
         except BaseException:  # the server ends, or the client has gone away
             await receipts.hand_back(self._messages)
             raise
+        finally:
+            self._service.waiting_pulls -= 1
 
 
 async def pull(call: ApiCall) -> Response:
@@ -79,27 +84,27 @@ async def pull(call: ApiCall) -> Response:
     try:
         await asyncio.wait([pulling, leaving], return_when=asyncio.FIRST_COMPLETED)
         if not leaving.done():
-            response = _pulled(call["queue"], pulling.result())
+            response = _pulled(call["queue"], pulling.result(), service)
             return response
         return Response(status_code=499)
     finally:
-        service.waiting_pulls -= 1
         leaving.cancel()
         if response is None:
             pulling.cancel()
-            await see_through(partial(_take_back, pulling))
+            await see_through(partial(_take_back, pulling, service))
 
 
-def _pulled(queue: str, found: list[tuple[Receipt, Message[Any]]]) -> Response:
+def _pulled(queue: str, found: list[tuple[Receipt, Message[Any]]], service: Service) -> Response:
     document = {"queue": queue, "messages": [_document(*one) for one in found]}
-    return PulledResponse(documents.encoded("pulled", document), [message for _, message in found])
+    return PulledResponse(documents.encoded("pulled", document), [message for _, message in found], service)
 
 
-async def _take_back(pulling: asyncio.Future[list[tuple[Receipt, Message[Any]]]]) -> None:
+async def _take_back(pulling: asyncio.Future[list[tuple[Receipt, Message[Any]]]], service: Service) -> None:
     """Hand back what *pulling*, which was cancelled, has pulled all the same."""
     await asyncio.wait([pulling])
     if not pulling.cancelled() and not pulling.exception():
         await receipts.hand_back([message for _, message in pulling.result()])
+    service.waiting_pulls -= 1  # last: the service waits for it as it ends
 
 
 def _document(receipt: Receipt, message: Message[Any]) -> dict[str, Any]:

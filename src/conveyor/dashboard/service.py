@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
+from time import monotonic
 from typing import Any
 
 from msgspec.structs import asdict
@@ -22,6 +24,7 @@ from conveyor.dashboard.operations import Operations
 from conveyor.ids import logical
 from conveyor.jobs.core import AppCore
 from conveyor.jobs.schedules import Schedule, Schedules
+from conveyor.messaging.consumer.asynchronous import LONGEST_LEAVE
 from conveyor.messaging.declared_limits import short_limit
 from conveyor.messaging.limit_control import GroupControl, LimitControl, LimitState
 
@@ -51,7 +54,7 @@ class Service:
         self.hosts = None if hosts is None else tuple(host.lower() for host in hosts)
         self._authorize = authorize
         self.waiting_pulls = 0
-        """The pulls of messages that wait now."""
+        """The pulls of messages that wait now, send their answer or hand back what they pulled."""
         self.streams = True
         """Whether server-sent events can be sent; not below WSGI."""
         self.version = installed_version()
@@ -128,8 +131,15 @@ class Service:
         return limits, [asdict(one) for one in GroupControl(client).list(queue, _MOST_GROUPS)]
 
     async def stop(self) -> None:
-        """End what goes on in the background."""
+        """
+        End what goes on in the background.
+
+        A server that ends may have cancelled pulls just now, and ends its process as soon as this returns: they hand back first.
+        """
         self.operations.stop_all()
+        until = monotonic() + LONGEST_LEAVE
+        while self.waiting_pulls and monotonic() < until:  # noqa: ASYNC110  once in its life, for milliseconds
+            await asyncio.sleep(0.005)
 
 
 def schedule_document(one: Schedule) -> dict[str, Any]:
