@@ -264,6 +264,20 @@ def test_a_mounted_dashboard_knows_its_path(app: Conveyor) -> None:
     assert re.search(r"api/v1", httpx_get(around, "/ops/jobs/api/v1/nothing").text)
 
 
+@pytest.mark.parametrize("mount", ["/jobs", ""])
+def test_a_part_that_a_proxy_takes_away_is_named(app: Conveyor, mount: str) -> None:
+    """Where a proxy takes a part of the path away and the application names it, as `FastAPI(root_path=)` does, all is found too."""
+    site: Any = dashboard(app, lambda _: Access.ALL)
+
+    async def around(scope: Any, receive: Any, send: Any) -> None:
+        await site({**scope, "root_path": f"/shop{mount}"}, receive, send)
+
+    assert httpx_get(around, f"{mount}/api/v1/session").json()["namespace"] == "conveyor"
+    assert httpx_get(around, f"{mount}/static/app.js").status_code == 200
+    for page in ("/", "/queue"):
+        assert f'"/shop{mount}/"' in httpx_get(around, f"{mount}{page}").text
+
+
 @pytest.mark.parametrize("prefix", ["/ops/jobs", ""])
 def test_a_mount_that_cuts_the_path_is_honoured(app: Conveyor, prefix: str) -> None:
     """Where the application around it takes its prefix from the path and names no root, as Litestar does, all is found too."""

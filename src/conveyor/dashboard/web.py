@@ -296,11 +296,16 @@ def _with_root(scope: Scope) -> Scope:
     """
     Return a scope whose path begins with its `root_path`, as ASGI and Starlette have it.
 
-    Litestar takes the path of a mount away, ends the rest with a slash, and does not say which path it took.
+    Litestar takes the path of a mount away, ends the rest with a slash, and does not say which path it took. Behind a proxy that
+    takes a part away the application may name that part, as `FastAPI(root_path=)` does: then the path has the mount alone.
     """
     path, raw = scope["path"], unquote(scope.get("raw_path", b"").decode("latin-1"))
-    rest = path.rstrip("/")
-    if scope.get("root_path") or raw in {"", path} or not raw.rstrip("/").endswith(rest):
+    named, rest = scope.get("root_path", "").rstrip("/"), path.rstrip("/")
+    if named:
+        mounts = [named[at:] for at, sign in enumerate(named) if sign == "/"]
+        mount = next((one for one in mounts if f"{path}/".startswith(f"{one}/")), "")
+        return scope if mount == named else {**scope, "path": named + (path.removeprefix(mount) or "/")}
+    if raw in {"", path} or not raw.rstrip("/").endswith(rest):
         return scope
     root = raw.rstrip("/").removesuffix(rest)
     return {**scope, "root_path": root, "path": root + (rest or "/")}
