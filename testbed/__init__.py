@@ -1,1 +1,1 @@
-"""What tests, chaos runs and benchmarks stand on: real servers, and an interpreter that forks programs."""
+"""The ground of tests, chaos runs and benchmarks: real servers, and an interpreter that forks programs."""

@@ -77,7 +77,7 @@ def held_limit(limits: Iterable[str], group: str | None, declared: Mapping[str, 
 
 
 class Charge(NamedTuple):
-    """What a job has cost at a limit, with its key, *beyond* the *cost* that it was pushed with."""
+    """The cost of a job at a limit, with its key, *beyond* the *cost* that it was pushed with."""
 
     limit: str
     beyond: int

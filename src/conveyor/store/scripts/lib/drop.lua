@@ -11,7 +11,7 @@ local function find_oldest(KEYS, count)
   local jobs, due, prefix = KEYS[2], KEYS[3], string.sub(KEYS[2], 1, -5)
   local drops = {ids = {}, envelopes = {}, count = 0, taken = {}, aside = {}, scheduled = {}, stubs = 0}
   local conf = redis.call('HMGET', KEYS[5], 'paused_tasks', 'alarms')
-  -- Take the front of a list: how many of its entries. The tickets of groups that are taken whole go with it.
+  -- Return how many entries at the front of a list are taken. The tickets of groups that are taken whole go with it.
   local function take_front(key, whole)
     local looked, page = 0, nil
     while drops.count < count and (not page or #page == 500) do

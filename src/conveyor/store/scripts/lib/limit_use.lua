@@ -1,4 +1,4 @@
--- How much of a limit is in use, as people are told it.
+-- The use of a limit, as people are told it.
 
 -- Count what a limit has let pass: jobs that run under a concurrency, or what a rate has spent in its window.
 -- queue    as for load_limits
