@@ -34,6 +34,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         take(self, turn, sent_at)
 
     monkeypatch.setattr(group_series, "LONGEST", 600.0)
+    monkeypatch.setattr(group_series, "_AIM", 300.0)
     monkeypatch.setattr(GroupSeries, "flag", _ALWAYS_A_HUNDRED, raising=False)
     monkeypatch.setattr(QueueConsumer, "_take", noting)
     return leased
@@ -97,6 +98,79 @@ async def test_other_ends_keep_the_order(app: Conveyor, taken: list[int], end: s
     expected = [(number, attempt) for number in range(8) for attempt in range(1, (tries if number == 2 else 1) + 1)]
     assert starts == [one for one in expected if one[0] != 5 or end != "cancelled"]
     assert taken[0] == 8
+    assert await audit(app) == []
+
+
+@pytest.fixture
+def going_on(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the flags of the turns that went on with a series."""
+    flags: list[str] = []
+    ask = GroupSeries.ask
+
+    def noting(self: GroupSeries) -> str:
+        flag = ask(self)
+        if "\t" in flag:
+            flags.append(flag)
+        return flag
+
+    monkeypatch.setattr(GroupSeries, "ask", noting)
+    return flags
+
+
+@pytest.mark.row("C292")
+@pytest.mark.parametrize("kind", ["coroutine", "function"])
+async def test_a_series_goes_on(app: Conveyor, taken: list[int], going_on: list[str], kind: str) -> None:
+    """Turns lease while a series runs, and jobs that are retried, put off or held have their place all the same, in two groups."""
+    errors = [RetryIn("10ms"), Snooze("10ms"), RateLimited("10ms"), ValueError()]
+    starts: dict[str, list[int]] = {"a": [], "b": []}
+    running = {"a": threading.Lock(), "b": threading.Lock()}
+
+    def note(account: str, number: int) -> None:
+        starts[account].append(number)
+        if number % 90 == 89 and starts[account].count(number) == 1:
+            raise errors[number // 90 % 4]
+
+    async def coroutine(account: str, number: int) -> None:
+        assert running[account].acquire(blocking=False)
+        try:
+            if number % 7 == 0:
+                await asyncio.sleep(0)
+            note(account, number)
+        finally:
+            running[account].release()
+
+    def function(account: str, number: int) -> None:
+        with running[account]:
+            note(account, number)
+
+    body: Any = function if kind == "function" else coroutine
+    task: Any = app.task(name="book", group_by="account", retry=ONCE)(body)
+    await app.aenqueue_many([task.s(account, number) for number in range(720) for account in "ab"])
+    await drain(app, concurrency=400, threads=20)
+    again = [[number] * (2 if number % 90 == 89 else 1) for number in range(720)]
+    assert starts["a"] == starts["b"] == [number for numbers in again for number in numbers]
+    assert len(going_on) > 10
+    assert await audit(app) == []
+
+
+@pytest.mark.row("C292")
+async def test_a_stop_ends_what_goes_on(app: Conveyor, taken: list[int], going_on: list[str]) -> None:
+    """Workers that stop while turns go on with a series leave the rest in its order, whatever a turn brings after the stop."""
+    ran: list[int] = []
+
+    @app.task(name="book", group_by="account")
+    def book(account: str, number: int) -> None:
+        ran.append(number)
+
+    await app.aenqueue_many([book.s("a", number) for number in range(1500)])
+    for stops_at in range(150, 1500, 150):
+        async with working(app, concurrency=400, threads=20) as worker:
+            while len(ran) <= stops_at:
+                await asyncio.sleep(0.005)
+            worker.stop()
+    await drain(app, concurrency=400)
+    assert ran == [*range(1500)]
+    assert going_on
     assert await audit(app) == []
 
 

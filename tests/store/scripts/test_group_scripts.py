@@ -71,6 +71,43 @@ def test_series_of_a_group(seeded: SeededQueue) -> None:
     assert seeded.redis.hgetall(seeded.keys.prefix + "limits") == {}
 
 
+@pytest.mark.row("C292")
+def test_series_goes_on(seeded: SeededQueue) -> None:
+    """
+    Jobs of a group follow those that a worker holds where it holds all that run or wait for a retry, by its own number.
+
+    A copy of the turn has the same jobs. A pause of the key, a limit of the next job and other groups without number let none follow.
+    """
+    declare(seeded, all="c 100 -")
+    seeded.push(*(entry(f"a{n:02}", group="a") for n in range(1, 13)), entry("x", group="a", limits=("1:all",)))
+    seeded.register("w", "v")
+    assert seeded.turn("w", 1, 9, flags="s4").ids == ["a01", "a02", "a03", "a04"]
+    assert seeded.turn("v", 1, 9, flags="s4").ids == []
+    call = seeded.turn_call("w", 2, 9, done=["a01"], flags="s4\t3:a\t1:b")
+    for _ in range(2):
+        reply = seeded.run(call)
+        assert (reply.ids, reply.has_series, reply.held) == (["a05", "a06", "a07", "a08"], True, 7)
+    for number, asked in enumerate(("", "\t6:a", "\t8:a", "\t7:b"), 3):
+        assert seeded.turn("w", number, 9, flags="s4" + asked).ids == []
+    seeded.run(limits.set_group(seeded.keys, "a", weight=None, paused=True))
+    assert seeded.turn("w", 7, 9, flags="s4\t7:a").ids == []
+    seeded.run(limits.set_group(seeded.keys, "a", weight=None, paused=False))
+    assert seeded.turn("w", 8, 2, flags="s4\t7:a").ids == ["a09", "a10"]
+    assert seeded.turn("w", 9, 9, flags="s9\t9:a").ids == ["a11", "a12"]
+    assert seeded.turn("w", 10, 9, done=["a02"], flags="s9\t10:a").ids == []
+    assert seeded.audit() == []
+    end = Settlement("R", "a03", ms=3_600_000, state=b"1 1 0")
+    back = [Settlement("F", f"a{n:02}") for n in range(12, 3, -1)]
+    assert seeded.turn("w", 11, 9, others=[*back, end], flags="s9\t1:b").ids == []
+    assert waiting(seeded) == 10
+    seeded.redis.zadd(seeded.keys.due, {"a03": 1})
+    assert seeded.turn("v", 2, 20, flags="s20").ids == [f"a{n:02}" for n in range(3, 13)]
+    assert seeded.turn("v", 3, 20, done=[f"a{n:02}" for n in range(3, 13)], flags="s20").ids == ["x"]
+    assert seeded.turn("v", 4, 20, done=["x"]).held == 0
+    assert seeded.redis.hgetall(seeded.keys.prefix + "limits") == {}
+    assert seeded.audit() == []
+
+
 def test_series_only_of_what_is_left(seeded: SeededQueue) -> None:
     """Each group and plain job has its turn before a group has a series; a limit, an opened group or a running job allows none."""
     declare(seeded, two="c 2 key", all="c 100 -")
@@ -572,7 +609,10 @@ SABOTAGES = {
     "a returned job joins the tail": ("TURN", "join_group(queue, priority, group, id, true)", "join_group(queue, priority, group, id)"),
     "a slot of a series is given back with its first job": ("TURN", "tonumber(counts[i] or 0) - given[name]", "0"),
     "a series takes more than a worker asks for": ("TURN", "math.min(one.most, queue.series or 1)", "one.most"),
-    "a series takes jobs that a limit holds": ("TURN", "alone = closed and one.series > 1 and #fact[3] == 1", "alone = one.series > 1"),
+    "a series takes jobs that a limit holds": ("TURN", "alone = closed and (one.own or one.series > 1) and #fact[3] == 1", "alone = one.own or one.series > 1"),
+    "a series goes on behind jobs of others": ("TURN", "s.count == queue.own[name]", "queue.own[name]"),
+    "a series goes on in a key that is paused": ("TURN", "s.count == queue.own[name] and not s.paused", "s.count == queue.own[name]"),
+    "the rest of a series does not find its ticket": ("TURN", "readmit(queue, '0g' .. string.sub(limit, 2))", ""),
     "a series is not told to its worker": ("TURN", "if alone and count > 1 then queue.has_series = true end", ""),
     "a job is lost that needs more than its turn": ("TURN", "redis.call('LPUSH', keys[at], ids[at])", ""),
     "an empty group keeps its ticket": ("TURN", "find_empty(1, count)\nreturn", "return"),
@@ -586,6 +626,7 @@ PROOFS = [
     *(partial(test_retried_or_returned_job_keeps_its_place, way=way) for way in ("R", "F")),
     test_cancelled_retry_frees_its_key,
     test_series_of_a_group,
+    test_series_goes_on,
     test_series_only_of_what_is_left,
     *(partial(test_rest_of_a_series_comes_back_in_order, way=way) for way in ("F", "R", "L")),
     test_rate_is_exact_over_every_pair_of_starts,

@@ -6,7 +6,8 @@
 -- ARGV  1 worker  2 number of this turn: its instant (lib/leased.lua), above that of the last  3 how many more  4 lease_ms
 --       5 flags: k keep the lease's end, l look for overdue workers, t leave when nothing is held, e remember the ends,
 --         a<ms> raise what waits longer than that (lib/ageing.lua)
---         s<n> this worker runs up to n jobs of a group one after the other, when they are leased together
+--         s<n> this worker runs up to n jobs of a group one after the other, when they are leased together; behind it for each group
+--         that it goes on with: a tab, how many jobs of it the worker holds, those settled here left out, a colon and the key
 --       6 count, ids of jobs that are simply done
 --       then count, and for each group of these, from the first id on, a result that is kept: ms count record…   0 ms: it is not
 --       then count, and of those of them that have unique keys or tags: id attributes
@@ -34,12 +35,15 @@ local queue = {
   waiters = KEYS[10], ready = 11,
   -- The ids of jobs that are gone, by their tags.
   untagged = {},
+  -- By the limit of its key how many jobs of a group the worker holds, when others may follow them.
+  own = {},
   -- The names of those whose instant has come.
   schedules = {},
 }
 local leased, workers, recent = KEYS[3], KEYS[4], KEYS[9]
 local worker, number, want, lease_ms = ARGV[1], number_in(ARGV[2]), number_in(ARGV[3]), number_in(ARGV[4])
-local flags = ARGV[5]
+local flags = string.match(ARGV[5], '^[^\t]*')
+for count, limit in string.gmatch(ARGV[5], '\t(%d+)(:[^\t]*)') do queue.own[limit] = tonumber(count) end
 local looks = string.find(flags, 'l', 1, true)
 queue.series = tonumber(string.match(flags, 's(%d+)'))
 local now = clock()
@@ -184,6 +188,7 @@ if grouped then pass_on(queue, now, math.max(want, 1)) end
 if want > 0 and leases then
   if ageing and raise_aged(queue, want, ageing, now) then urgent = true end
   if grouped then
+    for limit in pairs(queue.own) do readmit(queue, '0g' .. string.sub(limit, 2)) end
     ids, envelopes, taken, unfinished = take_rotating(queue, leased, number, want, urgent or promoted or (queue.moved or 0) > 0, now, missing)
   else
     ids, envelopes, taken = take_ready(queue, want, urgent or promoted, heads, envelopes_ahead, unusual, now, missing)

@@ -353,7 +353,8 @@ class QueueConsumer:
             return
         if self.quarantine.reserved:
             self._advance_quarantine()
-        want = self._capacity.room(self) if self._has_more or self.report.frees else 0
+        leases = self._has_more or self.report.frees or self._series.wants_more
+        want = self._capacity.room(self) if leases else 0
         if want > 0:
             self._send_turn(want)
         elif self.report.done or self.report.others:
@@ -388,9 +389,10 @@ class QueueConsumer:
             return
         report, self.report = self.report, TurnReport()
         self._drain_counters(report)
+        now = monotonic()
         if report.frees:
             self._series.note_ends(report.frees, report.seconds)
-        now = monotonic()
+            self._series.note_pace(report.frees, now)
         self._is_looking = now >= self._reaper.due_at
         self.number = operations.next_turn_number(self.number, self.now_ms)
         prepared, self._prepared = self._prepared, None
@@ -398,7 +400,7 @@ class QueueConsumer:
             want = prepared.want
             call, packed = prepared.numbered(self.number)
         else:
-            flags, packed = ("el" if self._is_looking else "e") + self._ageing + self._series.flag, None
+            flags, packed = ("el" if self._is_looking else "e") + self._ageing + self._series.ask(), None
             call = operations.turn(self.keys, self.identity, self.number, want, self.lease_ms, report, flags=flags)
         self._in_flight = (call, report)
         self._sent_at = now
@@ -551,10 +553,12 @@ class QueueConsumer:
         Make the next turn before the jobs of *turn* are taken, where it is one that follows anyway.
 
         A server that waited while attempts are made would take turns with the worker. Jobs that report before they start need
-        the turn that follows, so that it is made after them.
+        the turn that follows, and those of a series that has ended go back in it: then it is made after them.
         """
         count = len(turn.ids)
-        if count < SENT_FIRST or not (self._has_more and self._takes_plainly) or turn.held != len(self.held) + count:
+        if count < SENT_FIRST or turn.has_series or turn.held != len(self.held) + count:
+            return
+        if not (self._has_more and self._takes_plainly):
             return
         want = self._capacity.room(self, coming=count)
         if want > 0:
@@ -751,6 +755,7 @@ class QueueConsumer:
 
     def hand_back(self) -> None:
         """Return what has not started to the front of the queue, in its order."""
+        self._series.end_all()
         # One that take_back refuses is started by a thread just now.
         self._return_unstarted([one for one in self._unstarted() if self._executor.take_back(one)])
 

@@ -63,15 +63,16 @@ local function take_singles(queue, entries, names)
 end
 
 -- Read what a round needs of its tickets' groups.
--- queue    as begin_groups makes it, and ready; series: how many jobs of a group that runs one at a time may be leased together
+-- queue    as begin_groups makes it, and ready; series: how many jobs of a group that runs one at a time may be leased together;
+--          own: by the limit of its key how many jobs of a group the worker holds, which others may follow
 -- priority of the list
 -- entries  the head of the list
 -- room     how many jobs the round may lease
 -- whole    true when the list has no other entries: then its groups share what room there is
 -- now      ms
 -- returns  for each entry nil of a plain job, or {group, limit (of its key), most (jobs it may lease), ids (those, and one more),
---          series (how many of them may be leased together though they run one after the other)}; the limits of the groups' keys;
---          and what take_singles returns, whose groups are left out
+--          series (how many of them may be leased together though they run one after the other), own (true when they follow
+--          those that the worker holds)}; the limits of the groups' keys; and what take_singles returns, whose groups are left out
 local function read_groups(queue, priority, entries, room, whole, now)
   local groups, names, keys, tickets, plain = {}, {}, {}, 0, 0
   for i, entry in ipairs(entries) do
@@ -110,7 +111,9 @@ local function read_groups(queue, priority, entries, room, whole, now)
       one.most = math.min(one.share, room)
       if closed and (s.count > 0 or (rounds > 1 and not may_be_open(queue, priority, one))) then
         -- Several only where every group and plain job of the list has its turn too, and room is left.
-        one.series = s.count > 0 and 1 or math.min(one.most, queue.series or 1)
+        -- All that hold the key are the worker's own: what comes now starts behind them.
+        one.own = rounds > 1 and s.count > 0 and s.count == queue.own[name] and not s.paused and s.held <= now
+        one.series = s.count > 0 and not one.own and 1 or math.min(one.most, queue.series or 1)
         one.most = one.series
       end
       -- A list of another type is set aside as an empty one: its ticket goes, and the jobs that it had are found by a repair.
@@ -245,7 +248,7 @@ end
 -- plan     is filled
 -- returns  nothing
 local function plan_group(queue, one, ids, envelopes, facts, room, plan, now)
-  local before, removed, full, last, alone = plan.count, 0, nil, math.min(#one.ids, one.most), false
+  local before, removed, full, last, alone = plan.count, 0, nil, math.min(#one.ids, one.most), one.own
   while removed < last do
     local first = one.first + removed
     local fact = facts[first + 1]
@@ -267,7 +270,7 @@ local function plan_group(queue, one, ids, envelopes, facts, room, plan, now)
         break
       end
       -- A series: jobs that no other limit holds, one after the other, until the last of them has left its worker.
-      alone = closed and one.series > 1 and #fact[3] == 1
+      alone = closed and (one.own or one.series > 1) and #fact[3] == 1
       if alone then most = last end
       local count = 1
       most = math.min(most, room - plan.count, last - removed)
