@@ -136,7 +136,7 @@ def main() -> int:
     with running_server() as (url, _):
         with Conveyor(url) as app:
             fill(app)
-        with running_dashboard(url) as address:
+        with running_dashboard(url) as (address, _):
             measure_first_view(address, options.times)
             for viewers in (1, 50):
                 measure_viewers(address, url, viewers, options.seconds)

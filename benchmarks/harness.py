@@ -106,8 +106,8 @@ def _pings(url: str) -> bool:
 
 
 @contextmanager
-def running_dashboard(url: str, namespace: str = "conveyor") -> Iterator[str]:
-    """Run `conveyor dashboard` in a process of its own until it answers; yields its address, which ends with a slash."""
+def running_dashboard(url: str, namespace: str = "conveyor") -> Iterator[tuple[str, int]]:
+    """Run `conveyor dashboard` in a process of its own until it answers; yields its address, ending with a slash, and its id."""
     command = [sys.executable, "-m", "conveyor", "dashboard", "--port", "0", "--url", url, "--namespace", namespace]
     with (
         tempfile.TemporaryFile("w+") as log,
@@ -120,7 +120,7 @@ def running_dashboard(url: str, namespace: str = "conveyor") -> Iterator[str]:
                 log.seek(0)
                 raise RuntimeError(f"The dashboard did not start:\n{log.read()[-3000:]}")
             wait_for(lambda: _shows_page(address), "the dashboard to answer")
-            yield address
+            yield address, process.pid
         finally:
             process.terminate()
             process.wait(20)

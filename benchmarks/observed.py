@@ -1,11 +1,16 @@
 """
 The cost of being watched: ``python -m benchmarks.observed [--rounds 7] [--parts traces viewer scraper]``.
 
-Short rounds alternate in one run. *off*: a worker alone. *on*: the same with tracing by the OpenTelemetry API (no SDK), the
-counters of history that are always written, a dashboard whose stream of events one viewer reads, and metrics that are scraped
-each second. Each round is compared with its neighbour alone, and the figure is the median of these ratios: of the jobs that a
-second of processor time of worker and server drains, since other programs on the machine slow a clock. Goal: at least 0.97 × off.
-`--parts` turns on only those, to find what costs.
+Short rounds alternate in one run. *off*: a worker alone. *again*: the same once more. *on*: with tracing by the OpenTelemetry API
+(no SDK), the counters of history that are always written, a dashboard whose stream of events one viewer reads, and metrics that
+are scraped each second. Each round is compared with its neighbour alone, and the figure is the median of these ratios: of the
+jobs that a second of processor time of worker and server drains, since other programs on the machine slow a clock. Goal: at
+least 0.97 × off. The same ratio of *again* says what the machine can tell: where it is off 1, so is the figure. `--parts` turns
+on only those, to find what costs.
+
+Before that, watching alone is measured for some seconds, with a full queue and no worker: the processor time of the server and of
+the dashboard's own process, and the commands, each a second. On a machine of two cores that process takes its time from the
+other two; the figure of the rounds leaves it out.
 """
 
 from __future__ import annotations
@@ -24,10 +29,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from benchmarks.drain import Cost, drained, note_costs
-from benchmarks.harness import NAMESPACE, TEXT, Bench, running_dashboard, running_server
+from benchmarks.harness import NAMESPACE, TEXT, Bench, commands_run, cpu_seconds, running_dashboard, running_server
 
 GOAL = 0.97
 PARTS = ("traces", "viewer", "scraper")
+KINDS = ("off", "again", "on")
+WATCHED_SECONDS = 10.0
 TRACED = "CONVEYOR_BENCH_TRACED"
 """The variable with which `measured_jobs` adds the middleware of OpenTelemetry to its app."""
 
@@ -38,29 +45,59 @@ def observed(bench: Bench, rounds: int, parts: Collection[str] = PARTS) -> bool:
 
     count = bench.size(200_000)
     spent = defaultdict[str, list[Cost]](list)
-    with running_dashboard(bench.url, NAMESPACE) as base:  # which reads nothing while nobody looks
+    with running_dashboard(bench.url, NAMESPACE) as (base, dashboard):  # which reads nothing while nobody looks
+        bench.flush()
+        measured_jobs.app.enqueue_many(measured_jobs.noop.s(at, TEXT) for at in range(count))
+        _note_watching(bench, parts, base, dashboard)
         for number in range(rounds):
-            for name in ("off", "on") if number % 2 else ("on", "off"):
+            for name in KINDS[number % 3 :] + KINDS[: number % 3]:
                 bench.flush()
                 measured_jobs.app.enqueue_many(measured_jobs.noop.s(at, TEXT) for at in range(count))
-                with ExitStack() as stack:
-                    if name == "on":
-                        for part in parts:
-                            stack.enter_context(_turned_on(part, base))
+                with _turned_on(parts if name == "on" else (), base):
                     spent[name].append(Cost.between(*drained(bench, "async", 1)))
     bench.flush()
     for name, costs in spent.items():
         note_costs(bench, f"observed {name}", costs)
         bench.note(f"observed {name} commands/job", statistics.median(cost.sent for cost in costs))
-    pairs = list(zip(spent["off"], spent["on"], strict=True))
-    bench.note("observed of off", statistics.median(on.rate / off.rate for off, on in pairs))
-    by_cpu = [off.cpu / on.cpu for off, on in pairs]
-    print("  ".join(f"{one:.3f}" for one in sorted(by_cpu)))
-    bench.note("observed of off, by CPU", statistics.median(by_cpu))
+    for name in ("again", "on"):
+        pairs = list(zip(spent["off"], spent[name], strict=True))
+        bench.note(f"observed {name} of off", statistics.median(one.rate / off.rate for off, one in pairs))
+        by_cpu = [off.cpu / one.cpu for off, one in pairs]
+        print("  ".join(f"{one:.3f}" for one in sorted(by_cpu)))
+        bench.note(f"observed {name} of off, by CPU", statistics.median(by_cpu))
     return statistics.median(by_cpu) >= GOAL
 
 
-def _turned_on(part: str, base: str) -> AbstractContextManager[None]:
+def _note_watching(bench: Bench, parts: Collection[str], base: str, dashboard: int) -> None:
+    """Note what a second of watching costs the server and the process of the dashboard, less what passes while nobody looks."""
+
+    def spent() -> tuple[float, ...]:
+        return time.perf_counter(), cpu_seconds(bench.server_pid), cpu_seconds(dashboard), commands_run(client)
+
+    costs = []
+    with bench.client() as client:
+        for some in ((), parts):
+            with _turned_on(some, base):
+                time.sleep(2)  # the first answers read more
+                began = spent()
+                time.sleep(WATCHED_SECONDS)
+                took, *used = (after - before for before, after in zip(began, spent(), strict=True))
+                costs.append([one / took for one in used])
+    server, process, ran = (on - off for off, on in zip(*costs, strict=True))
+    bench.note("watching server ms/s", server * 1000)
+    bench.note("watching dashboard ms/s", process * 1000)
+    bench.note("watching commands/s", ran)
+
+
+@contextmanager
+def _turned_on(parts: Collection[str], base: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(_part(part, base))
+        yield
+
+
+def _part(part: str, base: str) -> AbstractContextManager[None]:
     if part == "traces":
         return _environment_variable(TRACED, "1")
     return _viewer(base) if part == "viewer" else _scraper(base)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
-from time import monotonic, perf_counter
+from time import perf_counter
 from typing import Any, Literal
 
 from opentelemetry import metrics, propagate, trace
@@ -25,7 +25,6 @@ PushEnd = Callable[[BaseException | None], None]
 _EXPECTED = (Snooze, RateLimited)
 """The exceptions by which a job comes again later: no errors of a trace."""
 _API = ("opentelemetry.trace", "opentelemetry.metrics")
-_LOOK_EVERY = 0.1
 _MOST_LINKS = 128
 """Links of one span: what SDKs keep of them by default."""
 
@@ -76,7 +75,6 @@ class OpenTelemetry(Middleware):
         self._processed = meter.create_histogram("messaging.process.duration", "s")
         self._trace_parent, self._task_in_name = trace_parent, task_in_name
         self._given = tracer_provider is not None or meter_provider is not None
-        self._is_absent, self._look_at = False, 0.0
 
     # -- pushes ---------------------------------------------------------------------------------------------------
 
@@ -172,12 +170,7 @@ class OpenTelemetry(Middleware):
 
         An SDK that the program sets up while it runs is seen within 0.1 s.
         """
-        if headers or self._given:
-            return False
-        now = monotonic()
-        if now >= self._look_at:
-            self._is_absent, self._look_at = _is_sdk_absent(), now + _LOOK_EVERY
-        return self._is_absent
+        return not headers and not self._given and _is_sdk_absent()
 
     # -- runs -----------------------------------------------------------------------------------------------------
 
