@@ -48,6 +48,18 @@ def test_a_queue_is_shown_with_its_newest_failures(url: str, backend: Client, mo
     assert "Read:" not in whole.stderr
 
 
+def test_status_reads_a_bounded_number_of_failures(url: str, backend: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`conveyor status` reads the newest dead letters of a queue, at most so many, and says how many there are."""
+    for message in ("one", "two", "three"):
+        dead(backend, "mail", message)
+    monkeypatch.setattr("conveyor.cli.status._MOST_DEAD_LETTERS", 2)
+
+    done = CliRunner().invoke(cli, ["status", "--json", "--url", url])
+
+    failures = json.loads(done.stdout)["failures"]
+    assert (failures["read"], failures["total"]) == (2, 3)
+
+
 # -- loading and help ---------------------------------------------------------------------------------------------
 
 

@@ -306,13 +306,20 @@ class Admin:
         """Return queues of `queue_partitions`, each with what ended in it in the last whole *minutes*; a hundred in one step."""
         parts = [part for some in partitions.values() for part in some]
         counted = self._directory.counts_and_ended(parts, minutes, self._ask)
-        counts = {part: one for part, (one, _) in counted.items()}
         return [
-            (queue_info(name, counts[name]), counted[name][1])
-            if len(some) == 1 and some[0] in counts
-            else (_queue_info(name, some, counts), ended_in(some, counted) if minutes else [])
+            (queue_info(name, found[0]), found[1])
+            if len(some) == 1 and (found := counted.get(some[0])) is not None
+            else self._count_partitions(name, some, counted, minutes)
             for name, some in partitions.items()
         ]
+
+    @staticmethod
+    def _count_partitions(
+        name: str, parts: Sequence[str], counted: Mapping[str, tuple[QueueCounts, list[Ended]]], minutes: int
+    ) -> tuple[QueueInfo, list[Ended]]:
+        """Return a queue with partitions, or one of which the server does not answer."""
+        counts = {part: counted[part][0] for part in parts if part in counted}
+        return _queue_info(name, parts, counts), ended_in(parts, counted) if minutes else []
 
     def failure_matrix(
         self, range: str = "24h", *, queue: str | None = None, most: int = 5_000, seconds: float | None = None,  # noqa: A002
@@ -638,9 +645,10 @@ class Admin:
         from conveyor.admin import metrics
         from conveyor.messaging.limit_control import LimitControl
 
-        lost: Counter[str] = Counter()
+        lost = dict.fromkeys((name for name, _ in totals), 0)
         for (name, _), one in totals.items():
-            lost[name] += one.counters.get("lost", 0)
+            if one.counters:
+                lost[name] += one.counters.get("lost", 0)
         read = [
             (name, *found)
             for (name, part), one in totals.items()

@@ -51,11 +51,16 @@ class _Sums(msgspec.Struct):
             else:
                 self.buckets[int(kind[2:])] += number
 
-    def figures(self) -> dict[str, float | None]:
+    def figures(self) -> Mapping[str, float | None]:
         """Return the percentiles and the mean of the duration of successful runs, None each without any."""
+        if not self.buckets:  # as of most minutes of a day
+            return _NO_FIGURES
         done = sum(self.buckets.values())
         found: dict[str, float | None] = {name: quantile(self.buckets, share) for name, share in _PERCENTILES.items()}
         return {**found, "mean_ms": round(self.run_ms / done, 1) if done else None}
+
+
+_NO_FIGURES: Mapping[str, float | None] = dict.fromkeys((*_PERCENTILES, "mean_ms"))
 
 
 class History(msgspec.Struct, frozen=True):

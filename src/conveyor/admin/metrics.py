@@ -233,13 +233,20 @@ def _queue_families(queues: Iterable[QueueInfo]) -> Iterator[_Family]:
         for label, info in zip(labels, infos, strict=True)
     )
     for attribute, family in gauges.items():
-        name, form = family.name, ".15g" if attribute == "oldest_age" else "d"
-        values = [getattr(info, attribute) for info in infos]
+        name, values = family.name, [getattr(info, attribute) for info in infos]
         if attribute == "max_length":
-            named = [(label, value) for label, value in zip(labels, values, strict=True) if value is not None]
-        else:
-            named = list(zip(labels, values, strict=True))
-        family.add_lines([f"{name}{label}}} {value or 0:{form}}\n" for label, value in named])
+            family.add_lines([
+                f"{name}{label}}} {value}\n" for label, value in zip(labels, values, strict=True) if value is not None
+            ])  # fmt: skip
+        elif attribute == "oldest_age":
+            family.add_lines(
+                [f"{name}{label}}} {value or 0:.15g}\n" for label, value in zip(labels, values, strict=True)]
+            )
+        else:  # most are 0, and a format costs as much as the rest of a line
+            nothing = "} 0\n"
+            family.add_lines([
+                name + label + (f"}} {value:d}\n" if value else nothing) for label, value in zip(labels, values, strict=True)
+            ])  # fmt: skip
     yield jobs
     yield from gauges.values()
 

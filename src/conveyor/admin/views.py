@@ -24,7 +24,7 @@ STATES: tuple[Status, ...] = ("leased", "ready", "waiting", "scheduled", "dead",
 LIVE: tuple[Status, ...] = ("leased", "ready", "waiting", "scheduled", "dead")
 
 
-class QueueInfo(msgspec.Struct, frozen=True):
+class QueueInfo(msgspec.Struct, frozen=True, gc=False):  # ten thousand at once: no cycle to look for
     """
     The contents of a queue.
 

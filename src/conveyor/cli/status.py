@@ -10,7 +10,7 @@ from msgspec.structs import asdict
 from conveyor.cli.command import LeafCommand
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import MARKS, Output, quantity, short_time, terminal_width
-from conveyor.cli.queue import MOST_DEAD_LETTERS, print_causes, print_failures, print_queues, say_unanswered
+from conveyor.cli.queue import print_causes, print_failures, print_queues, say_unanswered
 from conveyor.cli.target import Target, redis_options
 from conveyor.ids import clean
 
@@ -27,6 +27,8 @@ _MAX_WORKERS = 10
 _SECONDS_OF_RECORDS = 0.1
 """The time in which the records of queue after queue are examined; `conveyor doctor` examines all."""
 _MAX_FAILURES = 5
+_MOST_DEAD_LETTERS = 2_000
+"""The newest of a queue, which are examined: few errors are shown, and ten thousand would take longer than all the rest."""
 _MAX_CAUSES = 20
 """Queues of which is said why their jobs wait, each in one call."""
 _SAID = frozenset({"scheduled", "queue-paused", "no-worker"})
@@ -42,7 +44,7 @@ def status(target: Target, out: Output) -> int:
     admin = target.admin()
     queues, workers = admin.queues(), admin.workers()
     report = admin.doctor(seconds=_SECONDS_OF_RECORDS, queues=queues)
-    failures = admin.failures(most=MOST_DEAD_LETTERS)
+    failures = admin.failures(most=_MOST_DEAD_LETTERS)
     causes = _causes(admin, queues)
     shown = [
         finding for finding in report.findings if finding.level in {"problem", "warning"} or _is_queue_note(finding)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from struct import Struct
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +28,7 @@ COUNT_QUEUES, READ_STATS = Script("count_queues"), Script("read_stats")
 READ_TOTALS, EXAMINE_QUEUES = Script("read_totals"), Script("examine_queues")
 
 
-class QueueCounts(msgspec.Struct, frozen=True):
+class QueueCounts(msgspec.Struct, frozen=True, gc=False):  # ten thousand at once: no cycle to look for
     """
     The counts of a queue.
 
@@ -201,9 +201,12 @@ def _age(now: int, oldest: bytes, marks: bytes) -> float:
 class QueueTotals(NamedTuple):
     """The counters of a queue since they were begun, and whether it has schedules, and limits that code declares."""
 
-    counters: dict[str, int]
+    counters: Mapping[str, int]
     has_schedules: bool
     has_limits: bool
+
+
+_NO_TOTALS = QueueTotals({}, has_schedules=False, has_limits=False)
 
 
 def read_totals(queues: Sequence[str]) -> Call[list[QueueTotals]]:
@@ -214,14 +217,14 @@ def read_totals(queues: Sequence[str]) -> Call[list[QueueTotals]]:
     """
 
     def decode(reply: list[Any]) -> list[QueueTotals]:
-        totals: list[QueueTotals] = []
-        for at in range(0, len(reply), 3):
+        totals = [_NO_TOTALS] * reply[0]
+        for at in range(1, len(reply), 4):
             counters: dict[str, int] = {}
-            for part in reply[at : at + 2]:
+            for part in reply[at + 1 : at + 3]:
                 for one in range(0, len(part), 2):
                     name = part[one].decode(errors="replace")
                     counters[name] = counters.get(name, 0) + int(part[one + 1])
-            totals.append(QueueTotals(counters, *map(bool, reply[at + 2])))
+            totals[reply[at] - 1] = QueueTotals(counters, *map(bool, reply[at + 3]))
         return totals
 
     return Call(READ_TOTALS, queues, (), decode)

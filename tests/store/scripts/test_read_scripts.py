@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -14,6 +15,7 @@ from conveyor.store.inspection import FinishedJob, write_finished
 from conveyor.store.job_filter import ANY_JOB, JobFilter, Walk
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Settlement, TurnReport
+from conveyor.store.script import Call
 from support.script_calls import furnish
 from support.seeded_queue import LEASE, SeededQueue, entry
 
@@ -94,7 +96,7 @@ def test_counts(seeded: SeededQueue) -> None:
 
 
 def test_many_queues_are_counted_as_one_is(seeded: SeededQueue) -> None:
-    """The script that counts many queues says of each what the script for one says; a queue that holds little costs seven commands."""
+    """The script that counts many queues says of each what the script for one says; a queue that holds little costs six commands."""
     furnish(seeded)
     seeded.run(operations.configure(seeded.keys, "max_length", "7"))
     idle, plain = QueueKeys("c", "q-idle"), QueueKeys("c", "q-plain")
@@ -108,14 +110,51 @@ def test_many_queues_are_counted_as_one_is(seeded: SeededQueue) -> None:
 
     assert [replace(one, oldest_age=None) for one in together] == [replace(one, oldest_age=None) for one in one_by_one]
     assert [one.oldest_age is None for one in together] == [one.oldest_age is None for one in one_by_one]
-    for keys, most in ((idle, 5), (plain, 7)):
-        seeded.redis.config_resetstat()
-        seeded.run(inspection.count_queues([keys.jobs], 0))
-        used = {name: stats["calls"] for name, stats in seeded.redis.info("commandstats").items()}
-        assert (
-            sum(used.values()) - sum(used.get(f"cmdstat_{one}", 0) for one in ("evalsha", "time", "config|resetstat"))
-            == most
-        )
+    for keys, most in ((idle, 4), (plain, 6)):
+        assert commands_of(seeded, inspection.count_queues([keys.jobs], 0)) == most
+
+
+def commands_of(seeded: SeededQueue, call: Call[Any]) -> int:
+    """Return how many commands a script runs."""
+    seeded.redis.config_resetstat()
+    seeded.run(call)
+    used = {name: stats["calls"] for name, stats in seeded.redis.info("commandstats").items()}
+    return sum(used.values()) - sum(used.get(f"cmdstat_{one}", 0) for one in ("evalsha", "time", "config|resetstat"))
+
+
+def test_entries_of_cancelled_jobs_hide_no_urgent_one(seeded: SeededQueue) -> None:
+    """Urgent jobs are counted also where as many entries of cancelled ones stand in the list of priority 0."""
+    seeded.redis.rpush(seeded.keys.ready[0], "cancelled")
+    seeded.redis.rpush(next(key for key in seeded.keys.ready if key.endswith(":5")), "AAAAAAAAAAAAAAAAAAAAAA")
+    seeded.redis.hset(seeded.keys.jobs, "AAAAAAAAAAAAAAAAAAAAAA", "\n\n1")
+    seeded.redis.hset(seeded.keys.conf, "stubs", "1")
+
+    counts = seeded.run(inspection.counts(seeded.keys))
+
+    assert (counts.ready, counts.unplaced, counts.oldest_age is None) == (1, 0, False)
+
+
+def test_totals_are_read_where_there_are_any(seeded: SeededQueue) -> None:
+    """A queue in which nothing ended costs two commands; each of many has its own counters, schedules and limits."""
+    plain, counted, limited, crowded = (
+        QueueKeys("c", f"q-{name}") for name in ("plain", "counted", "limited", "crowded")
+    )
+    for keys in (plain, limited, crowded):
+        seeded.redis.hset(keys.conf, "schema", "2")
+    seeded.redis.hset(f"{counted.prefix}stats:total", mapping={"done:a": "3", "lost": "1"})
+    seeded.redis.set(f"{counted.prefix}stats:last", "77")
+    seeded.redis.hset(f"{counted.prefix}stats:77", mapping={"done:a": "4", "done:b": "1"})
+    seeded.redis.zadd(f"{counted.prefix}schedules", {"hourly": 1})
+    seeded.redis.hset(limited.conf, "limit:a", "x")
+    seeded.redis.hset(crowded.conf, mapping={f"field{number}": "1" for number in range(2_000)})
+    queues = (plain, counted, limited, crowded)
+
+    found = seeded.run(inspection.read_totals([keys.jobs for keys in queues]))
+
+    assert [(dict(one.counters), one.has_schedules, one.has_limits) for one in found] == [
+        ({}, False, False), ({"done:a": 7, "lost": 1, "done:b": 1}, True, False), ({}, False, True), ({}, False, True),
+    ]  # fmt: skip
+    assert commands_of(seeded, inspection.read_totals([plain.jobs])) == 2
 
 
 def test_counts_of_nothing(seeded: SeededQueue) -> None:

@@ -2,9 +2,9 @@
 --
 -- KEYS  jobs of each queue
 -- ARGV  none
--- returns for each queue {field, number…} of the minutes that are over, then {field, number…} of the last, then {1 when it has
---         schedules, 1 when it declares limits}, else 0; more than 5,000 fields are left out. A queue is not begun when a thousand
---         fields were read.
+-- returns {number of queues that were read}, then of each of them that has anything: its number, {field, number…} of the minutes that
+--         are over, {field, number…} of the last, {1 when it has schedules, 1 when it declares limits}, else 0; more than 5,000
+--         fields are left out. A queue is not begun when a thousand fields were read.
 local work = 0
 local function counters(key)
   local fields = redis.call('HLEN', key)
@@ -15,22 +15,24 @@ end
 
 -- Tell whether code has declared limits of a queue, which conf keeps; also when conf has too many fields to look at.
 local function has_limits(conf)
-  local fields = redis.call('HLEN', conf)
-  if fields > 5000 then return 1 end
-  work = work + fields
-  for _, field in ipairs(redis.call('HKEYS', conf)) do
-    if string.sub(field, 1, 6) == 'limit:' then return 1 end
-  end
-  return 0
+  local page = redis.call('HSCAN', conf, '0', 'MATCH', 'limit:*', 'COUNT', 300)
+  if page[1] == '0' then return #page[2] > 0 and 1 or 0 end
+  work = work + 300
+  return 1
 end
 
-local answers = {}
-for _, jobs in ipairs(KEYS) do
+local answers, read = {0}, 0
+for number, jobs in ipairs(KEYS) do
   if work >= 1000 then break end
+  read = number
   local prefix = string.sub(jobs, 1, -5)
-  local last = redis.call('GET', prefix .. 'stats:last')
-  answers[#answers + 1] = counters(prefix .. 'stats:total')
-  answers[#answers + 1] = last and counters(prefix .. 'stats:' .. last) or {}
-  answers[#answers + 1] = {redis.call('EXISTS', prefix .. 'schedules'), has_limits(prefix .. 'conf')}
+  local limits, total, latest, schedules = has_limits(prefix .. 'conf'), prefix .. 'stats:total', prefix .. 'stats:last', prefix .. 'schedules'
+  if redis.call('EXISTS', total, latest, schedules) + limits > 0 then
+    local last, at = redis.call('GET', latest), #answers
+    answers[at + 1], answers[at + 2] = number, counters(total)
+    answers[at + 3] = last and counters(prefix .. 'stats:' .. last) or {}
+    answers[at + 4] = {redis.call('EXISTS', schedules), limits}
+  end
 end
+answers[1] = read
 return answers

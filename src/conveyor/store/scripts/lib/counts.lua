@@ -6,10 +6,13 @@
 -- lists    of a plain list: it and its intake, else empty
 -- returns  what counts.lua says, as that many values, without now_ms
 local function count_queue(prefix, jobs, lists)
-  -- Of many queues most have jobs of priority 0 alone, and no workers: two looks spare them twenty-two.
+  -- Of many queues most have jobs of priority 0 alone, and no workers: three looks spare them twenty-two. Where that list has as
+  -- many entries as there are jobs, and none of a cancelled job or a group, no job is of another priority.
   local name, first_list, oldest = prefix .. 'ready:', prefix .. 'ready:0', ''
-  local ready = redis.call('LLEN', first_list)
-  local urgent = redis.call('EXISTS', name .. '1', name .. '2', name .. '3', name .. '4', name .. '5', name .. '6', name .. '7', name .. '8', name .. '9') > 0
+  local conf = redis.call('HMGET', prefix .. 'conf', 'stubs', 'paused', 'max_length', 'waiting', 'waiting_stubs', 'alarms', 'bound', 'line', 'dropped')
+  local ready, records = redis.call('LLEN', first_list), redis.call('HLEN', jobs)
+  local urgent = (records > ready or conf[1] or conf[4]) and
+    redis.call('EXISTS', name .. '1', name .. '2', name .. '3', name .. '4', name .. '5', name .. '6', name .. '7', name .. '8', name .. '9') > 0
   local due_key, dead_key, workers_key, outbox, reruns_key = prefix .. 'due', prefix .. 'dead', prefix .. 'workers', prefix .. 'outbox', prefix .. 'reruns'
   local found = redis.call('EXISTS', due_key, dead_key, workers_key, outbox, reruns_key)
   for priority = 9, urgent and 1 or 10, -1 do
@@ -23,7 +26,6 @@ local function count_queue(prefix, jobs, lists)
   local leased, workers = 0, found > 0 and redis.call('ZRANGE', workers_key, 0, 999) or {}
   for _, worker in ipairs(workers) do leased = leased + count_held(prefix .. 'leased:' .. worker) end
   local busy = found > (#workers > 0 and 1 or 0) -- there is more than workers
-  local conf = redis.call('HMGET', prefix .. 'conf', 'stubs', 'paused', 'max_length', 'waiting', 'waiting_stubs', 'alarms', 'bound', 'line', 'dropped')
   local scheduled = busy and math.max(0, redis.call('ZCARD', due_key) - tonumber(conf[6] or 0)) or 0 -- alarms may have been evicted
   local dead = busy and redis.call('ZCARD', dead_key) or 0
   local grouped, waiting = tonumber(conf[4] or 0), tonumber(conf[4] or 0) - tonumber(conf[5] or 0)
@@ -37,7 +39,7 @@ local function count_queue(prefix, jobs, lists)
   end
   -- Not known where there are more workers than were asked.
   local reruns = busy and redis.call('HLEN', reruns_key) or 0
-  local unplaced = #workers < 1000 and redis.call('HLEN', jobs) - ready - grouped - scheduled - leased - dead - reruns or 0
+  local unplaced = #workers < 1000 and records - ready - grouped - scheduled - leased - dead - reruns or 0
   local line = oldest ~= '' and string.match(redis.call('HGET', jobs, oldest) or '', '^[^\n]*') or ''
   ready = ready - tonumber(conf[1] or 0) + tonumber(conf[5] or 0)
   -- Cancelled jobs of a paused task count as if they stood in ready.
