@@ -114,6 +114,22 @@ def test_many_queues_are_counted_as_one_is(seeded: SeededQueue) -> None:
         assert commands_of(seeded, inspection.count_queues([keys.jobs], 0)) == most
 
 
+def test_an_idle_worker_adds_two_commands_to_a_count(seeded: SeededQueue) -> None:
+    """A worker that holds nothing costs a count its name and one look; one that holds jobs, and is asked to cancel one, is counted."""
+    idle, busy = QueueKeys("c", "q-idle"), QueueKeys("c", "q-busy")
+    for keys, held in ((idle, {}), (busy, {"a": "1", "b": "2", "\tcancel": "a"})):
+        seeded.redis.hset(keys.conf, "schema", "2")
+        seeded.redis.zadd(keys.workers, {"w": 9_999_999_999_999})
+        seeded.redis.hset(
+            f"{keys.prefix}leased:w", mapping={"\tturn": "1", "\tabout": "{}", "\tlease": "15000", **held}
+        )
+
+    leased = [counts.leased for counts, _ in seeded.run(inspection.count_queues([idle.jobs, busy.jobs], 0))]
+
+    assert leased == [0, 2]
+    assert commands_of(seeded, inspection.count_queues([idle.jobs], 0)) == 6
+
+
 def commands_of(seeded: SeededQueue, call: Call[Any]) -> int:
     """Return how many commands a script runs."""
     seeded.redis.config_resetstat()

@@ -7,10 +7,10 @@
 
 -- Count what a worker holds.
 -- key      the hash
--- returns  number of jobs; 0 when there is no such hash
+-- returns  number of jobs; 0 when there is no such hash. Of an idle worker, as most are of many queues, one command tells it.
 local function count_held(key)
   local fields = redis.call('HLEN', key)
-  return fields > 0 and fields - 3 - redis.call('HEXISTS', key, '\tcancel') or 0
+  return fields > 3 and fields - 3 - redis.call('HEXISTS', key, '\tcancel') or 0
 end
 
 -- Read when a job was leased.
