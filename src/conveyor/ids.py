@@ -44,17 +44,18 @@ os.register_at_fork(after_in_child=_random_parts.clear)
 
 
 def _random_part() -> bytes:
-    try:
-        return _random_parts.pop()
-    except IndexError:
-        drawn = os.urandom(2560)
-        _random_parts.extend([drawn[at : at + 10] for at in range(10, 2560, 10)])
-        return drawn[:10]
+    drawn = os.urandom(2560)
+    _random_parts.extend([drawn[at : at + 10] for at in range(10, 2560, 10)])
+    return drawn[:10]
 
 
 def new_id() -> str:
     """Return a fresh id."""
-    raw = int(time() * 1000).to_bytes(6, "big") + _random_part()
+    try:
+        drawn = _random_parts.pop()
+    except IndexError:
+        drawn = _random_part()
+    raw = int(time() * 1000).to_bytes(6, "big") + drawn
     return b2a_base64(raw)[:LENGTH].translate(_ORDERED_TABLE).decode()
 
 

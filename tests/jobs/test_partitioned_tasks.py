@@ -16,6 +16,7 @@ from conveyor import Conveyor, Throttle, Unique
 from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError, DurabilityNotReached, QueueNotFound
 from conveyor.jobs.context import current
+from conveyor.jobs.core import core_of
 from conveyor.messaging.partitions import partition_of
 from conveyor.store import inspection
 from conveyor.worker.leasing.capacity import STINT, PartitionGroup
@@ -346,6 +347,49 @@ async def test_bulk_jobs_fill_one_partition_a_call(app: Conveyor, redis: Any) ->
     await orders.apurge()
 
 
+async def test_a_bulk_push_agrees_anew_with_an_emptied_redis(app: Conveyor, redis: Any) -> None:
+    """A thousand jobs that an emptied Redis refuses are stored once the number of partitions is agreed on anew."""
+
+    @app.task(queue="orders")
+    async def note(n: int) -> None: ...
+
+    orders: Any = app.queue("orders", partitions=8)
+    await asyncio.to_thread(app.enqueue_many, [note.s(0)])  # agrees on the number of partitions
+    redis.flushdb()
+    jobs = await asyncio.to_thread(lambda: app.enqueue_many(note.s(n) for n in range(3000)))
+    assert sorted(await asyncio.to_thread(lengths, orders)) == [0, 0, 0, 0, 0, 1000, 1000, 1000]
+    assert {await job.astatus() for job in jobs[::500]} == {"ready"}
+    await orders.apurge()
+
+
+async def test_a_bulk_push_sends_a_thousand_jobs_while_the_next_are_prepared(app: Conveyor) -> None:
+    """The reply to a thousand jobs of one partition is read when the next thousand are prepared, as in a queue in one piece."""
+    sent: list[str] = []
+    core = core_of(app)
+    start = core.client.start_push_plain
+
+    def noted(keys: Any, pairs: Any) -> Any:
+        complete = start(keys, pairs)
+        sent.append("sent")
+        return lambda: (sent.append("answered"), complete())[1]
+
+    @app.task(queue="orders")
+    async def note(n: int) -> None: ...
+
+    def calls() -> Any:
+        for n in range(2000):
+            if n == 1999:
+                sent.append("prepared")
+            yield note.s(n)
+
+    orders: Any = app.queue("orders", partitions=8)
+    await asyncio.to_thread(app.enqueue_many, [note.s(0)])  # agrees on the number of partitions
+    core.client.start_push_plain = noted
+    await asyncio.to_thread(lambda: app.enqueue_many(calls()))
+    assert sent == ["sent", "prepared", "answered", "sent", "answered"]
+    await orders.apurge()
+
+
 class _Partition:
     """A partition that always has work."""
 
@@ -398,12 +442,12 @@ async def test_a_partition_that_does_not_answer_holds_up_no_other(app: Conveyor)
             hidden = consumer.keys.jobs in command
             send(command, (lambda reply: replies.append((answer, reply))) if hidden else answer, **options)
 
-        connection.send = send_to_silence  # type: ignore[method-assign]
+        connection.send = send_to_silence
         ran.clear()
         for n in range(16):
             await note.aenqueue(n)
         await until(lambda: len(ran) == 14)
-        connection.send = send  # type: ignore[method-assign]
+        connection.send = send
         for answer, reply in replies:
             answer(reply)
         await until(lambda: len(ran) == 16)

@@ -80,15 +80,15 @@ class JobChunk:
                 batch, plain, encode = self._settings(definition, outgoing)
             if plain and not batch.entries:
                 batch.pairs += (id_, definition.head + encode(call.args, call.kwargs))
-                job: Job[Any] = Job(core, id_, definition.queue, definition)
+                job: Job[Any] = Job(core, id_, batch.queue, definition)
                 batch.jobs.append(job)
             else:
                 job = self._add_entry(call)
             append(job)
 
     def _settings(self, definition: TaskDefinition, outgoing: Outgoing) -> tuple[QueueBatch, bool, Encode]:
-        plain = definition.is_plain(outgoing) and definition.queue not in self._core.partitioned
-        return self._batch(definition.queue), plain, definition.signature.encode
+        queue = self._core.place_plain(definition.queue, self._turns) if definition.is_plain(outgoing) else None
+        return self._batch(queue or definition.queue), queue is not None, definition.signature.encode
 
     def _add_entry(self, call: TaskCall[Any]) -> Job[Any]:
         queue, entry = call.definition.prepare(call.outgoing, call.args, call.kwargs, self._turns)
@@ -110,8 +110,8 @@ class JobChunk:
         core = self._core
         finish: list[Callable[[], None]] = []
         for batch in self._batches.values():
-            if batch.pairs and batch.queue not in core.bounded:
-                finish.append(core.client.start_push_plain(core.keys(batch.queue), batch.pairs))
+            if batch.pairs and (complete := core.start_push_plain(batch.queue, batch.pairs)) is not None:
+                finish.append(complete)
             elif batch.jobs:
                 batch.note_accepted(core.push(batch.queue, batch.as_entries(), batch.durability_request))
         return finish

@@ -26,6 +26,7 @@ from conveyor.store.client.durability import Durability, DurabilityOptions, Dura
 from conveyor.store.fork_safety import lazy_property
 from conveyor.store.max_length import UNBOUNDED, Full, MaxLength
 from conveyor.store.operations import Entry
+from conveyor.store.script import Argument
 from conveyor.units import Duration, positive_ms
 
 if TYPE_CHECKING:
@@ -117,6 +118,18 @@ class QueueRegistry:
         """Return where a job of *queue* goes: the queue, or one of its partitions; *turns* as in `Partitions.partition_of`."""
         partitions = self.partitioned.get(queue)
         return queue if partitions is None else partitions.partition_of(entry, turns)
+
+    def place_plain(self, queue: str, turns: dict[str, int]) -> str | None:
+        """Return where all plain jobs of a bulk push to *queue* go, None when each has a turn; *turns* as in `place`."""
+        partitions = self.partitioned.get(queue)
+        return queue if partitions is None else partitions.filled_in_turn(turns)
+
+    def start_push_plain(self, queue: str, pairs: Sequence[Argument]) -> Callable[[], None] | None:
+        """Send plain jobs to a queue or partition; return what completes it, None where they are to be pushed as entries."""
+        if self.partitioned and (partitions := self.partitioned.get(ids.logical(queue))) is not None:
+            short = partitions.max_length is None and self._durability(queue) is None
+            return partitions.start_send(queue, pairs) if short else None
+        return None if queue in self.bounded else self.client.start_push_plain(self.keys(queue), pairs)
 
     def push(
         self, queue: str, entries: Sequence[Entry], durability_request: DurabilityRequest | None = None

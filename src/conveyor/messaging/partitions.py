@@ -174,6 +174,13 @@ class Partitions:
         placed = entry.group is not None or entry.placing_key is not None or id_ is not None
         if turns is None or self.max_length is not None or placed:
             return self.keys[self.place(group=entry.group, unique=entry.placing_key, id=id_)].queue
+        return self._filled(turns)
+
+    def filled_in_turn(self, turns: dict[str, int]) -> str | None:
+        """Return the partition that the plain jobs of a bulk push fill, as in `partition_of`; None: each has its turn."""
+        return None if self.max_length is not None else self._filled(turns)
+
+    def _filled(self, turns: dict[str, int]) -> str:
         if self.name not in turns:
             turns[self.name] = self.next_in_turn()
         return self.keys[turns[self.name]].queue
@@ -370,6 +377,12 @@ class Partitions:
             self.run_agreed(lambda: target.push_plain(keys, pairs, max_length=most), keys)
             return [entry.id for entry in entries]
         return self.run_agreed(lambda: self.client.push_with_room(target, keys, entries, most), keys)
+
+    def start_send(self, partition: str, pairs: Sequence[Argument]) -> Callable[[], None]:
+        """Send plain jobs to *partition*, which has no maximum length; return what completes it, and agrees anew where it must."""
+        keys, client = self.keys[self._number_of[partition]], self.client
+        begun = [client.start_push_plain(keys, pairs)] if self._is_announced and client.buffer is None else []
+        return lambda: self.run_agreed(lambda: begun.pop()() if begun else client.push_plain(keys, pairs), keys)
 
     async def asend(self, partition: str, entries: Sequence[Entry], target: PushTarget | None = None) -> list[str]:
         """Awaitable form of `send`."""

@@ -177,6 +177,11 @@ class Publisher(Generic[T]):
         keys, ids, envelopes, options, max_length, whole, own = push
         if self.limits is not None and not self._target.deferred:
             await self.limits.aensure(keys)
+        if len(ids) == 1 and options.is_plain and not own and not max_length and self._target is self._client:
+            if not self._client.is_announced(keys):
+                await self._client.aannounce(keys)
+            await self._client.put(keys, ids[0], envelopes[0])
+            return ids
         entries = await amake_entries(options, own, ids, envelopes)
         return await self._client.apush_with_room(
             self._target, keys, entries, max_length, whole=whole and max_length > 0

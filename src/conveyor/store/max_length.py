@@ -18,18 +18,15 @@ class MaxLength(int):
 
     full: Full
     place: str
+    argument: str
 
     def __new__(cls, count: int, full: Full = "raise", place: str = "") -> Self:
         """Make one."""
         made = super().__new__(cls, count)
         made.full, made.place = full, place
+        words = [f"{count:d}"] if full == "raise" else [f"{count:d}", full]
+        made.argument = " ".join([*words, place] if place else words)
         return made
-
-    @property
-    def argument(self) -> str:
-        """The argument of push.lua."""
-        words = [f"{int(self)}"] if self.full == "raise" else [f"{int(self)}", self.full]
-        return " ".join([*words, self.place] if self.place else words)
 
     def at(self, place: str) -> MaxLength:
         """Return the same for a producer that stands at *place*."""
@@ -55,7 +52,9 @@ _WORDS = {AS_DECLARED: "?", NO_LIMIT: "!"}
 
 def declared_length(max_length: int) -> int:
     """Return a maximum length as it was declared, without a place in the line."""
-    return MaxLength(max_length, max_length.full) if isinstance(max_length, MaxLength) else max_length
+    return (
+        MaxLength(max_length, max_length.full) if isinstance(max_length, MaxLength) and max_length.place else max_length
+    )
 
 
 def argument_of(max_length: int) -> str:

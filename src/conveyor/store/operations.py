@@ -225,7 +225,8 @@ def push_plain(
     if (names := sequence.key_names.get(keys.prefix)) is None:
         names = (keys.lane(sequence.identity), keys.jobs, keys.ready[0], keys.wake, keys.conf, keys.dead)
         sequence.key_names[keys.prefix] = names
-    number = str(sequence.next())
+    sequence.number += 1
+    number = str(sequence.number)
     args = (number, argument_of(max_length), str(keys.partitions), *pairs)
     return Call(
         PUSH_PLAIN, names, args, partial(_pushed_plain, keys, number), None if sequence.resends_refused else WITHDRAW

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import weakref
+from asyncio import _get_running_loop  # the C function; get_running_loop raises instead
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -213,7 +214,8 @@ class Client:
     def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
         """Store *entries* in order, all or none (per thousand, unless *whole*); return an id for each."""
         self.refuse_in_loop()
-        self.announce(keys)
+        if keys.queue not in self._announced:
+            self.announce(keys)
         ids: list[str] = []
         is_new = False
         producer = self._take_connection(keys.jobs)
@@ -231,7 +233,8 @@ class Client:
 
     def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None:
         """Store plain messages (id, envelope, id, envelope, …): the cheapest push."""
-        self.refuse_in_loop()
+        if not self.allow_in_loop and _get_running_loop() is not None:
+            refuse_in_loop()
         if keys.queue not in self._announced:
             self.announce(keys)
         producer = self._take_connection(keys.jobs)
@@ -437,7 +440,8 @@ class Client:
         self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
     ) -> list[str]:
         """Store *entries* as `push` does; pushes of one tick share a call."""
-        await self.aannounce(keys)
+        if keys.queue not in self._announced:
+            await self.aannounce(keys)
         sequence = self.loop_connections().batcher(keys, max_length)
         ids: list[str] = []
         for part in chunks(entries, whole):
@@ -639,7 +643,7 @@ def _names(members: object) -> list[str]:
 
 def refuse_in_loop() -> None:
     """Raise ConfigurationError (E06) when an event loop runs in this thread: a blocking call would stop all of it."""
-    if asyncio._get_running_loop() is not None:  # noqa: SLF001  the C function; get_running_loop raises instead
+    if _get_running_loop() is not None:
         blocked, instead = _blocking_call(sys._getframe(1))  # noqa: SLF001
         raise ConfigurationError(
             f"{blocked}. It would have blocked everything else on this loop for one round trip. Nothing was done.\n"

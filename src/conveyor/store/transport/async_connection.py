@@ -97,9 +97,11 @@ class AsyncConnection:
         raised: the step may or may not have happened.
         Cancelling the caller affects no other caller.
         """
-        timer = self.timeout.timer(retry_for, deadline)
-        timer.longest_pause = longest_pause
-        within = timer.first_try(self._reply_timeout)
+        since, timer = time.monotonic(), None
+        if deadline is None:
+            within = replies.usual_times(self.timeout, retry_for, self._reply_timeout)[1]
+        else:
+            within = replies.first_try(deadline - since, retry_for, self._reply_timeout)
         command, unsure = call.command, False
         while True:
             try:
@@ -112,12 +114,15 @@ class AsyncConnection:
             else:
                 if not isinstance(reply, Exception):
                     try:
-                        return await self._decode(call, reply, timer) if unsure else call.decode(reply)
+                        return await self._decode(call, reply, timer) if timer and unsure else call.decode(reply)
                     except WrongReply as error:
                         self.drop(error)
                         unsure, cause, what = True, error, replies.ErrorAction.WAIT
                 else:
                     cause, what = reply, self.handle_error_reply(reply)
+            if timer is None:
+                timer = self.timeout.timer(retry_for, deadline, since)
+                timer.longest_pause = longest_pause
             if what is replies.ErrorAction.LOAD:
                 command = call.load
                 continue

@@ -81,27 +81,34 @@ class Connection:
         Transport errors and temporary refusals are retried for *retry_for* seconds, and at most until *deadline* or the
         connection's timeout. Then StoreUnavailable is raised: the step may or may not have happened.
         """
-        timer = self.begin(retry_for, deadline)
+        since = self.begin(retry_for, deadline)
         try:
-            return cast("T", call.decode(self.execute(*call.command())))
+            decoded: T = call.decode(self.execute(*call.command()))
+            return decoded
         except Exception as error:
-            return self._retry(call, error, timer)
+            return self._retry(call, error, self._timeout.timer(retry_for, deadline, since))
 
     def run_command(self, *command: Argument, retry_for: float, deadline: float | None = None) -> Any:
         """Send one plain command that may be repeated and return the raw reply; errors as in `run`."""
         return self.run(IdempotentCommand(command), retry_for=retry_for, deadline=deadline)
 
-    def begin(self, retry_for: float, deadline: float | None = None) -> replies.RetryTimer:
-        """Begin the time of a call: what is executed next is its first try."""
-        timer = self._timeout.timer(retry_for, deadline)
-        self._deadline, self._reply_timeout = timer.deadline, timer.first_try(self._longest_try)
-        return timer
+    def begin(self, retry_for: float, deadline: float | None = None) -> float:
+        """Begin the time of a call, of which the next command is the first try; return when that was (monotonic)."""
+        since = time.monotonic()
+        if deadline is None:
+            left, self._reply_timeout = replies.usual_times(self._timeout, retry_for, self._longest_try)
+            self._deadline = since + left
+        else:
+            self._deadline = deadline
+            self._reply_timeout = replies.first_try(deadline - since, retry_for, self._longest_try)
+        return since
 
     def start(self, call: Call[T]) -> Callable[[float], T]:
         """Send *call*; return a function that, called with the seconds to retry for, completes `run`."""
         failed: Exception | None = None
         number = 0
-        timer = self.begin(self._timeout.seconds or 0.0)
+        at_first = self._timeout.seconds or 0.0
+        since = self.begin(at_first)
         try:
             number = self._send([call.command()])
         except Exception as error:
@@ -109,12 +116,12 @@ class Connection:
 
         def collect(retry_for: float) -> T:
             if failed is not None:
-                return self._retry(call, failed, timer)
-            answered_by = self.begin(retry_for)
+                return self._retry(call, failed, self._timeout.timer(at_first, None, since))
+            asked = self.begin(retry_for)
             try:
                 return call.decode(self._receive(number, 0.0))
             except Exception as error:
-                return self._retry(call, error, answered_by)
+                return self._retry(call, error, self._timeout.timer(retry_for, None, asked))
 
         return collect
 
@@ -182,7 +189,9 @@ class Connection:
 
     def _send(self, commands: Sequence[tuple[Argument, ...]]) -> int:
         """Send *commands* in one write; return the number of the first."""
-        connection = self._open()
+        connection = self._socket
+        if connection is None or self._answered != self._sent:
+            connection = self._open()
         pack = self._pack
         data = pack(commands[0]) if len(commands) == 1 else b"".join([pack(command) for command in commands])
         first = self._sent + 1

@@ -12,6 +12,7 @@ import random
 import re
 import time
 from enum import Enum
+from functools import lru_cache
 
 import msgspec
 
@@ -86,14 +87,17 @@ class CallTimeout(msgspec.Struct, frozen=True):
         """The seconds with those for a slot that is moving."""
         return self.seconds if self.firm or self.seconds is None else max(self.seconds, SLOT_MOVE_TIMEOUT)
 
-    def timer(self, retry_for: float | None, deadline: float | None = None) -> RetryTimer:
-        """Begin a call that is repeated for *retry_for* seconds; *deadline* (monotonic, None: by the timeout) is its end."""
+    def timer(self, retry_for: float | None, deadline: float | None, since: float) -> RetryTimer:
+        """
+        Return the timer of a call that began at *since* (monotonic) and is repeated for *retry_for* seconds.
+
+        *deadline* (monotonic, None: by the timeout) is its end.
+        """
         if deadline is not None:
-            return RetryTimer(retry_for, deadline, firm=True)
+            return RetryTimer(retry_for, deadline, firm=True, since=since)
         if self.seconds is None or retry_for is None:
-            return RetryTimer(retry_for)
-        now = time.monotonic()
-        return RetryTimer(retry_for, now + max(self.seconds, retry_for), firm=self.firm, since=now)
+            return RetryTimer(retry_for, since=since)
+        return RetryTimer(retry_for, since + max(self.seconds, retry_for), firm=self.firm, since=since)
 
 
 NO_TIMEOUT = CallTimeout()
@@ -103,6 +107,24 @@ _LEAST = 0.001
 """Seconds that a try gets at least: 0 would mean no limit."""
 _LAST_TRY = 0.02
 """Seconds before the end from which on nothing is tried again."""
+
+
+def first_try(left: float, retry_for: float | None, most: float) -> float:
+    """
+    Return the seconds that the first try of a call may take that has *left* seconds in all.
+
+    They are half of them all, so that a dead connection costs no call.
+    """
+    if left == math.inf:
+        return most
+    return max(min(most, left / 2 if retry_for else left), _LEAST)
+
+
+@lru_cache(maxsize=256)  # nearly all calls of a program are alike in this
+def usual_times(timeout: CallTimeout, retry_for: float | None, most: float) -> tuple[float, float]:
+    """Return the seconds that a call without a deadline of its own may take, and those of its first try."""
+    left = math.inf if timeout.seconds is None or retry_for is None else max(timeout.seconds, retry_for)
+    return left, first_try(left, retry_for, most)
 
 
 class RetryTimer:
@@ -119,13 +141,6 @@ class RetryTimer:
     ) -> None:
         self.seconds, self._since, self._attempt = seconds, time.monotonic() if since is None else since, 0
         self.deadline, self._firm, self.longest_pause = deadline, firm, LONGEST_PAUSE
-
-    def first_try(self, most: float) -> float:
-        """Return the seconds that the first try may take: half of them all, so that a dead connection costs no call."""
-        if self.deadline == math.inf:
-            return most
-        left = self.deadline - self._since
-        return max(min(most, left / 2 if self.seconds else left), _LEAST)
 
     def next_try(self, most: float) -> float:
         """Return the seconds that another try may take."""

@@ -99,8 +99,8 @@ class AsyncWakeupWaiter:
         self._connection.close()
 
     async def _block(self, command: tuple[str, ...], seconds: float) -> Any:
-        timer = self._timeout.timer(self._timeout.seconds)
-        within = timer.first_try(self._connection.endpoint.reply_timeout)
+        most = self._connection.endpoint.reply_timeout
+        within = replies.usual_times(self._timeout, self._timeout.seconds, most)[1]
         try:
             reply = await self._connection.execute(*command, block=max(seconds, 0.001), within=within)
         except OSError:
