@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 from redis import Redis, RedisError
 
+from conveyor import current
+from conveyor.admin.history import read_history
+from conveyor.admin.queue_directory import QueueDirectory
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.jobs.app import Conveyor
 from conveyor.store.transport import replies
@@ -309,6 +312,39 @@ async def test_rights_that_are_taken_away_and_given_back(start_server: Start, ro
                 began = monotonic()
                 await until(lambda n=n: ran == list(range(n + 1)))
                 print(f"worked again after {monotonic() - began:.2f} s")
+    await app.aclose()
+
+
+@pytest.mark.row("C27")
+async def test_a_refused_turn_takes_all_that_it_carried_again(
+    start_server: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The end of a job whose turn is refused is counted once, and what the job spawned starts with the next turn, not later."""
+    server, ran = start_server(), []
+    url = _user(server, ">old", "~*", "&*", "+@all")
+    app = Conveyor(url, lease="10m")  # so nothing is looked for in the time of a test
+
+    @app.task
+    async def follow() -> None:
+        ran.append("follow")
+
+    with server.client() as client:
+
+        @app.task
+        async def lead() -> None:
+            client.execute_command("ACL", "SETUSER", "worker", "-evalsha", "-eval")
+            current().spawn(follow.s())
+            ran.append("lead")
+
+        await lead.aenqueue()
+        async with working(app):
+            await until(lambda: "a turn was refused" in caplog.text)
+            client.execute_command("ACL", "SETUSER", "worker", "+@all")
+            await until(lambda: ran == ["lead", "follow"])
+        history = await asyncio.to_thread(
+            read_history, app.client, QueueDirectory(app.client), "1h", names=None, task=None
+        )
+    assert sum(history.done) == 2
     await app.aclose()
 
 

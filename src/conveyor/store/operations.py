@@ -463,6 +463,17 @@ class TurnReport(msgspec.Struct):
         if attributes and ("\tu" in attributes or "\tk" in attributes or "\tt" in attributes):
             self.released[id] = attributes
 
+    def put_back(self, refused: TurnReport) -> None:
+        """Add what a turn carried that the server refused with nothing done. What ended first stays first."""
+        self.done[:0], self.others[:0], self.recent[:0] = refused.done, refused.others, refused.recent
+        for name, count in refused.stats.items():
+            self.stats[name] = self.stats.get(name, 0) + count
+        self.spawned = self.spawned or refused.spawned
+        self.frees += refused.frees
+        self.seconds += refused.seconds
+        self.results.update(refused.results)
+        self.released.update(refused.released)
+
 
 class TurnReply(msgspec.Struct):
     """

@@ -459,9 +459,7 @@ class QueueConsumer:
             return
         except ConveyorError as error:
             log_repeated_error("queue %s: a turn was refused: %s", self.queue, error)
-            self.report.done[:0], self.report.others[:0] = report.done, report.others
-            self.report.results.update(report.results)
-            self.report.released.update(report.released)
+            self.report.put_back(report)
             await asyncio.sleep(random.uniform(0.5, 1.0))  # noqa: S311
             self._end_recovery()
             return
