@@ -35,7 +35,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy --strict $(TYPED)
-	$(BIN)/python -m pytest -q -p no:cacheprovider tests/house/test_layers.py tests/house/test_house_rules.py
+	$(BIN)/python -m pytest -q -p no:cacheprovider tests/house/test_layers.py tests/house/test_house_rules.py tests/house/test_names.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks $(ARGS)

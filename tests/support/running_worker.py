@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from time import monotonic
@@ -35,6 +36,13 @@ async def working(app: Conveyor, **options: Any) -> AsyncIterator[Worker]:
     finally:
         worker.stop()
         await asyncio.wait_for(running, 90)
+
+
+def join_threads() -> None:
+    """Wait for the threads that outlive their worker: what they share with a supervisor may be released after them, not before."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("conveyor-thread"):
+            thread.join(60)
 
 
 async def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:

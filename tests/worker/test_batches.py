@@ -42,7 +42,7 @@ from conveyor.worker.shared_memory import ChildSlot, ChildSpec, SharedMemory
 from conveyor.worker.worker import RETIRED, Worker
 from support import batch_app
 from support.app_fixtures import loop_app  # noqa: F401
-from support.running_worker import audit, counts, drain, until, working
+from support.running_worker import audit, counts, drain, join_threads, until, working
 from support.time_limits import PATIENCE
 from support.worker_processes import wait, worker_processes
 
@@ -656,6 +656,7 @@ def slot() -> Any:
     made = board.slot(0)
     made.prepare(ChildSpec("shop:app", {}, 1, 1, burst=False, grace=1))
     yield made
+    join_threads()
     board.close()
 
 

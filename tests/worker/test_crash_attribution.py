@@ -32,7 +32,7 @@ from conveyor.worker.shared_memory import ChildSlot, ChildSpec, SharedMemory
 from conveyor.worker.worker import Worker
 from support import process_app
 from support.client_worker import ClientWorker
-from support.running_worker import until
+from support.running_worker import join_threads, until
 from support.worker_processes import wait, worker_processes
 
 IDS = ["on-the-loop", "on-a-thread", "waits", "prefetched"]
@@ -45,6 +45,7 @@ def slot() -> Iterator[ChildSlot]:
     made = board.slot(0)
     made.prepare(ChildSpec("shop:app", {}, 1, 1, burst=False, grace=1))
     yield made
+    join_threads()
     board.close()
 
 
