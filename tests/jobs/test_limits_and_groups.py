@@ -341,7 +341,7 @@ def test_a_change_that_fits_no_limit_is_refused(app: Conveyor, limit: Any, key: 
 
 
 async def test_the_numbers_of_limits_and_groups_agree(app: Conveyor) -> None:
-    """What runs and waits by the limits and the groups of a queue is what its counts say: jobs, and not groups of them."""
+    """The numbers of jobs that run and wait, by limits and groups, are those of the queue: jobs, and not groups of them."""
     gate = asyncio.Event()
 
     @app.task(name="open", queue="opened", group_by="key", limits=[Concurrency(3, by="key")])

@@ -464,7 +464,7 @@ class TurnReport(msgspec.Struct):
             self.released[id] = attributes
 
     def put_back(self, refused: TurnReport) -> None:
-        """Add what a turn carried that the server refused with nothing done. What ended first stays first."""
+        """Add the content of a turn that the server *refused* with nothing done; it comes before what ended later."""
         self.done[:0], self.others[:0], self.recent[:0] = refused.done, refused.others, refused.recent
         for name, count in refused.stats.items():
             self.stats[name] = self.stats.get(name, 0) + count
