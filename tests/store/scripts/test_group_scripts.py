@@ -239,7 +239,7 @@ def test_slots_of_a_concurrency_limit(seeded: SeededQueue) -> None:
     seeded.register("w", "v")
     assert seeded.turn("w", 1, 9).ids == ["j0", "j1"]
     assert seeded.turn("v", 1, 9).ids == []
-    assert seeded.run(limits.list_limits(seeded.keys)) == [limits.LimitRecord("few", "", "c 2 -", "", 2, 1, None)]
+    assert seeded.run(limits.list_limits(seeded.keys)) == [limits.LimitRecord("few", "", "c 2 -", "", 2, 7, None)]
     assert seeded.turn("w", 2, 0, done=["j0"]).more
     assert seeded.turn("v", 2, 9).ids == ["j2"]
     seeded.run(limits.set_limit(seeded.keys, "few", None, "c 4"))
