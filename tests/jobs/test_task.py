@@ -302,9 +302,9 @@ def test_partial_of_an_async_function_is_async(app: Conveyor) -> None:
 
 
 def test_pushes_of_one_make_few_calls(app: Conveyor) -> None:
-    """A blocking enqueue makes 18 calls of Python, and a push 28: what a call needs only when it fails is made then."""
+    """A blocking enqueue makes 19 calls of Python, and a push 29: what a call needs only when it fails is made then."""
     task, queue = app.task(add), app.queue("messages")
-    for push, most in ((partial(task.enqueue, 1), 18), (partial(queue.push, 1), 28)):
+    for push, most in ((partial(task.enqueue, 1), 19), (partial(queue.push, 1), 29)):
         for _ in range(300):  # connects, and draws the random parts of some ids
             push()
         calls = [_calls_of(push) for _ in range(20)]

@@ -12,6 +12,7 @@ Below it: the meaning of an exception of redis-py, and single commands on a conn
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # builtin; typeshed knows only signal
 import asyncio
 import concurrent.futures.thread  # noqa: F401  redis imports it later, which fails while the interpreter ends
 import math
@@ -44,7 +45,7 @@ The kernel's timeout begins anew after each signal, and that of `poll` in Python
 than this never lengthen a call, and an answer that comes sooner costs no `poll`. Where the program has a timer, see `_may_tick`.
 """
 _UNHANDLED = int(signal.SIG_DFL), int(signal.SIG_IGN)
-_handler_of: Callable[[int], Any] = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
+_handler_of: Callable[[int], Any] = _signal.getsignal
 """`signal.getsignal` without its search for the name of a handler: 30 ns, and no system call."""
 _DAY = 86400.0
 _NOT_READY = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
