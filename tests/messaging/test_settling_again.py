@@ -315,6 +315,32 @@ async def test_turn_after_an_extension_that_nobody_waited_for(queue, monkeypatch
 
 
 @pytest.mark.row("A33")
+@pytest.mark.parametrize("end", ["aack", "arelease"])
+async def test_an_extension_that_is_cancelled_late_leaves_no_identity(queue, monkeypatch, end):
+    """Cancelled as the identity that holds nothing any more is taken away: the end of the message does that."""
+    real, leaving = AsyncConnection.execute, asyncio.Event()
+
+    async def execute(connection, *command, **times):
+        if command[1] in (operations.REAP.sha, operations.REAP.text) and not leaving.is_set():
+            leaving.set()
+            await asyncio.sleep(3600)
+        return await real(connection, *command, **times)
+
+    monkeypatch.setattr(AsyncConnection, "execute", execute)
+    await queue.apush(1)
+    [message] = await queue.apull()
+    heartbeat = asyncio.ensure_future(message.aextend("30s"))
+    await leaving.wait()
+    heartbeat.cancel()
+    with suppress(asyncio.CancelledError):
+        await heartbeat
+    await getattr(message, end)()
+    assert (await queue.astats()).workers == 0
+    await asyncio.to_thread(queue.purge)
+    await queue.client.aclose()
+
+
+@pytest.mark.row("A33")
 def test_ack_after_an_extension_whose_reply_was_lost(impatient, fault, take):
     """After StoreUnavailable of `extend` the ack finds the message wherever it lies, and `extend` may be repeated too."""
     for again in (False, True):

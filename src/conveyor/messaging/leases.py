@@ -180,7 +180,8 @@ class LeaseSession:
     """Those of them that it ends."""
     _extensions: dict[str, Extension] = field(default_factory=dict)
     """The extensions that are not answered yet: the next turn begins with them."""
-    _has_moved: bool = False
+    has_moved: bool = False
+    """A message was moved to an identity of its own."""
     _mean_bytes: float = 0.0
     _clock_offset: float = 0.0  # server ms minus ours
     _looking: bool = False
@@ -239,7 +240,7 @@ class LeaseSession:
         loses nothing: the next turn begins with the same call.
         """
         moved: list[LeaseSession] = []
-        if self._has_moved:
+        if self.has_moved:
             yield from self.finish_extensions()
             moved = self._move_pending()
         if want or self._call is not None or not self.transient or self.registered or self.registering:
@@ -328,7 +329,7 @@ class LeaseSession:
         own = LeaseSession(self.keys, ms, self.about, self.detector, transient=True, clock=self.clock, registered=True)
         own.bodies, own.renewed = self.bodies, self.clock()
         call = operations.extend(self.keys, self.worker, leased.id, own.worker, ms, self.about)
-        self._has_moved = True
+        self.has_moved = True
         self._extensions[leased.id] = Extension(leased, own, call)
         yield from self.finish_extensions()
 

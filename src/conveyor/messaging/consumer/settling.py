@@ -170,6 +170,8 @@ class SettlerState:
                     leased.lost = True  # what it held was handed back
                     break
                 yield from leased.session.turn()
+        if self.session.has_moved:  # a caller that was cancelled may have left its empty identity behind
+            yield from self.session.finish_extensions()
 
     def move(self, leased: LeasedMessage, ms: int) -> Generator[Call[Any], Any, None]:
         """Move one message to an identity of its own. One that was settled meanwhile needs no lease any more."""
