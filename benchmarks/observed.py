@@ -3,10 +3,10 @@ The cost of being watched: ``python -m benchmarks.observed [--rounds 7] [--parts
 
 Short rounds alternate in one run. *off*: a worker alone. *again*: the same once more. *on*: with tracing by the OpenTelemetry API
 (no SDK), the counters of history that are always written, a dashboard whose stream of events one viewer reads, and metrics that
-are scraped each second. Each round is compared with its neighbour alone, and the figure is the median of these ratios: of the
+are scraped each second. Each round is compared with the two alone beside it, and the figure is the median of these ratios: of the
 jobs that a second of processor time of worker and server drains, since other programs on the machine slow a clock. Goal: at
-least 0.97 × off. The same ratio of *again* says what the machine can tell: where it is off 1, so is the figure. `--parts` turns
-on only those, to find what costs.
+least 0.97 × alone. The ratio of *again* to *off* says what the machine can tell: where it is off 1, so is the figure. `--parts`
+turns on only those, to find what costs.
 
 Before that, watching alone is measured for some seconds, with a full queue and no worker: the processor time of the server and of
 the dashboard's own process, and the commands, each a second. On a machine of two cores that process takes its time from the
@@ -59,13 +59,20 @@ def observed(bench: Bench, rounds: int, parts: Collection[str] = PARTS) -> bool:
     for name, costs in spent.items():
         note_costs(bench, f"observed {name}", costs)
         bench.note(f"observed {name} commands/job", statistics.median(cost.sent for cost in costs))
-    for name in ("again", "on"):
-        pairs = list(zip(spent["off"], spent[name], strict=True))
-        bench.note(f"observed {name} of off", statistics.median(one.rate / off.rate for off, one in pairs))
-        by_cpu = [off.cpu / one.cpu for off, one in pairs]
-        print("  ".join(f"{one:.3f}" for one in sorted(by_cpu)))
-        bench.note(f"observed {name} of off, by CPU", statistics.median(by_cpu))
-    return statistics.median(by_cpu) >= GOAL
+    off, again, on = (spent[name] for name in KINDS)
+    alone = [(one.rate + other.rate) / 2 for one, other in zip(off, again, strict=True)]
+    alone_cpu = [(one.cpu + other.cpu) / 2 for one, other in zip(off, again, strict=True)]
+    _note_ratios(bench, "again of off", again, [one.rate for one in off], [one.cpu for one in off])
+    return _note_ratios(bench, "on of alone", on, alone, alone_cpu) >= GOAL
+
+
+def _note_ratios(bench: Bench, name: str, costs: list[Cost], rates: list[float], cpus: list[float]) -> float:
+    """Note the medians of the ratios of *costs* to others of the same round; return that of processor time."""
+    bench.note(f"observed {name}", statistics.median(one.rate / rate for one, rate in zip(costs, rates, strict=True)))
+    by_cpu = [cpu / one.cpu for one, cpu in zip(costs, cpus, strict=True)]
+    print("  ".join(f"{one:.3f}" for one in sorted(by_cpu)))
+    bench.note(f"observed {name}, by CPU", statistics.median(by_cpu))
+    return statistics.median(by_cpu)
 
 
 def _note_watching(bench: Bench, parts: Collection[str], base: str, dashboard: int) -> None:
