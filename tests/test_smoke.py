@@ -18,7 +18,8 @@ from conveyor.admin.admin import Admin
 from conveyor.ids import new_id
 from conveyor.payload.records import write_envelope
 from conveyor.store.operations import Entry
-from support.running_worker import audit, drain, until, working
+from support.running_worker import audit, drain, working
+from support.waiting import auntil
 
 pytestmark = pytest.mark.smoke
 HERE = Path(__file__).parent
@@ -163,7 +164,7 @@ async def test_dead_workers_are_found(shop: Conveyor, redis: Any) -> None:
     shop.lease_ms = 600
     async with working(shop):
         assert await job.aresult(timeout=60) == 42
-        await until(lambda: redis.zscore(manual.keys.workers, manual.worker) is None)
+        await auntil(lambda: redis.zscore(manual.keys.workers, manual.worker) is None)
 
 
 def test_supervised_worker_and_admin(url: str, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 from conveyor import Conveyor
 from conveyor.cli import main
 from support.manual_worker import drain as remove_jobs
-from support.running_worker import drain, until, working
+from support.running_worker import drain, working
+from support.waiting import auntil
 
 APP = """
 import asyncio
@@ -87,7 +88,7 @@ def test_jobs_are_changed_run_again_and_cancelled(app: Conveyor, capsys: pytest.
             while await app.job(waits).astatus() != "leased":
                 await asyncio.sleep(0.01)
             ready.set()
-            await until(over.is_set)
+            await auntil(over.is_set)
         await app.aclose()
 
     worker = threading.Thread(target=asyncio.run, args=(hold(),))

@@ -24,7 +24,8 @@ from conveyor.cli.demo.report import Kill, build_report, histories, summary_line
 from conveyor.cli.demo.run import DemoRun
 from conveyor.store.client.client import Client
 from support.shell import Shell
-from support.supervisor_process import running, until
+from support.supervisor_process import running
+from support.waiting import until
 
 ACCEPTED = {"q:a": "work", "q:b": "work", "q:c": "work", "q:d": "work"}
 KILL = Kill(7, 10.0, returned=3)

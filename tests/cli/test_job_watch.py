@@ -20,11 +20,12 @@ from conveyor.jobs.context import current
 from conveyor.jobs.progress_bar import ProgressBar, progress_line
 from conveyor.payload.records import AttemptHistory
 from conveyor.store.operations import Settlement
-from support.manual_worker import ManualWorker, drain, eventually
+from support.manual_worker import ManualWorker, drain
 from support.running_worker import working
 from support.shell import Shell
 from support.terminal import on_terminal
 from support.time_limits import PATIENCE
+from support.waiting import until
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_a_bar_on_a_terminal(shell: Shell, app: Conveyor) -> None:
     manual.turn(0, Settlement("M", id_, state=state))
 
     def end() -> None:
-        eventually(lambda: app.client.execute("HLEN", manual.keys.waiters) == 1)
+        until(lambda: app.client.execute("HLEN", manual.keys.waiters) == 1)
         manual.done(id_, 1)
 
     ending = threading.Thread(target=end)

@@ -16,7 +16,8 @@ from conveyor.admin import Admin
 from conveyor.cli import main
 from conveyor.dashboard import Access, dashboard
 from support.dashboard_client import OWN_PAGE, ask
-from support.running_worker import drain, until, working
+from support.running_worker import drain, working
+from support.waiting import auntil
 
 pytestmark = pytest.mark.leaves_keys("dead letters and the audit are left to be looked at")
 ACCOUNT = f"{getpass.getuser()}@{socket.gethostname()}"
@@ -60,7 +61,7 @@ async def test_commands_to_workers_are_audited_whichever_way_they_come(
             gone = await post("workers/stop", TOKEN, "nowhere:1")
             assert (gone.status_code, gone.json()["error"]["code"]) == (404, "E56")
             go.set()
-            await until(lambda: worker.lifecycle.stopped)
+            await auntil(lambda: worker.lifecycle.stopped)
         entries = await asyncio.to_thread(admin.audit)
     assert [(one.who, one.what, one.target, one.count) for one in reversed(entries)] == [
         (who, f"{action} worker", worker.name, 1) for action in ("quiet", "stop") for who in ("ada", "deploy", ACCOUNT)

@@ -20,6 +20,7 @@ from conveyor import Concurrency, Conveyor, Queue
 from conveyor.dashboard import Access, dashboard
 from conveyor.messaging.receipts import Receipt, read_receipt
 from support.dashboard_client import ask
+from support.waiting import auntil
 
 ROOT = Path(__file__).parents[2]
 TOKENS = {"secret": Access.only("pull_messages").named("billing")}
@@ -165,13 +166,6 @@ class Caller:
         self.sent.append(message)
 
 
-async def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
-
-
 def test_a_pull_waits_and_ends_with_its_client(app: Conveyor, site: Any) -> None:
     """A pull waits for a message without a thread; that of a client that has gone away takes none, and gives back what it had."""
     import threading
@@ -181,7 +175,7 @@ def test_a_pull_waits_and_ends_with_its_client(app: Conveyor, site: Any) -> None
     async def run() -> None:
         threads = threading.active_count()
         waiting = [Caller(site, {"queue": "orders", "wait": 20}) for _ in range(30)]
-        await until(lambda: site.service.waiting_pulls == 30)
+        await auntil(lambda: site.service.waiting_pulls == 30)
         assert threading.active_count() <= threads + 1
         for one in waiting[1:]:
             one.gone.set()
@@ -195,7 +189,7 @@ def test_a_pull_waits_and_ends_with_its_client(app: Conveyor, site: Any) -> None
         leaver.gone.set()
         await queue.apush({"n": 2})
         await asyncio.wait_for(leaver.call, 60)
-        await until(lambda: site.service.waiting_pulls == 0)
+        await auntil(lambda: site.service.waiting_pulls == 0)
         stats = await queue.astats()
         assert (stats.leased, stats.ready) == (1, 1)
         await app.aclose()

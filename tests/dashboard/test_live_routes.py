@@ -28,8 +28,8 @@ from conveyor.dashboard.live_routes import stream
 from conveyor.errors import StoreUnavailable
 from support.client_worker import ClientWorker
 from support.dashboard_client import ask
-from support.manual_worker import eventually as until
 from support.running_worker import drain
+from support.waiting import until
 
 
 def get(site: Any, path: str, **inputs: Any) -> Any:

@@ -26,8 +26,9 @@ from conveyor.store import limits, operations
 from conveyor.store.operations import Settlement, WorkerUnregistered
 from conveyor.worker.logs import describe_end
 from support.dashboard_client import ask
-from support.manual_worker import ServingWorker, eventually
+from support.manual_worker import ServingWorker
 from support.running_worker import drain
+from support.waiting import until
 
 TASK = "mail.send"
 Shell = Callable[..., str]
@@ -274,7 +275,7 @@ def test_what_is_stuck_is_flagged_in_one_sentence(app: Conveyor, shell: Shell) -
     full.push(1)
     waiting = threading.Thread(target=lambda: full.push(2))
     waiting.start()
-    eventually(lambda: Admin(app.client).queue("full").blocked)
+    until(lambda: Admin(app.client).queue("full").blocked)
     app.client.execute("RPUSH", app.client.keys("lonely").outbox, "x", key=app.client.keys("lonely").jobs)
 
     site = dashboard(app, lambda _: Access.ALL)

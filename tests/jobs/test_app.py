@@ -22,7 +22,8 @@ from conveyor.jobs.app import Conveyor
 from conveyor.jobs.core import core_of
 from conveyor.jobs.job import Job
 from conveyor.jobs.task import Task, TaskCall, definition_of
-from support.manual_worker import ManualWorker, arguments, eventually
+from support.manual_worker import ManualWorker, arguments
+from support.waiting import auntil, until
 
 SOURCE = str(Path(__file__).parents[2] / "src")
 
@@ -201,7 +202,7 @@ def test_closing_is_not_the_end(app: Conveyor, note: Task[[int], None], redis: r
             note.enqueue(n)
             assert len(redis.client_list()) == idle + 1
         assert same is app
-        eventually(lambda: len(redis.client_list()) == idle)
+        until(lambda: len(redis.client_list()) == idle)
     assert numbers(app) == [0, 1]
 
 
@@ -211,7 +212,7 @@ async def test_async_with_closes_the_loops_connection(url: str, redis: redis_py.
     async with Conveyor(url) as app:
         await app.client.aexecute("PING")
         assert len(redis.client_list()) == idle + 1
-    await asyncio.to_thread(eventually, lambda: len(redis.client_list()) == idle)
+    await auntil(lambda: len(redis.client_list()) == idle)
 
 
 def test_worker_comes_from_the_layer_above(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,9 +26,9 @@ from conveyor.events import (
 )
 from conveyor.jobs import queue_events
 from support.app_fixtures import blocking_client  # noqa: F401
-from support.manual_worker import eventually
 from support.running_worker import drain, working
 from support.time_limits import LATER, PATIENCE
+from support.waiting import until
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_events_come_by_push_and_over_a_cut(
             ended.append(str(error))
 
     threading.Thread(target=read, daemon=True).start()
-    eventually(lambda: redis.zcard("conveyor:{notes}:event-readers") == 1)
+    until(lambda: redis.zcard("conveyor:{notes}:event-readers") == 1)
     first = messages.push(1)
     event = seen.get(timeout=PATIENCE)
     assert (event.name, event.job_id, event.task, event.queue) == ("enqueued", first, "", "notes")
@@ -151,7 +151,7 @@ def test_events_come_by_push_and_over_a_cut(
     message.ack()
     assert [seen.get(timeout=PATIENCE).name for _ in range(2)] == ["started", "done"]
     client.close()
-    eventually(lambda: bool(ended))
+    until(lambda: bool(ended))
     assert "was closed" in ended[0]
 
 

@@ -12,7 +12,7 @@ from conveyor.errors import ConfigurationError, JobCancelled, JobNotFound, Queue
 from conveyor.store import inspection
 from conveyor.store.operations import Settlement
 from support.manual_worker import ManualWorker
-from support.message_fixtures import until
+from support.waiting import until
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from conveyor.jobs.app import Conveyor
 from conveyor.jobs.job import Job
 from conveyor.payload.records import Failure
 from conveyor.store import operations
-from support.manual_worker import ManualWorker, eventually
+from support.manual_worker import ManualWorker
+from support.waiting import until
 
 
 @dataclass
@@ -151,7 +152,7 @@ def test_result_of_a_cancelled_job(app: Conveyor, tasks: Tasks, manual: ManualWo
     job.cancel()
     late = tasks.pay.options(expires="1ms").enqueue(1)
     seconds, micros = redis.time()
-    eventually(lambda: redis.time() > (seconds, micros + 2000))
+    until(lambda: redis.time() > (seconds, micros + 2000))
     assert manual.take() == []
 
     with pytest.raises(JobCancelled, match="was cancelled"):
@@ -243,7 +244,7 @@ def test_purged_job_tells_who_waits(app: Conveyor, tasks: Tasks, manual: ManualW
     job = tasks.pay.enqueue(1)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(job.result, timeout=30)
-        eventually(lambda: redis.exists("conveyor:{default}:waiters"))
+        until(lambda: redis.exists("conveyor:{default}:waiters"))
         app.client.run(operations.purge(app.client.keys("default"), "ready", 9))
         with pytest.raises(JobCancelled, match="was purged"):
             waiting.result(10)

@@ -19,8 +19,9 @@ from conveyor.store.operations import TurnReport
 from conveyor.worker.log_capture import LINE_BYTES
 from support import process_app
 from support.app_fixtures import loop_app  # noqa: F401
-from support.running_worker import audit, drain, until, working
+from support.running_worker import audit, drain, working
 from support.time_limits import PATIENCE
+from support.waiting import auntil
 
 shop = logging.getLogger("shop")
 
@@ -137,7 +138,7 @@ async def test_a_running_job_is_followed(app: Conveyor) -> None:
     @app.task
     async def work() -> None:
         shop.info("first")
-        await until(gate.is_set)
+        await auntil(gate.is_set)
         shop.info("last")
 
     job = await work.aenqueue()

@@ -25,7 +25,8 @@ from conveyor.store.client.buffered import place_anew
 from conveyor.store.client.spool import SpooledPush
 from conveyor.store.partitions import partition_of
 from support.databases import Database
-from support.running_worker import drain, until, working
+from support.running_worker import drain, working
+from support.waiting import auntil
 
 ONCE = Retry(attempts=5, backoff="10ms", cap="10ms", jitter=False)
 
@@ -56,7 +57,7 @@ async def test_a_rate_holds_for_all_workers_together(app: Conveyor, url: str) ->
         began = time.monotonic()
         await app.aenqueue_many([task.s(n) for n in range(30)])
         async with working(app, queues={"api": 1}), working(other, queues={"api": 1}):
-            await until(lambda: len(ran) == 30)
+            await auntil(lambda: len(ran) == 30)
     assert time.monotonic() - began >= 0.6
     assert sorted(ran) == list(range(30))
 
@@ -76,10 +77,10 @@ async def test_concurrency_by_a_key_holds_up_its_key_alone(app: Conveyor) -> Non
 
     jobs = [await work.aenqueue("flood") for _ in range(20)]
     async with working(app, concurrency=50):
-        await until(lambda: running["flood"] == 2)
+        await auntil(lambda: running["flood"] == 2)
         assert [await job.astatus() for job in jobs[2:4]] == ["waiting", "waiting"]
         jobs.append(await work.aenqueue("other"))
-        await until(lambda: running["other"] == 1)
+        await auntil(lambda: running["other"] == 1)
         gate.set()
         for job in jobs:
             await job.aresult(timeout="30s")
@@ -144,7 +145,7 @@ async def test_rate_limited_holds_all_jobs_of_the_limit_and_costs_no_attempt(app
 
     first = await fetch.aenqueue("a", 0)
     async with working(app, concurrency=1):
-        await until(lambda: starts)
+        await auntil(lambda: starts)
         while not any(
             one.opens_at for one in await app.client.arun(store_limits.list_limits(app.client.keys("default")))
         ):
@@ -177,7 +178,7 @@ async def test_rate_limited_holds_a_task_without_limits(app: Conveyor) -> None:
 
     first = await fetch.aenqueue(0)
     async with working(app, concurrency=1):
-        await until(lambda: starts)
+        await auntil(lambda: starts)
         while (await app.client.arun(inspection.counts(app.client.keys("default")))).leased:
             await asyncio.sleep(0.005)
         others = [await fetch.aenqueue(n) for n in (1, 2)]
@@ -202,9 +203,9 @@ async def test_retry_in_counts_an_attempt_and_holds_nobody(app: Conveyor) -> Non
 
     failing = await task.aenqueue(0)
     async with working(app, concurrency=1):
-        await until(lambda: ran == [0])
+        await auntil(lambda: ran == [0])
         assert await (await task.aenqueue(1)).aresult(timeout="30s") == 1
-        await until(lambda: ran == [0, 1, 0])
+        await auntil(lambda: ran == [0, 1, 0])
     assert (await failing.astatus(), ran) == ("dead", [0, 1, 0])
 
 
@@ -265,12 +266,12 @@ async def test_weight_and_pause_count_for_what_is_queued(app: Conveyor) -> None:
     states = {one.key: (one.weight, one.paused, one.waiting) for one in await app.groups.alist("default")}
     assert states == {"light": (1, False, 60), "heavy": (3, False, 60), "off": (1, True, 60)}
     async with working(app, concurrency=8):
-        await until(lambda: len(starts) == 120)
+        await auntil(lambda: len(starts) == 120)
         # Exactly 60, but that a large turn names the jobs of one key after those of another; 40 without the weight.
         assert 50 <= starts[:80].count("heavy") <= 60
         assert "off" not in starts
         await app.groups.aset("default", "off", paused=False)
-        await until(lambda: len(starts) == 180)
+        await auntil(lambda: len(starts) == 180)
 
 
 async def test_a_group_opened_by_a_concurrency_limit(app: Conveyor) -> None:
@@ -285,7 +286,7 @@ async def test_a_group_opened_by_a_concurrency_limit(app: Conveyor) -> None:
 
     jobs = [await sync.aenqueue("a", page) for page in range(6)]
     async with working(app, concurrency=20):
-        await until(lambda: len(starts) == 3)
+        await auntil(lambda: len(starts) == 3)
         assert await jobs[3].astatus() == "waiting"
         gate.set()
         for job in jobs:
@@ -305,18 +306,18 @@ async def test_an_operator_changes_a_limit_while_workers_run(app: Conveyor) -> N
 
     await app.aenqueue_many([work.s(tenant) for _ in range(6) for tenant in ("a", "b")])
     async with working(app, concurrency=50):
-        await until(lambda: running == {"a": 1, "b": 1})
+        await auntil(lambda: running == {"a": 1, "b": 1})
         await app.limits.aset("default", Concurrency(3, by="tenant"), key="a")
-        await until(lambda: running == {"a": 3, "b": 1})
+        await auntil(lambda: running == {"a": 3, "b": 1})
         await app.limits.aset("work", Concurrency(2, by="tenant"))
-        await until(lambda: running == {"a": 3, "b": 2})
+        await auntil(lambda: running == {"a": 3, "b": 2})
         states = {(one.name, one.key): (one.limit.n, one.overridden) for one in await app.limits.alist("default")}
         assert states["work.concurrency.tenant", None] == (2, True)
         assert states["work.concurrency.tenant", "a"] == (3, True)
         assert await app.limits.areset("default", "work.concurrency.tenant", "a") == 1
         assert await app.limits.areset("default") == 1
         gates["all"].set()
-        await until(lambda: running == {"a": 6, "b": 6})
+        await auntil(lambda: running == {"a": 6, "b": 6})
     [state] = [one for one in await app.limits.alist("default") if one.key is None]
     assert (state.limit, state.declared, state.overridden) == (*[Concurrency(1, by="tenant")] * 2, False)
 
@@ -513,7 +514,7 @@ async def test_spawned_jobs_keep_their_limits(app: Conveyor) -> None:
 
     await parent.aenqueue()
     await drain(app)
-    await until(lambda: len(order) == 5)
+    await auntil(lambda: len(order) == 5)
     assert order == list(range(5))
 
 

@@ -13,7 +13,8 @@ import redis as redis_py
 
 from conveyor import Conveyor, ids
 from conveyor.errors import ConfigurationError
-from support.running_worker import until, working
+from support.running_worker import working
+from support.waiting import auntil
 
 pytestmark = pytest.mark.usefixtures("redis")
 
@@ -148,7 +149,7 @@ async def test_a_worker_that_meets_a_message_says_so(url: str, caplog: pytest.Lo
         async with working(app):
             job = await add.aenqueue(1, 2)
             assert await job.aresult(timeout="10s") == 3
-            text = await until(
+            text = await auntil(
                 lambda: next((one.getMessage() for one in caplog.records if "E05" in one.getMessage()), "")
             )
         assert text.startswith(
@@ -228,7 +229,7 @@ async def test_after_a_day_it_is_a_dead_letter(
         else:
             app.task(queue="mixed")(_nothing)
             async with working(app):
-                await until(lambda: redis.zcard(keys.dead))
+                await auntil(lambda: redis.zcard(keys.dead))
         [letter] = [one async for one in queue.adead_letters()]
         assert letter.payload[:1] == b"{"
         assert letter.error.startswith("UnknownTask: ")

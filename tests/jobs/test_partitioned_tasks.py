@@ -22,8 +22,9 @@ from conveyor.store import inspection
 from conveyor.worker.leasing.capacity import STINT, PartitionGroup
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from support.partition_helpers import ack_all, audits, lengths, place_of
-from support.running_worker import drain, until, working
+from support.running_worker import drain, working
 from support.shell import Shell
+from support.waiting import auntil
 
 SECRETS = {"2026-11": "a secret of thirty-two bytes and more"}
 
@@ -434,7 +435,7 @@ async def test_a_partition_that_does_not_answer_holds_up_no_other(app: Conveyor)
     silent = jobs[0].queue
     async with working(app, queues={"orders": 1.0}, concurrency=1) as worker:
         [consumer] = [one for one in worker.consumers if one.queue == silent]
-        await until(lambda: len(ran) == 16 and not any(one.busy or one.has_more for one in worker.consumers))
+        await auntil(lambda: len(ran) == 16 and not any(one.busy or one.has_more for one in worker.consumers))
         connection, replies = consumer.connection, list[Any]()
         send = connection.send
 
@@ -446,9 +447,9 @@ async def test_a_partition_that_does_not_answer_holds_up_no_other(app: Conveyor)
         ran.clear()
         for n in range(16):
             await note.aenqueue(n)
-        await until(lambda: len(ran) == 14)
+        await auntil(lambda: len(ran) == 14)
         connection.send = send
         for answer, reply in replies:
             answer(reply)
-        await until(lambda: len(ran) == 16)
+        await auntil(lambda: len(ran) == 16)
     assert set(ran.values()) == {1}

@@ -20,8 +20,9 @@ from conveyor.store import operations
 from conveyor.store.operations import Settlement, TurnReport
 from support import process_app
 from support.app_fixtures import loop_app  # noqa: F401
-from support.running_worker import audit, drain, until, working
+from support.running_worker import audit, drain, working
 from support.time_limits import PATIENCE
+from support.waiting import auntil
 
 
 async def said(job: Any, done: float) -> Progress:
@@ -58,7 +59,7 @@ async def test_progress_is_seen_while_the_job_runs_and_after_it(app: Conveyor, k
     @app.task
     async def coroutine(context: Context = current()) -> None:
         begin(context)
-        await until(gate.is_set)
+        await auntil(gate.is_set)
         current().progress(10, 10)
 
     @app.task
@@ -155,7 +156,7 @@ async def test_notes_survive_the_death_of_the_worker(app: Conveyor) -> None:
         [consumer] = worker.consumers
         await app.client.arun(operations.reap(consumer.keys, consumer.identity, crashed=True))
         consumer.on_token()
-        await until(lambda: len(found) == done + 1)
+        await auntil(lambda: len(found) == done + 1)
 
     job = await walk.aenqueue()
     async with working(app) as worker:

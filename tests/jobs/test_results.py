@@ -21,8 +21,9 @@ from conveyor.jobs.job import Job
 from conveyor.jobs.task import Task
 from conveyor.payload.records import Failure
 from support.forked_children import exit_code, in_child
-from support.manual_worker import ManualWorker, drain, eventually
+from support.manual_worker import ManualWorker, drain
 from support.time_limits import LATER, PATIENCE
+from support.waiting import auntil, until
 from testbed.server_process import Server
 
 WAITERS = "conveyor:{default}:waiters"
@@ -78,7 +79,7 @@ def test_waiter_is_woken_by_push(
         job = echo.enqueue(n)
         [id_] = manual.take()
         waiting = pool.submit(job.result, timeout=PATIENCE)
-        eventually(lambda id_=id_: redis.hexists(WAITERS, id_))
+        until(lambda id_=id_: redis.hexists(WAITERS, id_))
         if n == 0:
             manual.done(id_, 0)
             assert waiting.result(60) == 0
@@ -97,7 +98,7 @@ def test_all_kinds_of_ends_are_pushed(
     jobs = [echo.enqueue(n) for n in range(3)]
     ids = manual.take(3)
     waiting = [pool.submit(job.result, timeout=PATIENCE) for job in jobs]
-    eventually(lambda: redis.hlen(WAITERS) == 3)
+    until(lambda: redis.hlen(WAITERS) == 3)
     manual.dead(ids[0], Failure(1, 0, "ValueError", "no", traceback="trace"))
     manual.unkept(ids[1])
     manual.plainly_done(ids[2])
@@ -127,7 +128,7 @@ def test_one_connection_serves_all_waiters(
     threads = [pool.submit(job.result, timeout=PATIENCE) for job in jobs[:20]]
     loops = [pool.submit(asyncio.run, wait_for(jobs[20:40])), pool.submit(asyncio.run, wait_for(jobs[40:]))]
     ids = manual.take(60)
-    eventually(lambda: redis.hlen(WAITERS) == 60)
+    until(lambda: redis.hlen(WAITERS) == 60)
     assert len(subscribers(redis)) == 1
     for n, id_ in enumerate(ids):
         manual.done(id_, n)
@@ -144,7 +145,7 @@ def test_many_wait_for_one_job(
     job = echo.enqueue(1)
     [id_] = manual.take()
     waiting = [pool.submit(job.result, timeout=PATIENCE) for _ in range(5)]
-    eventually(lambda: redis.hexists(WAITERS, id_))
+    until(lambda: redis.hexists(WAITERS, id_))
     with pytest.raises(TimeoutError):
         job.result(timeout="10ms")
     assert redis.hexists(WAITERS, id_)
@@ -192,7 +193,7 @@ async def test_cancelled_waiter_leaves_nothing(app: Conveyor, echo: Task[[int], 
     """A cancelled aresult() is not registered any more."""
     job = await echo.aenqueue(1)
     waiting = asyncio.create_task(job.aresult())
-    await asyncio.to_thread(eventually, lambda: redis.exists(WAITERS))
+    await auntil(lambda: redis.exists(WAITERS))
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
@@ -211,7 +212,7 @@ def test_same_own_id_in_two_queues(
     hands = [ManualWorker(app, "a"), ManualWorker(app, "b")]
     assert [manual.take() for manual in hands] == [["x"], ["x"]]
     waiting = [pool.submit(job.result, timeout=PATIENCE) for job in jobs]
-    eventually(lambda: redis.exists("conveyor:{a}:waiters", "conveyor:{b}:waiters") == 2)
+    until(lambda: redis.exists("conveyor:{a}:waiters", "conveyor:{b}:waiters") == 2)
     hands[1].done("x", 2)
     assert waiting[1].result(60) == 2
     assert not waiting[0].done()
@@ -235,7 +236,7 @@ def test_missed_message_is_made_good(
     job = echo.enqueue(1)
     [id_] = manual.take()
     waiting = pool.submit(job.result, timeout=PATIENCE)
-    eventually(lambda: redis.hexists(WAITERS, id_))
+    until(lambda: redis.hexists(WAITERS, id_))
     redis.delete(WAITERS)
     manual.done(id_, 5)
 
@@ -256,7 +257,7 @@ def test_lost_connection_is_made_good(
     job = echo.enqueue(1)
     [id_] = manual.take()
     waiting = pool.submit(job.result, timeout=PATIENCE)
-    eventually(lambda: redis.hexists(WAITERS, id_))
+    until(lambda: redis.hexists(WAITERS, id_))
     [one] = subscribers(redis)
     with redis.pipeline(transaction=True) as pipeline:  # nobody can subscribe between the two
         pipeline.client_kill_filter(_id=one["id"])
@@ -284,11 +285,11 @@ def test_waiters_survive_a_restart(start_server: Callable[..., Server]) -> None:
 
         waiting = [pool.submit(jobs[0].result, timeout=60), pool.submit(asyncio.run, wait())]
         with server.client() as client:
-            eventually(lambda: client.hlen(WAITERS) == 2)
+            until(lambda: client.hlen(WAITERS) == 2)
         server.kill()
         server.start()
         with server.client() as client:
-            eventually(lambda: len(subscribers(client)) == 1)
+            until(lambda: len(subscribers(client)) == 1)
         manual.done(ids[0], 10)
         manual.done(ids[1], 11)
 
@@ -321,7 +322,7 @@ def test_close_ends_the_thread_and_use_starts_it_again(
         assert [t.name for t in threading.enumerate()].count("conveyor-replies") == 1
         app.close()
         assert [t.name for t in threading.enumerate()].count("conveyor-replies") == 0
-        eventually(lambda: subscribers(redis) == [])
+        until(lambda: subscribers(redis) == [])
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -336,13 +337,13 @@ def test_child_process_waits_on_its_own(
     jobs = [echo.enqueue(n) for n in (1, 2)]
     _, first, second = manual.take(3)
     child = in_child(lambda: jobs[0].result(timeout=60))
-    eventually(lambda: redis.hexists(WAITERS, first))
-    eventually(lambda: len(subscribers(redis)) == 2)
+    until(lambda: redis.hexists(WAITERS, first))
+    until(lambda: len(subscribers(redis)) == 2)
     manual.done(first, 33)
     assert exit_code(child) == 33
 
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(jobs[1].result, timeout=20)
-        eventually(lambda: redis.hexists(WAITERS, second))
+        until(lambda: redis.hexists(WAITERS, second))
         manual.done(second, 34)
         assert waiting.result(60) == 34

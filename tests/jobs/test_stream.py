@@ -19,9 +19,10 @@ from conveyor.jobs.stream import Part
 from conveyor.store import streams
 from conveyor.store.operations import Settlement
 from support.app_fixtures import blocking_client, loop_app  # noqa: F401
-from support.manual_worker import ManualWorker, eventually
-from support.running_worker import drain, until, working
+from support.manual_worker import ManualWorker
+from support.running_worker import drain, working
 from support.time_limits import LATER, PATIENCE
+from support.waiting import auntil, until
 
 STREAM = "conveyor:{default}:stream:"
 
@@ -61,7 +62,7 @@ async def test_each_part_once_in_order_for_a_reader_that_is_cut(app: Conveyor, r
         assert await job.aresult() == 10_000
         assert values(await read(job, seen[9_990].id)) == list(range(9_991, 10_000))
     assert 0 < redis.pttl(STREAM + job._bare_id) <= 600_000
-    await until(lambda: not redis.exists("conveyor:{default}:waiters"))
+    await auntil(lambda: not redis.exists("conveyor:{default}:waiters"))
 
 
 @pytest.mark.row("D351")
@@ -78,7 +79,7 @@ def test_a_reader_gets_a_part_by_push(client: Conveyor, redis: redis_py.Redis, m
     seen: queue.SimpleQueue[Part] = queue.SimpleQueue()
     reader = threading.Thread(target=lambda: [seen.put(part) for part in job.stream()])
     reader.start()
-    eventually(lambda: (redis.hget("conveyor:{default}:waiters", id_) or b"").startswith(b"*"))
+    until(lambda: (redis.hget("conveyor:{default}:waiters", id_) or b"").startswith(b"*"))
     record = streams.write_parts(1, 1, [b'"a"'], 3)
     for _ in "original", "repeat":
         assert client.client.run(streams.emit(manual.keys, manual.worker, [(id_, record)])) == [True]

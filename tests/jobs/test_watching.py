@@ -16,9 +16,10 @@ from conveyor.payload.records import AttemptHistory, Failure, Outcome, to_json
 from conveyor.store import operations
 from conveyor.store.operations import Settlement
 from support.app_fixtures import blocking_client, loop_app  # noqa: F401
-from support.manual_worker import ManualWorker, eventually
-from support.running_worker import drain, until, working
+from support.manual_worker import ManualWorker
+from support.running_worker import drain, working
 from support.time_limits import LATER, PATIENCE
+from support.waiting import auntil, until
 
 WAITERS = "conveyor:{default}:waiters"
 
@@ -36,7 +37,7 @@ class Reader:
         self.thread.start()
 
     def until(self, last: str) -> None:
-        eventually(lambda: bool(self.seen) and self.seen[-1].id == last)
+        until(lambda: bool(self.seen) and self.seen[-1].id == last)
 
     def end(self) -> list[str]:
         self.thread.join(PATIENCE)
@@ -127,7 +128,7 @@ async def test_a_real_run_and_its_replay(app: Conveyor, redis: redis_py.Redis) -
     assert ended == ["1-leased", "2-leased", "3-leased", "3-done"]
     assert [one for one in told(later) if not one.endswith(("ready", "scheduled"))] == ended
     assert [one for one in told(resumed) if not one.endswith(("ready", "scheduled"))] == ["3-leased", "3-done"]
-    await until(lambda: not redis.exists(WAITERS))
+    await auntil(lambda: not redis.exists(WAITERS))
 
 
 async def test_progress_is_told(app: Conveyor) -> None:
@@ -207,7 +208,7 @@ async def test_many_watchers_share_a_subscription(app: Conveyor, redis: redis_py
         return seen
 
     watchers = [asyncio.create_task(watch()) for _ in range(10)]
-    await until(lambda: redis.hlen(WAITERS) == 1000)
+    await auntil(lambda: redis.hlen(WAITERS) == 1000)
     assert len([one for one in redis.client_list() if int(one["sub"]) > 0]) == 1
     assert {value.count(b"*") for value in redis.hvals(WAITERS)} == {1}
     await drain(app)
@@ -236,9 +237,9 @@ async def test_ends_without_a_start_and_bad_input(
     other = await work.options(delay="1h").aenqueue()
     async for _ in (updates := other.awatch()):
         break
-    await until(lambda: app._core.watch_hub._changed._sleepers)  # its thread waits for changes: leaving is one
+    await auntil(lambda: app._core.watch_hub._changed._sleepers)  # its thread waits for changes: leaving is one
     await updates.aclose()
-    await until(lambda: not redis.exists(WAITERS))
+    await auntil(lambda: not redis.exists(WAITERS))
     await other.acancel()
     with pytest.raises(ConfigurationError, match="after"):
         job.awatch(after="yesterday")

@@ -21,7 +21,8 @@ from conveyor import ConfigurationError, Conveyor, Retry, RetryIn, Webhook
 from conveyor.jobs import webhooks
 from conveyor.jobs.core import core_of
 from support.app_fixtures import loop_app  # noqa: F401
-from support.running_worker import drain, until
+from support.running_worker import drain
+from support.waiting import auntil
 
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
 
@@ -110,7 +111,7 @@ async def test_a_delivery_that_fails_has_an_end(
 
     await work.aenqueue()
     worker = asyncio.create_task(drain(app))
-    await until(lambda: worker.done() or len(receiver.requests) > 10)
+    await auntil(lambda: worker.done() or len(receiver.requests) > 10)
     assert len(receiver.requests) == 10
     await worker
     [letter] = [one async for one in app.queue("default").adead_letters()]

@@ -13,7 +13,7 @@ from conveyor.ids import new_id
 from conveyor.messaging.queue import Queue
 from conveyor.store import inspection, operations
 from conveyor.store.operations import Entry, ProducerSequence
-from support.message_fixtures import until
+from support.waiting import until
 
 MINUTE = 60_000
 

@@ -22,8 +22,9 @@ from conveyor.messaging.queue import Queue
 from conveyor.messaging.retry import Retry
 from conveyor.store import operations
 from conveyor.store.operations import Settlement
-from support.message_fixtures import first, until
+from support.message_fixtures import first
 from support.time_limits import PATIENCE
+from support.waiting import until
 
 _LOOP = """
 from conveyor import Conveyor

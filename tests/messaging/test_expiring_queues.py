@@ -10,9 +10,9 @@ import redis as redis_py
 
 from conveyor import Concurrency, Conveyor
 from conveyor.errors import ConfigurationError
-from support.message_fixtures import first, until
-from support.running_worker import until as auntil
+from support.message_fixtures import first
 from support.running_worker import working
+from support.waiting import auntil, until
 
 HOUR = 3_600_000
 CONSTANT = 90_000_000

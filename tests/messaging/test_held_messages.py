@@ -17,7 +17,8 @@ import pytest
 
 from conveyor import Conveyor, LeaseLost, StoreUnavailable
 from conveyor.store import inspection
-from support.message_fixtures import crash, first, until
+from support.message_fixtures import crash, first
+from support.waiting import until
 
 SHORT = 0.4
 """Seconds of a lease that is to end in a test."""

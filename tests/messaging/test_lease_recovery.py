@@ -16,7 +16,8 @@ from conveyor.errors import LeaseLost, StoreUnavailable
 from conveyor.messaging.message import Batch
 from conveyor.messaging.queue import Queue
 from conveyor.store.client.client import Client
-from support.message_fixtures import FAST, crash, first, until
+from support.message_fixtures import FAST, crash, first
+from support.waiting import until
 
 
 class TestLost:

@@ -11,8 +11,9 @@ import redis as redis_py
 
 from conveyor import Context, Conveyor, Retry, current, ids
 from conveyor.errors import ConfigurationError, PayloadError
-from support.running_worker import drain, until, working
+from support.running_worker import drain, working
 from support.spawned_jobs import settle
+from support.waiting import auntil
 
 ran: list[Any] = []
 
@@ -85,7 +86,7 @@ async def test_nothing_leaves_an_attempt_without_success(family: Conveyor, redis
         for job in (dead, gone):
             while await job.astatus() not in {"dead", "cancelled"}:
                 await asyncio.sleep(0.005)
-        await until(lambda: ran == [1])
+        await auntil(lambda: ran == [1])
     await drain(family)
     assert ran == [1]
     await asyncio.to_thread(family.queue("default").purge, dead=True)
@@ -103,7 +104,7 @@ async def test_a_job_to_come_is_waited_for(family: Conveyor) -> None:
 
     await slow.aenqueue()
     async with working(family):
-        await until(lambda: coming)
+        await auntil(lambda: coming)
         job = coming[0]
         assert await job.astatus() == "waiting"
         with pytest.raises(TimeoutError):
@@ -157,4 +158,4 @@ async def test_leftovers_are_found(family: Conveyor) -> None:
     """Followers of a worker that died between settling and delivering are delivered by the next worker of that queue."""
     await asyncio.to_thread(settle, family, [("two", n) for n in range(3)])
     async with working(family, queues={"default": 1, "two": 1}):
-        await until(lambda: ran == [0, 1, 2])
+        await auntil(lambda: ran == [0, 1, 2])

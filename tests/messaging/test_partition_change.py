@@ -20,9 +20,9 @@ from conveyor.store import limits as store_limits
 from conveyor.store import partitions as partitioning
 from conveyor.store.client.client import Client
 from conveyor.worker.worker import Worker
-from support.message_fixtures import until
 from support.partition_helpers import ack_all, audits, clear, in_a_loop, lengths, spread
 from support.running_worker import working
+from support.waiting import until
 
 
 def numbers(backend, count=8):

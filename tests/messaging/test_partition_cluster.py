@@ -11,9 +11,9 @@ import pytest
 from conveyor import Conveyor
 from conveyor.admin.admin import Admin
 from conveyor.messaging.consumer.renewal import by_endpoint
-from support.message_fixtures import until
 from support.partition_helpers import FAST, audits
 from support.running_worker import working
+from support.waiting import until
 from testbed.server_groups import ClusterOfNodes
 
 

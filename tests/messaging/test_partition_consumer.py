@@ -19,9 +19,9 @@ from conveyor.messaging.leases import DeadWorkerDetector, LeaseSession
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.store import operations
 from conveyor.store.keys import QueueKeys
-from support.message_fixtures import until
 from support.partition_helpers import FAST, ack_all, audits, in_a_loop, place_of, spread
 from support.time_limits import PATIENCE
+from support.waiting import until
 
 
 def drained(queue, **options):

@@ -15,10 +15,10 @@ from conveyor import Conveyor
 from conveyor.admin.admin import Admin
 from conveyor.errors import StoreUnavailable
 from conveyor.store.transport import cluster as transport
-from support.message_fixtures import until
 from support.partition_helpers import audits
 from support.shell import Shell
 from support.time_limits import LATER, PATIENCE
+from support.waiting import until
 from testbed.server_groups import ClusterOfNodes, Node
 
 COUNT = 20

@@ -19,7 +19,7 @@ from conveyor.messaging.queue import Queue
 from conveyor.messaging.retry import Retry
 from conveyor.store import inspection, operations, plain_list
 from conveyor.store.client.client import Client
-from support.message_fixtures import until
+from support.waiting import until
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LIST = "my_task_queue"

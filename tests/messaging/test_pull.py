@@ -16,8 +16,9 @@ from conveyor.messaging.consumer.blocking import BlockingSettler, Consumer
 from conveyor.messaging.queue import Queue
 from conveyor.store import inspection
 from conveyor.store.transport.wakeup import WakeupWaiter
-from support.message_fixtures import crash, first, until
+from support.message_fixtures import crash, first
 from support.time_limits import PATIENCE
+from support.waiting import until
 
 
 class TestExplicit:

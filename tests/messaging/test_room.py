@@ -16,8 +16,8 @@ from conveyor.messaging.limits import Concurrency
 from conveyor.messaging.queue import Queue
 from conveyor.store import inspection, operations
 from conveyor.store.client.client import Client
-from support.message_fixtures import until
 from support.script_faults import break_script
+from support.waiting import until
 
 
 def bounded(backend, most=3, name="small", **options):

@@ -17,7 +17,8 @@ from conveyor.store.client.client import Client
 from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
 from conveyor.store.transport.connection import Connection
 from support.interruption import points, within
-from support.message_fixtures import FAST, until
+from support.message_fixtures import FAST
+from support.waiting import until
 
 
 @pytest.fixture(params=["pull", "consume"])

@@ -22,8 +22,8 @@ from conveyor.messaging.shares import WeightedTurns
 from conveyor.store import operations
 from conveyor.store.transport.connection import Connection
 from conveyor.store.transport.wakeup import WakeupWaiter
-from support.message_fixtures import until
 from support.time_limits import PATIENCE
+from support.waiting import until
 from testbed.server_groups import ClusterOfNodes
 
 NAMES = [f"q{number}" for number in range(20)]

@@ -17,8 +17,8 @@ from conveyor.jobs.core import core_of
 from conveyor.jobs.job_selection import select
 from conveyor.messaging.message import Batch
 from conveyor.messaging.selection import Pace, act
-from support.manual_worker import eventually
 from support.running_worker import drain
+from support.waiting import until
 
 
 @pytest.fixture
@@ -336,7 +336,7 @@ def test_buffered_pushes_keep_their_tags(url: str, tmp_path: Path) -> None:
     with Conveyor("redis://127.0.0.1:1", buffer=buffer, timeout="100ms") as away:
         away.queue("q").push(1, tags=["a", "b"])
     with Conveyor(url, buffer=Buffer(tmp_path, server="one")) as app:
-        eventually(lambda: app.count_jobs(tag="b"))
+        until(lambda: app.count_jobs(tag="b"))
         [message] = app.queue("q").pull(1)
         assert message.tags == ["a", "b"]
         message.ack()

@@ -18,7 +18,7 @@ from conveyor.admin.admin import Admin
 from conveyor.messaging.topic import TopicInfo
 from conveyor.store import inspection
 from support.cut_commands import AsyncCut, Cut, Dies
-from support.message_fixtures import until
+from support.waiting import until
 from testbed.server_groups import ClusterOfNodes, wait_for
 
 TOPIC = "user.created"

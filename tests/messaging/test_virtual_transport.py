@@ -13,7 +13,7 @@ import pytest
 from redis import Redis
 
 from conveyor import Conveyor
-from support.message_fixtures import until
+from support.waiting import until
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "virtual_transport.py"

@@ -18,7 +18,8 @@ from conveyor.jobs.app import Conveyor
 from conveyor.messaging import outbox
 from conveyor.messaging.retry import Retry
 from conveyor.store.operations import Entry
-from support.running_worker import drain, until, working
+from support.running_worker import drain, working
+from support.waiting import auntil
 
 KEYS = {"2026-11": "k" * 32}
 BIG = "big " * 20_000
@@ -87,7 +88,7 @@ async def test_large_arguments_lie_in_the_store_until_their_job_ended(url, redis
         assert max(map(len, redis.hvals(app.client.keys("default").jobs))) < 300
         await drain(app)
         assert [await job.aresult("1s") for job in jobs] == [600_000, 599_999, 5]
-        await until(lambda: not list(tmp_path.glob("??/*")))
+        await auntil(lambda: not list(tmp_path.glob("??/*")))
 
 
 async def test_administration_fetches_nothing(app, store):
@@ -119,7 +120,7 @@ async def test_large_arguments_survive_retries_and_death(app, store):
     await drain(app)
     assert tried == [len(BIG)] * 4
     assert await job.aresult("1s") == len(BIG)
-    await until(lambda: not store.data)
+    await auntil(lambda: not store.data)
 
 
 @pytest.mark.parametrize("fault", ["missing", "changed", "cut", "another"])
@@ -190,15 +191,15 @@ async def test_refused_end_leaves_the_body(app, store, redis):
     job = await slow.aenqueue(BIG)
     keys, id_ = app.client.keys("default"), job.id.partition(":")[2]
     async with working(app) as worker:
-        await until(lambda: ran)
+        await auntil(lambda: ran)
         assert redis.hdel(keys.leased(worker.consumers[0].identity), id_) == 1  # as if another had taken it
         gate.set()
-        await until(lambda: not worker.consumers[0].held)
+        await auntil(lambda: not worker.consumers[0].held)
         assert len(store.data) == 1
         redis.rpush(keys.ready[0], id_)
         redis.rpush(keys.wake, "1")
         assert await job.aresult("20s") == 2
-        await until(lambda: not store.data)
+        await auntil(lambda: not store.data)
     assert ran == [BIG, BIG]
 
 
@@ -221,7 +222,7 @@ async def test_cancel_while_a_body_is_fetched(app, store):
     store.get = get
     await slow.aenqueue(BIG)
     async with working(app, grace=0.0) as worker:
-        await until(lambda: worker.loader.fetching)
+        await auntil(lambda: worker.loader.fetching)
         worker.stop()
         gate.set()
     assert ran == []

@@ -11,7 +11,8 @@ from conveyor import FileStore
 from conveyor.errors import ConfigurationError, JobFailed
 from conveyor.jobs.app import Conveyor
 from conveyor.jobs.core import core_of
-from support.running_worker import drain, until
+from support.running_worker import drain
+from support.waiting import auntil
 
 KEYS = {"2026-11": "s" * 32}
 
@@ -110,7 +111,7 @@ async def test_partitions_are_one_queue_to_the_seal(url, tmp_path):
         assert sorted(message.body for message in taken) == ["a", "b" * 2000, "c"]
         for message in taken:
             await message.aack()
-        await until(lambda: not list(tmp_path.glob("??/*")))
+        await auntil(lambda: not list(tmp_path.glob("??/*")))
 
 
 def test_compressed_messages_need_no_settings_to_be_read(made, redis):
@@ -164,7 +165,7 @@ async def test_large_messages_on_a_loop(url, tmp_path):
                 if len(found) == 3:
                     break
         assert found == ["x" * 5000, "y" * 5000, "small"]
-        await until(lambda: not list(tmp_path.glob("??/*")))
+        await auntil(lambda: not list(tmp_path.glob("??/*")))
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ import redis as redis_py
 from conveyor.jobs.app import Conveyor
 from conveyor.messaging.retry import Retry
 from conveyor.store import inspection
-from support.manual_worker import ManualWorker, eventually
-from support.running_worker import audit, drain, until
+from support.manual_worker import ManualWorker
+from support.running_worker import audit, drain
+from support.waiting import auntil, until
 
 Rounds = Callable[[int, int], int]
 SLOW_US = 100_000
@@ -96,7 +97,7 @@ def test_a_purge_lets_others_work(app: Conveyor, redis: redis_py.Redis, rounds: 
         redis.config_resetstat()
         purging = threading.Thread(target=queue.purge)
         purging.start()
-        eventually(lambda: len(queue) < depth - 10, 30)
+        until(lambda: len(queue) < depth - 10, 30)
         while purging.is_alive():
             began = perf_counter()
             newer.append(task.enqueue(-1).id)
@@ -130,7 +131,7 @@ async def test_jobs_that_fail_together_come_back_apart(app: Conveyor, redis: red
     worker = Worker(app)
     running = asyncio.create_task(worker.run())
     due = app.client.keys("default").due
-    await until(lambda: redis.zcard(due) == jobs, 120)
+    await auntil(lambda: redis.zcard(due) == jobs, 120)
     worker.stop()
     await running
     instants = [score for _, score in redis.zrange(due, 0, -1, withscores=True)]
@@ -192,7 +193,7 @@ async def test_results_that_nobody_fetches_go(app: Conveyor, redis: redis_py.Red
     await drain(app)
     results = list(_results(redis))
     assert len(results) <= len(handles)
-    await until(lambda: not list(_results(redis)), 30)
+    await auntil(lambda: not list(_results(redis)), 30)
     after = {key for key in redis.scan_iter() if redis.ttl(key) == -1}
     assert after - before <= {b"conveyor:{default}:conf", b"conveyor:{default}:recent", b"conveyor:queues"}
     await app.aclose()

@@ -16,8 +16,8 @@ from chaos.fault_injector import DECKS, Fault, schedule
 from chaos.recording_server import FAKETIME, RecordingServer
 from chaos.redis_history import read_history
 from chaos.soak import soak
-from support.manual_worker import eventually
 from support.server_kinds import OTHERS
+from support.waiting import until
 from testbed.server_process import find_binary
 
 SECONDS = float(os.environ.get("CONVEYOR_CHAOS_SECONDS", "12"))
@@ -70,7 +70,7 @@ def test_any_server_can_be_broken(directory: Path, name: str) -> None:
             now = server.command("TIME")[0]
             server.set_clock(3600)
             # Not at once: while one thread of the server reads the file, libfaketime gives the others the clock that was.
-            eventually(lambda: server.command("TIME")[0] >= now + 3600)
+            until(lambda: server.command("TIME")[0] >= now + 3600)
     finally:
         server.stop()
     assert [job.created for job in read_history(place).jobs.values()] == [1]

@@ -14,7 +14,7 @@ from redis.retry import Retry
 
 from chaos.fault_proxy import Proxy
 from chaos.resp_framing import RespSplitter
-from support.supervisor_process import until
+from support.waiting import until
 from testbed.server_process import Server
 
 ONCE = Retry(NoBackoff(), 0)  # redis-py repeats commands by default, also when it is given no retry

@@ -24,7 +24,8 @@ from conveyor.store.fork_safety import lazy_property
 from conveyor.worker.worker import Worker
 from support.forked_children import exit_code, exit_codes, in_child
 from support.multiprocessing_target import note, spawned
-from support.running_worker import audit, counts, drain, until
+from support.running_worker import audit, counts, drain
+from support.waiting import auntil
 from testbed.server_process import Server
 
 Rounds = Callable[[int, int], int]
@@ -239,7 +240,7 @@ async def test_workers_of_one_name_are_two(url: str) -> None:
         for n, worker in enumerate(workers):
             jobs.append(await hold.aenqueue(n))
             running.append(asyncio.create_task(worker.run()))
-            await until(lambda n=n: runs[n] == 1)
+            await auntil(lambda n=n: runs[n] == 1)
         dead, alive = workers
         assert dead.name == alive.name
         identities = [worker.consumers[0].identity for worker in workers]
@@ -254,7 +255,7 @@ async def test_workers_of_one_name_are_two(url: str) -> None:
         assert heir.name == dead.name
         assert (await counts(app)).workers == 3
         assert await app.client.arun(operations.reap(app.client.keys("default"), identities[0])) == 1
-        await until(lambda: runs[0] == 2)
+        await auntil(lambda: runs[0] == 2)
         assert runs[1] == 1
         gate.set()
         assert [await job.aresult(timeout=60) for job in jobs] == [0, 1]

@@ -16,7 +16,8 @@ import pytest
 
 from conveyor import ConfigurationError, Conveyor
 from conveyor.worker.worker import Worker
-from support.running_worker import audit, counts, until, working
+from support.running_worker import audit, counts, working
+from support.waiting import auntil
 from support.worker_processes import wait, worker_processes
 from testbed.server_process import Server, find_binary
 
@@ -125,10 +126,10 @@ async def test_a_step_of_the_servers_clock(
         dead = Worker(app, concurrency=5)
         running = asyncio.create_task(dead.run())
         await app.aenqueue_many(hold.s(n) for n in range(100, 105))
-        await until(lambda: len(runs) == 5)
+        await auntil(lambda: len(runs) == 5)
         async with working(app, concurrency=34), working(app, concurrency=34), working(app, concurrency=34):
             await app.aenqueue_many(hold.s(n) for n in range(100))
-            await until(lambda: len(runs) == 105)
+            await auntil(lambda: len(runs) == 105)
             dead.fail(RuntimeError("dies"))
             with pytest.raises(RuntimeError, match="dies"):
                 await running
@@ -139,13 +140,13 @@ async def test_a_step_of_the_servers_clock(
             while abs(await server_time(app) - hour) < 3500:  # the library looks at its file now and then
                 assert time.monotonic() - stepped < LATE, "the clock does not jump"
                 await asyncio.sleep(0.01)
-            await until(lambda: len(again) == 5, LATE)  # not an hour later
+            await auntil(lambda: len(again) == 5, LATE)  # not an hour later
             print(f"recovered 5 jobs {max(again.values()) - stepped:.1f} s after the step")
             release.set()
-            await until(lambda: 200 in runs or before > after)  # what is due within the hour is due now
+            await auntil(lambda: 200 in runs or before > after)  # what is due within the hour is due now
             await delayed.acancel()
             still = time.monotonic() + LEASE  # for whoever doubts the living
-            await until(lambda: time.monotonic() > still)
+            await auntil(lambda: time.monotonic() > still)
         assert {n: count for n, count in runs.items() if count > 1} == dict.fromkeys(range(100, 105), 2)
         found = await counts(app)
         assert (found.ready, found.leased, found.dead) == (0, 0, 0)
@@ -183,7 +184,7 @@ async def test_instants_in_the_past_and_far_away(url: str) -> None:
         assert await stored() == (5, 2)
 
         async with working(app):
-            await until(lambda: ran == ["past"] * 5)
+            await auntil(lambda: ran == ["past"] * 5)
         assert [await job.astatus() for job in (far, century)] == ["scheduled"] * 2
         assert [await job.acancel() for job in (far, century)] == ["removed", "removed"]
         assert await audit(app) == []

@@ -17,7 +17,8 @@ from conveyor.store import inspection, operations
 from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
 from conveyor.store.transport.connection import Connection
 from support.client_worker import ClientWorker
-from support.running_worker import audit, counts, until
+from support.running_worker import audit, counts
+from support.waiting import auntil
 
 QUICK = Retry(attempts=2, backoff="1ms", jitter=False)
 
@@ -112,7 +113,7 @@ async def work(app: Conveyor) -> Any:
     async with app.worker(concurrency=3, grace="5s"):
         results = await asyncio.gather(*(job.aresult(timeout=60) for job in jobs), return_exceptions=True)
         long = await endless.aenqueue()
-        await until(lambda: "endless" in runs)
+        await auntil(lambda: "endless" in runs)
         await long.acancel()
         ended = await asyncio.gather(long.aresult(timeout=60), return_exceptions=True)
     assert await audit(app) == []

@@ -20,7 +20,8 @@ from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.jobs.app import Conveyor
 from conveyor.store import operations
 from support.forked_children import exit_codes, in_child
-from support.running_worker import audit, counts, drain, until, working
+from support.running_worker import audit, counts, drain, working
+from support.waiting import auntil
 from testbed.server_process import Server
 
 
@@ -55,12 +56,12 @@ async def test_twenty_restarts_under_load_lose_nothing(start_server: Callable[..
         thread.start()
         for _ in range(20):
             goal = len(accepted) + 20
-            await until(lambda goal=goal: len(accepted) > goal)
+            await auntil(lambda goal=goal: len(accepted) > goal)
             server.kill()
             server.start()
         stop.set()
         await asyncio.to_thread(thread.join)
-        await until(lambda: set(accepted) <= set(ran))
+        await auntil(lambda: set(accepted) <= set(ran))
         async with asyncio.timeout(60):  # what was stored without an answer as well
             while (left := await counts(app)).ready or left.leased:
                 await asyncio.sleep(0.01)
@@ -84,7 +85,7 @@ async def test_script_flush_under_load_is_not_noticed(url: str, redis: Any) -> N
             await note.aenqueue(2 * round_)
             redis.script_flush()
             await app.aenqueue_many([note.s(2 * round_ + 1)])
-        await until(lambda: len(done) == 80)
+        await auntil(lambda: len(done) == 80)
     assert await audit(app) == []
     await app.aclose()
 
@@ -206,15 +207,15 @@ async def test_a_frozen_worker_is_fenced(url: str, tmp_path: Path) -> None:
     handle = await job.aenqueue()
     second: subprocess.Popen[bytes] | None = None
     try:
-        await until(lambda: len(log.read_text().splitlines()) == 1)
+        await auntil(lambda: len(log.read_text().splitlines()) == 1)
         os.kill(first.pid, signal.SIGSTOP)
         second = start("6s")  # a busy machine can keep this one
-        await until(lambda: len(log.read_text().splitlines()) == 2)
+        await auntil(lambda: len(log.read_text().splitlines()) == 2)
         os.kill(first.pid, signal.SIGCONT)
         (tmp_path / "runs.go").touch()
         assert await handle.aresult(timeout=60) == str(second.pid)
         until_still = time.monotonic() + 1  # the first one has had its say by then
-        await until(lambda: time.monotonic() > until_still)
+        await auntil(lambda: time.monotonic() > until_still)
         assert await handle.aresult(timeout=60) == str(second.pid)
     finally:
         for process in filter(None, (first, second)):
@@ -242,13 +243,13 @@ async def test_an_outage_is_told_once(start_server: Callable[..., Server], caplo
 
         async with working(app) as worker:
             await asyncio.to_thread(server.kill)
-            await until(lambda: told("Redis is away"))
+            await auntil(lambda: told("Redis is away"))
             await asyncio.to_thread(server.start)
-            await until(lambda: told("Redis is back after"))
-            await until(lambda: worker.consumers[0].has_capacity)
+            await auntil(lambda: told("Redis is back after"))
+            await auntil(lambda: worker.consumers[0].has_capacity)
             wire = worker.consumers[0].connection
             wire.drop(ConnectionError("cut"))
-            await until(lambda: wire.is_open)
+            await auntil(lambda: wire.is_open)
         assert (told("Redis is away"), told("Redis is back after")) == (1, 1)
 
 

@@ -16,7 +16,8 @@ from conveyor.events import JobLost
 from conveyor.jobs.app import Conveyor
 from conveyor.store.transport import eviction
 from conveyor.store.transport.async_connection import AsyncConnection
-from support.running_worker import audit, drain, until, working
+from support.running_worker import audit, drain, working
+from support.waiting import auntil
 from testbed.server_process import Server
 
 Rounds = Callable[[int, int], int]
@@ -55,11 +56,11 @@ async def test_a_backlog_drains_on_a_full_server(start_server: Start, rounds: Ro
             async with AsyncExitStack() as stack:
                 for _ in range(workers):
                     await stack.enter_async_context(working(app))
-                await until(lambda: len(ran) == jobs)
+                await auntil(lambda: len(ran) == jobs)
                 client.config_set("maxmemory", "0")
                 assert await handles[1].aresult(timeout=60) == 1
                 assert await (await task.aenqueue(jobs)).aresult(timeout=60) == jobs
-                await until(lambda: client.hlen(app.client.keys("default").jobs) == 0)
+                await auntil(lambda: client.hlen(app.client.keys("default").jobs) == 0)
     assert {n for n, times in ran.items() if times != (2 if n % 100 == 0 else 1)} == set()
     assert lost == []
     assert await audit(app) == []
@@ -105,7 +106,7 @@ async def test_a_policy_that_turns_bad_under_a_worker_is_said(
 
     async def look(times: int) -> None:
         seen = len(looks)
-        await until(lambda: len(looks) > seen + times)
+        await auntil(lambda: len(looks) > seen + times)
 
     with server.client() as client:
         async with working(app) as worker:
@@ -191,7 +192,7 @@ async def test_a_worker_outlives_evictions(start_server: Start, rounds: Rounds) 
             client.config_set("maxmemory", "0")
             client.delete(*client.keys("ballast:*"))
             await note.aenqueue(1)
-            await until(lambda: 1 in ran)
+            await auntil(lambda: 1 in ran)
             print(
                 f"{client.info('stats')['evicted_keys']} keys evicted; the audit finds {len(await audit(app))} traces of it"
             )

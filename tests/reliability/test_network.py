@@ -20,7 +20,8 @@ from conveyor.store.transport.async_connection import AsyncConnection
 from conveyor.store.transport.connection import Connection
 from conveyor.store.transport.url import StandaloneServer
 from support.job_load import JobLoad
-from support.running_worker import until, working
+from support.running_worker import working
+from support.waiting import auntil
 from testbed.server_process import Server
 
 Rounds = Callable[[int, int], int]
@@ -37,7 +38,7 @@ async def test_cuts_at_random_bytes_make_and_end_each_job_once(start_server: Sta
         async with JobLoad(behind.url, producer=before.url) as load:
             before.cut_randomly(mean=1500, times=cuts, seed=seed)
             behind.cut_randomly(mean=8000, times=cuts, seed=seed)  # a turn's reply is larger than a push
-            await until(lambda: before.count["cut"] + behind.count["cut"] >= cuts, 60 + cuts / 2)
+            await auntil(lambda: before.count["cut"] + behind.count["cut"] >= cuts, 60 + cuts / 2)
             before.heal()
             behind.heal()
     print(f"{cuts} cuts, {len(load.accepted)} jobs, {len(load.unknown)} calls that ran out of patience")
@@ -82,10 +83,10 @@ async def test_a_peer_that_is_gone_without_a_word(start_server: Start, rounds: R
     idle.task(name="idle")(_nothing)
     with server.client() as client:
         async with working(idle):
-            [before] = await until(lambda: _blocked(client))
+            [before] = await auntil(lambda: _blocked(client))
             ways = [_gone(start_server(), rounds, name) for name in ("all", "BLPOP", "EVALSHA", "CLIENT")]
             await asyncio.gather(*ways)
-            await until(lambda: _blocked(client) == [before])  # its connection still: no timeout of the library's own
+            await auntil(lambda: _blocked(client) == [before])  # its connection still: no timeout of the library's own
     await idle.aclose()
 
 
@@ -103,7 +104,7 @@ async def _gone(server: Server, rounds: Rounds, name: str) -> None:
         task = other.task(name="note")(note.function)
         async with working(app):
             for n in range(rounds(50, 1)):
-                await until(lambda: _blocked(client))
+                await auntil(lambda: _blocked(client))
                 if name == "all":
                     proxy.black_hole()
                 elif name == "CLIENT":
@@ -113,14 +114,14 @@ async def _gone(server: Server, rounds: Rounds, name: str) -> None:
                 else:
                     proxy.swallow_reply(1, name, hang=True)
                     await asyncio.to_thread(task.enqueue, -1)  # the next wait is the one whose reply is lost
-                    await until(lambda n=n: ran[-1:] == [-1])
+                    await auntil(lambda n=n: ran[-1:] == [-1])
                 await asyncio.to_thread(task.enqueue, n)
                 if name == "all":
                     await asyncio.sleep(rounds(60, 6))  # longer than any reply is waited for
                     assert n not in ran
                     proxy.heal()
                 began = monotonic()
-                await until(lambda n=n: n in ran, 15)
+                await auntil(lambda n=n: n in ran, 15)
                 print(f"{name}: picked up after {monotonic() - began:.2f} s")
         assert name == "all" or proxy.count["swallowed"] > 0
         await app.aclose()
@@ -174,7 +175,7 @@ async def test_a_herd_comes_back_one_by_one(
         proxy.refuse()
         proxy.close_all()
         calls = [asyncio.create_task(_ping(wire)) for wire in wires]
-        await until(lambda: len(instants) == herd and all(tries[-1] > 2 for tries in instants.values()))
+        await auntil(lambda: len(instants) == herd and all(tries[-1] > 2 for tries in instants.values()))
         proxy.heal()
         await asyncio.wait_for(asyncio.gather(*calls), 60)
         for wire in wires:
@@ -213,4 +214,4 @@ async def test_a_wire_that_is_closed_while_it_opens(start_server: Start) -> None
     with pytest.raises(OSError, match="closed"):
         await opening
     with server.client() as client:
-        await until(lambda: len(client.client_list()) == 1)
+        await auntil(lambda: len(client.client_list()) == 1)

@@ -13,7 +13,8 @@ import pytest
 
 from conveyor.events import JobLost
 from conveyor.jobs.app import Conveyor
-from support.running_worker import audit, until, working
+from support.running_worker import audit, working
+from support.waiting import auntil
 from testbed.server_process import Server
 
 Rounds = Callable[[int, int], int]
@@ -41,14 +42,14 @@ async def test_a_frozen_server_makes_no_duplicate(
             go.clear()
             await app.aenqueue_many([hold.s(n) for n in range(jobs, jobs + 100)])
             jobs += 100
-            await until(lambda: len(ran) == jobs)  # noqa: B023
+            await auntil(lambda: len(ran) == jobs)  # noqa: B023
             os.kill(server.pid, signal.SIGSTOP)
             await _pass(leases * LEASE)
             os.kill(server.pid, signal.SIGCONT)
             await _pass(1.5 * LEASE)  # some looks for the dead
             go.set()
             with server.client() as client:
-                await until(lambda: client.hlen(app.client.keys("default").jobs) == 0)
+                await auntil(lambda: client.hlen(app.client.keys("default").jobs) == 0)
     assert ran == Counter(range(jobs))
     assert lost == []
     assert await audit(app) == []
@@ -57,4 +58,4 @@ async def test_a_frozen_server_makes_no_duplicate(
 
 async def _pass(seconds: float) -> None:
     end = monotonic() + seconds
-    await until(lambda: monotonic() > end, seconds + 5)
+    await auntil(lambda: monotonic() > end, seconds + 5)

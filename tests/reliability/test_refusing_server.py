@@ -22,7 +22,8 @@ from conveyor.store.transport import replies
 from conveyor.store.transport.async_connection import AsyncConnection
 from support.job_load import JobLoad
 from support.replica_pair import Switch
-from support.running_worker import until, working
+from support.running_worker import working
+from support.waiting import auntil
 from testbed.server_process import Server
 
 Rounds = Callable[[int, int], int]
@@ -45,7 +46,7 @@ async def test_demotions_under_load_cost_no_job(start_server: Start, rounds: Rou
                 before = _met(client, refusal)
                 client.execute_command("REPLICAOF", "127.0.0.1", "1")
                 accepted = len(load.accepted)
-                await until(lambda before=before: _met(client, refusal) > before)
+                await auntil(lambda before=before: _met(client, refusal) > before)
                 client.execute_command("REPLICAOF", "NO", "ONE")
                 await load.more(20)
                 assert len(load.accepted) > accepted
@@ -67,11 +68,11 @@ async def test_a_blocked_worker_outlives_its_unblocking(start_server: Start, rou
     with server.client() as client:
         async with working(app):
             for n in range(rounds(50, 5)):
-                await until(lambda: client.info("clients")["blocked_clients"] == 1)
+                await auntil(lambda: client.info("clients")["blocked_clients"] == 1)
                 client.execute_command("REPLICAOF", "127.0.0.1", "1")
                 client.execute_command("REPLICAOF", "NO", "ONE")
                 await note.aenqueue(n)
-                await until(lambda n=n: ran == list(range(n + 1)))
+                await auntil(lambda n=n: ran == list(range(n + 1)))
         assert client.info("errorstats")["errorstat_UNBLOCKED"]["count"] > 0
     await app.aclose()
 
@@ -99,7 +100,7 @@ async def test_a_server_that_loads_its_file_is_waited_for(start_server: Start, r
             await load.more(20)
             server.kill()
             starting = asyncio.create_task(asyncio.to_thread(server.start))  # returns when it is loaded
-            await until(lambda: _ask(server, lambda client: _met(client, "LOADING")))  # the load did meet it
+            await auntil(lambda: _ask(server, lambda client: _met(client, "LOADING")))  # the load did meet it
             _ask(server, lambda client: client.config_set("key-load-delay", "0"))
             await starting
             await load.more(20)
@@ -119,7 +120,7 @@ async def test_a_replica_without_its_primary_is_left(start_server: Start) -> Non
         client.config_set("replica-serve-stale-data", "no")
         client.execute_command("REPLICAOF", "127.0.0.1", "1")
         pushes = [asyncio.create_task(mail.apush(1)), asyncio.create_task(asyncio.to_thread(mail.push, 2))]
-        await until(lambda: client.info("errorstats").get("errorstat_MASTERDOWN", {"count": 0})["count"] >= 2)
+        await auntil(lambda: client.info("errorstats").get("errorstat_MASTERDOWN", {"count": 0})["count"] >= 2)
         door.target = str(new.socket)  # who is connected stays connected
         await asyncio.gather(*pushes)
         assert other.llen("conveyor:{mail}:ready:0") == 2
@@ -142,7 +143,7 @@ async def test_a_script_of_others_that_hogs_the_server_is_waited_for(
         async with JobLoad(server.url, workers=2, lease="2s") as load:
             while _met(client, "BUSY") == 0:  # until the load has met it
                 answer = asyncio.create_task(asyncio.to_thread(client.eval, hog, 0))
-                await until(answer.done)
+                await auntil(answer.done)
                 assert answer.result() == b"whole"
                 await load.more(20)  # so that no lease begins the next one half over
     assert (load.errors, load.lost, load.again) == ([], [], [])
@@ -199,13 +200,13 @@ async def test_a_server_that_cannot_save_is_waited_for(start_server: Start) -> N
         async with working(app):
             (in_the_way / "full").mkdir(parents=True)
             client.bgsave()
-            await until(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err")
+            await auntil(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err")
             async with Conveyor(server.url) as hasty:
                 hasty.client.retry_for = 0.3
                 with pytest.raises(StoreUnavailable, match="MISCONF"):
                     await hasty.task(name=note.name)(note.function).aenqueue(1)
             met = client.info("errorstats")["errorstat_MISCONF"]["count"]
-            await until(
+            await auntil(
                 lambda: client.info("errorstats")["errorstat_MISCONF"]["count"] >= met + 2
             )  # the worker's turns
             waiting = asyncio.create_task(note.aenqueue(2))
@@ -213,7 +214,7 @@ async def test_a_server_that_cannot_save_is_waited_for(start_server: Start) -> N
             in_the_way.rmdir()
             client.bgsave()
             await waiting
-            await until(lambda: ran == [2])
+            await auntil(lambda: ran == [2])
     await app.aclose()
 
 
@@ -258,10 +259,10 @@ async def test_a_password_that_is_rotated_under_load(
                 with pytest.raises(ConfigurationError) as refused:
                     await load.note.aenqueue(-1)
                 assert refused.value.code == "E17"
-                await until(lambda: any(record.levelno >= logging.WARNING for record in caplog.records))
+                await auntil(lambda: any(record.levelno >= logging.WARNING for record in caplog.records))
                 client.execute_command("ACL", "SETUSER", "worker", "resetpass", ">old")
                 await load.more(20)
-                await until(lambda: client.info("clients")["blocked_clients"] == 1 or load.ran.total() % 2)
+                await auntil(lambda: client.info("clients")["blocked_clients"] == 1 or load.ran.total() % 2)
     assert "old@" not in caplog.text
     assert (load.errors, load.again) == ([], [])
 
@@ -310,7 +311,7 @@ async def test_rights_that_are_taken_away_and_given_back(start_server: Start, ro
                 await asyncio.sleep(0.7)  # some refused turns long
                 client.execute_command("ACL", "SETUSER", "worker", "+@all")
                 began = monotonic()
-                await until(lambda n=n: ran == list(range(n + 1)))
+                await auntil(lambda n=n: ran == list(range(n + 1)))
                 print(f"worked again after {monotonic() - began:.2f} s")
     await app.aclose()
 
@@ -338,9 +339,9 @@ async def test_a_refused_turn_takes_all_that_it_carried_again(
 
         await lead.aenqueue()
         async with working(app):
-            await until(lambda: "a turn was refused" in caplog.text)
+            await auntil(lambda: "a turn was refused" in caplog.text)
             client.execute_command("ACL", "SETUSER", "worker", "+@all")
-            await until(lambda: ran == ["lead", "follow"])
+            await auntil(lambda: ran == ["lead", "follow"])
         history = await asyncio.to_thread(
             read_history, app.client, QueueDirectory(app.client), "1h", names=None, task=None
         )

@@ -15,7 +15,7 @@ from conveyor.store import inspection
 from conveyor.store.operations import WorkerUnregistered
 from support.job_load import JobLoad
 from support.manual_worker import ManualWorker
-from support.running_worker import until
+from support.waiting import auntil
 from testbed.server_process import Server
 
 Rounds = Callable[[int, int], int]
@@ -68,7 +68,7 @@ async def test_a_server_that_forgot_everything_takes_new_work(start_server: Star
                 with server.client() as client:
                     client.flushall()
             marker = len(load.accepted)
-            await until(lambda marker=marker: len(load.accepted) >= marker + 10)
+            await auntil(lambda marker=marker: len(load.accepted) >= marker + 10)
             await load.more(20)
     assert load.errors == []
     with server.client() as client:  # nothing but what every queue keeps

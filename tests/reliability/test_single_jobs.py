@@ -20,7 +20,8 @@ from conveyor.jobs import context
 from conveyor.jobs.app import Conveyor
 from conveyor.store import inspection, operations
 from support.manual_worker import ManualWorker
-from support.running_worker import audit, counts, until, working
+from support.running_worker import audit, counts, working
+from support.waiting import auntil
 
 Rounds = Callable[[int, int], int]
 
@@ -48,7 +49,7 @@ async def test_a_task_that_only_the_new_release_knows(url: str, rounds: Rounds) 
             for n in range(jobs, 2 * jobs):
                 await fresh.aenqueue(n)
             began = monotonic()
-            await until(lambda: len(ran) == 2 * jobs, 60)
+            await auntil(lambda: len(ran) == 2 * jobs, 60)
             print(f"{2 * jobs} jobs of the new task ran within {monotonic() - began:.1f} s")
     left = await counts(new)
     assert (left.ready, left.scheduled, left.dead) == (0, 0, 0)
@@ -135,7 +136,7 @@ async def test_nothing_is_leased_after_a_pause_returned(app: Conveyor, rounds: R
             assert await asyncio.to_thread(manual.take, 5) == []
             assert n not in ran
             await admin.aresume()
-            await until(lambda n=n: {n, -n - 1} <= ran)
+            await auntil(lambda n=n: {n, -n - 1} <= ran)
     await asyncio.to_thread(manual.leave)
     assert await audit(app) == []
     await app.aclose()
@@ -177,18 +178,18 @@ async def test_a_token_that_a_frozen_worker_took(
         ran.append(n)
 
     try:
-        [first] = await until(lambda: _waiting(redis))
+        [first] = await auntil(lambda: _waiting(redis))
         async with working(app):
             for n in range(rounds(50, 2)):
-                await until(lambda: redis.info("clients")["blocked_clients"] == 2)
-                [other] = await until(lambda: [one for one in _waiting(redis) if one != first])
+                await auntil(lambda: redis.info("clients")["blocked_clients"] == 2)
+                [other] = await auntil(lambda: [one for one in _waiting(redis) if one != first])
                 redis.client_unblock(int(other))  # so that the other one has waited longer, and is called first
-                await until(lambda: redis.info("clients")["blocked_clients"] == 2)
+                await auntil(lambda: redis.info("clients")["blocked_clients"] == 2)
                 os.kill(frozen.pid, signal.SIGSTOP)
                 await note.aenqueue(n)
                 began = monotonic()
-                await until(lambda: first not in _waiting(redis))  # the call went to it, and is lost there
-                await until(lambda n=n: ran == list(range(n + 1)))
+                await auntil(lambda: first not in _waiting(redis))  # the call went to it, and is lost there
+                await auntil(lambda n=n: ran == list(range(n + 1)))
                 print(f"started after {monotonic() - began:.2f} s")
                 os.kill(frozen.pid, signal.SIGCONT)
     finally:
@@ -213,7 +214,7 @@ async def test_delayed_jobs_start_in_time_with_idle_workers(app: Conveyor, round
         for _ in range(jobs):
             delay = draw.uniform(0.05, rounds(60, 2))
             await note.options(delay=delay).aenqueue(time() + delay)
-        await until(lambda: len(late) == jobs, 90)
+        await auntil(lambda: len(late) == jobs, 90)
     print(
         f"{jobs} delayed jobs: late by {1000 * max(late):.0f} ms at most, {1000 * sorted(late)[jobs // 2]:.0f} ms in the middle"
     )

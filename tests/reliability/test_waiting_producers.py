@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from conveyor import Conveyor
-from support.message_fixtures import until
+from support.waiting import until
 from testbed.server_groups import ClusterOfNodes, SentinelGroup
 from testbed.server_process import Server
 

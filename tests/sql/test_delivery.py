@@ -19,9 +19,10 @@ from conveyor.sql.delivery import OutboxDelivery
 from conveyor.sql.drivers import DbapiConnection, StatementResult, adapt_blocking
 from support.databases import Database, prepare, sqlite
 from support.interrupted_delivery import KillAtStep, attempt, fill
-from support.manual_worker import drain, eventually
+from support.manual_worker import drain
 from support.ready_ids import bare, line
 from support.shell import Shell
+from support.waiting import until
 from testbed.server_process import Server
 
 
@@ -83,7 +84,7 @@ def test_processes_killed_with_sigkill(
             expected += fill(outbox, database, "mail", count=500, rounds=5)["mail"]
             before = len(app.queue("mail"))
             process = shell.start("relay", "shop:outbox")
-            eventually(lambda before=before: len(app.queue("mail")) > before, 30)
+            until(lambda before=before: len(app.queue("mail")) > before, 30)
             process.kill()
             process.communicate()
         left = outbox.stats().waiting
@@ -110,7 +111,7 @@ def test_a_relay_ends_when_it_is_told(url: str, server: Server, tmp_path: Path) 
         assert (once.returncode, once.stdout) == (0, "3\n")
         process = shell.start("relay", "shop:outbox")
         fill(outbox, database, "mail")
-        eventually(lambda: len(app.queue("mail")) == 6, 30)
+        until(lambda: len(app.queue("mail")) == 6, 30)
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)
         assert process.returncode == 0, said

@@ -14,8 +14,8 @@ from conveyor.errors import ConfigurationError
 from conveyor.jobs.app import Conveyor
 from conveyor.sql import Ledger
 from support.databases import Database, sqlite
-from support.manual_worker import eventually
 from support.shell import Shell
+from support.waiting import until
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_killed_between_the_commit_and_the_acknowledgement(url: str, tmp_path: P
     worker = shell.start("worker", "jobs:app")
     try:
         with Conveyor(url) as app:
-            assert eventually(lambda: app.job(id_).status() == "done", 60)
+            assert until(lambda: app.job(id_).status() == "done", 60)
             assert app.job(id_).result(timeout="60s") == 2
     finally:
         worker.terminate()

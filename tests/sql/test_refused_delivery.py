@@ -17,8 +17,8 @@ from conveyor.sql import Outbox
 from conveyor.store.operations import StalePush
 from support.databases import Database, prepare
 from support.interrupted_delivery import KillAtStep, attempt, fill
-from support.manual_worker import eventually
 from support.ready_ids import bare, line
+from support.waiting import until
 from testbed.server_process import Server
 
 
@@ -116,14 +116,14 @@ def test_redis_away(database: Database, start_server: Callable[..., Server]) -> 
         prepare(outbox, database)
         ids = fill(outbox, database, "mail")["mail"]
         with outbox.relay():
-            eventually(lambda: outbox.stats().waiting == 0)
+            until(lambda: outbox.stats().waiting == 0)
             server.kill()
             ids += fill(outbox, database, "mail", count=1500)["mail"]
             with pytest.raises(StoreUnavailable):
                 outbox.deliver()
             assert outbox.stats().waiting == 1500
             server.start()
-            eventually(lambda: outbox.stats().waiting == 0, 30)
+            until(lambda: outbox.stats().waiting == 0, 30)
         assert line(server) == ids
 
 
@@ -136,13 +136,13 @@ def test_a_relay_at_a_full_queue(
     ids = fill(outbox, database, "mail", "orders", count=100)
     taken: list[str] = []
     with outbox.relay():
-        eventually(lambda: line(server, "orders") == ids["orders"])
-        eventually(lambda: caplog.records)
+        until(lambda: line(server, "orders") == ids["orders"])
+        until(lambda: caplog.records)
         while len(taken) < 100:
             for message in mail.pull(10, wait="10s"):
                 taken += bare([message.id])
                 message.ack()
-        eventually(lambda: outbox.stats().waiting == 0)
+        until(lambda: outbox.stats().waiting == 0)
     assert taken == ids["mail"]
     said = [record.getMessage() for record in caplog.records]
     assert [("wait; trying again" in one, "again" in one) for one in said] in (
@@ -165,7 +165,7 @@ def test_the_database_away(app: Conveyor, outbox: Outbox, database: Database, ca
     fill(outbox, database, "mail")
     flaky = Outbox(app, connect, interval="10ms")
     with flaky.relay():
-        eventually(lambda: len(app.queue("mail")) == 3)
+        until(lambda: len(app.queue("mail")) == 3)
     assert "nobody listens" in caplog.text
 
 

@@ -15,9 +15,10 @@ from conveyor.jobs.app import Conveyor
 from conveyor.payload.records import read_envelope
 from conveyor.sql import Outbox
 from support.databases import Database, prepare
-from support.manual_worker import ManualWorker, arguments, eventually
+from support.manual_worker import ManualWorker, arguments
 from support.ready_ids import bare, line
 from support.running_worker import working
+from support.waiting import until
 from testbed.server_process import Server
 
 SALE = "INSERT INTO sale VALUES ('o1')"
@@ -235,11 +236,11 @@ def test_a_relay_is_called_by_the_end_of_a_block(app: Conveyor, outbox: Outbox, 
         for n in range(1, 6):
             with outbox.transaction(connection):
                 mail.push(n)
-            eventually(lambda n=n: len(mail) == n)
+            until(lambda n=n: len(mail) == n)
         with outbox.within(connection):
             mail.push(6)
         connection.commit()
-        eventually(lambda: len(mail) == 6)
+        until(lambda: len(mail) == 6)
     ack_all(mail, 10)
 
 

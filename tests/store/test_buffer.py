@@ -24,7 +24,8 @@ from conveyor.store.partitions import partition_of
 from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
 from conveyor.store.transport.connection import Connection
 from support.forked_children import exit_code, in_child
-from support.ready_ids import bare, line, until
+from support.ready_ids import bare, line
+from support.waiting import until
 from testbed.server_process import Server
 
 Start = Callable[..., Server]

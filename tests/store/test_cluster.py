@@ -24,8 +24,9 @@ from conveyor.store.operations import Entry, ProducerSequence, TurnReport
 from conveyor.store.transport import replies
 from conveyor.store.transport.cluster import slot_of
 from support.failover_load import FailoverLoad
-from support.running_worker import until, working
+from support.running_worker import working
 from support.shell import Shell
+from support.waiting import auntil
 from testbed.server_groups import ClusterOfNodes, free_port
 
 QUEUES = ("mail", "orders", "a", "b:c", "x.y-z")
@@ -52,9 +53,9 @@ async def test_everything_works_on_a_cluster(cluster: ClusterOfNodes) -> None:
         await readings.apush({"n": 100})
         async with working(app):
             assert [await job.aresult(timeout=60) for job in jobs] == [1, 2, 3, 4, 5]
-            await until(lambda: 100 in ran)
+            await auntil(lambda: 100 in ran)
             await readings.apush({"n": 101})  # now somebody is blocked at the list
-            await until(lambda: 101 in ran)
+            await auntil(lambda: 101 in ran)
         await app.queue("letters").apush_many(range(2500))
         taken = [message.body async for message in _some(app.queue("letters"), 2500)]
         assert taken == list(range(2500))
@@ -158,7 +159,7 @@ async def test_pushes_wait_longer_for_a_slot_that_moves(cluster: ClusterOfNodes)
     source.ask("CLUSTER", "SETSLOT", slot_of(key), "MIGRATING", cluster.ids[target.port])
     pushes = [asyncio.create_task(mail.apush(1)), asyncio.create_task(asyncio.to_thread(mail.push, 2))]
     end = time.monotonic() + 4.0
-    await until(lambda: time.monotonic() > end or any(push.done() for push in pushes))
+    await auntil(lambda: time.monotonic() > end or any(push.done() for push in pushes))
     assert not any(push.done() for push in pushes)
     assert b"errorstat_TRYAGAIN" in await asyncio.to_thread(target.ask, "INFO", "errorstats")
     for node in (target, source, *cluster.masters()):
@@ -196,7 +197,7 @@ async def test_idle_worker_takes_what_comes_after_a_failover(cluster: ClusterOfN
     app, ran = Conveyor(cluster.url), []
     task = app.task(queue="mail", name="note")(ran.append)
     async with working(app) as worker:
-        await until(lambda: worker.connections.blocked)
+        await auntil(lambda: worker.connections.blocked)
         new = await asyncio.to_thread(cluster.failover, "{mail}")
         deadline = time.monotonic() + 60
         while b"cmd=blpop" not in await asyncio.to_thread(new.ask, "CLIENT", "LIST"):
@@ -204,7 +205,7 @@ async def test_idle_worker_takes_what_comes_after_a_failover(cluster: ClusterOfN
             await asyncio.sleep(0.05)
         began = time.monotonic()
         await task.aenqueue(1)
-        await until(lambda: ran == [1])
+        await auntil(lambda: ran == [1])
         print(f"taken after {time.monotonic() - began:.3f} s")
     await app.aclose()
     await asyncio.to_thread(cluster.settle)
@@ -335,7 +336,7 @@ async def test_each_node_of_a_queue_is_asked_for_its_policy(
             app.task(queue=name, name=f"note.{name}")(lambda: None)
         try:
             async with working(app):
-                await until(lambda: "maxmemory-policy is allkeys-lru" in caplog.text)
+                await auntil(lambda: "maxmemory-policy is allkeys-lru" in caplog.text)
         finally:
             node.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
             await app.aclose()

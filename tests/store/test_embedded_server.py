@@ -23,6 +23,7 @@ from conveyor.store.embedded import keeper
 from conveyor.store.embedded import server as embedded
 from conveyor.store.embedded.server import attach, inspect, stop
 from support.forked_children import in_child
+from support.waiting import until
 
 SOURCE = Path(embedded.__file__).parents[2]
 USER = """
@@ -32,14 +33,6 @@ held = attach(pathlib.Path(sys.argv[1]))
 print(json.dumps([held.url, held.pid, held.started]), flush=True)
 sys.stdin.read()
 """
-
-
-def eventually(condition, what, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.01)
-    return value
 
 
 def processes(*words):
@@ -97,7 +90,7 @@ def place(tmp_path, monkeypatch):
     place = Place(tmp_path.resolve(), runtime)
     yield place
     place.close()
-    eventually(lambda: not place.leftovers(), "no process or socket is left")
+    until(lambda: not place.leftovers(), what="no process or socket is left")
     shutil.rmtree(runtime)
 
 
@@ -124,7 +117,7 @@ def test_the_server_lives_from_the_first_attach_to_the_last_close(place):
     with client(second.url) as server:
         assert server.ping()
     second.close()
-    eventually(lambda: not place.leftovers(), "the server stops")
+    until(lambda: not place.leftovers(), what="the server stops")
 
 
 def test_the_server_is_durable_private_and_complete(place):
@@ -180,7 +173,7 @@ def test_a_killed_user_counts_as_gone(place):
 
     user.kill()
     user.wait()
-    eventually(lambda: not alive(pid), "the server stops")
+    until(lambda: not alive(pid), what="the server stops")
     with attach(place.directory) as held, client(held.url) as server:
         assert held.started
         assert held.pid != pid
@@ -199,7 +192,7 @@ def test_no_server_outlives_its_keeper(place):
     with attach(place.directory) as held, client(held.url) as server:
         server.set("written", "before")
         os.kill(place.record()["keeper"], signal.SIGKILL)
-        eventually(lambda: not alive(held.pid), "the server goes with its keeper")
+        until(lambda: not alive(held.pid), what="the server goes with its keeper")
         assert not inspect(place.directory).running
 
         with attach(place.directory) as again:
@@ -213,7 +206,7 @@ def test_an_attach_right_after_the_keeper_was_killed_gets_the_new_server(place):
     with attach(place.directory) as held:
         keeper_pid = place.record()["keeper"]
         os.kill(keeper_pid, signal.SIGKILL)
-        eventually(lambda: not alive(keeper_pid), "the keeper is dead")
+        until(lambda: not alive(keeper_pid), what="the keeper is dead")
         with attach(place.directory) as again, client(again.url) as server:
             assert again.started
             assert again.pid != held.pid
@@ -227,8 +220,8 @@ def test_a_crashed_server_comes_back_while_it_has_users(place):
         pid = held.pid
         for _ in range(3):
             os.kill(pid, signal.SIGKILL)
-            back = eventually(
-                lambda pid=pid: (s := inspect(place.directory)).running and s.pid != pid and s, "it is back"
+            back = until(
+                lambda pid=pid: (s := inspect(place.directory)).running and s.pid != pid and s, what="it is back"
             )
             assert back.url == held.url
             assert server.get("written") == "before"
@@ -248,12 +241,12 @@ def test_where_the_kernel_cannot_tie_the_server_a_guard_does(place, tmp_path, mo
         guards = processes(f'kill "$0" {held.pid}')
         assert len(guards) == 1
         os.kill(place.record()["keeper"], signal.SIGKILL)
-        eventually(lambda: not alive(held.pid), "the server goes with its keeper")
-        eventually(lambda: not any(map(alive, guards)), "the guard ends")
+        until(lambda: not alive(held.pid), what="the server goes with its keeper")
+        until(lambda: not any(map(alive, guards)), what="the guard ends")
     with attach(place.directory) as held:
         guards = processes(f'kill "$0" {held.pid}')
         assert len(guards) == 1
-    eventually(lambda: not any(map(alive, guards)), "the guard ends")
+    until(lambda: not any(map(alive, guards)), what="the guard ends")
 
 
 def test_the_keeper_stands_apart_from_its_starter(place):
@@ -280,7 +273,7 @@ def test_a_forked_child_holds_the_server_too(place):
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    eventually(lambda: not alive(held.pid), "the server stops beside the executed program")
+    until(lambda: not alive(held.pid), what="the server stops beside the executed program")
     assert program.poll() is None
 
 
@@ -315,7 +308,7 @@ def test_inspect_tells_without_touching(place):
         assert (running.running, running.url, running.pid) == (True, held.url, held.pid)
         assert (running.version, running.directory) == (held.version, place.directory)
         assert running.size > 0
-    eventually(lambda: not place.leftovers(), "the server stops")
+    until(lambda: not place.leftovers(), what="the server stops")
     resting = inspect(place.directory)
     assert (resting.running, resting.url, resting.pid, resting.version) == (False, None, None, held.version)
 
@@ -332,7 +325,7 @@ def test_another_family_or_an_older_version_is_refused(place):
     """Data is opened by the family that wrote it, in the same or a newer version; else a sentence says what to do."""
     with attach(place.directory):
         pass
-    eventually(lambda: not place.leftovers(), "the server stops")
+    until(lambda: not place.leftovers(), what="the server stops")
     record = place.record()
     family = {"Redis": "Valkey", "Valkey": "Redis"}[record["family"]]
     for other in ({"family": family}, {"version": "99.0.0"}):
@@ -365,7 +358,7 @@ def test_a_server_that_does_not_start_says_why(place):
             file.write_bytes(b"not an append-only file, nor its manifest\n")
     with pytest.raises(StoreUnavailable, match=r"does not start\. The end of its log(.|\n)*AOF"):
         attach(place.directory)
-    eventually(lambda: not place.leftovers(), "nothing keeps running")
+    until(lambda: not place.leftovers(), what="nothing keeps running")
 
 
 def test_a_directory_that_cannot_be_used_is_named(place):
@@ -416,7 +409,7 @@ def test_what_another_user_could_have_made_is_refused(place, monkeypatch, what):
     """A directory of which anything belongs to another user, may be written by others or is a link, is not used, by root either."""
     with attach(place.directory):
         pass
-    eventually(lambda: not place.leftovers(), "the server has stopped")
+    until(lambda: not place.leftovers(), what="the server has stopped")
     (place.directory / "server.log").write_bytes(victim := b"x" * 1_500_000)  # too long: the next start would empty it
     (inner := place.directory.parent / "work" / "deep").mkdir(parents=True)
     with monkeypatch.context() as patch:
@@ -444,7 +437,7 @@ def test_what_the_server_makes_is_its_own(place):
         for _ in range(2):
             with attach(place.directory) as held:
                 client(held.url).set("key", "value")
-            eventually(lambda: not place.leftovers(), "the server has stopped")
+            until(lambda: not place.leftovers(), what="the server has stopped")
     finally:
         os.umask(before)
 
@@ -460,7 +453,7 @@ def test_a_server_that_cannot_save_is_found_and_says_so(place):
         (place.directory / "data" / "dump.rdb").mkdir()  # so that a snapshot cannot be put there
         server.config_set("save", "3600 1")
         server.bgsave()
-        eventually(lambda: server.info("persistence")["rdb_last_bgsave_status"] == "err", "the snapshot has failed")
+        until(lambda: server.info("persistence")["rdb_last_bgsave_status"] == "err", what="the snapshot has failed")
 
         began = time.monotonic()
         with attach(place.directory, wait=60) as second:
@@ -500,8 +493,8 @@ def test_a_killed_watcher_is_replaced(place):
         children = Path(f"/proc/{keeper_pid}/task/{keeper_pid}/children").read_text().split()
         (watcher,) = {int(pid) for pid in children} - {held.pid}
         os.kill(watcher, signal.SIGKILL)
-        eventually(lambda: not alive(watcher), "the watcher is dead")
-    eventually(lambda: not alive(held.pid), "the server stops")
+        until(lambda: not alive(watcher), what="the watcher is dead")
+    until(lambda: not alive(held.pid), what="the server stops")
 
 
 @pytest.mark.redis7

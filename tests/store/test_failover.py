@@ -14,8 +14,9 @@ from conveyor.errors import DurabilityNotReached, StoreUnavailable
 from conveyor.jobs.app import Conveyor
 from conveyor.store import inspection, operations
 from conveyor.store.operations import WorkerUnregistered
-from support.manual_worker import ManualWorker, eventually
+from support.manual_worker import ManualWorker
 from support.replica_pair import ReplicaPair, Switch, bare, stored
+from support.waiting import until
 from testbed.server_process import Server
 
 Start = Callable[..., Server]
@@ -54,11 +55,11 @@ def fail_over(start: Start, dice: random.Random) -> tuple[int, int, int, int]:
     for one in producers:
         one.start()
     time.sleep(dice.uniform(0.1, 0.6))  # the load before the fault, not a wait for something
-    eventually(lambda: all(one.returned for one in producers))
+    until(lambda: all(one.returned for one in producers))
     pair.link.hold()
     before = len(producers[3].returned)
     time.sleep(dice.uniform(0.02, 0.2))
-    eventually(lambda: len(producers[3].returned) > before + 10)  # the replica is behind now
+    until(lambda: len(producers[3].returned) > before + 10)  # the replica is behind now
     pair.primary.kill()
     stop.set()
     pair.promote()

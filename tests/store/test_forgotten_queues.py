@@ -13,7 +13,8 @@ from conveyor.admin.admin import Admin
 from conveyor.jobs.app import Conveyor
 from conveyor.store.client import queue_index
 from conveyor.store.client.client import Client
-from support.running_worker import until, working
+from support.running_worker import working
+from support.waiting import auntil
 from testbed.server_groups import ClusterOfNodes
 from testbed.server_process import Server
 
@@ -124,9 +125,9 @@ async def test_worker_makes_its_queues_known(kept: Server) -> None:
 
         async with working(app):
             names = {b"mail", b"orders/0", b"orders/1"}
-            await until(lambda: known(kept) == names)
+            await auntil(lambda: known(kept) == names)
             forget(kept)
-            await until(lambda: known(kept) == names)
+            await auntil(lambda: known(kept) == names)
 
 
 @pytest.mark.row("C46")
@@ -142,9 +143,9 @@ async def test_consumer_makes_its_queue_known(kept: Server) -> None:
 
         consumer = asyncio.create_task(consume())
         try:
-            await until(lambda: known(kept) == {b"mail"})
+            await auntil(lambda: known(kept) == {b"mail"})
             forget(kept)
-            await until(lambda: known(kept) == {b"mail"})
+            await auntil(lambda: known(kept) == {b"mail"})
         finally:
             consumer.cancel()
             await asyncio.wait([consumer])

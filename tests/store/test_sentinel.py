@@ -20,7 +20,8 @@ from conveyor.store.client.client import Client
 from conveyor.store.transport.endpoint import Endpoint
 from conveyor.store.transport.url import redact
 from support.failover_load import FailoverLoad
-from support.running_worker import audit, until, working
+from support.running_worker import audit, working
+from support.waiting import auntil
 from testbed.server_groups import Node, SentinelGroup, free_port, wait_for
 from testbed.server_process import Server
 
@@ -87,7 +88,7 @@ async def test_idle_worker_finds_the_new_master_when_the_old_one_falls_silent(se
         await until_blocked_at(sentinel_group.master)
         assert time.monotonic() - began < 25  # one block alone is 30 s
         await traffic.app.tasks["note"].aenqueue(1)
-        await until(lambda: traffic.ran[1])
+        await auntil(lambda: traffic.ran[1])
         await asyncio.to_thread(sentinel_group.mend, old)
     await traffic.app.aclose()
 
@@ -100,13 +101,13 @@ async def test_blocked_call_at_a_demoted_master_goes_on_at_the_new_one(sentinel_
         task = producer.task(queue="mail", name="note")(_never)
         async with working(traffic.app):
             await asyncio.to_thread(task.enqueue, 1)
-            await until(lambda: traffic.ran[1])
+            await auntil(lambda: traffic.ran[1])
             await until_blocked_at(sentinel_group.master)
             old = await asyncio.to_thread(sentinel_group.split)
             assert await blocked_at(old)
             await asyncio.to_thread(sentinel_group.mend, old)
             await asyncio.to_thread(task.enqueue, 2)
-            await until(lambda: traffic.ran[2])
+            await auntil(lambda: traffic.ran[2])
             await until_blocked_at(sentinel_group.master)
             assert sentinel_group.master is not old
     assert traffic.ran == {1: 1, 2: 1}
@@ -130,13 +131,13 @@ async def _split(sentinel_group: SentinelGroup, number: int) -> None:
     )
     async with working(first) as stale:
         job = await first.tasks["slow"].aenqueue()
-        await until(lambda: started == ["first"])
+        await auntil(lambda: started == ["first"])
         old = await asyncio.to_thread(sentinel_group.split)
         async with working(second):
-            await until(lambda: started == ["first", "second"])
+            await auntil(lambda: started == ["first", "second"])
             assert await second.job(job.id).aresult(timeout=60) == "second"
         gate.set()
-        await until(lambda: not stale.consumers[0].held)
+        await auntil(lambda: not stale.consumers[0].held)
         await asyncio.to_thread(sentinel_group.mend, old)
         await until_blocked_at(sentinel_group.master)
         assert await second.job(job.id).aresult(timeout=60) == "second", f"round {number}"
@@ -171,7 +172,7 @@ async def test_results_arrive_across_a_failover(sentinel_group: SentinelGroup) -
     with Conveyor(sentinel_group.url) as other:
         async with working(app) as worker:
             jobs = [await slow.aenqueue(n) for n in range(4)]
-            await until(lambda: len(worker.consumers[0].held) == 4)
+            await auntil(lambda: len(worker.consumers[0].held) == 4)
             waiting = [asyncio.ensure_future(job.aresult(timeout=40)) for job in jobs[:2]]
             waiting += [asyncio.ensure_future(asyncio.to_thread(other.job(j.id).result, timeout=40)) for j in jobs[2:]]
             dead = await asyncio.to_thread(sentinel_group.kill_master)

@@ -24,7 +24,8 @@ from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Entry
 from conveyor.store.script import Call
 from conveyor.store.transport.url import server_name
-from support.ready_ids import bare, line, until
+from support.ready_ids import bare, line
+from support.waiting import until
 from testbed.server_process import Server
 
 Start = Callable[..., Server]

@@ -22,7 +22,7 @@ import pytest
 
 from conveyor.jobs.app import Conveyor
 from conveyor.sql import Ledger, Outbox
-from support.manual_worker import eventually
+from support.waiting import until
 
 
 @dataclass
@@ -156,7 +156,7 @@ def maria(directory: Path) -> Iterator[Maria]:
         pytest.skip("MariaDB is not installed")
     server = Maria(daemon, directory / "maria")
     try:
-        eventually(lambda: Path(server.socket).exists(), 60)
+        until(lambda: Path(server.socket).exists(), 60)
         yield server
     finally:
         server.stop()

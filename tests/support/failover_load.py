@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from conveyor.jobs.app import Conveyor
 from conveyor.store import inspection
 from conveyor.worker.worker import Worker
-from support.running_worker import until, working
+from support.running_worker import working
+from support.waiting import auntil
 
 
 @dataclass
@@ -63,14 +64,14 @@ class FailoverLoad:
             thread = threading.Thread(target=self.produce)
             thread.start()
             try:
-                await until(lambda: len(self.ran) > 20)
+                await auntil(lambda: len(self.ran) > 20)
                 yield worker
             finally:
                 self._stop.set()
                 await asyncio.to_thread(thread.join)
             with suppress(AssertionError):  # what is missing for good is for the test to say
-                await until(lambda: self.missing == [])
-            await until(lambda: self.is_drained(worker), 60)
+                await auntil(lambda: self.missing == [])
+            await auntil(lambda: self.is_drained(worker), 60)
 
     @staticmethod
     def is_drained(worker: Worker) -> bool:
@@ -80,7 +81,9 @@ class FailoverLoad:
     async def until_goes_on(self, seconds: float = 60.0) -> float:
         """Wait until a job runs that was accepted from now on; return how long that took (s)."""
         began, count = time.monotonic(), len(self.accepted)
-        await until(lambda: len(self.accepted) > count and self.accepted[-1] in self.ran and self.last > began, seconds)
+        await auntil(
+            lambda: len(self.accepted) > count and self.accepted[-1] in self.ran and self.last > began, seconds
+        )
         return time.monotonic() - began
 
     @property

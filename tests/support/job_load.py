@@ -12,7 +12,8 @@ from typing import Any, Self
 from conveyor.errors import StoreUnavailable
 from conveyor.events import JobLost
 from conveyor.jobs.app import Conveyor
-from support.running_worker import audit, counts, until, working
+from support.running_worker import audit, counts, working
+from support.waiting import auntil
 
 PAUSE = 0.001
 
@@ -84,7 +85,7 @@ class JobLoad:
     async def more(self, count: int, seconds: float = 60.0) -> float:
         """Wait until *count* jobs more have begun; return after how many seconds."""
         began, goal = monotonic(), self.ran.total() + count
-        await until(lambda: self.ran.total() >= goal, seconds)
+        await auntil(lambda: self.ran.total() >= goal, seconds)
         return monotonic() - began
 
     async def __aexit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -104,7 +105,7 @@ class JobLoad:
 
     async def _drained(self) -> None:
         if not self._forgetful:
-            await until(lambda: set(self.accepted) <= set(self.ran), 90)
+            await auntil(lambda: set(self.accepted) <= set(self.ran), 90)
         deadline = monotonic() + 90
         while (left := await counts(self.app)).ready or left.leased or left.scheduled:
             assert monotonic() < deadline, f"this is never done: {left}"

@@ -111,12 +111,3 @@ def drain(app: Conveyor) -> None:
         assert manual.take(1000) == []
         manual.leave()
         app.client.execute("DEL", keys.wake, key=keys.wake)  # a token that no worker took
-
-
-def eventually(condition: Any, within: float = 60.0) -> Any:
-    """Return what *condition* returns as soon as that is true; fail after *within* seconds."""
-    deadline = time.monotonic() + within
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "this did not become true"
-        time.sleep(0.002)
-    return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from conveyor.messaging.queue import Queue
@@ -32,15 +30,6 @@ def queue(backend):
     queue.purge(dead=True)
     stats = queue.stats()
     assert (stats.ready, stats.leased, stats.workers) == (0, 0, 0)
-
-
-def until(check, seconds=60.0):
-    """Wait for a condition."""
-    deadline = time.monotonic() + seconds
-    while not (found := check()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
-    return found
 
 
 def first(queue, **options):

@@ -31,8 +31,9 @@ from conveyor.store.job_filter import Walk
 from conveyor.store.keys import expiring_queues, known_queues
 from conveyor.worker.shared_memory import ChildInfo, LeaseIdentity
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
-from support.manual_worker import ManualWorker, eventually
+from support.manual_worker import ManualWorker
 from support.running_worker import working
+from support.waiting import until
 from testbed.server_process import Server
 
 NAMESPACE = "shop"
@@ -230,7 +231,7 @@ def produce(app: Conveyor) -> None:
     assert [one.state for one in app.job("done").watch()][-1] == "done"
     waiting = threading.Thread(target=lambda: _ended(job))
     waiting.start()
-    eventually(
+    until(
         lambda: app.client.run(
             operations.await_result(app.client.keys("default"), job.id.split(":")[1], f"{NAMESPACE}:replies:x")
         )[0]
@@ -414,7 +415,7 @@ def _die(app: Conveyor) -> None:
     lease_guard = LeaseGuard()
     lease_guard.return_jobs(dead_child)
     # Where a right is missing, the guard would go on trying for as long as it may.
-    eventually(lambda: dead_child.returned or lease_guard._failures > 2)
+    until(lambda: dead_child.returned or lease_guard._failures > 2)
     assert lease_guard.close(60.0 if dead_child.returned else 0.0)
     assert dead_child.returned == 1
 

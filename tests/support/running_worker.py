@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from time import monotonic
 from typing import Any
 
 from conveyor.jobs.app import Conveyor
@@ -43,15 +42,6 @@ def join_threads() -> None:
     for thread in threading.enumerate():
         if thread.name.startswith("conveyor-thread"):
             thread.join(60)
-
-
-async def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
-    """Wait until *condition* holds; return what it returned."""
-    deadline = monotonic() + seconds
-    while not (found := condition()):
-        assert monotonic() < deadline, "the condition never came true"
-        await asyncio.sleep(0.005)
-    return found
 
 
 async def counts(app: Conveyor, queue: str = "default") -> inspection.QueueCounts:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,10 @@ from conveyor.store.inspection import WorkerRow
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Entry
 from support.server_kinds import connect
+from support.waiting import until
 from testbed.fork_server import start_program
 
 KEYS = QueueKeys("test", "q")
-
-
-def until(condition: Callable[[], Any], timeout: float = 60.0) -> Any:
-    """Return the condition's first true value."""
-    deadline = time.monotonic() + timeout
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "what the test waits for did not happen"
-        time.sleep(0.005)
-    return found
 
 
 def running(pid: int) -> bool:

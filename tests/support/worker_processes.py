@@ -28,7 +28,8 @@ from conveyor.worker.supervision import autoscale
 from conveyor.worker.supervision.supervisor import Supervisor
 from support import journal_app
 from support.server_kinds import connect
-from support.supervisor_process import running, until
+from support.supervisor_process import running
+from support.waiting import until
 from testbed.fork_server import Program, start_program
 
 Process = Program | subprocess.Popen[bytes]

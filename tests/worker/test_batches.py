@@ -42,8 +42,9 @@ from conveyor.worker.shared_memory import ChildSlot, ChildSpec, SharedMemory
 from conveyor.worker.worker import RETIRED, Worker
 from support import batch_app
 from support.app_fixtures import loop_app  # noqa: F401
-from support.running_worker import audit, counts, drain, join_threads, until, working
+from support.running_worker import audit, counts, drain, join_threads, working
 from support.time_limits import PATIENCE
+from support.waiting import auntil
 from support.worker_processes import wait, worker_processes
 
 QUICK = Retry(attempts=2, backoff="5ms", jitter=False)
@@ -169,7 +170,7 @@ async def test_many_keys_do_not_fill_the_lease(app: Conveyor) -> None:
 
     await app.aenqueue_many(note.s(Row(n, str(n % 400))) for n in range(2000))
     async with working(app, concurrency=2):
-        await until(lambda: sum(seen) >= 1400)  # the others wait for their time
+        await auntil(lambda: sum(seen) >= 1400)  # the others wait for their time
     assert max(seen) > 1
     await drain(app)
     assert sum(seen) == 2000
@@ -214,7 +215,7 @@ async def test_batches_are_full_while_there_is_work(app: Conveyor) -> None:
 
     await app.aenqueue_many(note.s(n) for n in range(400))
     async with working(app, concurrency=1):
-        await until(lambda: sum(sizes) == 400)
+        await auntil(lambda: sum(sizes) == 400)
     assert len(sizes) <= 12, sizes
 
 
@@ -487,9 +488,9 @@ async def test_one_item_is_cancelled_while_its_batch_runs(app: Conveyor, kind: s
     task = app.batch_task(size=2, within=LONG)(on_loop if kind == "loop" else on_thread)
     async with working(app):
         jobs = [await task.aenqueue(n) for n in range(2)]
-        await until(begun.is_set)
+        await auntil(begun.is_set)
         await jobs[1].acancel()
-        await until(lambda: flags == [False, True])
+        await auntil(lambda: flags == [False, True])
         assert await jobs[1].astatus() == "leased"
         await jobs[0].acancel()
         for job in jobs:
@@ -550,14 +551,14 @@ async def test_batches_that_wait_for_a_thread_go_back_at_a_stop(app: Conveyor) -
     worker = Worker(app, threads=1, grace=PATIENCE)
     running = asyncio.create_task(worker.run())
     await app.aenqueue_many(note.s(n) for n in range(2))
-    await until(lambda: seen)
+    await auntil(lambda: seen)
     consumer = worker.consumers[0]
     await app.aenqueue_many(note.s(n) for n in range(2, 4))
     consumer.has_more = True
     consumer._send_turn(10)  # as a worker does that leases ahead
-    await until(lambda: len(consumer.held) == 4)
+    await auntil(lambda: len(consumer.held) == 4)
     worker.stop()
-    await until(lambda: len(consumer.held) == 2)
+    await auntil(lambda: len(consumer.held) == 2)
     go.set()
     assert await asyncio.wait_for(running, PATIENCE) == 0
     assert seen == [[0, 1]]
@@ -596,7 +597,7 @@ async def test_what_outlives_the_grace_goes_back(app: Conveyor) -> None:
 
     await app.aenqueue_many(note.s(n) for n in range(2))
     async with working(app, grace=0.05):
-        await until(lambda: attempts)
+        await auntil(lambda: attempts)
     await drain(app)
     assert attempts == [[1, 1], [2, 2]]
 
@@ -844,7 +845,7 @@ async def test_a_plain_list_feeds_a_batch_task(app: Conveyor, redis: Any) -> Non
     app.plain_list("foreign", task=note)
     redis.rpush("foreign", *(f'{{"id": {n}}}' for n in range(3)))
     async with working(app):
-        await until(lambda: sum(map(len, seen)) == 3)
+        await auntil(lambda: sum(map(len, seen)) == 3)
     assert sorted(row.id for rows in seen for row in rows) == [0, 1, 2]
 
 
@@ -951,13 +952,13 @@ async def test_equal_items_are_one_job(app: Conveyor) -> None:
         await latest.aenqueue(Row(1, tenant))
         await first.aenqueue(Row(1, tenant))
     async with working(app):
-        await until(lambda: all(seen.values()))
+        await auntil(lambda: all(seen.values()))
         assert [sorted(row.id for row in rows) for rows in seen["keyed"]] == [[0, 1]]
         assert seen["latest"] == [[Row(1, "b")]]
         assert seen["first"] == [[Row(1, "a")]]
         await jobs[0].aresult(timeout=60)
         assert not (await keyed.aenqueue(Row(0, "c"))).duplicate
-        await until(lambda: len(seen["keyed"]) == 2)
+        await auntil(lambda: len(seen["keyed"]) == 2)
     with pytest.raises(ConfigurationError, match="takes a Unique"):
 
         @app.batch_task(size=1, within="1s", unique="id")  # type: ignore[arg-type]

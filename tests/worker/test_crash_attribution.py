@@ -32,7 +32,8 @@ from conveyor.worker.shared_memory import ChildSlot, ChildSpec, SharedMemory
 from conveyor.worker.worker import Worker
 from support import process_app
 from support.client_worker import ClientWorker
-from support.running_worker import join_threads, until
+from support.running_worker import join_threads
+from support.waiting import auntil
 from support.worker_processes import wait, worker_processes
 
 IDS = ["on-the-loop", "on-a-thread", "waits", "prefetched"]
@@ -125,7 +126,7 @@ async def test_a_worker_shows_what_it_runs(app: Conveyor, slot: ChildSlot) -> No
     running = asyncio.create_task(worker.run())
     jobs = [await waits.aenqueue(), await blocks.aenqueue()]
     await asyncio.wait_for(begun.wait(), 60)
-    await until(lambda: len(seen) == 3)
+    await auntil(lambda: len(seen) == 3)
     waiting, executing = (id_checksum(split(job.id)[1]) for job in jobs)
     found = slot.running_snapshot()
     go.set()

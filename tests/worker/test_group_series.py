@@ -14,13 +14,14 @@ from conveyor.worker.leasing import group_series
 from conveyor.worker.leasing.group_series import GroupSeries
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from support.app_fixtures import loop_app  # noqa: F401
-from support.running_worker import audit, counts, drain, until, working
+from support.running_worker import audit, counts, drain, working
+from support.waiting import auntil
 
 ONCE = Retry(attempts=5, backoff="10ms", cap="10ms", jitter=False)
 
 
-_ALWAYS_A_HUNDRED = property(lambda _: "s100", lambda _series, _flag: None)
-"""A flag of a series that no measure of the jobs changes."""
+_ALWAYS_A_HUNDRED = property(lambda _: 100, lambda _series, _length: None)
+"""A length of series that no measure of the jobs changes."""
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(group_series, "LONGEST", 600.0)
     monkeypatch.setattr(group_series, "_AIM", 300.0)
-    monkeypatch.setattr(GroupSeries, "flag", _ALWAYS_A_HUNDRED, raising=False)
+    monkeypatch.setattr(GroupSeries, "length", _ALWAYS_A_HUNDRED, raising=False)
     monkeypatch.setattr(QueueConsumer, "_take", noting)
     return leased
 
@@ -86,7 +87,7 @@ async def test_other_ends_keep_the_order(app: Conveyor, taken: list[int], end: s
     jobs = await app.aenqueue_many([book.s("a", number) for number in range(8)])
     async with working(app):
         if end == "cancelled":
-            await until(lambda: (2, 1) in starts)
+            await auntil(lambda: (2, 1) in starts)
             await jobs[5].acancel()  # it waits in the series
             await jobs[2].acancel()
         await jobs[7].aresult(timeout="60s")
@@ -177,7 +178,7 @@ async def test_a_stop_ends_what_goes_on(app: Conveyor, taken: list[int], going_o
 @pytest.mark.row("C292")
 async def test_nothing_waits_for_a_long_job(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs behind one that runs for long go back, where a pause of their key holds them; a stop returns them, too, and in order."""
-    monkeypatch.setattr(GroupSeries, "flag", _ALWAYS_A_HUNDRED, raising=False)
+    monkeypatch.setattr(GroupSeries, "length", _ALWAYS_A_HUNDRED, raising=False)
     ran: list[int] = []
     gate = asyncio.Event()
 
@@ -189,7 +190,7 @@ async def test_nothing_waits_for_a_long_job(app: Conveyor, monkeypatch: pytest.M
 
     await app.aenqueue_many([book.s("a", number) for number in range(20)])
     async with working(app):
-        await until(lambda: ran == [0])
+        await auntil(lambda: ran == [0])
         while (await counts(app)).waiting < 19:
             await asyncio.sleep(0.01)
         await app.groups.aset("default", "a", paused=True)
@@ -198,7 +199,7 @@ async def test_nothing_waits_for_a_long_job(app: Conveyor, monkeypatch: pytest.M
             await asyncio.sleep(0.01)
         assert ran == [0]
         await app.groups.aset("default", "a", paused=False)
-        await until(lambda: len(ran) == 20)
+        await auntil(lambda: len(ran) == 20)
     assert ran == [*range(20)]
     assert await audit(app) == []
 
@@ -217,7 +218,7 @@ async def test_a_stop_returns_the_rest(app: Conveyor, taken: list[int]) -> None:
 
     await app.aenqueue_many([book.s("a", number) for number in range(9)])
     async with working(app) as worker:
-        await until(lambda: ran == [0, 1, 2])
+        await auntil(lambda: ran == [0, 1, 2])
         worker.stop()
         while (await counts(app)).waiting < 6:
             await asyncio.sleep(0.01)
@@ -263,11 +264,11 @@ def test_length_follows_the_jobs() -> None:
     series = GroupSeries({}, lambda _: None, lambda _: None)
     lengths = []
     for _ in range(10):
-        lengths.append((series.length, series.flag))
+        lengths.append((series.length, series.ask()))
         series.note_ends(series.length, series.length * 0.00001)
     assert lengths[:4] == [(1, ""), (2, "s2"), (4, "s4"), (8, "s8")]
     assert 200 < series.length <= group_series.MOST
     series.note_ends(1, 0.005)
     assert series.length == 4
     series.note_ends(1, 10.0)
-    assert (series.length, series.flag) == (1, "")
+    assert (series.length, series.ask()) == (1, "")

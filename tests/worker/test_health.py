@@ -16,7 +16,7 @@ import pytest
 from conveyor.errors import ConfigurationError
 from conveyor.worker.supervision.health import STANDS, ChildFacts, WorkerFacts, bind, not_live, not_ready
 from support.shell import Shell
-from support.supervisor_process import until
+from support.waiting import until
 
 APP = """
 from conveyor import Conveyor

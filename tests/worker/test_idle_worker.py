@@ -15,8 +15,9 @@ from conveyor.store.operations import TurnReport
 from conveyor.worker.leasing import heartbeat, wakeup
 from conveyor.worker.worker import Worker
 from support.app_fixtures import loop_app  # noqa: F401
-from support.running_worker import drain, until, working
+from support.running_worker import drain, working
 from support.time_limits import LATER, PATIENCE
+from support.waiting import auntil
 
 
 @pytest.mark.usefixtures("only_when_woken")
@@ -29,7 +30,7 @@ async def test_an_idle_worker_is_woken_at_once(app: Conveyor) -> None:
 
     async with working(app) as worker:
         for n in range(5):
-            await until(lambda: worker.connections.blocked and not worker.consumers[0].busy)
+            await auntil(lambda: worker.connections.blocked and not worker.consumers[0].busy)
             job = await echo.aenqueue(n)
             assert await job.aresult(timeout=PATIENCE) == n
 
@@ -62,7 +63,7 @@ async def test_nothing_stands_between_a_token_and_its_job(
     async with working(app) as worker:
         sent: list[tuple[Any, bytes | None]] = []
         for consumer in worker.consumers:
-            await until(lambda: _waits_prepared(worker))
+            await auntil(lambda: _waits_prepared(worker))
             blocked = worker.connections.blocked
             consumer._reaper.due_at = (
                 math.inf
@@ -76,7 +77,7 @@ async def test_nothing_stands_between_a_token_and_its_job(
             with monkeypatch.context() as patch:
                 patch.setattr(consumer.connection, "send", sending)
                 await tasks[worker.consumers.index(consumer)].aenqueue()
-                await until(lambda: waits)
+                await auntil(lambda: waits)
             command, packed = next(one for one in sent if consumer.keys.jobs in one[0])
             assert packed == hiredis.pack_command(command)
             assert waits == [blocked]
@@ -101,7 +102,7 @@ async def test_a_turn_is_made_for_an_idle_worker(app: Conveyor) -> None:
         await begun.wait()
         await (await nothing.aenqueue()).aresult(timeout=PATIENCE)
         gate.set()
-        await until(lambda: _waits_prepared(worker))
+        await auntil(lambda: _waits_prepared(worker))
 
 
 @pytest.mark.standalone_only("a cluster has a blocking call for each slot")
@@ -124,7 +125,7 @@ async def test_an_idle_worker_sends_next_to_nothing(
             await (await task.aenqueue()).aresult(timeout=PATIENCE)
         # A job that a turn leased by itself has left its token: the worker waits, and is about to take it. When the server
         # says that it waits, it has taken all.
-        await until(lambda: _waits_prepared(worker) and redis.info("clients")["blocked_clients"] == 1)
+        await auntil(lambda: _waits_prepared(worker) and redis.info("clients")["blocked_clients"] == 1)
         for connection in (endpoint.connection, listener._connection):
 
             def sending(command: Any, answer: Any, _send: Any = connection.send, **options: Any) -> None:

@@ -15,7 +15,8 @@ from conveyor.worker import shared_memory
 from conveyor.worker.shared_memory import ChildInfo, ChildSpec, LeaseIdentity, SharedMemory
 from conveyor.worker.supervision import lease_guard
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
-from support.supervisor_process import KEYS, until
+from support.supervisor_process import KEYS
+from support.waiting import until
 
 
 def test_healthy_worker_costs_no_beats(url: str, redis: redis_py.Redis, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from conveyor.jobs.context import Context, current
 from conveyor.messaging.retry import Retry
 from conveyor.worker.worker import Worker
 from support.app_fixtures import loop_app  # noqa: F401
-from support.running_worker import drain, until, working
+from support.running_worker import drain, working
+from support.waiting import auntil
 
 
 async def test_raw_entries_run_as_jobs(app: Conveyor, redis: Any) -> None:
@@ -51,10 +52,10 @@ async def test_an_entry_wakes_an_idle_worker(app: Conveyor, redis: Any) -> None:
 
     app.plain_list("raw", task=flaky)
     async with working(app, queues={"raw": 1.0}) as worker:
-        await until(lambda: worker.connections.blocked)
+        await auntil(lambda: worker.connections.blocked)
         for n in range(3):
             redis.rpush("raw", f'{{"n": {n}}}')
-            await until(lambda n=n: (n, 2) in seen)
+            await auntil(lambda n=n: (n, 2) in seen)
     assert redis.llen("raw") == 0
 
 

@@ -13,8 +13,9 @@ from conveyor.jobs.app import Conveyor
 from conveyor.worker.leasing import queue_consumer, wakeup
 from conveyor.worker.leasing.wakeup import MOST_QUEUES
 from conveyor.worker.worker import Worker
-from support.running_worker import until, working
+from support.running_worker import working
 from support.time_limits import LATER, PATIENCE
+from support.waiting import auntil
 
 
 async def nothing() -> None:
@@ -56,11 +57,11 @@ async def _cost_of_a_job(
 
         for task in tasks:
             await (await task.aenqueue()).aresult(timeout=60)
-        await until(lambda: not any(one.busy or one.has_more for one in worker.consumers))
+        await auntil(lambda: not any(one.busy or one.has_more for one in worker.consumers))
         # Where a turn leased a job by itself, the token of it still leads to another.
         waiting = -(-queues // MOST_QUEUES)
-        await until(lambda: redis.info("clients")["blocked_clients"] == waiting)
-        await until(lambda: not any(one.busy or one.has_more for one in worker.consumers))
+        await auntil(lambda: redis.info("clients")["blocked_clients"] == waiting)
+        await auntil(lambda: not any(one.busy or one.has_more for one in worker.consumers))
         turns_before, blocked = waits()
         sys.setprofile(count)
         try:
@@ -96,7 +97,7 @@ async def test_a_blocking_call_names_few_queues(url: str, redis: Any) -> None:
     app = Conveyor(url)
     tasks = _tasks(app, 2 * MOST_QUEUES + 1)
     async with working(app):
-        await until(lambda: redis.info("clients")["blocked_clients"] == 3)
+        await auntil(lambda: redis.info("clients")["blocked_clients"] == 3)
         for task in tasks:
             await (await task.aenqueue()).aresult(timeout=PATIENCE)
     await app.aclose()
@@ -118,7 +119,7 @@ async def test_idle_workers_of_many_queues_send_next_to_nothing(
     consumers = [one for worker in workers for one in worker.consumers]
     idle = [one.idle_turns for worker in workers for one in worker.connections._by_endpoint.values()]
     # The first turns look for dead workers, and the first idle turn of each worker is that of all its queues.
-    await until(lambda: all(one._count for one in idle) and not any(one.busy or one.has_more for one in consumers))
+    await auntil(lambda: all(one._count for one in idle) and not any(one.busy or one.has_more for one in consumers))
     identities = [one.identity for one in consumers]
 
     began, before = monotonic(), _commands(redis)
@@ -145,7 +146,7 @@ async def test_a_token_that_comes_during_a_turn(url: str, monkeypatch: pytest.Mo
     [task] = _tasks(app, 1)
     async with working(app) as worker:
         [consumer] = worker.consumers
-        await until(lambda: worker.connections.blocked and not consumer.busy)
+        await auntil(lambda: worker.connections.blocked and not consumer.busy)
         send, held = consumer.connection.send, list[tuple[Any, Any]]()
 
         def send_and_hold(command: Any, answer: Any, **options: Any) -> None:
@@ -153,7 +154,7 @@ async def test_a_token_that_comes_during_a_turn(url: str, monkeypatch: pytest.Mo
 
         monkeypatch.setattr(consumer.connection, "send", send_and_hold)
         consumer.on_token()
-        await until(lambda: held)  # carried out, and the worker does not know it yet
+        await auntil(lambda: held)  # carried out, and the worker does not know it yet
         monkeypatch.undo()
         taken, on_token = asyncio.Event(), consumer.on_token
         monkeypatch.setattr(consumer, "on_token", lambda: (on_token(), taken.set()))
@@ -177,7 +178,7 @@ async def test_workers_without_the_right_to_idle_turns_go_on(url: str, redis: An
             [consumer] = worker.consumers
             redis.execute_command("ACL", "SETUSER", "old", "-mget")
             identity, numbers = consumer.identity, set[int]()
-            await until(lambda: numbers.add(consumer.number) or len(numbers) > 4)  # more than a lease
+            await auntil(lambda: numbers.add(consumer.number) or len(numbers) > 4)  # more than a lease
             assert consumer.identity == identity
             await (await task.aenqueue()).aresult(timeout=60)
     finally:

@@ -32,6 +32,7 @@ from conveyor.worker.worker import Worker
 from support import process_app
 from support.running_worker import audit, working
 from support.time_limits import LATER, PATIENCE
+from support.waiting import auntil
 
 APP = "support.process_app:app"
 ID = ids.new_id()
@@ -67,13 +68,6 @@ def run(processes: ProcessPool) -> Run:
     return lambda name, /, **arguments: processes.run(attempt(name, **arguments))
 
 
-async def until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "not in time"
-        await asyncio.sleep(0.01)
-
-
 def ended(pid: int) -> bool:
     """Return whether a process has ended; one that has not been waited for yet counts as ended."""
     try:
@@ -86,7 +80,7 @@ def ended(pid: int) -> bool:
 async def staying(run: Run, place: Path, name: str, **more: Any) -> tuple[asyncio.Task[Any], list[int]]:
     """Start a job that stays, and return it with the pids of its process and of the one it has started."""
     job = asyncio.ensure_future(run("stay", place=str(place), name=name, **more))
-    await until((place / name).exists)
+    await auntil((place / name).exists)
     return job, [int(pid) for pid in (place / name).read_text().split()]
 
 
@@ -106,7 +100,7 @@ async def test_a_process_is_used_again() -> None:
     pids = [await processes.run(attempt("pid")) for _ in range(4)]
 
     assert pids[0] == pids[1] == pids[2] != pids[3]
-    await until(lambda: ended(pids[0]))
+    await auntil(lambda: ended(pids[0]))
     await processes.close()
 
 
@@ -119,7 +113,7 @@ async def test_an_idle_process_ends_in_order(
     processes.idle_seconds = 0.05
 
     first = await run("pid")
-    await until(lambda: ended(first))
+    await auntil(lambda: ended(first))
 
     assert (tmp_path / "closed").exists()
     assert await run("pid") != first
@@ -267,7 +261,7 @@ async def test_cancelling_kills(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
 
     assert time.monotonic() - began < PATIENCE
     assert ended(pids[0])
-    await until(lambda: ended(pids[1]))
+    await auntil(lambda: ended(pids[1]))
     assert await run("pid") != pids[0]
 
 
@@ -316,7 +310,7 @@ async def test_an_idle_death_costs_nobody(run: Run) -> None:
     """A process that dies while idle is replaced, and no job is told, also when the event loop has not seen the end yet."""
     first = await run("pid")
     os.kill(first, signal.SIGKILL)
-    await until(lambda: not Path(f"/proc/{first}").exists())
+    await auntil(lambda: not Path(f"/proc/{first}").exists())
 
     second = await run("pid")
     assert second != first
@@ -437,7 +431,7 @@ async def test_jobs_wait_for_a_worker_that_can_run_them(
         monkeypatch.setattr(SettlementWriter, "leave_to_others", count)
         async with working(app, reference=reference):
             assert await (await beside.aenqueue()).aresult(timeout=20) == 1
-            await until(lambda: len(offered) == 3 and min(offered.values()) > 1, 30)
+            await auntil(lambda: len(offered) == 3 and min(offered.values()) > 1, 30)
         assert {await job.astatus() for job in jobs} <= {"scheduled", "ready"}
         warned = [line for line in caplog.messages if line.startswith("E08")]
         assert len(warned) == 1
@@ -504,13 +498,13 @@ async def test_a_killed_worker_leaves_nothing(tmp_path: Path) -> None:
     paths = os.pathsep.join(path for path in sys.path if path)
     worker = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], env=os.environ | {"PYTHONPATH": paths})
     try:
-        await until((tmp_path / "orphan").exists)
+        await auntil((tmp_path / "orphan").exists)
     finally:
         worker.kill()
         worker.wait()
 
     for pid in map(int, (tmp_path / "orphan").read_text().split()):
-        await until(lambda pid=pid: ended(pid))
+        await auntil(lambda pid=pid: ended(pid))
 
 
 def test_it_works_on_uvloop(tmp_path: Path) -> None:
@@ -556,7 +550,7 @@ async def test_a_worker_runs_its_jobs_in_processes(url: str, tmp_path: Path) -> 
         crashed = await task("die", retry=Retry(max_crashes=1)).aenqueue("segfault")
         worker = Worker(app, burst=True, reference=APP)
         running = asyncio.create_task(worker.run())
-        await until((tmp_path / "stuck").exists)
+        await auntil((tmp_path / "stuck").exists)
         [consumer] = worker.consumers
         consumer.move_deadline(consumer.held[ids.split(stuck.id)[1]], 0)
         await asyncio.wait_for(running, PATIENCE)
@@ -570,7 +564,7 @@ async def test_a_worker_runs_its_jobs_in_processes(url: str, tmp_path: Path) -> 
             await crashed.aresult(timeout=60)
         pid, started = map(int, (tmp_path / "stuck").read_text().split())
         assert ended(pid)
-        await until(lambda: ended(started))  # it was killed with it, and the kernel ends each in its own time
+        await auntil(lambda: ended(started))  # it was killed with it, and the kernel ends each in its own time
         assert await audit(app) == []
 
 

@@ -12,7 +12,7 @@ import pytest
 from conveyor import Conveyor
 from conveyor.worker.supervision.reload import SourceWatcher
 from support.shell import Shell
-from support.supervisor_process import until
+from support.waiting import until
 
 APP = """
 from conveyor import Conveyor

@@ -21,7 +21,8 @@ from conveyor.jobs.schedules import Schedule, Schedules
 from conveyor.store import schedules as store
 from conveyor.store.keys import QueueKeys
 from conveyor.worker.scheduler import Scheduler
-from support.running_worker import audit, until, working
+from support.running_worker import audit, working
+from support.waiting import auntil
 
 
 @pytest_asyncio.fixture
@@ -68,7 +69,7 @@ async def test_each_instant_has_one_job(app: Conveyor, url: str, redis: Any) -> 
     async with AsyncExitStack() as stack:
         for _ in range(3):
             await stack.enter_async_context(working(app))
-        await until(lambda: len(ran) >= 6)
+        await auntil(lambda: len(ran) >= 6)
 
     counts = Counter(job for job, _ in ran)
     assert set(counts.values()) == {1}
@@ -163,7 +164,7 @@ async def test_instants_that_nobody_carried_out(app: Conveyor, missed: Any, expe
     await reach(app, "greeting", midnight - timedelta(days=2))
 
     async with working(app):
-        await until(lambda: len(ran) == sum(outcome == "fired" for outcome, _ in expected))
+        await auntil(lambda: len(ran) == sum(outcome == "fired" for outcome, _ in expected))
 
         async def decided() -> bool:
             return await outcomes(app, "greeting") == expected
@@ -191,14 +192,14 @@ async def test_an_instant_while_the_last_job_is_not_over(app: Conveyor, overlap:
     await app.schedules.aput("greeting", greet.s(), every="1h", overlap=overlap)
     async with working(app):
         await reach(app, "greeting", _hour(0))
-        await until(lambda: len(started) == 1)
+        await auntil(lambda: len(started) == 1)
         await reach(app, "greeting", _hour(0) + timedelta(seconds=1))
         if overlap == "skip":
             while ("overlap", 1) not in await outcomes(app, "greeting"):
                 await asyncio.sleep(0.01)
             assert len(started) == 1
         else:
-            await until(lambda: len(started) == 2)
+            await auntil(lambda: len(started) == 2)
             assert await app.job(started[0]).astatus() == "cancelled"
         release.set()
 
@@ -248,7 +249,7 @@ async def test_an_instant_whose_worker_dies_goes_to_another(app: Conveyor) -> No
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Scheduler, "begin", begin_once)
         async with working(app):
-            await until(lambda: len(ran) == 1)
+            await auntil(lambda: len(ran) == 1)
     assert ran == [job_id("greeting", round(_hour(0).timestamp() * 1000))]
 
 
@@ -273,7 +274,7 @@ async def test_a_schedule_of_an_unknown_task_stands_still(app: Conveyor, url: st
 
     await reach(app, "greeting", _hour(0))
     async with working(app):
-        await until(lambda: len(ran) == 1)
+        await auntil(lambda: len(ran) == 1)
     await other.aclose()
 
 
@@ -361,9 +362,9 @@ async def test_sealed_schedules(url: str, redis: Any) -> None:
     assert b"confidential" not in b"".join(redis.hgetall(app.client.keys("default").schedule("greeting")).values())
     await reach(app, "greeting", _hour(0))
     async with working(app):
-        await until(lambda: ran == ["confidential"])
+        await auntil(lambda: ran == ["confidential"])
         await (await app.schedules.aget("greeting")).arun()
-        await until(lambda: ran == ["confidential"] * 2)
+        await auntil(lambda: ran == ["confidential"] * 2)
     await app.schedules.adelete("greeting")
     await app.aclose()
 

@@ -26,8 +26,9 @@ from conveyor.worker.leasing.capacity import Capacity
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.worker import Worker
 from support.app_fixtures import loop_app  # noqa: F401
-from support.running_worker import audit, counts, drain, until, working
+from support.running_worker import audit, counts, drain, working
 from support.time_limits import PATIENCE
+from support.waiting import auntil
 
 
 @pytest.mark.row("I18")
@@ -90,7 +91,7 @@ async def test_a_thread_is_told_that_it_is_cancelled(app: Conveyor) -> None:
 
     async with working(app):
         job = await patient.aenqueue()
-        await until(started.is_set)
+        await auntil(started.is_set)
         assert await job.acancel()
         with pytest.raises(JobCancelled):
             await job.aresult(timeout=60)
@@ -109,7 +110,7 @@ async def test_a_stop_hands_back_what_has_not_started(app: Conveyor) -> None:
     await app.aenqueue_many(wait.s(n) for n in range(10))
     worker = Worker(app, concurrency=2, grace=10)
     running = asyncio.create_task(worker.run())
-    await until(lambda: len(seen) == 2)
+    await auntil(lambda: len(seen) == 2)
     worker.stop()
     gate.set()
     await asyncio.wait_for(running, 60)
@@ -134,7 +135,7 @@ async def test_what_outlives_the_grace_is_handed_back_free(app: Conveyor) -> Non
     job = await long.aenqueue()
     worker = Worker(app, grace=0.05)
     running = asyncio.create_task(worker.run())
-    await until(lambda: worker.consumers and worker.executor.coroutines.running)
+    await auntil(lambda: worker.consumers and worker.executor.coroutines.running)
     worker.stop()
     await asyncio.wait_for(running, 60)
     assert (await counts(app)).ready == 1
@@ -156,11 +157,11 @@ async def test_a_reaped_worker_is_refused_and_goes_on(app: Conveyor) -> None:
 
     async with working(app) as worker:
         job = await twice.aenqueue()
-        await until(lambda: runs == [1])
+        await auntil(lambda: runs == [1])
         old = worker.consumers[0].identity
         assert await app.client.arun(operations.reap(app.client.keys("default"), old)) == 1
         worker.consumers[0].on_token()
-        await until(lambda: runs == [1, 2])
+        await auntil(lambda: runs == [1, 2])
         gate.set()
         assert await job.aresult(timeout=60) == 2
         assert worker.consumers[0].identity != old
@@ -223,9 +224,9 @@ async def test_suspects_do_not_wait_for_one_worker(app: Conveyor, redis: Any) ->
         redis.hset(keys.state, job.id.split(":")[1], "2 0 2")
     try:
         async with working(app) as first:
-            await until(lambda: len(started) == 1 and len(first.consumers[0].held) == 3)
+            await auntil(lambda: len(started) == 1 and len(first.consumers[0].held) == 3)
             async with working(app), working(app):
-                await until(lambda: sorted(started) == [0, 1, 2], 30)
+                await auntil(lambda: sorted(started) == [0, 1, 2], 30)
                 release.set()
                 assert [await job.aresult(timeout=10) for job in jobs] == [3, 3, 3]
     finally:
@@ -262,7 +263,7 @@ async def test_a_job_of_an_unknown_task_waits_for_a_newer_worker(url: str, app: 
     job = await task.aenqueue()
     await old.aenqueue()
     async with working(app):
-        await until(lambda: True)
+        await auntil(lambda: True)
         while (await counts(app)).scheduled != 1:
             await asyncio.sleep(0.01)
     await app.client.arun(operations.promote(app.client.keys("default"), job.id.rpartition(":")[2]))
@@ -373,7 +374,7 @@ async def test_a_worker_that_never_reached_redis_stops_at_once() -> None:
 
     worker = Worker(app, grace=600)
     running = asyncio.create_task(worker.run())
-    await until(lambda: not worker.ready.is_set())
+    await auntil(lambda: not worker.ready.is_set())
     worker.stop()
     assert await asyncio.wait_for(running, 60) == 0
     await app.aclose()
@@ -390,7 +391,7 @@ async def test_a_worker_that_waits_for_redis_is_not_blocked() -> None:
     running = asyncio.create_task(worker.run())
     for _ in range(2):
         seen = worker.last_tick
-        await until(lambda seen=seen: worker.last_tick > seen)
+        await auntil(lambda seen=seen: worker.last_tick > seen)
     assert not worker.ready.is_set()
     worker.stop()
     await running
@@ -413,7 +414,7 @@ async def test_kills_under_load_spare_jobs_that_are_only_held(app: Conveyor) -> 
         worker = Worker(app, concurrency=50)
         running = asyncio.create_task(worker.run())
         before = len(done)
-        await until(lambda least=before + 110: len(done) > least)
+        await auntil(lambda least=before + 110: len(done) > least)
         worker.fail(RuntimeError("crash"))
         with pytest.raises(RuntimeError, match="crash"):
             await running
@@ -472,7 +473,7 @@ async def test_the_answer_of_a_cancellation(app: Conveyor, monkeypatch: pytest.M
     try:
         async with working(app, concurrency=1, threads=1):
             jobs = [await hold.aenqueue(n) for n in range(3)]
-            await until(lambda: started == [0])
+            await auntil(lambda: started == [0])
             await _leased(app, 2)
 
             answers = [await job.acancel() for job in reversed(jobs)]
@@ -541,7 +542,7 @@ async def test_a_job_that_expired_behind_another_does_not_start(
     try:
         async with working(app, concurrency=1, threads=1):
             await task.aenqueue(0)
-            await until(lambda: seen == [0])
+            await auntil(lambda: seen == [0])
             late = await task.options(expires="1h").aenqueue(1)
             last = await task.options(expires="3h").aenqueue(2)
             await _leased(app, 3)

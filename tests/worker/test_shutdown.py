@@ -18,7 +18,8 @@ from conveyor.worker.leasing.capacity import Capacity
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.worker import Worker
 from support.app_fixtures import loop_app  # noqa: F401
-from support.running_worker import counts, drain, until, working
+from support.running_worker import counts, drain, working
+from support.waiting import auntil
 from testbed.server_process import Server
 
 
@@ -85,7 +86,7 @@ async def test_a_thread_and_the_loop_claim_a_job_once(
     monkeypatch.setattr(threads, "perf_counter", clock)
     job = await count.aenqueue(1)
     async with working(app) as worker:
-        await until(claimed.is_set)
+        await auntil(claimed.is_set)
         [consumer] = worker.consumers
         [attempt] = consumer.held.values()
         if stop == "cancel":
@@ -94,7 +95,7 @@ async def test_a_thread_and_the_loop_claim_a_job_once(
             consumer.hand_back()
         report = list(consumer.report.others)
         acted.set()
-        await until(lambda: attempt.ended)
+        await auntil(lambda: attempt.ended)
 
     assert report == []
     assert await job.aresult(timeout=60) == 1
@@ -173,8 +174,8 @@ async def test_a_start_that_is_cancelled_leaves_no_worker(
     with pytest.raises(asyncio.CancelledError):
         await asyncio.wait_for(entering, 60)
 
-    await until(lambda: asyncio.all_tasks() <= before)
-    await until(lambda: threading.active_count() <= threads_before)
+    await auntil(lambda: asyncio.all_tasks() <= before)
+    await auntil(lambda: threading.active_count() <= threads_before)
     found = await counts(app)
     assert (found.ready, found.leased, found.workers) == (1, 0, 0)
     assert ran == []
@@ -260,7 +261,7 @@ async def test_an_early_ack_is_not_cut_off(app: Conveyor, monkeypatch: pytest.Mo
     worker = Worker(app, burst=end == "burst", concurrency=2, threads=2, grace=20)
     running = asyncio.create_task(worker.run())
     await asyncio.wait_for(started.wait(), 60)
-    await until(lambda: sum(len(one.early_acks.acknowledged) for one in worker.consumers) == 5)
+    await auntil(lambda: sum(len(one.early_acks.acknowledged) for one in worker.consumers) == 5)
     if end == "stop":
         worker.stop()
     go_on.set()

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from support.supervisor_process import KEYS, Queue, SupervisorProcess, running, until
+from support.supervisor_process import KEYS, Queue, SupervisorProcess, running
+from support.waiting import until
 from testbed.server_process import Server
 
 LEASE_MS = 1000

@@ -18,8 +18,9 @@ from conveyor.messaging.retry import Retry
 from conveyor.store import inspection
 from conveyor.worker.leasing.capacity import Capacity
 from support.app_fixtures import loop_app  # noqa: F401
-from support.running_worker import audit, counts, drain, until, working
+from support.running_worker import audit, counts, drain, working
 from support.time_limits import PATIENCE
+from support.waiting import auntil
 
 
 async def test_jobs_run_in_the_order_they_were_enqueued(app: Conveyor) -> None:
@@ -509,7 +510,7 @@ async def test_an_embedded_worker_outlives_a_blocked_thread(app: Conveyor) -> No
 
     async with working(app, threads=2):
         job = await stubborn.aenqueue()
-        await until(lambda: told == [True])
+        await auntil(lambda: told == [True])
         assert (await counts(app)).leased == 1
         release.set()
         assert await job.aresult(timeout=60) == "done"

@@ -16,9 +16,10 @@ from conveyor.jobs.app import Conveyor
 from conveyor.store import operations
 from conveyor.worker.leasing import wakeup
 from support.app_fixtures import loop_app  # noqa: F401
-from support.running_worker import counts, drain, until, working
+from support.running_worker import counts, drain, working
 from support.shell import Shell
 from support.time_limits import LATER
+from support.waiting import auntil
 from support.worker_processes import wait, worker_processes
 
 
@@ -56,7 +57,7 @@ async def test_a_worker_is_seen_and_told_what_to_do(app: Conveyor) -> None:
         await admin.astop_worker(worker.name)
         await until_state(admin, worker.name, "stopping")
         go.set()
-        await until(lambda: worker.lifecycle.stopped)
+        await auntil(lambda: worker.lifecycle.stopped)
 
     assert (await counts(app)).ready == 1
     with pytest.raises(WorkerNotFound):
@@ -109,12 +110,12 @@ async def test_a_worker_that_registered_anew_is_heard(
         await begun.wait()
         former = consumer.identity
         listener = worker.connections.of(keys).listeners[0]
-        await until(lambda: listener._listening and consumer.wake_list not in listener._listening)
+        await auntil(lambda: listener._listening and consumer.wake_list not in listener._listening)
         redis.flushdb()
         go.set()
-        await until(lambda: consumer.identity != former and not consumer.busy)
+        await auntil(lambda: consumer.identity != former and not consumer.busy)
         await Admin(app.client).astop_worker(worker.name)
-        await until(lambda: worker.lifecycle.stopping)
+        await auntil(lambda: worker.lifecycle.stopping)
 
 
 def test_a_stopped_process_is_not_started_again(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
