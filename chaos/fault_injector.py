@@ -23,6 +23,8 @@ RETRY_FOR = 10.0
 """Seconds a fault waits for somebody it can strike."""
 QUEUE = 60.0
 """Seconds a fault of Redis waits for the one before it to be over, and one of a job's process for there to be one."""
+NOTICED = 5.0
+"""Seconds after which a program takes a reply that does not come for lost: the default of the library."""
 
 _PROCESSES = {
     "kill child": 22, "kill program": 6, "kill supervisor": 3, "kill host": 2, "kill job process": 2, "kill producer": 3,
@@ -346,7 +348,7 @@ class FaultInjector:
         self.environment.proxy.cut_randomly(mean=2000, times=count, seed=seed, directions=self._ways(fault))
 
     def _swallow_replies(self, fault: Fault, *, hang: bool = False) -> None:
-        self.environment.fault(fault.kind)
+        self.environment.fault(fault.kind, lasting=NOTICED if hang else 0.0)
         for n in range(1, 2 + int(5 * fault.size)):
             self.environment.proxy.swallow_reply(3 * n, "EVALSHA", hang=hang)
 

@@ -89,8 +89,11 @@ class SureSpans:
 
     def began_promptly(self, run: Run) -> bool:
         """Tell whether no fault can have come between its lease and its start, nor have cost its worker the lease before."""
+        # A lease is lost a lease after the fault, and the next one taken. A reply that is lost holds up a start for as long as it
+        # takes to be noticed, and the job then waits as any other. What is armed strikes a few commands later.
+        after = max(2 * self._lease, self._lease + DELAY)
         faults = itertools.chain(self._struck.get(run.pid, ()), self._common)
-        return not any(at <= run.start <= until + 2 * self._lease for at, until in faults)
+        return not any(at <= run.start <= until + after for at, until in faults)
 
     def held_until(self, run: Run) -> float:
         """Return the instant until which it surely had its lease: a run that was cut off, to the last line of its process."""
