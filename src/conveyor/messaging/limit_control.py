@@ -125,7 +125,7 @@ class LimitControl:
         yield from _declare(place, parts)
         records: LimitRecords = yield store_limits.list_limits(parts[0])
         found = _choose(owner, place, limit, key, records)
-        check_weighed(limit, found)
+        _check_weighed(limit, found)
         text = None if key is None else key_text(key, "key")
         number = limit.n if _is_exact(found.declared) else limit.n // len(parts)
         if number == 0:
@@ -267,7 +267,7 @@ def _choose(
     raise ConfigurationError(f"{what} fits {show_limit(limit)}{of}. {_listed(known)} {advice} Nothing was changed.")
 
 
-def check_weighed(limit: Rate | Concurrency, found: LimitRecord) -> None:
+def _check_weighed(limit: Rate | Concurrency, found: LimitRecord) -> None:
     """Raise ConfigurationError for a smooth rate in place of one whose jobs have costs."""
     known = read_limit(found.declared)
     if isinstance(known, Rate) and known.cost is not None and isinstance(limit, Rate) and limit.smooth:

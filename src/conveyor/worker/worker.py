@@ -380,11 +380,14 @@ class Worker:
             self._stop_if_drained()  # no turn follows, which would see to it
         if self.lifecycle.stopping:
             self._drain_monitor.note_end()
-        if not self.executor.coroutines.backlog and self.capacity.is_alone(consumer):
+        executor = self.executor
+        if (
+            executor.coroutines.backlog or executor.threads.ended or not self.capacity.is_alone(consumer)
+        ):  # other ends follow
+            consumer.schedule()
+            self.capacity.offer()
+        else:
             consumer.schedule(at_once=True)
-            return
-        consumer.schedule()
-        self.capacity.offer()
 
     def on_batch_finished(self, ends: list[End]) -> None:
         """Settle the jobs of a batch, which leave with one turn."""

@@ -66,7 +66,9 @@ class Executor:
         self._kinds = kinds
         self._loader = loader
         self._on_finished, self._on_stuck, self._chain = on_finished, on_stuck, chain
-        self._skips, self._ask_at, self._skipped_until = skips, 0.0, 0.0
+        self._skips = skips
+        self._is_plain_skipped = False  # what it said of a job without headers, until it is asked again
+        self._ask_at = 0.0
         self._on_batch = on_batch
         self.gatherer: BatchGatherer | None = None
         """Gathers jobs of batch tasks; None until the first of them."""
@@ -194,11 +196,14 @@ class Executor:
         variables = self._base.copy()
         handler = attempt.handler
         variables.run(CURRENT.set, attempt)
-        if (
-            self._chain is not None
-            # Without a call for a plain job: two for each would be a hundredth of what its worker and the server spend on it.
-            and not (attempt.started < self._skipped_until and attempt.envelope is PLAIN and handler.kind == "loop")
-            and (handler.kind != "loop" or not self._is_skipped(attempt))
+        # Of others than coroutines `submit` has asked. A plain job costs no call: two for each would be a hundredth of what its
+        # worker and the server spend on it.
+        if self._chain is not None and (
+            handler.kind != "loop"
+            or not (
+                (attempt.envelope is PLAIN and attempt.started < self._ask_at and self._is_plain_skipped)
+                or self._is_skipped(attempt)
+            )
         ):
             return variables, self._chain(attempt.open(), partial(self._call, attempt))
         args, kwargs = handler.decode(attempt.body)
@@ -213,9 +218,8 @@ class Executor:
             return self._skips(headers)
         now = perf_counter()
         if now >= self._ask_at:
-            self._ask_at = now + _ASK_EVERY
-            self._skipped_until = self._ask_at if self._skips(headers) else 0.0
-        return now < self._skipped_until
+            self._ask_at, self._is_plain_skipped = now + _ASK_EVERY, self._skips(headers)
+        return self._is_plain_skipped
 
     async def _call(self, attempt: Attempt) -> Any:
         """Run the function itself, inside all middlewares."""

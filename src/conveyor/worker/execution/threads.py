@@ -45,7 +45,8 @@ class ThreadPool:
         self._on_finished, self._on_started = on_finished, on_started
         self._fork_guard, self._running_table = fork_guard, running_table
         self._queue: SimpleQueue[Work | None] = SimpleQueue()
-        self._ended: deque[tuple[Attempt, Any, BaseException | None, int]] = deque()
+        self.ended: deque[tuple[Attempt, Any, BaseException | None, int]] = deque()
+        """Functions that have ended, with value, error and checksum of the id, and whose ends are reported next."""
         self._signalled = False
         self._alive = 0
         self._abandoned: set[Attempt] = set()
@@ -117,7 +118,7 @@ class ThreadPool:
                 cells[cell] = 0
 
     def _report(self, attempt: Attempt, value: Any, error: BaseException | None, checksum: int) -> None:
-        self._ended.append((attempt, value, error, checksum))
+        self.ended.append((attempt, value, error, checksum))
         if not self._signalled:
             self._signalled = True
             with contextlib.suppress(RuntimeError):  # the loop is closed: nothing waits any more
@@ -125,7 +126,7 @@ class ThreadPool:
 
     def _collect(self) -> None:
         self._signalled = False  # before taking: what is appended from now on signals again
-        ended, cells = self._ended, None if self._running_table is None else self._running_table.cells
+        ended, cells = self.ended, None if self._running_table is None else self._running_table.cells
         while ended:
             attempt, value, error, checksum = ended.popleft()
             if cells is not None:

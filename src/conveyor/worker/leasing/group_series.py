@@ -40,7 +40,7 @@ class _Series:
 
     def __init__(self, group: str, first: Attempt) -> None:
         self.group = group
-        self.current: Attempt | None = first  # that must end before the next one starts
+        self.current: Attempt | None = first  # the key of `GroupSeries.running`; None: none of its jobs runs
         self.started = 1
         self.waiting: deque[tuple[float, Attempt]] = deque()  # with the instants until which they may start
         self.coming: list[Attempt] = []  # those of the reply that is being read
@@ -65,17 +65,13 @@ class GroupSeries:
         self._taken: dict[str, _Series] = {}
         self._asked: dict[str, _Series] = {}  # by their groups those that the turn under way may go on with
         self._asked_length = 1
-        self._pace, self._paced_at = (
-            0.001,
-            0.0,
-        )  # seconds from one end to the next, turns included; since when, 0.0: no series
+        self._pace = 0.001  # seconds from one end to the next, turns included
+        self._paced_at = 0.0  # since when that is measured; 0.0: no series
         self._timer: asyncio.TimerHandle | None = None
         self._seconds = _AIM
         """Those that a job takes, as far as they are known."""
         self.length = 1
         """The number of jobs that the next turn may lease of a group; 1: no series."""
-        self.flag = ""
-        """The flag of a turn that asks for them."""
         self.wants_more = False
         """True when a group had all the jobs that the last turn asked for, and others should follow them now."""
 
@@ -95,14 +91,13 @@ class GroupSeries:
     def _expect(self, seconds: float) -> None:
         self._seconds = seconds
         self.length = max(1, min(MOST, int(_AIM / seconds)))
-        self.flag = f"s{self.length}" if seconds <= _AIM / 2 else ""
 
     def ask(self) -> str:
         """Return the flag of a turn that leases, with the series that it may go on with: how many of their jobs are held here."""
         self._asked, self.wants_more = {}, False
-        if not self.flag:
+        if self.length == 1:
             return ""
-        length, parts, held = int(self.flag[1:]), [""], self._held
+        length, parts, held = self.length, [""], self._held
         for current, series in self.running.items():
             if series.is_well and len(self._asked) < MOST_GOING_ON:
                 waiting = sum(1 for _, one in series.waiting if one.ended == 0.0 and held.get(one.id) is one)
