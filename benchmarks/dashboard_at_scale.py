@@ -194,7 +194,7 @@ async def measure_routes(
             for _ in range(times):
                 for shared in (site.service.live.snapshot, site.service.live.findings):
                     shared._found = None
-                site.service.live.forget_flags()
+                site.service.live._flags_until = 0.0
                 if followed:
                     await client.get("/api/v1/snapshot")
                     site.service.live.snapshot._found = None
