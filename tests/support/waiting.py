@@ -18,7 +18,7 @@ def until(condition: Callable[[], Any], seconds: float = 60.0, what: str = "what
 
 
 async def auntil(condition: Callable[[], Any], seconds: float = 60.0, what: str = "what the test waits for") -> Any:
-    """Do the same as `until` beside the other tasks of the event loop."""
+    """Return what *condition* returns, as `until` does, beside the other tasks of the event loop."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
