@@ -19,6 +19,7 @@ from conveyor.jobs.context import current
 from conveyor.jobs.core import core_of
 from conveyor.messaging.partitions import partition_of
 from conveyor.store import inspection
+from conveyor.worker.leasing import capacity, queue_consumer
 from conveyor.worker.leasing.capacity import STINT, PartitionGroup
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from support.partition_helpers import ack_all, audits, lengths, place_of
@@ -132,6 +133,28 @@ async def test_an_idle_worker_starts_a_job_of_any_partition_at_once(app: Conveyo
         assert await job.aresult(timeout=60) == 1
     await drain(app)
     assert (await orders.astats()).ready == 0
+
+
+@pytest.mark.row("D261")
+async def test_a_partition_that_may_hold_no_more_lets_others_lease(
+    app: Conveyor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A partition of which a worker holds all that it may, while these jobs run, keeps its slots from no other partition."""
+    for module in (capacity, queue_consumer):
+        monkeypatch.setattr(module, "MOST_HELD", 10)
+    running, ends = 0, asyncio.Event()
+
+    @app.task(queue="orders")
+    async def hold(n: int) -> None:
+        nonlocal running
+        running += 1
+        await ends.wait()
+
+    await asyncio.gather(*[hold.aenqueue(n) for n in range(160)])
+    async with working(app, concurrency=100):
+        await auntil(lambda: running == 80, what="ten jobs of each of eight partitions run")
+        ends.set()
+        await auntil(lambda: running == 160)
 
 
 @pytest.mark.usefixtures("only_when_woken")

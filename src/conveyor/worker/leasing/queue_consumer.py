@@ -226,7 +226,8 @@ class QueueConsumer:
         self._note_work()
 
     def _note_work(self) -> None:
-        self._capacity.note_work(self, possible=self._has_more and not self._is_paused)
+        possible = self._has_more and not self._is_paused and len(self.held) < MOST_HELD
+        self._capacity.note_work(self, possible=possible)
 
     @property
     def has_capacity(self) -> bool:
@@ -322,6 +323,9 @@ class QueueConsumer:
                 self._capacity.note_work(self, possible=False)  # its server does not answer: other partitions lease
                 self._capacity.offer()
             return
+        if self._has_more and len(self.held) >= MOST_HELD:
+            self._note_work()  # its jobs run for long, and it takes no more until some have ended: other partitions lease
+            self._capacity.offer()
         if self.quarantine.in_use:
             self._put_off_late()
         if now - self._sent_at >= 0.95 * self.pause or now >= self._reaper.due_at:
