@@ -202,14 +202,6 @@ class Conveyor:
 
     @overload
     def queue(
-        self, name: str, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int | None = None,
-        retry: Retry | None = None, max_crashes: int | None = None, max_length: int | None = None, full: Full = "raise",
-        limits: Sequence[Rate | Concurrency] | None = None, ageing: Duration | None = None, expires: Duration | None = None,
-        events: int | None = None, version: int = 1, upcast: UpcastMessage | None = None,
-        format: FormatChoice | None = None, **durability: Unpack[DurabilityOptions],
-    ) -> Queue[Any]: ...  # fmt: skip
-    @overload
-    def queue(
         self, name: str, type: type[T], *, partitions: int = 1, lease: Duration | None = None, max_attempts: int | None = None,
         retry: Retry | None = None, max_crashes: int | None = None, max_length: int | None = None, full: Full = "raise",
         limits: Sequence[Rate | Concurrency] | None = None, ageing: Duration | None = None, expires: Duration | None = None,
@@ -218,7 +210,7 @@ class Conveyor:
     ) -> Queue[T]: ...  # fmt: skip
     @overload
     def queue(
-        self, name: str, type: Any, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int | None = None,
+        self, name: str, type: Any = ..., *, partitions: int = 1, lease: Duration | None = None, max_attempts: int | None = None,
         retry: Retry | None = None, max_crashes: int | None = None, max_length: int | None = None, full: Full = "raise",
         limits: Sequence[Rate | Concurrency] | None = None, ageing: Duration | None = None, expires: Duration | None = None,
         events: int | None = None, version: int = 1, upcast: UpcastMessage | None = None,
@@ -271,17 +263,12 @@ class Conveyor:
 
     @overload
     def plain_list(
-        self, name: str, task: Task[..., Any] | str | None = None, *, lease: Duration | None = None, max_attempts: int = 5,
-        sealed: bool = True,
-    ) -> PlainList[Any]: ...  # fmt: skip
-    @overload
-    def plain_list(
         self, name: str, task: Task[..., Any] | str | None = None, *, type: type[T], lease: Duration | None = None,
         max_attempts: int = 5, sealed: bool = True,
     ) -> PlainList[T]: ...  # fmt: skip
     @overload
     def plain_list(
-        self, name: str, task: Task[..., Any] | str | None = None, *, type: Any, lease: Duration | None = None,
+        self, name: str, task: Task[..., Any] | str | None = None, *, type: Any = ..., lease: Duration | None = None,
         max_attempts: int = 5, sealed: bool = True,
     ) -> PlainList[Any]: ...  # fmt: skip
 

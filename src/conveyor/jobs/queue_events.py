@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from datetime import UTC, datetime
 from functools import partial
@@ -26,9 +24,10 @@ from conveyor.events import (
     JobStarted,
     JobUpdated,
 )
-from conveyor.jobs.results import CHECK_AGAIN, EVENTS, OutageTimer, call_soon, release
+from conveyor.jobs.results import CHECK_AGAIN, EVENTS, OutageTimer
 from conveyor.store import partitions as partitioning
 from conveyor.store.queue_events import TO_COME, EventPage, StoredEvent, read_events
+from conveyor.store.sleepers import SleepingTask, SleepingThread
 from conveyor.store.transport.endpoint import in_thread
 
 if TYPE_CHECKING:
@@ -62,36 +61,30 @@ class EventReader:
 
     def read(self) -> Generator[JobEvent, None, None]:
         """Yield the events, each as soon as it is there."""
-        lock = threading.Lock()
-        lock.acquire()
+        thread = SleepingThread()
         try:
-            self._open(lambda: release(lock))
+            self._open(thread.wake)
             self._subscriber.subscribe()
             while True:
                 events, more = self._read()
                 yield from events
                 if not more:
-                    lock.acquire(timeout=CHECK_AGAIN)
+                    thread.sleep(CHECK_AGAIN)
         finally:
             self._close()
 
     async def aread(self) -> AsyncGenerator[JobEvent, None]:
         """Awaitable form of `read`."""
-        loop, wake = asyncio.get_running_loop(), asyncio.Event()
+        task = SleepingTask()
         try:
-            await in_thread(partial(self._open, lambda: call_soon(loop, wake.set)))
+            await in_thread(partial(self._open, task.wake))
             await self._subscriber.asubscribe()
             while True:
-                wake.clear()
                 events, more = await in_thread(self._read)
                 for one in events:
                     yield one
                 if not more:
-                    timer = loop.call_later(CHECK_AGAIN, wake.set)
-                    try:
-                        await wake.wait()
-                    finally:
-                        timer.cancel()
+                    await task.sleep(CHECK_AGAIN)
         finally:
             self._close()
 

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from conveyor.errors import ConveyorError, StoreUnavailable
@@ -23,6 +22,7 @@ from conveyor.store import operations
 from conveyor.store.client.subscription import Subscription
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.keys import QueueKeys, reply_channel
+from conveyor.store.sleepers import SleepingTask, SleepingThread
 from conveyor.store.transport.replies import unavailable
 
 if TYPE_CHECKING:
@@ -84,9 +84,8 @@ class ResultSubscriber:
             if reply[0] != "waiting" or deadline.remaining() == 0.0:
                 return reply if reply[0] != "waiting" else None
             self._subscribe(end)
-        lock = threading.Lock()
-        lock.acquire()
-        waiter = ResultWaiter(partial(release, lock))
+        thread = SleepingThread()
+        waiter = ResultWaiter(thread.wake)
         self._add_waiter(keys, id, waiter)
         call = operations.await_result(keys, id, self.channel)
         try:
@@ -99,7 +98,7 @@ class ResultSubscriber:
                     deadline.note_reply()
                     if reply[0] != "waiting":
                         return reply
-                lock.acquire(timeout=deadline.next_check())
+                thread.sleep(deadline.next_check())
                 if waiter.reply is not None:
                     return waiter.reply
                 if deadline.remaining() == 0.0:
@@ -116,13 +115,12 @@ class ResultSubscriber:
             if reply[0] != "waiting" or deadline.remaining() == 0.0:
                 return reply if reply[0] != "waiting" else None
             await asyncio.get_running_loop().run_in_executor(None, self._subscribe, end)
-        loop, event = asyncio.get_running_loop(), asyncio.Event()
-        waiter = ResultWaiter(lambda: call_soon(loop, event.set))
+        task = SleepingTask()
+        waiter = ResultWaiter(task.wake)
         self._add_waiter(keys, id, waiter)
         call = operations.await_result(keys, id, self.channel)
         try:
             while True:
-                event.clear()
                 try:
                     reply = await self._client.arun(call, deadline=end)
                 except StoreUnavailable:
@@ -132,11 +130,7 @@ class ResultSubscriber:
                     if reply[0] != "waiting":
                         return reply
                 if waiter.reply is None:
-                    timer = loop.call_later(deadline.next_check(), event.set)
-                    try:
-                        await event.wait()
-                    finally:
-                        timer.cancel()
+                    await task.sleep(deadline.next_check())
                 if waiter.reply is not None:
                     return waiter.reply
                 if deadline.remaining() == 0.0:
@@ -336,19 +330,3 @@ class OutageTimer:
         over = self._deadline is not None and now >= self._deadline
         if not self._was_reached or over or now - self._outage_since > OUTAGE_LIMIT:
             raise  # noqa: PLE0704  the caller's except clause
-
-
-def release(lock: threading.Lock) -> None:
-    """Release a lock on which a thread sleeps, if it is not released yet."""
-    try:
-        lock.release()
-    except RuntimeError:  # another thread released it in between
-        pass
-
-
-def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
-    """Call *function* in the thread of *loop*, unless that is closed."""
-    try:
-        loop.call_soon_threadsafe(function)
-    except RuntimeError:  # the loop is closed, and its waiter with it
-        pass

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-import threading
 from collections.abc import AsyncGenerator, Callable, Generator
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +10,11 @@ import msgspec
 
 from conveyor.errors import ConfigurationError, ResultExpired, StoreUnavailable
 from conveyor.ids import public
-from conveyor.jobs.results import CHECK_AGAIN, Listener, OutageTimer, call_soon, release
+from conveyor.jobs.results import CHECK_AGAIN, Listener, OutageTimer
 from conveyor.payload.sealed_records import open_part
 from conveyor.store import streams
 from conveyor.store.script import Call
+from conveyor.store.sleepers import SleepingTask, SleepingThread
 from conveyor.store.streams import StoredPart
 
 if TYPE_CHECKING:
@@ -72,8 +71,7 @@ class PartReader:
 
     def read(self) -> Generator[Part, None, None]:
         """Yield the parts, each as soon as it is there, until the job has ended."""
-        lock = threading.Lock()
-        lock.acquire()
+        thread = SleepingThread()
         try:
             while True:
                 try:
@@ -88,20 +86,19 @@ class PartReader:
                 if self._word == "more":
                     continue
                 if self._listener is None:
-                    self._listener = self._subscriber.listen(self._keys, self._id, "p", lambda: release(lock))
+                    self._listener = self._subscriber.listen(self._keys, self._id, "p", thread.wake)
                     self._subscriber.subscribe()
                 else:
-                    lock.acquire(timeout=CHECK_AGAIN)
+                    thread.sleep(CHECK_AGAIN)
         finally:
             if self._leaves_nobody():
                 self._subscriber.stop_watching(self._keys, self._id)
 
     async def aread(self) -> AsyncGenerator[Part, None]:
         """Awaitable form of `read`."""
-        loop, event = asyncio.get_running_loop(), asyncio.Event()
+        task = SleepingTask()
         try:
             while True:
-                event.clear()
                 try:
                     stored = self._take(await self._client.arun(self._call()))
                 except StoreUnavailable:
@@ -114,16 +111,10 @@ class PartReader:
                 if self._word == "more":
                     continue
                 if self._listener is None:
-                    self._listener = self._subscriber.listen(
-                        self._keys, self._id, "p", lambda: call_soon(loop, event.set)
-                    )
+                    self._listener = self._subscriber.listen(self._keys, self._id, "p", task.wake)
                     await self._subscriber.asubscribe()
                 else:
-                    timer = loop.call_later(CHECK_AGAIN, event.set)
-                    try:
-                        await event.wait()
-                    finally:
-                        timer.cancel()
+                    await task.sleep(CHECK_AGAIN)
         finally:
             if self._leaves_nobody():
                 await self._subscriber.astop_watching(self._keys, self._id)

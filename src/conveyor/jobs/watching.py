@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 import zlib
@@ -15,12 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from conveyor.errors import ConfigurationError, ConveyorError, JobNotFound, StoreUnavailable
 from conveyor.events import JobEnded, JobUpdate, ProgressChanged, StateChanged
 from conveyor.ids import may_arrive_later, public
-from conveyor.jobs.results import CHECK_AGAIN, Listener, OutageTimer, call_soon, release
+from conveyor.jobs.results import CHECK_AGAIN, Listener, OutageTimer
 from conveyor.payload.records import AttemptHistory, Failure, RunRecord, read_outcome
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store import inspection
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.signal_safety import SignalSafeEvent
+from conveyor.store.sleepers import SleepingTask, SleepingThread
 
 if TYPE_CHECKING:
     from conveyor.jobs.results import ResultSubscriber
@@ -273,32 +273,30 @@ class WatchHub:
 
     def watch(self, jobs: Sequence[Changes]) -> Generator[JobUpdate, None, None]:
         """Yield the events of *jobs* until all have ended."""
-        lock = threading.Lock()
-        lock.acquire()
-        watcher = Watcher(jobs, lambda: release(lock))
+        thread = SleepingThread()
+        watcher = Watcher(jobs, thread.wake)
         self.add(watcher)
         try:
             while True:
                 yield from watcher.take()
                 if not watcher.live:
                     return
-                lock.acquire()
+                thread.sleep()
         finally:
             self.remove(watcher)
 
     async def awatch(self, jobs: Sequence[Changes]) -> AsyncGenerator[JobUpdate, None]:
         """Awaitable form of `watch`."""
-        loop, event = asyncio.get_running_loop(), asyncio.Event()
-        watcher = Watcher(jobs, lambda: call_soon(loop, event.set))
+        task = SleepingTask()
+        watcher = Watcher(jobs, task.wake)
         self.add(watcher)
         try:
             while True:
-                event.clear()
                 for one in watcher.take():
                     yield one
                 if not watcher.live:
                     return
-                await event.wait()
+                await task.sleep()
         finally:
             self.remove(watcher)
 

@@ -8,10 +8,11 @@ what they share is a deque. For exclusion ``with lock:`` of a plain `threading.L
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
+
+from conveyor.store.sleepers import SleepingThread
 
 
 class SignalSafeEvent:
@@ -19,7 +20,7 @@ class SignalSafeEvent:
 
     def __init__(self) -> None:
         self._is_set = False
-        self._sleepers: deque[threading.Lock] = deque()
+        self._sleepers: deque[SleepingThread] = deque()
 
     def is_set(self) -> bool:
         """Tell whether the flag is set."""
@@ -29,10 +30,7 @@ class SignalSafeEvent:
         """Set the flag and wake all that wait."""
         self._is_set = True
         for sleeper in tuple(self._sleepers):
-            try:
-                sleeper.release()
-            except RuntimeError:  # another thread woke it
-                pass
+            sleeper.wake()
 
     def clear(self) -> None:
         """Clear the flag."""
@@ -45,15 +43,14 @@ class SignalSafeEvent:
     def wait_for(self, condition: Callable[[], bool], seconds: float | None) -> bool:
         """Wait until *condition* is true, at most *seconds*, looking whenever `set` was called; return whether it is."""
         deadline = None if seconds is None else time.monotonic() + seconds
-        sleeper = threading.Lock()
-        sleeper.acquire()  # its own: `set` releases it
+        sleeper = SleepingThread()
         self._sleepers.append(sleeper)  # before the look, so that no change is missed
         try:
             while not condition():
                 remaining = -1.0 if deadline is None else deadline - time.monotonic()
                 if deadline is not None and remaining <= 0:
                     return False
-                sleeper.acquire(timeout=remaining)
+                sleeper.sleep(remaining)
             return True
         finally:
             self._sleepers.remove(sleeper)

@@ -8,7 +8,6 @@ and whenever the connection was lost in between; it keeps its place.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import time
@@ -27,6 +26,7 @@ from conveyor.store.client.subscription import Subscription
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.keys import reply_channel
 from conveyor.store.operations import InLine
+from conveyor.store.sleepers import SleepingTask, SleepingThread
 from conveyor.store.transport.replies import unavailable
 from conveyor.units import span
 
@@ -123,16 +123,15 @@ class RoomLine:
 
     def push(self, keys: QueueKeys, max_length: MaxLength, entries: Sequence[Entry], attempt: PushAttempt) -> list[str]:
         """Carry out *attempt*, a push of *entries*, when there is room; raises QueueFull at their deadline."""
-        lock = threading.Lock()
-        lock.acquire()
-        waiting = self._new_producer(keys, len(entries), lambda: _release(lock))
+        thread = SleepingThread()
+        waiting = self._new_producer(keys, len(entries), thread.wake)
         steps = self._steps(keys, waiting, max_length, entries)
         try:
             step = next(steps)
             while True:
                 if isinstance(step, float):
                     if not waiting.is_woken:
-                        lock.acquire(timeout=step)
+                        thread.sleep(step)
                     step = next(steps)
                     continue
                 try:
@@ -151,14 +150,15 @@ class RoomLine:
         self, keys: QueueKeys, max_length: MaxLength, entries: Sequence[Entry], attempt: AsyncPushAttempt
     ) -> list[str]:
         """Awaitable form of `push`."""
-        loop, event = asyncio.get_running_loop(), asyncio.Event()
-        waiting = self._new_producer(keys, len(entries), lambda: _call_soon(loop, event.set))
+        task = SleepingTask()
+        waiting = self._new_producer(keys, len(entries), task.wake)
         steps = self._steps(keys, waiting, max_length, entries)
         try:
             step = next(steps)
             while True:
                 if isinstance(step, float):
-                    await _wait(loop, event, waiting, step)
+                    if not waiting.is_woken:
+                        await task.sleep(step)
                     step = next(steps)
                     continue
                 try:
@@ -263,18 +263,6 @@ def _wake(waiting: WaitingProducer) -> None:
     waiting.wake()
 
 
-async def _wait(
-    loop: asyncio.AbstractEventLoop, event: asyncio.Event, waiting: WaitingProducer, seconds: float
-) -> None:
-    event.clear()
-    timer = loop.call_later(seconds, event.set)
-    try:
-        if not waiting.is_woken:
-            await event.wait()
-    finally:
-        timer.cancel()
-
-
 def _is_over(deadline: float | None) -> bool:
     return deadline is not None and time.monotonic() >= deadline
 
@@ -295,20 +283,6 @@ def _given_up(full: QueueFull, waiting: WaitingProducer, max_length: MaxLength, 
             f"{full}\nThis push has {places:,} jobs, which is more than the queue ever takes: push them in parts."
         )
     return QueueFull(f"{full}\nThe push waited {span(seconds)} for room.")
-
-
-def _release(lock: threading.Lock) -> None:
-    try:
-        lock.release()
-    except RuntimeError:  # it was woken before
-        pass
-
-
-def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
-    try:
-        loop.call_soon_threadsafe(function)
-    except RuntimeError:  # the loop is closed, and its producer with it
-        pass
 
 
 def _ignore(reply: object) -> None:
