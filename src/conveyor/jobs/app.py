@@ -300,13 +300,13 @@ class Conveyor:
         )
 
     @overload
-    def topic(self, name: str, *, version: int = 1, format: FormatChoice | None = None) -> Topic[Any]: ...
-    @overload
     def topic(
         self, name: str, type: type[T], *, version: int = 1, format: FormatChoice | None = None
     ) -> Topic[T]: ...  # fmt: skip
     @overload
-    def topic(self, name: str, type: Any, *, version: int = 1, format: FormatChoice | None = None) -> Topic[Any]: ...
+    def topic(
+        self, name: str, type: Any = ..., *, version: int = 1, format: FormatChoice | None = None
+    ) -> Topic[Any]: ...  # fmt: skip
 
     def topic(
         self,

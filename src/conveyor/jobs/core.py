@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from conveyor.jobs.task import Task
     from conveyor.payload.formats import FormatRegistry
     from conveyor.payload.pipeline import PayloadPipeline
+    from conveyor.payload.sealed_records import RecordDecoder
     from conveyor.store.client.client import Client
 
 
@@ -82,6 +83,13 @@ class AppCore(QueueRegistry, Hooks):
     ) -> AppCore:  # fmt: skip
         """Return the inside of an app that declares nothing: for what looks at the jobs of other programs."""
         return cls(client, lease_ms=15_000, max_payload=max_payload, sealing=sealing, formats=formats)
+
+    @property
+    def decoder(self) -> RecordDecoder:
+        """The decoder of what is stored of jobs: arguments, results, errors and lines."""
+        from conveyor.payload.sealed_records import RecordDecoder
+
+        return RecordDecoder(self.sealing, self.formats)
 
     @property
     def worker_command(self) -> str:

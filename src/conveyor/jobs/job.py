@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from conveyor.payload.formats import FormatRegistry
     from conveyor.payload.live_records import LogLine, Progress
     from conveyor.payload.pipeline import PayloadPipeline
+    from conveyor.payload.sealed_records import RecordDecoder
     from conveyor.store.client.client import Client
     from conveyor.store.keys import QueueKeys
     from conveyor.store.script import Call
@@ -78,6 +79,8 @@ class JobCore(Protocol):
     def formats(self) -> FormatRegistry: ...
     @property
     def part_codec(self) -> ValueCodec[Any]: ...
+    @property
+    def decoder(self) -> RecordDecoder: ...
     @property
     def worker_command(self) -> str: ...
 
@@ -192,13 +195,12 @@ class Job(Generic[R_co]):
 
     def _details(self, lookup: JobLookup | None) -> JobDetails:
         from conveyor.jobs.details import JobDetails, ended_details, live_details
-        from conveyor.payload.sealed_records import RecordDecoder
 
         status = "waiting" if lookup is None else self._status(lookup)
         where, row, record = ("none", None, b"") if lookup is None else lookup
         if row is None and status == "waiting":
             return JobDetails(self.id, str(self.queue), "waiting", self.task)
-        decoder = RecordDecoder(self._core.sealing, self._core.formats)
+        decoder = self._core.decoder
         if row is not None:
             return live_details(str(self.queue), row, decoder)
         return ended_details(str(self.queue), self._bare_id, status, record if where == "result" else b"", decoder)
@@ -239,13 +241,12 @@ class Job(Generic[R_co]):
 
     def _read_history(self, lookup: JobLookup) -> list[HistoryEntry]:
         from conveyor.jobs.history import ended_history, live_history
-        from conveyor.payload.sealed_records import RecordDecoder
 
         self._status(lookup)  # raises for a job that is not known
         where, row, record = lookup
         if row is None:
             return ended_history(self._bare_id, where, record)
-        return live_history(str(self.queue), row, RecordDecoder(self._core.sealing, self._core.formats))
+        return live_history(str(self.queue), row, self._core.decoder)
 
     def logs(self) -> list[LogLine]:
         """
@@ -266,9 +267,7 @@ class Job(Generic[R_co]):
         return self._read_lines(await self._core.client.arun(inspection.read_logs(self._keys(), self._bare_id)))
 
     def _read_lines(self, portions: list[bytes]) -> list[LogLine]:
-        from conveyor.payload.sealed_records import RecordDecoder
-
-        return RecordDecoder(self._core.sealing, self._core.formats).lines(portions, str(self.queue), self._bare_id)
+        return self._core.decoder.lines(portions, str(self.queue), self._bare_id)
 
     def why(self) -> Why:
         """
@@ -295,11 +294,10 @@ class Job(Generic[R_co]):
 
     def _explain(self, facts: inspection.WaitFacts | None) -> Why:
         from conveyor.jobs.why import Why, explain
-        from conveyor.payload.sealed_records import RecordDecoder
 
         if facts is None:
             return Why("buffer", "waiting", str(self.queue), task=self.task or "")
-        decoder = RecordDecoder(self._core.sealing, self._core.formats)
+        decoder = self._core.decoder
         return explain(self._status(facts.job), str(self.queue), facts, decoder)
 
     def _is_buffered(self) -> bool:
@@ -715,9 +713,7 @@ def awatch_jobs(core: JobCore, jobs: Sequence[Job[Any]], after: object) -> Async
 
 
 def _changes(core: JobCore, jobs: Sequence[Job[Any]], after: object) -> list[Changes]:
-    from conveyor.payload.sealed_records import RecordDecoder
-
-    decoder = RecordDecoder(core.sealing, core.formats)
+    decoder = core.decoder
     watched = [job._watched() for job in jobs]  # noqa: SLF001
     return [Changes(one, place, decoder) for one, place in zip(watched, places(after, watched), strict=True)]
 

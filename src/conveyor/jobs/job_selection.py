@@ -12,7 +12,6 @@ from conveyor import ids
 from conveyor.errors import ConfigurationError
 from conveyor.jobs.job import Job
 from conveyor.messaging.selection import LIVE, Acted, ActionName, JobWalk, Pace, Walks, aact, act, since_instant
-from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store import inspection
 from conveyor.store.job_filter import JobFilter
 from conveyor.units import Duration
@@ -56,7 +55,7 @@ class JobSelection(msgspec.Struct, frozen=True):
 
     @property
     def _walks(self) -> Walks:
-        return Walks(self.wanted, RecordDecoder(self.core.sealing, self.core.formats), self.core.sealing is not None)
+        return Walks(self.wanted, self.core.decoder, self.core.sealing is not None)
 
     def acting(self, action: ActionName, known: Iterable[str]) -> list[JobWalk[Acted]]:
         """Return the walks through the queues *known* that carry out *action*."""

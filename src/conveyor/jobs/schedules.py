@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from conveyor import ids
 from conveyor.errors import ConfigurationError, PayloadError, ScheduleNotFound
 from conveyor.ids import new_identity
-from conveyor.jobs.job import Job, JobCore
+from conveyor.jobs.job import Job
 from conveyor.jobs.job_options import entry_of
 from conveyor.jobs.schedule import Declaration, Missed, Overlap, ScheduleSpec, Timing, make_spec, make_timing
 from conveyor.messaging import outbox
@@ -28,8 +28,7 @@ from conveyor.units import Duration
 
 if TYPE_CHECKING:
     from conveyor.jobs.core import AppCore
-    from conveyor.jobs.task import Task, TaskCall, TaskDefinition
-    from conveyor.messaging.partitions import Partitions
+    from conveyor.jobs.task import Task, TaskCall
     from conveyor.store.keys import QueueKeys
 
 V = TypeVar("V")
@@ -51,17 +50,6 @@ class ScheduledRun(msgspec.Struct, frozen=True):
     outcome: str
     job: str
     skipped: int
-
-
-class ScheduleCore(JobCore, Protocol):
-    """The part of an app's inside that schedules use."""
-
-    @property
-    def definitions(self) -> Mapping[str, TaskDefinition]: ...
-    @property
-    def partitioned(self) -> Mapping[str, Partitions]: ...
-    @property
-    def declared_schedules(self) -> Mapping[str, Declaration]: ...
 
 
 class Schedule:
@@ -138,7 +126,7 @@ class Schedule:
 class Schedules:
     """The schedules of an app's namespace."""
 
-    def __init__(self, core: ScheduleCore) -> None:
+    def __init__(self, core: AppCore) -> None:
         self._core = core
 
     def put(

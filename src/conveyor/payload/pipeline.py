@@ -273,19 +273,15 @@ def make_pipeline(
     max_payload: int,
 ) -> PayloadPipeline | None:
     """Return the pipeline of an app, None when no option needs one; raises ConfigurationError."""
+    if encrypt and keys is None:
+        raise ConfigurationError("Conveyor(encrypt=True) needs keys: Conveyor(keys={'2026-11': secret}, encrypt=True).")
     if keys is None and compress is None and large is None:
-        if encrypt:
-            raise ConfigurationError(
-                "Conveyor(encrypt=True) needs keys: Conveyor(keys={'2026-11': secret}, encrypt=True)."
-            )
         return None
     seal = None
     if keys is not None:
         from conveyor.payload.signing import Keyring, Sealer
 
         seal = Sealer(Keyring(keys), encrypt=bool(encrypt))
-    elif encrypt:
-        raise ConfigurationError("Conveyor(encrypt=True) needs keys: Conveyor(keys={'2026-11': secret}, encrypt=True).")
     above, whole = size(large_above, "large_above"), size(max_large, "max_large")
     if large is not None and above > max_payload:
         raise ConfigurationError(
