@@ -2,8 +2,7 @@
 Every answer of the dashboard and every command that reads, on queues that are full: `python -m benchmarks.dashboard_at_scale`.
 
 Prints for each the processor time of an answer in both processes, its median and 99th percentile by the clock (which a busy
-machine makes longer), and the median of the longest command that each call gave the server, by its slow log. With queues
-besides, each answer is measured twice: where nobody has asked before, and where somebody follows.
+machine makes longer), and the median of the longest command that each call gave the server, by its slow log.
 
 With queues besides, each answer is measured twice: where nobody has asked before, and where somebody follows.
 """

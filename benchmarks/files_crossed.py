@@ -8,6 +8,7 @@ The numbers are counts (`sys.setprofile`), so they do not depend on the machine.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import sys
 import threading
@@ -159,7 +160,9 @@ def _run(what: str, awaitable: Callable[[Conveyor], Awaitable[Trace]], url: str,
 
 def main() -> None:
     """Print a line a scenario; with `--files` also the files."""
-    verbose = "--files" in sys.argv[1:]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.files_crossed", description=__doc__)
+    parser.add_argument("--files", action="store_true", help="name the files too")
+    verbose = parser.parse_args().files
     with running_server() as (url, _):
         with Conveyor(url, namespace="bench") as app:
             for scenarios in (_messages, _jobs):

@@ -8,6 +8,7 @@ supervisor, its guard of leases, the signals, and what a process does once it ru
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import random
@@ -63,17 +64,22 @@ class ForkedProcess:
 
 def main() -> int:
     """Run the supervisor."""
-    app, queue, processes, concurrency = sys.argv[1:]
-    for module in ("hiredis", "redis.asyncio", "uvloop", "conveyor.worker.worker", app.partition(":")[0]):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.warm_workers", description=__doc__)
+    parser.add_argument("app", help="module:object")
+    parser.add_argument("queue")
+    parser.add_argument("processes", type=int)
+    parser.add_argument("concurrency", type=int)
+    options = parser.parse_args()
+    for module in ("hiredis", "redis.asyncio", "uvloop", "conveyor.worker.worker", options.app.partition(":")[0]):
         with suppress(ModuleNotFoundError):
             importlib.import_module(module)
     child_process.subprocess.Popen = ForkedProcess  # type: ignore[attr-defined]
     return supervisor.run(
-        app,
-        queues={queue: 1.0},
-        concurrency=int(concurrency),
+        options.app,
+        queues={options.queue: 1.0},
+        concurrency=options.concurrency,
         threads=1,
-        processes=int(processes),
+        processes=options.processes,
         burst=False,
         grace=1.0,
     )

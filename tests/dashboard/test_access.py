@@ -143,7 +143,15 @@ def test_strict_headers_on_every_response(app: Conveyor) -> None:
 def test_files_outside_the_folder_are_not_served(app: Conveyor) -> None:
     """A path that leaves the folder of the pages finds nothing."""
     site = dashboard(app, lambda _: Access.ALL)
-    for path in ("../web.py", "%2e%2e/web.py", "..%2fweb.py", "/etc/passwd", "index.html/../../web.py", "x%00y"):
+    for path in (
+        "../web.py",
+        "%2e%2e/web.py",
+        "..%2fweb.py",
+        "/etc/passwd",
+        "index.html/../../web.py",
+        "x%00y",
+        "x" * 5_000,
+    ):
         assert httpx_get(site, f"/static/{path}").status_code in {200, 404}
         assert "def dashboard" not in httpx_get(site, f"/static/{path}").text
         assert "root:" not in httpx_get(site, f"/static/{path}").text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -15,9 +16,10 @@ from conveyor.admin import Admin
 from conveyor.admin.job_query import parse
 from conveyor.cli import main
 from conveyor.dashboard import Access, dashboard
+from conveyor.dashboard.routes import ENDPOINTS
 from conveyor.errors import InvalidFilter
 from conveyor.payload.redaction import MARK
-from support.dashboard_client import ask
+from support.dashboard_client import ask, inputs_of
 from testbed.server_process import Server
 
 pytestmark = pytest.mark.leaves_keys("jobs are left to be looked at")
@@ -198,6 +200,64 @@ def test_the_description_names_every_route(site: Any) -> None:
     assert document["paths"]["/queues/purge"]["post"]["requestBody"]["content"]["application/json"]["schema"][
         "required"
     ] == ["queue"]
+
+
+def test_the_description_holds_for_what_is_taken_and_answered(app: Conveyor) -> None:
+    """Each route takes what its description says, null for what may be left out; each answer has a status and a form of it."""
+    validator = pytest.importorskip("jsonschema").Draft202012Validator
+    site: Any = dashboard(app, lambda _: Access.ALL)
+    document = get(site, "openapi.json")
+    for route in ENDPOINTS:
+        if route.path == "stream":  # it has no end, and the answer below WSGI has no body
+            continue
+        described = document["paths"][f"/{route.path}"][route.method.lower()]
+        for choice in (*route.action, "no-such-action") if isinstance(route.action, Mapping) else (None,):
+            given = inputs_of(route, choice)
+            if route.method == "POST":
+                given = dict.fromkeys(route.fields) | given
+                schema = described["requestBody"]["content"]["application/json"]["schema"]
+                assert validator(schema).is_valid(given) == (choice != "no-such-action"), (route.path, given)
+            answer = ask(site, route.method, route.path, given)
+            content = described["responses"][str(answer.status_code)]["content"]
+            media, _, _ = answer.headers["content-type"].partition(";")
+            schema = {**content[media]["schema"], "components": document["components"]}
+            found = list(validator(schema).iter_errors(answer.json() if media == "application/json" else answer.text))
+            assert found == [], (route.path, found)
+            assert answer.status_code != 500, route.path
+
+
+@pytest.mark.parametrize("path", ["queues/pause", "schedules/pause", "enqueue", "jobs/actions"])
+def test_text_that_is_no_text_is_refused(site: Any, path: str) -> None:
+    """Half of a surrogate pair in any text of a body is answered with 422, and nothing is done."""
+    route = next(one for one in ENDPOINTS if one.path == path)
+    for name, field in route.fields.items():
+        if field.kind in {"text", "texts"} and not field.choices:
+            body = inputs_of(route, "retry") | {name: "\ud800" if field.kind == "text" else ["\ud800"]}
+            if path != "jobs/actions":
+                del body["action"]
+            answer = ask(site, "POST", path, body)
+            assert (answer.status_code, "surrogate" in answer.text) == (422, True), (name, answer.text)
+
+
+def test_an_input_that_is_given_twice_is_refused(app: Conveyor, site: Any) -> None:
+    """A parameter or a member of a body that stands twice is not chosen from: it is answered with 422, and nothing is done."""
+    app.queue("mail").push(1)
+
+    async def send() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(site), base_url="http://here") as client:
+            headers = {"content-type": "application/json", "sec-fetch-site": "same-origin"}
+            return [
+                await client.get("/api/v1/jobs?state=dead&state=done"),
+                await client.post("/api/v1/queues/pause", content='{"queue":"mail","queue":"other"}', headers=headers),
+                await client.post(
+                    "/api/v1/push", content='{"queue":"mail","messages":[{"a":1,"a":2}]}', headers=headers
+                ),
+            ]
+
+    for answer, name in zip(asyncio.run(send()), ("state", "queue", "a"), strict=True):
+        assert answer.status_code == 422
+        assert f"'{name}' is given twice" in answer.json()["error"]["message"]
+    assert (app.queue("mail").stats().paused, len(app.queue("mail"))) == (False, 1)
 
 
 def test_push_and_enqueue_over_http(app: Conveyor) -> None:

@@ -161,6 +161,23 @@ async def test_a_viewer_is_told_that_redis_is_away(app: Conveyor, monkeypatch: p
     await app.aclose()
 
 
+async def test_rights_that_are_taken_away_end_what_is_followed(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream tells a visitor of rights that change, and ends when the right to look is taken away or asking for it fails."""
+    monkeypatch.setattr(live_routes, "_ACCESS_SECONDS", 0.0)
+
+    def fail() -> Access:
+        raise OSError("the directory of users does not answer")
+
+    for last in (lambda: Access.DENY, fail):
+        rights = iter([lambda: Access.ALL, lambda: Access.ALL, lambda: Access.READ_ONLY, last])
+        site = dashboard(app, lambda _, left=rights: next(left)())
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(site), base_url="http://here") as client:
+            answer = await client.get("/api/v1/stream")  # it is answered when the stream has ended
+        told = events_of([part + b"\n\n" for part in answer.content.split(b"\n\n") if part])
+        assert [name for name, _ in told] == ["session", "snapshot", "snapshot", "session", "snapshot"]
+        assert [document["read_only"] for name, document in told if name == "session"] == [False, True]
+
+
 async def test_a_page_holds_what_it_shows_first(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
     """
     Behind the page stands what the stream sends first, the hour on the overview alone, and no text in it ends its element.

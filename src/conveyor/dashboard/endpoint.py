@@ -64,6 +64,10 @@ class Field:
             raise ConfigurationError(f"{name!r} must be {_WORDS[self.kind]}, not {json.dumps(value)[:100]}.")
         if self.choices and value not in self.choices:
             raise ConfigurationError(f"{name!r} must be one of {', '.join(self.choices)}, not {value!r}.")
+        if self.kind in {"text", "texts"} and not all(map(_is_utf8, [value] if self.kind == "text" else value)):
+            raise ConfigurationError(
+                f"{name!r} has half of a surrogate pair, which is no text: {json.dumps(value)[:100]}."
+            )
         if isinstance(value, list) and len(value) > self.most:
             raise ConfigurationError(f"{name!r} has {len(value):,} members, and {self.most:,.0f} are taken at most.")
         return value
@@ -84,6 +88,14 @@ _WORDS = {
 }  # fmt: skip
 
 
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 async def never() -> None:
     """Wait until this is cancelled."""
     await asyncio.get_running_loop().create_future()
@@ -101,6 +113,8 @@ class ApiCall:
     """The path below which the dashboard is, with a slash at its end."""
     gone: Callable[[], Awaitable[None]] = never
     """Returns when the visitor is not there any more."""
+    ask_access: Callable[[], Awaitable[Access]] | None = None
+    """Returns the visitor's rights as they are now; None: they stay as they are for as long as the call lasts."""
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -115,7 +129,8 @@ class ApiRoute:
     One route below ``api/v1/``.
 
     *action*: the right that it needs, None for the right to look; a mapping names one for each value of the member *chosen_by*.
-    *handle* returns the document without its schema; it runs in a thread, or is a coroutine function.
+    *handle* returns the document without its schema; it runs in a thread, or is a coroutine function. *media*: the content type
+    of what it returns, which has no schema unless that is JSON.
     """
 
     method: Literal["GET", "POST"]
@@ -127,6 +142,7 @@ class ApiRoute:
     fields: Mapping[str, Field] = field(default_factory=dict)
     chosen_by: str = "action"
     status: int = 200
+    media: str = "application/json"
 
     def needed(self, values: Mapping[str, Any]) -> Action | None:
         """Return the right that a request with these values needs. Raises ConfigurationError."""

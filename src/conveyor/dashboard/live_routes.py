@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -93,8 +94,9 @@ async def stream(call: ApiCall) -> Response:
 
 
 async def _events(call: ApiCall) -> AsyncIterator[bytes]:
+    """Yield the events of one visitor for as long as the right to look lasts; the session again when rights change."""
     live, told = call.service.live, float("-inf")
-    greeted = False
+    greeted, asked = False, time.monotonic()
     while True:
         try:
             if not greeted:
@@ -107,12 +109,20 @@ async def _events(call: ApiCall) -> AsyncIterator[bytes]:
         except ConveyorError as error:
             yield event("away", {"message": str(error)})
         await asyncio.sleep(call["seconds"])
+        if call.ask_access is not None and time.monotonic() - asked >= _ACCESS_SECONDS:
+            access, asked = await call.ask_access(), time.monotonic()
+            if not access.allows(None):
+                return
+            if access != call.access:
+                call, greeted = replace(call, access=access), False
 
 
 _HISTORY_SECONDS = 30.0
+_ACCESS_SECONDS = 10.0
+"""A visitor who follows is asked for so often, so that a right that was taken away does not last as long as the connection."""
 _FIRST_SECONDS = 0.5
 """A page waits so long for what it shows first; the stream says what is wrong, or brings it."""
-METRICS = ApiRoute("GET", "metrics", "metrics", "Show what Prometheus scrapes", metrics)
+METRICS = ApiRoute("GET", "metrics", "metrics", "Show what Prometheus scrapes", metrics, media="text/plain")
 LIVE_ENDPOINTS = (
     METRICS,
     ApiRoute(
@@ -123,7 +133,7 @@ LIVE_ENDPOINTS = (
     ApiRoute("GET", "snapshot", "snapshot", "Count all queues, and list what asks for attention", snapshot),
     ApiRoute("GET", "overview", "overview", "Show the snapshot with the findings of the doctor", overview),
     ApiRoute(
-        "GET", "stream", "stream", "Follow the snapshot as server-sent events", stream,
+        "GET", "stream", "stream", "Follow the snapshot as server-sent events", stream, media="text/event-stream",
         fields={
             "seconds": Field("number", "the time between two snapshots", default=1, least=1, most=60),
             "history": Field("text", "1h: what ended in the last hour too", choices=("1h",)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from conveyor.dashboard.endpoint import ApiRoute, Field
+from conveyor.dashboard.endpoint import LARGEST, ApiRoute, Field
 
 _TYPES: dict[str, dict[str, Any]] = {
     "text": {"type": "string"}, "number": {"type": "number"}, "flag": {"type": "boolean"},
@@ -13,8 +13,9 @@ _TYPES: dict[str, dict[str, Any]] = {
     "any": {},
 }  # fmt: skip
 _ERRORS = {
-    "401": "not logged in", "403": "not allowed", "404": "not found", "409": "in use", "422": "bad input",
-    "503": "Redis does not answer",
+    "401": "not logged in", "403": "not allowed", "404": "not found", "405": "another method is taken", "409": "in use",
+    "421": "a host name that is not allowed", "422": "bad input", "429": "too many wrong passwords",
+    "500": "an error of the dashboard", "503": "Redis does not answer", "504": "a worker does not answer",
 }  # fmt: skip
 
 
@@ -43,6 +44,7 @@ def describe(routes: Sequence[ApiRoute], version: str, base: str) -> dict[str, A
                             "properties": {
                                 "code": {"type": "string"}, "message": {"type": "string"}, "status": {"type": "integer"},
                                 "position": {"type": "integer"}, "action": {"type": "string"},
+                                "retry_after": {"type": "integer"},
                             },
                         },
                     },
@@ -59,17 +61,9 @@ def _operation(one: ApiRoute) -> dict[str, Any]:
         "summary": one.summary,
         "description": f"Needs {' or '.join(needed)}." if needed else "Needs the right to look.",
         "responses": {
-            str(one.status): {
-                "description": "done",
-                "content": {
-                    "application/json": {
-                        "schema": {
-                            "type": "object", "required": ["schema"],
-                            "properties": {"schema": {"const": f"conveyor/{one.schema}@1"}},
-                        }
-                    }
-                },
-            },
+            str(one.status): {"description": "done", "content": {one.media: {"schema": _answer_schema(one)}}},
+            **({"304": {"description": "as the visitor has it already (If-None-Match)"}} if one.method == "GET" else {}),
+            **({"204": {"description": "no events are sent below WSGI"}} if one.media == "text/event-stream" else {}),
             **{
                 status: {"description": text, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
                 for status, text in _ERRORS.items()
@@ -82,13 +76,13 @@ def _operation(one: ApiRoute) -> dict[str, Any]:
                 "name": name,
                 "in": "query",
                 "required": field.required,
-                "description": field.text,
+                "description": _description(field),
                 "schema": _schema(field),
             }
             for name, field in one.fields.items()
         ]
     else:
-        found["requestBody"] = {"required": True, "content": {"application/json": {"schema": input_schema(one.fields)}}}
+        found["requestBody"] = {"required": True, "content": {"application/json": {"schema": _body_schema(one.fields)}}}
     return found
 
 
@@ -98,12 +92,39 @@ def input_schema(fields: Mapping[str, Field]) -> dict[str, Any]:
         "type": "object",
         "additionalProperties": False,
         "required": [name for name, one in fields.items() if one.required],
-        "properties": {name: {**_schema(one), "description": one.text} for name, one in fields.items()},
+        "properties": {name: {**_schema(one), "description": _description(one)} for name, one in fields.items()},
     }
+
+
+def _answer_schema(one: ApiRoute) -> dict[str, Any]:
+    if one.media != "application/json":
+        return {"type": "string"}
+    if not one.schema:  # the description itself
+        return {"type": "object"}
+    return {"type": "object", "required": ["schema"], "properties": {"schema": {"const": f"conveyor/{one.schema}@1"}}}
+
+
+def _description(one: Field) -> str:
+    if one.kind != "number":
+        return one.text
+    return f"{one.text}; clamped to {one.least:g} and more" + ("" if one.most == LARGEST else f", {one.most:g} at most")
+
+
+def _body_schema(fields: Mapping[str, Field]) -> dict[str, Any]:
+    """Return the JSON schema of a body, whose members may be null where they may be left out."""
+    schema = input_schema(fields)
+    for name, one in schema["properties"].items():
+        if name not in schema["required"] and "type" in one:
+            one["type"] = [one["type"], "null"]
+            if "enum" in one:
+                one["enum"] = [*one["enum"], None]
+    return schema
 
 
 def _schema(one: Field) -> dict[str, Any]:
     schema = dict(_TYPES[one.kind])
+    if one.kind in {"list", "texts"} and one.most != LARGEST:
+        schema["maxItems"] = int(one.most)
     if one.choices:
         schema["enum"] = list(one.choices)
     if one.default is not None:

@@ -18,7 +18,7 @@ from conveyor.admin import flags
 from conveyor.admin.admin import Admin
 from conveyor.admin.views import QueueInfo
 from conveyor.admin.worker_control import by_process
-from conveyor.dashboard.access import Access, Authorize, LoginRequired, bearer_access
+from conveyor.dashboard.access import Access, Authorize, LoginRequired, TooManyAttempts, bearer_access
 from conveyor.dashboard.live import LiveView
 from conveyor.dashboard.operations import Operations
 from conveyor.ids import logical
@@ -73,6 +73,16 @@ class Service:
         if not by_token and access.user is None and (name := _user_of(request)):
             access = access.named(name)
         return (access.without_changes() if self.read_only else access), by_token
+
+    async def access_now(self, request: Request) -> Access:
+        """Return the rights of a visitor who was let in before, as they are by now."""
+        try:
+            return (await self.access(request))[0]
+        except (LoginRequired, TooManyAttempts):
+            return Access.DENY
+        except Exception:
+            logger.exception("authorize= of the dashboard failed: access is denied")
+            return Access.DENY
 
     async def _asked(self, request: Request) -> Access:
         if self._authorize is None:

@@ -206,9 +206,10 @@ class Dashboard:
         """Return a file of the pages. They hold nothing of the server, so anybody may have them."""
         try:
             file = (STATIC / request.path_params["path"]).resolve()
-        except ValueError:  # a zero byte
-            file = STATIC / "none"
-        if not file.is_relative_to(STATIC.resolve()) or not file.is_file() or file.name in _SHOWN_NAMES:
+            found = file.is_relative_to(STATIC.resolve()) and file.is_file() and file.name not in _SHOWN_NAMES
+        except (ValueError, OSError):  # a zero byte; a name longer than those of files
+            found = False
+        if not found:
             return Response("Not found.\n", 404, media_type="text/plain")
         kind = "text/javascript" if file.suffix in {".js", ".mjs"} else guess_type(file.name)[0]
         kind = kind or "application/octet-stream"
@@ -245,6 +246,7 @@ class Dashboard:
                 endpoint.read(given),
                 _base(request),
                 partial(_gone, request) if self.service.streams else never,
+                partial(self.service.access_now, request),
             )
             found = await endpoint.answer(call)
         except (LoginRequired, TooManyAttempts) as error:
@@ -272,7 +274,7 @@ class Dashboard:
 async def _inputs(endpoint: ApiRoute, request: Request, *, by_token: bool) -> dict[str, Any]:
     """Return the parameters, or the members of the body. Raises NotAllowed for a change from another site."""
     if endpoint.method == "GET":
-        return dict(request.query_params)
+        return dict(_each_once(request.query_params.multi_items()))
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ConfigurationError("The body must be JSON, with Content-Type: application/json.")
@@ -284,12 +286,22 @@ async def _inputs(endpoint: ApiRoute, request: Request, *, by_token: bool) -> di
         if len(body) > MOST_BODY:
             raise ConfigurationError(f"The body is larger than {MOST_BODY // 2**20} MiB.")
     try:
-        given = json.loads(bytes(body) or b"{}")
+        given = json.loads(bytes(body) or b"{}", object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"The body is not JSON: {str(error)[:200]}.") from None
     if not isinstance(given, dict):
         raise ConfigurationError("The body must be a JSON object.")
     return given
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return named values. Raises ConfigurationError where a name stands twice, since it is not known which of them is meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ConfigurationError(f"{twice[:100]!r} is given twice: give it once. Nothing was done.")
+    return found
 
 
 def _with_root(scope: Scope) -> Scope:
