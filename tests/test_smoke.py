@@ -19,7 +19,7 @@ from conveyor.ids import new_id
 from conveyor.payload.records import write_envelope
 from conveyor.store.operations import Entry
 from support.running_worker import audit, drain, working
-from support.waiting import auntil
+from support.waiting import auntil, until_status
 
 pytestmark = pytest.mark.smoke
 HERE = Path(__file__).parent
@@ -135,8 +135,7 @@ async def test_cancelling(shop: Conveyor) -> None:
     waiting, running = await shop.tasks["shop.add"].aenqueue(1, 1), await shop.tasks["shop.long"].aenqueue()
     assert await waiting.acancel()
     async with working(shop):
-        while await running.astatus() != "leased":
-            await asyncio.sleep(0.01)
+        await until_status(running, "leased")
         assert await running.acancel()
         while (status := await running.astatus()) != "cancelled":
             assert status == "leased"

@@ -15,6 +15,7 @@ from conveyor.errors import InvalidFilter
 from conveyor.ids import split
 from conveyor.payload.failures import FRAME_BYTES, describe
 from conveyor.payload.records import AttemptHistory, read_failure, to_json
+from support.running_worker import until_counts
 
 pytestmark = pytest.mark.leaves_keys("dead letters are left to be looked at")
 
@@ -38,8 +39,7 @@ def fail(app: Conveyor, count: int) -> None:
             await pay.aenqueue(number)
         await pay.aenqueue(-1)
         async with app.worker(queues={"shop": 1}):
-            while (await app.queue("shop").astats()).dead < 2 * count + 1:
-                await asyncio.sleep(0.02)
+            await until_counts(app, lambda now: now.dead > 2 * count, "shop")
         await app.aclose()
 
     asyncio.run(asyncio.wait_for(run(), 60))

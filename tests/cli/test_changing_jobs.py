@@ -14,7 +14,7 @@ from conveyor import Conveyor
 from conveyor.cli import main
 from support.manual_worker import drain as remove_jobs
 from support.running_worker import drain, working
-from support.waiting import auntil
+from support.waiting import auntil, until_status
 
 APP = """
 import asyncio
@@ -85,8 +85,7 @@ def test_jobs_are_changed_run_again_and_cancelled(app: Conveyor, capsys: pytest.
 
     async def hold() -> None:
         async with working(app):
-            while await app.job(waits).astatus() != "leased":
-                await asyncio.sleep(0.01)
+            await until_status(app.job(waits), "leased")
             ready.set()
             await auntil(over.is_set)
         await app.aclose()

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 
 import pytest
 
 from conveyor.cli import main
 from conveyor.jobs.app import Conveyor
+from support.app_fixtures import blocking_app  # noqa: F401
 from support.manual_worker import ManualWorker
 from support.shell import Shell
 from support.terminal import on_terminal, plain
 
 pytestmark = pytest.mark.leaves_keys("jobs are pushed here to be chosen")
-
-
-@pytest.fixture
-def app(url: str) -> Iterator[Conveyor]:
-    with Conveyor(url) as app:
-        yield app
 
 
 def dead(app: Conveyor, count: int, *, tags: tuple[str, ...] = ("a",)) -> list[str]:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,18 +19,13 @@ from conveyor.jobs.context import current
 from conveyor.jobs.progress_bar import ProgressBar, progress_line
 from conveyor.payload.records import AttemptHistory
 from conveyor.store.operations import Settlement
+from support.app_fixtures import blocking_app  # noqa: F401
 from support.manual_worker import ManualWorker, drain
 from support.running_worker import working
 from support.shell import Shell
 from support.terminal import on_terminal
 from support.time_limits import PATIENCE
 from support.waiting import until
-
-
-@pytest.fixture
-def app(url: str) -> Iterator[Conveyor]:
-    with Conveyor(url) as app:
-        yield app
 
 
 class Terminal(io.StringIO):

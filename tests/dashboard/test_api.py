@@ -20,6 +20,7 @@ from conveyor.dashboard.routes import ENDPOINTS
 from conveyor.errors import InvalidFilter
 from conveyor.payload.redaction import MARK
 from support.dashboard_client import ask, inputs_of
+from support.running_worker import until_counts
 from testbed.server_process import Server
 
 pytestmark = pytest.mark.leaves_keys("jobs are left to be looked at")
@@ -352,8 +353,7 @@ def test_a_waiting_job_is_changed_and_an_ended_one_runs_again(url: str) -> None:
     async def fail_one() -> str:
         job = await send.aenqueue(2**60 + 1, "secret")
         async with app.worker(queues={"mail": 1}):
-            while not (await app.queue("mail").astats()).dead:
-                await asyncio.sleep(0.02)
+            await until_counts(app, lambda now: now.dead, "mail")
         await app.aclose()
         return job.id
 

@@ -27,16 +27,9 @@ from conveyor.dashboard.endpoint import ApiCall
 from conveyor.dashboard.live_routes import stream
 from conveyor.errors import StoreUnavailable
 from support.client_worker import ClientWorker
-from support.dashboard_client import ask
+from support.dashboard_client import ask, get
 from support.running_worker import drain
 from support.waiting import until
-
-
-def get(site: Any, path: str, **inputs: Any) -> Any:
-    """Return the document at a path."""
-    response = ask(site, "GET", path, inputs)
-    assert response.status_code == 200, response.text
-    return response.json()
 
 
 def post(site: Any, path: str, **inputs: Any) -> Any:

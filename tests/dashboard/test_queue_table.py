@@ -13,7 +13,7 @@ from conveyor import Conveyor
 from conveyor.dashboard import Access, dashboard
 from conveyor.dashboard.queue_counts import FEW, MOST_SHOWN, STEP
 from support.client_worker import ClientWorker, recorded_steps
-from support.dashboard_client import ask
+from support.dashboard_client import get
 
 pytestmark = [
     pytest.mark.leaves_keys("queues are left to be looked at"),
@@ -44,13 +44,6 @@ def site(app: Conveyor) -> Any:
 def steps(site: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The scripts that were run, in their order."""
     return recorded_steps(site.service.admin.client, monkeypatch)
-
-
-def get(site: Any, path: str, **inputs: Any) -> Any:
-    """Return the document at a path."""
-    response = ask(site, "GET", path, inputs)
-    assert response.status_code == 200, response.text
-    return response.json()
 
 
 def test_totals_are_of_all_queues_and_follow_in_a_few_steps(site: Any, app: Conveyor, steps: list[str]) -> None:

@@ -15,18 +15,10 @@ import pytest
 from conveyor import Context, Conveyor, Depends, JobCancelled, JobFailed, PayloadError, Retry, current
 from conveyor.errors import ConfigurationError
 from support import dependency_app
-from support.manual_worker import drain as remove_jobs
+from support.app_fixtures import emptied_loop_app  # noqa: F401
 from support.running_worker import drain, working
 
 LOG: list[str] = []
-
-
-@pytest.fixture
-async def app(url: str) -> AsyncIterator[Conveyor]:
-    app = Conveyor(url)
-    yield app
-    await app.aclose()
-    await asyncio.to_thread(remove_jobs, app)
 
 
 @pytest.fixture(autouse=True)

@@ -7,18 +7,13 @@ import threading
 
 import pytest
 
-from conveyor import Conveyor, Debounce, Duplicate, Unique
+from conveyor import Debounce, Duplicate, Unique
 from conveyor.errors import ConfigurationError, JobCancelled, JobNotFound, QueueFull
 from conveyor.store import inspection
 from conveyor.store.operations import Settlement
+from support.app_fixtures import blocking_app  # noqa: F401
 from support.manual_worker import ManualWorker
 from support.waiting import until
-
-
-@pytest.fixture
-def app(url):
-    with Conveyor(url) as app:
-        yield app
 
 
 def declared(app, partitions=1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,7 +16,7 @@ from conveyor.jobs.app import Conveyor
 from conveyor.jobs.job import Job
 from conveyor.payload.records import Failure
 from conveyor.store import operations
-from support.manual_worker import ManualWorker
+from support.manual_worker import ManualWorker, manual_worker  # noqa: F401
 from support.waiting import until
 
 
@@ -50,13 +49,6 @@ class Tasks:
 @pytest.fixture
 def tasks(app: Conveyor) -> Tasks:
     return Tasks(app)
-
-
-@pytest.fixture
-def manual(app: Conveyor, tasks: Tasks) -> Iterator[ManualWorker]:
-    manual = ManualWorker(app)
-    yield manual
-    manual.leave()
 
 
 def test_status_follows_the_job(app: Conveyor, tasks: Tasks, manual: ManualWorker) -> None:

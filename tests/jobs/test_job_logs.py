@@ -21,7 +21,7 @@ from support import process_app
 from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import audit, drain, working
 from support.time_limits import PATIENCE
-from support.waiting import auntil
+from support.waiting import auntil, until_status
 
 shop = logging.getLogger("shop")
 
@@ -124,9 +124,7 @@ async def test_lines_of_a_process_are_kept(app: Conveyor, how: str) -> None:
     )
     job = await complain.aenqueue(how)
     async with working(app, reference="support.process_app:app"):
-        async with asyncio.timeout(PATIENCE):
-            while await job.astatus() != "dead":
-                await asyncio.sleep(0.02)
+        await until_status(job, "dead")
     assert await lines(job) == [(1, "WARNING", f"from {how}"), (1, "WARNING", "before the end")]
     await Admin(app.client).adelete([job.id])
 

@@ -18,14 +18,13 @@ from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError
 from conveyor.messaging.limit_control import LimitState
 from conveyor.sql import Outbox
-from conveyor.store import inspection
 from conveyor.store import limits as store_limits
 from conveyor.store.client.buffer import Buffer
 from conveyor.store.client.buffered import place_anew
 from conveyor.store.client.spool import SpooledPush
 from conveyor.store.partitions import partition_of
 from support.databases import Database
-from support.running_worker import drain, working
+from support.running_worker import drain, until_counts, working
 from support.waiting import auntil
 
 ONCE = Retry(attempts=5, backoff="10ms", cap="10ms", jitter=False)
@@ -146,10 +145,12 @@ async def test_rate_limited_holds_all_jobs_of_the_limit_and_costs_no_attempt(app
     first = await fetch.aenqueue("a", 0)
     async with working(app, concurrency=1):
         await auntil(lambda: starts)
-        while not any(
-            one.opens_at for one in await app.client.arun(store_limits.list_limits(app.client.keys("default")))
-        ):
-            await asyncio.sleep(0.005)
+
+        async def is_held() -> bool:
+            limits = await app.client.arun(store_limits.list_limits(app.client.keys("default")))
+            return any(one.opens_at for one in limits)
+
+        await auntil(is_held)
         others = [await fetch.aenqueue("a", n) for n in (1, 2)]
         free = await fetch.aenqueue("b", 0)
         assert await free.aresult(timeout="30s") == 1
@@ -179,8 +180,7 @@ async def test_rate_limited_holds_a_task_without_limits(app: Conveyor) -> None:
     first = await fetch.aenqueue(0)
     async with working(app, concurrency=1):
         await auntil(lambda: starts)
-        while (await app.client.arun(inspection.counts(app.client.keys("default")))).leased:
-            await asyncio.sleep(0.005)
+        await until_counts(app, lambda now: not now.leased)
         others = [await fetch.aenqueue(n) for n in (1, 2)]
         await (await other.aenqueue()).aresult(timeout="30s")
         assert await first.aresult(timeout="30s") == 2
@@ -360,9 +360,7 @@ async def test_the_numbers_of_limits_and_groups_agree(app: Conveyor) -> None:
     jobs = [await call.aenqueue() for call in (*[opened.s("a")] * 10, *[limited.s()] * 10, *[strict.s("a")] * 10)]
     async with working(app, queues={"opened": 1, "limited": 1, "strict": 1}, concurrency=20):
         for queue, running in (("opened", 3), ("limited", 2), ("strict", 1)):
-            keys = app.client.keys(queue)
-            while (counts := await app.client.arun(inspection.counts(keys))).leased < running:
-                await asyncio.sleep(0.01)
+            counts = await until_counts(app, lambda now, running=running: now.leased >= running, queue)  # type: ignore[misc]
             assert (counts.leased, counts.waiting) == (running, 10 - running)
             states = await app.limits.alist(queue)
             if queue != "strict":

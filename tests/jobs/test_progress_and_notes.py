@@ -27,10 +27,13 @@ from support.waiting import auntil
 
 async def said(job: Any, done: float) -> Progress:
     """Wait until *job* has said that so much is done; return the progress."""
-    async with asyncio.timeout(PATIENCE):
-        while (progress := await job.aprogress()) is None or progress.done != done:
-            await asyncio.sleep(0.01)
-    return progress
+
+    async def reached() -> Progress | None:
+        progress: Progress | None = await job.aprogress()
+        return progress if progress is not None and progress.done == done else None
+
+    found: Progress = await auntil(reached)
+    return found
 
 
 @pytest.fixture
@@ -181,9 +184,11 @@ async def test_a_process_tells_its_worker(app: Conveyor, tmp_path: Path) -> None
     job = await tell.aenqueue(str(tmp_path / "go"))
     async with working(app, reference="support.process_app:app"):
         assert await said(job, 1) == Progress(1, 2, "telling")
-        async with asyncio.timeout(PATIENCE):
-            while not (await job.ainfo()).notes:
-                await asyncio.sleep(0.01)
+
+        async def noted() -> Any:
+            return (await job.ainfo()).notes
+
+        await auntil(noted)
         (tmp_path / "go").touch()
         await job.aresult(timeout=PATIENCE)
     assert await job.aprogress() == Progress(2, 2)

@@ -21,7 +21,11 @@ from conveyor.jobs.job import Job
 from conveyor.jobs.task import Task
 from conveyor.payload.records import Failure
 from support.forked_children import exit_code, in_child
-from support.manual_worker import ManualWorker, drain
+from support.manual_worker import (
+    ManualWorker,
+    drain,
+    manual_worker,  # noqa: F401
+)
 from support.time_limits import LATER, PATIENCE
 from support.waiting import auntil, until
 from testbed.server_process import Server
@@ -40,13 +44,6 @@ def make_echo(app: Conveyor) -> Task[[int], int]:
         return n
 
     return echo
-
-
-@pytest.fixture
-def manual(app: Conveyor) -> Iterator[ManualWorker]:
-    manual = ManualWorker(app)
-    yield manual
-    manual.leave()
 
 
 @pytest.fixture

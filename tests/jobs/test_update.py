@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -27,17 +26,10 @@ from conveyor import (
 )
 from conveyor.ids import split
 from conveyor.store import operations
+from support.app_fixtures import emptied_loop_app  # noqa: F401
 from support.manual_worker import ManualWorker
-from support.manual_worker import drain as remove_jobs
 from support.running_worker import audit, counts, drain, working
-
-
-@pytest.fixture
-async def app(url: str) -> AsyncIterator[Conveyor]:
-    app = Conveyor(url)
-    yield app
-    await app.aclose()
-    await asyncio.to_thread(remove_jobs, app)
+from support.waiting import until_status
 
 
 async def test_update_changes_a_job_where_it_waits(app: Conveyor) -> None:
@@ -95,11 +87,6 @@ async def test_update_is_too_late_for_what_has_started(app: Conveyor) -> None:
     assert sorted(ran) == ["bad", "good", "mended"]
     with pytest.raises(JobNotFound):
         await app.job("default:unknown").aupdate(priority=1)
-
-
-async def until_status(job: Any, status: str) -> None:
-    while await job.astatus() != status:
-        await asyncio.sleep(0.01)
 
 
 async def test_a_job_that_changed_meanwhile_is_read_again(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:

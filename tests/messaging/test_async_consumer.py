@@ -13,6 +13,7 @@ from conveyor.messaging.queue import Queue
 from conveyor.store import inspection
 from conveyor.store.client.client import Client
 from support.message_fixtures import FAST
+from support.waiting import auntil
 
 
 @pytest.fixture
@@ -92,8 +93,11 @@ class TestAwaitable:
                 await anext(messages)
 
         task = asyncio.create_task(run())
-        while not (await aqueue.astats()).workers:
-            await asyncio.sleep(0.005)
+
+        async def has_come() -> bool:
+            return bool((await aqueue.astats()).workers)
+
+        await auntil(has_come)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from conveyor.errors import ConfigurationError, QueueNotFound
 from conveyor.messaging import deletion
 from conveyor.store import inspection
 from conveyor.store import partitions as partitioning
+from support.app_fixtures import blocking_app  # noqa: F401
 from support.message_fixtures import first
 from support.running_worker import drain
 from support.shell import Shell
@@ -27,13 +28,6 @@ from support.shell import Shell
 def keys_of(redis: redis_py.Redis) -> dict[bytes, bytes | None]:
     """Return all keys of the server with what they hold, as it is stored."""
     return {key: redis.dump(key) for key in redis.scan_iter()}
-
-
-@pytest.fixture
-def app(url: str) -> Iterator[Conveyor]:
-    """An app on the emptied server."""
-    with Conveyor(url) as app:
-        yield app
 
 
 def _handle_all(queue: Any) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import redis as redis_py
 
 from conveyor import Concurrency, Conveyor
 from conveyor.errors import ConfigurationError
+from support.app_fixtures import blocking_app  # noqa: F401
 from support.message_fixtures import first
 from support.running_worker import working
 from support.waiting import auntil, until
@@ -17,13 +18,6 @@ from support.waiting import auntil, until
 HOUR = 3_600_000
 CONSTANT = 90_000_000
 """No key lives longer (ms): the counters of a minute, a day and an hour."""
-
-
-@pytest.fixture
-def app(url: str) -> Iterator[Conveyor]:
-    """An app on the emptied server."""
-    with Conveyor(url) as app:
-        yield app
 
 
 def _ttls(redis: redis_py.Redis, tag: str = "reply") -> dict[str, int]:

@@ -13,7 +13,7 @@ from conveyor import Context, Conveyor, Retry, current, ids
 from conveyor.errors import ConfigurationError, PayloadError
 from support.running_worker import drain, working
 from support.spawned_jobs import settle
-from support.waiting import auntil
+from support.waiting import auntil, until_status
 
 ran: list[Any] = []
 
@@ -80,12 +80,10 @@ async def test_nothing_leaves_an_attempt_without_success(family: Conveyor, redis
         await (await parent.aenqueue(1, fail=1)).aresult(timeout=60)
         dead = await parent.aenqueue(2, fail=9)
         gone = await stuck.aenqueue()
-        while await gone.astatus() != "leased":
-            await asyncio.sleep(0.005)
+        await until_status(gone, "leased")
         await gone.acancel()
         for job in (dead, gone):
-            while await job.astatus() not in {"dead", "cancelled"}:
-                await asyncio.sleep(0.005)
+            await until_status(job, "dead", "cancelled")
         await auntil(lambda: ran == [1])
     await drain(family)
     assert ran == [1]

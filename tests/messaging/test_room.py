@@ -17,7 +17,7 @@ from conveyor.messaging.queue import Queue
 from conveyor.store import inspection, operations
 from conveyor.store.client.client import Client
 from support.script_faults import break_script
-from support.waiting import until
+from support.waiting import auntil, until
 
 
 def bounded(backend, most=3, name="small", **options):
@@ -387,8 +387,7 @@ class TestAsync:
             client = Client(url)
             mine = bounded(client)
             tasks = [asyncio.create_task(mine.apush(number)) for number in range(13)]
-            while in_line(redis, queue) < 10:
-                await asyncio.sleep(0.005)
+            await auntil(lambda: in_line(redis, queue) >= 10)
             taken = await asyncio.to_thread(take, queue, 13)
             await asyncio.gather(*tasks)
             await client.aclose()
@@ -426,16 +425,13 @@ class TestAsync:
             mine = bounded(client)
             await mine.apush_many([1, 2, 3])
             given_up = asyncio.create_task(mine.apush(4))
-            while in_line(redis, queue) < 1:
-                await asyncio.sleep(0.005)
+            await auntil(lambda: in_line(redis, queue) >= 1)
             stays = asyncio.create_task(mine.apush(5))
-            while in_line(redis, queue) < 2:
-                await asyncio.sleep(0.005)
+            await auntil(lambda: in_line(redis, queue) >= 2)
             given_up.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await given_up
-            while in_line(redis, queue) > 1:
-                await asyncio.sleep(0.005)
+            await auntil(lambda: in_line(redis, queue) <= 1)
             taken = await asyncio.to_thread(take, queue, 4)
             await stays
             await client.aclose()

@@ -21,6 +21,7 @@ from conveyor.store.client.buffer import Buffer
 from conveyor.store.transport import connection, replies
 from conveyor.store.transport.connection import Connection
 from support.time_limits import PATIENCE
+from support.waiting import auntil
 from testbed.server_process import Server
 
 Start = Callable[..., Server]
@@ -186,8 +187,7 @@ async def test_a_wait_has_its_own_time_besides(start_server: Start) -> None:
         for call in calls:
             waiting = asyncio.create_task(timed([call]))
             with server.client() as client:
-                while not any(one["cmd"] in {"blpop", "evalsha"} for one in client.client_list()):
-                    await asyncio.sleep(0.01)
+                await auntil(lambda: any(one["cmd"] in {"blpop", "evalsha"} for one in client.client_list()))
             with frozen(server):
                 [took], [error] = await waiting
             assert isinstance(error, StoreUnavailable | TimeoutError)

@@ -20,7 +20,7 @@ from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.jobs.app import Conveyor
 from conveyor.store import operations
 from support.forked_children import exit_codes, in_child
-from support.running_worker import audit, counts, drain, working
+from support.running_worker import audit, drain, until_counts, working
 from support.waiting import auntil
 from testbed.server_process import Server
 
@@ -62,9 +62,7 @@ async def test_twenty_restarts_under_load_lose_nothing(start_server: Callable[..
         stop.set()
         await asyncio.to_thread(thread.join)
         await auntil(lambda: set(accepted) <= set(ran))
-        async with asyncio.timeout(60):  # what was stored without an answer as well
-            while (left := await counts(app)).ready or left.leased:
-                await asyncio.sleep(0.01)
+        await until_counts(app, lambda now: not now.ready + now.leased)  # what was stored without an answer as well
     assert await audit(app) == []
     await app.aclose()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
 import tracemalloc
@@ -23,7 +22,7 @@ from conveyor.payload.records import AttemptHistory, read_leniently, read_outcom
 from conveyor.payload.sealed_records import RecordDecoder, open_failure, pack_failure
 from conveyor.payload.signature import TaskSignature
 from conveyor.payload.wrapped import describe
-from support.running_worker import audit, counts, drain, working
+from support.running_worker import audit, counts, drain, until_counts, working
 
 PLACE = {"queue": "q", "task": "shop.add", "id": "an id"}
 KEYS = {"2026-11": "f" * 32}
@@ -177,9 +176,7 @@ async def test_random_bodies_are_set_aside(url, redis, rounds, keys):
         good = await add.aenqueue(2)
         async with working(app) as worker:
             assert await good.aresult("60s") == 2
-            async with asyncio.timeout(60):
-                while (await counts(app)).dead < count - len(waiting):
-                    await asyncio.sleep(0.01)
+            await until_counts(app, lambda now: now.dead >= count - len(waiting))
             assert not worker.lifecycle.stopped
         left = await counts(app)
         stored = redis.hgetall(held.jobs)

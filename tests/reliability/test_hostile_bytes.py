@@ -29,6 +29,7 @@ from conveyor.worker.logs import SafeFormatter
 from support.running_worker import drain, working
 from support.server_dump import exact
 from support.shell import Shell
+from support.waiting import auntil
 
 KEYS = {"2026-11": "f" * 32}
 PASSWORD = "canary"
@@ -291,8 +292,7 @@ async def test_log_lines_cannot_be_forged(url, redis, caplog):
             redis.hset(keys.jobs, id_, f"\n{task}\n[".encode())
             redis.rpush(keys.ready[0], id_)
         async with working(app):
-            while len([one for one in caplog.records if one.levelno >= logging.WARNING]) < 3:
-                await asyncio.sleep(0.01)
+            await auntil(lambda: len([one for one in caplog.records if one.levelno >= logging.WARNING]) >= 3)
         messages = [record.getMessage() for record in caplog.records]
         assert any("E05" in one for one in messages)
         assert [one for one in messages if clean(one) != one] == []

@@ -20,6 +20,7 @@ from conveyor.store.client import confirmed
 from conveyor.store.client.confirmed import AsyncConfirmedConnection, ConfirmedConnection
 from conveyor.store.transport.async_connection import ConnectionLost
 from support.replica_pair import ReplicaPair, Switch, bare, stored
+from support.running_worker import until_counts
 from testbed.server_process import Server
 
 Start = Callable[..., Server]
@@ -186,8 +187,7 @@ async def test_a_wait_holds_up_nobody_else(app: Conveyor, pair: ReplicaPair) -> 
     mail, free = app.queue("mail", wait_replicas=1, wait_timeout="60s"), app.queue("free")
     async with app:
         waiting = asyncio.ensure_future(mail.apush(1))
-        while not (await mail.astats()).ready:
-            await asyncio.sleep(0.001)
+        await until_counts(app, lambda now: now.ready, "mail")
         for n in range(20):
             await free.apush(n)
         assert not waiting.done()

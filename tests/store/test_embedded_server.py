@@ -23,6 +23,7 @@ from conveyor.store.embedded import keeper
 from conveyor.store.embedded import server as embedded
 from conveyor.store.embedded.server import attach, inspect, stop
 from support.forked_children import in_child
+from support.supervisor_process import running
 from support.waiting import until
 
 SOURCE = Path(embedded.__file__).parents[2]
@@ -44,13 +45,6 @@ def processes(*words):
                 if any(str(word) in line for word in words):
                     found[int(entry.name)] = line
     return found
-
-
-def alive(pid):
-    try:  # a zombie is dead
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 class Place:
@@ -173,7 +167,7 @@ def test_a_killed_user_counts_as_gone(place):
 
     user.kill()
     user.wait()
-    until(lambda: not alive(pid), what="the server stops")
+    until(lambda: not running(pid), what="the server stops")
     with attach(place.directory) as held, client(held.url) as server:
         assert held.started
         assert held.pid != pid
@@ -192,7 +186,7 @@ def test_no_server_outlives_its_keeper(place):
     with attach(place.directory) as held, client(held.url) as server:
         server.set("written", "before")
         os.kill(place.record()["keeper"], signal.SIGKILL)
-        until(lambda: not alive(held.pid), what="the server goes with its keeper")
+        until(lambda: not running(held.pid), what="the server goes with its keeper")
         assert not inspect(place.directory).running
 
         with attach(place.directory) as again:
@@ -206,7 +200,7 @@ def test_an_attach_right_after_the_keeper_was_killed_gets_the_new_server(place):
     with attach(place.directory) as held:
         keeper_pid = place.record()["keeper"]
         os.kill(keeper_pid, signal.SIGKILL)
-        until(lambda: not alive(keeper_pid), what="the keeper is dead")
+        until(lambda: not running(keeper_pid), what="the keeper is dead")
         with attach(place.directory) as again, client(again.url) as server:
             assert again.started
             assert again.pid != held.pid
@@ -241,12 +235,12 @@ def test_where_the_kernel_cannot_tie_the_server_a_guard_does(place, tmp_path, mo
         guards = processes(f'kill "$0" {held.pid}')
         assert len(guards) == 1
         os.kill(place.record()["keeper"], signal.SIGKILL)
-        until(lambda: not alive(held.pid), what="the server goes with its keeper")
-        until(lambda: not any(map(alive, guards)), what="the guard ends")
+        until(lambda: not running(held.pid), what="the server goes with its keeper")
+        until(lambda: not any(map(running, guards)), what="the guard ends")
     with attach(place.directory) as held:
         guards = processes(f'kill "$0" {held.pid}')
         assert len(guards) == 1
-    until(lambda: not any(map(alive, guards)), what="the guard ends")
+    until(lambda: not any(map(running, guards)), what="the guard ends")
 
 
 def test_the_keeper_stands_apart_from_its_starter(place):
@@ -273,7 +267,7 @@ def test_a_forked_child_holds_the_server_too(place):
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    until(lambda: not alive(held.pid), what="the server stops beside the executed program")
+    until(lambda: not running(held.pid), what="the server stops beside the executed program")
     assert program.poll() is None
 
 
@@ -283,7 +277,7 @@ def test_stop_ends_a_server_that_has_users(place):
         server.set("written", "before")
 
         assert stop(place.directory)
-        assert not alive(held.pid)
+        assert not running(held.pid)
         assert not stop(place.directory)
         with attach(place.directory) as again:
             assert again.started
@@ -296,7 +290,7 @@ def test_stop_works_without_the_socket(place):
         Path(held.url.removeprefix("unix://")).unlink()
 
         assert stop(place.directory)
-        assert not alive(held.pid)
+        assert not running(held.pid)
 
 
 def test_inspect_tells_without_touching(place):
@@ -493,8 +487,8 @@ def test_a_killed_watcher_is_replaced(place):
         children = Path(f"/proc/{keeper_pid}/task/{keeper_pid}/children").read_text().split()
         (watcher,) = {int(pid) for pid in children} - {held.pid}
         os.kill(watcher, signal.SIGKILL)
-        until(lambda: not alive(watcher), what="the watcher is dead")
-    until(lambda: not alive(held.pid), what="the server stops")
+        until(lambda: not running(watcher), what="the watcher is dead")
+    until(lambda: not running(held.pid), what="the server stops")
 
 
 @pytest.mark.redis7

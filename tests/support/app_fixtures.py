@@ -6,11 +6,13 @@ The one of conftest.py runs what is left in its queues when a test is over, whic
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from conveyor import Conveyor
+from support.manual_worker import drain
 
 
 @pytest.fixture(name="app")
@@ -19,6 +21,22 @@ async def loop_app(url: str) -> AsyncIterator[Conveyor]:
     app = Conveyor(url)
     yield app
     await app.aclose()
+
+
+@pytest.fixture(name="app")
+async def emptied_loop_app(url: str) -> AsyncIterator[Conveyor]:
+    """Another such app, whose default queue is emptied when the test is over."""
+    app = Conveyor(url)
+    yield app
+    await app.aclose()
+    await asyncio.to_thread(drain, app)
+
+
+@pytest.fixture(name="app")
+def blocking_app(url: str) -> Iterator[Conveyor]:
+    """An app on the emptied server, for blocking calls."""
+    with Conveyor(url) as app:
+        yield app
 
 
 @pytest.fixture(name="client")

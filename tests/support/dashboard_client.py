@@ -40,6 +40,13 @@ def ask(
     return asyncio.run(send())
 
 
+def get(site: Any, path: str, **inputs: Any) -> Any:
+    """Return the document at a path."""
+    response = ask(site, "GET", path, inputs)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
 def ask_all(site: Any, calls: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[int]:
     """Return the status codes of several calls, made one after the other."""
 

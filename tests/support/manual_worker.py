@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
+import pytest
 
 from conveyor.ids import new_identity
 from conveyor.jobs.app import Conveyor
@@ -111,3 +113,11 @@ def drain(app: Conveyor) -> None:
         assert manual.take(1000) == []
         manual.leave()
         app.client.execute("DEL", keys.wake, key=keys.wake)  # a token that no worker took
+
+
+@pytest.fixture(name="manual")
+def manual_worker(app: Conveyor) -> Iterator[ManualWorker]:
+    """A manual worker of the app's default queue."""
+    manual = ManualWorker(app)
+    yield manual
+    manual.leave()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 from conveyor.jobs.app import Conveyor
 from conveyor.store import inspection
 from conveyor.worker.worker import Worker
+from support.waiting import auntil
 
 
 async def drain(app: Conveyor, **options: Any) -> Worker:
@@ -47,6 +48,19 @@ def join_threads() -> None:
 async def counts(app: Conveyor, queue: str = "default") -> inspection.QueueCounts:
     """Return what *queue* holds."""
     return await app.client.arun(inspection.counts(app.client.keys(queue)))
+
+
+async def until_counts(
+    app: Conveyor, condition: Callable[[inspection.QueueCounts], Any], queue: str = "default"
+) -> inspection.QueueCounts:
+    """Return what *queue* holds as soon as *condition* is true of it."""
+
+    async def reached() -> tuple[inspection.QueueCounts] | None:
+        found = await counts(app, queue)
+        return (found,) if condition(found) else None  # an empty queue is false
+
+    [found] = await auntil(reached)
+    return found
 
 
 async def audit(app: Conveyor, queue: str = "default") -> list[tuple[str, str]]:

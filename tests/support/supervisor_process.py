@@ -23,6 +23,7 @@ KEYS = QueueKeys("test", "q")
 
 
 def running(pid: int) -> bool:
+    """Tell whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

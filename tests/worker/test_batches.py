@@ -38,11 +38,11 @@ from conveyor.ids import split
 from conveyor.store import inspection
 from conveyor.worker.execution import executor
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
-from conveyor.worker.shared_memory import ChildSlot, ChildSpec, SharedMemory
+from conveyor.worker.shared_memory import ChildSlot
 from conveyor.worker.worker import RETIRED, Worker
 from support import batch_app
 from support.app_fixtures import loop_app  # noqa: F401
-from support.running_worker import audit, counts, drain, join_threads, working
+from support.running_worker import audit, counts, drain, until_counts, working
 from support.time_limits import PATIENCE
 from support.waiting import auntil
 from support.worker_processes import wait, worker_processes
@@ -449,19 +449,13 @@ async def test_one_item_is_cancelled_before_its_batch_runs(app: Conveyor) -> Non
 
     async with working(app):
         first, second = await note.aenqueue(0), await note.aenqueue(1)
-        await _leased(app, 2)
+        await until_counts(app, lambda now: now.leased >= 2)
         assert await first.acancel()
         with pytest.raises(JobCancelled):
             await first.aresult(timeout=PATIENCE)
         jobs = [second, await note.aenqueue(2), await note.aenqueue(3)]
         await results(jobs)
     assert seen == [[1, 2, 3]]
-
-
-async def _leased(app: Conveyor, count: int) -> None:
-    """Wait until so many jobs are leased."""
-    while (await counts(app)).leased < count:
-        await asyncio.sleep(0.005)
 
 
 @pytest.mark.row("A181")
@@ -532,7 +526,7 @@ async def test_a_half_full_batch_goes_back_at_a_stop(app: Conveyor, kind: str) -
     task = app.batch_task(size=10, within=LONG)(anote if kind == "loop" else note)
     await app.aenqueue_many(task.s(n) for n in range(5))
     async with working(app, grace=PATIENCE):
-        await _leased(app, 5)
+        await until_counts(app, lambda now: now.leased >= 5)
     assert seen == []
     assert (await counts(app)).ready == 5
     await drain(app)
@@ -578,8 +572,7 @@ async def test_what_was_acknowledged_early_runs_at_a_stop(app: Conveyor) -> None
 
     await app.aenqueue_many(note.s(n) for n in range(3))
     async with working(app, grace=PATIENCE):
-        while (found := await counts(app)).ready + found.leased:
-            await asyncio.sleep(0.005)
+        await until_counts(app, lambda now: not now.ready + now.leased)
         assert seen == []
     assert seen == [0, 1, 2]
 
@@ -649,16 +642,6 @@ async def test_an_item_whose_lease_is_lost_is_not_reported(app: Conveyor) -> Non
 
 
 # -- crashes ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def slot() -> Any:
-    board = SharedMemory(1)
-    made = board.slot(0)
-    made.prepare(ChildSpec("shop:app", {}, 1, 1, burst=False, grace=1))
-    yield made
-    join_threads()
-    board.close()
 
 
 @pytest.mark.parametrize("kind", ["loop", "thread"])
@@ -857,7 +840,7 @@ async def test_its_jobs_are_seen_as_any_other(app: Conveyor) -> None:
 
     async with working(app):
         first = await note.aenqueue(1)
-        await _leased(app, 1)
+        await until_counts(app, lambda now: now.leased >= 1)
         assert await first.astatus() == "leased"
         second = await note.aenqueue(2)
         await results([first, second])

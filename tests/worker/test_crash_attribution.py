@@ -6,7 +6,6 @@ import asyncio
 import logging
 import re
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,26 +27,15 @@ from conveyor.worker.crash_attribution import (
     RunningTable,
     id_checksum,
 )
-from conveyor.worker.shared_memory import ChildSlot, ChildSpec, SharedMemory
+from conveyor.worker.shared_memory import ChildSlot
 from conveyor.worker.worker import Worker
 from support import process_app
 from support.client_worker import ClientWorker
-from support.running_worker import join_threads
 from support.waiting import auntil
 from support.worker_processes import wait, worker_processes
 
 IDS = ["on-the-loop", "on-a-thread", "waits", "prefetched"]
 ON_LOOP, ON_THREAD, WAITS, PREFETCHED = IDS
-
-
-@pytest.fixture
-def slot() -> Iterator[ChildSlot]:
-    board = SharedMemory(1)
-    made = board.slot(0)
-    made.prepare(ChildSpec("shop:app", {}, 1, 1, burst=False, grace=1))
-    yield made
-    join_threads()
-    board.close()
 
 
 def snapshot_of(*, loop: str = "", thread: str = "", waits: str = "", beside: str = "") -> RunningSnapshot:

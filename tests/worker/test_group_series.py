@@ -14,7 +14,7 @@ from conveyor.worker.leasing import group_series
 from conveyor.worker.leasing.group_series import GroupSeries
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from support.app_fixtures import loop_app  # noqa: F401
-from support.running_worker import audit, counts, drain, working
+from support.running_worker import audit, drain, until_counts, working
 from support.waiting import auntil
 
 ONCE = Retry(attempts=5, backoff="10ms", cap="10ms", jitter=False)
@@ -166,8 +166,7 @@ async def test_a_stop_ends_what_goes_on(app: Conveyor, taken: list[int], going_o
     await app.aenqueue_many([book.s("a", number) for number in range(1500)])
     for stops_at in range(150, 1500, 150):
         async with working(app, concurrency=400, threads=20) as worker:
-            while len(ran) <= stops_at:
-                await asyncio.sleep(0.005)
+            await auntil(lambda: len(ran) > stops_at)  # noqa: B023  it is called here
             worker.stop()
     await drain(app, concurrency=400)
     assert ran == [*range(1500)]
@@ -191,12 +190,10 @@ async def test_nothing_waits_for_a_long_job(app: Conveyor, monkeypatch: pytest.M
     await app.aenqueue_many([book.s("a", number) for number in range(20)])
     async with working(app):
         await auntil(lambda: ran == [0])
-        while (await counts(app)).waiting < 19:
-            await asyncio.sleep(0.01)
+        await until_counts(app, lambda now: now.waiting >= 19)
         await app.groups.aset("default", "a", paused=True)
         gate.set()
-        while (await counts(app)).leased:
-            await asyncio.sleep(0.01)
+        await until_counts(app, lambda now: not now.leased)
         assert ran == [0]
         await app.groups.aset("default", "a", paused=False)
         await auntil(lambda: len(ran) == 20)
@@ -220,8 +217,7 @@ async def test_a_stop_returns_the_rest(app: Conveyor, taken: list[int]) -> None:
     async with working(app) as worker:
         await auntil(lambda: ran == [0, 1, 2])
         worker.stop()
-        while (await counts(app)).waiting < 6:
-            await asyncio.sleep(0.01)
+        await until_counts(app, lambda now: now.waiting >= 6)
         gate.set()
     assert ran == [0, 1, 2]
     assert await audit(app) == []

@@ -31,6 +31,7 @@ from conveyor.worker.settlement import SettlementWriter
 from conveyor.worker.worker import Worker
 from support import process_app
 from support.running_worker import audit, working
+from support.supervisor_process import running
 from support.time_limits import LATER, PATIENCE
 from support.waiting import auntil
 
@@ -299,13 +300,6 @@ async def test_a_crash_is_reported(run: Run, how: str, words: str, monkeypatch: 
     assert await run("pid") > 0
 
 
-def _is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 async def test_an_idle_death_costs_nobody(run: Run) -> None:
     """A process that dies while idle is replaced, and no job is told, also when the event loop has not seen the end yet."""
     first = await run("pid")
@@ -315,7 +309,7 @@ async def test_an_idle_death_costs_nobody(run: Run) -> None:
     second = await run("pid")
     assert second != first
     os.kill(second, signal.SIGKILL)
-    while _is_running(second):  # blocks the loop
+    while running(second):  # blocks the loop
         os.sched_yield()
     assert await run("pid") not in {first, second}
 

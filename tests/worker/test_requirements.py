@@ -17,7 +17,7 @@ from conveyor.messaging import retry
 from conveyor.messaging.limits import Concurrency
 from conveyor.worker import settlement
 from support.app_fixtures import loop_app  # noqa: F401
-from support.running_worker import audit, counts, working
+from support.running_worker import audit, until_counts, working
 from support.shell import Shell
 
 APP = """
@@ -56,8 +56,7 @@ async def test_a_job_waits_for_a_worker_with_its_labels(app: Conveyor) -> None:
         assert "the label 'gpu'" in await why(job, "label")
         causes = await Admin(app.client).acauses("default")
         assert [(one.kind, one.name, one.jobs) for one in causes if one.kind == "label"] == [("label", "gpu", 1)]
-        while (await counts(app)).scheduled == 0:  # it was leased, and put off
-            await asyncio.sleep(0.005)
+        await until_counts(app, lambda now: now.scheduled)  # it was leased, and put off
         async with working(app, labels=["gpu", "eu", "big"]):
             assert await job.aresult(timeout="60s") == 1
     assert await audit(app) == []
@@ -83,8 +82,7 @@ async def test_a_worker_that_can_run_a_job_takes_it_from_one_that_cannot(
         jobs = [await train.aenqueue(number) for number in range(5)]
         jobs.append(await urgent.aenqueue())
         gone = await train.aenqueue(99)
-        while (await counts(app)).scheduled < 7:
-            await asyncio.sleep(0.005)
+        await until_counts(app, lambda now: now.scheduled >= 7)
         await gone.acancel()
         assert redis.hget("conveyor:{default}:conf", "needs") == b"1"
         async with working(app, labels=["gpu"]):
@@ -115,8 +113,7 @@ async def test_a_pinned_job_waits_for_its_build_until_it_is_released(
     admin = Admin(app.client)
     async with working(app):
         assert "pinned to build 'v1'" in await why(jobs[0], "build")
-        while (await counts(app)).scheduled < 2:
-            await asyncio.sleep(0.005)
+        await until_counts(app, lambda now: now.scheduled >= 2)
         assert await admin.arelease_build("default", "v2") == 0
         assert await admin.arelease_build("default", "v1") == 2
         assert [await job.aresult(timeout="60s") for job in jobs] == [{}, headers]

@@ -169,8 +169,7 @@ async def test_instants_that_nobody_carried_out(app: Conveyor, missed: Any, expe
         async def decided() -> bool:
             return await outcomes(app, "greeting") == expected
 
-        while not await decided():
-            await asyncio.sleep(0.01)
+        await auntil(decided)
     assert ran == [midnight - timedelta(days=back) for back in (2, 1, 0)][3 - len(ran) :]
     schedule = await app.schedules.aget("greeting")
     assert schedule.due == midnight + timedelta(days=1)
@@ -195,8 +194,11 @@ async def test_an_instant_while_the_last_job_is_not_over(app: Conveyor, overlap:
         await auntil(lambda: len(started) == 1)
         await reach(app, "greeting", _hour(0) + timedelta(seconds=1))
         if overlap == "skip":
-            while ("overlap", 1) not in await outcomes(app, "greeting"):
-                await asyncio.sleep(0.01)
+
+            async def skipped() -> bool:
+                return ("overlap", 1) in await outcomes(app, "greeting")
+
+            await auntil(skipped)
             assert len(started) == 1
         else:
             await auntil(lambda: len(started) == 2)

@@ -26,7 +26,7 @@ from conveyor.worker.leasing.capacity import Capacity
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.worker import Worker
 from support.app_fixtures import loop_app  # noqa: F401
-from support.running_worker import audit, counts, drain, working
+from support.running_worker import audit, counts, drain, until_counts, working
 from support.time_limits import PATIENCE
 from support.waiting import auntil
 
@@ -243,8 +243,7 @@ async def test_only_a_burst_remembers_retries(app: Conveyor) -> None:
 
     async with working(app) as worker:
         job = await fail.aenqueue()
-        while (await counts(app)).scheduled == 0:
-            await asyncio.sleep(0.01)
+        await until_counts(app, lambda now: now.scheduled)
         assert worker.consumers[0].own_retries == {}
     assert await job.acancel()
 
@@ -263,9 +262,7 @@ async def test_a_job_of_an_unknown_task_waits_for_a_newer_worker(url: str, app: 
     job = await task.aenqueue()
     await old.aenqueue()
     async with working(app):
-        await auntil(lambda: True)
-        while (await counts(app)).scheduled != 1:
-            await asyncio.sleep(0.01)
+        await until_counts(app, lambda now: now.scheduled == 1)
     await app.client.arun(operations.promote(app.client.keys("default"), job.id.rpartition(":")[2]))
     await drain(newer)
 
@@ -452,13 +449,6 @@ def _lease_ahead(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     monkeypatch.setattr(Capacity, "ahead", lambda _, saturated: most)
 
 
-async def _leased(app: Conveyor, number: int) -> None:
-    """Wait until that many jobs are leased."""
-    async with asyncio.timeout(60):
-        while (await counts(app)).leased != number:
-            await asyncio.sleep(0.005)
-
-
 @pytest.mark.row("D151")
 async def test_the_answer_of_a_cancellation(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
     """A waiting job was removed, one that is leased behind another will not start, and one that runs was asked to stop."""
@@ -474,13 +464,13 @@ async def test_the_answer_of_a_cancellation(app: Conveyor, monkeypatch: pytest.M
         async with working(app, concurrency=1, threads=1):
             jobs = [await hold.aenqueue(n) for n in range(3)]
             await auntil(lambda: started == [0])
-            await _leased(app, 2)
+            await until_counts(app, lambda now: now.leased == 2)
 
             answers = [await job.acancel() for job in reversed(jobs)]
             assert answers == ["removed", "will-not-start", "asked"]
             assert await jobs[1].astatus() == "cancelled"
             gate.set()
-            await _leased(app, 0)
+            await until_counts(app, lambda now: now.leased == 0)
             assert [await job.acancel() for job in jobs] == ["", "", ""]
     finally:
         gate.set()
@@ -545,7 +535,7 @@ async def test_a_job_that_expired_behind_another_does_not_start(
             await auntil(lambda: seen == [0])
             late = await task.options(expires="1h").aenqueue(1)
             last = await task.options(expires="3h").aenqueue(2)
-            await _leased(app, 3)
+            await until_counts(app, lambda now: now.leased == 3)
             assert await late.astatus() == "leased"
             monkeypatch.setattr(
                 QueueConsumer, "now_ms", property(lambda one: now_ms(one) + 7_200_000)

@@ -67,8 +67,11 @@ async def test_a_worker_is_seen_and_told_what_to_do(app: Conveyor) -> None:
 
 async def until_state(admin: Admin, name: str, state: str) -> None:
     """Wait until the worker is shown in that state."""
-    while (await admin.aworker_process(name)).state != state:
-        await asyncio.sleep(0.005)
+
+    async def reached() -> bool:
+        return (await admin.aworker_process(name)).state == state
+
+    await auntil(reached)
 
 
 async def test_what_is_no_command_does_nothing(app: Conveyor) -> None:
@@ -83,8 +86,11 @@ async def test_what_is_no_command_does_nothing(app: Conveyor) -> None:
         own = keys.wake_of(worker.consumers[0].identity)
         for text in ('{"do":"exec","answer":"x"}', json.dumps({"do": "stack", "answer": keys.jobs}), "{", "{}"):
             await app.client.aexecute("RPUSH", own, text, key=own)
-        while await app.client.aexecute("LLEN", own, key=own):
-            await asyncio.sleep(0.005)
+
+        async def taken() -> bool:
+            return not await app.client.aexecute("LLEN", own, key=own)
+
+        await auntil(taken)
         assert await (await five.aenqueue()).aresult(timeout="60s") == 5
         assert worker.lifecycle.stopping is False
 
