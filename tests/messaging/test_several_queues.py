@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import select
+import socket
 import threading
 import time
 from collections import Counter
@@ -17,12 +20,13 @@ from redis import Redis
 from conveyor import ConfigurationError, Conveyor, StoreUnavailable
 from conveyor.messaging.consumer.asynchronous import AsyncConsumer, AsyncWakeupWaiters
 from conveyor.messaging.consumer.blocking import BlockingSettler, Consumer, WakeupWaiters
+from conveyor.messaging.consumer.list_mover import ListMover
 from conveyor.messaging.consumer.steps import WaitStep
 from conveyor.messaging.shares import WeightedTurns
 from conveyor.store import operations
 from conveyor.store.transport.connection import Connection
 from conveyor.store.transport.wakeup import WakeupWaiter
-from support.time_limits import PATIENCE
+from support.time_limits import LATER, PATIENCE
 from support.waiting import until
 from testbed.server_groups import ClusterOfNodes
 
@@ -245,6 +249,37 @@ class TestWaiting:
         taken(found)
         until(lambda: blocked(redis) == 0)
 
+    @pytest.mark.standalone_only("it kills one connection of one server")
+    @pytest.mark.parametrize("awaited", [False, True])
+    @pytest.mark.row("D322")
+    def test_the_wait_for_a_plain_list_is_cut(self, app: Conveyor, redis: Redis[bytes], *, awaited: bool) -> None:
+        """Where only the connection that waits for entries of a plain list is cut, a new one waits at once."""
+        found: list[Any] = []
+        app.plain_list("list")
+
+        async def take() -> None:
+            async with Conveyor(app.client._url) as own:
+                own.plain_list("list")
+                for message in await own.apull(["list", "a"], wait="60s"):
+                    found.append(message.body)
+                    await message.aack()
+
+        def pull() -> None:
+            for message in app.pull(["list", "a"], wait="60s"):
+                with message as body:
+                    found.append(body)
+
+        thread = threading.Thread(target=(lambda: asyncio.run(take())) if awaited else pull)
+        thread.start()
+        until(lambda: blocked(redis) == 2)
+        [moving] = [one["id"] for one in redis.client_list() if one["cmd"] == "blmove"]
+        redis.client_kill_filter(_id=moving)
+        until(lambda: blocked(redis) == 2)
+        redis.rpush("list", '{"n": 1}')
+        thread.join()
+        assert found == [{"n": 1}]
+        until(lambda: blocked(redis) == 0)
+
     async def test_on_a_loop(self, url: str) -> None:
         """The awaitable twins: a waiting pull and a loop, over a queue, partitions and a plain list."""
         async with Conveyor(url, lease="30s") as app:
@@ -371,21 +406,58 @@ class TestEnds:
         thread.join()
         assert found == [0, 1, 2, 3]
 
-    def test_a_wait_that_ends_while_it_connects(
-        self, app: Conveyor, redis: Redis[bytes], monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.row("A47")
+    @pytest.mark.parametrize("at", ["open", "execute"])
+    def test_a_wait_that_ends_before_it_is_sent(
+        self, app: Conveyor, redis: Redis[bytes], monkeypatch: pytest.MonkeyPatch, at: str
     ) -> None:
-        """A thread that is told to end while it connects takes no token: it would be a token for nobody."""
+        """A thread that is told to end when it has connected, or is about to send, takes no token: it would be a token for nobody."""
         keys = app.queue("a").keys
-        waiter, usual = WakeupWaiter(app.client.endpoint(keys), app.client.timeout), Connection.open
+        waiter, usual = WakeupWaiter(app.client.endpoint(keys), app.client.timeout), getattr(Connection, at)
 
-        def open_late(connection: Connection) -> None:
-            usual(connection)
+        def late(connection: Connection, *given: Any, **options: Any) -> Any:
+            if at == "open":
+                usual(connection)
+                return waiter.end()
             waiter.end()
+            return usual(connection, *given, **options)
 
-        monkeypatch.setattr(Connection, "open", open_late)
         app.client.run(operations.wake(keys.wake))
-        assert waiter.wait_any([keys.wake], 60) is None
+        with monkeypatch.context() as patch:
+            patch.setattr(Connection, at, late)
+            assert waiter.wait_any([keys.wake], 60) is None
         assert redis.exists(keys.wake)
+
+    @pytest.mark.row("A47")
+    def test_a_wait_that_is_ended_as_it_begins(self, app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A wait in the kernel that another thread ends is over, though new sockets have taken every number that is free."""
+        mover, usual, others = ListMover(app.client, app.plain_list("list").keys), select.poll, list[socket.socket]()
+
+        class EndedAsItBegins:
+            def __init__(self) -> None:
+                self.poller, self.number = usual(), -1
+
+            def register(self, one: socket.socket, event: int) -> None:
+                self.poller.register(one, event)
+                self.number = one.fileno()
+
+            def poll(self, ms: int) -> Any:
+                if threading.current_thread() is mover._thread and not others:
+                    mover.end()
+                    while not others or others[-1].fileno() < self.number:
+                        others.append(socket.socket())
+                return self.poller.poll(ms)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(select, "poll", EndedAsItBegins)
+            mover.begin(LATER)
+            until(lambda: others and not mover._is_moving)
+        assert mover._waiter._failures == 0, "the next wait begins with a pause"
+        mover.stop()
+        assert mover._thread is not None
+        mover._thread.join()
+        for one in others:
+            one.close()
 
     def test_a_token_that_comes_as_a_wait_begins(self, app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
         """A token that a thread has taken when the consumer has decided to wait is looked at, and nothing waits."""
@@ -464,6 +536,46 @@ def test_a_token_at_any_node_wakes(cluster: ClusterOfNodes, way: str) -> None:
     """Over queues at several nodes, with partitions, a loop and one pull after the other are woken by a push to any of them."""
     with at_several_nodes(cluster) as (app, queues):
         push_one_by_one(app, queues, 10, _consume if way == "consume" else _pull)
+
+
+@pytest.mark.usefixtures("only_when_woken")
+@pytest.mark.parametrize("awaited", [False, True])
+@pytest.mark.row("D322")
+def test_the_wait_at_one_node_is_cut(cluster: ClusterOfNodes, *, awaited: bool) -> None:
+    """Where the connection that waits at one of several nodes is cut, a new one waits there at once."""
+    with at_several_nodes(cluster) as (app, queues):
+        found: list[Any] = []
+
+        async def take() -> None:
+            async with Conveyor(cluster.url, lease="30s") as own:
+                for message in await own.apull([queue.name for queue in queues[:4]], wait="60s"):
+                    found.append(message.body)
+                    await message.aack()
+
+        def pull() -> None:
+            for message in app.pull(queues[:4], wait="60s"):
+                with message as body:
+                    found.append(body)
+
+        nodes = {node.port: node for node in (cluster.owner(queue.keys.jobs) for queue in queues[:4])}.values()
+
+        def waiting(node: Any) -> list[str]:
+            lines = node.ask("CLIENT", "LIST").decode().splitlines()
+            return [line.split()[0].removeprefix("id=") for line in lines if re.search(r" flags=\S*b", line)]
+
+        def wait() -> None:
+            until(lambda: sum(len(waiting(node)) for node in nodes) == 4)  # keys of several slots cannot share a call
+
+        thread = threading.Thread(target=(lambda: asyncio.run(take())) if awaited else pull)
+        thread.start()
+        wait()
+        node = cluster.owner(queues[2].keys.jobs)
+        for client in waiting(node):
+            node.ask("CLIENT", "KILL", "ID", client)
+        wait()
+        queues[2].push("m")
+        thread.join()
+        assert found == ["m"]
 
 
 class TestATokenThatComesAsAPullEnds:

@@ -101,9 +101,14 @@ class BlockingSettler(SettlerState):
             drive_steps(self.deliver_outbox())
         return True
 
+    @property
+    def is_busy(self) -> bool:
+        """True while a call is under way, of any thread."""
+        return self._lock.locked()
+
     def flush(self) -> bool:
         """Make a turn that leases nothing; return False when one is under way, or Redis is away."""
-        if self._lock.locked() or self.is_away:
+        if self.is_busy or self.is_away:
             return False
         try:
             made = self.turn(brief=True)
@@ -274,7 +279,9 @@ class Consumer(Generic[T]):
             raise stop.with_traceback(None) from None  # pressed twice: what was leased returns when the lease ends
         finally:
             connection, self._connection = self._connection, None
-            if connection is not None:
+            if connection is not None and self.settlers[0].is_busy:
+                connection.interrupt()  # that call is repeated on a new socket
+            elif connection is not None:
                 connection.close()
 
     def _agree(self, *, look: bool = False) -> None:
@@ -511,9 +518,11 @@ class _EndpointWaiter:
 
     def join(self, deadline: float) -> None:
         """Wait until *deadline* for the end of the thread, and close the connection."""
-        if self._thread is not None:
+        if self._thread is None:
+            self._waiter.close()
+        else:
             self._thread.join(max(0.0, deadline - time.monotonic()))
-        self._waiter.end()
+            self._waiter.end()
         if self._is_called:  # the call had ended by itself
             with suppress(ConveyorError):
                 self._run(operations.delete_key(self._own), deadline)
@@ -527,20 +536,22 @@ class _EndpointWaiter:
         while not self._has_ended:
             self._begin.get()
             self._is_waiting = True  # first, and then the look: `end` first says that it ends, and then looks
-            seconds = self._until - time.monotonic()
-            try:
-                if seconds > 0 and not self._has_ended:
-                    self._hear(self._waiter.wait_any([self._own, *self._partition_of], seconds))
-            except ConveyorError as error:
-                logger.warning("Waiting for messages was refused: %s", error)
-                time.sleep(min(1.0, seconds))
+            # Again where the connection broke: the consumer begins anew only when its own wait is over.
+            while not self._has_ended and (seconds := self._until - time.monotonic()) > 0:
+                try:
+                    key = self._waiter.wait_any([self._own, *self._partition_of], seconds)
+                except ConveyorError as error:
+                    logger.warning("Waiting for messages was refused: %s", error)
+                    time.sleep(min(1.0, seconds))
+                    break
+                if key is not None:
+                    self._hear(key)
+                    break
             self._is_waiting = False
         self._waiter.close()
 
-    def _hear(self, key: str | None) -> None:
+    def _hear(self, key: str) -> None:
         """Act on what a call has taken."""
-        if key is None:
-            return
         while not self._begin.empty():
             self._begin.get()  # the consumer is awake now, and begins anew
         if key == self._own:

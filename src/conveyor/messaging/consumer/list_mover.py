@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 from conveyor.errors import ConveyorError
 from conveyor.ids import new_id
@@ -32,54 +33,61 @@ class ListMover:
         self._waiter = WakeupWaiter(client.endpoint(keys), client.timeout)
         self._connection = Connection(client.endpoint(keys))
         self._work = SignalSafeEvent()
-        self._has_stopped = False
-        self._seconds = 0.0
-        self._is_refused = False
-        self._is_moving = False
+        self._has_stopped = self._is_wanted = self._is_moving = self._is_refused = False
+        self._until = 0.0
         self._thread: threading.Thread | None = None
 
     def begin(self, seconds: float) -> float:
         """Wait up to *seconds* for an entry in the background; return the seconds the caller should wait."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._move, name="conveyor-mover", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="conveyor-mover", daemon=True)
             self._thread.start()
-        self._seconds = seconds
+        self._until = time.monotonic() + seconds
+        self._is_wanted = True
         self._work.set()
         return min(seconds, POLL) if self._is_refused else seconds
 
     def end(self) -> None:
         """Stop waiting while the consumer is busy. An entry already moved is kept."""
-        self._work.clear()
+        self._is_wanted = False
         if self._is_moving:
-            self._waiter.close()
+            self._waiter.interrupt()
 
     def stop(self) -> None:
         """Stop for good. Entries in the intake list stay there for any consumer's next turn."""
         self._has_stopped = True
+        self._is_wanted = False
         self._work.set()
         self._waiter.end()
 
-    def _move(self) -> None:
+    def _run(self) -> None:
         while True:
             self._work.wait()
             self._work.clear()
             if self._has_stopped:
                 break
             try:
-                assert self._keys.foreign is not None
-                self._is_moving = True
-                try:
-                    moved = self._waiter.wait_and_move(self._keys.foreign, self._keys.intake, self._seconds)
-                finally:
-                    self._is_moving = False
-                self._is_refused = False
-                if moved:
+                if self._move():
                     self._client.announce(self._keys)
                     self._connection.run(intake(self._keys, 1), retry_for=0)
             except ConveyorError:
                 self._is_refused = True  # Redis is full or away: the consumer looks by itself, or reports it
         self._connection.close()
         self._waiter.close()
+
+    def _move(self) -> bool:
+        """Move one entry while the consumer is idle, also where the connection breaks meanwhile; tell whether one came."""
+        assert self._keys.foreign is not None
+        self._is_moving = True  # first, and then the look: `end` first says that it is not wanted, and then looks
+        try:
+            while self._is_wanted and (seconds := self._until - time.monotonic()) > 0:
+                moved = self._waiter.wait_and_move(self._keys.foreign, self._keys.intake, seconds)
+                self._is_refused = False
+                if moved:
+                    return True
+        finally:
+            self._is_moving = False
+        return False
 
 
 class AsyncListMover:
@@ -93,7 +101,9 @@ class AsyncListMover:
 
     def begin(self, seconds: float) -> float:
         """Wait up to *seconds* for an entry in the background; return the seconds the caller should wait."""
-        self._task = asyncio.get_running_loop().create_task(self._move(seconds))
+        if self._waiter is None:
+            self._waiter = AsyncWakeupWaiter(self._client.endpoint(self._keys), self._client.timeout)
+        self._task = asyncio.get_running_loop().create_task(self._move(self._waiter, seconds))
         return min(seconds, POLL) if self._is_refused else seconds
 
     def end(self) -> None:
@@ -103,14 +113,14 @@ class AsyncListMover:
             waiter, self._waiter = self._waiter, None
             waiter.close()
 
-    async def _move(self, seconds: float) -> None:
+    async def _move(self, waiter: AsyncWakeupWaiter, seconds: float) -> None:
         assert self._keys.foreign is not None
-        waiter = self._waiter = self._waiter or AsyncWakeupWaiter(
-            self._client.endpoint(self._keys), self._client.timeout
-        )
+        until, moved = time.monotonic() + seconds, False
         try:
-            moved = await waiter.wait_and_move(self._keys.foreign, self._keys.intake, seconds)
-            self._is_refused = False
+            # Again where the connection broke; `end` takes the waiter away.
+            while not moved and waiter is self._waiter and (seconds := until - time.monotonic()) > 0:
+                moved = await waiter.wait_and_move(self._keys.foreign, self._keys.intake, seconds)
+                self._is_refused = False
             if moved:
                 await self._client.aannounce(self._keys)
                 await self._client.arun(intake(self._keys, 1), retry_for=0)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from conveyor.store.signal_safety import SignalSafeEvent
+from conveyor.store.transport.connection import shut_down
 from conveyor.store.transport.replies import backoff
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Subscription:
         self._closed.set()
         connection = self._connection
         if connection is not None:
-            _shut_down(connection)
+            shut_down(connection)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=10.0)
 
@@ -98,12 +99,3 @@ def _keep_alive(connection: Any) -> None:
         for name, value in _KEEPALIVE:
             if hasattr(socket, name):
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def _shut_down(connection: Any) -> None:
-    sock = connection._sock  # noqa: SLF001  shutting it down is what wakes a thread that reads from it
-    if sock is not None:
-        try:
-            sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass

@@ -74,6 +74,7 @@ class Connection:
         self._pack: Callable[[Any], bytes]
         self._sent = 0  # the number of the last command that may have left
         self._answered = 0  # the number of the last command whose reply was read, or that was given up
+        self._has_ended = False
 
     def run(self, call: Call[T] | IdempotentCommand, *, retry_for: float, deadline: float | None = None) -> T:
         """
@@ -235,10 +236,7 @@ class Connection:
         left = until - time.monotonic()
         if left > 0:
             poller = select.poll()
-            try:
-                poller.register(connection, event)
-            except ValueError:  # another thread has closed it
-                raise _connection_error("Connection closed") from None
+            poller.register(connection, event)
             if poller.poll(math.ceil(min(left, _DAY) * 1000)):
                 return
         raise _connection_error(f"Timeout {'reading from' if event == select.POLLIN else 'writing to'} server")
@@ -287,18 +285,38 @@ class Connection:
         import hiredis
         from redis import ResponseError
 
+        if self._has_ended:
+            raise _connection_error("Connection closed")
         raw = self.endpoint.open(read_timeout=self._reply_timeout, deadline=self._deadline)
+        connection = raw._sock  # noqa: SLF001  the one private name we use; a test holds it
+        assert connection is not None
         self._reader = hiredis.Reader(replyError=ResponseError)
         self._pack = hiredis.pack_command
         self._raw = raw
-        connection = raw._sock  # noqa: SLF001  the one private name we use; a test holds it
-        assert connection is not None
         _block_briefly(connection)
         self._socket = connection  # last, so that an interrupted opening leaves none that is half made
+        if self._has_ended:  # before `interrupt` could see the socket
+            self.close()
+            raise _connection_error("Connection closed")
         return connection
 
+    def interrupt(self) -> None:
+        """
+        Let a call that another thread makes fail; that thread closes the socket.
+
+        Closed here, its number could be that of a new socket while the other thread still waits for the number.
+        """
+        raw = self._raw
+        if raw is not None:
+            shut_down(raw)
+
+    def end(self) -> None:
+        """Interrupt for good: no call opens a socket any more."""
+        self._has_ended = True  # first, since a call that is about to begin opens a socket where it finds none
+        self.interrupt()
+
     def close(self) -> None:
-        """Close the socket; the next call opens another."""
+        """Close the socket; the next call opens another. Only for the thread that makes the calls, or when none makes one."""
         raw, self._raw, self._socket = self._raw, None, None
         self._answered = self._sent  # only when the socket is out of use: nothing will be read for them
         if raw is not None:
@@ -412,6 +430,17 @@ def fatal_reply(error: Exception) -> str | None:
         ):
             return text
     return None
+
+
+def shut_down(connection: RawConnection) -> None:
+    """Wake a thread that reads from *connection* of redis-py: it reads what has come, and then the end."""
+    sock = connection._sock  # noqa: SLF001  as in `_open`
+    if sock is not None:
+        try:
+            # Below TLS, of which the other thread may be in the middle.
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        except OSError:
+            pass
 
 
 def _connection_error(why: str) -> Exception:

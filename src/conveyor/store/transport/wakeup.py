@@ -20,13 +20,13 @@ log = logging.getLogger("conveyor.store")
 
 
 class WakeupWaiter:
-    """A blocking connection that waits for tokens. One thread waits; any thread may close it."""
+    """A blocking connection that waits for tokens. One thread waits; any thread may interrupt it, or end it."""
 
     def __init__(self, endpoint: Endpoint, timeout: replies.CallTimeout = replies.NO_TIMEOUT) -> None:
         """Wait at *endpoint*; a reply may be late by half of *timeout*, so that what follows has the other half."""
         self._connection, self._retry_for = Connection(endpoint, timeout), timeout.seconds or 0.0
         self._failures = 0
-        self._has_ended = False
+        self._is_interrupted = False
 
     def wait(self, key: str, seconds: float) -> bool:
         """Wait for a token in *key* and take it; False when none came, or the connection broke (after a pause)."""
@@ -41,13 +41,18 @@ class WakeupWaiter:
         return self._block(("BLMOVE", source, target, "LEFT", "RIGHT", _timeout(seconds)), seconds) is not None
 
     def close(self) -> None:
-        """Close the connection; a waiting call returns."""
+        """Close the connection, in the thread that waits on it."""
         self._connection.close()
 
+    def interrupt(self) -> None:
+        """Let the call that another thread makes, or is about to make, return as if nothing had come."""
+        self._is_interrupted = True
+        self._connection.interrupt()
+
     def end(self) -> None:
-        """Close for good: a call that was about to wait does not."""
-        self._has_ended = True
-        self._connection.close()
+        """Interrupt for good: a call that was about to wait does not. The thread that waits closes the connection."""
+        self._is_interrupted = True
+        self._connection.end()
 
     def _block(self, command: tuple[str, ...], seconds: float) -> Any:
         from redis import RedisError, ResponseError
@@ -55,21 +60,24 @@ class WakeupWaiter:
         self._connection.begin(self._retry_for)
         try:
             self._connection.open()
-            if self._has_ended:  # while it connected: it would wait for nobody, and take a token
+            if self._is_interrupted:  # from now on that is seen by the call
                 self._connection.close()
                 return None
             reply = self._connection.execute(*command, block=max(seconds, 0.001))
-        except (RedisError, OSError, ValueError, AttributeError) as error:
-            # The last two come from a read whose connection another thread has closed.
+        except (RedisError, OSError) as error:
             what = replies.action_for(str(error)) if isinstance(error, ResponseError) else replies.ErrorAction.RECONNECT
             if what is replies.ErrorAction.RAISE:
                 raise replies.fatal_error(str(error), str(self._connection.endpoint)) from error
             self._connection.close()
+            if self._is_interrupted:
+                return None
             if what is replies.ErrorAction.MOVE:
                 self._connection.endpoint.note_moved(str(error))
             time.sleep(min(replies.backoff(self._failures), max(seconds, 0.001)))
             self._failures += 1
             return None
+        finally:
+            self._is_interrupted = False
         self._failures = 0
         return reply
 
