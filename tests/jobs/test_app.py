@@ -224,6 +224,15 @@ def test_worker_comes_from_the_layer_above(app: Conveyor, monkeypatch: pytest.Mo
     assert (options["queues"], options["threads"], options["concurrency"]) == ({"mail": 3}, 2, 100)
 
 
+def test_a_worker_takes_queues_as_pull_does(app: Conveyor) -> None:
+    """app.worker(queues=…) takes a list of names or queues, or a map to weights."""
+    mail = app.queue("mail")
+    for queues in (["mail", "orders"], (mail, "orders"), {"mail": 1, "orders": 3}, {mail: 1, app.queue("orders"): 3}):
+        assert repr(app.worker(queues=queues)) == "<EmbeddedWorker of mail, orders: not started>"
+    with pytest.raises(ConfigurationError, match="takes a list of queues"):
+        app.worker(queues="mail")
+
+
 # -- queues -------------------------------------------------------------------------------------------------------
 
 

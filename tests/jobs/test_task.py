@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -29,6 +29,9 @@ from support.manual_worker import ManualWorker, arguments
 class Order:
     id: str
     total: int
+
+    def paid(self) -> None:
+        """Do nothing: a method."""
 
 
 def add(a: int, b: int = 2) -> int:
@@ -326,3 +329,25 @@ def _calls_of(function: Callable[[], object]) -> int:
     finally:
         sys.setprofile(before)
     return calls
+
+
+def test_what_no_worker_can_run_is_refused(app: Conveyor) -> None:
+    """A generator, a method and a task are no functions that a worker can call: the decorator says so, with the remedy."""
+
+    def each(n: int) -> Iterator[int]:
+        yield n
+
+    async def aeach(n: int) -> AsyncIterator[int]:
+        yield n
+
+    for wrong in (each, aeach, partial(each, 1)):
+        with pytest.raises(ConfigurationError, match=r"is a generator.*context\.emit"):
+            app.task(name="x")(wrong)
+    with pytest.raises(ConfigurationError, match=r"Order\.paid\(\) is a method.*@staticmethod"):
+        app.task(Order.paid)
+
+    @app.cron(every="1h")
+    async def scheduled() -> None: ...
+
+    with pytest.raises(ConfigurationError, match=r"a task already.*@app.cron\(…\) stands above"):
+        app.task(name="y")(scheduled)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from conveyor import ConfigurationError, Conveyor, JobFailed
+from conveyor.jobs.task import definition_of
 from conveyor.worker.execution import process_main
 from conveyor.worker.execution.process_protocol import EmitRequest, pack
 from support import dependency_app
@@ -72,10 +73,11 @@ async def test_a_limit_counts_from_the_start_of_the_function(app: Conveyor, monk
 
 
 def test_only_a_process_can_be_killed(app: Conveyor) -> None:
-    """A hard limit, or a fresh process, of a task elsewhere is refused, and one that is not longer than the other too."""
+    """A hard limit, or a fresh process, means run_in="process"; it is refused with another, and if it is not the longer limit."""
     for options, why in (({"timeout_hard": "1m"}, "can kill"), ({"fresh": True}, "shares the process")):
         with pytest.raises(ConfigurationError, match=f"run_in='process'.*{why}"):
-            app.task(name="x", **options)(dependency_app.note)
+            app.task(name="x", run_in="thread", **options)(dependency_app.note)
+        assert definition_of(app.task(name=why.replace(" ", "-"), **options)(dependency_app.note)).run_in == "process"
     with pytest.raises(ConfigurationError, match="longer than timeout"):
         app.task(run_in="process", timeout="1m", timeout_hard="1m")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
@@ -515,3 +517,42 @@ async def test_an_embedded_worker_outlives_a_blocked_thread(app: Conveyor) -> No
         release.set()
         assert await job.aresult(timeout=60) == "done"
     assert seen == [1, 2]
+
+
+@pytest.mark.parametrize("keep", [0, "10m"])
+async def test_a_job_whose_function_has_not_run_is_never_done(app: Conveyor, keep: float | str) -> None:
+    """A function that returns a coroutine or a generator leaves a dead letter that says so, also where no result is stored."""
+    ran: list[int] = []
+
+    async def ring(n: int) -> None:
+        ran.append(n)
+
+    def each(n: int) -> Iterator[int]:
+        ran.append(n)
+        yield n
+
+    def around(function: Callable[[int], Any]) -> Callable[[int], Any]:
+        @functools.wraps(function)
+        def call(n: int) -> Any:
+            return function(n)
+
+        return call
+
+    @app.batch_task(size=2, within="10ms", name="batched", keep_result=keep)
+    def batched(items: list[int]) -> None:
+        return ring(items[0])  # type: ignore[return-value]  # a coroutine, by mistake
+
+    @app.task(name="forgot", keep_result=keep)
+    async def forgot(n: int) -> None:
+        return ring(n)  # type: ignore[return-value]  # without an await
+
+    tasks = [app.task(name=one.__name__, keep_result=keep)(around(one)) for one in (ring, each)]
+    jobs = [await task.aenqueue(1) for task in (*tasks, batched, forgot)]
+    await drain(app)
+
+    assert ran == []
+    assert [await job.astatus() for job in jobs] == ["dead"] * 4
+    for job, what in zip(jobs, ("coroutine", "generator", "coroutine", "coroutine"), strict=True):
+        with pytest.raises(JobFailed, match=f"The function returned a {what}"):
+            await job.aresult()
+    await app.queue("default").apurge(dead=True)

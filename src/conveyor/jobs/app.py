@@ -461,8 +461,8 @@ class Conveyor:
         job's own. `limits` say how many of its jobs may start in a time or run at a time; jobs that are equal in the argument
         `group_by` run in their order, one at a time. `requires` names labels of the workers that run it, `pin="build"` keeps a
         job to workers of the build that enqueued it. `logs` says which lines that jobs log are kept, `webhook` is told how they
-        end. `sensitive` names arguments that nobody is shown, and ``"return"`` the result. With ``run_in="process"``, `fresh` is
-        a process for each job, and `timeout_hard` kills one. Raises ConfigurationError.
+        end. `sensitive` names arguments that nobody is shown, and ``"return"`` the result. `fresh` is a process for each job, and
+        `timeout_hard` kills one: both mean ``run_in="process"``. Raises ConfigurationError.
         """
         if unknown:
             refuse_unknown("@app.task()", unknown, TASK_OPTIONS)
@@ -895,7 +895,7 @@ class Conveyor:
     def worker(
         self,
         *,
-        queues: Mapping[str, float] | None = None,
+        queues: QueueNames | None = None,
         concurrency: int = 100,
         threads: int = 8,
         burst: bool = False,
@@ -906,8 +906,8 @@ class Conveyor:
         """
         Return a worker for `async with`, which runs jobs inside this program until the block ends.
 
-        `queues` maps names to weights (None: the queues of all tasks). `concurrency` limits the jobs on the loop,
-        `threads` those on threads. `burst` stops the worker when the queues are drained. `grace` is the time that
+        `queues` are names or queues: a list, or a map to weights (None: the queues of all tasks). `concurrency` limits the
+        jobs on the loop, `threads` those on threads. `burst` stops the worker when the queues are drained. `grace` is the time that
         running jobs get at the end. A server that may delete jobs when its memory is full is refused (E10), unless
         `allow_eviction`. `labels`: those that tasks may require of a worker.
         """

@@ -14,7 +14,7 @@ import msgspec
 
 from conveyor.errors import BatchFailed, ConfigurationError, PayloadError
 from conveyor.jobs.dependencies import is_injected
-from conveyor.jobs.task import BatchPlan, Task
+from conveyor.jobs.task import UNRUN, BatchPlan, Task, not_run
 from conveyor.payload.codec import show
 from conveyor.payload.parameters import payload_type, read_parameters
 from conveyor.store.operations import MOST_HELD
@@ -127,6 +127,8 @@ def item_ends(value: Any, error: BaseException | None, count: int) -> list[ItemE
         return [(None, None)] * count
     if isinstance(value, list | tuple) and len(value) == count:
         return [(one, None) for one in value]
+    if type(value) in UNRUN:
+        return [(None, not_run(value))] * count
     what = f"{len(value)} results" if isinstance(value, list | tuple) else f"{show(value)} ({type(value).__name__})"
     mismatch = BatchMisreported(
         f"The function returned {what} for a batch of {_items(count)}. Return a list with one result per item, in their "

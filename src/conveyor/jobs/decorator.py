@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
@@ -132,10 +133,7 @@ def register(
     uniqueness: DeclaredUniqueness = (None, None, None),
 ) -> Task[..., Any]:
     """Make *function* a task of the app, or with *batch* a batch task, and return it; raises ConfigurationError."""
-    if isinstance(function, Task) or not callable(function):
-        raise ConfigurationError(
-            f"@app.task takes a function, not {function!r}. Options go by name: @app.task(queue='…')."
-        )
+    _check_function(function)
     name = ids.queue_name(default_name(function) if name is None else name, what="task")
     known = core.definitions.get(name)
     if known is not None and not _is_redefined(known.function, function):
@@ -144,10 +142,12 @@ def register(
             "Give one another name: @app.task(name='…')."
         )
     awaitable = is_async(function)
-    where: RunIn = _one_of("run_in", run_in or ("loop" if awaitable else "thread"), ("loop", "thread", "process"))
+    kills = options.fresh or options.timeout_hard_ms is not None  # which only a process can do
+    default = "process" if kills else "loop" if awaitable else "thread"
+    where: RunIn = _one_of("run_in", run_in or default, ("loop", "thread", "process"))
     if where == "thread" and awaitable:
         raise ConfigurationError(f"{name}: run_in='thread' needs a plain `def`; an `async def` runs on the loop.")
-    if where != "process" and (options.fresh or options.timeout_hard_ms is not None):
+    if where != "process" and kills:
         why = (
             "fresh= is for a task with run_in='process': a coroutine or a thread shares the process of its worker."
             if options.fresh
@@ -174,6 +174,33 @@ def register(
     if options.webhook is not None:
         _add_delivery(core, queue)
     return task
+
+
+def _check_function(function: Callable[..., Any]) -> None:
+    """Raise ConfigurationError for what no worker can run: another task, a generator, a method that waits for its object."""
+    if isinstance(function, Task):
+        raise ConfigurationError(
+            f"{function!r} is a task already, and @app.task takes a function. Write one decorator; where both are wanted, "
+            "@app.cron(…) stands above @app.task(…)."
+        )
+    if not callable(function):
+        raise ConfigurationError(
+            f"@app.task takes a function, not {function!r}. Options go by name: @app.task(queue='…')."
+        )
+    name = getattr(function, "__qualname__", repr(function))
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise ConfigurationError(
+            f"{name}() is a generator: a worker that calls it would run none of its body. Return a list, or pass each value "
+            "on with `await context.emit(value)`."
+        )
+    owner, _, _ = name.rpartition(".")
+    if owner and not owner.endswith("<locals>") and inspect.isfunction(function):
+        first = next(iter(function.__code__.co_varnames[: function.__code__.co_argcount]), None)
+        if first in {"self", "cls"}:
+            raise ConfigurationError(
+                f"{name}() is a method, and a worker has no object to call it on. Make it a function, or a "
+                "@staticmethod that takes what it needs as arguments."
+            )
 
 
 def _check_sensitive(definition: TaskDefinition, uniqueness: DeclaredUniqueness) -> None:

@@ -231,7 +231,7 @@ class QueueRegistry:
 
     def select(self, queues: QueueNames, call: str) -> QueueSelection:
         """Return the queues that *call* takes from; the same ones are remembered, with what each has had."""
-        chosen = {self.source(queue, call): weight for queue, weight in _weights(queues, call).items()}
+        chosen = {self.source(queue, call): weight for queue, weight in queue_weights(queues, call).items()}
         key = frozenset(chosen.items())
         from conveyor.messaging.queue import QueueSelection
 
@@ -482,7 +482,7 @@ def no_room_timeout(queue: str) -> ConfigurationError:
     )
 
 
-def _weights(queues: QueueNames, call: str) -> dict[Queue[Any] | str, float]:
+def queue_weights(queues: QueueNames, call: str) -> dict[Queue[Any] | str, float]:
     """Return the weight of each queue: 1 where only names are given. Raises ConfigurationError."""
     try:
         if isinstance(queues, Mapping):

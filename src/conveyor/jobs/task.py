@@ -10,7 +10,7 @@ from asyncio import _get_running_loop
 from collections.abc import Callable, Container, Coroutine, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from types import FrameType
+from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Never, ParamSpec, Protocol, TypeVar
 
 import msgspec
@@ -517,6 +517,28 @@ def is_async(function: Callable[..., Any]) -> bool:
     while isinstance(function, functools.partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+class FunctionNotRun(ConfigurationError):
+    """The function of a task returned a coroutine or a generator: what a worker was to run has not run."""
+
+
+UNRUN: frozenset[type] = frozenset({CoroutineType, GeneratorType, AsyncGeneratorType})
+"""Types of the values that stand for code that has not run."""
+
+
+def not_run(value: Any) -> FunctionNotRun:
+    """Return the error of a job whose function returned *value*, one of `UNRUN`, which is closed."""
+    if not isinstance(value, AsyncGeneratorType):
+        value.close()  # or Python warns that it was never awaited
+    if isinstance(value, CoroutineType):
+        kind, remedy = "a coroutine", "Await it in an `async def`; a decorator between must be `async def` as well"
+    else:
+        kind, remedy = "a generator", "Return a list, or pass each value on with `await context.emit(value)`"
+    return FunctionNotRun(
+        f"The function returned {kind}, {value.__qualname__}(), and none of its body has run. {remedy}. The job is a dead "
+        "letter, and not tried again: redrive it when the code is mended."
+    )
 
 
 def default_name(function: Callable[..., Any]) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from time import monotonic
 from typing import TYPE_CHECKING, Self
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
 from conveyor.jobs.core import core_of
 from conveyor.jobs.include import import_included
+from conveyor.jobs.registry import queue_weights
 from conveyor.store.transport import eviction, replies
 from conveyor.units import Duration, milliseconds, span
 from conveyor.worker.leasing.heartbeat import Heartbeat, Lease
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from conveyor.jobs.app import Conveyor
+    from conveyor.jobs.registry import QueueNames
 
 log = logging.getLogger("conveyor.worker")
 
@@ -30,7 +31,7 @@ class EmbeddedWorker:
     """A worker that works on the running loop from the start of an `async with` block to its end."""
 
     def __init__(
-        self, app: Conveyor, *, queues: Mapping[str, float] | None = None, concurrency: int = 100, threads: int = 8,
+        self, app: Conveyor, *, queues: QueueNames | None = None, concurrency: int = 100, threads: int = 8,
         burst: bool = False, grace: Duration = 30.0, allow_eviction: bool = False,
         labels: str | Iterable[str] = (),
     ) -> None:  # fmt: skip
@@ -38,10 +39,12 @@ class EmbeddedWorker:
         for name, value in (("concurrency", concurrency), ("threads", threads)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigurationError(f"worker({name}=…) must be a whole number of at least 1, not {value!r}.")
+        weights: dict[str, float] | None = None
         if queues is not None:
-            check_weights(queues)
+            named = queue_weights(queues, "app.worker()")
+            weights = {one if isinstance(one, str) else one.name: weight for one, weight in named.items()}
         self._worker = Worker(
-            app, queues=queues, concurrency=concurrency, threads=threads, burst=burst,
+            app, queues=weights, concurrency=concurrency, threads=threads, burst=burst,
             grace=milliseconds(grace, name="grace") / 1000, before_leasing=self._keep_leases, labels=labels,
         )  # fmt: skip
         self._app = app
@@ -129,13 +132,3 @@ class EmbeddedWorker:
 
     def _leases(self) -> list[Lease]:
         return [(one.keys, one.identity, one.lease_ms) for one in self._worker.consumers if one.identity]
-
-
-def check_weights(queues: object) -> None:
-    """Raise ConfigurationError for what is no map of names of queues to weights above 0."""
-    weights = list(queues.values()) if isinstance(queues, Mapping) else []
-    numbers = [one for one in weights if isinstance(one, int | float) and not isinstance(one, bool)]
-    if not weights or len(numbers) < len(weights) or not all(0 < one < math.inf for one in numbers):
-        raise ConfigurationError(
-            f"worker(queues=…) takes names with weights above 0, such as {{'mail': 3, 'default': 1}}, not {queues!r}."
-        )

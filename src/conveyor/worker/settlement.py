@@ -20,6 +20,7 @@ from conveyor.jobs import webhooks
 from conveyor.jobs.batch_task import BatchMisreported
 from conveyor.jobs.context import end_spawning
 from conveyor.jobs.history import past_events
+from conveyor.jobs.task import UNRUN, FunctionNotRun, not_run
 from conveyor.messaging import retry
 from conveyor.messaging.declared_limits import charge_of, held_limit
 from conveyor.payload import failures
@@ -171,7 +172,10 @@ class SettlementWriter:
         return attempt.handler.keep_ms if own is None else own
 
     def done(self, report: TurnReport, attempt: Attempt, value: Any) -> None:
-        """Settle a success. A result that cannot be stored makes the job a dead letter."""
+        """Settle a success. A result that cannot be stored, or a function that did not run, makes the job a dead letter."""
+        if value is not None and type(value) in UNRUN:
+            self.failed(report, attempt, not_run(value), attempt.consumer.now_ms)
+            return
         handler, envelope, context = attempt.handler, attempt.envelope, attempt.context
         seconds = attempt.ended - attempt.started
         keep = handler.keep_ms if envelope is PLAIN_ENVELOPE else self._keep_ms(attempt)
@@ -325,7 +329,7 @@ class SettlementWriter:
             self._rate_limited(report, attempt, after_ms)
             return
         handler, queue = attempt.handler, attempt.consumer.queue
-        may_retry = may_retry and not isinstance(error, BatchMisreported)
+        may_retry = may_retry and not isinstance(error, BatchMisreported | FunctionNotRun)
         hide = self._hider(attempt)
         record = self._describe(error, attempt.number, now_ms, hide)
         if self._sealing is not None:

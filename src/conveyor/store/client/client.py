@@ -420,7 +420,8 @@ class Client:
         try:
             return free.pop()
         except IndexError:
-            return PushConnection(Connection(self.endpoint(key or ""), self.timeout), self.new_sequence(), free)
+            pass  # what connecting raises has no IndexError as its context then
+        return PushConnection(Connection(self.endpoint(key or ""), self.timeout), self.new_sequence(), free)
 
     # -- awaitable ------------------------------------------------------------------------------------------------
 

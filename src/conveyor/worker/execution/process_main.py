@@ -31,7 +31,7 @@ from conveyor.jobs.core import core_of
 from conveyor.jobs.dependencies import WorkerScope
 from conveyor.jobs.job_log import JobLog
 from conveyor.jobs.live import LiveRecord
-from conveyor.jobs.task import TaskDefinition
+from conveyor.jobs.task import UNRUN, TaskDefinition, not_run
 from conveyor.store.fork_safety import on_fork
 from conveyor.worker.app_loading import load
 from conveyor.worker.execution.forked_copies import ForkGuard
@@ -328,6 +328,8 @@ class _Runner:
             variables.run(CURRENT.set, context)
             with self._limit.of(job.timeout_ms):
                 result = self._call(task, args, kwargs, variables, context)
+            if type(result) in UNRUN:
+                raise not_run(result)
             keep_ms = task.settings.keep_ms if job.keep_ms is None else job.keep_ms
             stored = None if task.returns_none or not keep_ms else task.results.encode(result)
             return DoneReply(job.id, job.attempt, stored, spawned_entries(context), charges=charges_of(context))

@@ -61,7 +61,9 @@ def queue_weights(app: AppCore, queues: Mapping[str, float] | None) -> dict[str,
                 f"Declare app.plain_list('{name}', task=…), or consume it with app.plain_list('{name}').consume()."
             )
     if not weights:
-        raise ConfigurationError("This worker has no queue: the app has no tasks and none was named with -q.")
+        raise ConfigurationError(
+            "This worker has no queue: the app has no tasks, and no queue was named (-q, or queues= of app.worker)."
+        )
     return weights
 
 
