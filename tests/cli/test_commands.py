@@ -643,3 +643,19 @@ def test_bad_topics_from_the_command_line(shell: Shell, backend: Client) -> None
         assert text in done.stderr, words
     assert shell.run("topic", "list").stdout == ""
     assert backend.queues() == []
+
+
+def test_what_waits_and_long_names_fit_a_terminal(shell: Shell, backend: Client) -> None:
+    """Jobs that wait in a group have a column of their own, and the table of queues is no wider than the terminal."""
+    long = "tenant-and-its-name-" * 4 + "end"
+    push(backend, "mail", b"1", b"2", group="acme")
+    push(backend, long, b"1")
+    ClientWorker(backend, "mail").take()
+
+    lines = plain(on_terminal(shell, "status", expected={0, 8}, columns=90)).splitlines()
+
+    heading = next(line for line in lines if line.startswith("QUEUE"))
+    rows = lines[lines.index(heading) + 1 :][:2]
+    assert all(len(row) <= 90 for row in rows)
+    assert re.match("….*-end ", rows[1])
+    assert dict(zip(heading.split(), rows[0].split(), strict=False))["WAITING"] == "1"

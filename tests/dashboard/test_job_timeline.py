@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
+from conveyor import Conveyor
+from conveyor.admin.admin import Admin
 from conveyor.dashboard.job_timeline import attempts_of, path_of
 from conveyor.jobs.history import HistoryEntry
+from conveyor.store.transport.endpoint import in_thread
+from support.app_fixtures import blocking_client, loop_app  # noqa: F401
+from support.running_worker import drain
 
 
 def entries(*states: tuple[str, float, int]) -> list[HistoryEntry]:
@@ -44,3 +49,18 @@ def test_running_and_waiting_jobs() -> None:
     assert len(attempts_of(waiting)) == 1
     assert path_of(waiting, "scheduled") == ["ready", "leased", "scheduled"]
     assert attempts_of(entries(("pushed", 0, 0), ("cancelled", 3, 0))) == []
+
+
+async def test_a_job_without_a_result_tells_when_it_ended(app: Conveyor, client: Conveyor) -> None:
+    """Of a job that keeps no result the list of the last ones knows when it ended, and its history says the same."""
+
+    @app.task(queue="mail")
+    def send() -> None: ...
+
+    job = await send.aenqueue()
+    await drain(app)
+    admin = Admin(client.client)
+    ended = (await in_thread(lambda: admin.job(job.id))).ended
+    last = (await in_thread(lambda: admin.history_of(job.id)))[-1]
+    assert ended is not None
+    assert (last.state, last.at) == ("done", ended)

@@ -14,7 +14,7 @@ import pytest
 
 from conveyor.units import span
 from support.browser import open_browser, open_page, violations
-from support.sample_dashboard import POLICY, STATIC, SampleDashboard
+from support.sample_dashboard import POLICY, STATIC, SampleDashboard, history
 from support.xss_strings import STRINGS
 
 DEAD, WAITS = "mail:01JDSAMPLE0000000000000007", "reports:01JDSAMPLE0000000000000042"
@@ -143,13 +143,36 @@ def test_keys_go_everywhere(browser: Any, sample: SampleDashboard) -> None:
         page.wait_for_selector("h1:text('webhooks')")
 
 
+def test_a_single_minute_is_seen_on_a_chart(browser: Any, sample: SampleDashboard) -> None:
+    """A value with none beside it, as the first minute of a new system has, is drawn as a dot: no line leads to it."""
+    once = history("15m") | {f"{name}_ms": [None] * 14 + [40] for name in ("p50", "p95", "p99")}
+    with open_page(browser) as page:
+        page.route("**/api/v1/history?range=15m*", lambda route: route.fulfill(json=once))
+        visit(page, sample.url)
+        assert page.locator(".chart .lone[d^=M]").count() == 0
+        page.click("button:text('15 min')")
+        page.wait_for_function("document.querySelectorAll('.chart .lone[d^=M]').length === 3")
+        assert page.locator(".chart .lone").first.evaluate("one => parseFloat(getComputedStyle(one).strokeWidth)") >= 4
+
+
+def test_a_schedule_says_all_of_when_it_runs(browser: Any, sample: SampleDashboard) -> None:
+    """The words of an expression are not cut, its zone included, and one that is paused names no next instant."""
+    with open_page(browser) as page:
+        for width in (1280, 390):
+            page.set_viewport_size({"width": width, "height": 860})
+            visit(page, sample.url + PAGES["schedules"])
+            cut = "[...document.querySelectorAll('td .sub')].filter(one => one.scrollWidth > one.clientWidth).map(one => one.textContent)"
+            assert page.evaluate(cut) == []
+            assert "ago" not in page.inner_text("tr:has-text('import.partner')")
+
+
 def test_arguments_keep_every_digit(browser: Any, sample: SampleDashboard) -> None:
     """An integer beyond 2^53 is shown, and sent again, as it is stored."""
     with open_page(browser) as page:
         visit(page, sample.url + PAGES["job"])
         assert "9007199254740993" in page.inner_text("pre[aria-label=Arguments]")
         with page.expect_request(lambda request: request.url.endswith("api/v1/enqueue")) as sent:
-            page.click("button:text('Copy …')")
+            page.click("button:text('Duplicate …')")
             page.click("dialog button:text('Enqueue')")
         assert '"user": 9007199254740993,' in sent.value.post_data
         page.wait_for_url("**/job?id=*0001")

@@ -276,25 +276,25 @@ def test_a_limit_that_is_held(app: Conveyor, queue: str) -> None:
 
 
 def test_causes_of_a_queue_of_groups(app: Conveyor, queue: str) -> None:
-    """The first job of each group is looked at, so a missing worker is told; a paused key is; an alarm of a limit is no scheduled job."""
+    """The first job of each group is looked at, so a missing worker is told; a paused key is; at a limit jobs are counted; its alarm is none."""
     admin, keys = Admin(app.client), app.client.keys(queue)
     app.client.run(limits.declare_limits(keys, {"api": "r 1 3600000 0 -"}, replace=False))
     jobs = [
         push(app, group="acme"),
         push(app, group="acme"),
-        push(app, limits=("1:api",)),
-        push(app, limits=("1:api",)),
+        *(push(app, limits=("1:api",)) for _ in range(3)),
     ]
-    assert [str(one) for one in admin.causes(queue)] == ["No worker serves it: 4 jobs wait."]
+    assert [str(one) for one in admin.causes(queue)] == ["No worker serves it: 5 jobs wait."]
 
     app.groups.set(queue, "acme", paused=True)
     worker = ServingWorker(app, queue, ("other",))
     [id_] = worker.take(5)
     causes = admin.causes(queue)
     assert [(one.kind, one.name, one.jobs) for one in causes] == [
-        ("group-paused", "acme", 2), ("limit", "api", 1), ("unknown-task", "mail.send", 2),
+        ("group-paused", "acme", 2), ("limit", "api", 2), ("unknown-task", "mail.send", 2),
     ]  # fmt: skip
     assert str(causes[0]) == "Group 'acme' is paused: 2 jobs wait."
+    assert str(causes[1]) == "Limit 'api' is full: 2 jobs wait."
     assert causes[2].looked == 2
 
     end(worker, id_)

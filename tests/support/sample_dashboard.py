@@ -248,16 +248,16 @@ def schedules() -> list[dict[str, Any]]:
     return [
         {
             "name": name, "when": when, "task": task, "queue": where, "origin": origin, "paused": paused, "overlap": "skip",
-            "missed": "one", "due": None if paused else at(due), "fired": 412, "skipped": 3,
+            "missed": "one", "due": at(due), "fired": 412, "skipped": 3,
             "next": [] if paused else [at(due + i * 86_400) for i in range(5)], "late": late,
             "runs": [{"instant": at(-86_400 * i), "at": at(-86_400 * i + 1), "outcome": "overlap" if i == 3 else "fired",
                       "job": f"{where}:01JDSAMPLE{i:016d}", "skipped": 1 if i == 3 else 0} for i in range(1, 11)],
         }
         for name, when, task, where, origin, paused, due, late in [
-            ("reports.monthly", "0 9 * * mon-fri in Europe/Berlin", "reports.monthly", "reports", "code", False, 15_600, False),
+            ("reports.monthly", "At 09:00 on Monday through Friday (Europe/Berlin)", "reports.monthly", "reports", "code", False, 15_600, False),
             ("digest", "every 15m", "mail.digest", "mail", "data", False, 312, False),
             ("cleanup", "every 1d", "default.cleanup", "default", "code", False, -7200, True),
-            ("import.partner", "H H * * *", "imports.partner", "imports", "data", True, 0, False),
+            ("import.partner", "H H * * *", "imports.partner", "imports", "data", True, -45, False),
         ]
     ]  # fmt: skip
 

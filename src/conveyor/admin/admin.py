@@ -866,7 +866,10 @@ class Admin:
         lookup = self._found(public_id)
         if lookup.row is not None:
             return live_history(lookup.keys.queue, lookup.row, self._decoder)
-        return ended_history(lookup.id, lookup.location, lookup.record)
+        entries = ended_history(lookup.id, lookup.location, lookup.record)
+        if entries[-1].at is None and (recent := self._recent_entry(lookup)) is not None:  # no record says when
+            entries[-1] = replace(entries[-1], at=instant(recent.at))
+        return entries
 
     def logs(self, public_id: str) -> list[LogLine]:
         """Return what a job has logged, as far as it is kept: seven days, also of a job that is not known any more."""

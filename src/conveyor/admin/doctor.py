@@ -512,7 +512,7 @@ def _check_schedule_names(
 def _size(number: int) -> str:
     value = float(number)
     for unit in ("B", "KB", "MB", "GB"):
-        if value < 1024:
+        if value < 1000:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
+        value /= 1000
     return f"{value:.1f} TB"

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from conveyor.jobs.why import QueueCause
     from conveyor.store.job_filter import JobFilter
 
-_HEADINGS = ("queue", "ready", "scheduled", "leased", "dead", "workers", "oldest", "state")
+_HEADINGS = ("queue", "ready", "scheduled", "waiting", "leased", "dead", "workers", "oldest", "state")
 MOST_DEAD_LETTERS = 10_000
 """Dead letters that are read of a queue, the newest, so that a command stays quick."""
 _NAME = click.argument("name", metavar="QUEUE", shell_complete=complete_queues)
@@ -47,7 +47,7 @@ def print_queues(out: Output, queues: Sequence[QueueInfo]) -> None:
     """
     partitioned = any(info.partitions > 1 for info in queues)
     headings = (*_HEADINGS, "partitions") if partitioned else _HEADINGS
-    out.table(headings, [_row(info)[: len(headings)] for info in queues])
+    out.table(headings, [_row(info)[: len(headings)] for info in queues], narrow="queue")
 
 
 def print_causes(out: Output, causes: Mapping[str, Sequence[QueueCause]]) -> None:
@@ -74,7 +74,7 @@ def _row(info: QueueInfo) -> tuple[object, ...]:
     numbers = {"outbox": info.outbox, "unplaced": info.unplaced}
     words += [f"{what} {number:,}" for what, number in numbers.items() if number]
     state = ", ".join([*words, *["not all counted"] * bool(info.unanswered)])
-    counts = (info.ready, info.scheduled, info.leased, info.dead, info.workers)
+    counts = (info.ready, info.scheduled, info.waiting, info.leased, info.dead, info.workers)
     return (info.name, *counts, oldest, state, info.partitions)
 
 

@@ -307,8 +307,8 @@ class QueueCause(msgspec.Struct, frozen=True):
     """
     A cause for which jobs of a queue wait; `str` of it is a sentence.
 
-    `kind`, `name`, `opens_at`, `seen` and `seen_name` as in `Why`. `jobs`: how many wait for it, at a limit how many groups; where
-    `looked` is not None, of so many that were looked at.
+    `kind`, `name`, `opens_at`, `seen` and `seen_name` as in `Why`. `jobs`: how many wait for it, at a limit those of a thousand
+    groups; where `looked` is not None, of so many that were looked at.
     """
 
     kind: Cause
@@ -369,13 +369,13 @@ def _held_up(parts: Sequence[QueueFacts]) -> Iterator[tuple[Cause, str, int]]:
     for one in parts:
         paused.update(dict(one.paused_tasks))
         shut.update(dict(one.paused_groups))
-        full.update({name: groups for name, groups, _ in one.limits})
+        full.update({name: jobs for name, jobs, _ in one.limits})
     for task, jobs in paused.items():
         yield "task-paused", task, jobs
     for group, jobs in shut.most_common():
         yield "group-paused", group, jobs
-    for name, groups in full.most_common():
-        yield "limit", name, groups
+    for name, jobs in full.most_common():
+        yield "limit", name, jobs
 
 
 def _wait(cause: QueueCause) -> str:
@@ -397,9 +397,7 @@ def _unknown_tasks(cause: QueueCause) -> str:
 _QUEUE_SENTENCES: dict[str, Callable[[QueueCause], str]] = {
     "task-paused": lambda cause: f"Task {cause.name!r} is paused{f': {_wait(cause)}' if cause.jobs else ''}.",
     "group-paused": lambda cause: f"Group {cause.name!r} is paused: {_wait(cause)}.",
-    "limit": lambda cause: (
-        f"Limit {cause.name!r} is full: {cause.jobs:,} {'group waits' if cause.jobs == 1 else 'groups wait'}."
-    ),
+    "limit": lambda cause: f"Limit {cause.name!r} is full: {_wait(cause)}.",
     "queue-paused": lambda cause: f"It is paused: {_wait(cause)}.",
     "unknown-task": _unknown_tasks,
     "label": lambda cause: f"No worker has the label {cause.name!r}: {_need(cause)}.",

@@ -475,7 +475,7 @@ class QueueFacts(msgspec.Struct, frozen=True):
     `unknown`: (task, jobs, when a worker that knew it was last seen, its name) of tasks that no worker knows, among the first jobs,
     of which `looked` were looked at; `messages` of them name no task. `first_due`: of `scheduled` jobs, -1 without one.
     `paused_tasks`: (task, jobs that wait for it). `paused_groups`: (key, jobs that wait in its groups).
-    `limits`: (limit, groups that wait there, what conf says of it).
+    `limits`: (limit, jobs that wait there, what conf says of it).
     """
 
     now: int

@@ -481,7 +481,8 @@ export function Chart({ label, start, step, series, unit = num, height = 180, ma
     pointed.emit();
   };
   const leave = () => { pointed.at = null; pointed.emit(); };
-  const line = (values) => values.map((v, i) => (v == null ? "" : `${values[i - 1] == null ? "M" : "L"}${x(i).toFixed(1)},${y(v).toFixed(1)}${values[i - 1] == null && values[i + 1] == null ? "h.01" : ""}`)).join("");
+  const line = (values) => values.map((v, i) => (v == null ? "" : `${values[i - 1] == null ? "M" : "L"}${x(i).toFixed(1)},${y(v).toFixed(1)}`)).join("");
+  const dots = (values) => values.map((v, i) => (v == null || values[i - 1] != null || values[i + 1] != null ? "" : `M${x(i).toFixed(1)},${y(v).toFixed(1)}h.01`)).join(""); // no line leads to them
   const heights = new Array(n).fill(0);
   const column = Math.max(1, (w / n) * 0.72);
   const bars = (values) => values.map((v, i) => { // one element for all of a series: a bar for each is most of what a page draws
@@ -501,7 +502,7 @@ export function Chart({ label, start, step, series, unit = num, height = 180, ma
         ${labels.map((s) => html`<text x=${atX(s)} y=${height - 5} text-anchor=${atX(s) > left + w - 16 ? "end" : atX(s) < left + 16 ? "start" : "middle"}>${every >= 86400 ? clockText(s * 1000).slice(5, 10) : clockText(s * 1000).slice(11, 16)}</text>`)}
         ${marks.map((mark) => { const s = ms(mark.at) / 1000; return s >= start && s <= start + n * step && html`<line class="mark" x1=${atX(s)} x2=${atX(s)} y1=${above} y2=${above + hgt}><title>${mark.text}</title></line>`; })}
         ${columns.map((one) => html`<g class=${one.kind} data-state=${one.kind}><path class="column" d=${bars(one.values)} /></g>`)}
-        ${series.filter((one) => !one.columns).map((one) => html`<g class=${one.kind} data-state=${one.kind}><path class="line" d=${line(one.values)} /></g>`)}
+        ${series.filter((one) => !one.columns).map((one) => html`<g class=${one.kind} data-state=${one.kind}><path class="line" d=${line(one.values)} /><path class="line lone" d=${dots(one.values)} /></g>`)}
         ${index != null && html`<line class="cursor" x1=${x(index)} x2=${x(index)} y1=${above} y2=${above + hgt} />`}`}
     </svg>
     <table class="hidden"><caption>${label}, last value</caption><tbody>${series.map((one) => html`<tr><th scope="row">${one.name}</th><td>${unit(one.values[one.values.length - 1])}</td></tr>`)}</tbody></table>
@@ -641,8 +642,10 @@ const LEVELS = { problem: "dead", warning: "warning" };
 
 /** What asks for attention, each with links to where it is mended. */
 export function Flags({ list }) {
+  const links = (flag) => html`<span class="links">${(flag.links ?? []).map((link) => html`<a href=${linkHref(link)}>${link.page === "jobs" ? "its jobs" : link.page === "job" ? "the job" : link.name ?? link.page}</a>`)}</span>`;
+  const many = (flag) => flag.links?.length > 2; // they stand below the text, and else at its end
   return html`<section class="card notices" aria-label="Needs attention">${list.length
-    ? list.map((flag) => html`<div class="notice" data-state=${LEVELS[flag.level] ?? "warning"}><${Icon} name="failures" /><span>${flag.text}${flag.remedy && html` <span class="remedy">${flag.remedy.split("  (")[0]}</span>`}</span><span class="links">${(flag.links ?? []).map((link) => html`<a href=${linkHref(link)}>${link.page === "jobs" ? "its jobs" : link.page === "job" ? "the job" : link.name ?? link.page}</a>`)}</span></div>`)
+    ? list.map((flag) => html`<div class="notice" data-state=${LEVELS[flag.level] ?? "warning"}><${Icon} name="failures" /><span>${flag.text}${flag.remedy && html`<span class="remedy">${flag.remedy.split("  (")[0]}</span>`}${many(flag) && links(flag)}</span>${!many(flag) && links(flag)}</div>`)
     : html`<div class="notice muted" data-state="done"><${Icon} name="check" /><span>Nothing needs attention.</span></div>`}</section>`;
 }
 

@@ -8,7 +8,7 @@
 --         behind it how many jobs were looked at, and how many of them are messages
 --         for each task that is paused: {task, jobs that wait for it, a group as one, but for those that no turn has met yet}
 --         what the jobs that were looked at require: {build, a tab and labels as JSON, jobs}, and the same of the workers (lib/serving.lua)
---         for each limit at which groups wait, of a thousand groups: {limit, groups, what conf says of it}
+--         for each limit at which jobs wait, of a thousand groups: {limit, jobs, what conf says of it}
 --         for each group whose key is paused, the largest first: {key, jobs that wait in it}
 local queue = {prefix = string.sub(KEYS[1], 1, -5), conf = KEYS[4], workers = KEYS[3]}
 local most, now = number_in(ARGV[1]), clock()
@@ -67,6 +67,11 @@ for _, id in ipairs(ids) do
     end
   end
 end
+-- Return how many jobs wait in a group, <priority><group>.
+local function jobs_in(member)
+  return redis.call('LLEN', queue.prefix .. 'group:' .. string.sub(member, 1, 1) .. ':' .. string.sub(member, 2))
+end
+
 -- Count what waits for paused tasks, and at limits.
 local function held_up()
   local tasks, limits, found = {}, {}, {}
@@ -87,7 +92,7 @@ local function held_up()
       found[name] = {name, 0, texts[1] or texts[2] or texts[3] or ''}
       limits[#limits + 1] = found[name]
     end
-    if found[name] then found[name][2] = found[name][2] + 1 end
+    if found[name] then found[name][2] = found[name][2] + jobs_in(waits[i - 1]) end
   end
   table.sort(limits, function(a, b) return a[2] > b[2] or (a[2] == b[2] and a[1] < b[1]) end)
   for i = #limits, 21, -1 do limits[i] = nil end
@@ -100,7 +105,7 @@ local function shut_groups()
   for i = 1, #waits, 2 do
     local name = waits[i + 1]
     if string.byte(name) == 58 and string.byte(waits[i], 2) ~= 103 then
-      jobs[name] = (jobs[name] or 0) + redis.call('LLEN', queue.prefix .. 'group:' .. string.sub(waits[i], 1, 1) .. ':' .. string.sub(waits[i], 2))
+      jobs[name] = (jobs[name] or 0) + jobs_in(waits[i])
     end
   end
   local page = redis.call('HSCAN', queue.conf, '0', 'MATCH', 'paused:*', 'COUNT', 1000)[2]

@@ -15,6 +15,8 @@ function curve(from, to) {
     return [`M${x1} ${ay} C${mid} ${ay + lift} ${mid} ${by + lift} ${x2} ${by}`, [mid, (ay + by) / 2 - 5 + lift * 0.75]];
   }
   const down = 172;
+  if (to === "waiting") return [`M${ax} ${ay + H / 2} C${ax} ${down} ${bx + 124} ${by + 6} ${bx + W / 2 + 8} ${by + 6}`, [(ax + bx) / 2, down - 6]];
+  if (to === "scheduled") return [`M${ax} ${ay - H / 2} C${ax} ${by - 20} ${bx + 124} ${by - 6} ${bx + W / 2 + 8} ${by - 6}`, [(ax + bx) / 2, by - 14]];
   return [`M${ax} ${ay + H / 2} C${ax} ${down} ${bx} ${down} ${bx} ${by + H / 2 + 8}`, [(ax + bx) / 2, down - 12]];
 }
 /** Return the head of an arrow that ends a curve. */

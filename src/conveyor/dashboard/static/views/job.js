@@ -76,7 +76,6 @@ function Logs({ lines }) {
 
 function Facts({ job, doc }) {
   const facts = [
-    ["Id", html`<span class="mono">${job.id}</span> <button class="plain icon small" aria-label="Copy the id" onClick=${() => copy(job.id)}><${Icon} name="copy" size=${13} /></button>`],
     ["Queue", html`<a href=${queueHref(job.queue)}>${job.queue}</a>`],
     job.task && ["Task", html`<a href=${jobsHref(term("task", job.task))}>${job.task}</a>`],
     ["Enqueued", html`<${Time} at=${job.enqueued} />`],
@@ -85,7 +84,7 @@ function Facts({ job, doc }) {
     job.ended && ["Ended", html`<${Time} at=${job.ended} />`],
     job.ran_ms != null && ["Ran", span(job.ran_ms)],
     job.expires && ["Expires", html`<${Time} at=${job.expires} />`],
-    ["Attempts", `${num(job.attempt)}${job.failures ? `, ${num(job.failures)} failed` : ""}${job.crashes ? `, ${num(job.crashes)} crashed` : ""}`],
+    (job.attempt || !["done", "cancelled"].includes(job.state)) && ["Attempts", `${num(job.attempt)}${job.failures ? `, ${num(job.failures)} failed` : ""}${job.crashes ? `, ${num(job.crashes)} crashed` : ""}`],
     ["Priority", num(job.priority)],
     job.worker && ["Worker", job.host && job.pid ? `${job.host}:${job.pid}` : job.worker],
     job.timeout_ms && ["Timeout", span(job.timeout_ms)],
@@ -116,10 +115,10 @@ function Job({ route }) {
   const job = answer.data?.job;
   const can = answer.data?.actions ?? [];
   const title = job ? job.task || (job.task === "" ? "Message" : "Job") : "Job";
-  return html`<${Head} title=${title} crumb=${html`<a href=${href("jobs")}>Jobs</a>${job && html` / <a href=${queueHref(job.queue)}>${job.queue}</a>`}`} sub=${job && html`<${State} value=${job.state} /> <span class="mono">${job.id}</span>`}>
+  return html`<${Head} title=${title} crumb=${html`<a href=${href("jobs")}>Jobs</a>${job && html` / <a href=${queueHref(job.queue)}>${job.queue}</a>`}`} sub=${job && html`<${State} value=${job.state} /> <span class="mono">${job.id}</span> <button class="plain icon small" aria-label="Copy the id" onClick=${() => copy(job.id)}><${Icon} name="copy" size=${13} /></button>`}>
       ${BUTTONS.filter(([name]) => can.includes(name)).map(([name, word, permission, kind]) => html`<${Act} action=${permission} kind=${kind} again=${answer.again} run=${() => act(name, id)}>${word}<//>`)}
       ${can.includes("update") && html`<button disabled=${!may("edit_jobs")} onClick=${() => setDialog("update")}>Change …</button>`}
-      ${job?.task && job.payload && !job.payload.endsWith("…") && html`<button disabled=${!may("enqueue_jobs")} onClick=${() => setDialog("duplicate")}>Copy …</button>`}<//>
+      ${job?.task && job.payload && !job.payload.endsWith("…") && html`<button disabled=${!may("enqueue_jobs")} onClick=${() => setDialog("duplicate")}>Duplicate …</button>`}<//>
     ${answer.error?.status === 404 ? html`<${Card}><${Empty} title="No such job">${answer.error.message}<//><//>` : html`<${Answer} of=${answer}>${(doc) => html`
       ${flags.length > 0 && html`<${Flags} list=${flags} />`}
       ${doc.why && html`<section class="card" aria-label="Why"><div class="why" data-state=${WAITING.includes(doc.why.kind) ? (doc.why.kind === "ended" ? job.state : "leased") : "warning"}><span class="clamp">${doc.why.sentence}</span>${(doc.why.links ?? []).length > 0 && html` <span class="small">${doc.why.links.map((link) => html`<a href=${linkHref(link)}>${link.name ?? link.id ?? link.page}</a> `)}</span>`}</div>${doc.why.also?.length > 0 && html`<div class="notices"><${Causes} list=${doc.why.also} /></div>`}</section>`}

@@ -21,10 +21,10 @@ function Schedules({ route }) {
   };
   return html`<${Head} title="Schedules" />
     <${Answer} of=${answer}>${(data) => html`<${Card} body=${false} label="Schedules">${data.schedules.length ? html`<${Table} label="Schedules" rows=${data.schedules} keyOf=${(s) => s.name} columns=${[
-      { name: "name", title: "Schedule", kind: "wide", sort: (s) => s.name, cell: (s) => html`<button class="link name" onClick=${() => setOpen(s.name)}>${s.name}</button>${s.paused && html` <span class="tag warning">paused</span>`}${s.late && html` <span class="tag dead">stands still</span>`}${s.origin === "code" && html` <span class="tag" title="A decorator in the code declares it">in code</span>`}<span class="sub clip">${s.when}</span>` },
+      { name: "name", title: "Schedule", kind: "wide", sort: (s) => s.name, cell: (s) => html`<button class="link name" onClick=${() => setOpen(s.name)}>${s.name}</button>${s.paused && html` <span class="tag warning">paused</span>`}${s.late && html` <span class="tag dead">stands still</span>`}${s.origin === "code" && html` <span class="tag" title="A decorator in the code declares it">in code</span>`}<span class="sub">${s.when}</span>` },
       { name: "task", title: "Task", kind: "short", tall: true, sort: (s) => s.task, cell: (s) => html`<a class="quiet" title=${s.task} href=${jobsHref(term("task", s.task))}>${s.task}</a>` },
       { name: "queue", title: "Queue", kind: "short", tall: true, cell: (s) => html`<a class="quiet" title=${s.queue} href=${queueHref(s.queue)}>${s.queue}</a>` },
-      { name: "next", title: "Next", sort: (s) => s.due, cell: (s) => html`<${Time} at=${s.due} />` },
+      { name: "next", title: "Next", sort: (s) => s.due, cell: (s) => (s.paused ? html`<span class="muted">–</span>` : html`<${Time} at=${s.due} />`) },
       { name: "runs", title: "Last runs", tall: true, cell: (s) => html`<${Runs} runs=${s.runs} />` },
       { name: "fired", title: "Fired", num: true, tall: true, sort: (s) => s.fired, cell: (s) => num(s.fired) },
       { name: "skipped", title: "Skipped", num: true, tall: true, sort: (s) => s.skipped, cell: (s) => num(s.skipped) },

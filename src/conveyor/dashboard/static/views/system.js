@@ -37,7 +37,7 @@ function Redis() {
         <div class="tile"><span class="label">Keys</span><div class="value">${num(data.keys)}</div></div>
         <div class=${`tile${data.evicted ? " bad" : ""}`}><span class="label">Evicted</span><div class="value">${num(data.evicted ?? 0)}</div></div>
       </div>
-      <div class="grid2"><${Card} title="Checks" body=${false}><div class="notices">${(data.findings ?? []).map((one) => html`<div class="notice" data-state=${LEVELS[one.level]?.[0] ?? "warning"}><${Icon} name=${LEVELS[one.level]?.[1] ?? "failures"} /><span>${one.text}${one.remedy && html` <span class="remedy">${one.remedy}</span>`}</span></div>`)}</div><//>
+      <div class="grid2"><${Card} title="Checks" body=${false}><div class="notices">${(data.findings ?? []).map((one) => html`<div class="notice" data-state=${LEVELS[one.level]?.[0] ?? "warning"}><${Icon} name=${LEVELS[one.level]?.[1] ?? "failures"} /><span>${one.text}${one.remedy && html`<span class="remedy">${one.remedy}</span>`}</span></div>`)}</div><//>
       <${Card} title="Server"><dl class="facts">${facts.map(([name, value]) => html`<dt>${name}</dt><dd>${value}</dd>`)}</dl><//></div>`;
     }}<//>`;
 }
