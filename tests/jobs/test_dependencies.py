@@ -228,10 +228,11 @@ async def test_dependencies_in_a_process(app: Conveyor, tmp_path: Path, monkeypa
     there = dependency_app.app
     for task in (dependency_app.plain, dependency_app.awaited):
         app.task(name=task.name, run_in="process", retry=1)(task.function)
-    for name in ("slow", "aslow", "stuck", "pid"):
+    for name in ("slow", "aslow", "stuck", "pid", "waits", "leaves_a_thread", "follows"):
         task = there.tasks[f"{dependency_app.__name__}.{name}"]
         app.task(name=task.name, run_in="process", retry=1)(task.function)
-    app.batch_task(name=dependency_app.batch.name, size=2, within="1s", run_in="process")(dependency_app.batch.function)
+    for batch in (dependency_app.batch, dependency_app.lasting):
+        app.batch_task(name=batch.name, size=2, within="1s", run_in="process")(batch.function)
     good = [await app.aenqueue(task.name, "a") for task in (dependency_app.plain, dependency_app.awaited)]
     bad = await app.aenqueue(dependency_app.plain.name, "bad")
     items = [await app.aenqueue(dependency_app.batch.name, name) for name in "xy"]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 
-from conveyor import Conveyor, Depends, current
+from conveyor import Context, Conveyor, Depends, current
 
 time.sleep(float(os.environ.get("DEPENDENCY_IMPORT_SECONDS", "0")))
 app = Conveyor(namespace=os.environ.get("DEPENDENCY_NAMESPACE", "dependencies"))
@@ -66,6 +68,43 @@ def stuck() -> None:
             time.sleep(60)
 
 
+async def hangs() -> AsyncIterator[None]:
+    try:
+        await asyncio.sleep(600)
+        yield
+    except BaseException as error:
+        note(f"given up {type(error).__name__}")
+        raise
+
+
+@app.task(run_in="process", retry=1, timeout="0.2s", timeout_hard="20s")
+def waits(session: str = Depends(session), value: None = Depends(hangs)) -> None:
+    note("has what never comes")
+
+
+NEXT, EXTENDED = threading.Event(), threading.Event()
+
+
+@app.task(run_in="process", retry=1, timeout="60s", timeout_hard="120s")
+def leaves_a_thread(context: Context = current()) -> int:
+    def extend() -> None:
+        NEXT.wait(60)
+        context.extend("0.1s")
+        EXTENDED.set()
+
+    threading.Thread(target=extend, daemon=True).start()
+    return os.getpid()
+
+
+@app.task(run_in="process", retry=1, timeout="60s", timeout_hard="120s")
+def follows() -> int:
+    signal.raise_signal(signal.SIGALRM)
+    NEXT.set()
+    assert EXTENDED.wait(60)
+    time.sleep(0.5)
+    return os.getpid()
+
+
 @app.task(run_in="process", fresh=True)
 def pid() -> int:
     return os.getpid()
@@ -74,3 +113,9 @@ def pid() -> int:
 @app.batch_task(size=2, within="1s", run_in="process")
 def batch(names: list[str], session: str = Depends(session)) -> list[str]:
     return [f"{session} of {name}" for name in names]
+
+
+@app.batch_task(size=1, within="10ms", run_in="process")
+async def lasting(numbers: list[int]) -> list[int]:
+    await asyncio.sleep(0.5)
+    return [os.getpid() for _ in numbers]

@@ -17,7 +17,7 @@ from conveyor.jobs.task import definition_of
 from conveyor.worker.execution import process_main
 from conveyor.worker.execution.process_protocol import EmitRequest, pack
 from support import dependency_app
-from support.dependency_app import aslow, pid, slow, stuck
+from support.dependency_app import aslow, follows, lasting, leaves_a_thread, pid, slow, stuck, waits
 from support.manual_worker import drain as remove_jobs
 from support.running_worker import working
 
@@ -55,6 +55,35 @@ async def test_the_limit_raises_inside_and_the_hard_one_kills(app: Conveyor, tmp
     assert (tmp_path / "log").read_text().count("roll back CancelledError") == 1
 
 
+@pytest.mark.row("A191")
+async def test_the_limit_ends_a_wait_for_a_dependency(app: Conveyor, tmp_path: Path) -> None:
+    """A dependency that a `def` waits for on the event loop is cancelled at the timeout, before others clean up and the next job."""
+    app.task(name=waits.name, run_in="process", retry=1, timeout="0.2s", timeout_hard="20s")(waits.function)
+    async with working(app, reference="support.dependency_app:app"):
+        with pytest.raises(JobFailed, match=r"its time limit of 0\.2 s"):
+            await (await app.aenqueue(waits.name)).aresult(60)
+    lines = [line.rpartition(" ")[0] for line in (tmp_path / "log").read_text().splitlines()]
+    assert [line for line in lines if "engine" not in line] == [
+        "open session",
+        "given up CancelledError",
+        "roll back TimeoutError",
+    ]
+
+
+@pytest.mark.row("A191")
+async def test_a_limit_is_that_of_one_job(app: Conveyor) -> None:
+    """A thread that a job has left extends no other job's limit, an alarm of somebody else's ends none, and none outlasts its job."""
+    for task in (leaves_a_thread, follows):
+        app.task(name=task.name, run_in="process", retry=1, timeout="60s", timeout_hard="120s")(task.function)
+    app.batch_task(name=lasting.name, run_in="process", retry=1, size=1, within="10ms")(lasting.function)
+    async with working(app, reference="support.dependency_app:app"):
+        first, second = [await (await app.aenqueue(task.name)).aresult(60) for task in (leaves_a_thread, follows)]
+        with pytest.raises(JobFailed, match="TimeoutError"):
+            await (await app.aenqueue(aslow.name)).aresult(60)
+        third = await (await app.aenqueue(lasting.name, 1)).aresult(60)
+    assert first == second == third
+
+
 async def test_fresh_starts_a_process_for_each_job(app: Conveyor) -> None:
     """With fresh=True no two jobs share a process."""
     jobs = [await app.aenqueue(pid.name) for _ in range(3)]
@@ -88,7 +117,8 @@ def test_a_limit_cuts_no_message() -> None:
     ours, theirs = socket.socketpair()
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     connection = process_main._ParentConnection(theirs.detach())
-    limit = process_main._TimeLimit(connection)
+    loop = asyncio.new_event_loop()
+    limit = process_main._TimeLimit(connection, loop, 100, by_signal=True)
     message = EmitRequest(b"x" * 1_000_000, "default:a", 1)
     got = bytearray()
     ticks: list[BaseException] = []
@@ -110,11 +140,12 @@ def test_a_limit_cuts_no_message() -> None:
     reader.start()
     before = signal.getsignal(signal.SIGALRM)
     try:
-        with pytest.raises(TimeoutError, match=r"its time limit of 0\.1 s"), limit.of(100):
+        with pytest.raises(TimeoutError, match=r"its time limit of 0\.1 s"), limit:
             connection.send(message)
     finally:
         signal.signal(signal.SIGALRM, before)
     reader.join(60)
     connection.forked()
     ours.close()
+    loop.close()
     assert bytes(got) == pack(message)

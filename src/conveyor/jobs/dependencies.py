@@ -395,7 +395,7 @@ class _OffLoop:
     async def run(self, function: Callable[[], Any]) -> Any:
         if self._server is None:
             self._server = _LoopTask()
-        return self._block(self._server.run(function))
+        return self._block(self._server.run(function, cancels=True))
 
     async def wait_for(self, scope: WorkerScope, step: _Step, inputs: dict[str, Any]) -> Any:
         return self._block(scope.value(step, inputs))
@@ -414,14 +414,24 @@ class _LoopTask:
     def __init__(self) -> None:
         self._waiting: asyncio.Queue[tuple[Callable[[], Any], asyncio.Future[Any]] | None] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
+        self._served: asyncio.Future[Any] | None = None
 
-    async def run(self, function: Callable[[], Any]) -> Any:
-        """Await what *function* returns, in the task, and return its result."""
+    async def run(self, function: Callable[[], Any], *, cancels: bool = False) -> Any:
+        """
+        Await what *function* returns, in the task, and return its result.
+
+        *cancels*: it is for the caller alone, and cancelled with it.
+        """
         if self._task is None:
             self._task = asyncio.create_task(self._serve(), name="conveyor-dependencies")
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.put_nowait((function, answer))
-        return await answer
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            if cancels and self._served is answer:
+                self._task.cancel()
+            raise
 
     async def close(self) -> None:
         """End the task."""
@@ -430,17 +440,25 @@ class _LoopTask:
             await self._task
 
     async def _serve(self) -> None:
+        assert self._task is not None
         while (request := await self._waiting.get()) is not None:
             function, answer = request
+            if answer.cancelled():
+                continue
+            self._served = answer
             try:
                 value = await function()
             except BaseException as error:
+                if isinstance(error, asyncio.CancelledError):
+                    self._task.uncancel()  # it was for this function, and those that follow clean up
                 if not answer.done():
                     # A future takes no StopIteration.
                     answer.set_exception(RuntimeError(repr(error)) if isinstance(error, StopIteration) else error)
             else:
                 if not answer.done():
                     answer.set_result(value)
+            finally:
+                self._served = None
 
 
 def _finish(coroutine: Coroutine[Any, Any, Any]) -> Any:

@@ -22,7 +22,7 @@ from contextvars import Context as Variables
 from contextvars import copy_context
 from datetime import UTC, datetime
 from time import monotonic
-from typing import Any, Self
+from typing import Any
 
 from conveyor.errors import UnknownTask
 from conveyor.jobs.batch_task import ItemEnd, item_ends
@@ -203,56 +203,94 @@ class _LiveSender:
 
 
 class _TimeLimit:
-    """The time limit that raises in a job, where another one kills its process: by a signal in a `def`, else by the event loop."""
+    """
+    The time limit of one job that raises in it, where another one kills its process.
 
-    def __init__(self, connection: _ParentConnection) -> None:
-        self._connection = connection
-        self._seconds: float | None = None
+    In a `def` a signal raises it, while the event loop runs the loop does: a signal would interrupt the loop itself. The
+    clock decides and not the signal, which anything in the process may send.
+    """
+
+    def __init__(
+        self, connection: _ParentConnection, loop: asyncio.AbstractEventLoop, ms: int | None, *, by_signal: bool
+    ) -> None:
+        """
+        Args:
+            connection: the one that its job sends through.
+            loop: the one that runs its coroutines.
+            ms: how long the job may run; None: no limit.
+            by_signal: whether the job is a `def`.
+        """
+        self._connection, self._loop, self._by_signal = connection, loop, by_signal
+        self._seconds = math.inf if ms is None else ms / 1000
+        self._ends_at = math.inf  # monotonic
         self._timeout: asyncio.Timeout | None = None
-
-    def of(self, ms: int | None) -> Self:
-        """Return it as a block that limits what it runs to *ms*; None: to nothing."""
-        self._seconds = None if ms is None else ms / 1000
-        return self
+        self._is_on = False
+        self._arming = threading.Lock()  # any thread of the job may extend it, also beside its end
 
     def __enter__(self) -> None:
-        if self._seconds is not None:
-            signal.signal(signal.SIGALRM, self._raise)
-            signal.setitimer(signal.ITIMER_REAL, self._seconds)
+        if self._seconds < math.inf:
+            self._is_on, self._ends_at = True, monotonic() + self._seconds
+            if self._by_signal:
+                signal.signal(signal.SIGALRM, self._on_signal)
+                self.resume()
 
     def __exit__(self, *_: object) -> None:
-        if self._seconds is not None:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        self.close()
+
+    def close(self) -> None:
+        """End it: no thread that the job has left can set it again, and so limit another job."""
+        self._is_on = False
+        if self._by_signal:
+            with self._arming:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def resume(self) -> None:
+        """Set the signal to what is left: while the event loop ran, none was heeded."""
+        if self._is_on and self._by_signal:
+            left = self._ends_at - monotonic()
+            signal.setitimer(signal.ITIMER_REAL, 0 if left == math.inf else max(left, 0.0001))
 
     async def await_call(self, call: Awaitable[Any]) -> Any:
-        """Await a call while the event loop keeps the limit: a signal would interrupt the loop itself."""
-        if self._seconds is None:
+        """Await a call while the event loop keeps the limit."""
+        if self._ends_at == math.inf:
             return await call
-        signal.setitimer(signal.ITIMER_REAL, 0)
         try:
-            async with asyncio.timeout(self._seconds) as self._timeout:
+            async with asyncio.timeout_at(self._loop.time() + self._ends_at - monotonic()) as self._timeout:
                 return await call
         except TimeoutError:
             if self._timeout is not None and self._timeout.expired():
-                raise self._error() from None
+                raise self._expire() from None
             raise
         finally:
             self._timeout = None
 
     def extend(self, ms: int) -> None:
-        """Move the limit *ms* ahead; the one that kills stays."""
-        self._seconds = ms / 1000
-        if self._timeout is not None:
-            self._timeout.reschedule(asyncio.get_running_loop().time() + self._seconds)
-        else:
-            signal.setitimer(signal.ITIMER_REAL, self._seconds)
+        """Move the limit *ms* ahead; the one that kills stays. From any thread of the job."""
+        with self._arming:
+            if not self._is_on:
+                return  # its job has ended
+            self._seconds = ms / 1000
+            self._ends_at = monotonic() + self._seconds
+            self.resume()
+        self._loop.call_soon_threadsafe(self._reschedule)
 
-    def _raise(self, *_: object) -> None:
-        error = self._error()
+    def _reschedule(self) -> None:
+        if self._timeout is not None and not self._timeout.expired():
+            self._timeout.reschedule(self._loop.time() + self._ends_at - monotonic())
+
+    def _on_signal(self, *_: object) -> None:
+        if not self._is_on or self._loop.is_running():
+            return
+        if monotonic() < self._ends_at:
+            self.resume()
+            return
+        error = self._expire()
         if not self._connection.postpone(error):
             raise error
 
-    def _error(self) -> TimeoutError:
+    def _expire(self) -> TimeoutError:
+        """Return the error of the limit, which is over: the job may go on, as one does that keeps the error to itself."""
+        self._ends_at = math.inf
         return TimeoutError(f"the attempt ran longer than its time limit of {self._seconds:g} s")
 
 
@@ -273,7 +311,7 @@ class _Runner:
         self._worker_scope = WorkerScope(offload=False)
         self._lifespan: asyncio.Task[None]
         self._state: Mapping[str, Any] = {}
-        self._limit = _TimeLimit(connection)
+        self._limit = self._new_limit(None, by_signal=False)
         self._app: Any
 
     def open(self, start: StartRequest) -> None:
@@ -312,6 +350,7 @@ class _Runner:
     def run(self, job: RunRequest) -> DoneReply | FailedReply | BatchReply:
         """Run one job, or one batch; return its result, or what it raised."""
         context: Context | None = None
+        self._limit = self._new_limit(None, by_signal=False)
         try:
             task = core_of(self._app).definitions.get(job.task)
             if task is None:
@@ -321,12 +360,13 @@ class _Runner:
             if job.items:
                 return self._run_batch(job, task)
             args, kwargs = task.signature.decode(job.body)
+            self._limit = self._new_limit(job.timeout_ms, by_signal=not task.is_async)
             context = self._context(job, emit_hook=self._emit_hook(job))
             if task.settings.ack == "early":
                 end_spawning(context)
             variables = copy_context()
             variables.run(CURRENT.set, context)
-            with self._limit.of(job.timeout_ms):
+            with self._limit:
                 result = self._call(task, args, kwargs, variables, context)
             if type(result) in UNRUN:
                 raise not_run(result)
@@ -338,6 +378,7 @@ class _Runner:
             reply.charges = {} if context is None else charges_of(context)
             return reply
         finally:
+            self._limit.close()  # its error may have been raised as it was left
             if context is not None:
                 end_spawning(context)  # a thread of the job that goes on gets an error if it spawns or emits
 
@@ -398,7 +439,13 @@ class _Runner:
 
     def _block(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run the event loop until a coroutine has ended, for a `def` that waits for it."""
-        return self._loop.run(coroutine, context=copy_context())
+        try:
+            return self._loop.run(self._limit.await_call(coroutine), context=copy_context())
+        finally:
+            self._limit.resume()
+
+    def _new_limit(self, ms: int | None, *, by_signal: bool) -> _TimeLimit:
+        return _TimeLimit(self._connection, self._loop.get_loop(), ms, by_signal=by_signal)
 
     def _emit_hook(self, job: RunRequest, item: int | None = None) -> Callable[[Any], Awaitable[None]]:
         def emit(value: Any) -> Awaitable[None]:
