@@ -108,6 +108,12 @@ def size(value: object, name: str) -> int:
     return int(match[1]) * _SIZE_UNITS[match[2]]
 
 
+def quantity(number: int, word: str) -> str:
+    """Return ``1 job``, ``1,200 jobs``, ``2 processes``."""
+    plural = "es" if word.endswith("s") else "s"
+    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}{plural}"
+
+
 def installed_version() -> str:
     """Return the version of the installed package."""
     from importlib.metadata import PackageNotFoundError, version

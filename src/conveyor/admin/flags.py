@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from conveyor.admin.views import instant_or_none
-from conveyor.units import span
+from conveyor.units import quantity, span
 
 if TYPE_CHECKING:
     from conveyor.admin.history import History
@@ -97,8 +97,7 @@ def _stranded(queues: Sequence[QueueInfo]) -> list[Flag]:
     found = []
     for one in stuck:
         number = one.ready + one.waiting  # those of limits and groups start no sooner without a worker
-        jobs = "1 job" if number == 1 else f"{number:,} jobs"
-        text = f"Queue '{one.name}' has {jobs} and no worker takes it{_age(one)}. {takers}"
+        text = f"Queue '{one.name}' has {quantity(number, 'job')} and no worker takes it{_age(one)}. {takers}"
         remedy = f"conveyor worker -q {one.name}{_OR_CONSUMER}"
         found.append(Flag("no-worker", "problem", text, remedy, "E12", (_queue_link(one),)))
     return found

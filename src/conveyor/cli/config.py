@@ -13,11 +13,12 @@ from click.core import ParameterSource
 from conveyor.cli.app import Settings, reference
 from conveyor.cli.command import CommandGroup, did_you_mean
 from conveyor.cli.exit import ExitCode
-from conveyor.cli.output import MARKS, Output, machine_text, quantity
+from conveyor.cli.output import MARKS, Output, machine_text
 from conveyor.cli.target import Target, redis_options
 from conveyor.cli.worker import worker
 from conveyor.errors import ConveyorError
 from conveyor.store.transport.url import masked
+from conveyor.units import quantity
 
 _SHARED = {"app": "CONVEYOR_APP", "url": "CONVEYOR_URL", "namespace": "CONVEYOR_NAMESPACE"}
 _SECRETS = ("CONVEYOR_DASHBOARD_AUTH", "CONVEYOR_DASHBOARD_TOKENS")

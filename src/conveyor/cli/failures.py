@@ -9,9 +9,10 @@ import click
 from conveyor.cli.command import CommandGroup
 from conveyor.cli.completion import complete_queues
 from conveyor.cli.exit import ExitCode
-from conveyor.cli.output import OutcomeCounter, Output, clock_time, confirm_options, quantity
+from conveyor.cli.output import OutcomeCounter, Output, clock_time, confirm_options
 from conveyor.cli.target import Target, redis_options
 from conveyor.errors import ConfigurationError, JobNotFound
+from conveyor.units import quantity
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -23,7 +23,6 @@ from conveyor.cli.output import (
     machine_text,
     parse_instant,
     parse_seconds,
-    quantity,
     short_time,
 )
 from conveyor.cli.queue import say_unanswered
@@ -34,7 +33,7 @@ from conveyor.errors import (
     PayloadError,
     ResultExpired,
 )
-from conveyor.units import span
+from conveyor.units import quantity, span
 
 if TYPE_CHECKING:
     from conveyor.admin.admin import Admin

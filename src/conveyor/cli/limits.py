@@ -8,9 +8,10 @@ import click
 
 from conveyor.cli.command import CommandGroup
 from conveyor.cli.completion import complete_queues
-from conveyor.cli.output import Output, quantity
+from conveyor.cli.output import Output
 from conveyor.cli.target import Target, redis_options
 from conveyor.errors import ConfigurationError, QueueNotFound
+from conveyor.units import quantity
 
 if TYPE_CHECKING:
     from conveyor.messaging.limit_control import LimitControl, LimitState

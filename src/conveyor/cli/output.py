@@ -24,7 +24,7 @@ from msgspec.structs import asdict
 from conveyor.cli.exit import ExitCode
 from conveyor.errors import ConfigurationError
 from conveyor.ids import CONTROL_IN_LINES, clean, clean_lines
-from conveyor.units import span
+from conveyor.units import quantity, span
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -230,12 +230,6 @@ def clock_time(at: datetime) -> str:
 def iso_timestamp(at: datetime) -> str:
     """Return an instant as ISO 8601 in UTC, with milliseconds."""
     return at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def quantity(number: int, word: str) -> str:
-    """Return ``1 job``, ``1,200 jobs``, ``2 processes``."""
-    plural = "es" if word.endswith("s") else "s"
-    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}{plural}"
 
 
 def parse_seconds(text: str, *, name: str) -> float:

@@ -12,8 +12,9 @@ import click
 
 from conveyor.cli.command import F, LeafCommand
 from conveyor.cli.completion import complete_queues
-from conveyor.cli.output import Output, parse_seconds, quantity
+from conveyor.cli.output import Output, parse_seconds
 from conveyor.cli.target import Target, redis_options
+from conveyor.units import quantity
 
 if TYPE_CHECKING:
     from conveyor.jobs.hooks import Middleware

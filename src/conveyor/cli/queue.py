@@ -18,12 +18,12 @@ from conveyor.cli.output import (
     clock_time,
     confirm_options,
     iso_timestamp,
-    quantity,
     shortened,
     terminal_width,
 )
 from conveyor.cli.target import Target, redis_options
 from conveyor.ids import clean, logical
+from conveyor.units import quantity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

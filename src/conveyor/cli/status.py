@@ -9,10 +9,11 @@ from msgspec.structs import asdict
 
 from conveyor.cli.command import LeafCommand
 from conveyor.cli.exit import ExitCode
-from conveyor.cli.output import MARKS, Output, quantity, short_time, terminal_width
+from conveyor.cli.output import MARKS, Output, short_time, terminal_width
 from conveyor.cli.queue import print_causes, print_failures, print_queues, say_unanswered
 from conveyor.cli.target import Target, redis_options
 from conveyor.ids import clean
+from conveyor.units import quantity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,9 +9,10 @@ from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.widgets import DataTable, Footer, Static
 
-from conveyor.cli.output import human_text, quantity
+from conveyor.cli.output import human_text
 from conveyor.errors import ConveyorError
 from conveyor.ids import clean
+from conveyor.units import quantity
 
 if TYPE_CHECKING:
     from conveyor.admin.admin import Admin

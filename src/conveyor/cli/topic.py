@@ -9,9 +9,10 @@ import click
 
 from conveyor.cli.command import CommandGroup
 from conveyor.cli.completion import complete_queues
-from conveyor.cli.output import Output, parse_seconds, quantity
+from conveyor.cli.output import Output, parse_seconds
 from conveyor.cli.push import message_options, parse_headers, read_bodies
 from conveyor.cli.target import Target, redis_options
+from conveyor.units import quantity
 
 if TYPE_CHECKING:
     from conveyor.messaging.topic import Topic, TopicDirectory

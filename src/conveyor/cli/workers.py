@@ -11,8 +11,9 @@ from msgspec.structs import asdict
 from conveyor.cli.command import CommandGroup
 from conveyor.cli.completion import complete_workers
 from conveyor.cli.exit import ExitCode
-from conveyor.cli.output import Output, confirm_options, parse_seconds, quantity
+from conveyor.cli.output import Output, confirm_options, parse_seconds
 from conveyor.cli.target import Target, redis_options
+from conveyor.units import quantity
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,7 +18,7 @@ from conveyor.jobs.task import UNRUN, BatchPlan, Task, not_run
 from conveyor.payload.codec import show
 from conveyor.payload.parameters import payload_type, read_parameters
 from conveyor.store.operations import MOST_HELD
-from conveyor.units import Duration, positive_ms
+from conveyor.units import Duration, positive_ms, quantity
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -115,8 +115,8 @@ def item_ends(value: Any, error: BaseException | None, count: int) -> list[ItemE
     if isinstance(error, BatchFailed):
         if wrong := [index for index in error.errors if index >= count]:
             stray = BatchMisreported(
-                f"BatchFailed names item {min(wrong)}, and the batch had {_items(count)}, counted from 0. All of them are "
-                "dead letters: which of them failed is not known."
+                f"BatchFailed names item {min(wrong)}, and the batch had {quantity(count, 'item')}, counted from 0. All of them "
+                "are dead letters: which of them failed is not known."
             )
             return [(None, stray)] * count
         ends = item_ends(error.results, None, count)
@@ -131,14 +131,10 @@ def item_ends(value: Any, error: BaseException | None, count: int) -> list[ItemE
         return [(None, not_run(value))] * count
     what = f"{len(value)} results" if isinstance(value, list | tuple) else f"{show(value)} ({type(value).__name__})"
     mismatch = BatchMisreported(
-        f"The function returned {what} for a batch of {_items(count)}. Return a list with one result per item, in their "
+        f"The function returned {what} for a batch of {quantity(count, 'item')}. Return a list with one result per item, in their "
         "order, or None. The items are dead letters, and not tried again: their work is done."
     )
     return [(None, mismatch)] * count
-
-
-def _items(count: int) -> str:
-    return "1 item" if count == 1 else f"{count} items"
 
 
 def _item_type(parameter: inspect.Parameter, name: str) -> Any:

@@ -15,6 +15,7 @@ from conveyor import ids
 from conveyor.errors import ConfigurationError
 from conveyor.store.keys import QueueKeys
 from conveyor.store.script import Call, Script
+from conveyor.units import quantity
 
 CLAIM_PARTITIONS, REPARTITION, COUNT = (
     Script("claim_partitions"),
@@ -50,13 +51,13 @@ def _mismatch_text(queue: str, declared: int, recorded: int | None) -> str:
             f"this lasts, the program that began the change has died: conveyor queue partition {queue} N completes it."
         )
     number = 1 if recorded is None else recorded
-    has = "1 partition" if number == 1 else f"{number} partitions"
     declare = (
         f"app.queue({queue!r}, partitions={number})" if number > 1 else f"app.queue({queue!r}) without partitions="
     )
     return (
-        f"Queue '{queue}' has {has}, but this program says {declared}. Nothing was stored. Declare it as {declare}; or, "
-        f"when all programs say {declared}, drain it and run: conveyor queue partition {queue} {declared}"
+        f"Queue '{queue}' has {quantity(number, 'partition')}, but this program says {declared}. Nothing was stored. "
+        f"Declare it as {declare}; or, when all programs say {declared}, drain it and run: conveyor queue partition {queue} "
+        f"{declared}"
     )
 
 

@@ -7,6 +7,7 @@ import random
 import sys
 from time import monotonic
 
+from conveyor.units import quantity
 from conveyor.worker.logs import LOG
 
 MIN_LIFE = 10.0
@@ -60,7 +61,7 @@ class RecycleLimits:
         Memory is measured a few times a second.
         """
         if self._jobs is not None and jobs >= self._jobs:
-            return f"has had {_jobs(jobs)} (limit {self.max_jobs:,})"
+            return f"has had {quantity(jobs, 'job')} (limit {self.max_jobs:,})"
         now = monotonic()
         life = now - self._begun_at
         if self._memory is None or now - self._checked_at < _CHECK_EVERY or life < MIN_LIFE:
@@ -69,7 +70,7 @@ class RecycleLimits:
         resident = resident_memory()
         if resident <= self._memory:
             return None
-        return f"has {megabytes(resident)} after {_jobs(jobs)} and {life:.0f} s (limit {megabytes(self._memory)})"
+        return f"has {megabytes(resident)} after {quantity(jobs, 'job')} and {life:.0f} s (limit {megabytes(self._memory)})"
 
 
 def resident_memory() -> int:
@@ -82,10 +83,6 @@ def resident_memory() -> int:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _jobs(count: int) -> str:
-    return "1 job" if count == 1 else f"{count:,} jobs"
 
 
 def megabytes(count: float) -> str:

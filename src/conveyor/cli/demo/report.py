@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 import click
 
 from conveyor.cli.demo.journal import JournalEntry
-from conveyor.cli.output import quantity
-from conveyor.units import span
+from conveyor.units import quantity, span
 
 LEFT_STATES = frozenset({"ready", "scheduled", "leased", "waiting"})
 

@@ -28,8 +28,8 @@ from conveyor.cli.demo.producer import (
     consume_orders,
 )
 from conveyor.cli.demo.report import DemoReport, Kill
-from conveyor.cli.output import quantity
 from conveyor.store.inspection import QueueCounts
+from conveyor.units import quantity
 
 PROCESSES = 2
 DRAIN, INTERRUPTED_DRAIN = 30.0, 10.0

@@ -18,7 +18,7 @@ from conveyor.errors import ConveyorError
 from conveyor.store import operations
 from conveyor.store.client.client import Client
 from conveyor.store.transport.credentials import LoginProvider
-from conveyor.units import span
+from conveyor.units import quantity, span
 from conveyor.worker.crash_attribution import RunningSnapshot
 from conveyor.worker.logs import LOG
 from conveyor.worker.shared_memory import ChildInfo, ChildSlot, LeaseIdentity
@@ -242,5 +242,4 @@ def _log_returned(dead_child: DeadChild) -> None:
     dead_child.all_returned.set()
     if dead_child.crashed or dead_child.returned:
         took = 1000 * (monotonic() - dead_child.died_at)
-        jobs = "1 job" if dead_child.returned == 1 else f"{dead_child.returned} jobs"
-        LOG.warning("%s; returned %s in %.0f ms", dead_child.event, jobs, took)
+        LOG.warning("%s; returned %s in %.0f ms", dead_child.event, quantity(dead_child.returned, "job"), took)

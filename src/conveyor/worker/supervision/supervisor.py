@@ -22,7 +22,7 @@ import msgspec
 
 from conveyor.store.transport.credentials import LoginProvider
 from conveyor.store.transport.url import masked
-from conveyor.units import installed_version, span
+from conveyor.units import installed_version, quantity, span
 from conveyor.worker.leasing.heartbeat import MAX_STALL
 from conveyor.worker.logs import LOG, configure_log, describe_end
 from conveyor.worker.recycling import megabytes
@@ -460,14 +460,10 @@ def banner(info: ChildInfo, spec: ChildSpec, processes: int, bounds: Bounds | No
         f"  Redis      {masked(info.url)}, namespace {info.namespace}",
         f"  queues     {queues}",
         f"  tasks      {info.tasks}{names}",
-        f"  processes  {number}, each with {_count(spec.concurrency, 'job')} at a time and {_count(spec.threads, 'thread')}",
+        f"  processes  {number}, each with {quantity(spec.concurrency, 'job')} at a time and {quantity(spec.threads, 'thread')}",
         *([f"  labels     {', '.join(spec.labels)}"] if spec.labels else []),
         *([f"  replaced   after {' or '.join(limits)}"] if limits else []),
     ]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _age_text(age: float | None) -> str:
