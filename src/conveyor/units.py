@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from conveyor.errors import ConfigurationError
 
@@ -59,6 +59,16 @@ def instant_ms(at: datetime) -> int:
         )
         raise ConfigurationError(f"at= {problem}: use datetime.now(UTC) or tzinfo=ZoneInfo(…).", code="E18")
     return max(0, math.ceil(at.timestamp() * 1000))
+
+
+def instant(ms: int) -> datetime:
+    """Return a time in ms since the epoch as a datetime."""
+    return datetime.fromtimestamp(ms / 1000, UTC)
+
+
+def instant_or_none(ms: int | None) -> datetime | None:
+    """Return a time in ms since the epoch as a datetime; None for None and 0."""
+    return instant(ms) if ms else None
 
 
 def span(seconds: float) -> str:

@@ -55,8 +55,6 @@ from conveyor.admin.views import (
     audit_entry,
     error_info,
     finished_job,
-    instant,
-    instant_or_none,
     live_job,
     queue_info,
     without_values,
@@ -94,7 +92,7 @@ from conveyor.store.script import Call
 from conveyor.store.transport import replies
 from conveyor.store.transport.endpoint import in_thread
 from conveyor.store.worker_commands import FOLLOWED, Action
-from conveyor.units import Duration, milliseconds
+from conveyor.units import Duration, instant, instant_or_none, milliseconds
 
 if TYPE_CHECKING:
     from conveyor.admin import metrics

@@ -19,7 +19,7 @@ from conveyor.admin.server_checks import (
     replication_findings,
 )
 from conveyor.admin.server_info import execute_if_allowed, read_setting
-from conveyor.admin.views import QueueInfo, instant, queue_info
+from conveyor.admin.views import QueueInfo, queue_info
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
 from conveyor.store import inspection, schedules
 from conveyor.store.client.client import Client
@@ -28,6 +28,7 @@ from conveyor.store.keys import QueueKeys
 from conveyor.store.transport import eviction, replies
 from conveyor.store.transport.cluster import Cluster
 from conveyor.store.transport.url import StandaloneServer
+from conveyor.units import instant
 
 Level = Literal["ok", "note", "warning", "problem"]
 DurabilityLevel = Literal["memory", "snapshots", "aof-os", "aof-everysec", "aof-always", "unknown"]

@@ -12,11 +12,11 @@ import msgspec
 from conveyor.admin.history import RANGES, SECONDS_OF
 from conveyor.admin.job_search import OTHER_MESSAGES, fingerprint_of, kind_of, last_failure, message_pattern
 from conveyor.admin.tracebacks import frames_of
-from conveyor.admin.views import instant
 from conveyor.ids import public
 from conveyor.payload.failures import frame_text
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store.inspection import JobRow
+from conveyor.units import instant
 
 MOST_GROUPS = 200
 _STEPS = {"1h": 60, "6h": 600, "24h": 1800, "7d": 4 * 3600, "30d": 24 * 3600}

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from conveyor.admin.views import instant_or_none
-from conveyor.units import quantity, span
+from conveyor.units import instant_or_none, quantity, span
 
 if TYPE_CHECKING:
     from conveyor.admin.history import History

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from conveyor.admin.views import instant
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.store.audit_log import marks_key, read_audit
 from conveyor.store.inspection import BUCKETS_MS, read_stats
+from conveyor.units import instant
 
 if TYPE_CHECKING:
     from conveyor.admin.queue_directory import QueueDirectory

@@ -8,11 +8,12 @@ from hashlib import sha256
 
 import msgspec
 
-from conveyor.admin.views import FailureGroup, instant
+from conveyor.admin.views import FailureGroup
 from conveyor.ids import public
 from conveyor.payload.records import Failure
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store.inspection import JobRow
+from conveyor.units import instant
 
 MOST_MESSAGES = 20
 """Messages that are told apart for one error of one task; the rest of its failures are one group."""

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from conveyor.admin.job_query import JobQuery
 from conveyor.admin.queue_directory import QueueDirectory, ended_in
-from conveyor.admin.views import LIVE, ActionResult, JobInfo, QueueInfo, finished_job, instant, live_job
+from conveyor.admin.views import LIVE, ActionResult, JobInfo, QueueInfo, finished_job, live_job
 from conveyor.errors import ConfigurationError, InvalidFilter
 from conveyor.messaging.selection import ACTED_ON, ActionName, Pace, Walks, act, last_error
 from conveyor.payload.codec import MAX_PAYLOAD
@@ -20,6 +20,7 @@ from conveyor.store import inspection
 from conveyor.store.inspection import Ended, JobRow, QueueCounts
 from conveyor.store.keys import QueueKeys
 from conveyor.store.script import Call
+from conveyor.units import instant
 
 if TYPE_CHECKING:
     from conveyor.payload.sealed_records import RecordDecoder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Literal
 
 import msgspec
@@ -17,6 +17,7 @@ from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.payload.versions import sealed_name
 from conveyor.store.audit_log import AuditRow
 from conveyor.store.inspection import FinishedJob, JobRow, QueueCounts
+from conveyor.units import instant, instant_or_none
 
 STATES: tuple[Status, ...] = ("leased", "ready", "waiting", "scheduled", "dead", "done")
 """The states that can be listed. `done`: recently finished jobs, about a thousand per queue."""
@@ -321,13 +322,3 @@ def error_info(failure: Failure) -> ErrorInfo:
         failure.worker,
         failure.frame,
     )
-
-
-def instant(ms: int) -> datetime:
-    """Return a time in ms since the epoch as a datetime."""
-    return datetime.fromtimestamp(ms / 1000, UTC)
-
-
-def instant_or_none(ms: int | None) -> datetime | None:
-    """Return a time in ms since the epoch as a datetime; None for None and 0."""
-    return instant(ms) if ms else None

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from conveyor.admin.views import WorkerInfo, instant, instant_or_none
+from conveyor.admin.views import WorkerInfo
 from conveyor.errors import WorkerNotFound
 from conveyor.ids import logical, public
 from conveyor.store import worker_commands
 from conveyor.store.inspection import DAMAGED
 from conveyor.store.worker_commands import Action, LeasedRow, WorkerCommand
+from conveyor.units import instant, instant_or_none
 
 if TYPE_CHECKING:
     from conveyor.store.client.client import Client

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -13,6 +13,7 @@ from conveyor.payload.records import RunRecord, Status, read_outcome
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.payload.versions import sealed_name
 from conveyor.store.inspection import JobRow
+from conveyor.units import instant_or_none
 
 
 class JobDetails(msgspec.Struct, frozen=True):
@@ -52,8 +53,9 @@ def live_details(queue: str, row: JobRow, decoder: RecordDecoder) -> JobDetails:
         public(queue, row.id), queue, row.status, envelope.task,
         _value(decoder.preview(envelope.body, queue, name, row.id, call=True)),
         dict(envelope.extra.headers), row.state.starts + leased,
-        _holder(row) if leased else errors[-1].worker if errors else None, _instant(made_at_ms(row.id)), _instant(row.leased_ms),
-        _instant(int(row.extra)) if row.status == "dead" else None, tags=tuple(envelope.tags),
+        _holder(row) if leased else errors[-1].worker if errors else None,
+        instant_or_none(made_at_ms(row.id)), instant_or_none(row.leased_ms),
+        instant_or_none(int(row.extra)) if row.status == "dead" else None, tags=tuple(envelope.tags),
         progress=decoder.progress(row.state.progress, queue, row.id), notes=decoder.notes(row.state.notes, queue, row.id),
         origin=envelope.extra.origin or None,
     )  # fmt: skip
@@ -61,15 +63,15 @@ def live_details(queue: str, row: JobRow, decoder: RecordDecoder) -> JobDetails:
 
 def ended_details(queue: str, id: str, status: Status, record: bytes, decoder: RecordDecoder) -> JobDetails:  # noqa: A002
     """Return the facts about a job that has left its queue; *record* is its outcome, b"" where none is kept."""
-    enqueued = _instant(made_at_ms(id))
+    enqueued = instant_or_none(made_at_ms(id))
     if not record:
         return JobDetails(public(queue, id), queue, status, enqueued=enqueued)
     outcome = read_outcome(record)
     run = outcome.run or RunRecord()
     return JobDetails(
         public(queue, id), queue, status, run.task or None, _value(decoder.arguments(run, queue, id)), dict(run.headers),
-        run.attempt, run.worker or None, enqueued, _instant(run.started), _instant(outcome.at), outcome.reason, tuple(run.tags),
-        run.origin or None,
+        run.attempt, run.worker or None, enqueued, instant_or_none(run.started), instant_or_none(outcome.at), outcome.reason,
+        tuple(run.tags), run.origin or None,
         decoder.progress(bytes(outcome.progress), queue, id), decoder.notes(bytes(outcome.notes), queue, id),
     )  # fmt: skip
 
@@ -84,7 +86,3 @@ def _value(text: str | None) -> Any:
         return None if text is None else msgspec.json.decode(text)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return None  # a description of what cannot be read here
-
-
-def _instant(ms: int | None) -> datetime | None:
-    return datetime.fromtimestamp(ms / 1000, UTC) if ms else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 
 import msgspec
 
@@ -10,6 +10,7 @@ from conveyor.ids import made_at_ms
 from conveyor.payload.records import AttemptHistory, Outcome, PastEvent, read_outcome
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store.inspection import JobRow
+from conveyor.units import instant_or_none
 
 
 class HistoryEntry(msgspec.Struct, frozen=True):
@@ -84,5 +85,5 @@ def _pushed(id_: str) -> list[PastEvent]:
 
 
 def _entry(event: PastEvent) -> HistoryEntry:
-    at = datetime.fromtimestamp(event.at / 1000, UTC) if event.at else None
+    at = instant_or_none(event.at)
     return HistoryEntry(event.state, at, event.worker, event.reason, event.by, event.attempt)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ from conveyor.store import partitions as partitioning
 from conveyor.store.queue_events import TO_COME, EventPage, StoredEvent, read_events
 from conveyor.store.sleepers import SleepingTask, SleepingThread
 from conveyor.store.transport.endpoint import in_thread
+from conveyor.units import instant
 
 if TYPE_CHECKING:
     from conveyor.jobs.core import AppCore
@@ -160,7 +161,7 @@ def _make(part: str, queue: str, stored: StoredEvent, place: str) -> JobEvent | 
     if kind is None:
         return None
     job_id = ids.public(part, fields.get("j", ""))
-    at = datetime.fromtimestamp(int(stored.id.partition("-")[0]) / 1000, UTC)
+    at = instant(int(stored.id.partition("-")[0]))
     attempt = int(fields.get("a", "1"))
     special = {name: read(job_id, fields) for name, read in _FIELDS.get(kind, {}).items()}
     return kind(
@@ -184,7 +185,7 @@ def _seconds(_: str, fields: dict[str, str]) -> float:
 
 
 def _due(_: str, fields: dict[str, str]) -> datetime | None:
-    return datetime.fromtimestamp(int(fields["at"]) / 1000, UTC) if fields.get("at") else None
+    return instant(int(fields["at"])) if fields.get("at") else None
 
 
 def _error(job_id: str, fields: dict[str, str]) -> JobFailed | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Generator, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
@@ -24,7 +24,7 @@ from conveyor.store.keys import known_queues
 from conveyor.store.operations import Entry
 from conveyor.store.schedules import Origin, RunLine, ScheduleRow
 from conveyor.store.script import Call, adrive, drive
-from conveyor.units import Duration
+from conveyor.units import Duration, instant
 
 if TYPE_CHECKING:
     from conveyor.jobs.core import AppCore
@@ -72,7 +72,7 @@ class Schedule:
         """``code``: a decorator declares it. ``data``: a program has put it."""
         self.paused = row.paused
         """Whether it stands still."""
-        self.due = None if row.next_ms is None else _instant(row.next_ms)
+        self.due = None if row.next_ms is None else instant(row.next_ms)
         """The instant it has reached; None when none comes any more."""
         self.fired, self.skipped = row.fired, row.skipped
         """The numbers of instants that had a job, and that were skipped."""
@@ -378,8 +378,4 @@ def read_spec(row: ScheduleRow) -> ScheduleSpec:
 
 def _run(keys: QueueKeys, line: RunLine) -> ScheduledRun:
     job = ids.public(keys.queue, line.job) if line.job else ""
-    return ScheduledRun(_instant(line.instant_ms), _instant(line.at_ms), line.outcome, job, line.skipped)
-
-
-def _instant(ms: int) -> datetime:
-    return datetime.fromtimestamp(ms / 1000, UTC)
+    return ScheduledRun(instant(line.instant_ms), instant(line.at_ms), line.outcome, job, line.skipped)

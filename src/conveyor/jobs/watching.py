@@ -7,7 +7,6 @@ import time
 import zlib
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +20,7 @@ from conveyor.store import inspection
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.signal_safety import SignalSafeEvent
 from conveyor.store.sleepers import SleepingTask, SleepingThread
+from conveyor.units import instant_or_none
 
 if TYPE_CHECKING:
     from conveyor.jobs.results import ResultSubscriber
@@ -192,7 +192,7 @@ class Changes:
         self, events: list[JobUpdate], kind: Callable[..., JobUpdate], place: Place, *, at: int = 0, **fields: object
     ) -> None:
         self.place = place
-        when = datetime.fromtimestamp(at / 1000, UTC) if at else None
+        when = instant_or_none(at)
         events.append(kind(place.text, self.job.public_id, place.state, place.attempt, when, **fields))
 
     def _error(self, failure: Failure | None) -> str:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -21,6 +20,7 @@ import msgspec
 
 from conveyor.errors import ConfigurationError, RetryIn
 from conveyor.messaging.retry import Retry
+from conveyor.units import instant
 
 Ending = Literal["done", "dead"]
 TASK = "conveyor.webhook"
@@ -231,5 +231,5 @@ def _place(webhook: Webhook) -> str:
 
 def told_of(job_id: str, task: str, queue: str, attempt: int, now_ms: int) -> dict[str, Any]:
     """Return what a webhook tells of the end of a job."""
-    at = datetime.fromtimestamp(now_ms / 1000, UTC).isoformat(timespec="milliseconds")
+    at = instant(now_ms).isoformat(timespec="milliseconds")
     return {"id": job_id, "task": task, "queue": queue, "attempt": attempt, "at": at}

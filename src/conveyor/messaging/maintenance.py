@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -26,6 +26,7 @@ from conveyor.store.job_filter import UNLIMITED, JobFilter, Walk
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Redriven
 from conveyor.store.script import Call
+from conveyor.units import instant
 
 logger = logging.getLogger("conveyor.queue")
 BATCH = 500
@@ -93,7 +94,7 @@ def redrive(keys: QueueKeys, limit: int | None) -> CountingProgram:
         if moved.step.ended:
             break
         if not walk.cursor and walk.wanted.older is None:  # those that die from now on stay
-            walk = replace(walk, wanted=JobFilter(older=datetime.fromtimestamp(moved.step.now / 1000, UTC)))
+            walk = replace(walk, wanted=JobFilter(older=instant(moved.step.now)))
         walk = replace(walk, cursor=moved.step.cursor)
     return back
 
@@ -134,7 +135,7 @@ def _letter(queue: str, row: JobRow, sealing: PayloadPipeline | None) -> DeadLet
     failures = row.state.failures_list()
     last = open_failure(sealing, failures[-1], queue, row.id) if failures else None
     error = "" if last is None else f"{last.type}: {last.message}"
-    died = datetime.fromtimestamp(int(row.extra) / 1000, UTC)
+    died = instant(int(row.extra))
     return DeadLetter(
         ids.public(queue, row.id), row.envelope.task, error, row.state.starts, died, row.envelope.body, last, queue
     )

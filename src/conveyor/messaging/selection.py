@@ -22,7 +22,7 @@ from conveyor.store.inspection import JobRow
 from conveyor.store.job_filter import UNLIMITED, JobFilter, Walk, WalkStep
 from conveyor.store.keys import QueueKeys
 from conveyor.store.script import Call
-from conveyor.units import Duration, milliseconds
+from conveyor.units import Duration, instant, milliseconds
 
 R = TypeVar("R")
 LIVE: tuple[str, ...] = ("leased", "ready", "waiting", "scheduled", "dead")
@@ -127,7 +127,7 @@ class JobWalk(msgspec.Struct, Generic[R]):
         self.looked += step.looked
         if "dead" in self.states and self.wanted.older is None and self.wanted.tag is None:
             # Those that die while it goes on stay: a dead letter that was put back is not put back twice.
-            self.wanted = replace(self.wanted, older=datetime.fromtimestamp(step.now / 1000, UTC))
+            self.wanted = replace(self.wanted, older=instant(step.now))
         return found
 
     def _sift(self, rows: Iterable[JobRow]) -> list[R]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import binascii
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -12,7 +12,8 @@ import msgspec
 from conveyor.errors import PayloadError
 from conveyor.payload.failures import shorten
 from conveyor.payload.pipeline import PLAIN, Kind, PayloadPipeline
-from conveyor.payload.wrapped import MAGIC, describe
+from conveyor.payload.wrapped import MAGIC, describe, from_base64, to_base64
+from conveyor.units import instant
 
 NOTES_BYTES = 8 * 1024
 """Bytes of JSON that the notes of a job may take."""
@@ -77,7 +78,7 @@ def pack_progress(sealing: PayloadPipeline | None, progress: Progress, queue: st
     if sealing is not None and text:
         data = _wrap(sealing, text.encode(), queue, id, b"progress")
         if data[:1] == MAGIC:
-            text, packed = "", _text(data)
+            text, packed = "", to_base64(data).decode()
     return _encode(_StoredProgress(_whole(progress.done), _whole(progress.total), text, packed))
 
 
@@ -103,7 +104,7 @@ def pack_notes(sealing: PayloadPipeline | None, notes: bytes, queue: str, id: st
     if sealing is None or notes in {b"", b"{}"}:
         return b"" if notes == b"{}" else notes
     data = _wrap(sealing, notes, queue, id, b"notes")
-    return b'"%b"' % _text(data).encode() if data[:1] == MAGIC else notes
+    return b'"%b"' % to_base64(data) if data[:1] == MAGIC else notes
 
 
 def open_notes(sealing: PayloadPipeline | None, stored: bytes, queue: str, id: str) -> dict[str, Any]:  # noqa: A002
@@ -141,15 +142,12 @@ def open_lines(sealing: PayloadPipeline | None, stored: bytes, queue: str, id: s
     try:
         data = (sealing or PLAIN).unwrap(stored, queue=queue, task="", id=id, kind=b"logs", limit=_LIMIT)
         attempt, lines = _LINES.decode(data)
-        return [
-            LogLine(datetime.fromtimestamp(at / 1000, UTC), level, logger, message, attempt)
-            for at, level, logger, message in lines
-        ]
+        return [LogLine(instant(at), level, logger, message, attempt) for at, level, logger, message in lines]
     except PayloadError as error:
         text = f"{describe(stored)}; {error.code}"
     except (msgspec.MsgspecError, ValueError, OverflowError, OSError) as error:
         text = f"these lines cannot be read: {error}"
-    return [LogLine(datetime.fromtimestamp(0, UTC), "ERROR", "conveyor", text, 0)]
+    return [LogLine(instant(0), "ERROR", "conveyor", text, 0)]
 
 
 def _wrap(sealing: PayloadPipeline, body: bytes, queue: str, id_: str, kind: Kind) -> bytes:
@@ -157,11 +155,7 @@ def _wrap(sealing: PayloadPipeline, body: bytes, queue: str, id_: str, kind: Kin
 
 
 def _unwrap(sealing: PayloadPipeline | None, packed: str, queue: str, id_: str, kind: Kind) -> bytes:
-    try:
-        data = binascii.a2b_base64(packed.encode(), strict_mode=True)
-    except ValueError:
-        raise PayloadError("The sealed text is not base64: it was changed.", code="E40") from None
-    return (sealing or PLAIN).unwrap(data, queue=queue, task="", id=id_, kind=kind, limit=_LIMIT)
+    return (sealing or PLAIN).unwrap(from_base64(packed), queue=queue, task="", id=id_, kind=kind, limit=_LIMIT)
 
 
 def _described(packed: str, error: PayloadError) -> str:
@@ -174,7 +168,3 @@ def _described(packed: str, error: PayloadError) -> str:
 def _whole(number: float | None) -> float | None:
     """Return a whole number as an int: `3 of 10` and not `3.0 of 10.0`."""
     return int(number) if isinstance(number, float) and number.is_integer() else number
-
-
-def _text(data: bytes) -> str:
-    return binascii.b2a_base64(data, newline=False).decode()

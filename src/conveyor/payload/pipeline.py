@@ -17,7 +17,16 @@ import msgspec
 
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.payload.blobs import BlobStore, BlobUnavailable, is_name, new_name
-from conveyor.payload.wrapped import BARE, COMPRESSED, ELSEWHERE, MAGIC, WrappedPayload, read_wrapped, write_head
+from conveyor.payload.wrapped import (
+    BARE,
+    COMPRESSED,
+    ELSEWHERE,
+    MAGIC,
+    WrappedPayload,
+    read_wrapped,
+    unreadable,
+    write_head,
+)
 from conveyor.units import Size, size
 
 if TYPE_CHECKING:
@@ -131,13 +140,13 @@ class PayloadPipeline:
             return _bounded(body, limit)
         if wrapped.form & ELSEWHERE:
             if kind != b"payload":
-                raise _unreadable("results and errors never lie in a store")
+                raise unreadable("results and errors never lie in a store")
             blob = self._fetch(_reference(body), limit)
             wrapped, body = self._open(blob, b"blob", queue, task, id)
             if wrapped is None:
                 return _bounded(body, limit)
             if wrapped.form & ELSEWHERE:
-                raise _unreadable("a large body refers to another one")
+                raise unreadable("a large body refers to another one")
         return _inflate(body, limit) if wrapped.form & COMPRESSED else _bounded(body, limit)
 
     def is_current(self, data: bytes) -> bool:
@@ -223,9 +232,9 @@ def _reference(body: bytes) -> BlobReference:
     try:
         reference = msgspec.json.decode(body, type=BlobReference)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise _unreadable(f"the reference to a large body is damaged ({type(error).__name__})") from None
+        raise unreadable(f"the reference to a large body is damaged ({type(error).__name__})") from None
     if not is_name(reference.name) or reference.size < 0:
-        raise _unreadable("the reference to a large body is damaged")
+        raise unreadable("the reference to a large body is damaged")
     return reference
 
 
@@ -240,16 +249,12 @@ def _inflate(data: bytes, limit: int) -> bytes:
     try:
         body = inflater.decompress(data, limit + 1)  # never more, whatever size the data claims
     except zlib.error as error:
-        raise _unreadable(f"it does not decompress ({error})") from None
+        raise unreadable(f"it does not decompress ({error})") from None
     if len(body) > limit:
         raise PayloadError(f"E21 It decompresses to more than the limit of {limit:,} bytes.", code="E21")
     if not inflater.eof:
-        raise _unreadable("it does not decompress (it is cut off)")
+        raise unreadable("it does not decompress (it is cut off)")
     return body
-
-
-def _unreadable(why: str) -> PayloadError:
-    return PayloadError(f"The wrapping of the payload cannot be read: {why}.", code="E15")
 
 
 def checked_store(store: Any) -> BlobStore | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import binascii
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from conveyor.payload.records import Failure, Outcome, RunRecord
 from conveyor.payload.redaction import MARK as REDACTED
 from conveyor.payload.redaction import Hide, Redaction
 from conveyor.payload.versions import sealed_name
-from conveyor.payload.wrapped import MAGIC, describe
+from conveyor.payload.wrapped import MAGIC, describe, from_base64, to_base64
 
 # Bound to queue and id, not to the task: the reader of a result may not know the task, and an id is one job's.
 _NO_TASK = ""
@@ -27,18 +26,18 @@ _UNOPENED = frozenset({"E38", "E39", "E40", "E41", "E43", "E50"})
 def pack_result(sealing: PayloadPipeline, value: bytes, queue: str, id: str) -> bytes:  # noqa: A002
     """Return the member of the outcome's JSON that contains *value*."""
     data = sealing.wrap(value, queue=queue, task=_NO_TASK, id=id, kind=b"result")
-    return b'"packed":"%b"' % _text(data) if data[:1] in {MAGIC, MARK} else b'"value":%b' % value
+    return b'"packed":"%b"' % to_base64(data) if data[:1] in {MAGIC, MARK} else b'"value":%b' % value
 
 
 def pack_arguments(body: bytes) -> bytes:
     """Return the member of a RunRecord's JSON that contains *body*, the arguments as they were stored."""
-    return b'"packed":"%b"' % _text(body) if body[:1] in {MAGIC, MARK} else b'"body":%b' % body
+    return b'"packed":"%b"' % to_base64(body) if body[:1] in {MAGIC, MARK} else b'"body":%b' % body
 
 
 def open_result(sealing: PayloadPipeline | None, outcome: Outcome, queue: str, id: str, limit: int) -> bytes:  # noqa: A002
     """Return the body of a result; raises PayloadError as `PayloadPipeline.unwrap` does."""
     opener = sealing or PLAIN
-    data = _bytes(outcome.packed) if outcome.packed else bytes(outcome.value)
+    data = from_base64(outcome.packed) if outcome.packed else bytes(outcome.value)
     try:
         return opener.unwrap(data, queue=queue, task=_NO_TASK, id=id, limit=limit, kind=b"result")
     except PayloadError as error:
@@ -68,7 +67,7 @@ def pack_failure(sealing: PayloadPipeline, failure: Failure, queue: str, id: str
         return failure
     return Failure(
         failure.attempt, failure.at, failure.type, describe(data), failure.frame, worker=failure.worker,
-        packed=_text(data).decode(),
+        packed=to_base64(data).decode(),
     )  # fmt: skip
 
 
@@ -83,7 +82,7 @@ def open_failure(sealing: PayloadPipeline | None, failure: Failure, queue: str, 
         return failure
     try:
         body = (sealing or PLAIN).unwrap(
-            _bytes(failure.packed), queue=queue, task=_NO_TASK, id=id, kind=b"error", limit=1 << 20
+            from_base64(failure.packed), queue=queue, task=_NO_TASK, id=id, kind=b"error", limit=1 << 20
         )
         message, traceback = msgspec.json.decode(body, type=tuple[str, str])
     except PayloadError as error:
@@ -187,15 +186,4 @@ class RecordDecoder(NamedTuple):
 
 def stored_arguments(run: RunRecord) -> bytes:
     """Return the arguments of a run as its envelope had them; b"" where they are not kept. Raises PayloadError."""
-    return _bytes(run.packed) if run.packed else bytes(run.body)
-
-
-def _text(data: bytes) -> bytes:
-    return binascii.b2a_base64(data, newline=False)
-
-
-def _bytes(text: str) -> bytes:
-    try:
-        return binascii.a2b_base64(text.encode(), strict_mode=True)
-    except ValueError:
-        raise PayloadError("The sealed text is not base64: it was changed.", code="E40") from None
+    return from_base64(run.packed) if run.packed else bytes(run.body)

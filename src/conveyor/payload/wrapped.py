@@ -9,6 +9,7 @@ task, id) is not stored: the reader knows where the bytes lie, and bytes moved e
 
 from __future__ import annotations
 
+from binascii import a2b_base64, b2a_base64
 from typing import NamedTuple
 
 from conveyor.errors import PayloadError
@@ -45,21 +46,21 @@ def write_head(algorithm: int, form: int, key_id: str = "") -> bytes:
 def read_wrapped(data: bytes) -> WrappedPayload:
     """Return the parts of a wrapped body, trusting none of them; raises PayloadError (E15)."""
     if len(data) < 4 or data[:1] != MAGIC:
-        raise _damaged("it is cut off")
+        raise unreadable("it is cut off")
     version, algorithm, form = data[1], data[2], data[3]
     if version != VERSION:
-        raise _damaged(f"it has version {version}, and this program knows {VERSION}. Upgrade it")
+        raise unreadable(f"it has version {version}, and this program knows {VERSION}. Upgrade it")
     if algorithm not in TAGS or form & ~(COMPRESSED | ELSEWHERE):
-        raise _damaged(f"algorithm {algorithm} and form {form} are not known")
+        raise unreadable(f"algorithm {algorithm} and form {form} are not known")
     if algorithm == BARE:
         return WrappedPayload(algorithm, form, "", data[:4], b"", data[4:], b"")
     end = 5 + data[4] if len(data) > 4 else 0
     nonce_end = end + (NONCE if algorithm == GCM else 0)
     if end <= 5 or len(data) < nonce_end + TAGS[algorithm]:
-        raise _damaged("it is cut off")
+        raise unreadable("it is cut off")
     key_id = data[5:end]
     if not key_id.isascii() or not key_id.decode().isprintable():
-        raise _damaged("its key id is not text")
+        raise unreadable("its key id is not text")
     body, tag = data[nonce_end:], b""
     if algorithm == HMAC:
         body, tag = body[:-32], body[-32:]
@@ -88,5 +89,19 @@ def describe(data: bytes) -> str:
     return f"{', '.join(words) or 'wrapped'}: {len(data):,} bytes"
 
 
-def _damaged(why: str) -> PayloadError:
+def unreadable(why: str) -> PayloadError:
+    """Return the error for a body whose wrapping cannot be read."""
     return PayloadError(f"The wrapping of the payload cannot be read: {why}.", code="E15")
+
+
+def to_base64(data: bytes) -> bytes:
+    """Return the text in which wrapped bytes stand in JSON."""
+    return b2a_base64(data, newline=False)
+
+
+def from_base64(text: str) -> bytes:
+    """Return the bytes that `to_base64` was given; raises PayloadError (E40)."""
+    try:
+        return a2b_base64(text.encode(), strict_mode=True)
+    except ValueError:
+        raise PayloadError("The sealed text is not base64: it was changed.", code="E40") from None

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +39,7 @@ from conveyor.payload.records import (
 from conveyor.payload.sealed_records import pack_arguments, pack_failure, pack_refusal, pack_result
 from conveyor.store.inspection import write_finished
 from conveyor.store.operations import Settlement, TurnReport
-from conveyor.units import span
+from conveyor.units import instant, span
 from conveyor.worker.attempt import PLAIN as PLAIN_ENVELOPE
 from conveyor.worker.attempt import Attempt, error_line, one_line
 from conveyor.worker.execution.processes import ProcessCrashed, ProcessUnavailable
@@ -438,7 +437,7 @@ class SettlementWriter:
         message = f"its worker crashed {state.crashes} times while it ran"
         crash = state.failures_list()[-1] if state.errors else None
         if crash is not None and crash.type in {"crashed", "ProcessCrashed"}:
-            at = datetime.fromtimestamp(crash.at / 1000, UTC).isoformat(timespec="seconds")
+            at = instant(crash.at).isoformat(timespec="seconds")
             message += f"; the last time, at {at} on {crash.worker}: {crash.message}"
         record = to_json(Failure(state.starts, now_ms, "crashed", message, worker=self._worker))
         state = replace(state, errors=[*state.errors, record])

@@ -20,7 +20,6 @@ import threading
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping
 from contextvars import Context as Variables
 from contextvars import copy_context
-from datetime import UTC, datetime
 from time import monotonic
 from typing import Any
 
@@ -33,6 +32,7 @@ from conveyor.jobs.job_log import JobLog
 from conveyor.jobs.live import LiveRecord
 from conveyor.jobs.task import UNRUN, TaskDefinition, not_run
 from conveyor.store.fork_safety import on_fork
+from conveyor.units import instant
 from conveyor.worker.app_loading import load
 from conveyor.worker.execution.forked_copies import ForkGuard
 from conveyor.worker.execution.process_protocol import (
@@ -471,8 +471,8 @@ class _Runner:
             tags=job.tags,
             state=self._state,
             deadline_hook=self._limit.extend if job.timeout_ms is not None else extend,
-            enqueued_at=_instant(job.enqueued_ms),
-            scheduled_for=_instant(job.due_ms),
+            enqueued_at=None if job.enqueued_ms is None else instant(job.enqueued_ms),
+            scheduled_for=None if job.due_ms is None else instant(job.due_ms),
             items=None if items is None else lambda: items,
             costs=job.costs,
             emit_hook=emit_hook,
@@ -537,10 +537,6 @@ def _end_with_worker() -> None:
             os.killpg(0, signal.SIGKILL)
 
         threading.Thread(target=watch, name="conveyor-orphan", daemon=True).start()
-
-
-def _instant(ms: int | None) -> datetime | None:
-    return None if ms is None else datetime.fromtimestamp(ms / 1000, UTC)
 
 
 def _flush() -> None:
