@@ -1,7 +1,7 @@
 """
 Operations on a whole queue in bounded batches: purge, redrive, reading the dead letters.
 
-Each is a program of calls whose value is a count, carried out by `programs.drive` or `programs.adrive`.
+Each is a program of calls whose value is a count, carried out by `drive` or `adrive` (`store/script.py`).
 """
 
 from __future__ import annotations

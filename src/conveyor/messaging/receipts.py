@@ -120,14 +120,7 @@ async def extend(queue: Queue[Any], receipt: Receipt, lease_ms: int) -> SettledA
 
 
 async def _settle(queue: Queue[Any], receipt: Receipt, end: End) -> SettledAs:
-    outcomes: list[SettledAs] = []
-    source = _source(queue, receipt)
-
-    def program() -> Generator[Call[Any], Any, None]:
-        outcomes.append((yield from _settling(source, receipt, end)))
-
-    await adrive(program(), queue.client.arun)
-    return outcomes[0]
+    return await adrive(_settling(_source(queue, receipt), receipt, end), queue.client.arun)
 
 
 def _source(queue: Queue[Any], receipt: Receipt) -> PartitionSource[Any]:

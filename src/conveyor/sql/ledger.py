@@ -12,9 +12,7 @@ from conveyor.errors import ConfigurationError
 from conveyor.payload.codec import ValueCodec
 from conveyor.sql.drivers import (
     AsyncDbapiConnection,
-    AsyncDbConnection,
     AsyncSqlAlchemyConnection,
-    DbConnection,
     StatementResult,
     adapt,
     adapt_async,
@@ -23,6 +21,7 @@ from conveyor.sql.drivers import (
 )
 from conveyor.sql.tables import LEDGER, ManagedTable, TableSql
 from conveyor.sql.transaction import explain_missing_table
+from conveyor.store.script import adrive, drive
 from conveyor.units import Duration, milliseconds
 
 P = ParamSpec("P")
@@ -145,36 +144,16 @@ class Ledger(ManagedTable):
         db = adapt_blocking(connection)
         refuse_autocommit(db.in_autocommit())
         with explain_missing_table(self._table):
-            return _run_steps(db, steps(db.dialect))
+            return drive(steps(db.dialect), lambda step: db.run(step[0], *step[1]))
 
     async def _arun(self, connection: Any, steps: Callable[[str], Steps[T]]) -> T:
         db = adapt(connection)
         with explain_missing_table(self._table):
             if not isinstance(db, AsyncDbapiConnection | AsyncSqlAlchemyConnection):
                 refuse_autocommit(db.in_autocommit())
-                return _run_steps(db, steps(db.dialect))
+                return drive(steps(db.dialect), lambda step: db.run(step[0], *step[1]))
             refuse_autocommit(await db.in_autocommit())
-            return await _arun_steps(db, steps(db.dialect))
-
-
-def _run_steps(db: DbConnection, steps: Steps[T]) -> T:
-    try:
-        sql, values = next(steps)
-        while True:
-            sql, values = steps.send(db.run(sql, *values))
-    except StopIteration as stop:
-        value: T = stop.value
-        return value
-
-
-async def _arun_steps(db: AsyncDbConnection, steps: Steps[T]) -> T:
-    try:
-        sql, values = next(steps)
-        while True:
-            sql, values = steps.send(await db.run(sql, *values))
-    except StopIteration as stop:
-        value: T = stop.value
-        return value
+            return await adrive(steps(db.dialect), lambda step: db.run(step[0], *step[1]))
 
 
 def _cutoff_ms(older_than: Duration) -> int:

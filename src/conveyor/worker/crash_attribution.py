@@ -28,7 +28,7 @@ Bit that is set in the cell of a job that a process of its own executes. It stay
 crash of that process may not have been reported yet.
 """
 IN_BATCH = 1 << 35
-"""Bit that is set in the cell of an item of a batch that runs: above it stands the number of the batch (`batch_number`)."""
+"""Bit that is set in the cell of an item of a batch that runs: above it stands the number of the batch."""
 _BATCH_SHIFT = 36
 _BATCH_NUMBERS = (1 << 26) - 1
 _USED = 1 << 32  # set in every checksum: an empty cell is 0

@@ -17,14 +17,17 @@ from conveyor.store.transport import replies
 from conveyor.store.transport.connection import fatal_reply, query
 from conveyor.store.transport.credentials import LoginProvider
 from conveyor.store.transport.endpoint import (
+    FAILOVER_CONNECT_TIMEOUT,
+    FAILOVER_HANDSHAKE_TIMEOUT,
     FAILOVER_REPLY_TIMEOUT,
+    QUERY_TIMEOUT,
     Endpoint,
     EndpointUnresolved,
     half_left,
     in_thread,
     time_left,
 )
-from conveyor.store.transport.url import StandaloneServer, masked, split_hosts
+from conveyor.store.transport.url import HostPort, StandaloneServer, masked, split_hosts
 
 if TYPE_CHECKING:
     from redis import Connection
@@ -32,18 +35,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("conveyor.store")
 SLOTS = 16384
-CONNECT_TIMEOUT = 2.0
-HANDSHAKE_TIMEOUT = 2.0
-"""Seconds a node may take for the first exchange on a connection."""
-QUERY_TIMEOUT = 0.5
-"""Seconds for connecting to a node to ask for the map, and for its reply: another node knows it too."""
 MAP_FRESH = 1.0
 """Seconds a map is trusted when a connection is reopened: its loss may mean that the node has lost its slots."""
 _MAP_INTERVAL = 0.1
 """Minimum seconds between two requests for the map, however many connections are lost at once."""
 _REDIRECT = re.compile(r"\b(?:MOVED|ASK) (\d+) (\S*):(\d+)")
 ANYWHERE = -1
-HostPort = tuple[str, int]
 
 
 def slot_of(key: str) -> int:
@@ -66,10 +63,10 @@ class Cluster:
     single = False
 
     def __init__(
-        self, url: str, connect_timeout: float = CONNECT_TIMEOUT, *, login: LoginProvider | None = None
+        self, url: str, connect_timeout: float = FAILOVER_CONNECT_TIMEOUT, *, login: LoginProvider | None = None
     ) -> None:
         self.url, self._login = url, login
-        self._timeout = min(connect_timeout, CONNECT_TIMEOUT)
+        self._timeout = min(connect_timeout, FAILOVER_CONNECT_TIMEOUT)
         self._hosts = split_hosts(url, 6379)
         database = dict(self._hosts.options).get("db", self._hosts.path) or "0"
         if database != "0":
@@ -238,7 +235,7 @@ class Cluster:
         node = self._nodes.get(server)
         if node is None:
             node = self._nodes[server] = StandaloneServer(
-                self._hosts.url(*server), self._timeout, HANDSHAKE_TIMEOUT, self._login
+                self._hosts.url(*server), self._timeout, FAILOVER_HANDSHAKE_TIMEOUT, self._login
             )
         return node
 

@@ -1,9 +1,10 @@
-"""Credentials that change while programs run: asked for at each connection."""
+"""Credentials that change while programs run: asked for, or read from a file, at each connection."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 from conveyor.errors import ConfigurationError
@@ -59,3 +60,35 @@ class LoginProvider:
         from conveyor.store.transport.endpoint import in_thread
 
         return await in_thread(self.get_credentials)
+
+
+class PasswordFile:  # a CredentialProvider of redis-py, which is not imported before the first connection
+    """
+    The user of a URL, with a password that is read from a file for each connection. A trailing line end does not count.
+
+    So the password can be changed while programs run. *user* None is the default user. Raises ConfigurationError when the
+    file cannot be read.
+    """
+
+    def __init__(self, path: str, user: str | None) -> None:
+        self._path, self._user = Path(path), user
+        try:
+            self.get_credentials()
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise ConfigurationError(
+                f"The password of Redis cannot be read from {path!r}: {why}. password_file= must be the path of a file "
+                "that contains only the password.",
+                code="E17",
+            ) from None
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        """Read the file; a later failure is an OSError, retried as if the server were away."""
+        password = self._path.read_text("utf-8").rstrip("\r\n")
+        if not password:
+            raise OSError(0, "it is empty")  # treated like a missing file: it is being written
+        return (password,) if self._user is None else (self._user, password)
+
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        """Awaitable form of `get_credentials`; it reads without a thread, since the file is small."""
+        return self.get_credentials()

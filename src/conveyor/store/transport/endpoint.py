@@ -21,6 +21,12 @@ REPLY_TIMEOUT = 5.0
 """Seconds a single server may take for one reply."""
 FAILOVER_REPLY_TIMEOUT = 2.5
 """The same where another server may have taken over: half the retry time of a producer, so that the other is still asked."""
+FAILOVER_CONNECT_TIMEOUT = 2.0
+"""Seconds for connecting there, so that a server that drops packets does not use up a caller's retry time."""
+FAILOVER_HANDSHAKE_TIMEOUT = 2.0
+"""Seconds that the first exchange on a connection may take there."""
+QUERY_TIMEOUT = 0.5
+"""Seconds for connecting to a sentinel or a node to ask where to go, and for its reply: another one may know."""
 
 
 def time_left(deadline: float, most: float) -> float:

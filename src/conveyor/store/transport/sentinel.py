@@ -16,14 +16,17 @@ from conveyor.store.transport import replies
 from conveyor.store.transport.connection import aquery, fatal_reply, query
 from conveyor.store.transport.credentials import LoginProvider
 from conveyor.store.transport.endpoint import (
+    FAILOVER_CONNECT_TIMEOUT,
+    FAILOVER_HANDSHAKE_TIMEOUT,
     FAILOVER_REPLY_TIMEOUT,
+    QUERY_TIMEOUT,
     Endpoint,
     EndpointUnresolved,
     half_left,
     in_thread,
     time_left,
 )
-from conveyor.store.transport.url import StandaloneServer, check_database, masked, split_hosts
+from conveyor.store.transport.url import HostPort, StandaloneServer, check_database, masked, split_hosts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,13 +35,6 @@ if TYPE_CHECKING:
     from redis.asyncio import Connection as AsyncConnection
 
 log = logging.getLogger("conveyor.store")
-CONNECT_TIMEOUT = 2.0
-"""Seconds for connecting to a master, so that one that drops packets does not use up a caller's retry time."""
-HANDSHAKE_TIMEOUT = 2.0
-"""Seconds a server may take to confirm that it is the master."""
-QUERY_TIMEOUT = 0.5
-"""Seconds for connecting to a sentinel, and for its reply: another one may know."""
-HostPort = tuple[str, int]
 
 
 class Sentinel:
@@ -51,10 +47,10 @@ class Sentinel:
     single = True
 
     def __init__(
-        self, url: str, connect_timeout: float = CONNECT_TIMEOUT, *, login: LoginProvider | None = None
+        self, url: str, connect_timeout: float = FAILOVER_CONNECT_TIMEOUT, *, login: LoginProvider | None = None
     ) -> None:
         self.url, self._login = url, login
-        self._timeout = min(connect_timeout, CONNECT_TIMEOUT)
+        self._timeout = min(connect_timeout, FAILOVER_CONNECT_TIMEOUT)
         hosts = split_hosts(url, 26379)
         if not hosts.path or "/" in hosts.path:
             raise ConfigurationError(
@@ -140,7 +136,7 @@ class Sentinel:
     def server(self, server: HostPort) -> StandaloneServer:
         """Return a server by host and port, with the credentials of this URL."""
         return StandaloneServer(
-            self._server.url(*server, database=self._database), self._timeout, HANDSHAKE_TIMEOUT, self._login
+            self._server.url(*server, database=self._database), self._timeout, FAILOVER_HANDSHAKE_TIMEOUT, self._login
         )
 
     def sentinels(self) -> list[StandaloneServer]:

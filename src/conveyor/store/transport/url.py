@@ -1,8 +1,8 @@
 """
 URLs of Redis: checked, redacted, and turned into the parameters of connections.
 
-`StandaloneServer` is one server by its URL, with the password in the URL or in a file. `HostList` holds the parts of a URL
-that names several hosts, as those of Sentinel and Cluster do.
+`StandaloneServer` is one server by its URL. `HostList` holds the parts of a URL that names several hosts, as those of Sentinel and
+Cluster do.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import re
 import socket
 from collections.abc import Hashable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
@@ -22,7 +21,7 @@ import msgspec
 
 from conveyor.errors import ConfigurationError
 from conveyor.store.fork_safety import lazy_property
-from conveyor.store.transport.credentials import LoginProvider
+from conveyor.store.transport.credentials import LoginProvider, PasswordFile
 from conveyor.store.transport.endpoint import REPLY_TIMEOUT, time_left
 
 if TYPE_CHECKING:
@@ -37,6 +36,7 @@ _SECRET_OPTION = re.compile(r"(?<=[?&])(\w*password=)[^&\s]*")
 # In a text that is only a URL: no space and no slash ends a password.
 _LOGIN = re.compile(r"^((?:.*?://)?[^/:@]*):.*@", re.DOTALL)
 _LOGIN_OPTION = re.compile(r"(?<=[?&])(\w*password=)[^&]*")
+HostPort = tuple[str, int]
 _CONNECT_TIMEOUT = 5.0
 # A peer that vanished is noticed after a minute, also where nothing waits for a reply: three unanswered probes.
 _ALIVE = {
@@ -312,38 +312,6 @@ def _driver(parameters: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-class PasswordFile:  # a CredentialProvider of redis-py, which is not imported before the first connection
-    """
-    The user of a URL, with a password that is read from a file for each connection. A trailing line end does not count.
-
-    So the password can be changed while programs run. *user* None is the default user. Raises ConfigurationError when the
-    file cannot be read.
-    """
-
-    def __init__(self, path: str, user: str | None) -> None:
-        self._path, self._user = Path(path), user
-        try:
-            self.get_credentials()
-        except (OSError, ValueError) as error:
-            why = error.strerror if isinstance(error, OSError) else "it is not text"
-            raise ConfigurationError(
-                f"The password of Redis cannot be read from {path!r}: {why}. password_file= must be the path of a file "
-                "that contains only the password.",
-                code="E17",
-            ) from None
-
-    def get_credentials(self) -> tuple[str] | tuple[str, str]:
-        """Read the file; a later failure is an OSError, retried as if the server were away."""
-        password = self._path.read_text("utf-8").rstrip("\r\n")
-        if not password:
-            raise OSError(0, "it is empty")  # treated like a missing file: it is being written
-        return (password,) if self._user is None else (self._user, password)
-
-    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
-        """Awaitable form of `get_credentials`; it reads without a thread, since the file is small."""
-        return self.get_credentials()
-
-
 class HostList(msgspec.Struct, frozen=True):
     """The parts of a URL that names several hosts: ``scheme://user:password@h1:1,h2:2/path?options``."""
 
@@ -351,7 +319,7 @@ class HostList(msgspec.Struct, frozen=True):
     """redis or rediss."""
     user: str
     password: str
-    hosts: tuple[tuple[str, int], ...]
+    hosts: tuple[HostPort, ...]
     path: str
     options: tuple[tuple[str, str], ...]
 
@@ -379,7 +347,7 @@ def split_hosts(url: str, default_port: int) -> HostList:
     return HostList(parts.scheme.partition("+")[0], unquote(user), unquote(password), hosts, path, options)
 
 
-def _host(url: str, name: str, default_port: int) -> tuple[str, int]:
+def _host(url: str, name: str, default_port: int) -> HostPort:
     host, colon, port = name.strip().rpartition(":")
     if not colon or port.endswith("]"):
         host, port = name.strip(), str(default_port)
