@@ -15,7 +15,15 @@ import pytest
 from conveyor import ConfigurationError, Conveyor, JobFailed
 from conveyor.jobs.task import definition_of
 from conveyor.worker.execution import process_main
-from conveyor.worker.execution.process_protocol import EmitRequest, pack
+from conveyor.worker.execution.process_protocol import (
+    HEAD,
+    EmitRequest,
+    LiveReply,
+    Reply,
+    RunRequest,
+    pack,
+    read_reply,
+)
 from support import dependency_app
 from support.dependency_app import aslow, follows, lasting, leaves_a_thread, pid, slow, stuck, waits
 from support.manual_worker import drain as remove_jobs
@@ -149,3 +157,33 @@ def test_a_limit_cuts_no_message() -> None:
     ours.close()
     loop.close()
     assert bytes(got) == pack(message)
+
+
+@pytest.mark.row("A191")
+def test_a_limit_loses_no_note() -> None:
+    """A note is sent to the worker even if the limit of its job passes as that begins: the next attempt finds it."""
+    ours, theirs = socket.socketpair()
+    connection = process_main._ParentConnection(theirs.detach())
+    loop = asyncio.new_event_loop()
+    limit = process_main._TimeLimit(connection, loop, 100, by_signal=True)
+    send = connection.send
+
+    def late(message: Reply) -> None:
+        time.sleep(0.3)  # the signal comes, before a byte of it is sent
+        send(message)
+
+    connection.send = late  # type: ignore[method-assign]
+    job = RunRequest("t", b"{}", "default:a", "default", 1, {}, None, None)
+    notes = process_main._LiveSender(connection).record(job).notes
+    before = signal.getsignal(signal.SIGALRM)
+    try:
+        with pytest.raises(TimeoutError, match=r"its time limit of 0\.1 s"), limit:
+            notes["page"] = 7
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    connection.forked()
+    reply = read_reply(ours.recv(65536)[HEAD.size :])
+    assert isinstance(reply, LiveReply)
+    assert reply.notes == b'{"page":7}'
+    ours.close()
+    loop.close()

@@ -17,7 +17,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import Context as Variables
 from contextvars import copy_context
 from time import monotonic
@@ -98,7 +99,7 @@ class _ParentConnection:
         self._sending = threading.Lock()  # a timer and threads of the job tell what is new beside it
         self._socket: socket.socket | None = socket.socket(fileno=descriptor)
         self._socket.set_inheritable(False)
-        self._main_sends = False
+        self._blocks = 0  # those of `whole` that the main thread is in
         self._postponed: BaseException | None = None
         on_fork(self)
 
@@ -111,26 +112,30 @@ class _ParentConnection:
     def send(self, message: Reply) -> None:
         if self._socket is None:
             return
-        data, is_main = pack(message), threading.current_thread() is threading.main_thread()
-        with self._sending:
-            self._main_sends = is_main
-            try:
-                self._socket.sendall(data)
-            finally:
-                self._main_sends = False
-        if is_main and self._postponed is not None:
-            error, self._postponed = self._postponed, None
-            raise error
+        data = pack(message)
+        with self._sending, self.whole():
+            self._socket.sendall(data)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Enter a block of the main thread that no time limit cuts: behind half a message nothing can be read."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        try:
+            self._blocks += 1
+            yield
+        finally:
+            self._blocks -= 1
+            if self._blocks == 0 and self._postponed is not None:
+                error, self._postponed = self._postponed, None
+                raise error
 
     def postpone(self, error: BaseException) -> bool:
-        """
-        Raise *error* behind the message that the main thread is sending; return False when it sends none.
-
-        A signal may interrupt the sending where the worker is slow to read, and behind half a message nothing can be read.
-        """
-        if self._main_sends:
+        """Raise *error* behind the block of `whole` that the main thread is in; return False when it is in none."""
+        if self._blocks:
             self._postponed = error
-        return self._main_sends
+        return self._blocks > 0
 
     def receive(self) -> Request | None:
         head = self._exactly(HEAD.size)
@@ -180,7 +185,8 @@ class _LiveSender:
 
     def send(self) -> None:
         """Send what is new."""
-        with self._lock:
+        # A limit that passes in between must not lose what is taken here to be sent: it is not new any more.
+        with self._lock, self._connection.whole():
             self._timer, self._sent_at = None, monotonic()
             for id_, (attempt, live) in list(self._told.items()):
                 if live.is_changed:
