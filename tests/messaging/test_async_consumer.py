@@ -129,6 +129,28 @@ class TestAwaitable:
         await message.aack()
         assert (await aqueue.astats()).leased == 0
 
+    @pytest.mark.parametrize("way", ["aconsume", "abatches"])
+    def test_a_loop_that_is_left_open(self, url, way):
+        """A loop that nobody closed ends with its event loop: what it held goes back, and nothing is complained of."""
+        complaints, backend = [], Client(url)
+        queue = Queue(backend, "mail", lease_ms=60_000)
+        loop = asyncio.new_event_loop()
+        loop.set_exception_handler(lambda _, context: complaints.append(context))
+        queue.push_many(range(3))
+        taking = getattr(queue, way)(2)
+
+        async def take():
+            await anext(taking)
+
+        loop.run_until_complete(take())
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(backend.aclose())
+        loop.close()
+        stats = queue.stats()
+        assert (complaints, stats.ready, stats.leased, stats.workers) == ([], 3, 0, 0)
+        queue.purge()
+        backend.close()
+
 
 async def _end(queue):
     [member] = await queue.client.arun(inspection.workers(queue.keys))

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from chaos.fault_proxy import Proxy
-from conveyor import Conveyor
+from conveyor import ConfigurationError, Conveyor
 from conveyor.store import operations
 from conveyor.store.fork_safety import lazy_property
 from conveyor.worker.worker import Worker
@@ -77,6 +77,87 @@ def test_forks_amid_commands(url: str, rounds: Rounds) -> None:
         assert len(wrong) == 20
         app.client.run(operations.purge(app.client.keys("default"), "ready", 1000))
         app.queue("default").purge()
+
+
+@pytest.mark.row("A12")
+@forks
+@pytest.mark.parametrize("way", ["consume", "batches", "pull"])
+def test_a_fork_amid_the_block_of_a_message(url: str, way: str) -> None:
+    """A forked child that leaves the block of a message and its loop ends neither; it cannot go on with the loop; the parent can."""
+    with Conveyor(url, lease="60s") as app:
+        queue = app.queue("mail")
+        queue.push_many(range(4))
+        taking = queue.consume(prefetch=2) if way == "consume" else queue.batches(2, 0.0)
+        pulled = queue.pull(2) if way == "pull" else []
+        block: Any = pulled[0] if pulled else next(taking)
+
+        def leave() -> int:
+            block.__exit__(SystemExit, SystemExit(), None)
+            if way == "pull":
+                return 0
+            with pytest.raises(ConfigurationError, match="in a forked child"):
+                next(taking)
+            taking.close()
+            return 0
+
+        block.__enter__()
+        assert exit_code(in_child(leave)) == 0
+        stats = queue.stats()
+        assert (stats.leased, stats.workers) == (2, 1)
+        block.__exit__(None, None, None)
+        following: Any = pulled[1] if pulled else next(taking)
+        following.ack()
+        taking.close()
+        assert len(queue) == (0 if way == "batches" else 2)
+        queue.purge()
+
+
+@pytest.mark.row("A12")
+@forks
+async def test_a_fork_amid_the_block_of_an_awaited_message(url: str) -> None:
+    """The same for a loop that is awaited: what leaves it in the child ends at once and sends nothing."""
+    async with Conveyor(url, lease="60s") as app:
+        queue = app.queue("mail")
+        await queue.apush_many(range(4))
+        taking = queue.aconsume(prefetch=2)
+        block = await anext(taking)
+
+        def leave() -> int:
+            for leaving in (block.__aexit__(SystemExit, SystemExit(), None), taking.aclose()):
+                with pytest.raises(StopIteration):
+                    leaving.send(None)
+            return 0
+
+        async with block:
+            assert await asyncio.to_thread(exit_code, in_child(leave)) == 0
+            stats = await queue.astats()
+            assert (stats.leased, stats.workers) == (2, 1)
+        async with await anext(taking):
+            pass
+        await taking.aclose()
+        assert await queue.alen() == 2
+        await queue.apurge()
+
+
+@pytest.mark.row("A12")
+@forks
+def test_a_fork_while_another_thread_settles(url: str) -> None:
+    """A child may settle what its parent has pulled, and waits for no lock that a thread of its parent holds."""
+    with Conveyor(url, lease="60s") as app:
+        queue = app.queue("mail")
+        queue.push(1)
+        [message] = queue.pull()
+
+        def settle() -> int:
+            signal.alarm(60)
+            message.ack()
+            return 0
+
+        settler: Any = message._settler
+        with settler._lock:
+            pid = in_child(settle)
+        assert exit_code(pid) == 0
+        assert queue.stats().leased == 0
 
 
 @pytest.mark.row("A12")

@@ -15,6 +15,7 @@ from conveyor.messaging.leases import LeasedMessage
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.payload import failures
 from conveyor.payload.redaction import Hide
+from conveyor.store.client.client import Client
 from conveyor.store.client.handling import HANDLED
 from conveyor.store.operations import Settlement
 from conveyor.units import Duration, milliseconds
@@ -28,6 +29,8 @@ logger = logging.getLogger("conveyor.queue")
 class Settler(Protocol):
     """Carries out how leased messages end. `settle` and `extend` raise LeaseLost."""
 
+    client: Client
+    forks: int
     policy: SettlementPolicy
     on_error: OnError
     failure_log: failures.FailureLog
@@ -291,7 +294,8 @@ class Message(Generic[T]):
     def _endings(self, error: BaseException | None, *, log: bool = True) -> list[Ending]:
         """Return how a block that ended with *error* settles this message, and log the failure."""
         leased, policy = self._leased, self._settler.policy
-        if leased.settled or leased.lost:
+        of_parent = self._settler.client.forks != self._settler.forks  # which ends it; this is a forked child
+        if leased.settled or leased.lost or of_parent:
             if isinstance(error, Exception) and self._settler.on_error == "log":
                 hide = policy.hide_of(leased)
                 self._settler.failure_log.log(
@@ -299,7 +303,7 @@ class Message(Generic[T]):
                 )
             elif leased.lost and not leased.settled:
                 logger.warning("Message %s lost its lease while it ran: another consumer may run it.", clean(self.id))
-            return self._unconfirmed() if error is None else []
+            return self._unconfirmed() if error is None and not of_parent else []
         if error is None:
             return [(leased, success(leased))]
         if not isinstance(error, Exception):

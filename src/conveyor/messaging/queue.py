@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import replace
 from typing import Any, Generic, TypeVar, Unpack, cast, get_args
 
@@ -106,14 +115,14 @@ class MessageSource(Generic[T]):
     def aconsume(self, prefetch: int = 1, *, on_error: OnError = "log") -> AsyncGenerator[Message[T], None]:
         """Awaitable form of `consume`."""
         prefetch = whole_number("prefetch", prefetch, 1, MOST_HELD)
-        return self._async(checked_on_error(on_error), lambda consumer: consumer.messages(prefetch))
+        return self._async(checked_on_error(on_error), lambda consumer: consumer.next_message(prefetch))
 
     def abatches(
         self, size: int = 100, within: Duration = "1s", *, on_error: OnError = "log"
     ) -> AsyncGenerator[Batch[T], None]:
         """Awaitable form of `batches`."""
         size, wait_ms = whole_number("size", size, 1, MOST_HELD), milliseconds(within, name="within")
-        return self._async(checked_on_error(on_error), lambda consumer: consumer.batches(size, wait_ms / 1000))
+        return self._async(checked_on_error(on_error), lambda consumer: consumer.next_batch(size, wait_ms / 1000))
 
     async def apull(self, n: int = 1, wait: Duration = 0, *, renew: bool = False) -> list[Message[T]]:
         """Awaitable form of `pull`."""
@@ -127,12 +136,16 @@ class MessageSource(Generic[T]):
         return AsyncConsumer(self.client, self._consumer_sources(transient), on_error, transient=transient)
 
     async def _async(
-        self, on_error: OnError, begin: Callable[[AsyncConsumer[T]], AsyncGenerator[V, None]]
+        self, on_error: OnError, following: Callable[[AsyncConsumer[T]], Awaitable[V]]
     ) -> AsyncGenerator[V, None]:
-        # Made inside the loop, at the first step; closing this one closes the inner one at once.
-        async with aclosing(begin(self._async_consumer(on_error))) as things:
-            async for thing in things:
-                yield thing
+        # One generator and none inside: an event loop that ends closes all that it knows at the same time.
+        consumer = self._async_consumer(on_error)  # made inside the loop, at the first step
+        await consumer.begin()
+        try:
+            while True:
+                yield await following(consumer)
+        finally:
+            await consumer.end()
 
 
 class QueueSelection(MessageSource[Any]):

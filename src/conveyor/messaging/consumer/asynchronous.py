@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -21,6 +21,7 @@ from conveyor.messaging.consumer.settling import (
     SettlerState,
     by_arrival,
     log_not_left,
+    loop_of_parent,
 )
 from conveyor.messaging.consumer.steps import LookStep, Program, TurnStep, WaitStep
 from conveyor.messaging.leases import LeasedMessage, LeaseSession, holds_all, settle_all
@@ -211,7 +212,7 @@ class AsyncConsumer(Generic[T]):
     def __init__(
         self, client: Client, sources: ConsumerSources[T], on_error: OnError, *, transient: bool = False
     ) -> None:
-        self.client = client
+        self.client, self._forks = client, client.forks
         self._sources = sources
         self._only_session = sources.only.session if sources.only is not None else None
         # No turn follows a pull by itself, so its messages are settled at once; they outlive this consumer.
@@ -238,31 +239,21 @@ class AsyncConsumer(Generic[T]):
 
     # -- what the queue hands out -----------------------------------------------------------------------------------
 
-    async def messages(self, prefetch: int) -> AsyncGenerator[Message[T], None]:
-        """Yield messages without end, each as soon as there is one."""
-        await self._begin()
-        try:
-            while True:
-                try:
-                    message = await self._follow(self._programs.fetch(prefetch))
-                except asyncio.CancelledError as stop:
-                    raise stop.with_traceback(None) from None  # how ctrl-C ends a loop: no need to show where it waited
-                yield message
-        finally:
-            await self._end()
+    async def next_message(self, prefetch: int) -> Message[T]:
+        """Return the next message, as soon as there is one."""
+        return await self._following(self._programs.fetch(prefetch))
 
-    async def batches(self, size: int, within: float) -> AsyncGenerator[Batch[T], None]:
-        """Yield batches without end: of *size*, or what came *within* seconds after the first."""
-        await self._begin()
+    async def next_batch(self, size: int, within: float) -> Batch[T]:
+        """Return the next batch: of *size*, or what came *within* seconds after the first."""
+        return Batch(await self._following(self._programs.gather(size, within)))
+
+    async def _following(self, program: Program[V]) -> V:
+        if self.client.forks != self._forks:
+            raise loop_of_parent()
         try:
-            while True:
-                try:
-                    batch = Batch(await self._follow(self._programs.gather(size, within)))
-                except asyncio.CancelledError as stop:
-                    raise stop.with_traceback(None) from None
-                yield batch
-        finally:
-            await self._end()
+            return await self._follow(program)
+        except asyncio.CancelledError as stop:
+            raise stop.with_traceback(None) from None  # how ctrl-C ends a loop: no need to show where it waited
 
     async def pull(self, count: int, wait: float, *, renew: bool = False) -> list[Message[T]]:
         """
@@ -294,14 +285,18 @@ class AsyncConsumer(Generic[T]):
 
     # -- driving ------------------------------------------------------------------------------------------------------
 
-    async def _begin(self) -> None:
+    async def begin(self) -> None:
+        """Begin a loop: agree on the number of partitions, and renew what will be leased."""
         await self._agree()
         self._renewer = LeaseRenewer(self.client, self.settlers, slack=1.6)
         self._renewal = asyncio.get_running_loop().create_task(self._renew())
 
-    async def _end(self) -> None:
+    async def end(self) -> None:
+        """End a loop: give everything back, and take the registrations away. In a forked child the parent does that."""
         if self._renewer is not None:
             self._renewer.stop()
+        if self.client.forks != self._forks:
+            return
         if self._renewal is not None:
             self._renewal.cancel()
         await see_through(self._go, None)

@@ -22,6 +22,7 @@ from conveyor.messaging.consumer.settling import (
     SettlerState,
     by_arrival,
     log_not_left,
+    loop_of_parent,
 )
 from conveyor.messaging.consumer.steps import LookStep, Program, TurnStep, WaitStep
 from conveyor.messaging.leases import LeasedMessage, LeaseSession, holds_all, settle_all
@@ -51,11 +52,13 @@ class BlockingSettler(SettlerState):
     ) -> None:
         super().__init__(client, session, policy, on_error)
         self._run = self._first_try = run
-        self._lock = threading.Lock()  # one turn of an identity in flight
+        self._lock, self._lock_forks = threading.Lock(), client.forks  # one turn of an identity in flight
 
     def settle(self, endings: Sequence[Ending]) -> None:
         """Settle, and return when Redis confirmed it. Raises LeaseLost, StoreUnavailable."""
         self.client.refuse_in_loop()
+        if self.client.forks != self._lock_forks:
+            self._renew_lock()
         settle_all(endings)
         with self._lock:
             drive(self.confirm(endings), self._run)
@@ -68,8 +71,14 @@ class BlockingSettler(SettlerState):
     def extend(self, leased: LeasedMessage, ms: int) -> None:
         """Move one message to an identity of its own."""
         self.client.refuse_in_loop()
+        if self.client.forks != self._lock_forks:
+            self._renew_lock()
         with self._lock:
             drive(self.move(leased, ms), self._run)
+
+    def _renew_lock(self) -> None:
+        """Forget in a forked child that a thread of the parent makes a turn."""
+        self._lock, self._lock_forks = threading.Lock(), self.client.forks
 
     async def asettle(self, endings: Sequence[Ending]) -> None:
         """Awaitable form of `settle`."""
@@ -161,7 +170,7 @@ class Consumer(Generic[T]):
     def __init__(
         self, client: Client, sources: ConsumerSources[T], on_error: OnError, *, transient: bool = False
     ) -> None:
-        self.client = client
+        self.client, self._forks = client, client.forks
         self._sources = sources
         self._only_session = sources.only.session if sources.only is not None else None
         # A loop over a queue in one piece has a connection of its own, which saves the way through the pool. An intake
@@ -198,6 +207,8 @@ class Consumer(Generic[T]):
         """Yield messages without end, each as soon as there is one."""
         with self:
             while True:
+                if self.client.forks != self._forks:
+                    raise loop_of_parent()
                 try:
                     message = self._follow(self._programs.fetch(prefetch))
                 except KeyboardInterrupt as stop:
@@ -209,6 +220,8 @@ class Consumer(Generic[T]):
         """Yield batches without end: of *size*, or what came *within* seconds after the first."""
         with self:
             while True:
+                if self.client.forks != self._forks:
+                    raise loop_of_parent()
                 try:
                     batch = Batch(self._follow(self._programs.gather(size, within)))
                 except KeyboardInterrupt as stop:
@@ -272,6 +285,8 @@ class Consumer(Generic[T]):
     def __exit__(self, *_: object) -> None:
         if self._renewer is not None:
             self._renewer.stop()
+        if self.client.forks != self._forks:
+            return  # the parent goes on with it
         self._stop_waiting()
         try:
             self._leave_all()
@@ -299,7 +314,8 @@ class Consumer(Generic[T]):
 
     def _run_own(self, call: Call[Any], *, deadline: float | None = None) -> Any:
         connection = self._connection  # read once: the loop may end while another thread settles
-        if connection is None:  # an extended message outlives its consumer
+        # An extended message outlives its consumer; a forked child has no part in the connection of its parent.
+        if connection is None or self.client.forks != self._forks:
             return self.client.run_once(call, deadline=deadline)
         return connection.run(call, retry_for=self.client.retry_for, deadline=deadline)
 

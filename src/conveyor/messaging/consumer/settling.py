@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from conveyor import ids
-from conveyor.errors import ConveyorError, StoreUnavailable
+from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
 from conveyor.messaging import outbox
 from conveyor.messaging.consumer.partition_steps import PartitionRoundRobin, QueueShares
 from conveyor.messaging.consumer.steps import ConsumerSteps
@@ -99,7 +99,7 @@ class SettlerState:
     """The leases of one identity and the policy for their ends, shared by both settlers."""
 
     def __init__(self, client: Client, session: LeaseSession, policy: SettlementPolicy, on_error: OnError) -> None:
-        self.client = client
+        self.client, self.forks = client, client.forks
         self.session = session
         self.policy = policy
         self.on_error: OnError = on_error
@@ -241,3 +241,11 @@ def log_not_left(session: LeaseSession, error: Exception) -> None:
     """Log that what *session* holds could not be given back."""
     if session.registered:
         logger.warning("Queue %s: leased messages return when their lease ends: %s", session.keys.queue, error)
+
+
+def loop_of_parent() -> ConfigurationError:
+    """Return the error for a loop that goes on in a forked child."""
+    return ConfigurationError(
+        "A loop over messages goes on in a forked child, and belongs to the process that began it: so do its messages. Nothing "
+        "was done. Leave the child with os._exit, or begin a loop there: consume()."
+    )
