@@ -544,3 +544,88 @@ def test_a_buffer_keeps_them() -> None:
             f"default/{partition_of('acme', 4)}"
         ]
         buffer._own_spool()._remove(record.to, record.lane, record.number)
+
+
+def test_changes_of_a_task_concern_all_its_limits(app: Conveyor) -> None:
+    """By the name of a task its limits are found, also those with names of their own, and no others of its queue."""
+
+    @app.task(name="mail:send", limits=[Rate(10, "1s"), Rate(100, "1m", name="provider", by="tenant")])
+    def send(tenant: str) -> None: ...
+
+    @app.task(name="mail:send.later", limits=[Rate(10, "1s")])
+    def later() -> None: ...
+
+    app.limits.set("mail:send", Rate(5, "1s"))
+    app.limits.set("mail:send", Rate(50, "1m"), key="acme")
+    app.limits.set("mail:send.later", Rate(7, "1s"))
+
+    states = app.limits.list("mail:send")
+    assert [(one.name, one.key, one.limit.n) for one in states] == [
+        ("mail.send.rate", None, 5), ("provider", None, 100), ("provider", "acme", 50),
+    ]  # fmt: skip
+    assert app.limits.reset("mail:send") == 2
+    changed = [(one.name, one.limit.n) for one in app.limits.list("default") if one.overridden]
+    assert changed == [("mail.send.later.rate", 7)]
+    assert app.limits.reset("mail:send.later") == 1
+
+
+def test_a_key_in_use_shows_what_holds_for_it(app: Conveyor) -> None:
+    """A limit that operators set for all keys is shown as the limit of each key, and its own as its own."""
+    mail: Any = app.queue("mail", dict, limits=[Concurrency(1, by="tenant")])
+    mail.push_many([{"tenant": tenant} for tenant in "ab"])
+    app.limits.set("mail", Concurrency(3, by="tenant"))
+    app.limits.set("mail", Concurrency(5, by="tenant"), key="b")
+    messages = mail.pull(2)
+
+    states = {
+        one.key: (one.limit.n, one.declared and one.declared.n, one.overridden) for one in app.limits.list("mail")
+    }
+
+    assert states == {None: (3, 1, True), "a": (3, 1, False), "b": (5, 1, True)}
+    app.limits.reset("mail")
+    for message in messages:
+        message.ack()
+
+
+def test_changes_made_before_the_first_push_hold_in_partitions(url: str) -> None:
+    """A change of operators to a declared queue in partitions holds in them, also when nothing was pushed to it before."""
+    with Conveyor(url) as app:
+        mail: Any = app.queue("mail", dict, partitions=2, limits=[Concurrency(2, by="group"), Rate(100, "1s")])
+
+        app.groups.set("mail", "a", weight=3)
+        app.limits.set("mail", Concurrency(4, by="group"))
+        app.limits.set("mail", Rate(50, "1s"))
+        mail.push_many([{"n": n} for n in range(6)], group="a")
+
+        assert [(one.name, one.limit.n, one.overridden) for one in app.limits.list("mail") if one.key is None] == [
+            ("concurrency.group", 4, True), ("rate", 50, True),
+        ]  # fmt: skip
+        assert [(one.key, one.weight) for one in app.groups.list("mail")] == [("a", 3)]
+        messages = mail.pull(10)
+        assert len(messages) == 4
+        assert app.limits.reset("mail") == 2
+        for message in [*messages, *mail.pull(10)]:
+            message.ack()
+        app.groups.set("mail", "a", weight=1)
+        for message in mail.pull(10):
+            message.ack()
+
+
+def test_nothing_is_set_while_the_number_of_partitions_changes(url: str) -> None:
+    """A change that comes amid a change of the number of partitions is refused, since it would reach none of them."""
+    with Conveyor(url) as app:
+        mail: Any = app.queue("mail", dict, partitions=2, limits=[Rate(100, "1s")])
+        mail.purge()
+        mail.push({"n": 1})
+        mail.purge()
+        keys = app.client.keys("mail")
+        app.client.execute("HSET", keys.conf, "partitions", "0", "switch", "2 3 token", key=keys.conf)
+
+        with pytest.raises(ConfigurationError, match="is being changed right now"):
+            app.limits.set("mail", Rate(50, "1s"))
+        with pytest.raises(ConfigurationError, match="is being changed right now"):
+            app.groups.set("mail", "a", paused=True)
+
+        app.client.execute("HDEL", keys.conf, "switch", key=keys.conf)
+        app.client.execute("HSET", keys.conf, "partitions", "2", key=keys.conf)
+        assert not any(one.overridden for one in app.limits.list("mail"))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import redis as redis_py
 
-from conveyor import Conveyor, Debounce, Duplicate, Throttle, Unique
+from conveyor import Concurrency, Conveyor, Debounce, Duplicate, Rate, Throttle, Unique
 from conveyor.errors import ConfigurationError, JobCancelled, JobNotFound, PayloadError, StoreUnavailable
 from conveyor.jobs.context import Context, current
 from conveyor.jobs.job import Job
@@ -226,6 +227,14 @@ def test_rerun_runs_once_more_with_the_latest(app: Conveyor, manual: ManualWorke
     assert (held(redis, app), task.enqueue(1).duplicate) == (0, False)
 
 
+def make_expired(redis: redis_py.Redis, manual: ManualWorker, job: Job[Any]) -> None:
+    """Have the time of a job that expires be over."""
+    id_ = operations_id(job)
+    envelope, changed = re.subn(rb" e\d+", b" e1", redis.hget(manual.keys.jobs, id_), count=1)
+    assert changed
+    redis.hset(manual.keys.jobs, id_, envelope)
+
+
 def operations_id(job: Job[Any]) -> str:
     """Return the id of a job within its queue."""
     return job.id.rpartition(":")[2]
@@ -274,6 +283,108 @@ WAYS_OUT: dict[str, Callable[[Conveyor, ManualWorker, str], None]] = {
     "deleted": delete_waiting,
     "expired": expire,
 }
+
+
+@pytest.mark.parametrize("way", WAYS_OUT)
+def test_the_rerun_takes_over_the_rest_of_a_window(
+    app: Conveyor, manual: ManualWorker, redis: redis_py.Redis, way: str
+) -> None:
+    """However the first job of a window of time ends, the one that runs after it has the key for what is left of that window."""
+    task = app.task(unique=Unique(by=("page",), until="5m", conflict="rerun"))(sync)
+    task.enqueue(1, "a")
+    [id_] = manual.take()
+    rerun = task.enqueue(1, "b")
+
+    WAYS_OUT[way](app, manual, id_)
+
+    assert (task.enqueue(1, "c").duplicate, held(redis, app)) == (True, 1)
+    [key] = [key for key in redis.keys(f"{app.client.namespace}:*") if b":unique:k:" in key]
+    assert (redis.get(key).decode(), 0 < redis.pttl(key) <= 300_000) == (operations_id(rerun), True)
+    assert rerun.status() in {"ready", "leased"}
+    if rerun.status() == "ready":
+        assert rerun.cancel() == "removed"
+        assert not task.enqueue(1).duplicate
+
+
+def test_a_rerun_takes_no_key_that_another_job_has(app: Conveyor, manual: ManualWorker, redis: redis_py.Redis) -> None:
+    """When the window is over while the first job runs, the job that came then keeps its key, whenever the first one ends."""
+    task = app.task(unique=Unique(by=("page",), until="5m", conflict="rerun"))(sync)
+    task.enqueue(1, "a")
+    [id_] = manual.take()
+    task.enqueue(1, "b")
+    [key] = [key for key in redis.keys(f"{app.client.namespace}:*") if b":unique:k:" in key]
+    redis.delete(key)  # as if its time had come
+    other = task.enqueue(1, "c")
+
+    manual.done(id_)
+
+    assert redis.get(key).decode() == operations_id(other)
+
+
+@pytest.mark.parametrize("until", ["done", "start", "5m"])
+@pytest.mark.parametrize("conflict", ["keep", "raise", "replace", "rerun"])
+def test_an_expired_job_keeps_no_call_out(
+    app: Conveyor, manual: ManualWorker, redis: redis_py.Redis, conflict: Any, until: Any
+) -> None:
+    """A job that expired while it waited will not run, so a call with its key is a job of its own, and runs."""
+    task = app.task(unique=Unique(by=("page",), until=until, conflict=conflict), expires="1h")(sync)
+    first = task.options(expires="1m").enqueue(1, "a")
+    make_expired(redis, manual, first)
+
+    second = task.enqueue(1, "a")
+
+    assert (second.duplicate, second.id == first.id) == (False, False)
+    assert app.client.run(inspection.audit(manual.keys)) == []
+    [holder] = [redis.get(key).decode() for key in redis.keys(f"{app.client.namespace}:*") if b":unique:k:" in key]
+    assert holder == operations_id(second)
+    assert taken(app, manual) == [[1, "a"]]
+    with pytest.raises(JobCancelled):
+        first.result(timeout=5)
+    assert held(redis, app) == (0 if until == "start" else 1)  # the first one took nothing from it when it was dropped
+
+
+def test_a_dead_letter_with_a_time_to_live_keeps_its_window(
+    app: Conveyor, manual: ManualWorker, redis: redis_py.Redis
+) -> None:
+    """A job that ran and died holds its window of time, also when it would have expired since."""
+    task = app.task(unique=Unique(by=("page",), until="5m"), expires="1m")(sync)
+    first = task.enqueue(1)
+    manual.dead(*manual.take(), None)
+    make_expired(redis, manual, first)
+
+    assert task.enqueue(1).id == first.id
+
+
+def test_a_debounced_job_that_expired_is_not_put_off(
+    app: Conveyor, manual: ManualWorker, redis: redis_py.Redis
+) -> None:
+    """A call that meets a debounced job which expired begins a wait of its own."""
+    task = app.task(debounce=Debounce("1h", by="page"))(sync)
+    first = task.options(expires="1m").enqueue(1, "a")
+    make_expired(redis, manual, first)
+
+    second = task.enqueue(1, "b")
+
+    assert (second.conflict, second.id == first.id, second.status()) == (None, False, "scheduled")
+
+
+def test_a_rerun_is_put_off_by_debounced_calls(app: Conveyor, manual: ManualWorker, redis: redis_py.Redis) -> None:
+    """A debounced job that is to run after another one is put off by each call, as one that is scheduled is."""
+    task = app.task(unique=Unique(by=("page",), conflict="rerun"), debounce=Debounce("1h", by="page", max_wait="100h"))(
+        sync
+    )
+    first = task.enqueue(1, "a")
+    app.client.run(operations.promote(manual.keys, operations_id(first)))
+    [id_] = manual.take()
+    rerun = task.enqueue(1, "b")
+    line, _, rest = redis.hget(manual.keys.jobs, operations_id(rerun)).partition(b"\t")
+    redis.hset(manual.keys.jobs, operations_id(rerun), b" d1\t" + rest)  # as if its wait were over
+
+    assert task.enqueue(1, "c").id == rerun.id
+    manual.done(id_)
+
+    assert (line[:2], rerun.status()) == (b" d", "scheduled")
+    assert redis.zscore(manual.keys.due, operations_id(rerun)) > 10**12
 
 
 @pytest.mark.row("D330")
@@ -353,6 +464,100 @@ def test_the_rerun_can_be_cancelled_and_purged(app: Conveyor, manual: ManualWork
         other.status()
     manual.done(id_)
     assert (taken(app, manual), held(redis, app)) == ([], 0)
+
+
+PLACES: dict[str, Callable[[ManualWorker, Task[..., Any]], str]] = {}
+
+
+def place(name: str) -> Callable[[Any], Any]:
+    return lambda function: PLACES.setdefault(name, function)
+
+
+@place("first of its group")
+def first_of_its_group(manual: ManualWorker, task: Task[..., Any]) -> str:
+    return operations_id(task.enqueue(1, tenant="a"))
+
+
+@place("behind another one")
+def behind_another(manual: ManualWorker, task: Task[..., Any]) -> str:
+    task.enqueue(2, tenant="a")
+    return operations_id(task.enqueue(1, tenant="a"))
+
+
+@place("at a full limit")
+def at_a_full_limit(manual: ManualWorker, task: Task[..., Any]) -> str:
+    task.enqueue(2, tenant="a")
+    manual.take(5)
+    id_ = operations_id(task.enqueue(1, tenant="a"))
+    assert manual.take(5) == []
+    return id_
+
+
+@place("scheduled")
+def scheduled(manual: ManualWorker, task: Task[..., Any]) -> str:
+    id_ = operations_id(task.options(delay="1h").enqueue(1, tenant="a"))
+    assert task.enqueue(1, "kept", tenant="a").duplicate
+    return id_
+
+
+@place("before a retry")
+def before_a_retry(manual: ManualWorker, task: Task[..., Any]) -> str:
+    id_ = operations_id(task.enqueue(1, tenant="a"))
+    assert manual.take(5) == [id_]
+    manual.turn(0, Settlement("R", id_, 3_600_000, state=b"1 1 0"))
+    return id_
+
+
+@place("without a group")
+def without_a_group(manual: ManualWorker, task: Task[..., Any]) -> str:
+    return operations_id(task.options(priority=3).enqueue(1, tenant=None))
+
+
+@place("to be run afterwards")
+def to_be_run_afterwards(manual: ManualWorker, task: Task[..., Any]) -> str:
+    task.enqueue(1, tenant="a")
+    manual.take(5)
+    return operations_id(task.enqueue(1, "again", tenant="a"))
+
+
+@pytest.mark.parametrize("group_by", [None, "tenant"])
+@pytest.mark.parametrize("where", PLACES)
+def test_new_arguments_have_their_own_group_and_limits(
+    app: Conveyor, manual: ManualWorker, redis: redis_py.Redis, where: str, group_by: str | None
+) -> None:
+    """A job whose arguments were replaced waits in the group and at the limits of the new ones, and pays their cost."""
+
+    def bill(page: int, text: str = "", *, tenant: str | None, tokens: int = 1) -> None: ...
+
+    limits = [Concurrency(1, by="tenant"), Rate(100, "1h", by="tenant", cost="tokens")]
+    task = app.task(name="bill", unique=Unique(by=("page",), conflict="replace"), limits=limits, group_by=group_by)(
+        bill
+    )
+    id_ = PLACES[where](manual, task)
+    blocks = task.options(priority=9).enqueue(3, tenant="b", tokens=60)
+    assert manual.take(1) == [operations_id(blocks)]
+
+    calls = [task.s(1, "new", tenant="b", tokens=tokens) for tokens in (7, 40, 41)]
+    assert {job.conflict for job in app.enqueue_many(calls)} <= {"replaced", "rerun"}
+
+    assert app.client.run(inspection.audit(manual.keys)) == []
+    manual.done(operations_id(blocks))
+    for other in [one for one in manual.envelopes if one not in {id_, operations_id(blocks)}]:
+        manual.done(other)
+    if redis.zscore(manual.keys.due, id_):
+        app.client.run(operations.promote(manual.keys, id_))
+    rest = [one for one in manual.take(5) if one != id_]
+    assert id_ not in manual.take(5)  # 60 and 41 are more than the rate lets pass
+    assert task.enqueue(1, "newer", tenant="b", tokens=40).id.endswith(id_)
+    assert app.client.run(inspection.audit(manual.keys)) == []
+    assert manual.take(5) == [id_]
+    assert arguments(app, manual.envelopes[id_]) == ([1, "newer"], {"tenant": "b", "tokens": 40})
+    used = {(one.name, one.key): one.used for one in app.limits.list("default") if one.key}
+    assert (used["bill.concurrency.tenant", "b"], used["bill.rate.tenant", "b"]) == (1, 100)
+    for one in [*rest, id_]:
+        manual.done(one)
+    assert not redis.exists(f"{manual.keys.prefix}slots")
+    assert app.client.run(inspection.audit(manual.keys)) == []
 
 
 # -- debounce and throttle --------------------------------------------------------------------------------------------

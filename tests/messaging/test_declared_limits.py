@@ -160,6 +160,11 @@ REFUSED_TASKS: list[tuple[dict[str, Any], str]] = [
     ({"limits": [Rate(1, "1s")], "queue": "listed"}, "plain list 'listed'"),
     ({"group_by": "tenant", "name": "fed"}, "plain list"),
     ({"queue": "strict"}, "names 'customer', which is no argument"),
+    (
+        {"limits": [Rate(9, "1s"), Concurrency(1)], "ack": "early"},
+        r"Concurrency\(1\) of task send counts jobs that run",
+    ),
+    ({"queue": "narrow", "ack": "early"}, r"Concurrency\(1\) of queue narrow counts jobs that run"),
 ]
 
 
@@ -172,6 +177,7 @@ def test_what_a_task_cannot_have_is_refused_at_import(app: Conveyor, options: di
     app.plain_list("listed")
     app.plain_list("feeds", task="fed")
     app.queue("strict", limits=[Rate(1, "1s", by="customer")])
+    app.queue("narrow", limits=[Concurrency(1)])
     before = set(app.tasks)
 
     def send(tenant: str) -> None: ...
@@ -191,6 +197,9 @@ def test_a_queue_is_checked_with_its_tasks(app: Conveyor) -> None:
         app.queue("mail", limits=[Rate(1, "1s", by="customer")])
     with pytest.raises(ConfigurationError, match=r"Concurrency\(2\) of task send is smaller than the 4 partitions"):
         app.queue("mail", partitions=4)
+    app.task(name="early", queue="early", ack="early")(lambda: None)
+    with pytest.raises(ConfigurationError, match="those of task 'early', which has ack='early'"):
+        app.queue("early", limits=[Concurrency(1)])
     app.queue("mail", partitions=2, limits=[Rate(2, "1s", by="tenant")])
     assert entry(send, "a").limits == ("1:send.concurrency", "1:rate.tenant:a")
 

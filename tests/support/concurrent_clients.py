@@ -153,7 +153,9 @@ class SimulatedClient:
                 assert isinstance(reply, StalePush)
                 return
             if number > last:
-                ids = [replayed.model.push(entry.id, job, rank, entry.front)[0] for entry, job, rank in made]
+                ids: list[str] = []
+                for entry, job, rank in made:
+                    ids.append(replayed.model.push(entry.id, job, rank, entry.front, ids)[0])
                 answer = not replayed.known if plain else ids
                 replayed.lanes[lane], replayed.known = (number, answer), True
             assert reply == answer

@@ -126,6 +126,17 @@ class LevelledModel(Model):
         if held:
             self.slots[id_] = held
 
+    def replace(self, id_: str, job: Job) -> None:
+        """Move the job to the end of another group, where that is another one by now."""
+        there = self.jobs[id_]
+        line, moves = self.line_of(id_), group_of(there) != group_of(job)
+        super().replace(id_, job)
+        if moves:
+            self.slots.pop(id_, None)
+        if moves and id_ in line:
+            line.remove(id_)
+            self.line_of(id_).append(id_)
+
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def told(self) -> bool:

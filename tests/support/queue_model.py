@@ -6,6 +6,7 @@ Instants are ranks: due ones lie below `NOW`, far ones above, and equal ranks ar
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,9 +141,13 @@ class Model:
     def release(self, id_: str, *, ended: bool = False) -> None:
         """Give back the unique key, and let the job take its place that waits for it; keep the own id for a day."""
         job = self.jobs[id_]
-        if job.unique and self.unique.get(job.unique) == id_ and not (ended and job.life == "t"):
-            del self.unique[job.unique]
-        if (successor := self.reruns.pop(id_, None)) is not None:
+        successor = self.reruns.pop(id_, None)
+        if job.unique and self.unique.get(job.unique) == id_:
+            if successor is not None:
+                self.unique[job.unique] = successor
+            elif not (ended and job.life == "t"):
+                del self.unique[job.unique]
+        if successor is not None:
             self._admit(successor)
         if job.own and id_ in self.own:
             self.own[id_] = True
@@ -150,9 +155,7 @@ class Model:
     def _admit(self, id_: str) -> None:
         job = self.jobs[id_]
         assert job.unique is not None
-        if job.life == "t":
-            self.unique.update({job.unique: id_} if job.unique in self.unique else {})
-        else:
+        if job.life != "t":
             self.unique.setdefault(job.unique, id_)
         if job.rank is not None and job.rank > NOW:
             self.due[id_] = job.rank
@@ -177,12 +180,18 @@ class Model:
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
-    def push(self, id_: str, job: Job, rank: float | None, front: bool) -> tuple[str, str | None]:
-        """Accept one message; return its id or the one that is there already, and what was done then. Raises KeyHeld."""
+    def push(
+        self, id_: str, job: Job, rank: float | None, front: bool, beside: Container[str] = ()
+    ) -> tuple[str, str | None]:
+        """
+        Accept one message; return its id or the one that is there already, and what was done then. Raises KeyHeld.
+
+        Those *beside* it, which the same push has stored or changed before, have not expired yet.
+        """
         job.rank = rank
         if job.own and (id_ in self.own or id_ in self.jobs):
             return id_, "kept"
-        if job.unique and (holder := self.unique.get(job.unique)) and (holder in self.jobs or job.life == "t"):
+        if (holder := self._key_holder(job, beside)) is not None:
             return self._meet(holder, id_, job)
         self._store(id_, job)
         if job.unique:
@@ -196,6 +205,14 @@ class Model:
             line.insert(0 if front else len(line), id_)
             self.wake()
         return id_, None
+
+    def _key_holder(self, job: Job, beside: Container[str] = ()) -> str | None:
+        """Return the job that has the key of another one; one that expired while it waited has none, unless it has a successor."""
+        holder = self.unique.get(job.unique) if job.unique else None
+        if holder is None or (there := self.jobs.get(holder)) is None:
+            return holder if job.life == "t" else None
+        keeps = not there.expired or holder in beside or there.stub or holder in self.dead or holder in self.reruns
+        return holder if keeps or self.holder(holder) is not None else None
 
     def _store(self, id_: str, job: Job) -> None:
         self.jobs[id_] = job
@@ -212,7 +229,7 @@ class Model:
         if job.conflict == "k" or there is None or there.stub or holder in self.dead:
             return holder, "kept"
         if (successor := self.reruns.get(holder)) is not None:
-            self.jobs[successor].body, self.jobs[successor].expired = job.body, job.expired
+            self.replace(successor, job)
             return successor, "rerun"
         runs = self.holder(holder) is not None
         if there.body == job.body and (job.conflict == "r" or (job.conflict == "a" and not runs)):
@@ -221,12 +238,17 @@ class Model:
             self._store(id_, job)
             self.reruns[holder] = id_
             return id_, "rerun"
-        there.body, there.expired = job.body, job.expired
+        self.replace(holder, job)
         if job.conflict == "b" and holder in self.due and job.rank is not None:
             self.due[holder] = job.rank
             if self.in_order()[0] == holder:
                 self.wake()
         return holder, "replaced"
+
+    def replace(self, id_: str, job: Job) -> None:
+        """Give a job that waits what another one was pushed with."""
+        there = self.jobs[id_]
+        there.body, there.expired, there.group, there.limits = job.body, job.expired, job.group, job.limits
 
     def turn(self, name: str, want: int, settled: list[tuple[str, str, Any]], *, leave: bool = False) -> Reply:
         """Settle (kind, id, state or rank of a retry with state)… and lease up to *want*."""
@@ -391,7 +413,7 @@ class Model:
         found: list[str] = []
         for id_ in dict.fromkeys(one for one in ids if one in self.dead):
             job = self.jobs[id_]
-            if job.unique and job.life != "t" and self.unique.get(job.unique, id_) != id_:
+            if job.life != "t" and self._key_holder(job) not in {None, id_}:
                 continue
             found.append(id_)
             self.dead.remove(id_)

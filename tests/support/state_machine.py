@@ -173,7 +173,9 @@ class QueueMachine(RuleBasedStateMachine):
             call = operations.push(self.keys, sender, [entry for entry, _, _ in made], max_length=maximum)
         before = deepcopy(self.model) if maximum or any(job.conflict == "x" for _, job, _ in made) else self.model
         try:
-            answers = [self.model.push(entry.id, job, rank, entry.front) for entry, job, rank in made]
+            answers: list[tuple[str, str | None]] = []
+            for entry, job, rank in made:
+                answers.append(self.model.push(entry.id, job, rank, entry.front, {id_ for id_, _ in answers}))
         except KeyHeld:
             self.model = before
             with self._refused(Duplicate):

@@ -176,7 +176,8 @@ class Conveyor:
         self.client, self.namespace = client, namespace
         self.sealing = self._core.sealing
         self.tasks = self._core.tasks
-        self.limits, self.groups = LimitControl(client, self._core.find_limits), GroupControl(client)
+        self.limits = LimitControl(client, self._core.find_limits)
+        self.groups = GroupControl(client, self._core.find_groups)
 
     if not TYPE_CHECKING:
 

@@ -16,9 +16,11 @@ from conveyor.messaging.declared_limits import (
     QueueLimits,
     job_reader,
     queue_owner,
+    show_limit,
     task_owner,
 )
 from conveyor.messaging.limit_control import LimitPlace
+from conveyor.messaging.limits import Concurrency
 from conveyor.messaging.retry import Retry, retry_policy
 from conveyor.payload.formats import FormatChoice, FormatCodec, FormatRegistry, codec_for
 from conveyor.store.client.client import Client
@@ -31,7 +33,7 @@ from conveyor.units import Duration, positive_ms
 
 if TYPE_CHECKING:
     from conveyor.jobs.task import TaskDefinition
-    from conveyor.messaging.limits import Concurrency, Rate
+    from conveyor.messaging.limits import Rate
     from conveyor.messaging.partitions import Partitions
     from conveyor.messaging.plain_list import PlainList
     from conveyor.messaging.push_options import PushMiddleware
@@ -183,6 +185,7 @@ class QueueRegistry:
         if reader is None:
             own, partitions = self.limits.get(queue), self.partitioned.get(queue)
             declared = (*task.limits, *(() if own is None else own.of(queue_owner(queue))))
+            _refuse_uncounted(task, declared)
             reader = LoadKeyReader(
                 declared,
                 job_reader(task.signature.argument_reader),
@@ -203,9 +206,15 @@ class QueueRegistry:
     def find_limits(self, name: str) -> LimitPlace:
         """Return where the limits of a queue or a task are, and what this program declares there."""
         task = None if name in self.queues else self.definitions.get(name)
-        if task is None:
-            return LimitPlace(name, limits=self.limits.get(name))
-        return LimitPlace(task.queue, task.name, self.limits.get(task.queue))
+        return self._limit_place(name) if task is None else self._limit_place(task.queue, task.name)
+
+    def find_groups(self, queue: str) -> LimitPlace:
+        """Return where the groups of a queue are."""
+        return self._limit_place(queue)
+
+    def _limit_place(self, queue: str, task: str = "") -> LimitPlace:
+        partitions = self.partitioned.get(queue)
+        return LimitPlace(queue, task, self.limits.get(queue), 1 if partitions is None else partitions.count)
 
     def check_limits(self, task: TaskDefinition) -> None:
         """Raise ConfigurationError for a task whose jobs cannot have their limits or their group in its queue."""
@@ -396,6 +405,7 @@ class QueueRegistry:
                 queue.limits.add(owner, declared)
         for task in tasks if own or name in self.partitioned else ():
             declared = (*task.limits, *queue.limits.of(queue_owner(name)))
+            _refuse_uncounted(task, declared)
             LoadKeyReader(declared, job_reader(task.signature.argument_reader), group_by=task.settings.group_by)
         if queue.limits.owners:
             self.limits[name] = queue.limits
@@ -542,3 +552,14 @@ def _difference(one: dict[str, object], other: dict[str, object]) -> str:
 
 def _option_text(value: object) -> str:
     return value.__name__ if isinstance(value, type) else str(value).removeprefix("typing.")
+
+
+def _refuse_uncounted(task: TaskDefinition, declared: Iterable[DeclaredLimit]) -> None:
+    """Raise ConfigurationError for limits of what runs, which never see a job that is acknowledged before it runs."""
+    for one in declared if task.settings.ack == "early" else ():
+        if isinstance(one.limit, Concurrency):
+            raise ConfigurationError(
+                f"{show_limit(one.limit)} of {one.owner} counts jobs that run, and those of task {task.name!r}, which has "
+                "ack='early', have ended before they run: any number could run at a time. "
+                "Declare ack='late', or a Rate, which counts starts."
+            )

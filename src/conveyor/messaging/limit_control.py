@@ -11,7 +11,7 @@ import msgspec
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError
-from conveyor.messaging.declared_limits import QueueLimits, default_name, limit_text, read_limit, show_limit
+from conveyor.messaging.declared_limits import QueueLimits, default_name, limit_text, read_limit, show_limit, task_owner
 from conveyor.messaging.limits import Concurrency, Rate
 from conveyor.payload.key_text import group_key, key_text
 from conveyor.store import limits as store_limits
@@ -30,9 +30,9 @@ class LimitState(msgspec.Struct, frozen=True):
     """
     One limit, or one key of it, at this moment. Of a queue in partitions numbers are sums.
 
-    `limit` is in force, `declared` what code says; they differ while an operator's change (`overridden`) holds. `used` are
-    the jobs that run under a concurrency, or what a rate has spent in its window. `waiting` are jobs that wait at it,
-    `opens_at` is when a full rate has room again.
+    `limit` is in force, `declared` what code says; they differ while an operator's change holds. `overridden`: it was made to this
+    limit, or this key of it; a key without one follows the limit. `used` are the jobs that run under a concurrency, or what a
+    rate has spent in its window. `waiting` are jobs that wait at it, `opens_at` is when a full rate has room again.
     """
 
     queue: str
@@ -66,12 +66,19 @@ Names = list[str | None]
 
 
 class LimitPlace(NamedTuple):
-    """The queue that an operator's name stands for: a queue, or that of a task, whose name the limits begin with."""
+    """The queue that an operator's name stands for: a queue, or that of a task (`prefix`), whose own limits alone are meant."""
 
     queue: str
     prefix: str = ""
     limits: QueueLimits | None = None
     """Those that this program declares there."""
+    partitions: int = 1
+    """Those that this program declares."""
+
+    def means(self, name: str) -> bool:
+        """Tell whether the limit called *name* is meant."""
+        own = self.limits.of(task_owner(self.prefix)) if self.prefix and self.limits else ()
+        return not self.prefix or any(one.name == name for one in own)
 
 
 class LimitControl:
@@ -121,7 +128,7 @@ class LimitControl:
                 f'limits.set takes Rate(…) or Concurrency(…), such as Rate(500, "1m"), not {limit!r}.'
             )
         place = self._find(ids.queue_name(owner))
-        parts = yield from _parts(self._client, place.queue)
+        parts = yield from _parts(self._client, place, changes=True)
         yield from _declare(place, parts)
         records: LimitRecords = yield store_limits.list_limits(parts[0])
         found = _choose(owner, place, limit, key, records)
@@ -138,15 +145,16 @@ class LimitControl:
 
     def _list(self, owner: str) -> Program[LimitStates]:
         place = self._find(ids.queue_name(owner))
-        parts = yield from _parts(self._client, place.queue)
+        parts = yield from _parts(self._client, place)
         yield from _declare(place, parts)
         merged: dict[tuple[str, str], LimitState] = {}
         for keys in parts:
             records: LimitRecords = yield store_limits.list_limits(keys)
+            of_all = {record.name: record.override for record in records if not record.key}
             for record in records:
-                if place.prefix and not record.name.startswith(f"{place.prefix.replace(':', '.')}."):
+                if not place.means(record.name):
                     continue
-                state = _state(place.queue, record, len(parts))
+                state = _state(place.queue, record, of_all.get(record.name, ""), len(parts))
                 known = merged.get((record.name, record.key))
                 merged[record.name, record.key] = state if known is None else _sum(known, state)
         return [merged[one] for one in sorted(merged)]
@@ -155,11 +163,11 @@ class LimitControl:
         if key is not None and name is None:
             raise ConfigurationError("limits.reset(key=…) needs the name of the limit too: reset(queue, name, key).")
         place = self._find(ids.queue_name(owner))
-        parts = yield from _parts(self._client, place.queue)
+        parts = yield from _parts(self._client, place, changes=True)
         if name is not None or place.prefix:
             records: LimitRecords = yield store_limits.list_limits(parts[0])
             known = sorted({record.name for record in records})
-            names: Names = [name] if name is not None else [one for one in known if one.startswith(f"{place.prefix}.")]
+            names: Names = [name] if name is not None else [one for one in known if place.means(one)]
             if name is not None and name not in known:
                 raise ConfigurationError(
                     f"Queue {place.queue!r} has no limit {name!r}. {_listed(known)} Nothing was changed."
@@ -178,8 +186,8 @@ class LimitControl:
 class GroupControl:
     """The groups of queues while programs run: `app.groups`. Each call has an awaitable twin."""
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
+    def __init__(self, client: Client, find: Callable[[str], LimitPlace] = LimitPlace) -> None:
+        self._client, self._find = client, find
 
     def set(self, queue: str, key: str, *, weight: int | None = None, paused: bool | None = None) -> None:
         """
@@ -212,14 +220,14 @@ class GroupControl:
             )
         if paused is not None and not isinstance(paused, bool):
             raise ConfigurationError(f"paused must be True or False, not {paused!r}. Nothing was changed.")
-        for keys in (yield from _parts(self._client, ids.queue_name(queue))):
+        for keys in (yield from _parts(self._client, self._find(ids.queue_name(queue)), changes=True)):
             yield store_limits.set_group(keys, text, weight=weight, paused=paused)
 
     def _list(self, queue: str, limit: int) -> Program[GroupStates]:
         if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MOST_GROUPS:
             raise ConfigurationError(f"limit must be a whole number from 1 to {MOST_GROUPS:,}, not {limit!r}.")
         merged: dict[str, GroupState] = {}
-        for keys in (yield from _parts(self._client, ids.queue_name(queue))):
+        for keys in (yield from _parts(self._client, self._find(ids.queue_name(queue)))):
             records: GroupRecords = yield store_limits.list_groups(keys, limit)
             for one in records:
                 known = merged.get(one.group)
@@ -230,12 +238,22 @@ class GroupControl:
         return sorted(merged.values(), key=lambda one: (-one.waiting, one.key))[:limit]
 
 
-def _parts(client: Client, queue: str) -> Program[list[QueueKeys]]:
-    """Return the keys of *queue*, or of each of its partitions."""
-    number, _ = yield partitioning.count(client.keys(queue))
+def _parts(client: Client, place: LimitPlace, *, changes: bool = False) -> Program[list[QueueKeys]]:
+    """
+    Return the keys of a queue, or of each of its partitions; in one that nobody has used yet the number declared here is recorded.
+
+    Raises PartitionCountMismatch, which for a reader that *changes* nothing does not concern a number that is being changed.
+    """
+    number, _ = yield partitioning.count(client.keys(place.queue))
+    if number == 0 and changes:
+        raise partitioning.PartitionCountMismatch(client.keys(place.queue), "0")
+    if number == 1 and place.partitions > 1:
+        number = place.partitions
+        for claim in partitioning.claims(client.namespace, place.queue, number):  # noqa: UP028 - a list takes no answers
+            yield claim
     if number <= 1:
-        return [client.keys(queue)]
-    return [QueueKeys(client.namespace, ids.partition(queue, one), partitions=number) for one in range(number)]
+        return [client.keys(place.queue)]
+    return [QueueKeys(client.namespace, ids.partition(place.queue, one), partitions=number) for one in range(number)]
 
 
 def _declare(place: LimitPlace, parts: Iterable[QueueKeys]) -> Program[None]:
@@ -256,8 +274,8 @@ def _choose(
         named = [one for one in fits if one.name == limit.name]
     else:
         named = [one for one in fits if one.name == default_name(limit, place.prefix)]
-        if not named and not place.prefix:
-            named = fits
+        if not named:
+            named = [one for one in fits if place.means(one.name)]
     if len(named) == 1:
         return named[0]
     what = f"More than one limit of {owner!r}" if named else f"No limit of {owner!r}"
@@ -290,9 +308,11 @@ def _is_exact(declared: str) -> bool:
     return declared.rpartition(" ")[2].startswith("+")
 
 
-def _state(queue: str, record: LimitRecord, partitions: int) -> LimitState:
+def _state(queue: str, record: LimitRecord, of_all: str, partitions: int) -> LimitState:
+    """Return the state of a limit or a key; *of_all*: what operators have set for all keys, or ""."""
     declared = read_limit(record.declared) if record.declared else None
-    override = read_limit(record.override, record.declared) if record.override else None
+    in_effect = record.override or of_all
+    override = read_limit(in_effect, record.declared) if in_effect else None
     factor = 1 if _is_exact(record.declared) else partitions
     in_force = override or declared
     assert in_force is not None
@@ -302,7 +322,7 @@ def _state(queue: str, record: LimitRecord, partitions: int) -> LimitState:
         record.key or None,
         replace(in_force, n=in_force.n * factor),
         None if declared is None else replace(declared, n=declared.n * factor),
-        override is not None,
+        record.override != "",
         record.used,
         record.waiting,
         None if record.opens_at is None else datetime.fromtimestamp(record.opens_at / 1000, UTC),

@@ -135,7 +135,8 @@ for i = 1, #all, 2 do
   if stub and where and where ~= 'ready' and where ~= 'a group' then problem('stub outside ready', all[i]) end
   local keyed = marks(all[i + 1])
   for _, key in ipairs(keyed and not stub and keyed.keys or {}) do
-    if key.life == 'd' and where ~= 'dead' and where ~= 'waiting'
+    -- One that has expired keeps no other out, and lies there until a lease reaches it.
+    if key.life == 'd' and where ~= 'dead' and where ~= 'waiting' and not (keyed.expires and keyed.expires <= clock())
       and redis.call('GET', prefix .. 'unique:k:' .. key.text) ~= all[i] then problem('does not hold its key', all[i]) end
   end
   places[all[i]] = nil

@@ -1,5 +1,5 @@
 -- Change a job that waits: when it is due, its priority, and its arguments with the group and the limits that follow from them.
--- needs: numbers keys tokens envelope events history rights changes limits groups
+-- needs: numbers keys tokens envelope events history rights changes limits groups place_change
 --
 -- KEYS  1 jobs  2 due  3 wake  4-13 ready:0 … ready:9  14 conf  15 none  16 workers  17 dead
 -- ARGV  1 id  2 SHA-1 of its envelope, as the caller has read it  3 delay_ms  4 due_at_ms   "" both: when it is due stays
@@ -16,17 +16,16 @@ end
 if redis.sha1hex(envelope) ~= ARGV[2] then return -1 end
 
 local before = marks(envelope) or {priority = 0}
-local group_before, group = group_of(before), group_of(attributes(ARGV[6], {}))
+local group = group_of(attributes(ARGV[6], {}))
 local instant = ARGV[3] ~= '' and now + number_in(ARGV[3]) or ARGV[4] ~= '' and number_in(ARGV[4]) or nil
 local later = instant ~= nil and instant > now
-local scheduled = redis.call('ZSCORE', due, id)
-local follows = before.after and redis.call('HGET', prefix .. 'reruns', before.after) == id
+local is_behind = follows(prefix, id, before.after)
 
 local head = string.match(envelope, '^([^\t\n]*)')
 local older = string.find(head, 'u', 1, true) -- the unique key, in an older layout
 if older then head = string.sub(head, 1, older - 1) end
 head = string.gsub(head, 'p%d', '')
-if later or (instant and follows) then
+if later or (instant and is_behind) then
   -- The instant that a schedule has planned stands before the one at which the job is due, and stays.
   local planned = string.match(head, 'd%d+.-d%d+') and string.match(head, 'd%d+')
   head = string.gsub(head, 'd%d+', '') .. (planned and ' ' .. planned or '') .. (later and ' d' .. int(instant) or '')
@@ -48,60 +47,9 @@ begin_events(redis.call('HGET', queue.conf, 'events'))
 if events then note_event('updated', id, envelope, attempt_in(state), 'at', later and int(instant) or '', 'by', ARGV[8]) end
 write_events(prefix)
 
--- Remove the job from the list of its group. Its ticket leaves with the last one.
-local function leave_group(name)
-  local key, member = prefix .. 'group:' .. before.priority .. ':' .. name, before.priority .. name
-  local first = redis.call('LINDEX', key, 0) == id
-  if redis.call('LREM', key, 1, id) == 0 then return end
-  queue.counters.waiting = queue.counters.waiting - 1
-  if redis.call('EXISTS', key) == 0 then
-    local limit = redis.call('HGET', prefix .. 'waits', member)
-    if limit then
-      redis.call('ZREM', prefix .. 'limit:' .. limit, member)
-      redis.call('HDEL', prefix .. 'waits', member)
-    else
-      redis.call('LREM', KEYS[4 + before.priority], 1, '\t' .. name)
-      redis.call('SREM', prefix .. 'tickets', member)
-      redis.call('HDEL', prefix .. 'credits', member)
-    end
-  end
-  if first then
-    readmit(queue, member)
-    touch(queue, (limits_of(before, name)))
-  end
-end
-
--- Remove the job from its ready list: that of its priority, one above it (lib/ageing.lua), or the group of its paused task.
-local function leave_ready()
-  for list = before.priority, 9 do
-    if redis.call('LREM', KEYS[4 + list], 1, id) > 0 then return end
-  end
-  local task = task_of(envelope)
-  if task then leave_group('p' .. task) end
-end
-
-local takeable = false
-if scheduled then
-  if later then
-    redis.call('ZADD', due, int(instant), id)
-    takeable = redis.call('ZRANGE', due, 0, 0)[1] == id
-  elseif instant then
-    redis.call('ZREM', due, id)
-  end
-  if group ~= group_before then give_back(queue, {id}) end
-elseif not follows and (later or priority ~= before.priority or group ~= group_before) then
-  if group_before then leave_group(group_before) else leave_ready() end
-  if later then redis.call('ZADD', due, int(instant), id) end
-elseif group and not follows and redis.call('LINDEX', prefix .. 'group:' .. priority .. ':' .. group, 0) == id then
-  readmit(queue, priority .. group) -- its limits, or their costs, may be others
-  touch(queue, (limits_of(before, group)))
-end
-local moved = not follows and not later and (scheduled and instant or not scheduled and (priority ~= before.priority or group ~= group_before))
-if moved and group then rejoin(queue, {{id, priority, group}})
-elseif moved then redis.call('RPUSH', KEYS[4 + priority], id) end
-if group_before or group then redis.call('HINCRBY', queue.conf, 'waiting', 0) end -- the field tells a turn that there are groups
+local takeable = change_place(queue, id, envelope, priority, group, instant, now)
 pass_on(queue, now, 1)
 write_counters(queue)
-if moved or takeable or queue.moved or queue.counters.alarms > 0 then wake(KEYS[3]) end
+if takeable or queue.moved or queue.counters.alarms > 0 then wake(KEYS[3]) end
 if redis.call('HLEN', prefix .. 'waiters') > 0 then announce_changes(prefix .. 'waiters', {id}, 's') end
 return 1

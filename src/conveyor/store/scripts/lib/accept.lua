@@ -23,9 +23,14 @@ local function prepare_push(KEYS, ARGV)
   check('LLEN', KEYS[7])
   local ids, answers, claimed, tagged, known = {}, {}, {}, {}, 0
   local parsed = {} -- attributes by their text: many jobs of a push have the same
-  local now, appends, prepends, schedules, owns, fronts
+  local now, appends, prepends, schedules, owns, fronts, moves
   local queue, checked = nil, {} -- where a job has a group or a limit
-  local push = {prefix = prefix, jobs = jobs, due = due, dead = dead, keys = {}, rests = {}, successors = {}}
+  local function begin()
+    if queue then return end
+    queue = {prefix = prefix, jobs = jobs, conf = conf, due = due}
+    begin_groups(queue)
+  end
+  local push = {prefix = prefix, jobs = jobs, due = due, dead = dead, keys = {}, rests = {}, texts = {}, successors = {}}
   local at, runs = 5, #ARGV
   while at <= runs do
     local count = tonumber(ARGV[at + 1])
@@ -59,10 +64,7 @@ local function prepare_push(KEYS, ARGV)
         end
         local group = group_of(found)
         if group then
-          if not queue then
-            queue = {prefix = prefix, jobs = jobs, conf = conf, due = due}
-            begin_groups(queue)
-          end
+          begin()
           local list = list_of(queue, ARGV[i + 6], group)
           if not checked[list] then redis.call('LLEN', list) end
           checked[list] = true
@@ -70,8 +72,12 @@ local function prepare_push(KEYS, ARGV)
         end
         local answer = holder and {'kept', holder}
         if not answer and found.keys then
-          answer = meet(push, id, found.keys, ARGV[i + 2])
+          answer = meet(push, id, found.keys, ARGV[i + 2], ARGV[i + 7])
           if answer and answer[1] == 'raise' then return ARGV[1] .. '\nduplicate\n' .. answer[2] .. '\n' .. answer.key.text end
+          if answer and answer.moves then
+            begin()
+            moves = true
+          end
           if answer and answer.key and answer.key.conflict == 'b' then
             redis.call('ZRANGE', due, 0, 0)
             schedules = true
@@ -117,7 +123,11 @@ local function prepare_push(KEYS, ARGV)
   if schedules or next(tagged) then prove(none, 'ZADD') end
   if queue then check('SCARD', prefix .. 'tickets') end
   if queue then prove(none, 'LPUSH', 'RPUSH', 'SADD', 'HINCRBY') end
-  if fronts then prove_groups(none) end
+  if fronts or moves then prove_groups(none) end
+  if moves then
+    for priority = 0, 9 do check('LLEN', KEYS[7 + priority]) end
+    prove(none, 'LREM', 'SREM')
+  end
   if appends and (prepends or schedules) then prove(none, 'RPUSH') end
   if conf_now[7] then prove(none, 'PTTL', 'PERSIST') end
   if drops then prove(none, 'LTRIM', 'LREM', 'SREM', 'ZREM', 'HGET', 'HINCRBY', 'PEXPIRE', 'GET', 'DEL', 'RPUSH') end
@@ -193,7 +203,8 @@ local function prepare_push(KEYS, ARGV)
           local answer = answers[i]
           if not answer or answer.behind then special(i, now, answer and answer.behind)
           elseif answer[1] ~= 'kept' then
-            if rewrite(push, answer[2], ARGV[i + 2], ARGV[i + 3], ARGV[i + 5], answer.key, now) then takeable = true end
+            local groups = answer.moves and queue or nil
+            if rewrite(push, groups, answer[2], ARGV[i + 2], ARGV[i + 7], ARGV[i + 3], ARGV[i + 5], answer.key, now) then takeable = true end
             if events then note_event('updated', answer[2], ARGV[i + 2], '1', 'why', 'replaced') end
           end
         end

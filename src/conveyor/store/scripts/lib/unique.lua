@@ -15,7 +15,8 @@ local function admit_successor(prefix, id)
   local found = marks(envelope) or {}
   for _, key in ipairs(found.keys or {}) do
     local name = prefix .. 'unique:k:' .. key.text
-    if key.life == 't' then redis.call('SET', name, successor, 'XX', 'KEEPTTL')
+    if key.life == 't' then
+      if redis.call('GET', name) == id then redis.call('SET', name, successor, 'XX', 'KEEPTTL') end
     else redis.call('SET', name, successor, 'NX') end
   end
   local now = clock()
@@ -33,9 +34,13 @@ end
 -- returns  nothing
 local function release_keys(prefix, id, found, ended)
   if not found.keys then return end
-  for _, key in ipairs(found.keys) do
-    local name = prefix .. 'unique:k:' .. key.text
-    if not (ended and key.life == 't') and redis.pcall('GET', name) == id then redis.call('DEL', name) end
+  local function free(timed)
+    for _, key in ipairs(found.keys) do
+      local name = prefix .. 'unique:k:' .. key.text
+      if (key.life == 't') == timed and redis.pcall('GET', name) == id then redis.call('DEL', name) end
+    end
   end
-  admit_successor(prefix, id)
+  free(false)
+  admit_successor(prefix, id) -- it takes over what is left of a time
+  if not ended then free(true) end
 end
