@@ -86,6 +86,14 @@ def test_long_names_widen_no_page(browser: Any) -> None:
             assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0, name
 
 
+def test_what_people_did_with_long_names_fits_its_table(browser: Any) -> None:
+    """A target, a filter and a detail without a place to break, as long as they are kept, are cut off on no page of the audit."""
+    with SampleDashboard(texts=["x" * 4_096], only=["target", "filter", "detail"]) as sample, open_page(browser) as page:
+        visit(page, sample.url + PAGES["audit"])
+        assert page.evaluate(CUT) == []
+        assert page.locator("tbody tr").first.bounding_box()["height"] < 200
+
+
 def picture(page: Any, name: str, theme: str) -> None:
     """Write the page as a picture of the documentation, where it is one and pictures are wanted."""
     if PICTURES and (name in {"overview", "job", "failures"}) and (theme == "light" or name == "overview"):
@@ -145,14 +153,16 @@ def test_keys_go_everywhere(browser: Any, sample: SampleDashboard) -> None:
 
 def test_a_single_minute_is_seen_on_a_chart(browser: Any, sample: SampleDashboard) -> None:
     """A value with none beside it, as the first minute of a new system has, is drawn as a dot: no line leads to it."""
-    once = history("15m") | {f"{name}_ms": [None] * 14 + [40] for name in ("p50", "p95", "p99")}
+    once = history("15m") | {f"{name}_ms": [None] * 14 + [3_900_000] for name in ("p50", "p95", "p99")}
     with open_page(browser) as page:
         page.route("**/api/v1/history?range=15m*", lambda route: route.fulfill(json=once))
         visit(page, sample.url)
         assert page.locator(".chart .lone[d^=M]").count() == 0
         page.click("button:text('15 min')")
-        page.wait_for_function("document.querySelectorAll('.chart .lone[d^=M]').length === 3")
+        page.wait_for_selector(".chart .lone[d^=M] >> nth=2", state="attached")
         assert page.locator(".chart .lone").first.evaluate("one => parseFloat(getComputedStyle(one).strokeWidth)") >= 4
+        ticks = page.locator(".chart").nth(1).locator("svg text[text-anchor=end]").all_text_contents()
+        assert {"30 m", "1 h"} <= set(ticks)  # and not as the next round number of milliseconds
 
 
 def test_a_schedule_says_all_of_when_it_runs(browser: Any, sample: SampleDashboard) -> None:

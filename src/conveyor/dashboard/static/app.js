@@ -434,13 +434,15 @@ export function Spark({ values, label, width = 96, height = 24, state = "leased"
 
 const pointed = { ...signal(), at: null };
 const NICE = [1, 2, 2.5, 5, 10];
+const SPANS = [1e3, 2e3, 5e3, 1e4, 2e4, 3e4, 6e4, 12e4, 3e5, 6e5, 12e5, 18e5, 36e5, 72e5, 216e5, 432e5, 864e5];
 const STEPS = [60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400];
 
 /** Return the steps of an axis from 0 that reaches *most* in at most four. */
-function ticks(most) {
+function ticks(most, times) {
   const rough = Math.max(most, 1e-9) / 3;
+  const long = times && rough > 500 && (SPANS.find((ms) => ms >= rough) ?? Math.ceil(rough / 864e5) * 864e5); // a round number of ms is none of minutes
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = Math.max(1, NICE.find((n) => n * power >= rough) * power);  // whole jobs, whole milliseconds
+  const step = long || Math.max(1, NICE.find((n) => n * power >= rough) * power);  // whole jobs, whole milliseconds
   return Array.from({ length: Math.ceil(most / step - 1e-9) + 1 }, (_, i) => i * step);
 }
 
@@ -462,7 +464,7 @@ export function Chart({ label, start, step, series, unit = num, height = 180, ma
   const columns = series.filter((one) => one.columns);
   const sums = Array.from({ length: n }, (_, i) => columns.reduce((sum, one) => sum + (one.values[i] ?? 0), 0));
   const most = Math.max(...sums, ...series.filter((one) => !one.columns).flatMap((one) => one.values.map((v) => v ?? 0)), 0);
-  const grid = ticks(most || 1);
+  const grid = ticks(most || 1, unit === span);
   const top = grid[grid.length - 1];
   const left = 52, right = 8, above = 8, below = 22;
   const w = Math.max(10, width - left - right), hgt = height - above - below;

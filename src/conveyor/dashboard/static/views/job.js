@@ -115,7 +115,7 @@ function Job({ route }) {
   const job = answer.data?.job;
   const can = answer.data?.actions ?? [];
   const title = job ? job.task || (job.task === "" ? "Message" : "Job") : "Job";
-  return html`<${Head} title=${title} crumb=${html`<a href=${href("jobs")}>Jobs</a>${job && html` / <a href=${queueHref(job.queue)}>${job.queue}</a>`}`} sub=${job && html`<${State} value=${job.state} /> <span class="mono">${job.id}</span> <button class="plain icon small" aria-label="Copy the id" onClick=${() => copy(job.id)}><${Icon} name="copy" size=${13} /></button>`}>
+  return html`<${Head} title=${title} crumb=${html`<a href=${href("jobs")}>Jobs</a>${job && html` / <a href=${queueHref(job.queue)}>${job.queue}</a>`}`} sub=${job && html`<span class="row"><${State} value=${job.state} /><span class="mono">${job.id}</span><button class="plain icon small" aria-label="Copy the id" onClick=${() => copy(job.id)}><${Icon} name="copy" size=${13} /></button></span>`}>
       ${BUTTONS.filter(([name]) => can.includes(name)).map(([name, word, permission, kind]) => html`<${Act} action=${permission} kind=${kind} again=${answer.again} run=${() => act(name, id)}>${word}<//>`)}
       ${can.includes("update") && html`<button disabled=${!may("edit_jobs")} onClick=${() => setDialog("update")}>Change …</button>`}
       ${job?.task && job.payload && !job.payload.endsWith("…") && html`<button disabled=${!may("enqueue_jobs")} onClick=${() => setDialog("duplicate")}>Duplicate …</button>`}<//>

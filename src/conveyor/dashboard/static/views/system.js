@@ -54,8 +54,8 @@ function Audit() {
     <${Answer} of=${answer}>${(data) => html`<${Card} body=${false} label="Audit">${data.entries.length ? html`<${Table} label="Audit" rows=${[...data.entries, ...more.entries]} keyOf=${(e) => e.id} columns=${[
       { name: "at", title: "When", cell: (e) => html`<${Time} at=${e.at} />` },
       { name: "who", title: "Who", cell: (e) => e.who || html`<span class="muted">unknown</span>` },
-      { name: "what", title: "What", cell: (e) => html`${e.what}${e.target ? html` <strong>${e.target}</strong>` : ""}` },
-      { name: "filter", title: "Of", tall: true, cell: (e) => html`${e.filter && html`<a class="mono" href=${jobsHref(e.filter)}>${e.filter}</a>`} <span class="muted">${e.detail}</span>` },
+      { name: "what", title: "What", cell: (e) => html`<span class="clamp">${e.what}${e.target ? html` <strong>${e.target}</strong>` : ""}</span>` },
+      { name: "filter", title: "Of", tall: true, cell: (e) => html`<span class="clamp">${e.filter && html`<a class="mono" href=${jobsHref(e.filter)}>${e.filter}</a>`} <span class="muted">${e.detail}</span></span>` },
       { name: "count", title: "Count", num: true, cell: (e) => html`<${Count} n=${e.count} />` },
     ]} />` : html`<${Empty} title="Nobody has changed anything yet">Each action stands here with who did it, to what, and when.<//>`}
     ${next && html`<div class="foot"><button class="small" onClick=${fetchMore}>Show more</button></div>`}<//>`}<//>`;
