@@ -321,3 +321,23 @@ async def test_awaitable_twins_do_the_same(admin: Admin, backend: Client) -> Non
     assert (await admin.adoctor()).durability
     ticking.cancel()
     assert ticks > 100
+
+
+def test_a_queue_whose_workers_have_died_is_stranded(admin: Admin, backend: Client) -> None:
+    """Workers whose leases have ended serve nobody: what waits for them and what they hold is told, until another one comes."""
+    push(backend, "mail", b"1", b"2", b"3")
+    worker = ClientWorker(backend, "mail")
+    worker.take()
+    assert (admin.queue("mail").workers, admin.queue("mail").silent, admin.queue("mail").stranded) == (1, 0, False)
+    backend.execute("ZADD", worker.keys.workers, "1000", worker.identity, key=worker.keys.workers)  # as time passes
+
+    for info in (admin.queue("mail"), admin.queues()[0]):
+        assert (info.workers, info.silent, info.leased, info.stranded) == (0, 1, 1, True)
+    told = "Queue 'mail' has 3 jobs and no worker takes it. Its worker has died or hangs. No worker is running."
+    assert [flag.text for flag in admin.flags() if flag.kind == "no-worker"] == [told]
+    assert told in [finding.text for finding in admin.doctor().problems]
+    assert 'conveyor_workers{kind="unknown",state="silent"} 1' in admin.metrics_text()
+    assert 'conveyor_queue_workers{queue="mail"} 0' in admin.metrics_text()
+
+    ClientWorker(backend, "mail").take()
+    assert not admin.queue("mail").stranded

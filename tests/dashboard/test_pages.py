@@ -88,7 +88,10 @@ def test_long_names_widen_no_page(browser: Any) -> None:
 
 def test_what_people_did_with_long_names_fits_its_table(browser: Any) -> None:
     """A target, a filter and a detail without a place to break, as long as they are kept, are cut off on no page of the audit."""
-    with SampleDashboard(texts=["x" * 4_096], only=["target", "filter", "detail"]) as sample, open_page(browser) as page:
+    with (
+        SampleDashboard(texts=["x" * 4_096], only=["target", "filter", "detail"]) as sample,
+        open_page(browser) as page,
+    ):
         visit(page, sample.url + PAGES["audit"])
         assert page.evaluate(CUT) == []
         assert page.locator("tbody tr").first.bounding_box()["height"] < 200

@@ -657,7 +657,7 @@ class Admin:
         return metrics.SystemFacts(
             [(name, now, row) for name, now, rows in read for row in rows],
             [limit for name in limited for limit in control.list(name)],
-            processes_of(self.workers([info.name for info in queues if info.workers])),
+            processes_of(self.workers([info.name for info in queues if info.workers or info.silent])),
             lost,
         )
 

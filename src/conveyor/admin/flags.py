@@ -85,21 +85,39 @@ def held(queue: QueueInfo) -> str:
 def _stranded(queues: Sequence[QueueInfo]) -> list[Flag]:
     """Return flags for queues with jobs that no worker takes; one for all of them where they are many, or no worker runs."""
     served = [one.name for one in queues if one.workers]
-    stuck = [one for one in queues if one.ready + one.waiting and not one.workers and not one.paused]
+    stuck = [one for one in queues if _without_worker(one) and not one.workers and not one.paused]
     if len(stuck) > (_MAX_ALONE if served else 1):
         names = ", ".join(one.name for one in stuck[:_MAX_NAMED]) + (", …" if len(stuck) > _MAX_NAMED else "")
         what = "and no worker takes them" if served else "and no worker is running"
-        text = f"{len(stuck)} queues have {sum(one.ready + one.waiting for one in stuck):,} jobs {what}: {names}"
+        text = f"{len(stuck)} queues have {sum(map(_without_worker, stuck)):,} jobs {what}: {names}"
         links = tuple(map(_queue_link, stuck[:_MAX_NAMED]))
         return [Flag("no-worker", "problem", text, f"conveyor worker{_OR_CONSUMER}", "E12", links)]
     takers = f"Workers take: {', '.join(served[:_MAX_NAMED])}." if served else "No worker is running."
     found = []
     for one in stuck:
-        number = one.ready + one.waiting  # those of limits and groups start no sooner without a worker
-        text = f"Queue '{one.name}' has {quantity(number, 'job')} and no worker takes it{_age(one)}. {takers}"
+        number = _without_worker(one)
+        text = f"Queue '{one.name}' has {quantity(number, 'job')} and no worker takes it{_age(one)}.{_silent(one)} {takers}"
         remedy = f"conveyor worker -q {one.name}{_OR_CONSUMER}"
         found.append(Flag("no-worker", "problem", text, remedy, "E12", (_queue_link(one),)))
     return found
+
+
+def _without_worker(queue: QueueInfo) -> int:
+    """
+    Count the jobs that wait for a worker where there is none.
+
+    Those of limits and groups start no sooner without one, and those that silent workers hold are given to nobody else.
+    """
+    return queue.ready + queue.waiting + queue.leased
+
+
+def _silent(queue: QueueInfo) -> str:
+    """Return that the workers of a queue are there no more, where it had some."""
+    if not queue.silent:
+        return ""
+    return (
+        " Its worker has died or hangs." if queue.silent == 1 else f" Its {queue.silent:,} workers have died or hang."
+    )
 
 
 def _age(queue: QueueInfo) -> str:

@@ -33,7 +33,8 @@ class QueueInfo(msgspec.Struct, frozen=True, gc=False):  # ten thousand at once:
     the counts are sums; `workers` is the largest number of workers in one partition. `outbox`: jobs that its jobs
     spawned and that are not delivered to their queues yet. `unplaced`: jobs that have a record and are in no place;
     `repair` puts them back. `unanswered`: the partitions, or the queue itself, that are not counted because their server
-    does not answer. `blocked`: producers that wait for room. `dropped`: jobs that were dropped for newer ones.
+    does not answer. `blocked`: producers that wait for room. `dropped`: jobs that were dropped for newer ones. `silent`: workers
+    whose leases have ended, since they died or hang; `workers` are the others.
     """
 
     name: str
@@ -52,11 +53,14 @@ class QueueInfo(msgspec.Struct, frozen=True, gc=False):  # ten thousand at once:
     unanswered: tuple[str, ...] = ()
     blocked: int = 0
     dropped: int = 0
+    silent: int = 0
 
     @property
     def stranded(self) -> bool:
-        """Whether jobs could start, or spawned ones be delivered, and there is no worker for it."""
-        return self.workers == 0 and ((self.ready + self.waiting > 0 and not self.paused) or self.outbox > 0)
+        """Whether jobs could start, or spawned ones be delivered, and there is no worker for it; those that are leased are lost."""
+        return self.workers == 0 and (
+            (self.ready + self.waiting + self.leased > 0 and not self.paused) or self.outbox > 0
+        )
 
 
 def queue_info(name: str, counts: QueueCounts, partitions: int = 1, unanswered: tuple[str, ...] = ()) -> QueueInfo:
@@ -65,7 +69,7 @@ def queue_info(name: str, counts: QueueCounts, partitions: int = 1, unanswered: 
     return QueueInfo(
         name, counts.ready, counts.scheduled, counts.waiting, counts.leased, counts.dead, counts.workers,
         oldest, counts.paused, counts.max_length, partitions, counts.outbox, counts.unplaced, unanswered,
-        counts.blocked, counts.dropped,
+        counts.blocked, counts.dropped, counts.silent,
     )  # fmt: skip
 
 

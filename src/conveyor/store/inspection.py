@@ -34,7 +34,8 @@ class QueueCounts(msgspec.Struct, frozen=True, gc=False):  # ten thousand at onc
 
     `oldest_age`: seconds since the oldest ready job could have started, None when none is ready. `outbox`: jobs that its
     jobs spawned and that are not delivered to their queues yet. `unplaced`: jobs that have a record and are in no place.
-    `blocked`: producers that wait for room. `dropped`: jobs that were dropped for newer ones (full="drop-oldest").
+    `blocked`: producers that wait for room. `dropped`: jobs that were dropped for newer ones (full="drop-oldest"). `workers`:
+    those whose leases hold. `silent`: those whose leases have ended, since they died or hang.
     """
 
     ready: int
@@ -50,6 +51,7 @@ class QueueCounts(msgspec.Struct, frozen=True, gc=False):  # ten thousand at onc
     unplaced: int = 0
     blocked: int = 0
     dropped: int = 0
+    silent: int = 0
 
     def __len__(self) -> int:
         return self.ready + self.scheduled + self.waiting
@@ -60,7 +62,7 @@ NOTHING = QueueCounts(0, 0, 0, 0, 0, None, False, 0)
 
 
 def total(parts: Sequence[QueueCounts]) -> QueueCounts:
-    """Return the sum of *parts*, the partitions of a queue. `workers` is the maximum, as each worker serves them all."""
+    """Return the sum of *parts*, the partitions of a queue; of workers the maximum, as each serves them all."""
     if len(parts) == 1:
         return parts[0]
     ages = [part.oldest_age for part in parts if part.oldest_age is not None]
@@ -70,7 +72,7 @@ def total(parts: Sequence[QueueCounts]) -> QueueCounts:
         sum(part.leased for part in parts), sum(part.dead for part in parts), max(ages, default=None),
         any(part.paused for part in parts), max(part.workers for part in parts), sum(limits) if limits else None,
         sum(part.outbox for part in parts), sum(part.unplaced for part in parts), sum(part.blocked for part in parts),
-        sum(part.dropped for part in parts),
+        sum(part.dropped for part in parts), max(part.silent for part in parts),
     )  # fmt: skip
 
 
@@ -182,12 +184,12 @@ def _read_counts(reply: list[Any]) -> QueueCounts:
 
 
 def _queue_counts(numbers: Sequence[int], age: float | None) -> QueueCounts:
-    ready, scheduled, leased, dead, workers, paused, limit, foreign, outbox, unplaced, waiting, blocked, dropped = (
-        numbers
-    )
+    (
+        ready, scheduled, leased, dead, workers, paused, limit, foreign, outbox, unplaced, waiting, blocked, dropped, silent,
+    ) = numbers  # fmt: skip
     return QueueCounts(
         ready + foreign, scheduled, waiting, leased, dead, age, paused == 1, workers, None if limit < 0 else limit, outbox,
-        unplaced, blocked, dropped,
+        unplaced, blocked, dropped, silent,
     )  # fmt: skip
 
 
@@ -270,7 +272,7 @@ def count_queues(queues: Sequence[str], minutes: int) -> Call[list[tuple[QueueCo
     return Call(COUNT_QUEUES, queues, (str(minutes),), decode)
 
 
-_COUNTS, _THREE_NUMBERS = Struct("<13q"), Struct("<3q")
+_COUNTS, _THREE_NUMBERS = Struct("<14q"), Struct("<3q")
 
 
 def _read_ended(done: int, failed: int, retried: int) -> Ended:

@@ -4,7 +4,7 @@
 -- KEYS  1… jobs of each queue, about a hundred at most
 -- ARGV  1 number of minutes, the one that goes on now left out
 -- returns {now_ms, counts, oldest, ended}, of as many queues, from the first on, as have a thousand workers and counters together
---         counts: thirteen numbers of each queue, as counts.lua returns them, of 8 bytes each: a text costs a third of an array of
+--         counts: fourteen numbers of each queue, as counts.lua returns them, of 8 bytes each: a text costs a third of an array of
 --         arrays here, and less still to read. The entries of a plain list are left out.
 --         oldest: (number of a queue, its oldest ready id, the marks of its envelope)… of the queues that have one
 --         ended: of each queue and minute, the oldest first, the attempts that were done, failed and tried again, in the same
@@ -16,14 +16,14 @@ local names, nothing = {}, struct.pack('<i8i8i8', 0, 0, 0)
 for one = minute - minutes, minute - 1 do names[#names + 1] = 'stats:' .. int(one) end
 
 local function add_counts(number, ready, scheduled, leased, dead, workers, paused, max_length, foreign, outbox, unplaced, waiting,
-  blocked, dropped, oldest, marks)
-  counts[number] = struct.pack('<i8i8i8i8i8i8i8i8i8i8i8i8i8', ready, scheduled, leased, dead, workers, paused, max_length, foreign, outbox,
-    unplaced, waiting, blocked, dropped)
+  blocked, dropped, silent, oldest, marks)
+  counts[number] = struct.pack('<i8i8i8i8i8i8i8i8i8i8i8i8i8i8', ready, scheduled, leased, dead, workers, paused, max_length, foreign, outbox,
+    unplaced, waiting, blocked, dropped, silent)
   if oldest ~= '' then
     local at = #oldest_of
     oldest_of[at + 1], oldest_of[at + 2], oldest_of[at + 3] = number, oldest, marks
   end
-  work = work + workers
+  work = work + workers + silent
 end
 
 local function add_ended(prefix)
@@ -46,7 +46,7 @@ end
 for number, key in ipairs(KEYS) do
   if work >= 1000 then break end
   local prefix = string.sub(key, 1, -5)
-  add_counts(number, count_queue(prefix, key, none))
+  add_counts(number, count_queue(prefix, key, none, now))
   if minutes > 0 then add_ended(prefix) end
 end
 return {now, table.concat(counts), oldest_of, table.concat(ended)}

@@ -6,7 +6,8 @@
 -- ARGV  none
 -- returns {now_ms, ready, scheduled, leased, dead, workers, paused, max_length or -1, entries of the plain list and its intake,
 --         entries of the outbox, records more than there are places, waiting, producers that wait for room,
---         jobs that full="drop-oldest" has dropped, oldest ready id or "", its envelope's marks}
+--         jobs that full="drop-oldest" has dropped, workers whose leases have ended, which the others are without, oldest ready id or "", its envelope's marks}
 local lists = {}
 for i = 17, #KEYS do lists[#lists + 1] = KEYS[i] end
-return {clock(), count_queue(string.sub(KEYS[1], 1, -5), KEYS[1], lists)}
+local now = clock()
+return {now, count_queue(string.sub(KEYS[1], 1, -5), KEYS[1], lists, now)}

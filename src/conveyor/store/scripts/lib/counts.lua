@@ -4,8 +4,9 @@
 -- prefix   of its keys
 -- jobs     the first of them; each name that is put together once more costs as much as half a command
 -- lists    of a plain list: it and its intake, else empty
+-- now      ms
 -- returns  what counts.lua says, as that many values, without now_ms
-local function count_queue(prefix, jobs, lists)
+local function count_queue(prefix, jobs, lists, now)
   -- Of many queues most have jobs of priority 0 alone, and no workers: three looks spare them twenty-two. Where that list has as
   -- many entries as there are jobs, and none of a cancelled job or a group, no job is of another priority.
   local name, first_list, oldest = prefix .. 'ready:', prefix .. 'ready:0', ''
@@ -23,9 +24,13 @@ local function count_queue(prefix, jobs, lists)
   if ready > 0 and oldest == '' then oldest = redis.call('LINDEX', first_list, 0) or '' end
   local foreign = 0
   for _, list in ipairs(lists) do foreign = foreign + redis.call('LLEN', list) end
-  local leased, workers = 0, found > 0 and redis.call('ZRANGE', workers_key, 0, 999) or {}
-  for _, worker in ipairs(workers) do leased = leased + count_held(prefix .. 'leased:' .. worker) end
-  local busy = found > (#workers > 0 and 1 or 0) -- there is more than workers
+  local leased, workers, silent = 0, found > 0 and redis.call('ZRANGE', workers_key, 0, 999, 'WITHSCORES') or {}, 0
+  for i = 1, #workers, 2 do
+    leased = leased + count_held(prefix .. 'leased:' .. workers[i])
+    if tonumber(workers[i + 1]) <= now then silent = silent + 1 end
+  end
+  local registered = #workers / 2
+  local busy = found > (registered > 0 and 1 or 0) -- there is more than workers
   local scheduled = busy and math.max(0, redis.call('ZCARD', due_key) - tonumber(conf[6] or 0)) or 0 -- alarms may have been evicted
   local dead = busy and redis.call('ZCARD', dead_key) or 0
   local grouped, waiting = tonumber(conf[4] or 0), tonumber(conf[4] or 0) - tonumber(conf[5] or 0)
@@ -39,12 +44,12 @@ local function count_queue(prefix, jobs, lists)
   end
   -- Not known where there are more workers than were asked.
   local reruns = busy and redis.call('HLEN', reruns_key) or 0
-  local unplaced = #workers < 1000 and records - ready - grouped - scheduled - leased - dead - reruns or 0
+  local unplaced = registered < 1000 and records - ready - grouped - scheduled - leased - dead - reruns or 0
   local line = oldest ~= '' and string.match(redis.call('HGET', jobs, oldest) or '', '^[^\n]*') or ''
   ready = ready - tonumber(conf[1] or 0) + tonumber(conf[5] or 0)
   -- Cancelled jobs of a paused task count as if they stood in ready.
   if ready < 0 then ready, waiting = 0, math.max(0, waiting + ready) end
-  return ready, scheduled, leased, dead, #workers, conf[2] == '1' and 1 or 0,
+  return ready, scheduled, leased, dead, registered - silent, conf[2] == '1' and 1 or 0,
     tonumber(conf[3] or string.match(conf[7] or '', '^%d+') or -1), foreign, busy and redis.call('LLEN', outbox) or 0,
-    math.max(0, unplaced), waiting + reruns, conf[8] and redis.call('ZCARD', prefix .. 'room') or 0, tonumber(conf[9] or 0), oldest, line
+    math.max(0, unplaced), waiting + reruns, conf[8] and redis.call('ZCARD', prefix .. 'room') or 0, tonumber(conf[9] or 0), silent, oldest, line
 end
