@@ -27,7 +27,7 @@ SABOTAGES = {
     "turn miscounts stubs": ("TURN", "redis.call('HINCRBY', queue.conf, 'stubs', -1)", ""),
     "turn leases while paused": ("TURN", "local leases = want > 0 and not paused", "local leases = want > 0"),
     "turn returns jobs to the tail": ("TURN", "redis.call('LPUSH', KEYS[queue", "redis.call('RPUSH', KEYS[queue"),
-    "turn leaves the tags of what has ended": ("TURN", "change_tags('ZREM', queue.prefix, queue.untagged)", ""),
+    "turn leaves the tags of what has ended": ("TURN", "lazy().change_tags('ZREM', queue.prefix, queue.untagged)", ""),
     "turn takes the tags from dead letters": (
         "TURN", "redis.call('ZADD', queue.dead, int(math.max(now, ms)), id)",
         "redis.call('ZADD', queue.dead, int(math.max(now, ms)), id) list_tags(queue.untagged, found.tags, id)",

@@ -19,11 +19,16 @@ PARTS = {path.name.removesuffix(".lua"): path.read_text("utf-8") for path in FOL
 _DIGESTS = "import sys; from conveyor.store.script import Script; print(*[Script(name).sha for name in sys.argv[1:]])"
 
 
-def needs(text: str) -> list[str]:
-    """Return the parts that the header of a script names, in their order."""
+def needs(text: str, word: str = "needs") -> list[str]:
+    """Return the parts that the header of a script names behind *word*, in their order."""
     header = re.match(r"(?:--.*\n)*", text)
     assert header is not None
-    return [part for line in re.findall(r"^-- needs: (.+)$", header[0], re.MULTILINE) for part in line.split()]
+    return [part for line in re.findall(rf"^-- {word}: (.+)$", header[0], re.MULTILINE) for part in line.split()]
+
+
+def lazy(text: str) -> list[str]:
+    """Return the parts whose functions a script makes only when it asks for one."""
+    return needs(text, "lazy")
 
 
 def functions(text: str) -> list[str]:
@@ -58,9 +63,15 @@ def called_before_defined(text: str, names: set[str]) -> list[str]:
     return [name for name in sorted(names & called.keys()) if called[name] < defined.get(name, len(text))]
 
 
+def not_asked_for(text: str, names: set[str]) -> list[str]:
+    """Return those of the lazy functions *names* that a text calls outside of `lazy`, and not as `lazy().name(…)`."""
+    outside = re.sub(r"^function lazy\(\)$.*?^local made = .*?\nend\n", "", text, flags=re.MULTILINE | re.DOTALL)
+    return sorted(set(re.findall(r"(?<![.\w])(?<!function )(\w+)\b", outside)) & names)
+
+
 def idle_parts(text: str, parts: dict[str, str]) -> list[str]:
     """Return the parts that a script names, and whose functions neither it nor a later part calls."""
-    named = needs(text)
+    named = [*needs(text), *lazy(text)]
     later = {part: "".join(code(parts[one]) for one in named[place + 1 :]) for place, part in enumerate(named)}
     return [
         part
@@ -74,11 +85,14 @@ def test_every_part_that_is_named_exists() -> None:
     assert needs("-- Do it.\n-- needs: one two\n--\nreturn 1\n-- needs: three\n") == ["one", "two"]
     assert needs("return 1\n-- needs: one\n") == []
 
-    named = {name: needs(text) for name, text in FILES.items()}
+    assert needs("-- needs: one two\n-- lazy: three\n", "lazy") == ["three"]
+
+    named = {name: [*needs(text), *lazy(text)] for name, text in FILES.items()}
     assert {name: missing for name, found in named.items() if (missing := set(found) - PARTS.keys())} == {}
     assert {name: found for name, found in named.items() if len(found) != len(set(found))} == {}
     assert [name for name, text in FILES.items() if text.count("-- needs:") > 1] == []
-    assert [name for name, text in PARTS.items() if "-- needs:" in text] == []
+    assert [name for name, text in FILES.items() if text.count("-- lazy:") > 1] == []
+    assert [name for name, text in PARTS.items() if "-- needs:" in text or "-- lazy:" in text] == []
     assert PARTS.keys() - {part for found in named.values() for part in found} == set()
 
 
@@ -113,6 +127,22 @@ def test_functions_are_defined_before_they_are_called() -> None:
     assert {name: calls for name, calls in found.items() if calls} == {}
 
 
+def test_lazy_functions_are_asked_for() -> None:
+    """
+    A call of a lazy function, from outside of the lazy parts, asks for it, and no call asks for one that is not there: any other
+    name is an error at run time.
+    """
+    text = "local lazy\nlocal function f()\ng()\nend\nfunction lazy()\ng()\nlocal made = {g = g}\nreturn made\nend\nlazy().g()\n"
+    assert not_asked_for(text, {"g"}) == ["g"]
+    assert not_asked_for(text.replace("\ng()", "", 1), {"g"}) == []
+
+    for name, text in FILES.items():
+        names = set(functions("".join(PARTS[part] for part in lazy(text))))
+        whole = Script(name).code
+        assert not_asked_for(code(whole), names) == [], name
+        assert set(re.findall(r"\blazy\(\)\.(\w+)", whole)) <= names, name
+
+
 def test_texts_are_the_parts_and_the_file() -> None:
     """A text is its parts in the order of the header, then the file, without comments and indentation, whatever the order in a folder."""
     assert Script("held_ids").text != without_comments(FILES["held_ids"])
@@ -120,7 +150,14 @@ def test_texts_are_the_parts_and_the_file() -> None:
     assert "[[" not in "".join([*FILES.values(), *PARTS.values()])  # no text of several lines could hold such a line
 
     for name, text in FILES.items():
-        assert Script(name).text == without_comments("".join([*(PARTS[part] for part in needs(text)), text])), name
+        parts = [*(PARTS[part] for part in needs(text))]
+        if lazy(text):
+            made = ", ".join(
+                f"{one} = {one}" for one in sorted(set(re.findall(r"\blazy\(\)\.(\w+)", "".join([*parts, text]))))
+            )
+            parts = ["local lazy\n", *parts, "function lazy()\n", *(PARTS[part] for part in lazy(text))]
+            parts += [f"local made = {{{made}}}\n", "lazy = function() return made end\n", "return made\nend\n"]
+        assert Script(name).text == without_comments("".join([*parts, text])), name
 
 
 def test_digests_are_stable() -> None:
@@ -146,7 +183,7 @@ def test_texts_stay_small() -> None:
     for name, (size, lines) in sorted(sizes.items(), key=lambda item: -item[1][0]):
         print(f"{name:16} {size:6} bytes {lines:4} lines   {Script(name).sha}   {' '.join(needs(FILES[name]))}")
 
-    assert max(size for size, _ in sizes.values()) < 80 * 1024
+    assert max(size for size, _ in sizes.values()) < 84 * 1024
     assert sum(size for size, _ in sizes.values()) < 768 * 1024
 
 

@@ -1,5 +1,6 @@
 -- A worker's whole round trip: settle what it has finished, then lease up to N more jobs to it.
--- needs: numbers keys listed tokens envelope tags unique released worker_name events outcome leased leased_order ended results rights changes parts limits paused_tasks groups requirements settle promote lease rotation ageing upkeep room expiry
+-- needs: numbers keys tokens rights ended results announce changes report lease counters
+-- lazy: listed envelope tags unique released worker_name events outcome leased leased_order parts limits paused_tasks groups requirements unusual settle promote rotation ageing upkeep room expiry
 --
 -- KEYS  1 jobs  2 state  3 leased:<worker>  4 workers  5 due  6 wake  7 conf  8 dead  9 recent  10 waiters
 --       11-20 ready:0 … ready:9  21 none
@@ -60,7 +61,7 @@ local paused, line, grouped = conf[1] == '1', conf[2], conf[3]
 
 -- The same turn again: its first reply was lost, and nothing is settled or leased twice.
 if number == last then
-  local ids, envelopes, states = ids_in_order(leased, number), {}, {}
+  local ids, envelopes, states = lazy().ids_in_order(leased, number), {}, {}
   local held = redis.call('HLEN', leased) - 3 - (about[2] and 1 or 0) - (about[3] and 1 or 0)
   if #ids > 0 then
     envelopes = redis.call('HMGET', queue.jobs, unpack(ids))
@@ -82,25 +83,22 @@ local stats_count = tonumber(ARGV[stats_at])
 local recent_at = stats_at + 1 + 2 * stats_count
 local recent_count = tonumber(ARGV[recent_at])
 local minute = math.floor(now / 60000)
-redis.call('HLEN', queue.jobs)
 local keeps = string.find(flags, 'k', 1, true)
 if keeps then redis.call('ZCARD', workers) end
 local first_due = redis.call('ZRANGE', queue.due, 0, 0, 'WITHSCORES')
 if recent_count > 0 then redis.call('LLEN', recent) end
-local begins = stats_count > 0 and redis.call('HLEN', queue.prefix .. 'stats:' .. int(minute)) == 0
+local counters = read_counters(queue.prefix, minute, stats_at + 1, stats_count)
 if looks then redis.call('ZCARD', queue.dead) end
 local stateful = redis.call('HLEN', queue.state) > 0
-local urgent = redis.call('EXISTS', unpack(KEYS, 12, 20)) > 0
-if urgent then check('LLEN', unpack(KEYS, 12, 20)) end
 local awaited = redis.call('HLEN', queue.waiters) > 0
 -- Ids of jobs that live, whose state changes.
 if awaited then queue.changed = {} end
 local done, others, lost, kinds = read_settlements(queue, leased, 7, done_count, other_at, other_count)
 grouped = grouped or kinds.L
 if grouped then
-  begin_groups(queue)
-  check_groups(queue.prefix)
-  queue.tasks = read_paused(conf[4]) or (kinds.L and {})
+  lazy().begin_groups(queue)
+  lazy().check_groups(queue.prefix)
+  queue.tasks = lazy().read_paused(conf[4]) or (kinds.L and {})
   queue.grouped, queue.freed, queue.retried, queue.charges = true, {}, {}, {}
 end
 -- Some that are simply done have unique keys.
@@ -116,20 +114,26 @@ local leases = want > 0 and not paused
 local ageing = leases and tonumber(string.match(flags, 'a(%d+)'))
 -- Jobs that other workers have put off, and this one may run, come first.
 local about_worker = leases and conf[7] and redis.call('HGET', leased, '\tabout')
-local admits = about_worker and is_able(about_worker, '')
+local admits = about_worker and lazy().is_able(about_worker, '')
 local promotes = kinds.R or (first_due[2] and tonumber(first_due[2]) <= now)
 -- The jobs that this turn will lease are known before the first write, unless other lists have some, or it adds to them itself.
-local heads, envelopes_ahead, unusual = nil, nil, true
+local heads, envelopes_ahead, unusual, urgent = nil, nil, true, false
+-- A turn that only reports what is simply done touches no ready list.
+local lists = leases or grouped or promotes or releases or #others > 0
+if lists then
+  urgent = redis.call('EXISTS', unpack(KEYS, 12, 20)) > 0
+  if urgent then check('LLEN', unpack(KEYS, 12, 20)) end
+end
 if leases and not (grouped or urgent or promotes or kinds.F or releases or ageing or admits) then
   heads, envelopes_ahead, unusual = head_of(queue, KEYS[11], math.min(want, 1000))
-else
+elseif lists then
   redis.call('LRANGE', KEYS[11], 0, 0)
 end
+if not heads or done_count + other_count > 0 then redis.call('HLEN', queue.jobs) end
 
 -- The first write is a removal, so a full Redis still lets work drain. Then each command is proven before a write that counts:
 -- HDEL, ZADD and HSET by their first use, and those that this turn needs besides. The lease is renewed first.
 redis.call('HDEL', leased, '\t')
-if awaited then prove(KEYS[21], 'HGET') end
 if results or #others > 0 then prove_settlements(KEYS[21], kinds, results, about[2]) end
 if keyed then prove(KEYS[21], 'MGET', 'DEL', 'SET', 'HGET', 'RPUSH') end
 if promotes then prove(KEYS[21], 'ZREM', 'RPUSH') end
@@ -155,20 +159,20 @@ if not keeps then redis.call('ZADD', workers, now + lease_ms, worker)
 elseif kinds.R or kinds.X or releases then prove(KEYS[21], 'ZADD') end
 redis.call('HSET', leased, '\tturn', number)
 if conf[6] then
-  begin_events(conf[6])
+  lazy().begin_events(conf[6])
   queue.asked, queue.worker = about[2], worker
   pcall(function()
-    queue.worker = name_of(redis.call('HGET', leased, '\tabout') or '') or worker
-    note_done(queue, leased, done, now, queue.worker)
+    queue.worker = lazy().name_of(redis.call('HGET', leased, '\tabout') or '') or worker
+    lazy().note_done(queue, leased, done, now, queue.worker)
   end)
 end
 if #done > 0 then settle_done(queue, leased, done, results, stateful, awaited) end
-if released_count > 0 then release_done(queue.prefix, queue.untagged, lost, released_at + 1, released_count) end
+if released_count > 0 then lazy().release_done(queue.prefix, queue.untagged, lost, released_at + 1, released_count) end
 for _, i in ipairs(others) do
-  if settle_other(queue, leased, i, now, about[2], ended) then urgent = true end
+  if lazy().settle_other(queue, leased, i, now, about[2], ended) then urgent = true end
 end
-if queue.needed then call_able(queue, workers, worker) end
-if grouped then settle_groups(queue, done, now) end
+if queue.needed then lazy().call_able(queue, workers, worker) end
+if grouped then lazy().settle_groups(queue, done, now) end
 if releases and not urgent then urgent = redis.call('EXISTS', unpack(KEYS, 12, 20)) > 0 end
 if string.find(flags, 'e', 1, true) then
   for _, id in ipairs(done) do
@@ -177,36 +181,43 @@ if string.find(flags, 'e', 1, true) then
   remember_ended(queue.prefix, ended)
 end
 
-local cancelled = about[2] and held_cancellations(leased, about[2]) or {}
+local cancelled = about[2] and lazy().held_cancellations(leased, about[2]) or {}
 
 local missing = {}
-if admits and admit_needed(queue, about_worker, want) then urgent = true end
-local due_next, promoted = promote_due(queue, not (promotes or admits) and first_due or nil, now, missing)
+if admits and lazy().admit_needed(queue, about_worker, want) then urgent = true end
+local due_next, promoted = tonumber(first_due[2]), false
+if promotes or admits then due_next, promoted = lazy().promote_due(queue, now, missing) end
 local ids, envelopes, states, taken, unfinished = {}, {}, {}, 0, false
-want = math.min(want, 1000 - (redis.call('HLEN', leased) - 3))
-if grouped then pass_on(queue, now, math.max(want, 1)) end
+local size -- of what it holds, with three fields of its own
+if grouped or leases then
+  size = redis.call('HLEN', leased)
+  want = math.min(want, 1000 - (size - 3))
+end
+if grouped then lazy().pass_on(queue, now, math.max(want, 1)) end
 if want > 0 and leases then
-  if ageing and raise_aged(queue, want, ageing, now) then urgent = true end
+  if ageing and lazy().raise_aged(queue, want, ageing, now) then urgent = true end
   if grouped then
-    for limit in pairs(queue.own) do readmit(queue, '0g' .. string.sub(limit, 2)) end
-    ids, envelopes, taken, unfinished = take_rotating(queue, leased, number, want, urgent or promoted or (queue.moved or 0) > 0, now, missing)
+    for limit in pairs(queue.own) do lazy().readmit(queue, '0g' .. string.sub(limit, 2)) end
+    ids, envelopes, taken, unfinished = lazy().take_rotating(queue, leased, number, want, urgent or promoted or (queue.moved or 0) > 0, now, missing)
   else
     ids, envelopes, taken = take_ready(queue, want, urgent or promoted, heads, envelopes_ahead, unusual, now, missing)
-    if taken > 0 then hold(leased, number, ids, taken) end
+    if taken > 0 then size = size + hold(leased, number, ids, taken) end
   end
 end
 if grouped then
-  if queue.tasks then forget_resumed(queue) end
-  write_counters(queue)
+  if queue.tasks then lazy().forget_resumed(queue) end
+  lazy().write_counters(queue)
   -- Alarms are new.
   due_next = tonumber(redis.call('ZRANGE', queue.due, 0, 0, 'WITHSCORES')[2])
 end
 if taken > 0 then
-  if unusual and (queue.keyed or not grouped) then release_started(queue.prefix, ids, envelopes, taken) end
-  if redis.call('EXISTS', queue.state) == 1 then states = redis.call('HMGET', queue.state, unpack(ids)) end
+  if unusual and (queue.keyed or not grouped) then lazy().release_started(queue.prefix, ids, envelopes, taken) end
+  if (stateful or #others > 0) and redis.call('EXISTS', queue.state) == 1 then states = redis.call('HMGET', queue.state, unpack(ids)) end
 end
-for i = 1, events and taken or 0 do note_event('started', ids[i], envelopes[i], attempt_in(states[i]), 'w', queue.worker) end
-local held = redis.call('HLEN', leased) - 3 - (cancelled[1] and 1 or 0)
+for i = 1, conf[6] and taken or 0 do
+  lazy().note_event('started', ids[i], envelopes[i], lazy().attempt_in(states[i]), 'w', queue.worker)
+end
+local held = (not grouped and size or redis.call('HLEN', leased)) - 3 - (cancelled[1] and 1 or 0)
 local leaves = held == 0 and string.find(flags, 't', 1, true)
 
 -- A worker that leaves, or that got all it wanted, wakes another one while ready or scheduled jobs remain.
@@ -225,18 +236,18 @@ if leaves then
   if type(redis.pcall('PEXPIRE', leased, 10000)) == 'number' then redis.pcall('ZREM', workers, worker) end
 end
 
-if stats_count > 0 then add_counters(queue.prefix, minute, stats_at + 1, stats_count, begins) end
+if stats_count > 0 then add_counters(queue.prefix, minute, stats_at + 1, stats_count, counters) end
 if recent_count > 0 then add_recent(recent, recent_at + 1, recent_count) end
 local overdue, outbox = {}, 0
 if looks then
   outbox = redis.call('EXISTS', queue.prefix .. 'outbox')
-  overdue = find_overdue(queue, workers, now, lease_ms)
-  trim_dead(queue, now)
+  overdue = lazy().find_overdue(queue, workers, now, lease_ms)
+  lazy().trim_dead(queue, now)
 end
-if line then call_next(queue.prefix) end
-change_tags('ZREM', queue.prefix, queue.untagged)
-if conf[5] then pcall(function() renew_expiry(queue.prefix, now) end) end
-write_events(queue.prefix)
+if line then lazy().call_next(queue.prefix) end
+if next(queue.untagged) then lazy().change_tags('ZREM', queue.prefix, queue.untagged) end
+if conf[5] then pcall(function() lazy().renew_expiry(queue.prefix, now) end) end
+if conf[6] then lazy().write_events(queue.prefix) end
 if queue.changed then
   for i = 1, taken do queue.changed[#queue.changed + 1] = ids[i] end
   announce_changes(queue.waiters, queue.changed, 's')

@@ -1,51 +1,5 @@
 -- Leasing: jobs leave the ready lists and are held by a worker.
 
--- Tell what becomes of an entry whose job is not plain. Nothing is written.
--- envelope  as it is stored; false when there is none
--- now       ms
--- returns   nil when the job can be leased, else "missing", "stub" or "expired"; its marks
-local function fate_of(envelope, now)
-  if not envelope then return 'missing' end
-  local found = marks(envelope)
-  if not found then return nil end
-  if found.stub then return 'stub', found end
-  if found.expires and found.expires <= now then return 'expired', found end
-  return nil, found
-end
-
--- Drop a job that is gone, cancelled or expired, and whose entry was removed.
--- queue     fields prefix, jobs, state, conf, waiters and untagged are used; admits is set when a successor may have joined a list
--- id        of the job
--- fate, found  as fate_of returns them
--- now       ms
--- missing   the id is added to this list when there is no envelope
--- returns   nothing
-local function discard(queue, id, fate, found, now, missing)
-  if fate == 'missing' then missing[#missing + 1] = id
-  elseif fate == 'stub' then
-    redis.call('HDEL', queue.jobs, id)
-    redis.call('HINCRBY', queue.conf, 'stubs', -1)
-  else
-    if events then pcall(function() note_event('cancelled', id, redis.call('HGET', queue.jobs, id), attempt_in(redis.call('HGET', queue.state, id)), 'why', 'expired') end) end
-    redis.call('HDEL', queue.jobs, id)
-    list_tags(queue.untagged, found.tags, id)
-    finish(queue, id, 600000, cancelled_record(now, 'expired'), found)
-    if found.keys then queue.admits = true end
-  end
-end
-
--- Decide about an entry whose job is not plain. A job that is gone, cancelled or expired is dropped here.
--- queue, id, now, missing  as for discard
--- envelope  as it is stored; false when there is none
--- returns   true when the job can be leased
-local function usable(queue, id, envelope, now, missing)
-  local first = envelope and string.byte(envelope)
-  if first == 10 or first == 9 then return true end -- it has no marks
-  local fate, found = fate_of(envelope, now)
-  if fate then discard(queue, id, fate, found, now, missing) end
-  return not fate
-end
-
 -- Read the head of a ready list, and tell whether it holds jobs that cannot be leased as they are.
 -- queue    field jobs is used
 -- key      the list
@@ -84,7 +38,7 @@ local function take_ready(queue, want, urgent, first, first_envelopes, unusual, 
       else
         for i = 1, count do
           local id = heads[i]
-          if usable(queue, id, found[i], now, missing) then
+          if lazy().usable(queue, id, found[i], now, missing) then
             taken = taken + 1
             ids[taken], envelopes[taken] = id, found[i]
           end
@@ -101,11 +55,11 @@ end
 -- number   of the turn that leases them
 -- ids, taken   the jobs and their number, at least one
 -- before   how many this turn has leased before; nil: none
--- returns  nothing
+-- returns  how many it has not held before
 local function hold(leased, number, ids, taken, before)
   local places, base = {}, number * 8192 + (before or 0)
   for i = 1, taken do
     places[2 * i - 1], places[2 * i] = ids[i], base + i
   end
-  redis.call('HSET', leased, unpack(places))
+  return redis.call('HSET', leased, unpack(places))
 end

@@ -27,16 +27,11 @@ end
 -- Tell the processes that wait for a job how it ended.
 -- waiters  key waiters
 -- id       of the job
--- record   JSON; of a success that keeps no record "" without a value and "+" with one
+-- record   as for announce_to
 -- returns  nothing
 local function announce(waiters, id, record)
   local channels = redis.call('HGET', waiters, id)
-  if not channels then return end
-  redis.call('HDEL', waiters, id)
-  -- A user may not publish, perhaps. The job has ended all the same, and callers look again after seconds.
-  for channel in string.gmatch(channels, '%*?(%S+)') do -- a star: it watches (lib/changes.lua)
-    redis.pcall('PUBLISH', channel, id .. '\n' .. record)
-  end
+  if channels then announce_to(waiters, id, channels, record) end
 end
 
 -- End a job whose envelope was removed, or replaced by a stub: remove its state, keep its record, release and announce.

@@ -4,13 +4,12 @@
 -- has none was lost by the server (evicted, or deleted by hand). It is reported once, when its entry is removed.
 -- Jobs that wait for a retry and keep their group's slot come back to the front of their group; alarms of limits are rung.
 -- queue    fields jobs, due and ready are used, and what begin_groups makes; to schedules the names of schedules are added that have come
--- first    the first entry of due and its score; nil when it may have changed
 -- now      ms
 -- missing  ids without an envelope are added to this list
 -- returns  when the next job is due (ms; nil: none is scheduled), true when a promoted job has a priority above 0
-local function promote_due(queue, first, now, missing)
+local function promote_due(queue, now, missing)
   local urgent = false
-  first = first or redis.call('ZRANGE', queue.due, 0, 0, 'WITHSCORES')
+  local first = redis.call('ZRANGE', queue.due, 0, 0, 'WITHSCORES')
   if first[2] and tonumber(first[2]) <= now then
     local ids = redis.call('ZRANGE', queue.due, '-inf', now, 'BYSCORE', 'LIMIT', 0, 200)
     local envelopes = redis.call('HMGET', queue.jobs, unpack(ids))
