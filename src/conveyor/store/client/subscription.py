@@ -13,11 +13,14 @@ from conveyor.store.transport.connection import shut_down
 from conveyor.store.transport.replies import backoff
 
 if TYPE_CHECKING:
+    import hiredis
+
     from conveyor.store.transport.endpoint import Endpoint
 
 PING_AFTER, PONG_WITHIN = 15.0, 5.0
 """Seconds of silence after which a PING is sent, and seconds that its answer may take."""
 _KEEPALIVE = (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
+_PING = b"*1\r\n$4\r\nPING\r\n"
 _log = logging.getLogger("conveyor.result")
 
 
@@ -71,29 +74,54 @@ class Subscription:
                     connection.disconnect()
 
     def _read(self) -> None:
+        import hiredis
+        from redis import ResponseError
+
         connection: Any = self._endpoint.open(read_timeout=PONG_WITHIN)
         self._connection = connection
         if self._closed.is_set():
             return
-        connection.send_command("SUBSCRIBE", self._channel)
-        connection.read_response()
+        # From here on without redis-py, which looks at the socket four times for each message: a caller waits for it.
+        sock: socket.socket = connection._sock  # noqa: SLF001  the one private name we use; a test holds it
+        reader = hiredis.Reader(replyError=ResponseError)
+        pack: Callable[[Any], bytes] = hiredis.pack_command
+        sock.sendall(pack(("SUBSCRIBE", self._channel)))
+        self._next(sock, reader, pings=False)
         if self._ping_after is None:
-            _keep_alive(connection)
+            _keep_alive(sock)
         self.ready.set()
         self._on_subscribed()
+        sock.settimeout(self._ping_after)
         while True:
-            if not connection.can_read(timeout=self._ping_after):
-                connection.send_command("PING", check_health=False)  # detects a server that died silently
-                if not connection.can_read(timeout=PONG_WITHIN):
-                    raise TimeoutError("no answer")
-            message = connection.read_response()
+            message = self._next(sock, reader, pings=True)
             if isinstance(message, list) and message[0] == b"message":
                 self._on_message(message[2])
 
+    def _next(self, sock: socket.socket, reader: hiredis.Reader, *, pings: bool) -> Any:
+        """Return what the server says next; a server that died silently is found by a PING, with *pings*."""
+        is_asked = False
+        while (message := reader.gets()) is False:
+            try:
+                data = sock.recv(65536)
+            except TimeoutError:
+                if is_asked or not pings:
+                    raise TimeoutError("no answer") from None
+                is_asked = True
+                sock.settimeout(PONG_WITHIN)
+                sock.sendall(_PING)
+                continue
+            if not data:
+                raise ConnectionError("Connection closed by server")
+            reader.feed(data)
+        if is_asked:
+            sock.settimeout(self._ping_after)
+        if isinstance(message, Exception):
+            raise message
+        return message
 
-def _keep_alive(connection: Any) -> None:
+
+def _keep_alive(sock: socket.socket) -> None:
     """Have the system find out whether the server is there: that costs the server no command."""
-    sock = connection._sock  # noqa: SLF001  as below
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if sock.family != socket.AF_UNIX:
         for name, value in _KEEPALIVE:

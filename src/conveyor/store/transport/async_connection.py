@@ -58,7 +58,7 @@ class _StreamProtocol(asyncio.Protocol):
 
 
 class AsyncConnection:
-    """A connection of one event loop that opens itself; commands of one tick leave in one write."""
+    """A connection of one event loop that opens itself; commands of one tick leave in one write, the first of an idle one alone."""
 
     def __init__(self, endpoint: Endpoint, timeout: replies.CallTimeout = replies.NO_TIMEOUT) -> None:
         self.endpoint = endpoint
@@ -226,13 +226,15 @@ class AsyncConnection:
         """
         Send one command on the open connection; *answer* gets the reply, or an OSError when the connection is lost.
 
-        It leaves at the end of this pass of the loop with all others of the pass, or *at_once*. *packed* is
-        what `pack` returned for it, if it was asked.
+        It leaves at once where no reply is awaited, or *at_once*; else at the end of this pass of the loop, with all others of
+        the pass. *packed* is what `pack` returned for it, if it was asked.
         """
         if self._transport is None or self._loop is None:
             answer(ConnectionLost("not connected"))
             return
-        if not self._out and not at_once:
+        if not (self._pending or self._out):
+            at_once = True
+        elif not self._out and not at_once:
             self._loop.call_soon(self._flush)
         if packed is None:
             packed = self._pack(command)
