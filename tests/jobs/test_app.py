@@ -215,6 +215,27 @@ async def test_async_with_closes_the_loops_connection(url: str, redis: redis_py.
     await auntil(lambda: len(redis.client_list()) == idle)
 
 
+async def test_a_loop_that_ends_after_the_app_leaves_no_connection(url: str, redis: redis_py.Redis) -> None:
+    """Loops over messages that are left, and end when the app is closed already, give back what they hold and close."""
+    idle = len(redis.client_list())
+    app = Conveyor(url)
+    held = []
+    for name in ("mail", "orders"):
+        await app.queue(name).apush_many([1, 2])
+        held.append(app.queue(name).aconsume(2))
+        async with await anext(held[-1]) as body:
+            assert body == 1
+    await app.aclose()
+    await asyncio.gather(*(one.aclose() for one in held))
+    await auntil(lambda: len(redis.client_list()) == idle)
+
+    async with Conveyor(url) as other:
+        for name in ("mail", "orders"):
+            counts = await other.queue(name).astats()
+            assert (counts.ready, counts.leased) == (1, 0)
+            await other.queue(name).apurge()
+
+
 def test_worker_comes_from_the_layer_above(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
     """app.worker() hands itself and its options to the embedded worker, which is loaded by its name."""
     monkeypatch.setattr("conveyor.worker.embedded.EmbeddedWorker", lambda app, **options: (app, options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from conveyor.errors import ConfigurationError
 from conveyor.jobs.app import Conveyor
+from conveyor.messaging.message import Message
 from conveyor.store.client.buffer import Buffer
 
 URL = "redis://127.0.0.1:1"
@@ -81,6 +83,44 @@ async def test_the_loop_that_would_do_the_work_is_never_blocked(app: Conveyor) -
         assert caught.value.code == "E06"
     await message.aack()
     assert (await mail.astats()).leased == 0
+
+
+async def test_a_block_without_async_is_refused_before_it_runs(url: str) -> None:
+    """`with message` on the loop that took it says what to write, and no line of it runs; in a thread it settles."""
+    app = Conveyor(url)
+    mail = app.queue("mail")
+    await mail.apush_many([1, 2, 3])
+    async for message in mail.aconsume():
+        with pytest.raises(ConfigurationError, match="Write:  async with message as body") as caught:
+            message.__enter__()
+        assert caught.value.code == "E06"
+
+        def settle(message: Message[Any] = message) -> None:
+            with message as body:
+                assert body == 1
+
+        await asyncio.to_thread(settle)
+        break
+    async for batch in mail.abatches(2):
+        with pytest.raises(ConfigurationError, match="Write:  async with message as body"):
+            batch.__enter__()
+        async with batch as bodies:
+            assert bodies == [2, 3]
+        break
+    await app.aclose()
+
+
+async def test_a_refusal_names_what_to_write(url: str) -> None:
+    """Loops are written with `async for`, and the length of a queue with `alen`."""
+    app = Conveyor(url)
+    mail = app.queue("mail")
+    with pytest.raises(ConfigurationError, match=r"len\(queue\) was called.*\n.*await queue\.alen\(\)"):
+        len(mail)
+    with pytest.raises(ConfigurationError, match=r"async for … in mail\.aconsume\(…\)"):
+        mail.consume()
+    with pytest.raises(ConfigurationError, match=r"await mail\.apull\(…\)"):
+        mail.pull()
+    await app.aclose()
 
 
 async def test_it_is_refused_by_default(url: str) -> None:

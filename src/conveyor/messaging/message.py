@@ -34,7 +34,9 @@ class Settler(Protocol):
     policy: SettlementPolicy
     on_error: OnError
     failure_log: failures.FailureLog
+    is_async: bool
 
+    def refuse_block(self) -> None: ...
     def is_cancelled(self, leased: LeasedMessage) -> bool: ...
     def settle(self, endings: Sequence[Ending]) -> None: ...
     def settle_soon(self, endings: Sequence[Ending]) -> None: ...
@@ -185,6 +187,8 @@ class Message(Generic[T]):
     # -- as a block -----------------------------------------------------------------------------------------------
 
     def __enter__(self) -> T:
+        if self._settler.is_async:
+            self._settler.refuse_block()
         self.start()
         self._begin_handling()
         return self.body
@@ -359,6 +363,8 @@ class Batch(list[Message[T]]):
             await settler.asettle(endings)
 
     def __enter__(self) -> list[T]:
+        if self and self[0]._settler.is_async:  # noqa: SLF001
+            self[0]._settler.refuse_block()  # noqa: SLF001
         self._begin_handling()
         return self.bodies
 

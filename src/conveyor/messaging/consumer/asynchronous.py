@@ -29,6 +29,7 @@ from conveyor.messaging.message import Batch, Ending, Message, OnError
 from conveyor.messaging.partitions import Partitions
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.store import operations
+from conveyor.store.client.batching import LoopConnections
 from conveyor.store.client.client import Client
 from conveyor.store.client.outages import FIRST_TRY
 from conveyor.store.script import AsyncRun, Call, adrive, adrive_steps
@@ -71,6 +72,8 @@ async def see_through(work: Callable[[], Awaitable[None]], seconds: float | None
 class AsyncSettler(SettlerState):
     """Settles by awaitable calls on one event loop. The blocking forms work from other threads."""
 
+    is_async = True
+
     def __init__(
         self, client: Client, session: LeaseSession, policy: SettlementPolicy, on_error: OnError, run: AsyncRun
     ) -> None:
@@ -99,6 +102,15 @@ class AsyncSettler(SettlerState):
             await adrive(program, self._run)
         if self.session.bodies is not None:
             await self.session.bodies.fetch(self.session.waiting)
+
+    def refuse_block(self) -> None:
+        """Raise ConfigurationError (E06) for a block without `async` on the loop that took the message: its end would fail."""
+        if asyncio._get_running_loop() is self._loop:  # noqa: SLF001  as below
+            raise ConfigurationError(
+                "`with message` was written on the event loop that took the message, and the end of the block would stop "
+                "all of it. Nothing was done.\n    Write:  async with message as body",
+                code="E06",
+            )
 
     def _refuse_own_loop(self) -> None:
         """Raise ConfigurationError (E06) where a loop may not be blocked, or is the one that would do the work."""
@@ -231,6 +243,8 @@ class AsyncConsumer(Generic[T]):
         self._waiters: AsyncWakeupWaiters | None = None
         self._renewer: LeaseRenewer | None = None
         self._renewal: asyncio.Task[None] | None = None
+        self._connections: LoopConnections | None = None
+        """The connections of the event loop when the loop over messages began."""
         self._movers: list[AsyncListMover] | None = None
         self.is_idle = False
         self.settled = asyncio.Event()
@@ -287,6 +301,7 @@ class AsyncConsumer(Generic[T]):
 
     async def begin(self) -> None:
         """Begin a loop: agree on the number of partitions, and renew what will be leased."""
+        self._connections = self.client.loop_connections()
         await self._agree()
         self._renewer = LeaseRenewer(self.client, self.settlers, slack=1.6)
         self._renewal = asyncio.get_running_loop().create_task(self._renew())
@@ -304,6 +319,8 @@ class AsyncConsumer(Generic[T]):
     async def _go(self) -> None:
         await self._stop_waiting()
         await self._leave_all()
+        if self._connections is not None:
+            self.client.close_reopened(self._connections)
 
     async def _agree(self, *, look: bool = False) -> None:
         for partitions in self._sources.partitions:

@@ -98,6 +98,12 @@ def by_arrival(messages: list[Message[T]]) -> list[Message[T]]:
 class SettlerState:
     """The leases of one identity and the policy for their ends, shared by both settlers."""
 
+    is_async = False
+    """True where an event loop carries out the ends."""
+
+    def refuse_block(self) -> None:
+        """Raise ConfigurationError (E06) where a block without `async` could not end; nowhere, unless `is_async`."""
+
     def __init__(self, client: Client, session: LeaseSession, policy: SettlementPolicy, on_error: OnError) -> None:
         self.client, self.forks = client, client.forks
         self.session = session

@@ -111,6 +111,12 @@ class LoopConnections:
             connection = self._connections[endpoint] = AsyncConnection(endpoint, self._timeout)
         return connection
 
+    @property
+    def is_idle(self) -> bool:
+        """True when nothing waits for an answer, and no push to be sent."""
+        connections, batchers = self._connections.values(), self._batchers.values()
+        return not (any(one.is_busy for one in connections) or any(one.is_busy for one in batchers))
+
     def close(self) -> None:
         """Close the connections."""
         for connection in self._connections.values():
@@ -166,6 +172,11 @@ class PushBatcher:
         if self._sender is None:
             self._start()
         return future
+
+    @property
+    def is_busy(self) -> bool:
+        """True while pushes wait, or are under way."""
+        return self._sender is not None
 
     def _start(self) -> None:
         self._sender = self._loop.create_task(self._send())

@@ -8,6 +8,7 @@ connection per event loop and endpoint; pushes of one tick share one call.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import linecache
 import logging
 import re
@@ -602,6 +603,19 @@ class Client:
             self._topology = None
             attachment.close()
 
+    def close_reopened(self, before: LoopConnections) -> None:
+        """
+        Close this event loop's connections if they are others than *before*, and idle: the app was closed, and they came after.
+
+        For a loop over messages, which ends when its generator is collected, and that is often after the app was closed.
+        """
+        loop = asyncio.get_running_loop()
+        now = self._loops.get(loop)
+        if now is not None and now is not before and now.is_idle:
+            del self._loops[loop]
+            self._last_loop = None
+            now.close()
+
     async def aclose(self) -> None:
         """Close this event loop's connections, then the rest."""
         shared = self._loops.pop(asyncio.get_running_loop(), None)
@@ -664,6 +678,8 @@ def _blocking_call(frame: FrameType | None) -> tuple[str, str]:
     running = "was called while an event loop is running in this thread"
     name = "" if method is None else method.f_code.co_name
     owner = None if method is None else method.f_locals.get("self")
+    if name == "__len__":
+        return f"len(queue) {running}", "await queue.alen()"
     if frame is None or not hasattr(owner, f"a{name}"):
         return (
             f"A blocking method {running}",
@@ -673,4 +689,5 @@ def _blocking_call(frame: FrameType | None) -> tuple[str, str]:
     written = re.search(rf"([\w.]+)\.{name}\(", linecache.getline(path, line))
     text = written[1] if written is not None else type(owner).__name__.lower()
     where = f"{path.replace(chr(92), '/').rpartition('/')[2]}:{line} in {frame.f_code.co_name}"
-    return f"{text}.{name}() {running} (from {where})", f"await {text}.a{name}(…)"
+    awaits = inspect.iscoroutinefunction(getattr(owner, f"a{name}"))
+    return f"{text}.{name}() {running} (from {where})", f"{'await' if awaits else 'async for … in'} {text}.a{name}(…)"

@@ -319,6 +319,11 @@ class AsyncConnection:
         """True when commands can be sent without waiting."""
         return self._transport is not None
 
+    @property
+    def is_busy(self) -> bool:
+        """True when a command waits for its reply, or for the connection."""
+        return bool(self._pending) or self._opening is not None
+
     # -- for the stream -------------------------------------------------------------------------------------------
 
     def feed(self, data: bytes) -> None:
