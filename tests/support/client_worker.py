@@ -90,11 +90,16 @@ def wait_for_job(worker: ClientWorker) -> str:
 
 def recorded_steps(client: Client, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that from now on gets the name of each script that *client* runs, in their order."""
-    steps, run = list[str](), client.run
+    steps, run, run_each = list[str](), client.run, client.run_each
 
     def recorded(call, **options):  # type: ignore[no-untyped-def]
         steps.append(call.script.name)
         return run(call, **options)
 
+    def each_recorded(calls):  # type: ignore[no-untyped-def]
+        steps.extend(call.script.name for call in calls)
+        return run_each(calls)
+
     monkeypatch.setattr(client, "run", recorded)
+    monkeypatch.setattr(client, "run_each", each_recorded)
     return steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import msgspec
@@ -40,7 +40,7 @@ _MAX_NOTES = 20
 """Queues of which each has a note that it is paused, or has dead letters."""
 _MARKS_SIZE = 300
 """Queues of which one call reads the marks."""
-_MAX_AUDITED = 10_000
+_MAX_AUDITED, _AUDITED_PLACES, _AUDITED_JOBS = 10_000, 50, 500
 MEMORY_WARNING, MEMORY_PROBLEM = 0.75, 0.9
 LARGE_SLOT = 1_000_000
 LONGEST_KEEPALIVE = 300
@@ -418,13 +418,36 @@ def _check_all_records(
     client: Client, directory: QueueDirectory, parts: Mapping[str, Sequence[str]],
     counts: Mapping[str, QueueInfo], report: HealthReport, seconds: float | None,
 ) -> None:  # fmt: skip
-    until = None if seconds is None else time.monotonic() + seconds
-    for read, name in enumerate(parts):
-        if until is not None and time.monotonic() > until:
+    until, read = None if seconds is None else time.monotonic() + seconds, 0
+    for names in _audited_together(parts, counts):
+        if until is not None and time.monotonic() >= until:
             text = f"the records of {read:,} of {len(parts):,} queues were examined, in the time that this may take"
             report.add("records", "note", text, "conveyor doctor examines all of them")
             return
-        _check_records(client, [directory.keys(part) for part in parts[name]], counts[name], report)
+        read += len(names)
+        places = [
+            directory.keys(part) for name in names if _jobs_of(counts[name]) <= _MAX_AUDITED for part in parts[name]
+        ]
+        for keys, problems in zip(places, client.run_each([inspection.audit(keys) for keys in places]), strict=True):
+            _report_records(keys, problems, report)
+
+
+def _audited_together(parts: Mapping[str, Sequence[str]], counts: Mapping[str, QueueInfo]) -> Iterator[list[str]]:
+    """Yield the queues that are examined in one round trip: small ones, so that it takes no longer than that of a large one."""
+    names, places, jobs = list[str](), 0, 0
+    for name in parts:
+        more = jobs_of if (jobs_of := _jobs_of(counts[name])) <= _MAX_AUDITED else 0
+        if names and (places + len(parts[name]) > _AUDITED_PLACES or jobs + more > _AUDITED_JOBS):
+            yield names
+            names, places, jobs = [], 0, 0
+        names.append(name)
+        places, jobs = places + len(parts[name]), jobs + more
+    if names:
+        yield names
+
+
+def _jobs_of(count: QueueInfo) -> int:
+    return count.ready + count.scheduled + count.waiting + count.leased + count.dead
 
 
 def _check_sizes(parts: Mapping[str, Sequence[str]], counts: Mapping[str, QueueInfo], report: HealthReport) -> None:
@@ -451,24 +474,18 @@ def _note_queues(counts: Mapping[str, QueueInfo], report: HealthReport) -> None:
         report.add("queue", "note", f"{len(rest):,} more queues have {total:,} dead letters", "conveyor queue list")
 
 
-def _check_records(client: Client, partitions: list[QueueKeys], count: QueueInfo, report: HealthReport) -> None:
-    """Look for jobs without a record, and for what schedules and jobs lack. Large queues are skipped: it would take long."""
-    if count.ready + count.scheduled + count.waiting + count.leased + count.dead > _MAX_AUDITED:
-        return
-    for keys in partitions:
-        problems = client.run(inspection.audit(keys))
-        _report_schedules(keys.queue, [(what, name) for what, name in problems if "schedule" in what], report)
-        lasting = [name for what, name in problems if what == "no time to live"]
-        if lasting:
-            text = f"queue '{keys.queue}': {len(lasting):,} keys of jobs would stay for ever: {', '.join(lasting[:3])}"
-            report.add("queue", "warning", text, f"EXPIRE {keys.prefix}{lasting[0]} 86400, and so on")
-        missing = [id_ for what, id_ in problems if what.startswith("no envelope")]
-        if missing:
-            named = ", ".join(missing[:3])
-            text = (
-                f"queue '{keys.queue}': the records of {len(missing):,} jobs are missing, so they will not run: {named}"
-            )
-            report.add("queue", "problem", text, "The server may have evicted them. Enqueue them again.", "E10")
+def _report_records(keys: QueueKeys, problems: Sequence[tuple[str, str]], report: HealthReport) -> None:
+    """Report jobs without a record, and what schedules and jobs lack."""
+    _report_schedules(keys.queue, [(what, name) for what, name in problems if "schedule" in what], report)
+    lasting = [name for what, name in problems if what == "no time to live"]
+    if lasting:
+        text = f"queue '{keys.queue}': {len(lasting):,} keys of jobs would stay for ever: {', '.join(lasting[:3])}"
+        report.add("queue", "warning", text, f"EXPIRE {keys.prefix}{lasting[0]} 86400, and so on")
+    missing = [id_ for what, id_ in problems if what.startswith("no envelope")]
+    if missing:
+        named = ", ".join(missing[:3])
+        text = f"queue '{keys.queue}': the records of {len(missing):,} jobs are missing, so they will not run: {named}"
+        report.add("queue", "problem", text, "The server may have evicted them. Enqueue them again.", "E10")
 
 
 def _report_schedules(queue: str, problems: list[tuple[str, str]], report: HealthReport) -> None:

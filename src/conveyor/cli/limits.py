@@ -97,18 +97,20 @@ def _control(target: Target, queue: str | None) -> tuple[LimitControl, list[str]
     from conveyor.messaging.limit_control import LimitControl
 
     admin = target.admin()
-    known = admin.names()
     if target.app is None:
-        if queue is not None and queue not in known:
-            admin.queue(queue)  # raises
-        return LimitControl(admin.client), known if queue is None else [queue]
+        if queue is None:
+            return LimitControl(admin.client), admin.queues_with_limits()
+        admin.queue(queue)  # raises
+        return LimitControl(admin.client), [queue]
     from conveyor.jobs.core import core_of
 
     core = core_of(target.app)
-    if queue is not None and queue not in known and queue not in core.limits and queue not in core.definitions:
-        raise QueueNotFound(f"No queue or task {queue!r}, in Redis or in the app.")
     control: LimitControl = target.app.limits
-    return control, sorted({*known, *core.limits} - {*core.plain_lists}) if queue is None else [queue]
+    if queue is None:
+        return control, sorted({*admin.queues_with_limits(), *core.limits} - {*core.plain_lists})
+    if queue not in core.limits and queue not in core.definitions and queue not in admin.names():
+        raise QueueNotFound(f"No queue or task {queue!r}, in Redis or in the app.")
+    return control, [queue]
 
 
 def _named(limit: Rate | Concurrency, name: str | None) -> Rate | Concurrency:

@@ -93,14 +93,17 @@ def _limits(call: ApiCall) -> LimitControl:
 
 
 def list_limits(call: ApiCall) -> dict[str, Any]:
-    """Return the limits and groups of all queues, or of those that were read in the time of one call."""
-    names, until = call.admin.names(), monotonic() + SECONDS
+    """Return the limits and groups of all queues, or of those that were read in the time of one call: first those with limits."""
+    until = monotonic() + SECONDS
+    limited = {*call.admin.queues_with_limits(), *(call.service.core.limits if call.service.core else ())}
+    names = sorted(call.admin.names(), key=lambda name: name not in limited)
     control, groups = _limits(call), GroupControl(call.admin.client)
     found: list[dict[str, Any]] = []
     grouped: list[dict[str, Any]] = []
     read = 0
     for name in names:
-        found += [limit_document(one) for one in control.list(name)]
+        if name in limited:
+            found += [limit_document(one) for one in control.list(name)]
         grouped += [asdict(one) for one in groups.list(name, _MOST_GROUPS)]
         read += 1
         if monotonic() > until:

@@ -205,6 +205,21 @@ class Client:
         finally:
             producer.free_list.append(producer)
 
+    def run_each(self, calls: Sequence[Call[T]]) -> list[T]:
+        """
+        Carry out steps that only read; where one server has all of them, in one round trip.
+
+        It carries them out one behind the other and serves nobody else meanwhile, so together they must not take long.
+        """
+        self.refuse_in_loop()
+        if not calls or not self.has_one_endpoint:  # in a cluster each may be elsewhere
+            return [self.run(call) for call in calls]
+        producer = self._take_connection(calls[0].keys[0])
+        try:
+            return producer.connection.run_each(calls, retry_for=self.retry_for)
+        finally:
+            producer.free_list.append(producer)
+
     def run_once(self, call: Call[T], *, retry_for: float | None = None, deadline: float | None = None) -> T:
         """Carry out one step as `run` does, repeated only when that is harmless."""
         return self.run(call, retry_for=self._once(call, retry_for), deadline=deadline)

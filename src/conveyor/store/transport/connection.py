@@ -94,6 +94,32 @@ class Connection:
         """Send one plain command that may be repeated and return the raw reply; errors as in `run`."""
         return self.run(IdempotentCommand(command), retry_for=retry_for, deadline=deadline)
 
+    def run_each(self, calls: Sequence[Call[T]], *, retry_for: float) -> list[T]:
+        """
+        Carry out *calls*, which only read, in one round trip: all are sent in one write.
+
+        One that fails, and all behind a connection that is lost, is repeated by itself as `run` does.
+        """
+        found: list[Any] = []
+        try:
+            self.begin(retry_for)
+            first = self._send([call.command() for call in calls])
+            for number in range(first, first + len(calls)):
+                self.begin(retry_for)
+                try:
+                    found.append(self._receive(number, 0.0))
+                except Exception as error:
+                    if not is_error_reply(error):
+                        raise
+                    found.append(error)
+        except Exception:  # of the connection
+            self.close()
+        answered = [*found, *[None] * (len(calls) - len(found))]
+        return [
+            self.run(call, retry_for=retry_for) if reply is None or isinstance(reply, Exception) else call.decode(reply)
+            for call, reply in zip(calls, answered, strict=True)
+        ]
+
     def begin(self, retry_for: float, deadline: float | None = None) -> float:
         """Begin the time of a call, of which the next command is the first try; return when that was (monotonic)."""
         since = time.monotonic()
