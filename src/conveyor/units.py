@@ -118,6 +118,11 @@ def size(value: object, name: str) -> int:
     return int(match[1]) * _SIZE_UNITS[match[2]]
 
 
+def iso_timestamp(at: datetime) -> str:
+    """Return an instant as ISO 8601 in UTC, with milliseconds."""
+    return at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 def quantity(number: int, word: str) -> str:
     """Return ``1 job``, ``1,200 jobs``, ``2 processes``."""
     plural = "es" if word.endswith("s") else "s"

@@ -171,9 +171,8 @@ async def test_counters_never_fall(app: Conveyor, redis: redis_py.Redis) -> None
         redis.set("conveyor:{mail}:stats:last", last - 60 * round_, ex=60)
     redis.delete(*redis.scan_iter("conveyor:{mail}:stats:[0-9h]*"))
     found = samples(await Admin(app.client).ametrics_text())
-    assert (
-        found["conveyor_jobs_finished_total", "mail", "well", "succeeded"] == 2
-    )  # the last minute is gone, the sums are not
+    # The last minute is gone, the sums are not.
+    assert found["conveyor_jobs_finished_total", "mail", "well", "succeeded"] == 2
 
 
 def test_format_and_hostile_names() -> None:

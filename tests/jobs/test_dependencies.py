@@ -253,9 +253,8 @@ async def test_dependencies_in_a_process(app: Conveyor, tmp_path: Path, monkeypa
     told = Counter(line.rpartition(" ")[0] for line in lines)
     pids = {line.rpartition(" ")[2] for line in lines}
     assert told["open session"] == 4
-    assert (
-        told["close session"] == 3
-    )  # a generator is closed where its job failed, and the code behind its yield is left out
+    # A generator is closed where its job failed, and the code behind its yield is left out.
+    assert told["close session"] == 3
     assert told["open engine"] == told["close engine"] == len(pids)
 
 

@@ -405,9 +405,8 @@ class TestIdlePull:
         """A pull that waits asks when a lost token or a dead worker may be found, as a registered one does, not all the time."""
         redis.config_resetstat()
         assert queue.pull(wait="1s") == []
-        assert (
-            redis.info("commandstats")["cmdstat_evalsha"]["calls"] <= 4
-        )  # a lease of 2 s: every 0.67 s, and at both ends
+        # A lease of 2 s: every 0.67 s, and at both ends.
+        assert redis.info("commandstats")["cmdstat_evalsha"]["calls"] <= 4
 
     def test_a_paused_queue_is_idle(self, queue, redis):
         """Messages in a paused queue make no work."""

@@ -135,9 +135,10 @@ async def test_a_script_of_others_that_hogs_the_server_is_waited_for(
 ) -> None:
     """A foreign script that keeps the server busy only delays jobs: no lease is lost, and the script is not killed."""
     server = start_server("--lua-time-limit", "50", name=name)
+    # It stands still on newer ones, and 6.2 has no os.
     clock = (
         "(function() local t = redis.call('TIME') return t[1] + t[2] / 1e6 end)()" if name == "redis6" else "os.clock()"
-    )  # it stands still on newer ones, and 6.2 has no os
+    )
     hog = f"local e = {clock} + {rounds(3, 1)} while {clock} < e do end return 'whole'"
     with server.client(socket_timeout=30) as client:
         async with JobLoad(server.url, workers=2, lease="2s") as load:

@@ -65,9 +65,8 @@ async def test_nothing_stands_between_a_token_and_its_job(
         for consumer in worker.consumers:
             await auntil(lambda: _waits_prepared(worker))
             blocked = worker.connections.blocked
-            consumer._reaper.due_at = (
-                math.inf
-            )  # a turn that looks for dead workers says so, and is made when it is sent
+            # A turn that looks for dead workers says so, and is made when it is sent.
+            consumer._reaper.due_at = math.inf
             send = consumer.connection.send
 
             def sending(command: Any, answer: Any, _send: Any = send, **options: Any) -> None:

@@ -216,9 +216,8 @@ def rules(
 
 def _connection_commands(server: str, topology: str, database: int) -> set[str]:
     """Return the commands that open a connection. AUTH and HELLO need no right."""
-    commands = (
-        {"client|setinfo"} if server == "7.2" else set()
-    )  # older servers do not know it and refuse the whole line
+    # Older servers do not know it and refuse the whole line.
+    commands = {"client|setinfo"} if server == "7.2" else set()
     if database:
         commands.add("select")
     if topology == "sentinel":

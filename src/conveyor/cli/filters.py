@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from conveyor.cli.completion import complete_queues, complete_tasks
-from conveyor.cli.output import iso_timestamp
 from conveyor.errors import ConfigurationError
-from conveyor.units import milliseconds
+from conveyor.units import iso_timestamp, milliseconds
 
 if TYPE_CHECKING:
     from conveyor.store.job_filter import JobFilter

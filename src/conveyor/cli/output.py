@@ -24,7 +24,7 @@ from msgspec.structs import asdict
 from conveyor.cli.exit import ExitCode
 from conveyor.errors import ConfigurationError
 from conveyor.ids import CONTROL_IN_LINES, clean, clean_lines
-from conveyor.units import quantity, span
+from conveyor.units import iso_timestamp, quantity, span
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -225,11 +225,6 @@ def clock_time(at: datetime) -> str:
     if local.date() == now.date():
         return f"{local:%H:%M}"
     return f"{local:%b %d %H:%M}" if abs(now - local) < timedelta(days=180) else f"{local:%Y-%m-%d}"
-
-
-def iso_timestamp(at: datetime) -> str:
-    """Return an instant as ISO 8601 in UTC, with milliseconds."""
-    return at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def parse_seconds(text: str, *, name: str) -> float:

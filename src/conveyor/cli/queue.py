@@ -17,13 +17,12 @@ from conveyor.cli.output import (
     ProgressLine,
     clock_time,
     confirm_options,
-    iso_timestamp,
     shortened,
     terminal_width,
 )
 from conveyor.cli.target import Target, redis_options
 from conveyor.ids import clean, logical
-from conveyor.units import quantity
+from conveyor.units import iso_timestamp, quantity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -9,8 +9,9 @@ from msgspec.structs import asdict
 
 from conveyor.cli.command import CommandGroup
 from conveyor.cli.completion import complete_schedules
-from conveyor.cli.output import Output, confirm_options, iso_timestamp, short_time
+from conveyor.cli.output import Output, confirm_options, short_time
 from conveyor.cli.target import Target, redis_options
+from conveyor.units import iso_timestamp
 
 if TYPE_CHECKING:
     from conveyor.jobs.schedules import Schedule, Schedules

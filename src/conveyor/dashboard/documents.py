@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from conveyor.dashboard.access import Access
+from conveyor.units import iso_timestamp
 
 if TYPE_CHECKING:
     from conveyor.admin.views import ErrorInfo, JobInfo, QueueInfo
@@ -139,14 +140,9 @@ def plain(value: Any) -> Any:
     return asdict(value) if isinstance(value, Struct) else value
 
 
-def iso(at: datetime) -> str:
-    """Return an instant as ISO 8601 in UTC, with milliseconds."""
-    return at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
 def _to_json(value: object) -> object:
     if isinstance(value, datetime):
-        return iso(value)
+        return iso_timestamp(value)
     if isinstance(value, timedelta):
         return value.total_seconds()
     if isinstance(value, Struct):

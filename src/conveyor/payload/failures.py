@@ -79,9 +79,8 @@ def message(error: BaseException) -> str:
 def shorten(text: str, most: int) -> str:
     """Return *text* as storable Unicode of at most *most* bytes in UTF-8; a longer one loses its middle."""
     if len(text) > most:
-        text = (
-            text[:most] + text[-most:]
-        )  # all that is cut below lies between these, and a gigabyte is not encoded first
+        # All that is cut below lies between these, and a gigabyte is not encoded first.
+        text = text[:most] + text[-most:]
     data = text.encode("utf-8", "backslashreplace")
     if len(data) <= most:
         return data.decode()

@@ -124,9 +124,8 @@ class Handler:
         hard_ms = task.settings.timeout_hard_ms
         self.timeout_hard: float | None = None if hard_ms is None else hard_ms / 1000
         self.early = task.settings.ack == "early"
-        self.keeps_logs = (
-            task.settings.logs != "never" and not self.early
-        )  # one that is acknowledged has no place for them
+        # One that is acknowledged has no place for them.
+        self.keeps_logs = task.settings.logs != "never" and not self.early
         self.stores = not task.returns_none
         self.keep_ms, self.has_webhook = task.settings.keep_ms, task.settings.webhook is not None
         self.failed = self.retried = 0

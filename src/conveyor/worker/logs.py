@@ -12,6 +12,7 @@ from typing import Any
 
 from conveyor.ids import clean_lines
 from conveyor.jobs.context import CURRENT, Context
+from conveyor.units import iso_timestamp
 
 LOG = logging.getLogger("conveyor.worker")
 FORMATS = ("text", "json")
@@ -57,7 +58,7 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        at = iso_timestamp(datetime.fromtimestamp(record.created, UTC))
         line: dict[str, Any] = {
             "at": at, "level": record.levelname, "logger": record.name, "message": record.getMessage(), "pid": record.process,
         }  # fmt: skip

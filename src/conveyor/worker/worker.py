@@ -318,9 +318,8 @@ class Worker:
             self.executor.stop(attempt, "stop")
         await self._drain_monitor.wait(self.consumers, 1.0, hurry=False)
         for attempt in list(running(self.consumers, early=False)):
-            attempt.ended = (
-                monotonic()
-            )  # a thread, or a coroutine that swallows its cancellation: it dies with the process
+            # A thread, or a coroutine that swallows its cancellation: it dies with the process.
+            attempt.ended = monotonic()
             if attempt in self._drain_monitor.stuck:
                 self.settlement_writer.settle(attempt, None, None, stuck=True)
             else:

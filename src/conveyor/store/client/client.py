@@ -588,9 +588,8 @@ class Client:
     def loop_connections(self) -> LoopConnections:
         """Return what the callers of this event loop share."""
         loop = asyncio.get_running_loop()
-        last = (
-            self._last_loop
-        )  # most programs have one loop, and a lookup of a weak reference costs as much as all the rest
+        # Most programs have one loop, and a lookup of a weak reference costs as much as all the rest.
+        last = self._last_loop
         if last is not None and last.loop() is loop:
             return last
         connections = self._loops.get(loop)

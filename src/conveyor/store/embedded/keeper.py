@@ -34,9 +34,8 @@ _READY_POLL = 0.01  # seconds between two checks of a starting server
 _STOP_TIMEOUT = 30.0  # seconds a server may take to write its data to disk before it is killed
 _ORPHAN_TIMEOUT = 5.0  # seconds for the server of a killed keeper to end
 _MAX_PAUSE = 5.0  # seconds between two starts of a server that keeps crashing
-_ALLOCATOR = (
-    "glibc.malloc.tcache_count=4096"  # other C libraries, and servers with an allocator of their own, ignore it
-)
+# Other C libraries, and servers with an allocator of their own, ignore it.
+_ALLOCATOR = "glibc.malloc.tcache_count=4096"
 _STEADY_AFTER = 10.0  # seconds after which a crash no longer counts as one of a series
 
 

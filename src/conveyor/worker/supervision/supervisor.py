@@ -233,9 +233,8 @@ class Supervisor:
     def _check_children(self) -> None:
         now = monotonic()
         if now - self._checked_at > STALLED:
-            self._resumed_at = (
-                now  # this process was frozen, and so perhaps were they: no job is to blame for that time
-            )
+            # This process was frozen, and so perhaps were they: no job is to blame for that time.
+            self._resumed_at = now
         self._checked_at = now
         self._handle_signals()
         if self._bounds is not None and self._stop_at is None:
