@@ -39,7 +39,8 @@ from conveyor.store import inspection
 from conveyor.worker.execution import executor
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.shared_memory import ChildSlot
-from conveyor.worker.worker import RETIRED, Worker
+from conveyor.worker.shutdown import RECYCLE
+from conveyor.worker.worker import Worker
 from support import batch_app
 from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import audit, counts, drain, until_counts, working
@@ -609,7 +610,7 @@ async def test_a_thread_that_does_not_end_has_timed_out(
 
     jobs = [await note.aenqueue(n) for n in range(2)]
     worker = Worker(app, slot=slot, grace=PATIENCE)
-    assert await asyncio.wait_for(worker.run(), PATIENCE) == RETIRED
+    assert await asyncio.wait_for(worker.run(), PATIENCE) == RECYCLE
     go.set()
     assert [await job.astatus() for job in jobs] == ["dead", "dead"]
     for job in jobs:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.ids import new_identity
 from conveyor.store import operations
-from conveyor.store.client.subscription import Subscription
+from conveyor.store.client.subscription import OUTAGE_LIMIT, Subscription
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.keys import QueueKeys, reply_channel
 from conveyor.store.sleepers import SleepingTask, SleepingThread
@@ -35,8 +35,6 @@ CHECK_AGAIN = 5.0
 """Seconds after which a waiter asks again, in case its message was missed."""
 EVENTS = "e"
 """The word of a listener to the events of a queue, which ends with the subscription."""
-OUTAGE_LIMIT = 60.0
-"""Seconds that Redis may be away while a caller waits without a time limit."""
 
 _log = logging.getLogger("conveyor.result")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -23,7 +23,7 @@ from conveyor.store import operations, schedules
 from conveyor.store.keys import known_queues
 from conveyor.store.operations import Entry
 from conveyor.store.schedules import Origin, RunLine, ScheduleRow
-from conveyor.store.script import Call, adrive, drive
+from conveyor.store.script import Program, adrive, drive
 from conveyor.units import Duration, instant
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from conveyor.store.keys import QueueKeys
 
 V = TypeVar("V")
-Program = Generator[Call[Any], Any, V]
-"""Yields calls, gets their replies, returns a value: a blocking and an awaitable method carry out the same one."""
 
 
 class ScheduledRun(msgspec.Struct, frozen=True):

@@ -9,9 +9,9 @@ it races with the deletion. A process that dies in between leaves the queue shut
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError
@@ -22,13 +22,12 @@ from conveyor.store.client.queue_index import withdrawing
 from conveyor.store.client.queue_scan import keys_containing
 from conveyor.store.keys import QueueKeys, known_queues
 from conveyor.store.operations import Remains
-from conveyor.store.script import Call, adrive, drive
+from conveyor.store.script import Program, adrive, drive
 from conveyor.store.transport.endpoint import in_thread
 
 CHUNK = 5_000
 """Keys that one step deletes besides those of the queue itself."""
 _BESIDE = re.compile(r"(lane|inbox|result|results|unique|stats|stream|logs|tag|wake|leased|needs):.")
-Calls = Generator[Call[Any], Any, None]
 
 
 @dataclass
@@ -84,7 +83,7 @@ def _is_asked_later(rest: str) -> bool:
     return rest.startswith("lane:") and rest.endswith("+")
 
 
-def _refuse_in_use(client: Client, keys: QueueKeys) -> Calls:
+def _refuse_in_use(client: Client, keys: QueueKeys) -> Program[None]:
     number, change = yield partitioning.count(keys)
     places = _places(client, keys, range(_before(number, change)))
     total = Remains()
@@ -105,7 +104,7 @@ def _places(client: Client, keys: QueueKeys, numbers: Sequence[int]) -> list[Que
     return [keys, *parts]
 
 
-def _delete(client: Client, keys: QueueKeys, found: _Keys) -> Calls:
+def _delete(client: Client, keys: QueueKeys, found: _Keys) -> Program[None]:
     number, change = yield partitioning.count(keys)
     token, parts = "", list[QueueKeys]()
     if number != 1 or change or found.partitions:
@@ -146,7 +145,7 @@ def _delete(client: Client, keys: QueueKeys, found: _Keys) -> Calls:
         yield topics.leave(topics.TopicKeys(client.namespace), keys.queue)
 
 
-def _shut(keys: QueueKeys, parts: Sequence[QueueKeys], token: str) -> Calls:
+def _shut(keys: QueueKeys, parts: Sequence[QueueKeys], token: str) -> Program[None]:
     """Shut a queue and its partitions for everybody. When one of them holds something, open them again and raise."""
     # The number that counts is the one that is recorded now: a producer may have begun the queue since it was looked at.
     done, before = yield partitioning.repartition(keys, "begin", token, 0)
@@ -168,13 +167,13 @@ def _shut(keys: QueueKeys, parts: Sequence[QueueKeys], token: str) -> Calls:
         shut.append(place)
 
 
-def _refuse_in_use_of(keys: QueueKeys, place: QueueKeys) -> Calls:
+def _refuse_in_use_of(keys: QueueKeys, place: QueueKeys) -> Program[None]:
     remains = yield operations.delete(place, "check")
     if remains is not None and any(remains):
         _in_use(keys, remains)
 
 
-def _settle_inboxes(client: Client, place: QueueKeys, found: _Keys) -> Calls:
+def _settle_inboxes(client: Client, place: QueueKeys, found: _Keys) -> Program[None]:
     """Keep what guards a delivery that is under way: of outboxes that are not empty."""
     beside = found.beside.get(place.prefix, [])
     for key in [key for key in beside if key.startswith(place.prefix + "inbox:")]:
@@ -183,7 +182,7 @@ def _settle_inboxes(client: Client, place: QueueKeys, found: _Keys) -> Calls:
             beside.remove(key)
 
 
-def withdraw(client: Client, places: Sequence[QueueKeys]) -> Calls:
+def withdraw(client: Client, places: Sequence[QueueKeys]) -> Program[None]:
     """Remove queues from the set of known ones; those that were begun anew meanwhile are added again."""
     client.note_forgotten(*places)
     yield from withdrawing(client.namespace, places)

@@ -7,9 +7,7 @@ Each is a program of calls whose value is a count, carried out by `drive` or `ad
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
 from datetime import datetime
-from typing import Any
 
 import msgspec
 from msgspec.structs import replace
@@ -25,14 +23,12 @@ from conveyor.store.inspection import JobRow, QueueCounts
 from conveyor.store.job_filter import UNLIMITED, JobFilter, Walk
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Redriven
-from conveyor.store.script import Call
+from conveyor.store.script import Call, Program
 from conveyor.units import instant
 
 logger = logging.getLogger("conveyor.queue")
 BATCH = 500
 PAGE = 100
-
-CountingProgram = Generator[Call[Any], Any, int]
 
 
 class DeadLetter(msgspec.Struct, frozen=True):
@@ -54,7 +50,7 @@ class DeadLetter(msgspec.Struct, frozen=True):
     queue: str = ""
 
 
-def purge_waiting(keys: QueueKeys) -> CountingProgram:
+def purge_waiting(keys: QueueKeys) -> Program[int]:
     """Remove the ready and scheduled messages there are now, from the front; count them."""
     counts: QueueCounts = yield inspection.counts(keys)
     removed = 0
@@ -66,13 +62,13 @@ def purge_waiting(keys: QueueKeys) -> CountingProgram:
     return removed
 
 
-def purge_dead(keys: QueueKeys) -> CountingProgram:
+def purge_dead(keys: QueueKeys) -> Program[int]:
     """Remove the dead letters there are now, oldest first; count them."""
     counts: QueueCounts = yield inspection.counts(keys)
     return (yield from _purge(keys, "dead", counts.dead))
 
 
-def _purge(keys: QueueKeys, where: str, count: int) -> CountingProgram:
+def _purge(keys: QueueKeys, where: str, count: int) -> Program[int]:
     removed = 0
     while removed < count:
         taken, gone = yield operations.purge(keys, where, min(BATCH, count - removed))
@@ -82,7 +78,7 @@ def _purge(keys: QueueKeys, where: str, count: int) -> CountingProgram:
     return removed
 
 
-def redrive(keys: QueueKeys, limit: int | None) -> CountingProgram:
+def redrive(keys: QueueKeys, limit: int | None) -> Program[int]:
     """Put back the dead letters there are now, at most *limit* (None: all), oldest first; count them."""
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
         raise ConfigurationError(f"limit must be a whole number of at least 0, not {limit!r}.")

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from conveyor.errors import ConfigurationError
 from conveyor.messaging.consumer.list_mover import intake
-from conveyor.messaging.maintenance import CountingProgram
 from conveyor.messaging.publisher import Plan, PlannedPush, Publisher
 from conveyor.messaging.push_options import PLAIN, PreparedPush, PushMiddleware
 from conveyor.messaging.queue import Queue
@@ -18,7 +17,7 @@ from conveyor.payload.codec import MAX_PAYLOAD, ValueCodec
 from conveyor.store import inspection, plain_list
 from conveyor.store.client.client import Client
 from conveyor.store.keys import QueueKeys
-from conveyor.store.script import Call
+from conveyor.store.script import Call, Program
 
 T = TypeVar("T")
 BARE = PreparedPush(b"")
@@ -77,7 +76,7 @@ class PlainList(Queue[T]):
     def _intake(self) -> Callable[[int], Call[int]] | None:
         return partial(intake, self.keys)
 
-    def _purge(self, dead: bool) -> CountingProgram:
+    def _purge(self, dead: bool) -> Program[int]:
         if not dead:
             yield from self._move_in()
         return (yield from super()._purge(dead))
@@ -90,7 +89,7 @@ class PlainList(Queue[T]):
         """Awaitable form of `repartition`."""
         return self.repartition(partitions)
 
-    def _move_in(self) -> CountingProgram:
+    def _move_in(self) -> Program[int]:
         """Move the entries that are on the list now into the queue, where they can be purged."""
         counts = yield inspection.counts(self.keys)
         moved = 0

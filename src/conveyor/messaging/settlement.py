@@ -27,7 +27,7 @@ from conveyor.payload.redaction import Hide
 from conveyor.store.operations import Settlement
 
 CANCELLED_KEPT_MS = 600_000
-"""ms for which the record of a cancelled message is kept, as after any cancel."""
+"""ms for which the record of a cancelled job or message is kept, as after any cancel."""
 
 
 class SettlementPolicy(msgspec.Struct, frozen=True):

@@ -21,7 +21,7 @@ from conveyor.payload.redaction import Hide
 MESSAGE_BYTES = 2 * 1024
 TRACEBACK_BYTES = 8 * 1024
 REPEAT_AFTER = 60.0
-"""Seconds until the traceback of the same failure is logged again."""
+"""Seconds until the same error, or the traceback of the same failure, is logged again."""
 _NAME_BYTES = 256
 FRAME_BYTES = 200
 _MOST_PLACES = 1000

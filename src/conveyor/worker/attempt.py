@@ -290,6 +290,8 @@ class AttemptOwner(Protocol):
 
 
 PLAIN = Envelope("", b"")
+OnFinished = Callable[["Attempt", Any, "BaseException | None"], None]
+"""Called at the end of an attempt, with its result or its error."""
 
 
 class Attempt(Struct, eq=False):

@@ -12,14 +12,13 @@ from typing import Any
 
 from conveyor.ids import clean_lines
 from conveyor.jobs.context import CURRENT, Context
+from conveyor.payload.failures import REPEAT_AFTER
 from conveyor.units import iso_timestamp
 
 LOG = logging.getLogger("conveyor.worker")
 FORMATS = ("text", "json")
 FORMAT_VARIABLE = "CONVEYOR_LOG_FORMAT"
 """The variable of the environment by which all processes of a worker know the format."""
-REPEAT_AFTER = 60.0
-"""Seconds until the same error is logged again."""
 _SIGNAL_HINTS = {
     "SIGKILL": " (the kernel does that when memory runs out)",
     "SIGSEGV": " (a fault in native code)",

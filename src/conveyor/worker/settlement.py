@@ -22,6 +22,7 @@ from conveyor.jobs.history import past_events
 from conveyor.jobs.task import UNRUN, FunctionNotRun, not_run
 from conveyor.messaging import retry
 from conveyor.messaging.declared_limits import charge_of, held_limit
+from conveyor.messaging.settlement import CANCELLED_KEPT_MS
 from conveyor.payload import failures
 from conveyor.payload.codec import UnreadablePayload
 from conveyor.payload.live_records import pack_lines
@@ -66,8 +67,6 @@ The longest pause in ms of a job that needs another worker. One that serves the 
 """
 LOGS_KEPT_MS = 7 * 86_400_000
 """For how long the lines of a job are kept, in ms, from the last of them on."""
-CANCELLED_KEPT_MS = 600_000
-"""For how long the outcome of a cancelled job is kept, in ms."""
 
 
 def _hidden_by(text: str, hide: Hide) -> str:

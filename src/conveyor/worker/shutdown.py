@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from conveyor.worker.attempt import Attempt
     from conveyor.worker.leasing.queue_consumer import QueueConsumer
 
+RECYCLE = 75
+"""Exit code of a child that asks to be replaced: a thread does not end, or a recycle limit is used up."""
+STOPPED = 76
+"""Exit code of a child that a person's command has stopped: it is not started again."""
+
 
 class DrainMonitor:
     """Waits for the running jobs of a stopping worker."""

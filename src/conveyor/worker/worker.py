@@ -39,7 +39,7 @@ from conveyor.worker.requirements import unmet
 from conveyor.worker.scheduler import declare_schedules
 from conveyor.worker.services import WorkerServices
 from conveyor.worker.settlement import SettlementWriter
-from conveyor.worker.shutdown import BurstMonitor, DrainMonitor, running
+from conveyor.worker.shutdown import RECYCLE, STOPPED, BurstMonitor, DrainMonitor, running
 
 if TYPE_CHECKING:
     from conveyor.jobs.app import Conveyor
@@ -48,10 +48,6 @@ if TYPE_CHECKING:
     from conveyor.worker.shared_memory import ChildSlot
 
 log = logging.getLogger("conveyor.worker")
-RETIRED = 75
-"""Exit code of a child that asks to be replaced: a thread does not end, or a recycle limit is used up."""
-STOPPED = 76
-"""Exit code of a child that a person's command has stopped: it is not started again."""
 
 
 class Worker:
@@ -131,7 +127,7 @@ class Worker:
             await self._drain()
         if self._stopped_by_command and self._slot is not None:
             return STOPPED
-        return RETIRED if self.retiring else 0
+        return RECYCLE if self.retiring else 0
 
     async def _started(self, stack: AsyncExitStack) -> bool:
         """Start, however long Redis is away; False when a stop was asked for before that."""

@@ -22,7 +22,7 @@ from conveyor.errors import ConveyorError, QueueFull
 from conveyor.ids import logical, new_identity
 from conveyor.store import operations
 from conveyor.store.client.handling import HANDLED
-from conveyor.store.client.subscription import Subscription
+from conveyor.store.client.subscription import OUTAGE_LIMIT, Subscription
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.keys import reply_channel
 from conveyor.store.operations import InLine
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 LOOK_AGAIN = 240.0, 300.0
 """Seconds after which a producer looks by itself, at random between these: 200 of them send less than one command a second."""
-OUTAGE_LIMIT = 60.0
-"""Seconds that Redis may be away while a producer waits."""
 _log = logging.getLogger("conveyor.store")
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 PING_AFTER, PONG_WITHIN = 15.0, 5.0
 """Seconds of silence after which a PING is sent, and seconds that its answer may take."""
+OUTAGE_LIMIT = 60.0
+"""Seconds that Redis may be away while somebody waits for a message, without a time limit."""
 _KEEPALIVE = (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3))
 _PING = b"*1\r\n$4\r\nPING\r\n"
 _log = logging.getLogger("conveyor.result")

@@ -38,7 +38,7 @@ _BATCH = Envelope("", b"")  # not PLAIN: whether its items have expired is looke
 
 End = tuple[Attempt, Any, BaseException | None]
 """A job, its result, and its error."""
-Place = tuple[str, GatheringGroup, Hashable]
+BatchKey = tuple[str, GatheringGroup, Hashable]
 """The task, queue and key that the jobs of a batch have in common."""
 
 
@@ -61,7 +61,7 @@ def _as_arguments(values: Any) -> tuple[list[Any], dict[str, Any]]:
 class BatchAttempt(Attempt, kw_only=True, eq=False):
     """One call of the function of a batch task: the attempt that takes a slot. `items` are the attempts of its jobs."""
 
-    place: Place
+    shared: BatchKey
     plan: BatchPlan
     items: dict[Attempt, Any] = field(default_factory=dict)
     """The attempts of its jobs, with their decoded arguments, in the order in which they came."""
@@ -73,7 +73,7 @@ class BatchAttempt(Attempt, kw_only=True, eq=False):
     cells: list[int] = field(default_factory=list)
 
     @classmethod
-    def begun_by(cls, first: Attempt, handler: Handler, place: Place, plan: BatchPlan) -> BatchAttempt:
+    def begun_by(cls, first: Attempt, handler: Handler, shared: BatchKey, plan: BatchPlan) -> BatchAttempt:
         """Return a batch without items, for *first*."""
         values: list[Any] = []  # the list that the function receives; `BatchHandler` makes it the arguments
         batch = cls(
@@ -82,7 +82,7 @@ class BatchAttempt(Attempt, kw_only=True, eq=False):
             first.id,
             cast("bytes", values),
             _BATCH,
-            place=place,
+            shared=shared,
             plan=plan,
             number=first.number,
         )
@@ -200,7 +200,7 @@ class BatchGatherer:
         """
         self._runner, self._on_finished, self._running_table = runner, on_finished, running_table
         self._loop = asyncio.get_running_loop()
-        self._open: dict[Place, BatchAttempt] = {}
+        self._open: dict[BatchKey, BatchAttempt] = {}
         self._batch_of: dict[Attempt, BatchAttempt] = {}
         self._handlers: dict[str, Handler] = {}
         self._is_draining = is_draining
@@ -222,11 +222,11 @@ class BatchGatherer:
             ends: list[End] = [(item, None, error)]
             self._loop.call_soon(self._on_finished, ends)
             return
-        place = (task.name, consumer.group, key)
-        batch = None if item.crashed_before else self._open.get(place)
+        shared = (task.name, consumer.group, key)
+        batch = None if item.crashed_before else self._open.get(shared)
         if batch is None:
             handler = self._handlers.setdefault(task.name, BatchHandler(item.handler))
-            batch = BatchAttempt.begun_by(item, handler, place, plan)
+            batch = BatchAttempt.begun_by(item, handler, shared, plan)
         batch.items[item] = value
         self._batch_of[item] = batch
         if item.crashed_before or self._is_draining:
@@ -236,7 +236,7 @@ class BatchGatherer:
         group.gathered += 1
         group.wanted -= 1
         if len(batch.items) == 1:
-            self._open[place] = batch
+            self._open[shared] = batch
             group.gathering += 1
             group.wanted += plan.size
             batch.timer = self._loop.call_later(plan.within_ms / 1000, self._close, batch)
@@ -244,7 +244,7 @@ class BatchGatherer:
             self._close(batch)
         elif group.gathered >= max(GATHERED, plan.size):
             self._close(
-                max((one for one in self._open.values() if one.place[1] is group), key=lambda one: len(one.items))
+                max((one for one in self._open.values() if one.shared[1] is group), key=lambda one: len(one.items))
             )
 
     def run_all(self) -> None:
@@ -263,10 +263,10 @@ class BatchGatherer:
 
     def _leave(self, batch: BatchAttempt) -> None:
         """Remove a batch from those that gather."""
-        del self._open[batch.place]
+        del self._open[batch.shared]
         assert batch.timer is not None
         batch.timer.cancel()
-        group = batch.place[1]
+        group = batch.shared[1]
         group.gathering -= 1
         group.gathered -= len(batch.items)
         group.wanted -= batch.plan.size - len(batch.items)
@@ -297,7 +297,7 @@ class BatchGatherer:
                     return False
                 batch = self._recall(batch)
         if batch.phase == "open":
-            group = batch.place[1]
+            group = batch.shared[1]
             if len(batch.items) == 1:
                 self._leave(batch)
             else:
@@ -312,7 +312,7 @@ class BatchGatherer:
 
     def _recall(self, batch: BatchAttempt) -> BatchAttempt:
         """Return a batch in place of one that no thread had begun, of which jobs leave; what is left is submitted again."""
-        rest = BatchAttempt.begun_by(batch.first, batch.handler, batch.place, batch.plan)
+        rest = BatchAttempt.begun_by(batch.first, batch.handler, batch.shared, batch.plan)
         rest.phase, rest.is_announced, rest.items = "recalled", True, batch.items
         self._batch_of.update(dict.fromkeys(rest.items, rest))
         batch.ended = perf_counter()  # its thread still reports it

@@ -17,7 +17,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
-from conveyor.worker.attempt import Attempt
+from conveyor.worker.attempt import Attempt, OnFinished
 from conveyor.worker.crash_attribution import LOOP_CELL, OVERFLOW_CELL, RunningTable, id_checksum
 from conveyor.worker.execution.forked_copies import ForkGuard
 
@@ -28,7 +28,6 @@ batch.
 """
 
 Begin = Callable[[Attempt], tuple[Variables, Coroutine[Any, Any, Any]]]
-OnFinished = Callable[[Attempt, Any, BaseException | None], None]
 OnSuspended = Callable[[Attempt], None]
 
 

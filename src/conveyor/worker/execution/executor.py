@@ -14,7 +14,7 @@ from typing import Any
 from conveyor.jobs.context import CURRENT, Context
 from conveyor.jobs.dependencies import WorkerScope
 from conveyor.payload import failures
-from conveyor.worker.attempt import PLAIN, Attempt
+from conveyor.worker.attempt import PLAIN, Attempt, OnFinished
 from conveyor.worker.crash_attribution import IN_PROCESS, LOOP_CELL, RunningTable, id_checksum
 from conveyor.worker.execution.batches import BatchAttempt, BatchGatherer, End
 from conveyor.worker.execution.coroutines import CoroutinePool
@@ -35,8 +35,6 @@ _ASK_EVERY = 0.1
 
 UNSTARTED = float("inf")
 """The time limit of a job that waits for a thread: it counts from its start there."""
-
-OnFinished = Callable[[Attempt, Any, BaseException | None], None]
 
 
 class Executor:

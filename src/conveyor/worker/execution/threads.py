@@ -17,12 +17,11 @@ from queue import SimpleQueue
 from time import perf_counter
 from typing import Any
 
-from conveyor.worker.attempt import Attempt
+from conveyor.worker.attempt import Attempt, OnFinished
 from conveyor.worker.crash_attribution import EXECUTING, LOOP_CELL, OVERFLOW_CELL, RunningTable
 from conveyor.worker.execution.forked_copies import ForkGuard
 
 Work = tuple[Attempt, Variables, int]
-OnFinished = Callable[[Attempt, Any, BaseException | None], None]
 
 
 class ThreadPool:

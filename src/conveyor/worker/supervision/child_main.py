@@ -27,12 +27,9 @@ from conveyor.worker.app_loading import load
 from conveyor.worker.logs import LOG, configure_log
 from conveyor.worker.recycling import RecycleLimits
 from conveyor.worker.shared_memory import ChildInfo, ChildSlot, ChildSpec, SharedMemory
+from conveyor.worker.shutdown import RECYCLE
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
 
-RECYCLE = 75
-"""Exit code of a child that asks to be replaced by a fresh one; nothing went wrong."""
-STOPPED = 76
-"""Exit code of a child that a person's command has stopped: it is not started again."""
 IMPORT_FAILED = 4
 """Exit code of a child whose app cannot be loaded."""
 MARGIN = 2.0

@@ -27,8 +27,9 @@ from conveyor.worker.leasing.heartbeat import MAX_STALL
 from conveyor.worker.logs import LOG, configure_log, describe_end
 from conveyor.worker.recycling import megabytes
 from conveyor.worker.shared_memory import ChildInfo, ChildSpec, SharedMemory
+from conveyor.worker.shutdown import RECYCLE, STOPPED
 from conveyor.worker.supervision.autoscale import Bounds, OldestJob, next_count
-from conveyor.worker.supervision.child_main import IMPORT_FAILED, MARGIN, RECYCLE, STOPPED
+from conveyor.worker.supervision.child_main import IMPORT_FAILED, MARGIN
 from conveyor.worker.supervision.child_process import NO_STACK, STALLED, ChildProcess
 from conveyor.worker.supervision.health import ChildFacts, HealthServer, WorkerFacts, age
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
