@@ -62,6 +62,7 @@ class TestLost:
             message.ack()
             queue.push("end")
             thief.join(60)
+            assert not thief.is_alive()
         consumer.close()
 
     def test_a_killed_consumer_gives_back(self, backend, url):
