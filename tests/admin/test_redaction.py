@@ -20,7 +20,7 @@ from conveyor.cli import COMMANDS, cli
 from conveyor.dashboard import Access, dashboard
 from conveyor.dashboard.routes import ENDPOINTS
 from conveyor.errors import ConfigurationError, InvalidFilter
-from conveyor.payload.redaction import MARK, Redaction
+from conveyor.payload.redaction import REDACTED, Redaction
 from support.dashboard_client import _client, _send, inputs_of
 from support.running_worker import drain
 
@@ -139,7 +139,7 @@ def test_a_secret_is_on_no_surface(planted: Any, url: str, redis: Redis, tmp_pat
     """Neither a log, nor a route of the API, nor a command, nor an error shows what is redacted; each shows the mark instead."""
     app, ids, logged = planted
     assert found_in(logged) == []
-    assert logged.count(MARK) > 4
+    assert logged.count(REDACTED) > 4
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("conveyor.cli.bench.SINGLE", 5)
     outputs: dict[str, str] = {}
@@ -152,7 +152,7 @@ def test_a_secret_is_on_no_surface(planted: Any, url: str, redis: Redis, tmp_pat
                 done = CliRunner().invoke(cli, [*line, *more, "--url", url], prog_name="conveyor")
                 outputs[" ".join([*line, *more])] = f"{done.output}{done.exception!r}"
     assert {name: secrets for name, text in outputs.items() if (secrets := found_in(text))} == {}
-    marked = [name for name, text in outputs.items() if MARK in text]
+    marked = [name for name, text in outputs.items() if REDACTED in text]
     for wanted in ("GET jobs", "GET job ", "job list", "job show", "job logs", "job why"):
         assert wanted == "job why" or any(name.startswith(wanted) for name in marked), (wanted, marked)
     assert len(outputs) > 60
@@ -231,15 +231,15 @@ def test_a_payload_of_16_mb_stays_calm() -> None:
     """A long payload keeps its length and loses its secrets; a text about it loses the values too, whatever their quotes."""
     redaction = Redaction(["password"])
     text = json.dumps({"rows": ["x" * 1000] * 16_000, "password": "it's a \n secret", "short": "ab"})
-    assert len(redaction.body(text, "")) == len(text) - len(json.dumps("it's a \n secret")) + len(f'"{MARK}"')
+    assert len(redaction.body(text, "")) == len(text) - len(json.dumps("it's a \n secret")) + len(f'"{REDACTED}"')
     hide = redaction.hider(text, "")
     assert hide(f"{'it' + chr(39) + 's a ' + chr(10) + ' secret'!r} or it's a \n secret, {json.dumps({'a': 1})}") == (
-        f'"{MARK}" or {MARK}, {{"a": 1}}'
+        f'"{REDACTED}" or {REDACTED}, {{"a": 1}}'
     )
-    assert Redaction(["pin"]).hider('{"pin":"12"}', "")("pin '12' of 120") == f"pin '{MARK}' of 120"
+    assert Redaction(["pin"]).hider('{"pin":"12"}', "")("pin '12' of 120") == f"pin '{REDACTED}' of 120"
     many = json.dumps({"password": [str(n) * 5 for n in range(1000)]})
-    assert redaction.hider(many, "")("anything") == MARK
-    assert redaction.hider(json.dumps({"password": "s" * 16_000_000}), "")("anything") == MARK
+    assert redaction.hider(many, "")("anything") == REDACTED
+    assert redaction.hider(json.dumps({"password": "s" * 16_000_000}), "")("anything") == REDACTED
 
 
 def test_of_a_payload_with_millions_of_values_the_beginning_is_searched() -> None:
@@ -249,14 +249,14 @@ def test_of_a_payload_with_millions_of_values_the_beginning_is_searched() -> Non
     text = json.dumps({"password": "one", "rows": numbers, "again": {"token": "two"}})
     shown = redaction.body(text, "")
     head, _, rest = shown.partition("… [")
-    assert head.startswith(f'{{"password": "{MARK}", "rows": [0, 1, 2')
+    assert head.startswith(f'{{"password": "{REDACTED}", "rows": [0, 1, 2')
     assert len(head) < 1_000_000
     left = int(rest.partition(" ")[0].replace(",", ""))
-    assert len(head) - len(f'"{MARK}"') + len('"one"') + left == len(text)
+    assert len(head) - len(f'"{REDACTED}"') + len('"one"') + left == len(text)
     assert "two" not in shown
-    assert redaction.hider(text, "")("anything") == MARK
+    assert redaction.hider(text, "")("anything") == REDACTED
     inside = redaction.body(json.dumps({"password": numbers}), "")
-    assert inside.startswith(f'{{"password": "{MARK}"… [')
+    assert inside.startswith(f'{{"password": "{REDACTED}"… [')
     harmless = json.dumps({"rows": numbers, "passwords": "token"})
     assert redaction.body(harmless, "") is harmless
     assert redaction.hider(harmless, "")("token") == "token"

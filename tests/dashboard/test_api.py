@@ -18,7 +18,7 @@ from conveyor.cli import main
 from conveyor.dashboard import Access, dashboard
 from conveyor.dashboard.routes import ENDPOINTS
 from conveyor.errors import InvalidFilter
-from conveyor.payload.redaction import MARK
+from conveyor.payload.redaction import REDACTED
 from support.dashboard_client import ask, inputs_of
 from support.running_worker import until_counts
 from testbed.server_process import Server
@@ -364,7 +364,7 @@ def test_a_waiting_job_is_changed_and_an_ended_one_runs_again(url: str) -> None:
     assert get(site, "job", id=dead)["actions"] == ["retry", "delete", "rerun"]
     assert get(site, "job", id=waiting)["actions"] == ["promote", "update", "cancel", "delete"]
     shown = json.loads(get(site, "job", id=waiting)["job"]["payload"])
-    assert shown == {"user": 1, "token": MARK}
+    assert shown == {"user": 1, "token": REDACTED}
     changes = {"args": {**shown, "user": 2**60 + 1}, "priority": 7, "delay": "2h"}
     assert post(site, "jobs/update", id=waiting, changes=changes)["changed"] is True
     assert app.job(waiting).info().arguments == {"user": 2**60 + 1, "token": "secret"}
@@ -373,12 +373,14 @@ def test_a_waiting_job_is_changed_and_an_ended_one_runs_again(url: str) -> None:
     }  # fmt: skip
     assert post(site, "jobs/update", id=message, changes={"priority": 3})["changed"] is True
     for id_, changes, status in (
-        (waiting, {}, 422), (waiting, {"queue": "x"}, 422), (waiting, {"priority": 10}, 422), (waiting, {"args": {"user": MARK}}, 422),
+        (waiting, {}, 422), (waiting, {"queue": "x"}, 422), (waiting, {"priority": 10}, 422), (waiting, {"args": {"user": REDACTED}}, 422),
         (waiting, {"args": {"user": "x"}}, 422), (waiting, {"args": [1]}, 422), (waiting, {"at": "soon"}, 422), (waiting, {"delay": "x"}, 422),
         (waiting, {"args": {"none": 1}}, 422), (message, {"args": {"n": 2}}, 422), ("mail:none", {"priority": 1}, 404),
     ):  # fmt: skip
         assert ask(site, "POST", "jobs/update", {"id": id_, "changes": changes}).status_code == status, changes
-    assert ask(site, "POST", "enqueue", {"task": send.name, "kwargs": {"user": 1, "token": MARK}}).status_code == 422
+    assert (
+        ask(site, "POST", "enqueue", {"task": send.name, "kwargs": {"user": 1, "token": REDACTED}}).status_code == 422
+    )
     assert post(site, "jobs/update", id=dead, changes={"priority": 1})["changed"] is False
 
     results = post(site, "jobs/rerun", ids=[dead, waiting, "mail:none", message])["results"]

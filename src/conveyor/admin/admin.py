@@ -78,7 +78,7 @@ from conveyor.payload.formats import JSON, FormatRegistry
 from conveyor.payload.live_records import LogLine
 from conveyor.payload.pipeline import PayloadPipeline
 from conveyor.payload.records import AttemptHistory, Status, read_envelope, read_outcome
-from conveyor.payload.redaction import MARK, Hide
+from conveyor.payload.redaction import REDACTED, Hide
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store import inspection, limits, operations, schedules, worker_commands
 from conveyor.store.audit_log import audit_key, keep_audit, marks_key, note_action, read_audit, write_audit
@@ -1448,8 +1448,8 @@ def _each(ids: Iterable[str]) -> list[str]:
 
 def refuse_mark(value: Any, nothing: str) -> None:
     """Raise ConfigurationError for arguments in which the mark of what is redacted stands for a value."""
-    if value == MARK:
-        raise ConfigurationError(f"{MARK} stands for a value that nobody is shown, and is none itself. {nothing}")
+    if value == REDACTED:
+        raise ConfigurationError(f"{REDACTED} stands for a value that nobody is shown, and is none itself. {nothing}")
     for one in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
         refuse_mark(one, nothing)
 

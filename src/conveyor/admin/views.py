@@ -183,7 +183,7 @@ class FailureSummary(msgspec.Struct, frozen=True):
     total: int
 
 
-Outcome = Literal[
+ActionOutcome = Literal[
     "retried", "enqueued", "changed", "cancelled", "asked", "deleted", "done", "dead", "refused", "not found"
 ]  # fmt: skip
 
@@ -197,7 +197,7 @@ class ActionResult(msgspec.Struct, frozen=True):
     """
 
     id: str
-    outcome: Outcome
+    outcome: ActionOutcome
     detail: str = ""
 
     @property

@@ -38,7 +38,7 @@ from conveyor.units import quantity, span
 if TYPE_CHECKING:
     from conveyor.admin.admin import Admin
     from conveyor.admin.job_query import JobQuery
-    from conveyor.admin.views import ActionResult, ErrorInfo, JobInfo, Outcome
+    from conveyor.admin.views import ActionOutcome, ActionResult, ErrorInfo, JobInfo
     from conveyor.events import JobUpdate
     from conveyor.jobs.history import HistoryEntry
     from conveyor.jobs.why import Why
@@ -377,7 +377,7 @@ def update(
     return ExitCode.OK if done else ExitCode.REFUSED
 
 
-def _outcome(id_: str, outcome: Outcome, detail: str = "") -> ActionResult:
+def _outcome(id_: str, outcome: ActionOutcome, detail: str = "") -> ActionResult:
     from conveyor.admin.views import ActionResult
 
     return ActionResult(id_, outcome, detail)

@@ -44,7 +44,7 @@ _CANCELLED = {"expired": "expired before it started", "purged": "was purged", "d
 _ANSWER_PAUSES = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.1, 0.1)
 """Seconds between the questions whether a worker has answered to a cancellation. A busy one listens after 0.1 s."""
 CancelAnswer = Literal["removed", "will-not-start", "asked", ""]
-Conflict = Literal["kept", "replaced", "rerun"]
+ConflictAnswer = Literal["kept", "replaced", "rerun"]
 R_co = TypeVar("R_co", covariant=True)
 JobLookup = tuple[str, inspection.JobRow | None, bytes]
 
@@ -121,7 +121,7 @@ class Job(Generic[R_co]):
         self.queue = queue
         self.task: str | None = None if result_spec is None else result_spec.name
         self.duplicate = False
-        self.conflict: Conflict | None = None
+        self.conflict: ConflictAnswer | None = None
         if isinstance(bare_id, ExistingId):
             self.duplicate, self.conflict = True, bare_id.conflict
 

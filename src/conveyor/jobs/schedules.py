@@ -23,7 +23,7 @@ from conveyor.store import operations, schedules
 from conveyor.store.keys import known_queues
 from conveyor.store.operations import Entry
 from conveyor.store.schedules import Origin, RunLine, ScheduleRow
-from conveyor.store.script import Program, adrive, drive
+from conveyor.store.script import CallProgram, adrive, drive
 from conveyor.units import Duration, instant
 
 if TYPE_CHECKING:
@@ -186,15 +186,15 @@ class Schedules:
 
     # -- programs -------------------------------------------------------------------------------------------------
 
-    def drive(self, program: Program[V]) -> V:
+    def drive(self, program: CallProgram[V]) -> V:
         """Carry out a program and return its value."""
         return drive(program, self._core.client.run)
 
-    async def adrive(self, program: Program[V]) -> V:
+    async def adrive(self, program: CallProgram[V]) -> V:
         """Awaitable form of `drive`."""
         return await adrive(program, self._core.client.arun)
 
-    def put_program(self, name: str, call: TaskCall[Any], spec: ScheduleSpec, origin: Origin) -> Program[Schedule]:
+    def put_program(self, name: str, call: TaskCall[Any], spec: ScheduleSpec, origin: Origin) -> CallProgram[Schedule]:
         """Declare a schedule; the value is the schedule as it is then."""
         ids.queue_name(name, what="schedule")
         if origin == "data" and name in self._core.declared_schedules:
@@ -232,7 +232,7 @@ class Schedules:
             if rows:
                 return Schedule(self, keys, rows[0])
 
-    def change_program(self, keys: QueueKeys, name: str, action: Literal["pause", "resume"]) -> Program[None]:
+    def change_program(self, keys: QueueKeys, name: str, action: Literal["pause", "resume"]) -> CallProgram[None]:
         """Pause a schedule, or let it go on."""
         next_ms, passed = None, 0
         if action == "resume":
@@ -245,7 +245,7 @@ class Schedules:
         if changed == -1:
             raise ScheduleNotFound(name)
 
-    def run_program(self, keys: QueueKeys, name: str) -> Program[Job[Any]]:
+    def run_program(self, keys: QueueKeys, name: str) -> CallProgram[Job[Any]]:
         """Enqueue a job of a schedule now."""
         now, rows = yield schedules.read_schedules(keys, name)
         if not rows:
@@ -255,7 +255,7 @@ class Schedules:
         [job] = yield operations.push(keys, operations.ProducerSequence(new_identity()), [entry])
         return Job(self._core, str(job), keys.queue, self._core.definitions.get(read_spec(rows[0]).task))
 
-    def _get(self, name: str) -> Program[Schedule]:
+    def _get(self, name: str) -> CallProgram[Schedule]:
         queue = yield schedules.queue_of(schedules.schedule_index(self._core.client.namespace), name)
         if queue:
             keys = self._core.keys(queue)
@@ -264,7 +264,7 @@ class Schedules:
                 return Schedule(self, keys, rows[0])
         raise ScheduleNotFound(name)
 
-    def _list(self) -> Program[Sequence[Schedule]]:
+    def _list(self) -> CallProgram[Sequence[Schedule]]:
         named = yield schedules.all_names(schedules.schedule_index(self._core.client.namespace))
         found: list[Schedule] = []
         for queue in sorted(set(named.values())):
@@ -273,7 +273,7 @@ class Schedules:
             found += [Schedule(self, keys, row) for row in rows]
         return sorted(found, key=lambda one: one.name)
 
-    def _delete(self, name: str) -> Program[None]:
+    def _delete(self, name: str) -> CallProgram[None]:
         index = schedules.schedule_index(self._core.client.namespace)
         queue = yield schedules.queue_of(index, name)
         gone = -1

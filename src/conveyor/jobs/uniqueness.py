@@ -99,7 +99,7 @@ class Throttle:
         object.__setattr__(self, "per_ms", positive_ms(self.per, "per"))
 
 
-Reader = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+ArgumentReader = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 
 class _Rule:
@@ -109,7 +109,7 @@ class _Rule:
         self._what, self._key, self._signature = f"The key of {what} of {signature.name}()", key, signature
         self._prefix = f"{what.lower()} {signature.name}" if what != "Unique" else signature.name
         self._all = names is None
-        self._readers: list[tuple[str, Reader]] = [
+        self._readers: list[tuple[str, ArgumentReader]] = [
             (name, signature.argument_reader(name, f"{what}(by)")) for name in names or ()
         ]
 

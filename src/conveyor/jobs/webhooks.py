@@ -22,7 +22,7 @@ from conveyor.errors import ConfigurationError, RetryIn
 from conveyor.messaging.retry import Retry
 from conveyor.units import instant
 
-Ending = Literal["done", "dead"]
+EndState = Literal["done", "dead"]
 TASK = "conveyor.webhook"
 _TIMEOUT, _TOTAL = 10.0, 30.0
 """Seconds that one step of a request may take, and all of it."""
@@ -51,7 +51,7 @@ class Webhook:
 
     url: str
     secret: str = field(repr=False)
-    on: Sequence[Ending] = ("done", "dead")
+    on: Sequence[EndState] = ("done", "dead")
     allow_private: bool = False
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ from conveyor.store.client.queue_index import withdrawing
 from conveyor.store.client.queue_scan import keys_containing
 from conveyor.store.keys import QueueKeys, known_queues
 from conveyor.store.operations import Remains
-from conveyor.store.script import Program, adrive, drive
+from conveyor.store.script import CallProgram, adrive, drive
 from conveyor.store.transport.endpoint import in_thread
 
 CHUNK = 5_000
@@ -83,7 +83,7 @@ def _is_asked_later(rest: str) -> bool:
     return rest.startswith("lane:") and rest.endswith("+")
 
 
-def _refuse_in_use(client: Client, keys: QueueKeys) -> Program[None]:
+def _refuse_in_use(client: Client, keys: QueueKeys) -> CallProgram[None]:
     number, change = yield partitioning.count(keys)
     places = _places(client, keys, range(_before(number, change)))
     total = Remains()
@@ -104,7 +104,7 @@ def _places(client: Client, keys: QueueKeys, numbers: Sequence[int]) -> list[Que
     return [keys, *parts]
 
 
-def _delete(client: Client, keys: QueueKeys, found: _Keys) -> Program[None]:
+def _delete(client: Client, keys: QueueKeys, found: _Keys) -> CallProgram[None]:
     number, change = yield partitioning.count(keys)
     token, parts = "", list[QueueKeys]()
     if number != 1 or change or found.partitions:
@@ -145,7 +145,7 @@ def _delete(client: Client, keys: QueueKeys, found: _Keys) -> Program[None]:
         yield topics.leave(topics.TopicKeys(client.namespace), keys.queue)
 
 
-def _shut(keys: QueueKeys, parts: Sequence[QueueKeys], token: str) -> Program[None]:
+def _shut(keys: QueueKeys, parts: Sequence[QueueKeys], token: str) -> CallProgram[None]:
     """Shut a queue and its partitions for everybody. When one of them holds something, open them again and raise."""
     # The number that counts is the one that is recorded now: a producer may have begun the queue since it was looked at.
     done, before = yield partitioning.repartition(keys, "begin", token, 0)
@@ -167,13 +167,13 @@ def _shut(keys: QueueKeys, parts: Sequence[QueueKeys], token: str) -> Program[No
         shut.append(place)
 
 
-def _refuse_in_use_of(keys: QueueKeys, place: QueueKeys) -> Program[None]:
+def _refuse_in_use_of(keys: QueueKeys, place: QueueKeys) -> CallProgram[None]:
     remains = yield operations.delete(place, "check")
     if remains is not None and any(remains):
         _in_use(keys, remains)
 
 
-def _settle_inboxes(client: Client, place: QueueKeys, found: _Keys) -> Program[None]:
+def _settle_inboxes(client: Client, place: QueueKeys, found: _Keys) -> CallProgram[None]:
     """Keep what guards a delivery that is under way: of outboxes that are not empty."""
     beside = found.beside.get(place.prefix, [])
     for key in [key for key in beside if key.startswith(place.prefix + "inbox:")]:
@@ -182,7 +182,7 @@ def _settle_inboxes(client: Client, place: QueueKeys, found: _Keys) -> Program[N
             beside.remove(key)
 
 
-def withdraw(client: Client, places: Sequence[QueueKeys]) -> Program[None]:
+def withdraw(client: Client, places: Sequence[QueueKeys]) -> CallProgram[None]:
     """Remove queues from the set of known ones; those that were begun anew meanwhile are added again."""
     client.note_forgotten(*places)
     yield from withdrawing(client.namespace, places)

@@ -10,16 +10,16 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from conveyor.ids import new_identity
 from conveyor.payload.records import AttemptHistory, Envelope, read_leniently
 from conveyor.store import inspection, operations
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Registration, Settlement, StaleTurn, TurnReply, TurnReport, WorkerUnregistered
-from conveyor.store.script import Call
+from conveyor.store.script import Call, CallProgram
 
 if TYPE_CHECKING:
     from conveyor.messaging.declared_limits import QueueLimits
@@ -232,7 +232,7 @@ class LeaseSession:
 
     # -- one round trip -------------------------------------------------------------------------------------------
 
-    def turn(self, want: int = 0, *, leave: bool = False) -> Generator[Call[Any], Any, None]:
+    def turn(self, want: int = 0, *, leave: bool = False) -> CallProgram[None]:
         """
         Report what is pending, lease up to *want* more, and do what the reply asks for.
 
@@ -248,7 +248,7 @@ class LeaseSession:
         for own in moved:
             yield from own.turn()
 
-    def _turn(self, want: int, leave: bool) -> Generator[Call[Any], Any, None]:
+    def _turn(self, want: int, leave: bool) -> CallProgram[None]:
         reconciled = False
         while True:
             repeated = self._call is not None
@@ -320,7 +320,7 @@ class LeaseSession:
                 self.settle(one, Settlement("F", one.id, state=histories(one)))
                 one.returned = True
 
-    def extend(self, leased: LeasedMessage, ms: int) -> Generator[Call[Any], Any, None]:
+    def extend(self, leased: LeasedMessage, ms: int) -> CallProgram[None]:
         """
         Move *leased*, which this session holds, to an identity of its own with a lease of *ms*.
 
@@ -333,7 +333,7 @@ class LeaseSession:
         self._extensions[leased.id] = Extension(leased, own, call)
         yield from self.finish_extensions()
 
-    def finish_extensions(self) -> Generator[Call[Any], Any, None]:
+    def finish_extensions(self) -> CallProgram[None]:
         while self._extensions:
             extension = next(iter(self._extensions.values()))
             leased, own = extension.leased, extension.own
@@ -361,7 +361,7 @@ class LeaseSession:
 
     # -- inside a turn --------------------------------------------------------------------------------------------
 
-    def _find_acknowledged(self) -> Generator[Call[Any], Any, None]:
+    def _find_acknowledged(self) -> CallProgram[None]:
         """Confirm the acknowledgements of a turn whose identity is over: where it was carried out, its messages are gone."""
         for leased in self._ended:
             if leased.ending is not None and leased.ending.kind == "D":

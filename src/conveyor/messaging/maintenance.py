@@ -23,7 +23,7 @@ from conveyor.store.inspection import JobRow, QueueCounts
 from conveyor.store.job_filter import UNLIMITED, JobFilter, Walk
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Redriven
-from conveyor.store.script import Call, Program
+from conveyor.store.script import Call, CallProgram
 from conveyor.units import instant
 
 logger = logging.getLogger("conveyor.queue")
@@ -50,7 +50,7 @@ class DeadLetter(msgspec.Struct, frozen=True):
     queue: str = ""
 
 
-def purge_waiting(keys: QueueKeys) -> Program[int]:
+def purge_waiting(keys: QueueKeys) -> CallProgram[int]:
     """Remove the ready and scheduled messages there are now, from the front; count them."""
     counts: QueueCounts = yield inspection.counts(keys)
     removed = 0
@@ -62,13 +62,13 @@ def purge_waiting(keys: QueueKeys) -> Program[int]:
     return removed
 
 
-def purge_dead(keys: QueueKeys) -> Program[int]:
+def purge_dead(keys: QueueKeys) -> CallProgram[int]:
     """Remove the dead letters there are now, oldest first; count them."""
     counts: QueueCounts = yield inspection.counts(keys)
     return (yield from _purge(keys, "dead", counts.dead))
 
 
-def _purge(keys: QueueKeys, where: str, count: int) -> Program[int]:
+def _purge(keys: QueueKeys, where: str, count: int) -> CallProgram[int]:
     removed = 0
     while removed < count:
         taken, gone = yield operations.purge(keys, where, min(BATCH, count - removed))
@@ -78,7 +78,7 @@ def _purge(keys: QueueKeys, where: str, count: int) -> Program[int]:
     return removed
 
 
-def redrive(keys: QueueKeys, limit: int | None) -> Program[int]:
+def redrive(keys: QueueKeys, limit: int | None) -> CallProgram[int]:
     """Put back the dead letters there are now, at most *limit* (None: all), oldest first; count them."""
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
         raise ConfigurationError(f"limit must be a whole number of at least 0, not {limit!r}.")

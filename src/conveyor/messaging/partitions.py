@@ -23,7 +23,7 @@ from copy import copy
 from functools import partial
 from itertools import count
 from random import randrange
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, StoreUnavailable
@@ -35,7 +35,7 @@ from conveyor.store.keys import QueueKeys, known_queues
 from conveyor.store.max_length import UNBOUNDED, MaxLength
 from conveyor.store.operations import Entry
 from conveyor.store.partitions import PartitionCountMismatch, partition_of
-from conveyor.store.script import Argument, Call, adrive, drive
+from conveyor.store.script import Argument, Call, CallProgram, adrive, drive
 
 V = TypeVar("V")
 MAX_PARTITIONS = 256
@@ -289,7 +289,7 @@ class Partitions:
             return min(self.client.retry_for, 1.0)
         return self.client.retry_for if self.client.buffer is None else RETRY_PAUSE
 
-    def _claim_calls(self) -> Generator[Call[Any], Any, None]:
+    def _claim_calls(self) -> CallProgram[None]:
         whole, *parts = partitioning.claims(self.client.namespace, self.name, self.count)
         first = yield whole
         if not (first or self._has_agreed or self._is_refused):
@@ -434,7 +434,7 @@ def _known_queue_changes(queue: str, before: int, number: int) -> Generator[tupl
         yield "SREM", *gone
 
 
-def _repartition(client: Client, queue: str, number: int) -> Generator[Call[Any], Any, int]:
+def _repartition(client: Client, queue: str, number: int) -> CallProgram[int]:
     queue_keys, token = client.keys(queue), ids.new_identity()
     recorded = yield partitioning.count(queue_keys)
     yield from _refuse_full(client, queue, recorded[0] or 1)
@@ -475,7 +475,7 @@ def _places(client: Client, queue: str, number: int) -> list[QueueKeys]:
     return [client.keys(name) for name in partition_names(queue, number)]
 
 
-def _carry_settings(old: Sequence[QueueKeys], new: Sequence[QueueKeys]) -> Generator[Call[Any], Any, None]:
+def _carry_settings(old: Sequence[QueueKeys], new: Sequence[QueueKeys]) -> CallProgram[None]:
     """Give the *new* places of a queue what operators have set at the *old* ones: pauses, groups, and limits, split anew."""
     records: list[limits.LimitRecord] = yield limits.list_limits(old[0])
     groups: list[limits.GroupRecord] = yield limits.list_groups(old[0])
@@ -506,7 +506,7 @@ def _split_anew(record: limits.LimitRecord, before: int, after: int) -> str:
     return " ".join((kind, str(part), *words))
 
 
-def _refuse_full(client: Client, queue: str, number: int) -> Generator[Call[Any], Any, None]:
+def _refuse_full(client: Client, queue: str, number: int) -> CallProgram[None]:
     """Raise E35 for a queue that is not empty, before any partition is closed."""
     full: dict[str, int] = {}
     undelivered = 0
@@ -524,7 +524,7 @@ def refuse_full(client: Client, queue: str) -> None:
     drive(_refuse_full(client, queue, partition_count(client, queue)), client.run)
 
 
-def _open_all(client: Client, queue: str, number: int, token: str) -> Generator[Call[Any], Any, None]:
+def _open_all(client: Client, queue: str, number: int, token: str) -> CallProgram[None]:
     """Open partitions that an interrupted change has left closed."""
     for one in range(number if number > 1 else 0):
         keys = client.keys(ids.partition(queue, one))

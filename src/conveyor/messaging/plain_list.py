@@ -17,7 +17,7 @@ from conveyor.payload.codec import MAX_PAYLOAD, ValueCodec
 from conveyor.store import inspection, plain_list
 from conveyor.store.client.client import Client
 from conveyor.store.keys import QueueKeys
-from conveyor.store.script import Call, Program
+from conveyor.store.script import Call, CallProgram
 
 T = TypeVar("T")
 BARE = PreparedPush(b"")
@@ -76,7 +76,7 @@ class PlainList(Queue[T]):
     def _intake(self) -> Callable[[int], Call[int]] | None:
         return partial(intake, self.keys)
 
-    def _purge(self, dead: bool) -> Program[int]:
+    def _purge(self, dead: bool) -> CallProgram[int]:
         if not dead:
             yield from self._move_in()
         return (yield from super()._purge(dead))
@@ -89,7 +89,7 @@ class PlainList(Queue[T]):
         """Awaitable form of `repartition`."""
         return self.repartition(partitions)
 
-    def _move_in(self) -> Program[int]:
+    def _move_in(self) -> CallProgram[int]:
         """Move the entries that are on the list now into the queue, where they can be purged."""
         counts = yield inspection.counts(self.keys)
         moved = 0

@@ -254,7 +254,7 @@ class Publisher(Generic[T]):
         return Window(envelopes, each)
 
 
-Part = tuple[int, slice]
+PartitionSlice = tuple[int, slice]
 """A partition, and which of the messages go there."""
 
 
@@ -312,7 +312,7 @@ class PartitionedPublisher(Publisher[T]):
         partitions = self._partitions
         return partitions.keys[partitions.place(group=options.group, unique=options.unique, id=options.id)]
 
-    def _parts(self, length: int, group: str | None) -> Iterator[Part]:
+    def _parts(self, length: int, group: str | None) -> Iterator[PartitionSlice]:
         """
         Yield the part of each partition: all messages of a group, or every Nth of *length*.
 

@@ -65,7 +65,7 @@ from conveyor.store.inspection import QueueCounts
 from conveyor.store.keys import QueueKeys
 from conveyor.store.max_length import Full, MaxLength
 from conveyor.store.operations import MOST_HELD
-from conveyor.store.script import Call, Program, adrive, drive
+from conveyor.store.script import Call, CallProgram, adrive, drive
 from conveyor.units import Duration, milliseconds
 
 T = TypeVar("T")
@@ -482,7 +482,7 @@ class Queue(MessageSource[T]):
         """Awaitable form of `repartition`."""
         return await partitioning.arepartition(self.client, self.name, partitions)
 
-    def _purge(self, dead: bool) -> Program[int]:
+    def _purge(self, dead: bool) -> CallProgram[int]:
         return maintenance.purge_dead(self.keys) if dead else maintenance.purge_waiting(self.keys)
 
     def __dir__(self) -> list[str]:

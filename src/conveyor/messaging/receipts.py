@@ -11,7 +11,7 @@ import base64
 import binascii
 import json
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
@@ -29,10 +29,10 @@ from conveyor.payload.records import AttemptHistory, read_envelope
 from conveyor.store import inspection, operations
 from conveyor.store.inspection import JobRow
 from conveyor.store.operations import Settlement
-from conveyor.store.script import Call, adrive
+from conveyor.store.script import CallProgram, adrive
 
 SettledAs = Literal["done", "retried", "dead", "extended", "lost"]
-End = Callable[[SettlementPolicy, LeasedMessage], Settlement]
+HowToEnd = Callable[[SettlementPolicy, LeasedMessage], Settlement]
 _OUTCOMES: dict[str, SettledAs] = {"D": "done", "R": "retried", "X": "dead"}
 
 
@@ -119,7 +119,7 @@ async def extend(queue: Queue[Any], receipt: Receipt, lease_ms: int) -> SettledA
     return "extended" if await queue.client.arun(call) else "lost"
 
 
-async def _settle(queue: Queue[Any], receipt: Receipt, end: End) -> SettledAs:
+async def _settle(queue: Queue[Any], receipt: Receipt, end: HowToEnd) -> SettledAs:
     return await adrive(_settling(_source(queue, receipt), receipt, end), queue.client.arun)
 
 
@@ -133,7 +133,7 @@ def _source(queue: Queue[Any], receipt: Receipt) -> PartitionSource[Any]:
     return source
 
 
-def _settling(source: PartitionSource[Any], receipt: Receipt, end: End) -> Generator[Call[Any], Any, SettledAs]:
+def _settling(source: PartitionSource[Any], receipt: Receipt, end: HowToEnd) -> CallProgram[SettledAs]:
     session = source.session
     sought = JobRow(receipt.id, "leased", read_envelope(b"\n\n"), AttemptHistory(0, 0, 0), "")
     page = yield inspection.whole_jobs(session.keys, [sought], "short")

@@ -17,11 +17,11 @@ import msgspec
 
 from conveyor.errors import ConfigurationError
 
-MARK = "[redacted]"
+REDACTED = "[redacted]"
 """The text that stands in the place of what is not shown."""
 RESULT = "return"
 """The name of a task's result among its sensitive names; no argument can have it."""
-_QUOTED_MARK = f'"{MARK}"'
+_QUOTED_MARK = f'"{REDACTED}"'
 _SHORTEST = 4
 """Characters of a value that is found inside a text; shorter ones are found only in quotation marks."""
 _MOST_VALUES = 200
@@ -183,7 +183,7 @@ class Redaction:
 
     def headers(self, headers: Mapping[str, str]) -> dict[str, str]:
         """Return headers, with a mark for those that are not shown."""
-        return {name: MARK if self.hides("", (name,)) else text for name, text in headers.items()}
+        return {name: REDACTED if self.hides("", (name,)) else text for name, text in headers.items()}
 
     def value(self, value: Any) -> Any:
         """Return a value of dicts, lists and scalars with a mark in the place of what is not shown."""
@@ -192,7 +192,7 @@ class Redaction:
     def _value(self, value: Any, path: Path) -> Any:
         if isinstance(value, dict):
             return {
-                key: MARK if self.hides("", (*path, str(key))) else self._value(one, (*path, str(key)))
+                key: REDACTED if self.hides("", (*path, str(key))) else self._value(one, (*path, str(key)))
                 for key, one in value.items()
             }
         return [self._value(one, path) for one in value] if isinstance(value, list) else value
@@ -354,7 +354,7 @@ def _values_in(text: str) -> Iterator[str]:
 
 def _marked(match: re.Match[str]) -> str:
     quote = match[0][0] if len(match[0]) >= 2 and match[0][0] == match[0][-1] and match[0][0] in "'\"" else ""
-    return f"{quote}{MARK}{quote}"
+    return f"{quote}{REDACTED}{quote}"
 
 
 def _unchanged(text: str) -> str:
@@ -362,4 +362,4 @@ def _unchanged(text: str) -> str:
 
 
 def _hide_all(text: str) -> str:
-    return MARK if text else text
+    return REDACTED if text else text

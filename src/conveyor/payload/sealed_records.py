@@ -12,8 +12,7 @@ from conveyor.payload.formats import JSON, MARK, FormatRegistry, body_text
 from conveyor.payload.live_records import LogLine, Progress, open_lines, open_progress, show_notes
 from conveyor.payload.pipeline import MAX_LARGE, PLAIN, PayloadPipeline
 from conveyor.payload.records import Failure, Outcome, RunRecord
-from conveyor.payload.redaction import MARK as REDACTED
-from conveyor.payload.redaction import Hide, Redaction
+from conveyor.payload.redaction import REDACTED, Hide, Redaction
 from conveyor.payload.versions import sealed_name
 from conveyor.payload.wrapped import MAGIC, describe, from_base64, to_base64
 

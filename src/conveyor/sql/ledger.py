@@ -27,7 +27,7 @@ from conveyor.units import Duration, milliseconds
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
-Steps = Generator[tuple[str, tuple[object, ...]], StatementResult, T]
+Statements = Generator[tuple[str, tuple[object, ...]], StatementResult, T]
 """Yields statements with values, gets their results, returns a value: the same for both kinds of connection."""
 
 INSERT = "INSERT INTO {table} (id, created_ms) VALUES (?, ?) ON CONFLICT (id) DO NOTHING"
@@ -122,15 +122,15 @@ class Ledger(ManagedTable):
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    def _insert_key(self, key: str, dialect: str) -> Steps[bool]:
+    def _insert_key(self, key: str, dialect: str) -> Statements[bool]:
         sql = INSERT_MYSQL if dialect == "mysql" else INSERT
         result = yield self._table.fill(sql), (key, int(time() * 1000))
         return result.row_count == 1
 
-    def _store_result(self, key: str, result: bytes, _: str) -> Steps[None]:
+    def _store_result(self, key: str, result: bytes, _: str) -> Statements[None]:
         yield self._table.fill(KEEP), (result, key)
 
-    def _read_result(self, key: str, dialect: str) -> Steps[bytes]:
+    def _read_result(self, key: str, dialect: str) -> Statements[bytes]:
         result = yield self._table.fill(READ_MYSQL if dialect == "mysql" else READ), (key,)
         if not result.rows or result.rows[0][0] is None:
             raise ConfigurationError(
@@ -140,13 +140,13 @@ class Ledger(ManagedTable):
             )
         return bytes(result.rows[0][0])
 
-    def _run(self, connection: Any, steps: Callable[[str], Steps[T]]) -> T:
+    def _run(self, connection: Any, steps: Callable[[str], Statements[T]]) -> T:
         db = adapt_blocking(connection)
         refuse_autocommit(db.in_autocommit())
         with explain_missing_table(self._table):
             return drive(steps(db.dialect), lambda step: db.run(step[0], *step[1]))
 
-    async def _arun(self, connection: Any, steps: Callable[[str], Steps[T]]) -> T:
+    async def _arun(self, connection: Any, steps: Callable[[str], Statements[T]]) -> T:
         db = adapt(connection)
         with explain_missing_table(self._table):
             if not isinstance(db, AsyncDbapiConnection | AsyncSqlAlchemyConnection):

@@ -27,7 +27,7 @@ Run = Callable[..., Any]
 AsyncRun = Callable[..., Awaitable[Any]]
 Step = tuple[Callable[[], Any], Callable[[], Awaitable[Any]]]
 """A step as it blocks, and as it is awaited."""
-Program = Generator["Call[Any]", Any, T]
+CallProgram = Generator["Call[Any]", Any, T]
 """Yields calls, gets their replies, returns a value."""
 StepProgram = Generator[Step, Any, Any]
 

@@ -272,7 +272,7 @@ class SettlementWriter:
         return record[:-1] + members + b"}"
 
     def _told(
-        self, attempt: Attempt, state: webhooks.Ending, now_ms: int, failure: Failure | None = None
+        self, attempt: Attempt, state: webhooks.EndState, now_ms: int, failure: Failure | None = None
     ) -> list[bytes]:
         """Return the entry of an outbox for the job that tells a webhook of this end; none where the task has no webhook for it."""
         webhook = None if attempt.handler.kind == "unknown" else attempt.handler.task.settings.webhook

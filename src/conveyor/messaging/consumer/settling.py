@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from random import randrange
 from typing import Any, Generic, TypeVar
@@ -24,7 +24,7 @@ from conveyor.payload.failures import FailureLog
 from conveyor.store import operations
 from conveyor.store.client.client import Client
 from conveyor.store.client.outages import FIRST_TRY
-from conveyor.store.script import Call, StepProgram
+from conveyor.store.script import Call, CallProgram, StepProgram
 from conveyor.store.transport import eviction
 
 T = TypeVar("T")
@@ -166,7 +166,7 @@ class SettlerState:
         """Tell whether somebody asked to cancel the message while we hold it."""
         return leased.id in leased.session.cancelled
 
-    def confirm(self, endings: Sequence[Ending]) -> Generator[Call[Any], Any, None]:
+    def confirm(self, endings: Sequence[Ending]) -> CallProgram[None]:
         """Make the turns that report *endings*, wherever their messages are held now, unless another has."""
         for leased, settlement in endings:
             if settlement is leased.ending and not leased.lost:
@@ -179,7 +179,7 @@ class SettlerState:
         if self.session.has_moved:  # a caller that was cancelled may have left its empty identity behind
             yield from self.session.finish_extensions()
 
-    def move(self, leased: LeasedMessage, ms: int) -> Generator[Call[Any], Any, None]:
+    def move(self, leased: LeasedMessage, ms: int) -> CallProgram[None]:
         """Move one message to an identity of its own. One that was settled meanwhile needs no lease any more."""
         if leased.ending is not None:
             yield from self.confirm([(leased, leased.ending)])

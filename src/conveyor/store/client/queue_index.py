@@ -8,15 +8,15 @@ Queues that go when nobody uses them stand in a second set, with the instant at 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from time import monotonic, time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from conveyor.payload.redaction import Redaction
 from conveyor.store import operations, redacted_names, topics
 from conveyor.store.keys import QueueKeys, expiring_queues, known_queues
 from conveyor.store.operations import SOME_EXPIRE
-from conveyor.store.script import Call, Program
+from conveyor.store.script import Call, CallProgram
 
 REFRESH = 30.0
 """Seconds after which the set is looked at for all names."""
@@ -58,7 +58,7 @@ class QueueIndex:
             return False
         return now >= self._refresh_at or any(keys.queue not in self._names for keys in queues)
 
-    def announcing(self, queues: Sequence[QueueKeys]) -> Program[None]:
+    def announcing(self, queues: Sequence[QueueKeys]) -> CallProgram[None]:
         """Add those of *queues* to the set that are new here; from time to time, look at it for all that are remembered."""
         refreshes = monotonic() >= self._refresh_at
         if refreshes:
@@ -69,7 +69,7 @@ class QueueIndex:
         if before:
             yield from self._refresh(before)
 
-    def _add(self, queues: Iterable[QueueKeys]) -> Program[None]:
+    def _add(self, queues: Iterable[QueueKeys]) -> CallProgram[None]:
         if self._redaction and (changes := self._redaction.changes) != self._told_changes:
             # Before the first push: people who look without the app must not see what it hides.
             yield redacted_names.add(self._namespace, self._redaction.names)
@@ -93,7 +93,7 @@ class QueueIndex:
         while len(self._names) > MOST:
             self.discard(next(iter(self._names)))  # the next push there adds it again
 
-    def _refresh(self, before: Sequence[tuple[str, _Known]]) -> Program[None]:
+    def _refresh(self, before: Sequence[tuple[str, _Known]]) -> CallProgram[None]:
         """Add what is missing in the set and not deleted. What was deleted, by whomever, is forgotten here too."""
         known, expire = known_queues(self._namespace), any(one.expires for _, one in before)
         found = yield operations.are_known(known, *(name for name, _ in before), *([SOME_EXPIRE] if expire else []))
@@ -123,7 +123,7 @@ class QueueIndex:
         self._paused_until, self._refresh_at = now + PAUSE, min(self._refresh_at, now + PAUSE)
 
 
-def removing_expired(namespace: str) -> Generator[Call[Any], Any, set[str]]:
+def removing_expired(namespace: str) -> CallProgram[set[str]]:
     """Remove the names of queues that nobody used and that are gone; return them. Some are looked at, the longest due first."""
     now, expiring = int(time() * 1000), expiring_queues(namespace)
     gone, later = list[QueueKeys](), dict[str, int]()
@@ -145,7 +145,7 @@ def removing_expired(namespace: str) -> Generator[Call[Any], Any, set[str]]:
     return {keys.queue for keys in gone}
 
 
-def withdrawing(namespace: str, places: Sequence[QueueKeys]) -> Program[None]:
+def withdrawing(namespace: str, places: Sequence[QueueKeys]) -> CallProgram[None]:
     """Remove queues from the set of known ones; those that were begun anew meanwhile are added again."""
     known = known_queues(namespace)
     yield operations.withdraw_names(known, *(place.queue for place in places))
@@ -156,7 +156,7 @@ def withdrawing(namespace: str, places: Sequence[QueueKeys]) -> Program[None]:
             yield operations.announce(known, place.queue)
 
 
-def _forget_mark(namespace: str) -> Program[None]:
+def _forget_mark(namespace: str) -> CallProgram[None]:
     if not (yield operations.count_expiring(expiring_queues(namespace))):
         yield operations.withdraw_names(known_queues(namespace), SOME_EXPIRE)
 

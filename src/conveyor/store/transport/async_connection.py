@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from conveyor.store.transport.endpoint import Endpoint
 
 T = TypeVar("T")
-Reply = Callable[[Any], None]
+OnReply = Callable[[Any], None]
 
 
 class ConnectionLost(ConnectionError):
@@ -69,7 +69,7 @@ class AsyncConnection:
         self._stream: _StreamProtocol | None = None
         self._reader: Any = None
         self._pack: Callable[[Any], bytes]
-        self._pending: deque[tuple[Reply, float, int]] = deque()
+        self._pending: deque[tuple[OnReply, float, int]] = deque()
         self._sent = 0  # the number of the last command that may have left
         self._answered = 0  # the number of the last reply
         self._out: list[bytes] = []
@@ -220,7 +220,7 @@ class AsyncConnection:
         return None if self._transport is None else self._pack(command)
 
     def send(
-        self, command: tuple[Argument, ...], answer: Reply, *,
+        self, command: tuple[Argument, ...], answer: OnReply, *,
         block: float = 0.0, at_once: bool = False, packed: bytes | None = None, within: float | None = None,
     ) -> None:  # fmt: skip
         """
