@@ -91,7 +91,7 @@ from conveyor.store.keys import PRIORITIES, QueueKeys
 from conveyor.store.script import Call
 from conveyor.store.transport import replies
 from conveyor.store.transport.endpoint import in_thread
-from conveyor.store.worker_commands import FOLLOWED, Action
+from conveyor.store.worker_commands import FOLLOWED, WorkerAction
 from conveyor.units import Duration, instant, instant_or_none, milliseconds
 
 if TYPE_CHECKING:
@@ -584,7 +584,7 @@ class Admin:
         """Return where each thread and each asyncio task of a worker is now. Raises as `quiet_worker`."""
         return self._command_worker(name, "stack", timeout)
 
-    def _command_worker(self, name: str, action: Action, timeout: Duration) -> str:
+    def _command_worker(self, name: str, action: WorkerAction, timeout: Duration) -> str:
         process = find_process(self.worker_processes(), name)
         if process.kind != "worker":
             raise ConfigurationError(f"{name} consumes messages: only workers of jobs take commands. Nothing was sent.")

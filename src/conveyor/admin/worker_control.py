@@ -14,7 +14,7 @@ from conveyor.errors import WorkerNotFound
 from conveyor.ids import logical, public
 from conveyor.store import worker_commands
 from conveyor.store.inspection import DAMAGED
-from conveyor.store.worker_commands import Action, LeasedRow, WorkerCommand
+from conveyor.store.worker_commands import LeasedRow, WorkerAction, WorkerCommand
 from conveyor.units import instant, instant_or_none
 
 if TYPE_CHECKING:
@@ -130,7 +130,9 @@ def find_process(processes: list[WorkerProcess], name: str) -> WorkerProcess:
     raise WorkerNotFound(name, [process.name for process in processes])
 
 
-def command(client: Client, members: list[tuple[QueueKeys, str]], name: str, action: Action, seconds: float) -> str:
+def command(
+    client: Client, members: list[tuple[QueueKeys, str]], name: str, action: WorkerAction, seconds: float
+) -> str:
     """
     Send a command to the process *name* through the first of its registrations that is there; return its answer.
 

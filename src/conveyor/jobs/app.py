@@ -219,42 +219,41 @@ class Conveyor:
     ) -> Queue[Any]: ...  # fmt: skip
 
     def queue(
-        self,
-        name: str,
-        type: Any = Any,  # noqa: A002  the contract's name
-        *,
-        partitions: int = 1,
-        lease: Duration | None = None,
-        max_attempts: int | None = None,
-        retry: Retry | None = None,
-        max_crashes: int | None = None,
-        max_length: int | None = None,
-        full: Full = "raise",
-        limits: Sequence[Rate | Concurrency] | None = None,
-        ageing: Duration | None = None,
-        expires: Duration | None = None,
-        events: int | None = None,
-        version: int = 1,
-        upcast: UpcastMessage | None = None,
-        format: FormatChoice | None = None,  # noqa: A002
+        self, name: str, type: Any = Any, *, partitions: int = 1, lease: Duration | None = None,  # noqa: A002
+        max_attempts: int | None = None, retry: Retry | None = None, max_crashes: int | None = None,
+        max_length: int | None = None, full: Full = "raise", limits: Sequence[Rate | Concurrency] | None = None,
+        ageing: Duration | None = None, expires: Duration | None = None, events: int | None = None, version: int = 1,
+        upcast: UpcastMessage | None = None, format: FormatChoice | None = None,  # noqa: A002
         **durability: Unpack[DurabilityOptions],
-    ) -> Queue[Any]:
+    ) -> Queue[Any]:  # fmt: skip
         """
-        Declare a queue of messages of *type* (any JSON value when left out), or set up one that tasks use.
+        Declare a queue of messages, or set up one that tasks use.
 
-        `lease` is as for the app. `retry` says when and how often a message that failed is tried again;
-        `max_attempts` (5) and `max_crashes` (3) take the place of its numbers. A message is given up when so many of its
-        consumers died while they handled it. The first such death is charged to all that the consumer held, so it alone
-        gives up nothing. `max_length` is how many may be unfinished, `full` what a push beyond that does. `limits` hold for all
-        that starts from it: `Rate` and `Concurrency`. `ageing` raises what waits by one priority each time it has waited that
-        long. With `expires` the queue goes, with all of its keys and its name, when it is empty and nobody has pushed to it,
-        consumed from it or waited for it for so long (at least ten seconds). `events` is how many events it keeps for
-        `Conveyor.events` (0: none; left out: as other programs say). `version`, `upcast(version, value)` and `format` are
-        as for a task. With `partitions` the queue is spread over so many, which may lie on several nodes: order holds within
-        each, and all programs must say the same number. `fsync` and
-        `wait_replicas` make each push, of jobs too, wait until it is on disk and until that many replicas have it, each
-        for `wait_timeout`; after that comes DurabilityNotReached. The same declaration again returns the same object; with
-        other options it raises ConfigurationError.
+        The same declaration again returns the same object; with other options it raises ConfigurationError.
+
+        Args:
+            name: its name.
+            type: the type of its messages. Left out: any JSON value.
+            partitions: over how many partitions it is spread, which may lie on several nodes: order holds within each, and all
+                programs must say the same number.
+            lease: as for the app.
+            max_attempts: takes the place of the number in `retry` (5).
+            retry: when and how often a message that failed is tried again.
+            max_crashes: takes the place of the number in `retry` (3). A message is given up when so many of its consumers died
+                while they handled it. The first such death is charged to all that the consumer held, so it alone gives up nothing.
+            max_length: how many may be unfinished. None: no limit.
+            full: what a push beyond that does.
+            limits: `Rate` and `Concurrency` that hold for all that starts from it.
+            ageing: what waits is raised by one priority each time it has waited that long. None: never.
+            expires: the queue goes, with all of its keys and its name, when it is empty and nobody has pushed to it, consumed from
+                it or waited for it for so long (at least ten seconds). None: never.
+            events: how many events it keeps for `Conveyor.events` (0: none). Left out: as other programs say.
+            version: as for a task.
+            upcast: ``upcast(version, value)``, as for a task.
+            format: as for a task.
+            **durability: `fsync` and `wait_replicas` make each push, of jobs too, wait until it is on disk and until that many
+                replicas have it, each for `wait_timeout`; after that comes DurabilityNotReached.
+
         """
         return self._core.declare_queue(
             name, type, partitions=partitions, lease=lease, max_attempts=max_attempts, retry=retry,
@@ -419,51 +418,50 @@ class Conveyor:
     ) -> TaskDecorator: ...  # fmt: skip
 
     def task(
-        self,
-        function: Callable[..., Any] | None = None,
-        /,
-        *,
-        name: str | None = None,
-        queue: str = "default",
-        timeout: Duration | None = None,
-        retry: Retry | int | None = None,
-        keep_result: Duration = "10m",
-        run_in: RunIn | None = None,
-        ack: Literal["late", "early"] = "late",
-        expires: Duration | None = None,
-        priority: int = 0,
-        max_payload: Size | None = None,
-        unique: Unique | None = None,
-        limits: Sequence[Rate | Concurrency] | None = None,
-        group_by: str | None = None,
-        debounce: Debounce | None = None,
-        throttle: Throttle | None = None,
-        version: int = 1,
-        upcast: Upcast | None = None,
-        format: FormatChoice | None = None,  # noqa: A002
-        tags: Iterable[str] | None = None,
-        requires: str | Iterable[str] = (),
-        pin: Literal["build"] | None = None,
-        webhook: Webhook | None = None,
-        logs: Logs = "failure",
-        timeout_hard: Duration | None = None,
-        fresh: bool = False,
-        sensitive: Iterable[str] = (),
+        self, function: Callable[..., Any] | None = None, /, *, name: str | None = None, queue: str = "default",
+        timeout: Duration | None = None, retry: Retry | int | None = None, keep_result: Duration = "10m",
+        run_in: RunIn | None = None, ack: Literal["late", "early"] = "late", expires: Duration | None = None,
+        priority: int = 0, max_payload: Size | None = None, unique: Unique | None = None,
+        limits: Sequence[Rate | Concurrency] | None = None, group_by: str | None = None,
+        debounce: Debounce | None = None, throttle: Throttle | None = None, version: int = 1, upcast: Upcast | None = None,
+        format: FormatChoice | None = None, tags: Iterable[str] | None = None,  # noqa: A002
+        requires: str | Iterable[str] = (), pin: Literal["build"] | None = None, webhook: Webhook | None = None,
+        logs: Logs = "failure", timeout_hard: Duration | None = None, fresh: bool = False, sensitive: Iterable[str] = (),
         **unknown: object,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """
-        Register a function as a task; used bare (``@app.task``) or with options.
+        Register a function as a task; used bare (``@app.task``) or with options. Raises ConfigurationError.
 
-        `timeout` limits one attempt. `retry` is a policy or a number of attempts. `keep_result` is how long the result stays (0:
-        not at all). `expires` cancels a job that has not started by then. `ack="early"` gives up the promise to run again after
-        a crash. `run_in` is loop, thread or process: by default loop for an `async def`, thread for a `def`. `version` is the
-        version of the payload's layout; `upcast(version, arguments)` turns the arguments of that version into those of the next.
-        `format` is how arguments and results are written; None: as the app says. `tags` are those of each of its jobs, besides a
-        job's own. `limits` say how many of its jobs may start in a time or run at a time; jobs that are equal in the argument
-        `group_by` run in their order, one at a time. `requires` names labels of the workers that run it, `pin="build"` keeps a
-        job to workers of the build that enqueued it. `logs` says which lines that jobs log are kept, `webhook` is told how they
-        end. `sensitive` names arguments that nobody is shown, and ``"return"`` the result. `fresh` is a process for each job, and
-        `timeout_hard` kills one: both mean ``run_in="process"``. Raises ConfigurationError.
+        Args:
+            function: the function, when used bare.
+            name: the name of the task. None: the module and the name of the function.
+            queue: where its jobs go.
+            timeout: the time limit of one attempt. None: no limit.
+            retry: a policy, or a number of attempts.
+            keep_result: how long the result stays; 0: not at all.
+            run_in: ``"loop"``, ``"thread"`` or ``"process"``. None: the loop for an `async def`, a thread for a `def`.
+            ack: ``"early"`` gives up the promise to run again after a crash.
+            expires: cancels a job that has not started by then. None: never.
+            priority: that of its jobs, 0 to 9, higher first.
+            max_payload: the limit of its arguments, and of its result. None: as the app says.
+            unique: one job at a time for equal arguments.
+            limits: how many of its jobs may start in a time, or run at a time.
+            group_by: an argument: jobs that are equal in it run in their order, one at a time.
+            debounce: equal calls run once, some time after the last of them.
+            throttle: after a call, equal ones are not accepted for some time.
+            version: the version of the payload's layout.
+            upcast: ``upcast(version, arguments)`` turns the arguments of that version into those of the next.
+            format: how arguments and results are written. None: as the app says.
+            tags: those of each of its jobs, besides a job's own.
+            requires: labels of the workers that run it.
+            pin: ``"build"`` keeps a job to workers of the build that enqueued it.
+            webhook: told how its jobs end.
+            logs: which lines that jobs log are kept.
+            timeout_hard: with ``run_in="process"``, kills a process that runs for so long. None: never.
+            fresh: with ``run_in="process"``, each job has a process of its own.
+            sensitive: arguments that nobody is shown, and ``"return"`` for the result.
+            **unknown: none: a name that another library has is refused with what to write here.
+
         """
         if unknown:
             refuse_unknown("@app.task()", unknown, TASK_OPTIONS)
@@ -480,35 +478,16 @@ class Conveyor:
         return add if function is None else add(function)
 
     def batch_task(
-        self,
-        *,
-        size: int,
-        within: Duration,
-        group_by: str | None = None,
-        name: str | None = None,
-        queue: str = "default",
-        timeout: Duration | None = None,
-        retry: Retry | int | None = None,
-        keep_result: Duration = "10m",
-        run_in: RunIn | None = None,
-        ack: Literal["late", "early"] = "late",
-        expires: Duration | None = None,
-        priority: int = 0,
-        max_payload: Size | None = None,
-        unique: Unique | None = None,
-        debounce: Debounce | None = None,
-        throttle: Throttle | None = None,
-        version: int = 1,
-        upcast: Upcast | None = None,
-        format: FormatChoice | None = None,  # noqa: A002
-        tags: Iterable[str] | None = None,
-        limits: Sequence[Rate | Concurrency] | None = None,
-        requires: str | Iterable[str] = (),
-        pin: Literal["build"] | None = None,
-        logs: Logs = "failure",
-        sensitive: Iterable[str] = (),
+        self, *, size: int, within: Duration, group_by: str | None = None, name: str | None = None, queue: str = "default",
+        timeout: Duration | None = None, retry: Retry | int | None = None, keep_result: Duration = "10m",
+        run_in: RunIn | None = None, ack: Literal["late", "early"] = "late", expires: Duration | None = None,
+        priority: int = 0, max_payload: Size | None = None, unique: Unique | None = None,
+        debounce: Debounce | None = None, throttle: Throttle | None = None, version: int = 1, upcast: Upcast | None = None,
+        format: FormatChoice | None = None, tags: Iterable[str] | None = None,  # noqa: A002
+        limits: Sequence[Rate | Concurrency] | None = None, requires: str | Iterable[str] = (),
+        pin: Literal["build"] | None = None, logs: Logs = "failure", sensitive: Iterable[str] = (),
         **unknown: object,
-    ) -> BatchDecorator:
+    ) -> BatchDecorator:  # fmt: skip
         """
         Register a function that takes a list as a task whose jobs are enqueued one by one: ``index.enqueue(row)``.
 
@@ -710,12 +689,19 @@ class Conveyor:
         """
         Yield handles of the jobs and messages that Redis keeps and that all the options given choose.
 
-        `tag`: with this tag. `state`: scheduled, ready, waiting, leased or dead. `error`: whose last error, as
-        "class: message", holds this text. `older`, `since`: whose state began before, or since, an instant or so long
-        ago: they died or were leased then, else were enqueued. `queue`: its name. They come in the order of their ids
-        with a tag, the oldest first when they are dead or scheduled, else in no order. Redis looks at them in steps
-        of a few milliseconds, with a tag at those alone that have it. What is there throughout is found; what comes
-        or goes meanwhile may be. Raises ConfigurationError.
+        They come in the order of their ids with a tag, the oldest first when they are dead or scheduled, else in no order. Redis
+        looks at them in steps of a few milliseconds, with a tag at those alone that have it. What is there throughout is found;
+        what comes or goes meanwhile may be. Raises ConfigurationError.
+
+        Args:
+            tag: one of theirs.
+            state: scheduled, ready, waiting, leased or dead.
+            task: the name of their task.
+            error: a text that their last error, as "class: message", holds.
+            older: an instant, or how long ago: their state began before. They died or were leased then, else were enqueued.
+            since: an instant, or how long ago: their state began since.
+            queue: the queue, or its name.
+
         """
         refuse_in_loop(self.client, "app.jobs()", "async for job in app.ajobs(…)")
         return self._select(tag=tag, state=state, task=task, error=error, older=older, since=since, queue=queue).find()

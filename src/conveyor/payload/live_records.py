@@ -11,7 +11,7 @@ import msgspec
 
 from conveyor.errors import PayloadError
 from conveyor.payload.failures import shorten
-from conveyor.payload.pipeline import PLAIN, Kind, PayloadPipeline
+from conveyor.payload.pipeline import PLAIN, BodyKind, PayloadPipeline
 from conveyor.payload.wrapped import MAGIC, describe, from_base64, to_base64
 from conveyor.units import instant
 
@@ -150,11 +150,11 @@ def open_lines(sealing: PayloadPipeline | None, stored: bytes, queue: str, id: s
     return [LogLine(instant(0), "ERROR", "conveyor", text, 0)]
 
 
-def _wrap(sealing: PayloadPipeline, body: bytes, queue: str, id_: str, kind: Kind) -> bytes:
+def _wrap(sealing: PayloadPipeline, body: bytes, queue: str, id_: str, kind: BodyKind) -> bytes:
     return sealing.wrap(body, queue=queue, task="", id=id_, kind=kind)
 
 
-def _unwrap(sealing: PayloadPipeline | None, packed: str, queue: str, id_: str, kind: Kind) -> bytes:
+def _unwrap(sealing: PayloadPipeline | None, packed: str, queue: str, id_: str, kind: BodyKind) -> bytes:
     return (sealing or PLAIN).unwrap(from_base64(packed), queue=queue, task="", id=id_, kind=kind, limit=_LIMIT)
 
 

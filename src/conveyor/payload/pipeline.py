@@ -38,7 +38,7 @@ LARGE_ABOVE = 256 * 1024
 _LEVEL = 1  # JSON shrinks to a sixth at level 1; level 6 takes three times as long for a few per cent more
 _SLACK = 1024  # bytes that header, nonce and tag add at most
 
-Kind = Literal[b"payload", b"result", b"error", b"blob", b"part", b"progress", b"notes", b"logs"]
+BodyKind = Literal[b"payload", b"result", b"error", b"blob", b"part", b"progress", b"notes", b"logs"]
 log = logging.getLogger("conveyor.sealing")
 
 
@@ -82,7 +82,7 @@ class PayloadPipeline:
 
     # -- out ------------------------------------------------------------------------------------------------------
 
-    def wrap(self, body: bytes, *, queue: str, task: str, id: str, kind: Kind = b"payload") -> bytes:  # noqa: A002
+    def wrap(self, body: bytes, *, queue: str, task: str, id: str, kind: BodyKind = b"payload") -> bytes:  # noqa: A002
         """
         Return the bytes that Redis stores for *body*; a large body is in the store when this returns.
 
@@ -97,11 +97,11 @@ class PayloadPipeline:
             body, form = self._put(self._seal(body, form, b"blob", queue, task, id)), ELSEWHERE
         return self._seal(body, form, kind, queue, task, id)
 
-    def is_large(self, body: bytes, kind: Kind) -> bool:
+    def is_large(self, body: bytes, kind: BodyKind) -> bool:
         """Tell whether a body goes to the store."""
         return self.store is not None and kind == b"payload" and len(body) > self._large_above
 
-    def _seal(self, body: bytes, form: int, kind: Kind, queue: str, task: str, id_: str) -> bytes:
+    def _seal(self, body: bytes, form: int, kind: BodyKind, queue: str, task: str, id_: str) -> bytes:
         if self.sealer is not None:
             return self.sealer.seal(body, form, kind, queue, task, id_)
         return write_head(BARE, form) + body if form else body
@@ -125,7 +125,7 @@ class PayloadPipeline:
         task: str,
         id: str,  # noqa: A002
         limit: int | None = None,
-        kind: Kind = b"payload",
+        kind: BodyKind = b"payload",
     ) -> bytes:
         """
         Return the body that was wrapped, of at most *limit* bytes.
@@ -164,7 +164,9 @@ class PayloadPipeline:
         wrapped, body = self._open(data, b"payload", queue.partition("/")[0], task, id)
         return None if wrapped is None else _reference(body)
 
-    def _open(self, data: bytes, kind: Kind, queue: str, task: str, id_: str) -> tuple[WrappedPayload | None, bytes]:
+    def _open(
+        self, data: bytes, kind: BodyKind, queue: str, task: str, id_: str
+    ) -> tuple[WrappedPayload | None, bytes]:
         """Return the header (None for a bare body) and the body, its seal checked."""
         if data[:1] != MAGIC:
             if self.sealer is not None:

@@ -28,14 +28,14 @@ ANSWER_MS = 60_000
 MOST_STACK = 256 * 1024
 """Bytes of the stacks that a worker sends, at most."""
 
-Action = Literal["quiet", "stop", "stack", "logs"]
-ACTIONS: tuple[Action, ...] = get_args(Action)
+WorkerAction = Literal["quiet", "stop", "stack", "logs"]
+ACTIONS: tuple[WorkerAction, ...] = get_args(WorkerAction)
 
 
 class WorkerCommand(msgspec.Struct, frozen=True, rename={"action": "do"}):
     """One command, and the key that gets the answer; *logs* is about a job that the worker holds, and is not answered."""
 
-    action: Action
+    action: WorkerAction
     answer: str
     job: str = ""
 
@@ -51,7 +51,7 @@ class LeasedRow(NamedTuple):
 _DECODER = msgspec.json.Decoder(WorkerCommand)
 
 
-def new_command(keys: QueueKeys, action: Action, job: str = "") -> WorkerCommand:
+def new_command(keys: QueueKeys, action: WorkerAction, job: str = "") -> WorkerCommand:
     """Return a command to a worker of that queue, with an answer of its own; *job*: what it is about."""
     return WorkerCommand(action, keys.answer(new_identity()), job)
 

@@ -18,8 +18,8 @@ from typing import Literal, cast, get_args
 
 from conveyor.jobs.context import current
 
-Kind = Literal["up", "start", "ok", "fail", "retry", "dead"]
-_KINDS = get_args(Kind)
+LineKind = Literal["up", "start", "ok", "fail", "retry", "dead"]
+_KINDS = get_args(LineKind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class JournalEntry:
     """
 
     at: float
-    kind: Kind
+    kind: LineKind
     pid: int
     task: str = ""
     key: str = ""
@@ -69,7 +69,7 @@ class Journal:
             self._file = None
 
     def write(
-        self, kind: Kind, task: str = "", key: str = "", attempt: int = 0, seconds: float = 0.0, note: str = ""
+        self, kind: LineKind, task: str = "", key: str = "", attempt: int = 0, seconds: float = 0.0, note: str = ""
     ) -> None:
         """Append one line."""
         if self._file is None:
@@ -115,4 +115,4 @@ def parse(text: str) -> JournalEntry:
     at, kind, pid, task, key, attempt, seconds, note = text.split("\t")
     if kind not in _KINDS:
         raise ValueError(f"no line of a journal: {text!r}")
-    return JournalEntry(float(at), cast("Kind", kind), int(pid), task, key, int(attempt), float(seconds), note)
+    return JournalEntry(float(at), cast("LineKind", kind), int(pid), task, key, int(attempt), float(seconds), note)

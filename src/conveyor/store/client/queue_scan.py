@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PAGE_SIZE = 1000
 _TYPES = {"jobs": "hash", "outbox": "list"}
 _SPECIAL = re.compile(r"[\\\[\]*?^-]")  # in a pattern of keys
-Kind = Literal["jobs", "outbox"]
+KeyKind = Literal["jobs", "outbox"]
 
 
 class ServerClient(Protocol):
@@ -55,7 +55,7 @@ def node_clients(client: ServerClient) -> Iterator[list[ServerClient]]:
         yield clients
 
 
-def queues_at(node: ServerClient, kind: Kind, *, most: int | None = None) -> Iterator[tuple[str, str]]:
+def queues_at(node: ServerClient, kind: KeyKind, *, most: int | None = None) -> Iterator[tuple[str, str]]:
     """Yield each queue that has jobs, or an outbox, at this server, and the key of them; look at *most* keys or so."""
     name = re.compile(rf"{re.escape(node.namespace)}:\{{([^}}]+)\}}:(?:(.+):)?{kind}")
     cursor, seen = b"0", 0
