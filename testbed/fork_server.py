@@ -180,7 +180,9 @@ class ForkServer:
 
     def _launch(self, env: dict[str, str]) -> None:
         ours, theirs = socket.socketpair()
-        base = {name: value for name, value in env.items() if not name.startswith("CONVEYOR_")}
+        # Not those of one program besides, such as its TMPDIR: others are forked from here.
+        others = {name: value for name, value in os.environ.items() if not name.startswith(("CONVEYOR_", *_AT_START))}
+        base = others | of_the_start(env)
         with theirs, Path(os.devnull).open("wb") as nothing:
             if self._warm is None:
                 command = [sys.executable, __file__]
