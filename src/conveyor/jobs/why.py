@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Literal
 
 import msgspec
@@ -15,7 +15,7 @@ from conveyor.ids import clean, public
 from conveyor.payload.records import Failure, Status
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store.inspection import JobRow, QueueFacts, WaitFacts
-from conveyor.units import span
+from conveyor.units import instant, instant_or_none, span
 
 Cause = Literal[
     "queue-paused", "task-paused", "group-paused", "unknown-task", "label", "build", "no-worker", "limit", "group", "scheduled",
@@ -80,7 +80,7 @@ class Why(msgspec.Struct, frozen=True):
 def explain(status: Status, queue: str, facts: WaitFacts, decoder: RecordDecoder) -> Why:
     """Return why a job waits whose facts are known; of one that has left its queue that it does not."""
     row = facts.job[1]
-    base = Why("ended", status, queue, task=row.envelope.task if row else "", at=_instant(facts.now))
+    base = Why("ended", status, queue, task=row.envelope.task if row else "", at=instant(facts.now))
     if row is None:
         return replace(base, kind="parent") if status == "waiting" else base
     if status == "dead":
@@ -89,7 +89,7 @@ def explain(status: Status, queue: str, facts: WaitFacts, decoder: RecordDecoder
         host, pid = row.about.get("host"), row.about.get("pid")
         return replace(
             base, kind="running", name=f"{host}:{pid}" if pid else row.extra,
-            since=_instant(row.leased_ms) if row.leased_ms else None,
+            since=instant_or_none(row.leased_ms),
         )  # fmt: skip
     if status == "waiting" and row.extra == row.envelope.after:
         return replace(base, kind="rerun", name=public(queue, row.extra))
@@ -100,7 +100,7 @@ def explain(status: Status, queue: str, facts: WaitFacts, decoder: RecordDecoder
 def _causes(base: Why, row: JobRow, facts: WaitFacts, decoder: RecordDecoder) -> Iterator[Why]:
     """Yield all causes of the waiting of a job that is ready or scheduled, in the order of the lease."""
     serving = facts.workers if base.task else facts.consumers
-    seen = replace(base, seen=_instant(facts.seen) if facts.seen else None, seen_name=facts.seen_name)
+    seen = replace(base, seen=instant_or_none(facts.seen), seen_name=facts.seen_name)
     if facts.paused:
         yield replace(base, kind="queue-paused", name=base.queue)
     if facts.task_paused:
@@ -120,7 +120,7 @@ def _causes(base: Why, row: JobRow, facts: WaitFacts, decoder: RecordDecoder) ->
             base,
             kind="scheduled",
             name=base.queue,
-            opens_at=_instant(int(row.extra)),
+            opens_at=instant(int(row.extra)),
             error=_error(row, base.queue, decoder),
         )
         return
@@ -147,7 +147,7 @@ def missing_skills(
 def _limit_causes(base: Why, facts: WaitFacts) -> Iterator[Why]:
     """Yield what holds up a job whose limits and group are shut: a limit, and the job of its group that comes first."""
     if facts.task_held:
-        yield replace(base, kind="limit", name=base.task, opens_at=_instant(facts.task_held))
+        yield replace(base, kind="limit", name=base.task, opens_at=instant(facts.task_held))
     if facts.limit:
         name, _, key = facts.limit.partition(":")
         kind, *numbers = facts.limit_text.split(" ")
@@ -155,12 +155,12 @@ def _limit_causes(base: Why, facts: WaitFacts) -> Iterator[Why]:
         yield replace(
             base, kind="limit", name=name, key=key, ahead=facts.limit_ahead, used=facts.limit_used,
             most=int(numbers[0]) if numbers else None, per=int(numbers[1]) / 1000 if rate else None,
-            opens_at=_instant(facts.limit_opens) if facts.limit_opens >= 0 else None,
+            opens_at=instant(facts.limit_opens) if facts.limit_opens >= 0 else None,
         )  # fmt: skip
     if facts.behind:
         yield replace(
             base, kind="group", name=facts.group, behind=public(base.queue, facts.behind), behind_status=facts.behind_place,
-            opens_at=_instant(facts.behind_due) if facts.behind_due >= 0 else None,
+            opens_at=instant(facts.behind_due) if facts.behind_due >= 0 else None,
         )  # fmt: skip
 
 
@@ -184,10 +184,6 @@ def _told(failure: Failure) -> str:
     text = " ".join(failure.message.split())
     kind = "" if failure.type == CRASHED else failure.type.rpartition(".")[2]
     return text if not kind else f"{kind}: {text}" if text else kind
-
-
-def _instant(ms: int) -> datetime:
-    return datetime.fromtimestamp(ms / 1000, UTC)
 
 
 def _clock(at: datetime | None, now: datetime | None) -> str:
@@ -329,7 +325,7 @@ def queue_causes(queue: str, waiting: int, parts: Sequence[QueueFacts]) -> list[
     """Return why jobs of a queue wait, of which *waiting* are not scheduled; *parts* are the facts of its partitions."""
     if not parts:
         return []
-    now, found = _instant(max(one.now for one in parts)), list[QueueCause]()
+    now, found = instant(max(one.now for one in parts)), list[QueueCause]()
     scheduled, looked = sum(one.scheduled for one in parts), sum(one.looked for one in parts)
     messages = sum(one.messages for one in parts)
     held_up = waiting + scheduled
@@ -342,9 +338,7 @@ def queue_causes(queue: str, waiting: int, parts: Sequence[QueueFacts]) -> list[
         before = tasks.get(task, (0, 0, ""))
         tasks[task] = (before[0] + jobs, *max(before[1:], (seen, name)))
     for task, (jobs, seen, name) in tasks.items():
-        found.append(
-            QueueCause("unknown-task", queue, task, jobs, looked, None, _instant(seen) if seen else None, name, now)
-        )
+        found.append(QueueCause("unknown-task", queue, task, jobs, looked, None, instant_or_none(seen), name, now))
     requirements = Counter[tuple[Cause, str]]()
     skills = [skill for one in parts for skill in one.skills]
     for build, labels, jobs in (need for one in parts for need in one.needs):
@@ -359,7 +353,7 @@ def queue_causes(queue: str, waiting: int, parts: Sequence[QueueFacts]) -> list[
             found.append(QueueCause("no-worker", queue, what, held_up, at=now))
     due = [one.first_due for one in parts if one.first_due >= 0]
     if due:
-        found.append(QueueCause("scheduled", queue, queue, scheduled, opens_at=_instant(min(due)), at=now))
+        found.append(QueueCause("scheduled", queue, queue, scheduled, opens_at=instant(min(due)), at=now))
     return found
 
 

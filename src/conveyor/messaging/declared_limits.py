@@ -8,7 +8,7 @@ partition gets its Nth part, unless the key of the limit is the group, which pic
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, get_origin, is_typeddict
 
@@ -25,7 +25,7 @@ from conveyor.units import shortest_text
 if TYPE_CHECKING:
     from conveyor.store.client.client import Client
     from conveyor.store.keys import QueueKeys
-    from conveyor.store.script import Call
+    from conveyor.store.script import Call, CallProgram
 
 Reader = Callable[[Outgoing], Any]
 """Reads a key or a cost from a job or a message on its way out; None: it has no such key."""
@@ -392,7 +392,7 @@ class QueueLimits:
         texts = {name: one.text(self.partitions) for name, one in self.all().items()}
         return store_limits.declare_limits(keys, texts, replace=replace) if texts else None
 
-    def declare(self, keys: QueueKeys, *, anew: bool = False) -> Generator[Call[Any], Any, None]:
+    def declare(self, keys: QueueKeys, *, anew: bool = False) -> CallProgram[None]:
         """
         Declare them for a worker or a consumer, whose numbers hold: once for each place, or *anew* where Redis was emptied.
 
