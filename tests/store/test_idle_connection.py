@@ -14,7 +14,7 @@ from support.waiting import auntil, until
 
 async def test_the_first_command_leaves_at_once(url: str, redis: redis_py.Redis) -> None:
     """A command leaves with no pass of the event loop where no reply is awaited; others leave together, at the end of the pass."""
-    connection = AsyncConnection(Client(url, namespace="c").endpoint(""))
+    connection = AsyncConnection(Client(url, namespace="c").endpoint("list"))
     await connection.open()
     replies = list[Any]()
     try:

@@ -13,7 +13,9 @@ from support.seeded_queue import SeededQueue
 def commands(seeded: SeededQueue) -> int:
     """Return how many commands ran since the counters were set to 0, those inside scripts too."""
     used = {name: stats["calls"] for name, stats in seeded.redis.info("commandstats").items()}
-    return sum(used.values()) - sum(used.get(f"cmdstat_{one}", 0) for one in ("evalsha", "info", "config|resetstat"))
+    return sum(used.values()) - sum(
+        used.get(f"cmdstat_{one}", 0) for one in ("evalsha", "info", "config", "config|resetstat")
+    )
 
 
 def report_of(*ids: str, record: bytes = b"") -> TurnReport:
