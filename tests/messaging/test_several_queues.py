@@ -61,6 +61,23 @@ def taken(messages: list[Any]) -> Counter[str]:
     return Counter(message.queue for message in messages)
 
 
+@pytest.mark.row("C35")
+def test_a_queue_that_is_refused_ends_no_lease_of_others(url: str, redis: Redis[bytes]) -> None:
+    """Leases of pulled messages are renewed while those of another queue of the same program are refused."""
+    with Conveyor(url, lease="1s") as app:
+        for name in "ab":
+            app.queue(name).push(1)
+        messages = app.pull({"a": 1, "b": 1}, 2, renew=True)
+        refused, other = (app._core.client.keys(name).workers for name in "ab")
+        redis.rename(refused, "aside")
+        redis.set(refused, "of another program")
+        [(worker, end)] = redis.zrange(other, 0, -1, withscores=True)
+        until(lambda: (redis.zscore(other, worker) or 0) > end + 2000, 30)
+        redis.delete(refused)
+        redis.rename("aside", refused)
+        assert taken(messages) == {"a": 1, "b": 1}
+
+
 class TestShares:
     @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 40])
     def test_pulls_share_by_weight(self, app: Conveyor, n: int) -> None:

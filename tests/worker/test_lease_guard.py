@@ -11,6 +11,7 @@ import redis as redis_py
 
 from conveyor.store import operations
 from conveyor.store.client.client import Client
+from conveyor.store.keys import QueueKeys
 from conveyor.worker import shared_memory
 from conveyor.worker.shared_memory import ChildInfo, ChildSpec, LeaseIdentity, SharedMemory
 from conveyor.worker.supervision import lease_guard
@@ -67,6 +68,41 @@ def test_healthy_worker_costs_no_beats(url: str, redis: redis_py.Redis, monkeypa
     assert float(redis.zscore(KEYS.workers, "w1") or 0) > ends
     guard.forget(slot)
     assert guard.close(1)
+    backend.run(operations.reap(KEYS, "w1"))
+    backend.close()
+    board.close()
+
+
+@pytest.mark.row("C35")
+def test_a_queue_that_is_refused_holds_up_no_other(url: str, redis: redis_py.Redis) -> None:
+    """Leases of a queue are renewed, and jobs of its dead worker returned, while those of another queue are refused."""
+    refused, backend = QueueKeys("test", "refused"), Client(url, namespace="test")
+    board = SharedMemory(1)
+    slot = board.slot(0)
+    slot.prepare(ChildSpec("app", {}, 1, 1, burst=False, grace=1))
+    slot.set_info(ChildInfo(url, "test"))
+    redis.set(refused.workers, "of another program")
+    for keys, worker in ((refused, "w0"), (KEYS, "w1")):
+        slot.set_identity(keys, worker, 500)
+    backend.run(operations.register(KEYS, "w1", 500, b"{}"))
+    backend.run(operations.register(KEYS, "w2", 500, b"{}"))
+    ends = float(redis.zscore(KEYS.workers, "w1") or 0)
+    dead = DeadChild(
+        "died", ChildInfo(url, "test"),
+        [
+            LeaseIdentity("test", keys.queue, None, worker, 500, current=True, renewed=0.0)
+            for keys, worker in ((refused, "w0"), (KEYS, "w2"))
+        ],
+        crashed=False,
+    )  # fmt: skip
+    guard = LeaseGuard()
+    guard.watch(slot)
+    until(lambda: float(redis.zscore(KEYS.workers, "w1") or 0) > ends + 2000, 30)
+    guard.return_jobs(dead)
+    until(lambda: redis.zscore(KEYS.workers, "w2") is None, 30)
+    guard.forget(slot)
+    assert not guard.close(0)
+    redis.delete(refused.workers)
     backend.run(operations.reap(KEYS, "w1"))
     backend.close()
     board.close()

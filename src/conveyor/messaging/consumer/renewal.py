@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from time import monotonic
 from typing import TYPE_CHECKING, Protocol, TypeVar
 from weakref import WeakKeyDictionary, ref
 
-from conveyor.errors import ConveyorError
+from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.messaging.leases import LeaseSession
 from conveyor.store import operations
 from conveyor.store.client.client import Client
@@ -89,9 +90,17 @@ class LeaseRenewer:
                 break
             try:
                 self._renew(client, one)
-            except (ConveyorError, OSError):
-                break  # the consumer's own turns report what is wrong; the others lie at the same endpoint
+            # The consumer's own turns report what is wrong.
+            except (StoreUnavailable, OSError):
+                self._put_last(endpoint, one)  # its slot may be moving, and no other: these come first at the next look
+                break
+            except ConveyorError:
+                continue  # its queue alone is refused
         return min(0.5, min(one.session.lease_ms for one in leases) / 10_000)
+
+    def _put_last(self, endpoint: Endpoint, one: Renewable) -> None:
+        with self._lock:
+            self._leases[endpoint].sort(key=lambda known: known() is one)
 
     def _renew(self, client: Client, one: Renewable) -> None:
         session = one.session
@@ -101,7 +110,8 @@ class LeaseRenewer:
             return
         if (not session.transient and one.flush()) or not due:
             return
-        client.run(operations.heartbeat(session.keys, session.worker, session.lease_ms), retry_for=lease / 4)
+        call, most = operations.heartbeat(session.keys, session.worker, session.lease_ms), lease / 4
+        client.run(call, retry_for=most, deadline=monotonic() + most)
         # Also when it was refused: the next turn finds that out, and beating faster would not help.
         session.renewed = began
 

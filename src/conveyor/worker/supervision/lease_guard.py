@@ -14,13 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
 
-from conveyor.errors import ConveyorError
+from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.store import operations
 from conveyor.store.client.client import Client
 from conveyor.store.transport.credentials import LoginProvider
 from conveyor.units import quantity, span
 from conveyor.worker.crash_attribution import RunningSnapshot
-from conveyor.worker.logs import LOG
+from conveyor.worker.logs import LOG, log_repeated_error
 from conveyor.worker.shared_memory import ChildInfo, ChildSlot, LeaseIdentity
 
 RENEW_AFTER = 0.4
@@ -89,6 +89,8 @@ class LeaseGuard:
         self._wakeup = threading.Event()
         self._closing_at: float | None = None
         self._renewed_at: dict[str, float] = {}
+        self._unanswered: set[str] = set()
+        """The identities whose last renewal failed."""
         self._clients: dict[tuple[str, str], Client] = {}
         self._failures = 0
         self._failing_since = 0.0
@@ -157,6 +159,10 @@ class LeaseGuard:
                     del dead_child.identities[0]
             except Exception as error:
                 self._note_failure(error)
+                dead_child.identities.append(dead_child.identities.pop(0))  # the next try begins with another
+                with self._lock:
+                    if self._dead_children and self._dead_children[0] is dead_child:
+                        self._dead_children.rotate(-1)
                 break
             self._note_success()
             with self._lock:
@@ -168,6 +174,8 @@ class LeaseGuard:
     def _renew_all(self) -> float:
         """Renew what is stale; return the seconds until the next look."""
         stale, shortest = self._find_stale()
+        # A queue that is refused, or whose slot is moving, holds up no other.
+        stale.sort(key=lambda found: found[1] is not None and found[1].worker in self._unanswered)
         for info, one in stale:
             if monotonic() < self._retry_at:
                 break
@@ -179,10 +187,16 @@ class LeaseGuard:
                     continue
                 known = client.run(operations.heartbeat(one.keys, one.worker, one.lease_ms), retry_for=RETRY_FOR)
             except Exception as error:
-                self._note_failure(error)
+                if one is not None:
+                    self._unanswered.add(one.worker)
+                if one is None or isinstance(error, StoreUnavailable) or not isinstance(error, ConveyorError):
+                    self._note_failure(error)
+                else:
+                    log_repeated_error("Cannot keep the leases of queue '%s': %s", one.queue, error)
                 continue
             self._note_success()
             self._renewed_at[one.worker] = monotonic()
+            self._unanswered.discard(one.worker)
             if not known:
                 LOG.debug("Identity %s of queue '%s' is not registered; nothing was renewed", one.worker, one.queue)
         return min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, shortest / 10))
@@ -209,6 +223,7 @@ class LeaseGuard:
                     if now - max(last, one.renewed) > RENEW_AFTER * lease:
                         stale.append((info, one))
         self._renewed_at = renewed_at
+        self._unanswered &= renewed_at.keys()
         return stale, shortest
 
     def _client(self, info: ChildInfo) -> Client:
