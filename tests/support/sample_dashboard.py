@@ -19,7 +19,11 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qsl, urlsplit
 
+import msgspec
+
 import conveyor
+from conveyor.dashboard.job_timeline import attempts_of, path_of
+from conveyor.jobs.history import HistoryEntry
 
 STATIC = Path(conveyor.__file__).parent / "dashboard" / "static"
 POLICY = (
@@ -145,23 +149,25 @@ def job(values: dict[str, str]) -> dict[str, Any]:
             "also": [{"kind": "position", "sentence": "12 of 46 jobs are before it.", "links": []}],
         }  # fmt: skip
     starts = [-900, -840, -720, -480, -30]
-    attempts = [] if waits else [
-        {"number": i + 1, "began": at(start), "ended": at(start + 10), "outcome": "failed", "ran_ms": 10_020, "worker": "web-1:4711",
-         "error": i, "waited": [{"kind": "retry" if i else "queue", "seconds": [12, 48, 108, 228, 438][i]}]}
-        for i, start in enumerate(starts)
-    ]  # fmt: skip
-    history = [{"state": "pushed", "at": at(-912), "worker": "", "reason": "", "by": ""}]
-    for attempt in attempts:
-        history += [
-            {"state": "leased", "at": attempt["began"], "worker": attempt["worker"], "reason": "", "by": ""},
-            {
-                "state": "failed",
-                "at": attempt["ended"],
-                "worker": attempt["worker"],
-                "reason": "TimeoutError",
-                "by": "",
-            },
-        ]
+    ends = [] if waits else [start + 10 for start in starts]
+    states = [
+        ("pushed", -912, 0),
+        *(("failed", end, i + 1) for i, end in enumerate(ends)),
+        *([] if waits else [("dead", ends[-1], 5)]),
+    ]
+    entries = [
+        HistoryEntry(
+            state,
+            NOW + timedelta(seconds=when),
+            "web-1:4711" if attempt else "",
+            "TimeoutError" if attempt else "",
+            "",
+            attempt,
+        )
+        for state, when, attempt in states
+    ]
+    history = [msgspec.to_builtins(entry) for entry in entries]
+    attempts = msgspec.to_builtins(attempts_of(entries))
     return {
         "job": head | {
             "keys": ["user", "locale"], "headers": {"traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"},
@@ -169,7 +175,7 @@ def job(values: dict[str, str]) -> dict[str, Any]:
             "payload_size": 96, "result": None, "result_size": 0, "reason": "", "leased_at": None, "timeout_ms": 30_000,
             "errors": [error(i + 1, start + 10) for i, start in enumerate(starts)] if not waits else [],
         },
-        "why": why, "path": ["ready"] if waits else ["ready", "leased", "scheduled", "leased", "dead"], "attempts": attempts,
+        "why": why, "path": path_of(entries, head["state"]), "attempts": attempts,
         "history": history, "progress": None if waits else {"done": 71, "total": 100, "text": "sending"},
         "notes": {"page": 7, "cursor": "eyJvIjo3MX0"},
         "logs": [

@@ -12,7 +12,7 @@ function curve(from, to) {
   if (ax < bx) {
     const x1 = ax + W / 2, x2 = bx - W / 2 - 8, far = bx - ax > 200;
     const mid = (x1 + x2) / 2, lift = far && ay === by ? 60 : 0;
-    return [`M${x1} ${ay} C${mid} ${ay + lift} ${mid} ${by + lift} ${x2} ${by}`, [mid, (ay + by) / 2 - 5 + lift * 0.75]];
+    return [`M${x1} ${ay} C${mid} ${ay + lift} ${mid} ${by + lift} ${x2} ${by}`, [mid + (ay === by ? 0 : 18), (ay + by) / 2 - 5 + lift * 0.75]];
   }
   const down = 172;
   if (to === "waiting") return [`M${ax} ${ay + H / 2} C${ax} ${down} ${bx + 124} ${by + 6} ${bx + W / 2 + 8} ${by + 6}`, [(ax + bx) / 2, down - 6]];
