@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from contextlib import aclosing
 
 import pytest
 
-from conveyor.errors import LeaseLost
+from conveyor.errors import LeaseLost, StoreUnavailable
 from conveyor.messaging.queue import Queue
 from conveyor.store import inspection
 from conveyor.store.client.client import Client
@@ -149,6 +150,57 @@ class TestAwaitable:
         stats = queue.stats()
         assert (complaints, stats.ready, stats.leased, stats.workers) == ([], 3, 0, 0)
         queue.purge()
+        backend.close()
+
+    @pytest.mark.row("A48")
+    @pytest.mark.parametrize("end", ["ack", "nack", "extend"])
+    def test_an_end_after_its_event_loop(self, url, end):
+        """A message that an event loop took may be settled by blocking calls when that loop is closed."""
+        backend = Client(url)
+        queue = Queue(backend, "mail", lease_ms=60_000)
+
+        async def take():
+            await queue.apush(1)
+            [message] = await queue.apull()
+            await backend.aclose()
+            return message
+
+        message = asyncio.run(take())
+        if end == "extend":
+            message.extend("1m")
+            message.ack()
+        elif end == "nack":
+            message.nack("1h")
+        else:
+            message.ack()
+        stats = queue.stats()
+        assert (stats.leased, stats.workers, stats.scheduled) == (0, 0, int(end == "nack"))
+        queue.purge()
+        backend.close()
+
+    @pytest.mark.row("A48")
+    @pytest.mark.parametrize("closes", [True, False])
+    def test_an_end_that_its_event_loop_does_not_carry_out(self, url, monkeypatch, closes):
+        """Asked of a loop that has stopped, an end is reported when that is closed; else it fails in the time of a call."""
+        backend, asked, usual = Client(url, timeout=0.3), threading.Event(), asyncio.run_coroutine_threadsafe
+        queue = Queue(backend, "mail", lease_ms=60_000)
+        loop = asyncio.new_event_loop()
+        queue.push(1)
+        [message] = loop.run_until_complete(queue.apull())
+        if closes:
+            loop.run_until_complete(backend.aclose())
+            monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", lambda *given: (usual(*given), asked.set())[0])
+            closing = threading.Thread(target=lambda: (asked.wait(), loop.close()))
+            closing.start()
+            message.ack()
+            closing.join()
+        else:
+            with pytest.raises(StoreUnavailable, match="does not carry out"):
+                message.ack()
+            loop.run_until_complete(message.aack())
+            loop.run_until_complete(backend.aclose())
+            loop.close()
+        assert queue.stats().leased == 0
         backend.close()
 
 

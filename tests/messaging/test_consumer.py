@@ -16,12 +16,16 @@ from pathlib import Path
 import pytest
 
 from conveyor.errors import ConfigurationError, LeaseLost, RetryIn
+from conveyor.messaging.consumer.blocking import Consumer
+from conveyor.messaging.consumer.renewal import LeaseRenewer
 from conveyor.messaging.leases import LeaseSession
 from conveyor.messaging.message import Batch
 from conveyor.messaging.queue import Queue
 from conveyor.messaging.retry import Retry
 from conveyor.store import operations
 from conveyor.store.operations import Settlement
+from conveyor.store.signal_safety import SignalSafeEvent
+from support.interruption import points
 from support.message_fixtures import first
 from support.time_limits import PATIENCE
 from support.waiting import until
@@ -255,6 +259,23 @@ class TestOneByOne:
                      lambda: queue.batches(size=0), lambda: queue.batches(within="soon")):  # fmt: skip
             with pytest.raises(ConfigurationError):
                 call()
+
+
+@pytest.mark.row("A49")
+@pytest.mark.parametrize("way", ["consume", "batches"])
+def test_a_loop_that_is_interrupted_as_it_ends(queue, way):
+    """Wherever a signal handler raises as a loop ends, its leases are renewed no longer, also while a message of it is kept."""
+    ending = (Consumer.__exit__, LeaseRenewer.stop, SignalSafeEvent.set)
+    for interruption in points(only=lambda frame: any(frame.f_code is one.__code__ for one in ending)):
+        queue.push(1)
+        loop = queue.consume() if way == "consume" else queue.batches(1)
+        kept = next(loop)
+        with interruption:
+            loop.close()
+        until(lambda: not any(thread.name == "conveyor-renewer" for thread in threading.enumerate()))
+        del kept
+        [message] = queue.pull(wait="60s")
+        message.ack()
 
 
 class TestWaiting:

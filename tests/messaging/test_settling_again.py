@@ -372,3 +372,20 @@ def test_extend_after_the_end(queue):
     with pytest.raises(LeaseLost, match="handed back"):
         message.extend("1m")
     until(lambda: queue.stats().ready == 1)
+
+
+@pytest.mark.row("A49")
+@pytest.mark.parametrize("other", ["ack", "dead"])
+def test_two_threads_that_settle_one_message(queue, take, other):
+    """Of two ends that threads decide at the same time the first counts; the other call returns when they agree, else it is refused."""
+    queue.push(1)
+    message, close = take(queue)
+    first, second = message._done(), message._done() if other == "ack" else message._dead("no")
+    message._settler.settle([first])
+    if other == "ack":
+        within(60.0, lambda: message._settler.settle([second]))
+    else:
+        with pytest.raises(LeaseLost, match="in another way"):
+            within(60.0, lambda: message._settler.settle([second]))
+    close()
+    assert is_done(queue)

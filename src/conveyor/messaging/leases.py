@@ -196,6 +196,8 @@ class LeaseSession:
         if leased.ending is settlement and (leased.confirmed or self.owes(leased)):
             return  # it was asked for before, and the turn that reports it is repeated
         if not settlement.stays:
+            if leased.ending is not None and leased.ending is not settlement:
+                return  # another thread has decided its end since this one looked
             leased.settled, leased.ending = True, settlement
         self.pending.append((leased, settlement))
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import threading
 import time
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -32,7 +35,7 @@ from conveyor.store import operations
 from conveyor.store.client.batching import LoopConnections
 from conveyor.store.client.client import Client
 from conveyor.store.client.outages import FIRST_TRY
-from conveyor.store.script import AsyncRun, Call, adrive, adrive_steps
+from conveyor.store.script import AsyncRun, Call, adrive, adrive_steps, drive
 from conveyor.store.transport.wakeup import AsyncWakeupWaiter
 
 T = TypeVar("T")
@@ -40,6 +43,8 @@ V = TypeVar("V")
 logger = logging.getLogger("conveyor.queue")
 LONGEST_LEAVE = 1.0
 """Seconds for which a cancelled pull waits until what it leased is handed back. Where Redis is away that goes on behind it."""
+LOOK_AT_LOOP = 0.1
+"""Seconds between two looks of a thread whether the event loop that settles its message has ended."""
 _LEAVING: set[asyncio.Task[None]] = set()
 """The tasks that hand back what cancelled pulls had leased."""
 
@@ -81,6 +86,7 @@ class AsyncSettler(SettlerState):
         self._run = self._first_try = run
         self._lock = asyncio.Lock()  # one turn of an identity in flight
         self._loop = asyncio.get_running_loop()
+        self._lock_after_loop = threading.Lock()
         self._flushing: asyncio.Task[None] | None = None
 
     async def asettle(self, endings: Sequence[Ending]) -> None:
@@ -125,17 +131,56 @@ class AsyncSettler(SettlerState):
     def settle(self, endings: Sequence[Ending]) -> None:
         """Blocking form of `asettle`, for another thread."""
         self._refuse_own_loop()
-        asyncio.run_coroutine_threadsafe(self.asettle(endings), self._loop).result()
+        self._on_loop(partial(self.asettle, endings), partial(self._settle_after_loop, endings))
 
     def settle_soon(self, endings: Sequence[Ending]) -> None:
         """Blocking form of `asettle_soon`, for another thread."""
         self._refuse_own_loop()
-        asyncio.run_coroutine_threadsafe(self.asettle_soon(endings), self._loop).result()
+        self._on_loop(partial(self.asettle_soon, endings), partial(self._settle_after_loop, endings))
 
     def extend(self, leased: LeasedMessage, ms: int) -> None:
         """Blocking form of `aextend`, for another thread."""
         self._refuse_own_loop()
-        asyncio.run_coroutine_threadsafe(self.aextend(leased, ms), self._loop).result()
+        self._on_loop(partial(self.aextend, leased, ms), lambda: drive(self.move(leased, ms), self.client.run_once))
+
+    def _on_loop(self, work: Callable[[], Coroutine[Any, Any, None]], after: Callable[[], None]) -> None:
+        """
+        Carry out *work* on the event loop that took the messages, or *after* here where that has ended, also amid *work*.
+
+        Raises StoreUnavailable where the loop does not run for as long as a call may take.
+        """
+        loop, deadline = self._loop, self.client.deadline(0.0) or math.inf
+        if not loop.is_closed():
+            coroutine = work()
+            try:
+                future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+            except RuntimeError:  # it was closed just now
+                coroutine.close()
+            else:
+                while not loop.is_closed():
+                    try:
+                        return future.result(LOOK_AT_LOOP)
+                    except TimeoutError:
+                        is_stuck = not loop.is_running()
+                    except CancelledError:  # a loop that ends cancels all that it runs, and is closed then
+                        is_stuck = True
+                        time.sleep(LOOK_AT_LOOP)
+                    if is_stuck and time.monotonic() > deadline:
+                        raise StoreUnavailable(
+                            "The event loop that took the message does not carry out its end, which may not have been "
+                            "reported. Call it again while the loop runs, or when it is closed."
+                        )
+                if future.done() and not future.cancelled():
+                    return future.result()
+                coroutine.close()  # where the loop had not begun it
+        with self._lock_after_loop:
+            after()
+        return None
+
+    def _settle_after_loop(self, endings: Sequence[Ending]) -> None:
+        settle_all(endings)
+        drive(self.confirm(endings), self.client.run_once)
+        self.report_refused(endings)
 
     async def aturn(
         self, want: int = 0, *, leave: bool = False, brief: bool = False, deadline: float | None = None

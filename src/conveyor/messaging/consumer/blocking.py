@@ -205,29 +205,35 @@ class Consumer(Generic[T]):
 
     def messages(self, prefetch: int) -> Generator[Message[T], None, None]:
         """Yield messages without end, each as soon as there is one."""
-        with self:
-            while True:
-                if self.client.forks != self._forks:
-                    raise loop_of_parent()
-                try:
-                    message = self._follow(self._programs.fetch(prefetch))
-                except KeyboardInterrupt as stop:
-                    raise stop.with_traceback(None) from None  # how a loop ends: no need to show where it waited
-                self._latest = (message._leased,)  # noqa: SLF001
-                yield message
+        try:
+            with self:
+                while True:
+                    if self.client.forks != self._forks:
+                        raise loop_of_parent()
+                    try:
+                        message = self._follow(self._programs.fetch(prefetch))
+                    except KeyboardInterrupt as stop:
+                        raise stop.with_traceback(None) from None  # how a loop ends: no need to show where it waited
+                    self._latest = (message._leased,)  # noqa: SLF001
+                    yield message
+        finally:
+            self._renew_no_more()
 
     def batches(self, size: int, within: float) -> Generator[Batch[T], None, None]:
         """Yield batches without end: of *size*, or what came *within* seconds after the first."""
-        with self:
-            while True:
-                if self.client.forks != self._forks:
-                    raise loop_of_parent()
-                try:
-                    batch = Batch(self._follow(self._programs.gather(size, within)))
-                except KeyboardInterrupt as stop:
-                    raise stop.with_traceback(None) from None
-                self._latest = [message._leased for message in batch]  # noqa: SLF001
-                yield batch
+        try:
+            with self:
+                while True:
+                    if self.client.forks != self._forks:
+                        raise loop_of_parent()
+                    try:
+                        batch = Batch(self._follow(self._programs.gather(size, within)))
+                    except KeyboardInterrupt as stop:
+                        raise stop.with_traceback(None) from None
+                    self._latest = [message._leased for message in batch]  # noqa: SLF001
+                    yield batch
+        finally:
+            self._renew_no_more()
 
     def pull(self, count: int, wait: float, *, renew: bool = False) -> list[Message[T]]:
         """
@@ -282,9 +288,13 @@ class Consumer(Generic[T]):
         self._renewer = LeaseRenewer(self.client, self.settlers)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def _renew_no_more(self) -> None:
+        """Stop the renewer, also where a signal handler raised as the loop ended: what is leased returns with its lease."""
         if self._renewer is not None:
             self._renewer.stop()
+
+    def __exit__(self, *_: object) -> None:
+        self._renew_no_more()
         if self.client.forks != self._forks:
             return  # the parent goes on with it
         self._stop_waiting()

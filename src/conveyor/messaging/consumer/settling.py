@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from conveyor import ids
-from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
+from conveyor.errors import ConfigurationError, ConveyorError, LeaseLost, StoreUnavailable
 from conveyor.messaging import outbox
 from conveyor.messaging.consumer.partition_steps import PartitionRoundRobin, QueueShares
 from conveyor.messaging.consumer.steps import ConsumerSteps
@@ -24,6 +24,7 @@ from conveyor.payload.failures import FailureLog
 from conveyor.store import operations
 from conveyor.store.client.client import Client
 from conveyor.store.client.outages import FIRST_TRY
+from conveyor.store.operations import Settlement
 from conveyor.store.script import Call, CallProgram, StepProgram
 from conveyor.store.transport import eviction
 
@@ -171,7 +172,7 @@ class SettlerState:
         for leased, settlement in endings:
             if settlement is leased.ending and not leased.lost:
                 leased.session.settle(leased, settlement)
-            while not leased.lost and leased.session.owes(leased):
+            while not (leased.lost or leased.confirmed) and leased.session.owes(leased):
                 if self._has_left and leased.session is self.session:
                     leased.lost = True  # what it held was handed back
                     break
@@ -199,6 +200,9 @@ class SettlerState:
                 self._log_refused(leased.session, known)
         if gone := [leased for leased in known if leased.lost]:
             raise lost(self.session.keys.queue, gone)
+        if other := [leased for leased, ending in asked if _ended_otherwise(leased, ending)]:
+            names = ", ".join(ids.public(self.session.keys.queue, leased.id) for leased in other)
+            raise LeaseLost(f"Another thread has settled {names} in another way meanwhile. Nothing was changed.")
 
     @staticmethod
     def _log_refused(session: LeaseSession, known: Sequence[LeasedMessage]) -> None:
@@ -247,6 +251,11 @@ def log_not_left(session: LeaseSession, error: Exception) -> None:
     """Log that what *session* holds could not be given back."""
     if session.registered:
         logger.warning("Queue %s: leased messages return when their lease ends: %s", session.keys.queue, error)
+
+
+def _ended_otherwise(leased: LeasedMessage, ending: Settlement) -> bool:
+    decided = leased.ending
+    return not (decided is ending or decided is None or ending.stays or decided.kind == ending.kind)
 
 
 def loop_of_parent() -> ConfigurationError:
