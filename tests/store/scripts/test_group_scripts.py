@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from contextlib import suppress
@@ -17,6 +18,7 @@ from conveyor.store.operations import Settlement, TurnReport
 from support.script_faults import Snapshot, break_script, refuse_each_command
 from support.seeded_queue import LEASE, SeededQueue, entry
 from support.server_dump import difference, exact
+from support.waiting import until
 
 pytestmark = [pytest.mark.redis6, pytest.mark.redis7]
 
@@ -345,6 +347,51 @@ def test_smooth_rate_spaces_starts(seeded: SeededQueue) -> None:
     assert reply.ids == ["j0"]
     assert reply.next_due is not None
     assert 1_790_000 < reply.next_due - reply.now <= 1_800_001
+    assert seeded.audit() == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("r 1 3600000 1", "r 10 100 1"),
+        ("r 1 3600000 1", "r 10 100 0"),
+        ("r 1 3600000 0", "r 10 100 1"),
+        ("r 5000 12800 0", "r 10 100 1"),
+        ("r 1 3600000 0", "r 1 100 0"),
+    ],
+)
+def test_a_rate_that_is_made_faster_starts_at_its_new_pace(seeded: SeededQueue, before: str, after: str) -> None:
+    """What waits starts when the new limit has room after the last start, and not when the one before would have had."""
+    declare(seeded, even=f"{before} -")
+    seeded.push(*(entry(f"j{i}", limits=("1:even",)) for i in range(3)))
+    seeded.register("w")
+    assert seeded.turn("w", 1, 1).ids == ["j0"]
+    seeded.turn("w", 2, 0)
+
+    seeded.run(limits.set_limit(seeded.keys, "even", None, after))
+    [record] = seeded.run(limits.list_limits(seeded.keys))
+
+    assert (record.opens_at or seeded.now()) <= seeded.now() + 250
+    number = itertools.count(3)
+    for expected in ("j1", "j2"):
+        assert until(lambda: seeded.turn("w", next(number), 1).ids, seconds=10) == [expected]
+    assert seeded.audit() == []
+
+
+@pytest.mark.parametrize("after", ["r 1 3600000 1", "r 1 3600000 0"])
+def test_a_smooth_rate_that_is_made_slower_counts_its_last_start(seeded: SeededQueue, after: str) -> None:
+    """The interval of now counts from the last start, also where the one before is over."""
+    declare(seeded, even="r 1 60000 1 -")
+    seeded.push(*(entry(f"j{i}", limits=("1:even",)) for i in range(2)))
+    seeded.register("w")
+    assert seeded.turn("w", 1, 1).ids == ["j0"]
+
+    seeded.run(limits.set_limit(seeded.keys, "even", None, after))
+    assert seeded.turn("w", 2, 1).ids == []
+    [record] = seeded.run(limits.list_limits(seeded.keys))
+
+    assert record.opens_at is not None
+    assert record.opens_at > seeded.now() + 3_500_000
     assert seeded.audit() == []
 
 

@@ -9,7 +9,7 @@ local function used_of(queue, s, now)
   if s.kind ~= 'r' then return s.count end
   if not s.free then read_rate(queue, s, now) end
   if s.smooth then return 1 - s.free end
-  if s.kept == 'string' then return s.free > 0 and 0 or s.n end
+  if s.kept == 'string' then return s.most - s.free end
   if not s.starts or s.free < s.most then return math.max(0, s.n - s.free) end
   -- Of a list only the oldest starts were read, and none of them counts: the first that does not is looked for, as they fall.
   local key, low, high = queue.prefix .. 'rate:' .. s.name, 0, s.n - s.most

@@ -147,7 +147,7 @@ local function own_state(queue, name)
 end
 
 -- Read what a rate remembers: a list of starts, the newest first; or a hash, the costs of sub-windows of 1/128 of its time,
--- and the time; or of a smooth one the instant of its next start.
+-- and the time; or of a smooth one the instant of its last start.
 -- queue    field prefix is used
 -- s        state of the limit: free (how much may start now), kept and what is kept are set
 -- now      ms
@@ -157,12 +157,7 @@ local function read_rate(queue, s, now)
   local kept = redis.call('TYPE', key).ok
   if kept ~= 'list' and kept ~= 'hash' and kept ~= 'string' then s.other, kept = kept ~= 'none', 'none' end -- of another type: forgotten
   s.kept, s.starts, s.windows, s.next_at = kept, nil, nil, nil
-  if kept == 'string' then
-    s.next_at = tonumber(redis.call('GET', key)) or 0
-    -- A start less than one interval ago, where the limit was not smooth before or will not be now.
-    s.free = s.next_at <= now and 1 or 0
-    if not s.smooth and s.free == 1 then s.free = math.min(s.n, 1000) end
-  elseif kept == 'hash' then
+  if kept == 'hash' then
     local all, sum, windows = redis.call('HGETALL', key), 0, {}
     local per = s.per
     for i = 1, #all, 2 do if all[i] == 'per' then per = tonumber(all[i + 1]) end end
@@ -180,15 +175,20 @@ local function read_rate(queue, s, now)
     end
     s.windows, s.free = windows, s.n - sum
     if s.smooth then s.free = sum > 0 and 0 or 1 end
+  elseif s.smooth then
+    -- What was not spaced has to leave the window.
+    local last = kept == 'string' and redis.call('GET', key) or kept == 'list' and redis.call('LINDEX', key, 0)
+    s.next_at = (tonumber(last or 0) or 0) + (kept == 'list' and s.per or s.per / s.n)
+    s.free = s.next_at <= now and 1 or 0
   else
     local most = kept == 'none' and s.n or math.min(s.n, 1000)
-    local starts = kept == 'none' and {} or redis.call('LRANGE', key, int(s.n - most), int(s.n - 1))
+    local starts = kept == 'none' and {} or kept == 'string' and {tonumber(redis.call('GET', key)) or 0}
+      or redis.call('LRANGE', key, int(s.n - most), int(s.n - 1))
     local free = most
     for i = 1, #starts do
       if tonumber(starts[i]) > now - s.per then free = free - 1 else break end
     end
     s.starts, s.most, s.free = starts, most, free
-    if s.smooth then s.free = kept == 'none' and 1 or 0 end
   end
 end
 
@@ -223,12 +223,12 @@ local function opens_at(queue, s, cost, now)
   read_rate(queue, s, now)
   cost = math.min(cost, s.n)
   if s.free >= cost then return now end
-  if s.kept == 'string' then return math.ceil(s.next_at) end
-  if s.smooth then return now + math.ceil(s.per / s.n) end
+  if s.next_at then return math.ceil(s.next_at) end
   if s.kept == 'hash' then
     local order, left = {}, s.free
     for window in pairs(s.windows) do order[#order + 1] = window end
     table.sort(order)
+    if s.smooth then order = {order[#order]} end
     for _, window in ipairs(order) do
       left = left + s.windows[window]
       if left >= cost then return math.ceil((window + 129) * s.per / 128) end
@@ -253,7 +253,7 @@ local function write_rate(queue, s, passed, now)
     -- The instants keep to their grid when a start is late by less than the clock shows.
     local from = s.next_at and now - s.next_at < 1 and s.next_at or now
     if s.kept ~= 'string' and s.kept ~= 'none' then redis.call('DEL', key) end
-    redis.call('SET', key, string.format('%.17g', from + interval * cost), 'PX', int(math.ceil(interval * cost) + 1))
+    redis.call('SET', key, string.format('%.17g', from + interval * (cost - 1)), 'PX', int(math.ceil(interval * cost) + 1))
     return
   end
   if s.kept == 'string' then redis.call('DEL', key) end
