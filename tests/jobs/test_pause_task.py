@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from conveyor import Conveyor, QueueFull
+from conveyor import Conveyor, QueueFull, Unique
 from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError
 from conveyor.ids import new_id
@@ -45,6 +45,35 @@ def bare(jobs: Jobs) -> list[str]:
 
 def audit(app: Conveyor, queue: str = "mail") -> list[tuple[str, str]]:
     return app.client.run(inspection.audit(app.client.keys(queue)))
+
+
+def test_jobs_are_chosen_by_the_state_that_they_tell(app: Conveyor) -> None:
+    """Jobs of a paused task, and one that is to run after another one, are found as waiting, and not as ready."""
+    again = app.task(name="mail.again", queue="mail", unique=Unique(by=("user",), conflict="rerun"))(lambda user: None)
+    manual = ManualWorker(app, "mail")
+    first = again.enqueue(1)
+    assert manual.take(1) == bare([first])
+    app.pause_task("mail.send")
+    jobs = [again.enqueue(1), *enqueue(app, "send", "send"), *enqueue(app, "clean")]
+    assert manual.take(1) == bare(jobs[3:])
+
+    for state in ("ready", "waiting", "leased"):
+        chosen = {job.id for job in [first, *jobs] if job.status() == state}
+        assert {job.id for job in app.jobs(queue="mail", state=state)} == chosen, state
+        assert app.count_jobs(queue="mail", state=state) == len(chosen)
+    assert app.count_jobs(queue="mail", state="waiting") == app.queue("mail").stats().waiting == 3
+    assert app.cancel(queue="mail", state="waiting") == 3
+    manual.done(*bare([first]))
+    manual.done(*bare(jobs[3:]))
+    manual.leave()
+
+
+def test_a_queue_of_cancelled_jobs_has_no_oldest_one(app: Conveyor) -> None:
+    """The rest of a cancelled job, which stays until a worker reaches it, is no job that waits."""
+    [job] = enqueue(app, "clean")
+    assert app.queue("mail").stats().oldest_age is not None
+    job.cancel()
+    assert app.queue("mail").stats().oldest_age is None
 
 
 def test_jobs_of_a_paused_task_wait_and_others_go_on(app: Conveyor) -> None:

@@ -105,6 +105,8 @@ class Model:
         """Return where a job is."""
         if id_ in self.due:
             return "scheduled"
+        if id_ in self.reruns.values():
+            return "waiting"
         return "dead" if id_ in self.dead else "leased" if self.holder(id_) is not None else "ready"
 
     def line_of(self, id_: str) -> list[str]:

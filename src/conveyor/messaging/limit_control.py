@@ -101,7 +101,7 @@ class LimitControl:
         await adrive(self._set(queue, limit, key), self._client.arun)
 
     def list(self, queue: str) -> LimitStates:
-        """Return the limits of *queue* (or of a task), with the keys that are in use or were changed."""
+        """Return the limits of *queue* (or of a task), with the keys that jobs wait at or run under, or that were changed."""
         return drive(self._list(queue), self._client.run)
 
     async def alist(self, queue: str) -> LimitStates:

@@ -187,6 +187,7 @@ def _queue_counts(numbers: Sequence[int], age: float | None) -> QueueCounts:
     (
         ready, scheduled, leased, dead, workers, paused, limit, foreign, outbox, unplaced, waiting, blocked, dropped, silent,
     ) = numbers  # fmt: skip
+    age = age if ready + foreign + waiting > 0 else None  # the oldest entry may be that of a cancelled job
     return QueueCounts(
         ready + foreign, scheduled, waiting, leased, dead, age, paused == 1, workers, None if limit < 0 else limit, outbox,
         unplaced, blocked, dropped, silent,

@@ -361,7 +361,7 @@ def test_smooth_rate_spaces_starts(seeded: SeededQueue) -> None:
     ],
 )
 def test_a_rate_that_is_made_faster_starts_at_its_new_pace(seeded: SeededQueue, before: str, after: str) -> None:
-    """What waits starts when the new limit has room after the last start, and not when the one before would have had."""
+    """A job that waits starts when the new limit has room after the last start, and not when the one before would have had."""
     declare(seeded, even=f"{before} -")
     seeded.push(*(entry(f"j{i}", limits=("1:even",)) for i in range(3)))
     seeded.register("w")

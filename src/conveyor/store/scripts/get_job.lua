@@ -1,5 +1,5 @@
 -- Read all that is known of one job.
--- needs: numbers envelope kept_result ended_mark leased paused_tasks job_place
+-- needs: numbers envelope kept_result ended_mark leased shut_tasks job_place
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 result:<id>  7 results:<window>
 -- ARGV  1 id

@@ -1,5 +1,5 @@
 -- Read why the jobs of a queue wait: a look at the first of them, of a few milliseconds at most. Nothing is written.
--- needs: numbers listed envelope paused_tasks worker_name serving
+-- needs: numbers listed envelope shut_tasks worker_name serving
 --
 -- KEYS  1 jobs  2 due  3 workers  4 conf  5-14 ready:0 … ready:9
 -- ARGV  1 how many jobs are looked at, of those that are ready, the first of each group among them, and of those that are scheduled

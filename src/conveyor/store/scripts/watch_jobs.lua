@@ -1,5 +1,5 @@
 -- Read all that is known of several jobs, and register a process that watches those that live.
--- needs: numbers listed envelope kept_result ended_mark leased paused_tasks job_place
+-- needs: numbers listed envelope kept_result ended_mark leased shut_tasks job_place
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 waiters  7 none
 -- ARGV  1 channel of the watching process, behind a star  then for each job: id, "1" for one that may arrive later

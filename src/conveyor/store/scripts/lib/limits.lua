@@ -176,7 +176,7 @@ local function read_rate(queue, s, now)
     s.windows, s.free = windows, s.n - sum
     if s.smooth then s.free = sum > 0 and 0 or 1 end
   elseif s.smooth then
-    -- What was not spaced has to leave the window.
+    -- Starts that were not spaced have to leave the window.
     local last = kept == 'string' and redis.call('GET', key) or kept == 'list' and redis.call('LINDEX', key, 0)
     s.next_at = (tonumber(last or 0) or 0) + (kept == 'list' and s.per or s.per / s.n)
     s.free = s.next_at <= now and 1 or 0

@@ -3,16 +3,6 @@
 -- group waits in group p<task> of its priority, whose ticket goes to the front of its ready list when the limit opens, and
 -- stays there until the group is empty. Cancelled jobs in such a group count as stubs in ready: it is not known where they stand.
 
--- Read the names of paused tasks.
--- text     field paused_tasks of conf, false when there is none
--- returns  name → true when it is paused, false when it was resumed or is held; nil when there is none
-local function read_paused(text)
-  if not text then return nil end
-  local tasks = {}
-  for name, mark in string.gmatch(text, '([^\t\n]+)(\t?)') do tasks[name] = mark == '' end
-  return tasks
-end
-
 -- Write the names of paused tasks. With one of them a turn leases the way of groups, also in a queue that never had any.
 -- queue    fields conf and tasks are used
 -- returns  nothing
@@ -33,16 +23,6 @@ local function paused_group(queue, priority, envelope)
   local task = queue.tasks and task_of(envelope)
   local group = task and queue.tasks[task] and 'p' .. task
   return group and redis.call('EXISTS', queue.prefix .. 'group:' .. priority .. ':' .. group) == 1 and group or nil
-end
-
--- Tell whether no job of a task may start.
--- prefix   of the queue's keys
--- tasks    as read_paused returns them
--- task     its name, nil of a message
--- returns  true or false
-local function is_shut(prefix, tasks, task)
-  if not task or tasks[task] == nil then return false end
-  return tasks[task] or tonumber(redis.call('HGET', prefix .. 'limits', '\t;' .. task) or 0) > clock()
 end
 
 -- Tell whether jobs of a task wait because it was paused or held.

@@ -59,9 +59,10 @@ end
 
 -- Find what the workers hold: all at once where that is little, since each of them is asked about each job otherwise.
 -- prefix   of the queue's keys
--- returns  {workers; held: id → {worker, place}, nil where there is too much}
+-- returns  {workers; held: id → {worker, place}, nil where there is too much; tasks: those that are paused, as read_paused returns them}
 local function find_holders(prefix)
   local holders, total = {workers = redis.call('ZRANGE', prefix .. 'workers', 0, -1)}, 0
+  holders.tasks = read_paused(redis.call('HGET', prefix .. 'conf', 'paused_tasks'))
   for _, worker in ipairs(holders.workers) do total = total + redis.call('HLEN', prefix .. 'leased:' .. worker) end
   if total > 2000 then return holders end
   holders.held = {}
@@ -72,7 +73,7 @@ local function find_holders(prefix)
   return holders
 end
 
--- Find where a job is. What stands in no other place is ready.
+-- Find where a job is, as lib/job_place.lua does. What stands in no other place is ready.
 -- prefix   of the queue's keys
 -- job      its field id is used; place, at (due, death or lease in ms) and worker are filled
 -- holders  as find_holders returns them
@@ -89,7 +90,9 @@ local function find_place(prefix, job, holders)
     return
   end
   local found = job.envelope and string.byte(job.envelope) ~= 10 and marks(job.envelope)
-  job.place = found and group_of(found) and 'waiting' or 'ready'
+  local behind = found and found.after and redis.call('HGET', prefix .. 'reruns', found.after) == job.id
+  local task = holders.tasks and job.envelope and task_of(job.envelope)
+  job.place = (behind or found and group_of(found) or task and is_shut(prefix, holders.tasks, task)) and 'waiting' or 'ready'
   local held = holders.held and holders.held[job.id]
   for _, worker in ipairs(holders.held and {} or holders.workers) do
     local place = redis.call('HGET', prefix .. 'leased:' .. worker, job.id)
