@@ -104,6 +104,11 @@ class QueueKeys:
         """Return the key of the hash of one schedule."""
         return f"{self.prefix}schedule:{name}"
 
+    @property
+    def unique_lead(self) -> str:
+        """The first part of the key of a unique key; the text of that follows."""
+        return self.prefix + "unique:k:"
+
     def leased(self, worker: str) -> str:
         """Return the key of the hash of the jobs that *worker* has leased."""
         return f"{self.prefix}leased:{worker}"

@@ -451,8 +451,8 @@ class TurnReport(msgspec.Struct):
     seconds: float = 0.0  # for which these ran
     results: dict[str, tuple[int, bytes]] = msgspec.field(default_factory=dict)
     """Of jobs in `done`: for how long (ms) which record is kept; (0, b"") of a value that is not kept."""
-    released: dict[str, str] = msgspec.field(default_factory=dict)
-    """The attributes of those in `done` that have unique keys or tags."""
+    attributes: dict[str, str] = msgspec.field(default_factory=dict)
+    """The attributes of those in `done` that have any."""
 
     def __bool__(self) -> bool:
         return bool(self.done or self.others)
@@ -460,8 +460,22 @@ class TurnReport(msgspec.Struct):
     def add_done(self, id: str, attributes: str) -> None:  # noqa: A002
         """Add a job that is simply done and has no id of its own, with the attributes of its envelope."""
         self.done.append(id)
-        if attributes and ("\tu" in attributes or "\tk" in attributes or "\tt" in attributes):
-            self.released[id] = attributes
+        if attributes:
+            self.attributes[id] = attributes
+
+    def releases(self) -> tuple[dict[str, str], dict[str, str]]:
+        """
+        Return what jobs in `done` give back, by their ids: unique keys, and attributes that have keys or tags.
+
+        The first are of jobs without a result that have one key until their end, and no other attribute.
+        """
+        keys, others, results = dict[str, str](), dict[str, str](), self.results
+        for id_, attributes in self.attributes.items():
+            if attributes[1:2] == "u" and attributes.find("\t", 2) < 0 and id_ not in results:
+                keys[id_] = attributes[2:]
+            elif "\tu" in attributes or "\tk" in attributes or "\tt" in attributes:
+                others[id_] = attributes
+        return keys, others
 
     def put_back(self, refused: TurnReport) -> None:
         """Add the content of a turn that the server *refused* with nothing done; it comes before what ended later."""
@@ -472,7 +486,7 @@ class TurnReport(msgspec.Struct):
         self.frees += refused.frees
         self.seconds += refused.seconds
         self.results.update(refused.results)
-        self.released.update(refused.released)
+        self.attributes.update(refused.attributes)
 
 
 class TurnReply(msgspec.Struct):
@@ -522,12 +536,17 @@ def turn(
 ) -> Call[TurnReply]:
     """Return the call that settles *report* and leases up to *want* more jobs; *number* and `flags` as in turn.lua."""
     args: list[Argument] = [worker, str(number), str(want), str(lease_ms), flags]
+    owned, released = report.releases() if report.attributes else ({}, {})
     if report.results:
-        _add_results(args, report)
+        _add_results(args, report, owned)
     else:
-        args += (str(len(report.done)), *report.done, "0")
-    args.append(str(len(report.released)))
-    for id_, attributes in report.released.items():
+        done = report.done
+        if owned:
+            done = list(owned) if len(owned) == len(done) else [*(id_ for id_ in done if id_ not in owned), *owned]
+        args += (str(len(done)), *done, "0")
+    lead = keys.unique_lead
+    args += (str(len(owned)), *[lead + key for key in owned.values()], str(len(released)))
+    for id_, attributes in released.items():
         args += (id_, attributes)
     args.append(str(len(report.others)))
     for one in report.others:
@@ -549,8 +568,12 @@ def ageing_flag(ageing_ms: int) -> str:
     return f"a{ageing_ms}" if ageing_ms else ""
 
 
-def _add_results(args: list[Argument], report: TurnReport) -> None:
-    """Append the number and ids of what is done, those with a result first, and then the results by their time to live."""
+def _add_results(args: list[Argument], report: TurnReport, last: Collection[str]) -> None:
+    """
+    Append the number and ids of what is done, and then the results by their time to live.
+
+    The ids with a result come first, and those of *last* at the end.
+    """
     groups: dict[int, tuple[list[str], list[bytes]]] = {}
     for id_, (keep_ms, record) in report.results.items():
         ids, records = groups.setdefault(keep_ms, ([], []))
@@ -560,6 +583,8 @@ def _add_results(args: list[Argument], report: TurnReport) -> None:
     if len(report.results) + len(others) < len(report.done):  # an id is there twice, and the first has the result
         twice = Counter(report.done)
         others += [id_ for id_ in report.results for _ in range(twice[id_] - 1)]
+    if last:
+        others = [*(id_ for id_ in others if id_ not in last), *last]
     args.append(str(len(report.results) + len(others)))
     for ids, _ in groups.values():
         args += ids

@@ -34,8 +34,8 @@ StepProgram = Generator[Step, Any, Any]
 _NEEDS = re.compile(r"^-- needs: (.+)$", re.MULTILINE)
 _LAZY = re.compile(r"^-- lazy: (.+)$", re.MULTILINE)
 _LAZY_CALL = re.compile(r"\blazy\(\)\.(\w+)")
-_COMMENT = re.compile(r"^ *--.*\n", re.MULTILINE)
-_INDENTATION = re.compile(r"^ +", re.MULTILINE)
+_COMMENT = re.compile(r"^ *--.*\n| +-- .*$", re.MULTILINE)
+_INDENTATION = re.compile(r"^\s+", re.MULTILINE)
 
 
 class Script:
@@ -55,7 +55,7 @@ class Script:
 
     @property
     def code(self) -> str:
-        """The parts, then the file, without lines of comments: each function ends with the first line that is a plain ``end``."""
+        """The parts, then the file, without comments: each function ends with the first line that is a plain ``end``."""
         own = _read(f"{self.name}.lua")
         parts, late = _parts(_NEEDS, own), _parts(_LAZY, own)
         if late:
@@ -67,7 +67,7 @@ class Script:
 
     @lazy_property
     def text(self) -> str:
-        """The text for the server, put together once in a process: the code without its indentation."""
+        """The text for the server, put together once in a process: the code without its indentation and empty lines."""
         return _INDENTATION.sub("", self.code)
 
     @lazy_property

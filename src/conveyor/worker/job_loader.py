@@ -31,9 +31,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("conveyor.worker")
 
 
-def _load_attributes(consumer: AttemptOwner, plain: Mapping[bytes, Handler], id_: str, data: bytes) -> Attempt | None:
-    """Return an attempt at a job that has attributes and no marks, when the rest of its envelope is that of a plain one."""
-    first = data.find(b"\n")
+def load_attributes(
+    consumer: AttemptOwner, plain: Mapping[bytes, Handler], id_: str, data: bytes, first: int
+) -> Attempt | None:
+    """
+    Return an attempt at a job that has attributes and no marks; None: it needs `JobLoader.load`.
+
+    *plain* is what `plain_handlers` returns, *first* the end of the first line of *data*.
+    """
     second = data.find(b"\n", first + 1)
     handler = plain.get(data[first : second + 2])
     if handler is None:
@@ -89,16 +94,8 @@ class JobLoader:
         handlers: Mapping[str, Handler],
         id_: str,
         data: bytes,
-        *,
-        plain: Mapping[bytes, Handler],
     ) -> Attempt:
-        """
-        Return an attempt at a job. One that cannot run here has a handler of kind "unknown", for `set_aside`.
-
-        *plain* is what `plain_handlers` returns.
-        """
-        if data[:1] == b"\t" and (attempt := _load_attributes(consumer, plain, id_, data)) is not None:
-            return attempt
+        """Return an attempt at a job. One that cannot run here has a handler of kind "unknown", for `set_aside`."""
         envelope, _, damage = read_leniently(data, None)
         handler = handlers.get(envelope.task)
         load_error: ConveyorError | None = None

@@ -176,7 +176,7 @@ class SettlementWriter:
             return
         handler, envelope, context = attempt.handler, attempt.envelope, attempt.context
         seconds = attempt.ended - attempt.started
-        keep = handler.keep_ms if envelope is PLAIN_ENVELOPE else self._keep_ms(attempt)
+        keep = handler.keep_ms if (own := envelope.extra.keep_ms) is None else own
         told = handler.has_webhook and self._told(attempt, "done", attempt.consumer.now_ms)
         spawned = [*attempt.spawned, *told] if told else context is not None and attempt.spawned
         # Those that simply ended come first, and the other reports of an attempt must come before its end.
@@ -197,10 +197,10 @@ class SettlementWriter:
             # A promised value that was returned and is not kept is told from none: `result` raises ResultExpired.
             state = b"+"
         if simple:
+            # As `add_done`, without a call, since it is once for each job.
+            report.done.append(attempt.id)
             if envelope.attributes:
-                report.add_done(attempt.id, envelope.attributes)
-            else:
-                report.done.append(attempt.id)
+                report.attributes[attempt.id] = envelope.attributes
             if record or state:
                 report.results[attempt.id] = (ms, record)
         else:

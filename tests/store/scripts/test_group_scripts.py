@@ -654,7 +654,7 @@ SABOTAGES = {
     "an alarm is forgotten": ("TURN", "set_alarm(queue, s, cost, now)", ""),
     "a retry gives its key away": ("TURN", "give_back(queue, queue.retried, true)", "give_back(queue, queue.retried)"),
     "a returned job joins the tail": ("TURN", "join_group(queue, priority, group, id, true)", "join_group(queue, priority, group, id)"),
-    "a slot of a series is given back with its first job": ("TURN", "tonumber(counts[i] or 0) - given[name]", "0"),
+    "a slot of a series is given back with its first job": ("TURN", "(counts[i] or 0) - given[name]", "0"),
     "a series takes more than a worker asks for": ("TURN", "math.min(one.most, queue.series or 1)", "one.most"),
     "a series takes jobs that a limit holds": ("TURN", "alone = closed and (one.own or one.series > 1) and #fact[3] == 1", "alone = one.own or one.series > 1"),
     "a series goes on behind jobs of others": ("TURN", "s.count == queue.own[name]", "queue.own[name]"),
@@ -841,7 +841,7 @@ def test_alike_jobs_cost_a_turn_no_command_each(seeded: SeededQueue, attributes:
         sent.append(command_calls(seeded.redis) - calls)
         assert len(second) == count
         number += 1
-        seeded.turn("w", number, report=TurnReport(done=second, released=dict.fromkeys(second, text)))
+        seeded.turn("w", number, report=TurnReport(done=second, attributes=dict.fromkeys(second, text)))
         assert seeded.audit() == []
     assert sent[0] == sent[1]
 

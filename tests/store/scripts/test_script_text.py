@@ -42,9 +42,9 @@ def code(text: str) -> str:
 
 
 def without_comments(text: str) -> str:
-    """Return the lines of a text that are not comments alone, without their indentation."""
-    lines = (line.lstrip(" ") for line in text.splitlines(keepends=True))
-    return "".join(line for line in lines if not line.startswith("--"))
+    """Return the lines of a text that have more than comments, without these and without their indentation."""
+    lines = (line.partition(" -- ")[0].strip() for line in text.splitlines())
+    return "".join(f"{line}\n" for line in lines if line and not line.startswith("--"))
 
 
 def doubled(text: str) -> list[str]:
@@ -144,10 +144,13 @@ def test_lazy_functions_are_asked_for() -> None:
 
 
 def test_texts_are_the_parts_and_the_file() -> None:
-    """A text is its parts in the order of the header, then the file, without comments and indentation, whatever the order in a folder."""
+    """A text is its parts in the order of the header, then the file, without comments, empty lines and indentation, whatever the order in a folder."""
     assert Script("held_ids").text != without_comments(FILES["held_ids"])
     assert Script("wake").text == without_comments(FILES["wake"]) != FILES["wake"]
     assert "[[" not in "".join([*FILES.values(), *PARTS.values()])  # no text of several lines could hold such a line
+    for line in "".join([*FILES.values(), *PARTS.values()]).splitlines():
+        code, comment, _ = line.partition(" -- ")
+        assert not comment or code.count("'") % 2 == 0, f"what is no comment looks like one: {line}"
 
     for name, text in FILES.items():
         parts = [*(PARTS[part] for part in needs(text))]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from conveyor.payload.records import JobKey
 from conveyor.store import operations
 from conveyor.store.operations import Settlement, TurnReport
 from support.seeded_queue import PLAIN, WORKER, SeededQueue, entry
@@ -156,6 +157,58 @@ def test_key_that_another_holds_is_not_given_back(seeded: SeededQueue) -> None:
     seeded.turn("w", 2, others=[Settlement("D", "a", attributes="\tuk")])
 
     assert seeded.dump()["unique:k:k"] == "other"
+
+
+def test_one_report_gives_back_what_each_job_has(seeded: SeededQueue) -> None:
+    """Jobs with a key, with a result or tags besides, and with two keys end in one report; a key of another job, or of a lost one, stays."""
+    twice = (JobKey("two-1", conflict="replace"), JobKey("two-2"))
+    entries = [
+        entry("key", unique="key"), entry("result", unique="result"), entry("tagged", unique="tagged", tags=("t",)),
+        entry("two", keys=twice), entry("tag", tags=("t",)), entry("plain"), entry("others", unique="others"),
+    ]  # fmt: skip
+    seeded.push(*entries)
+    seeded.register("w", "v")
+    held = seeded.turn("w", 1, len(entries))
+    seeded.push(entry("lost", unique="lost"))
+    assert seeded.turn("v", 1, 1).ids == ["lost"]
+    seeded.redis.set(seeded.keys.unique_lead + "others", "other")
+
+    attributes = {id_: data.partition(b"\n")[0].decode() for id_, data in zip(held.ids, held.envelopes, strict=True)}
+    for with_lost, number in ((False, 2), (True, 3)):
+        report = TurnReport(results={"result": (600_000, b"{}")})
+        for id_ in ["lost", "key"] if with_lost else [id_ for id_ in held.ids if id_ != "key"]:
+            report.add_done(id_, "\tulost" if id_ == "lost" else attributes[id_])
+        if with_lost:
+            report.results.clear()
+        assert seeded.turn("w", number, report=report).lost == (["lost"] if with_lost else [])
+
+    state = seeded.jobs_and_places()
+    assert {name: value for name, value in state.items() if name.startswith("unique")} == {
+        "unique:k:others": "other", "unique:k:lost": "lost",
+    }  # fmt: skip
+    assert list(state["jobs"]) == ["lost"]
+    assert [name for name in state if name.startswith("tag:")] == []
+    assert any(name.startswith("results:") or name == "result:result" for name in state)
+
+
+def test_keys_of_more_jobs_than_a_command_takes(seeded: SeededQueue) -> None:
+    """One report gives back the keys of 7,500 jobs, over the limit of unpack."""
+    report = TurnReport()
+    seeded.register("w")
+    for number in range(1, 9):
+        seeded.push(*(entry(f"{number}-{at}", unique=f"{number}-{at}") for at in range(940)))
+        for id_ in seeded.turn("w", number, 940).ids:
+            report.add_done(id_, f"\tu{id_}")
+        seeded.redis.hset(
+            seeded.keys.leased("v"), mapping={"\tturn": 0, "\tabout": "", "\tlease": 1} | dict.fromkeys(report.done, 1)
+        )
+        seeded.redis.hdel(seeded.keys.leased("w"), *report.done)
+    assert len(report.done) == 7520
+
+    assert seeded.turn("v", 1, report=report).lost == []
+
+    assert seeded.redis.keys(seeded.keys.unique_lead + "*") == []
+    seeded.redis.delete(seeded.keys.leased("v"))
 
 
 def test_returned_jobs_come_first_in_their_own_priority(seeded: SeededQueue) -> None:

@@ -9,9 +9,10 @@
 --         a<ms> raise what waits longer than that (lib/ageing.lua)
 --         s<n> this worker runs up to n jobs of a group one after the other, when they are leased together; behind it for each group
 --         that it goes on with: a tab, how many jobs of it the worker holds, those settled here left out, a colon and the key
---       6 count, ids of jobs that are simply done
+--       6 count, ids of jobs that are simply done, at their end those that have one unique key until then and no other attribute
 --       then count, and for each group of these, from the first id on, a result that is kept: ms count record…   0 ms: it is not
---       then count, and of those of them that have unique keys or tags: id attributes
+--       then count, and the names of these unique keys, in the order of their ids
+--       then count, and of others of them that have unique keys or tags: id attributes
 --       then count, and for each other settlement: kind id ms record state attributes own
 --            D done: keep the record ms, state "+" when a value is not kept, "-" when the record has none
 --            X dead: announce the record, keep the state; it died no earlier than its last error, at ms since the epoch
@@ -75,6 +76,8 @@ local groups = tonumber(ARGV[7 + done_count])
 local groups_at = 8 + done_count
 local released_at = groups_at
 for _ = 1, groups do released_at = released_at + 2 + tonumber(ARGV[released_at + 1]) end
+local owned = tonumber(ARGV[released_at])
+released_at = released_at + 1 + owned
 local released_count = tonumber(ARGV[released_at])
 local other_at = released_at + 2 + 2 * released_count
 local other_count = tonumber(ARGV[other_at - 1])
@@ -102,7 +105,7 @@ if grouped then
   queue.grouped, queue.freed, queue.retried, queue.charges = true, {}, {}, {}
 end
 -- Some that are simply done have unique keys.
-local keyed = false
+local keyed = owned > 0
 for i = released_at + 2, released_at + 2 * released_count, 2 do
   keyed = keyed or string.find(ARGV[i], '\tu', 1, true) or string.find(ARGV[i], '\tk', 1, true)
 end
@@ -153,7 +156,7 @@ if grouped then
 end
 if leases and (not heads or heads[1]) then
   redis.call('LTRIM', KEYS[21], 0, 0)
-  if unusual then prove(KEYS[21], 'HINCRBY', 'SET', 'GET', 'DEL', 'PEXPIRE') end
+  if unusual or queue.starts then prove(KEYS[21], 'HINCRBY', 'SET', 'GET', 'DEL', 'PEXPIRE') end
 end
 if not keeps then redis.call('ZADD', workers, now + lease_ms, worker)
 elseif kinds.R or kinds.X or releases then prove(KEYS[21], 'ZADD') end
@@ -167,7 +170,9 @@ if conf[6] then
   end)
 end
 if #done > 0 then settle_done(queue, leased, done, results, stateful, awaited) end
-if released_count > 0 then lazy().release_done(queue.prefix, queue.untagged, lost, released_at + 1, released_count) end
+if owned + released_count > 0 then
+  lazy().release_done(queue, lost, released_at - owned, 7 + done_count - owned, owned, released_at + 1, released_count)
+end
 for _, i in ipairs(others) do
   if lazy().settle_other(queue, leased, i, now, about[2], ended) then urgent = true end
 end
@@ -211,7 +216,7 @@ if grouped then
   due_next = tonumber(redis.call('ZRANGE', queue.due, 0, 0, 'WITHSCORES')[2])
 end
 if taken > 0 then
-  if unusual and (queue.keyed or not grouped) then lazy().release_started(queue.prefix, ids, envelopes, taken) end
+  if queue.starts then lazy().release_started(queue.prefix, ids, envelopes, taken) end
   if (stateful or #others > 0) and redis.call('EXISTS', queue.state) == 1 then states = redis.call('HMGET', queue.state, unpack(ids)) end
 end
 for i = 1, conf[6] and taken or 0 do

@@ -34,7 +34,7 @@ GATHERED = MOST_HELD // 2
 Jobs of a queue that wait for others, at most (or one full batch). Then the fullest batch runs: otherwise batches of many keys
 would fill the lease, and no job could come that fills one of them.
 """
-_BATCH = Envelope("", b"")  # not PLAIN: whether its items have expired is looked at when it starts
+_BATCH = Envelope("", b"", expires_ms=0)  # whether its items have expired is looked at when it starts
 
 End = tuple[Attempt, Any, BaseException | None]
 """A job, its result, and its error."""

@@ -187,7 +187,7 @@ class Executor:
     # -- beginning ------------------------------------------------------------------------------------------------
 
     def _begin(self, attempt: Attempt) -> tuple[Variables, Coroutine[Any, Any, Any]]:
-        if attempt.envelope is not PLAIN and attempt.expire():
+        if attempt.envelope.expires_ms is not None and attempt.expire():
             attempt.consumer.on_abandoned()
             raise asyncio.CancelledError
         attempt.consumer.on_started(attempt)

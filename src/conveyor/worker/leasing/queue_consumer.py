@@ -24,6 +24,7 @@ from conveyor.store.script import WrongReply
 from conveyor.store.transport import eviction, wakeup
 from conveyor.store.worker_commands import FOLLOWED, read_command
 from conveyor.worker.attempt import PLAIN, Attempt, Handler
+from conveyor.worker.job_loader import load_attributes
 from conveyor.worker.leasing.capacity import JobSizeEstimate
 from conveyor.worker.leasing.group_series import GroupSeries
 from conveyor.worker.leasing.list_intake import ListIntake
@@ -601,8 +602,10 @@ class QueueConsumer:
             handler = lookup.get(data[: end + 2])  # a plain job's envelope: \n, its task, \n, an object
             if handler is not None:
                 attempt = Attempt(self, handler, id_, data[end + 1 :], PLAIN)
+            elif data[:1] == b"\t" and (made := load_attributes(self, lookup, id_, data, end)) is not None:
+                attempt = made
             else:
-                attempt = self._services.loader.load(self, handlers, id_, data, plain=lookup)
+                attempt = self._services.loader.load(self, handlers, id_, data)
             held[id_] = attempt
             if states and states[at] is not None:
                 attempt.load_state(states[at])  # type: ignore[arg-type]
@@ -779,7 +782,7 @@ class QueueConsumer:
                     if attempt.id not in report.done:
                         continue  # its ack is on the way: no other worker would run it
                     report.done.remove(attempt.id)
-                    report.released.pop(attempt.id, None)
+                    report.attributes.pop(attempt.id, None)
                 unstarted.append(attempt)
         return unstarted
 

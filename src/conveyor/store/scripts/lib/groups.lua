@@ -152,14 +152,22 @@ end
 -- keeps    true: the slot of a group's key is left out
 -- returns  names of the limits; name → how many slots; text → the slot that is left out, nil when there is none
 local function count_slots(ids, texts, keeps)
-  local counts, different, seen, alone = {}, {}, {}, not keeps
+  local counts, different, count, seen, alone, find = {}, {}, 0, {}, not keeps, string.find
   for i = 1, #ids do
     local text, id = texts[i], ids[i]
     if text and not seen[id] then
       local so_far = counts[text]
       if not so_far then
-        different[#different + 1] = text
-        alone = alone and not string.find(text, '\t', 1, true)
+        local tab = find(text, '\t', 1, true)
+        if tab and alone and string.byte(text, tab + 1) == 9 then -- one slot, which is filled up
+          text, tab = string.sub(text, 1, tab - 1), nil
+          so_far = counts[text]
+        end
+        if not so_far then
+          count = count + 1
+          different[count] = text
+        end
+        alone = alone and not tab
       end
       counts[text], seen[id] = (so_far or 0) + 1, true
     end
@@ -201,9 +209,14 @@ local function give_back(queue, ids, keeps)
   if #names == 0 then return end
   local counts, changed, empty = read_fields(limits, names), {}, {}
   local states = queue.limits
+  local unused = 0
   for i, name in ipairs(names) do
-    local left = tonumber(counts[i] or 0) - given[name]
-    if left > 0 then changed[#changed + 1], changed[#changed + 2] = name, left else empty[#empty + 1] = name end
+    local left = (counts[i] or 0) - given[name]
+    if left > 0 then changed[#changed + 1], changed[#changed + 2] = name, left
+    else
+      unused = unused + 1
+      empty[unused] = name
+    end
     if states[name] then own_state(queue, name).count = math.max(left, 0) end
   end
   if #empty > 0 then in_chunks('HDEL', limits, empty, 1, #empty) end

@@ -1,18 +1,24 @@
 -- Leasing: jobs leave the ready lists and are held by a worker.
 
 -- Read the head of a ready list, and tell whether it holds jobs that cannot be leased as they are.
--- queue    field jobs is used
+-- queue    field jobs is used; starts is set when some job may have a key that ends when it starts
 -- key      the list
 -- count    how many at most
--- returns  ids, their envelopes, true when some job is not plain or has no envelope
+-- returns  ids, their envelopes, true when some job has marks or no envelope
 local function head_of(queue, key, count)
   local ids = redis.call('LRANGE', key, 0, count - 1)
   if #ids == 0 then return ids, ids, false end
   local envelopes = redis.call('HMGET', queue.jobs, unpack(ids))
+  local unusual, byte, find = false, string.byte, string.find
   for i = 1, #ids do
-    if not envelopes[i] or string.byte(envelopes[i]) ~= 10 then return ids, envelopes, true end
+    local envelope = envelopes[i]
+    local first = envelope and byte(envelope)
+    if first ~= 10 then
+      if first ~= 9 then unusual = true end
+      if first and find(envelope, '\tks', 1, true) then queue.starts = true end
+    end
   end
-  return ids, envelopes, false
+  return ids, envelopes, unusual
 end
 
 -- Lease jobs from the ready lists, by priority.
@@ -34,7 +40,7 @@ local function take_ready(queue, want, urgent, first, first_envelopes, unusual, 
       if count > 0 then redis.call('LTRIM', key, count, -1) end
       more = count == room
       if taken == 0 and count > 0 and count == #heads and not unusual then
-        ids, envelopes, taken = heads, found, count -- plain jobs alone, as they are
+        ids, envelopes, taken = heads, found, count -- jobs without marks alone, as they are
       else
         for i = 1, count do
           local id = heads[i]

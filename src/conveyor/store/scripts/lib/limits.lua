@@ -93,7 +93,7 @@ end
 -- names    of the limits
 -- returns  nothing
 local function load_limits(queue, names)
-  local states, wanted, size = queue.limits, {}, 0
+  local states, wanted, size, byte = queue.limits, {}, 0, string.byte
   for _, name in ipairs(names) do
     if not states[name] then
       size = size + 1
@@ -104,7 +104,7 @@ local function load_limits(queue, names)
   local texts, keyed = read_definitions(queue, wanted)
   local taken, holds = read_taken(queue, wanted)
   for _, name in ipairs(wanted) do
-    local count, held, first = taken[name], holds and taken['\t' .. name] or nil, string.byte(name)
+    local count, held, first = taken[name], holds and taken['\t' .. name] or nil, byte(name)
     local key = keyed and string.sub(name, 2)
     if count or held or first ~= 58 or (keyed and (texts['paused:' .. key] or texts['weight:' .. key])) then
       local s = {name = name, kind = nil, count = tonumber(count or 0), held = tonumber(held or 0), paused = false, weight = 1, n = nil, free = nil}

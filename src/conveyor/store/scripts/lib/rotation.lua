@@ -19,13 +19,14 @@ end
 -- comes back, and its group is read like the others.
 -- queue, entries  as for read_groups, for a list of priority 0
 -- names    by the position of its ticket the limit of a group's key
+-- keyed    by the position of its ticket the key of a group that has one; false of another
 -- returns  by the position of the ticket the id of its job; its envelope; true when no other job waits in the group
-local function take_singles(queue, entries, names)
-  local found, envelopes, last, places, keys, ids, count = {}, {}, {}, {}, {}, {}, 0
-  local lead, limits, unused, byte, pcall = list_of(queue, 0, 'g'), queue.limits, queue.unused, string.byte, redis.pcall
+local function take_singles(queue, entries, names, keyed)
+  local found, envelopes, last, places, keys, ids, count, byte, find = {}, {}, {}, {}, {}, {}, 0, string.byte, string.find
+  local lead, limits, unused, taken, pcall, type = list_of(queue, 0, 'g'), queue.limits, queue.unused, queue.taken, redis.pcall, type
   -- A job that has a group and no more: its first line is the ticket.
   local function is_single(envelope, entry)
-    return envelope and byte(envelope, #entry + 1) == 10 and string.sub(envelope, 1, #entry) == entry
+    return envelope and byte(envelope, #entry + 1) == 10 and find(envelope, entry, 1, true) == 1
   end
   -- Find the groups that are empty by now, with few commands where most are, or most are not.
   local function find_empty(from, to)
@@ -38,14 +39,14 @@ local function take_singles(queue, entries, names)
     end
   end
   for i, entry in ipairs(entries) do
-    local name = names[i]
-    if name and limits[name] == unused and byte(entry, 2) == 103 then
-      if count == 0 and not is_single(first_envelope(queue, 0, string.sub(entry, 2)), entry) then return found end
-      local key = lead .. string.sub(name, 2)
+    local key, name = keyed[i], names[i]
+    if key and limits[name] == unused then
+      if count == 0 and not is_single(first_envelope(queue, 0, 'g' .. key), entry) then return found end
+      key = lead .. key
       local id = pcall('LPOP', key)
       if type(id) == 'string' then
         count = count + 1
-        ids[count], keys[count], places[count], limits[name] = id, key, i, queue.taken
+        ids[count], keys[count], places[count], limits[name] = id, key, i, taken
       end
     end
   end
@@ -74,12 +75,14 @@ end
 --          series (how many of them may be leased together though they run one after the other), own (true when they follow
 --          those that the worker holds)}; the limits of the groups' keys; and what take_singles returns, whose groups are left out
 local function read_groups(queue, priority, entries, room, whole, now)
-  local groups, names, keys, tickets, plain = {}, {}, {}, 0, 0
+  local groups, names, keyed, keys, tickets, plain, byte, sub = {}, {}, {}, {}, 0, 0, string.byte, string.sub
   for i, entry in ipairs(entries) do
-    if string.byte(entry) == 9 then
-      local name = string.byte(entry, 2) == 103 and ':' .. string.sub(entry, 3) or key_limit(string.sub(entry, 2))
+    local first, kind = byte(entry, 1, 2)
+    if first == 9 then
+      local key = kind == 103 and sub(entry, 3)
+      local name = key and ':' .. key or key_limit(sub(entry, 2))
       tickets = tickets + 1
-      names[i], keys[tickets] = name, name
+      keyed[i], names[i], keys[tickets] = key, name, name
     else
       plain = plain + 1
     end
@@ -97,7 +100,7 @@ local function read_groups(queue, priority, entries, room, whole, now)
   local rounds = whole and math.max(1, math.floor((room - plain) / shares)) or 1
   local singles, envelopes, last = {}, nil, nil
   if rounds == 1 and tickets > 2 and priority == 0 and not (members[1] or queue.tasks) then
-    singles, envelopes, last = take_singles(queue, entries, names)
+    singles, envelopes, last = take_singles(queue, entries, names, keyed)
   end
   for i, name in pairs(names) do
     if not singles[i] then
@@ -200,14 +203,14 @@ local function read_jobs(queue, entries, groups, singles, now)
 end
 
 -- Lease jobs.
--- queue    keyed is set when one has a unique key
+-- queue    starts is set when one has a unique key, which may end when it starts
 -- plan     fields ids, envelopes and count are filled
 -- ids, envelopes, first, count  the jobs are those behind the first ones
 -- fact     as read_jobs returns it, nil of a plain job
 -- returns  nothing
 local function lease_next(queue, plan, ids, envelopes, first, count, fact)
   local taken = plan.count
-  if fact and fact[2] and fact[2].keys then queue.keyed = true end
+  if fact and fact[2] and fact[2].keys then queue.starts = true end
   for at = 1, count do plan.ids[taken + at], plan.envelopes[taken + at] = ids[first + at], envelopes[first + at] end
   plan.count = taken + count
 end
