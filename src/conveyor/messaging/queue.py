@@ -7,7 +7,6 @@ import socket
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
-    Awaitable,
     Callable,
     Generator,
     Iterable,
@@ -26,6 +25,7 @@ from conveyor.messaging.consumer.asynchronous import AsyncConsumer
 from conveyor.messaging.consumer.blocking import Consumer
 from conveyor.messaging.consumer.partition_steps import QueueShares
 from conveyor.messaging.consumer.settling import ConsumerSources, PartitionSource
+from conveyor.messaging.consumer.steps import Program
 from conveyor.messaging.declared_limits import (
     LoadKeyReader,
     QueueLimits,
@@ -69,7 +69,6 @@ from conveyor.store.script import Call, CallProgram, adrive, drive
 from conveyor.units import Duration, milliseconds
 
 T = TypeVar("T")
-V = TypeVar("V")
 SHORTEST_LEASE_MS = 100
 
 
@@ -115,14 +114,14 @@ class MessageSource(Generic[T]):
     def aconsume(self, prefetch: int = 1, *, on_error: OnError = "log") -> AsyncGenerator[Message[T], None]:
         """Awaitable form of `consume`."""
         prefetch = whole_number("prefetch", prefetch, 1, MOST_HELD)
-        return self._async(checked_on_error(on_error), lambda consumer: consumer.next_message(prefetch))
+        return self._async(checked_on_error(on_error), lambda consumer: consumer.fetching(prefetch))
 
     def abatches(
         self, size: int = 100, within: Duration = "1s", *, on_error: OnError = "log"
     ) -> AsyncGenerator[Batch[T], None]:
         """Awaitable form of `batches`."""
         size, wait_ms = whole_number("size", size, 1, MOST_HELD), milliseconds(within, name="within")
-        return self._async(checked_on_error(on_error), lambda consumer: consumer.next_batch(size, wait_ms / 1000))
+        return self._async(checked_on_error(on_error), lambda consumer: consumer.gathering(size, wait_ms / 1000), Batch)
 
     async def apull(self, n: int = 1, wait: Duration = 0, *, renew: bool = False) -> list[Message[T]]:
         """Awaitable form of `pull`."""
@@ -136,14 +135,19 @@ class MessageSource(Generic[T]):
         return AsyncConsumer(self.client, self._consumer_sources(transient), on_error, transient=transient)
 
     async def _async(
-        self, on_error: OnError, following: Callable[[AsyncConsumer[T]], Awaitable[V]]
-    ) -> AsyncGenerator[V, None]:
+        self,
+        on_error: OnError,
+        programs: Callable[[AsyncConsumer[T]], Callable[[], Program[Any]]],
+        as_shown: Callable[[Any], Any] | None = None,
+    ) -> AsyncGenerator[Any, None]:
         # One generator and none inside: an event loop that ends closes all that it knows at the same time.
         consumer = self._async_consumer(on_error)  # made inside the loop, at the first step
         await consumer.begin()
+        program = programs(consumer)
         try:
             while True:
-                yield await following(consumer)
+                found = await consumer.next(program())
+                yield found if as_shown is None else as_shown(found)
         finally:
             await consumer.end()
 

@@ -28,7 +28,7 @@ from conveyor.messaging.consumer.settling import (
 )
 from conveyor.messaging.consumer.steps import LookStep, Program, TurnStep, WaitStep
 from conveyor.messaging.leases import LeasedMessage, LeaseSession, holds_all, settle_all
-from conveyor.messaging.message import Batch, Ending, Message, OnError
+from conveyor.messaging.message import Ending, Message, OnError
 from conveyor.messaging.partitions import Partitions
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.store import operations
@@ -298,15 +298,16 @@ class AsyncConsumer(Generic[T]):
 
     # -- what the queue hands out -----------------------------------------------------------------------------------
 
-    async def next_message(self, prefetch: int) -> Message[T]:
-        """Return the next message, as soon as there is one."""
-        return await self._following(self._programs.fetch(prefetch))
+    def fetching(self, prefetch: int) -> Callable[[], Program[Message[T]]]:
+        """Return what begins a program that returns the next message."""
+        return partial(self._programs.fetch, prefetch)
 
-    async def next_batch(self, size: int, within: float) -> Batch[T]:
-        """Return the next batch: of *size*, or what came *within* seconds after the first."""
-        return Batch(await self._following(self._programs.gather(size, within)))
+    def gathering(self, size: int, within: float) -> Callable[[], Program[list[Message[T]]]]:
+        """Return what begins a program that returns the next batch: of *size*, or what came *within* seconds of the first."""
+        return partial(self._programs.gather, size, within)
 
-    async def _following(self, program: Program[V]) -> V:
+    async def next(self, program: Program[V]) -> V:
+        """Return what a program of a loop returns. Raises ConfigurationError in a forked child."""
         if self.client.forks != self._forks:
             raise loop_of_parent()
         try:
