@@ -179,7 +179,7 @@ def test_unknown_job_raises(admin: Admin, backend: Client) -> None:
     push(backend, "mail", b"1")
 
     for id_ in ("nope", "mail:" + "0" * 22, "mial:" + "0" * 22):
-        with pytest.raises(JobNotFound, match=id_):
+        with pytest.raises(JobNotFound, match=f"{id_} is known in namespace 't'"):
             admin.job(id_)
 
 

@@ -941,8 +941,8 @@ class Admin:
         if lookup is None:
             shown = public_id if len(public_id) <= _LONGEST_ID else f"{public_id[:_LONGEST_ID]}…"
             raise JobNotFound(
-                f"No job {shown} is known. It was never there, was purged or deleted, or ended longer ago than is remembered: "
-                "ten minutes, or as long as its result is kept."
+                f"No job {shown} is known in namespace {self.client.namespace!r}. It was never there, was purged or deleted, or "
+                "ended longer ago than is remembered: ten minutes, or as long as its result is kept."
             )
         return lookup
 
