@@ -1074,6 +1074,7 @@ class Admin:
     aflags = _awaitable(flags)
     afailure_matrix = _awaitable(failure_matrix)
     aqueues = _awaitable(queues)
+    aqueues_with_limits = _awaitable(queues_with_limits)
     aqueue_partitions = _awaitable(queue_partitions)
     acount = _awaitable(count)
     aqueue = _awaitable(queue)
