@@ -250,15 +250,16 @@ class TestAwaitable:
         tasks = PlainList(backend, LIST, lease_ms=2000)
         await tasks.apush(1)
         await tasks.apush_many([2, 3])
-        seen = []
+        seen, later = [], threading.Timer(0.05, lambda: redis.rpush(LIST, 4))
         async with aclosing(tasks.aconsume()) as messages:
             async for message in messages:
                 async with message as body:
                     seen.append(body)
                 if body == 3:
-                    threading.Timer(0.05, lambda: redis.rpush(LIST, 4)).start()
+                    later.start()
                 if body == 4:
                     break
+        later.join()  # its reply may come behind the entry
         assert seen == [1, 2, 3, 4]
         assert await tasks.alen() == 0
         await backend.aclose()
