@@ -13,6 +13,7 @@ import pytest
 from conveyor import Conveyor
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
 from conveyor.store.transport.sentinel import Sentinel
+from conveyor.store.transport.topology import topology_of
 from testbed.server_groups import SentinelGroup, free_port
 from testbed.server_process import Server
 
@@ -26,8 +27,8 @@ Start = Callable[..., Server]
         ("sentinel://h/main", "E31", r"not a Redis URL\. Did you mean redis\+sentinel://\?"),
         ("redis-cluster://h", "E31", r"Did you mean redis\+cluster://\?"),
         ("rediss+claster://h:26379", "E31", r"Did you mean rediss\+cluster://\?"),
-        ("valkey://h", "E31", r"Did you mean redis://\?"),
-        ("valkeys+cluster://h", "E31", r"Did you mean rediss\+cluster://\?"),
+        ("valky://h", "E02", r"not a Redis URL\. Write redis://"),
+        ("valkeys+claster://h", "E31", r"Did you mean rediss\+cluster://\?"),
         ("redis+quorum://h", "E31", r"no topology 'quorum'\. Write .* redis\+cluster://host:6379,host:6379"),
         ("http://h", "E02", r"not a Redis URL\. Write redis://"),
         ("localhost:6379", "E02", r"not a Redis URL\. Write redis://host:6379/0"),
@@ -52,6 +53,20 @@ def test_wrong_url_is_refused_where_it_is_written(wrong: Any, code: str, says: s
         Conveyor(wrong)
     assert caught.value.code == code
     assert "cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("valkey://h:6380/2", "redis://h:6380/2"),
+        ("valkeys://u:p@h", "rediss://u:p@h"),
+        ("valkey+sentinel://h/main", "redis+sentinel://h/main"),
+        ("valkeys+cluster://h", "rediss+cluster://h"),
+    ],
+)
+def test_the_schemes_of_valkey_name_the_same_servers(given: str, meant: str) -> None:
+    """A URL that a host of Valkey hands out is taken as it is."""
+    assert repr(topology_of(given)) == repr(topology_of(meant))
 
 
 def refusals(url: str, *, retry_for: float = 0.3) -> list[ConveyorError]:

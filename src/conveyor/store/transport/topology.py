@@ -17,7 +17,13 @@ SCHEMES = (
 
 
 def topology_of(url: str, connect_timeout: float | None = None, login: LoginProvider | None = None) -> Topology:
-    """Return the topology that *url* names; connects to nothing. *login*: for its servers. Raises ConfigurationError."""
+    """
+    Return the topology that *url* names; connects to nothing. *login*: for its servers. Raises ConfigurationError.
+
+    Hosts of Valkey hand out ``valkey://`` and ``valkeys://``: they mean ``redis://`` and ``rediss://``.
+    """
+    if url.startswith("valkey"):
+        url = "redis" + url.removeprefix("valkey")
     parts = split_url(url)
     whole = parts.scheme
     if whole.startswith("rediss") and parse_qs(parts.query).get("ssl_cert_reqs") == ["none"]:
@@ -58,7 +64,7 @@ def _refuse_scheme(url: str, scheme: str, topology: str) -> None:
     """Raise the error for an unknown scheme, with the one that was probably meant."""
     from difflib import get_close_matches
 
-    near = get_close_matches(scheme.replace("valkey", "redis"), (*SCHEMES, "embedded"), 1, cutoff=0.7)
+    near = get_close_matches(scheme, (*SCHEMES, "embedded"), 1, cutoff=0.7)
     guess = f" Did you mean {near[0]}://?" if near else ""
     what = f"there is no topology {topology!r}" if topology else "this is not a Redis URL"
     raise ConfigurationError(
