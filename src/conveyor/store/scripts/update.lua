@@ -33,6 +33,7 @@ end
 if priority > 0 then head = 'p' .. priority .. ' ' .. head end
 head = string.gsub(string.gsub(head, '  +', ' '), '^ *(.-) *$', '%1')
 
+check('ZCARD', due)
 check('LLEN', unpack(KEYS, 4, 13))
 check('HLEN', queue.conf, prefix .. 'waits', prefix .. 'slots', prefix .. 'waiters', prefix .. 'state')
 if group then check('LLEN', prefix .. 'group:' .. priority .. ':' .. group) end
