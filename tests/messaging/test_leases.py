@@ -130,8 +130,8 @@ class TestTurns:
         lost = session.held["b"]
         calls = play(session.turn(), [turn(held=3), ["a", "x", "y"], turn(held=1)])
         assert names(calls) == ["turn", "held_ids", "turn"]
-        assert {calls[-1].args[i] for i in (10, 17)} == {"x", "y"}
-        assert calls[-1].args[9] == "F"
+        assert {calls[-1].args[i] for i in (11, 18)} == {"x", "y"}
+        assert calls[-1].args[10] == "F"
         assert lost.lost
         assert list(session.held) == ["a"]
 

@@ -62,6 +62,6 @@ def test_a_plain_job_makes_no_lazy_function(seeded: SeededQueue, monkeypatch: py
     assert seeded.turn("w", 2, 1, report=report_of("a", record=b"{}"), flags="e").ids == ["b"]
     assert seeded.turn("w", 3, report=report_of("b"), flags="e").held == 0
 
-    seeded.push(operations.Entry("c", b"\tgk\nt\n{}"))
+    seeded.push(operations.Entry("c", b"e9999999999999\nt\n{}"))
     with pytest.raises(Exception, match="made"):
         seeded.turn("w", 4, 1)
