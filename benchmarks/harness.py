@@ -250,10 +250,12 @@ class Worker:
 
     def cpu(self) -> float:
         """Return the CPU seconds of the supervisor and its children so far, those included that have ended."""
-        if self.process.poll() is not None:
-            return _cpu_of_ended_children() - self._ended_before
-        ended = sum(_ticks(self.process.pid)[2:]) / os.sysconf("SC_CLK_TCK")
-        return ended + cpu_seconds(*process_tree(self.process.pid))
+        while self.process.poll() is None:
+            ended = _ticks(self.process.pid)[2:]
+            running = cpu_seconds(*process_tree(self.process.pid))
+            if _ticks(self.process.pid)[2:] == ended:  # else one of them ended between, and is in neither sum
+                return sum(ended) / os.sysconf("SC_CLK_TCK") + running
+        return _cpu_of_ended_children() - self._ended_before
 
 
 def _cpu_of_ended_children() -> float:
