@@ -512,6 +512,10 @@ def fairness(options: argparse.Namespace) -> int:
 
 def weights(options: argparse.Namespace) -> int:
     """Change the weight of a key with many jobs queued, and count the turns that follow."""
+    if options.jobs < 20_000:
+        raise SystemExit(
+            "weights counts thousands of starts before and after the change: give it --jobs 20000 at least."
+        )
     with running(options) as run:
         half = options.jobs // 2
         for at in range(0, half, 50_000):
