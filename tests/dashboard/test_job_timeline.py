@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
-from conveyor import Conveyor
+import pytest
+
+from conveyor import Conveyor, Retry
 from conveyor.admin.admin import Admin
 from conveyor.dashboard.job_timeline import attempts_of, path_of
 from conveyor.jobs.history import HistoryEntry
 from conveyor.store.transport.endpoint import in_thread
+from support import process_app
 from support.app_fixtures import blocking_client, loop_app  # noqa: F401
-from support.running_worker import drain
+from support.running_worker import drain, working
+from support.waiting import until_status
 
 
 def entries(*states: tuple[str, float, int]) -> list[HistoryEntry]:
@@ -64,3 +69,29 @@ async def test_a_job_without_a_result_tells_when_it_ended(app: Conveyor, client:
     last = (await in_thread(lambda: admin.history_of(job.id)))[-1]
     assert ended is not None
     assert (last.state, last.at) == ("done", ended)
+
+
+@pytest.mark.parametrize("run_in", ["loop", "thread", "process"])
+async def test_each_attempt_that_failed_tells_what_it_waited_and_ran(app: Conveyor, run_in: str) -> None:
+    """The start of an attempt is kept with its error, so that its wait in the queue or for a retry stands apart from its run."""
+    name = "support.process_app.fail_twice"
+    options: dict[str, Any] = {"name": name, "run_in": run_in, "retry": Retry(attempts=2, backoff=["200ms"], jitter=False)}
+    function = process_app.app.tasks[name].function
+    if run_in == "loop":
+
+        async def fail_twice() -> None:
+            function()
+
+        job = await app.task(**options)(fail_twice).aenqueue()
+    else:
+        job = await app.task(**options)(function).aenqueue()
+    async with working(app, reference="support.process_app:app"):
+        await until_status(job, "dead")
+        history = await job.ahistory()
+    first, second = attempts_of(history)
+    assert first["began"] < first["ended"] < second["began"] < second["ended"]
+    assert min(first["ran_ms"], second["ran_ms"]) >= 20
+    assert [one["kind"] for one in (*first["waited"], *second["waited"])] == ["queue", "retry"]
+    assert second["waited"][0]["seconds"] >= 0.15  # less what two readings of a clock may differ
+    assert path_of(history, "dead") == ["ready", "leased", "scheduled", "leased", "dead"]
+    await Admin(app.client).adelete([job.id])

@@ -198,7 +198,7 @@ class TestDropOldest:
         def note(number: int) -> None: ...
 
         app.schedules.put("tick", note.s(0), every="10m")
-        first, *_ = [note.options(delay="1h").enqueue(number) for number in range(3)]
+        first, *_ = [note.options(delay=f"{number + 1}h").enqueue(number) for number in range(3)]
         note.enqueue(3)
         with pytest.raises(JobNotFound):
             first.status()

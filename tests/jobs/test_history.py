@@ -47,7 +47,8 @@ async def test_a_job_that_ends_well_tells_what_led_to_it(app: Conveyor) -> None:
     assert await told(job) == [("pushed", "", 0)]
     await drain(app)
     assert await told(job) == [
-        ("pushed", "", 0), ("failed", "LookupError", 1), ("snoozed", "", 2), ("leased", "", 3), ("done", "", 3),
+        ("pushed", "", 0), ("leased", "", 1), ("failed", "LookupError", 1), ("snoozed", "", 2), ("leased", "", 3),
+        ("done", "", 3),
     ]  # fmt: skip
     assert await told(other) == [("pushed", "", 0), ("leased", "", 1), ("done", "", 1)]
     assert await audit(app) == []
@@ -62,13 +63,22 @@ async def test_a_dead_letter_tells_its_attempts_and_its_redrive(app: Conveyor) -
 
     job = await work.aenqueue()
     await drain(app)
-    died = [("pushed", "", 0), ("failed", "LookupError: no page", 1), ("dead", "LookupError: no page", 1)]
+    failed = [("pushed", "", 0), ("leased", "", 1), ("failed", "LookupError: no page", 1)]
+    died = [*failed, ("dead", "LookupError: no page", 1)]
     assert await told(job) == died
     admin = Admin(app.client)
     await admin.aretry([job.id])
-    assert await told(job) == [*died[:2], ("redriven", "", 0)]
+    assert await told(job) == [*failed, ("redriven", "", 0)]
     await drain(app)
-    assert [state for state, _, _ in await told(job)] == ["pushed", "failed", "redriven", "failed", "dead"]
+    assert [state for state, _, _ in await told(job)] == [
+        "pushed",
+        "leased",
+        "failed",
+        "redriven",
+        "leased",
+        "failed",
+        "dead",
+    ]
     await admin.adelete([job.id])
 
 

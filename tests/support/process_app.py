@@ -251,3 +251,10 @@ def complain(how: str) -> None:
         time.sleep(0.6)
         os._exit(3)
     raise LookupError
+
+
+@process(retry=Retry(attempts=2, backoff=["200ms"]))
+def fail_twice() -> None:
+    """Fail after 20 ms, at each attempt."""
+    time.sleep(0.02)
+    raise LookupError("no page")

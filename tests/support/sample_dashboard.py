@@ -152,7 +152,7 @@ def job(values: dict[str, str]) -> dict[str, Any]:
     ends = [] if waits else [start + 10 for start in starts]
     states = [
         ("pushed", -912, 0),
-        *(("failed", end, i + 1) for i, end in enumerate(ends)),
+        *(one for i, end in enumerate(ends) for one in (("leased", end - 10, i + 1), ("failed", end, i + 1))),
         *([] if waits else [("dead", ends[-1], 5)]),
     ]
     entries = [
@@ -160,7 +160,7 @@ def job(values: dict[str, str]) -> dict[str, Any]:
             state,
             NOW + timedelta(seconds=when),
             "web-1:4711" if attempt else "",
-            "TimeoutError" if attempt else "",
+            "TimeoutError" if attempt and state != "leased" else "",
             "",
             attempt,
         )

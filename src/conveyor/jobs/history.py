@@ -42,6 +42,8 @@ def past_events(
             failure = decoder.failure(failure, queue, id)
             reason = f"{failure.type}: {failure.message}"
         state = "crashed" if failure.type in {"crashed", "ProcessCrashed"} else "failed"
+        if failure.began:
+            events.append(PastEvent("leased", failure.began, failure.worker, attempt=failure.attempt))
         events.append(PastEvent(state, failure.at, failure.worker, reason, attempt=failure.attempt))
     return sorted(events, key=lambda event: event.at)
 

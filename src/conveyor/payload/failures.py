@@ -34,14 +34,18 @@ _STORED_NAMES = {"UnreadablePayload": "Unreadable", "PayloadTooNew": "TooNew"}
 """Classes that are stored under a shorter name than theirs: what is stored does not follow when a class is renamed."""
 
 
-def describe(error: BaseException, attempt: int, now_ms: int, worker: str, hide: Hide | None = None) -> Failure:
+def describe(
+    error: BaseException, attempt: int, now_ms: int, worker: str, hide: Hide | None = None, began_ms: int = 0
+) -> Failure:
     """
-    Return *error* as it is stored and shown; never raises.
+    Return *error* as it is stored and shown; never raises. *began_ms*: when its attempt began, 0 where that is not known.
 
     The message takes at most 2 KiB of UTF-8, the traceback 8 KiB, the frame 200 bytes; longer ones lose their middle. *hide* takes
     values out of message and traceback.
     """
-    found = Failure(attempt, now_ms, type_name(error), message(error), _own_frame(error), _traceback(error), worker)
+    found = Failure(
+        attempt, now_ms, type_name(error), message(error), _own_frame(error), _traceback(error), worker, began=began_ms
+    )
     return found if hide is None else without_values(found, hide)
 
 

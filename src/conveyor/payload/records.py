@@ -72,7 +72,8 @@ class Failure(msgspec.Struct, omit_defaults=True):
     The error of one attempt; `at` in ms since the epoch. `packed` holds the texts where they are sealed.
 
     `frame`: the innermost frame of the user's own code, "" where there is none or an older release wrote the record. It stands
-    before the traceback, since what reads heads cuts a record off there.
+    before the traceback, since what reads heads cuts a record off there. `began`: when the attempt began (ms), 0 where it did
+    not, or that is not known.
     """
 
     attempt: int
@@ -83,6 +84,7 @@ class Failure(msgspec.Struct, omit_defaults=True):
     traceback: str = ""
     worker: str = ""
     packed: str = ""
+    began: int = 0
 
 
 class PastEvent(msgspec.Struct, omit_defaults=True):

@@ -66,7 +66,7 @@ def pack_failure(sealing: PayloadPipeline, failure: Failure, queue: str, id: str
         return failure
     return Failure(
         failure.attempt, failure.at, failure.type, describe(data), failure.frame, worker=failure.worker,
-        packed=to_base64(data).decode(),
+        packed=to_base64(data).decode(), began=failure.began,
     )  # fmt: skip
 
 
@@ -88,7 +88,9 @@ def open_failure(sealing: PayloadPipeline | None, failure: Failure, queue: str, 
         message, traceback = f"{failure.message}. {error}", ""
     except msgspec.MsgspecError:
         message, traceback = f"{failure.message}. The sealed value is not an error.", ""
-    return Failure(failure.attempt, failure.at, failure.type, message, failure.frame, traceback, failure.worker)
+    return Failure(
+        failure.attempt, failure.at, failure.type, message, failure.frame, traceback, failure.worker, began=failure.began
+    )
 
 
 class RecordDecoder(NamedTuple):

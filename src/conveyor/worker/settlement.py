@@ -291,7 +291,7 @@ class SettlementWriter:
     def _run_record(self, attempt: Attempt, now_ms: int) -> bytes:
         """Return the JSON of a RunRecord, written by hand as most of it is known: it is a part of every kept result."""
         envelope, name = attempt.envelope, attempt.handler.name.encode()
-        started = now_ms - round((attempt.ended - attempt.started) * 1000)
+        started = now_ms - round((attempt.ended - attempt.started) * 1000)  # as `_began_ms`, without a call for each result
         fresh = attempt.state is None
         if fresh and envelope is PLAIN_ENVELOPE and attempt.body[:1] == b"{" and len(attempt.body) <= ARGUMENTS_KEPT:
             return b'{"task":"%b","attempt":%d,"started":%d,"body":%b,%b' % (
@@ -329,7 +329,7 @@ class SettlementWriter:
         handler, queue = attempt.handler, attempt.consumer.queue
         may_retry = may_retry and not isinstance(error, BatchMisreported | FunctionNotRun)
         hide = self._hider(attempt)
-        record = self._describe(error, attempt.number, now_ms, hide)
+        record = self._describe(error, attempt, now_ms, hide)
         if self._sealing is not None:
             record = pack_failure(self._sealing, record, queue, attempt.id)
         policy = handler.task.settings.retry if may_retry else retry.Retry(attempts=1)
@@ -377,13 +377,14 @@ class SettlementWriter:
     def _hider(self, attempt: Attempt) -> Hide | None:
         return attempt.hider() if self._shared is None else self._batch_hide
 
-    def _describe(self, error: BaseException, attempt: int, now_ms: int, hide: Hide | None) -> Failure:
+    def _describe(self, error: BaseException, attempt: Attempt, now_ms: int, hide: Hide | None) -> Failure:
+        number, began_ms = attempt.number, _began_ms(attempt, now_ms)
         if self._shared is None:
-            return failures.describe(error, attempt, now_ms, self._worker, hide)
+            return failures.describe(error, number, now_ms, self._worker, hide, began_ms)
         record = self._shared.get(id(error))
         if record is None:
-            record = self._shared[id(error)] = failures.describe(error, attempt, now_ms, self._worker, hide)
-        return replace(record, attempt=attempt, at=now_ms)
+            record = self._shared[id(error)] = failures.describe(error, number, now_ms, self._worker, hide)
+        return replace(record, attempt=number, at=now_ms, began=began_ms)
 
     def unreadable(self, report: TurnReport, attempt: Attempt, error: PayloadError, now_ms: int) -> None:
         """Make a job dead whose payload cannot be read, with one line in the log: no retry could change it."""
@@ -446,7 +447,7 @@ class SettlementWriter:
     def crashed(self, report: TurnReport, attempt: Attempt, now_ms: int, error: BaseException) -> None:
         """Settle a job that crashed its process: count the crash, and run the job again alone, or make it dead."""
         old = attempt.history
-        record = to_json(failures.describe(error, attempt.number, now_ms, self._worker, attempt.hider()))
+        record = to_json(self._describe(error, attempt, now_ms, attempt.hider()))
         state = replace(old, starts=attempt.number, crashes=old.crashes + 1, errors=[*old.errors, record])
         log.error("✗ %s crashed its process: %s", attempt.label, error)
         if state.crashes >= attempt.handler.task.settings.retry.max_crashes:
@@ -566,6 +567,11 @@ class SettlementWriter:
         return history.with_event(
             PastEvent(state, attempt.consumer.now_ms, self._worker, reason, attempt=attempt.number)
         )
+
+
+def _began_ms(attempt: Attempt, now_ms: int) -> int:
+    """Return when an attempt that has ended began, in ms by the server's clock; 0: it did not."""
+    return now_ms - round((attempt.ended - attempt.started) * 1000) if attempt.started else 0
 
 
 def _with_live(outcome: Outcome, state: AttemptHistory) -> Outcome:
