@@ -75,7 +75,11 @@ async def test_a_job_without_a_result_tells_when_it_ended(app: Conveyor, client:
 async def test_each_attempt_that_failed_tells_what_it_waited_and_ran(app: Conveyor, run_in: str) -> None:
     """The start of an attempt is kept with its error, so that its wait in the queue or for a retry stands apart from its run."""
     name = "support.process_app.fail_twice"
-    options: dict[str, Any] = {"name": name, "run_in": run_in, "retry": Retry(attempts=2, backoff=["200ms"], jitter=False)}
+    options: dict[str, Any] = {
+        "name": name,
+        "run_in": run_in,
+        "retry": Retry(attempts=2, backoff=["200ms"], jitter=False),
+    }
     function = process_app.app.tasks[name].function
     if run_in == "loop":
 

@@ -274,6 +274,24 @@ def test_rate_is_exact_over_every_pair_of_starts(seeded: SeededQueue) -> None:
     assert all(later - earlier >= 60 for earlier, later in zip(starts, starts[3:], strict=False))
 
 
+@pytest.mark.row("I14")
+def test_a_start_counts_for_a_whole_window(seeded: SeededQueue) -> None:
+    """A start counts for as long as the window lasts, wherever the clock stands, and no longer."""
+    seconds, micros = seeded.redis.time()
+    now = seconds * 1000 + micros // 1000
+    per = (now - 60_000) // 500_000  # an hour; windows of this length, counted from 1970, began one to ten minutes ago
+    declare(seeded, one=f"r 1 {per} 0 -")
+    seeded.push(entry("a", limits=("1:one",)), entry("b", limits=("1:one",)))
+    seeded.register("w")
+    assert seeded.turn("w", 1, 9).ids == ["a"]
+    seeded.redis.lset(f"{seeded.keys.prefix}rate:one", 0, now - 1_800_000)
+    assert seeded.turn("w", 2, 9).ids == []
+    seeded.redis.lset(f"{seeded.keys.prefix}rate:one", 0, now - per - 1)
+    seeded.push(entry("c", group="c", limits=("1:one",)))
+    assert seeded.turn("w", 3, 9).ids == ["c"]  # it looks at the limit now, and b when it opens
+    assert seeded.audit() == []
+
+
 @pytest.mark.parametrize("text", ["r 10 1000 0 cost", "r 5000 1000 0 -"])
 def test_rate_with_costs_counts_them(seeded: SeededQueue, text: str) -> None:
     """Jobs pay their cost; a charge beside it delays the next, and what is given back lets it go."""
@@ -677,6 +695,7 @@ PROOFS = [
     test_series_only_of_what_is_left,
     *(partial(test_rest_of_a_series_comes_back_in_order, way=way) for way in ("F", "R", "L")),
     test_rate_is_exact_over_every_pair_of_starts,
+    test_a_start_counts_for_a_whole_window,
     *(partial(test_random_steps_leave_no_ticket_and_no_waiter_behind, seed=seed) for seed in range(8)),
 ]
 
