@@ -89,7 +89,14 @@ def open_failure(sealing: PayloadPipeline | None, failure: Failure, queue: str, 
     except msgspec.MsgspecError:
         message, traceback = f"{failure.message}. The sealed value is not an error.", ""
     return Failure(
-        failure.attempt, failure.at, failure.type, message, failure.frame, traceback, failure.worker, began=failure.began
+        failure.attempt,
+        failure.at,
+        failure.type,
+        message,
+        failure.frame,
+        traceback,
+        failure.worker,
+        began=failure.began,
     )
 
 

@@ -291,7 +291,8 @@ class SettlementWriter:
     def _run_record(self, attempt: Attempt, now_ms: int) -> bytes:
         """Return the JSON of a RunRecord, written by hand as most of it is known: it is a part of every kept result."""
         envelope, name = attempt.envelope, attempt.handler.name.encode()
-        started = now_ms - round((attempt.ended - attempt.started) * 1000)  # as `_began_ms`, without a call for each result
+        # As `_began_ms`, without a call for each result.
+        started = now_ms - round((attempt.ended - attempt.started) * 1000)
         fresh = attempt.state is None
         if fresh and envelope is PLAIN_ENVELOPE and attempt.body[:1] == b"{" and len(attempt.body) <= ARGUMENTS_KEPT:
             return b'{"task":"%b","attempt":%d,"started":%d,"body":%b,%b' % (
