@@ -38,7 +38,11 @@ AGAIN = ("enqueue", "drain")
 
 
 def main() -> int:
-    """Return 0 when every goal that was measured is reached, 1 when one is missed or a scenario failed."""
+    """
+    Return 1 when a scenario failed.
+
+    A missed goal is printed and no failure: timings are those of the machine and its hour.
+    """
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "--only", action="append", choices=SCENARIOS, help="run this scenario and its baselines; repeatable"
@@ -72,7 +76,7 @@ def main() -> int:
         print(f"missed: {goal.title}: {report.number(goal.value(bench.figures))}, goal {goal.text()}")
     for name in failed:
         print(f"failed: {name}")
-    return 1 if missed or failed else 0
+    return 1 if failed else 0
 
 
 def _run(name: str, scenario: Callable[[Bench], None], bench: Bench) -> bool:

@@ -31,7 +31,7 @@ WORDS = [
     "2026-01-01T00:00:00Z", "dead", "ready", "{}", "[", '{"id":1}', "[1,2]", '"x"', "a=b", "=", "k=v", "\u202e\x1b[31m", "%s{0}", "../../x",
     "no.such:app", "x" * 5000, "[" * 500,
 ]  # fmt: skip
-ENDLESS = {"demo", "worker", "server", "watch"}
+ENDLESS = frozenset({"demo", "worker", "server", "watch"})
 
 
 def damaged(dice: random.Random, text: str) -> str:
@@ -95,15 +95,17 @@ def test_damaged_durations(rounds: Rounds) -> None:
     assert taken > 100
 
 
-def leaves(command: click.Command, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    """Yield every command that ends by itself, with the words that name it."""
+def leaves(
+    command: click.Command, words: tuple[str, ...] = (), endless: frozenset[str] = ENDLESS
+) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """Yield every command that is not *endless*, with the words that name it."""
     if isinstance(command, click.Group):
         context = click.Context(command)
         for name in command.list_commands(context):
-            if name not in ENDLESS:
+            if name not in endless:
                 found = command.get_command(context, name)
                 assert found is not None
-                yield from leaves(found, (*words, name))
+                yield from leaves(found, (*words, name), endless)
     else:
         yield words, command
 
@@ -118,6 +120,23 @@ def typed(dice: random.Random, command: click.Command) -> list[str]:
             choice = [dice.choice(list(parameter.opts))]
             words = [*choice, *([] if getattr(parameter, "is_flag", False) else [dice.choice(WORDS)]), *words]
     return words
+
+
+def test_numbers_that_nothing_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each option that is a whole number has an upper bound, and one above it is a mistake in the call, which names the option."""
+    tried = 0
+    for words, command in leaves(cli, endless=frozenset()):
+        arguments = ["1" for one in command.params if isinstance(one, click.Argument) and one.required]
+        for option in command.params:
+            if not isinstance(option, click.Option) or option.type.name not in {"integer", "integer range"}:
+                continue
+            assert main([*words, *arguments, option.opts[-1], "99999999999999999999"]) == ExitCode.USAGE, (
+                words,
+                option.name,
+            )
+            assert option.opts[-1] in capsys.readouterr().err, (words, option.name)
+            tried += 1
+    assert tried > 15
 
 
 @pytest.mark.leaves_keys("what was typed may have been stored")

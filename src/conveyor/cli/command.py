@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
 F = TypeVar("F", bound=Callable[..., Any])
+MOST_JOBS = 10**12
+"""The largest number of jobs that an option takes: more than a server holds, exact in Lua, and an index in Python."""
 _GIVEN = "conveyor.cli.given"
 """Name in `Context.meta` of the shared options that stood before the command: parameter → (flag, value)."""
 

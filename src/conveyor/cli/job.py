@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from msgspec.structs import asdict
 
-from conveyor.cli.command import CommandGroup
+from conveyor.cli.command import MOST_JOBS, CommandGroup
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.filters import filter_text, selection_options
 from conveyor.cli.output import (
@@ -60,8 +60,10 @@ def job() -> None:
 @job.command("list")
 @click.argument("words", metavar="[FILTER]", nargs=-1)
 @selection_options
-@click.option("--limit", type=click.IntRange(min=1), help="At most so many.  [default: 50 on a terminal, else all]")
-@click.option("--offset", type=click.IntRange(min=0), default=0, help="Skip so many first.")
+@click.option(
+    "--limit", type=click.IntRange(1, MOST_JOBS), help="At most so many.  [default: 50 on a terminal, else all]"
+)
+@click.option("--offset", type=click.IntRange(0, MOST_JOBS), default=0, help="Skip so many first.")
 @click.option("-q", "--ids", "ids_only", is_flag=True, help="Print ids only.")
 @redis_options
 def list_(

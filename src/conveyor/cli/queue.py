@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 from msgspec.structs import asdict
 
-from conveyor.cli.command import CommandGroup
+from conveyor.cli.command import MOST_JOBS, CommandGroup
 from conveyor.cli.completion import complete_queues
 from conveyor.cli.filters import filter_options, filter_text
 from conveyor.cli.output import (
@@ -323,7 +323,7 @@ def purge(target: Target, out: Output, name: str, dead: bool, yes: bool, dry_run
 
 @queue.command()
 @_NAME
-@click.option("--limit", type=click.IntRange(min=1), help="At most so many, the oldest.")
+@click.option("--limit", type=click.IntRange(1, MOST_JOBS), help="At most so many, the oldest.")
 @click.option("--rate", metavar="N/s", help="No faster than this, evenly: 100/s, 5/m.")
 @filter_options
 @confirm_options

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from conveyor import ids
 from conveyor.cli.app import task_modules
-from conveyor.cli.command import LeafCommand, SharedArgument, shared_option, verbose_option
+from conveyor.cli.command import MOST_JOBS, LeafCommand, SharedArgument, shared_option, verbose_option
 from conveyor.cli.completion import complete_queues
 from conveyor.cli.output import Output, parse_seconds
 from conveyor.cli.target import Target
@@ -55,7 +55,7 @@ _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
     help="Worker processes by the age of the oldest job, such as 2..8, instead of --processes.",
 )  # fmt: skip
 @click.option(
-    "--max-jobs", type=click.IntRange(min=1), metavar="N", envvar="CONVEYOR_MAX_JOBS",
+    "--max-jobs", type=click.IntRange(1, MOST_JOBS), metavar="N", envvar="CONVEYOR_MAX_JOBS",
     help="Replace a worker process by a new one after N jobs.  [default: never]",
 )  # fmt: skip
 @click.option(
