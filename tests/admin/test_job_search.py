@@ -9,6 +9,7 @@ from redis import Redis
 
 from conveyor import Conveyor
 from conveyor.admin.admin import Admin
+from conveyor.admin.job_query import parse
 from conveyor.admin.job_search import MOST_MESSAGES, OTHER_MESSAGES
 from conveyor.errors import ConfigurationError
 from conveyor.ids import new_ids
@@ -190,6 +191,20 @@ def test_the_newest_dead_letters_are_found_without_the_others(admin: Admin, back
     assert [id_ for _, id_ in admin.each_id("shop", "dead", JobFilter(since=at(1990)))] == ids[:1989:-1]
 
     assert redis.info("commandstats")["cmdstat_zrevrange"]["calls"] == 1
+
+
+def test_a_filter_by_time_finds_those_that_died_before_the_first_that_is_too_old(
+    admin: Admin, backend: Client, redis: Redis
+) -> None:
+    """Where a look ends at a dead letter that is too old, the newer ones that it met are found, over pages too."""
+    ids = bury(backend, redis, "shop", *[("a", "ValueError", "no")] * 5)
+    query = parse(f"state:dead since:{at(2).isoformat()}")
+
+    page = admin.search(query, limit=2)
+    rest = admin.search(query, cursor=page.next, limit=2)
+
+    assert [job.id for job in (*page.jobs, *rest.jobs)] == ids[:1:-1]
+    assert (rest.next, len(rest.jobs)) == (None, 1)
 
 
 def test_partitions_are_one_queue(url: str) -> None:

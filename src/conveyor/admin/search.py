@@ -216,9 +216,10 @@ class JobSearch:
             else:
                 page = self._read(keys, state, offset, size, query)
                 looked, jobs = page.entries, self._accepted(part, page.rows, query)
-            if not looked:
+            if looked or jobs:
+                yield _SearchStep(looked or len(jobs), jobs, str(offset), str(offset + looked) if looked else None)
+            if not looked:  # at the end, or no later one can be wanted
                 return
-            yield _SearchStep(looked, jobs, str(offset), str(offset + looked))
             offset += looked
 
     def _read(self, keys: QueueKeys, state: str, offset: int, size: int, query: JobQuery) -> inspection.JobPage:
