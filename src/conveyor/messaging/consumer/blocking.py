@@ -204,34 +204,29 @@ class Consumer(Generic[T]):
     # -- what the queue hands out -----------------------------------------------------------------------------------
 
     def messages(self, prefetch: int) -> Generator[Message[T], None, None]:
-        """Yield messages without end, each as soon as there is one."""
-        try:
-            with self:
-                while True:
-                    if self.client.forks != self._forks:
-                        raise loop_of_parent()
-                    try:
-                        message = self._follow(self._programs.fetch(prefetch))
-                    except KeyboardInterrupt as stop:
-                        raise stop.with_traceback(None) from None  # how a loop ends: no need to show where it waited
-                    self._latest = (message._leased,)  # noqa: SLF001
-                    yield message
-        finally:
-            self._renew_no_more()
+        """Return a loop without end over messages, each as soon as there is one."""
+        return self._loop(partial(self._programs.fetch, prefetch))
 
     def batches(self, size: int, within: float) -> Generator[Batch[T], None, None]:
-        """Yield batches without end: of *size*, or what came *within* seconds after the first."""
+        """Return a loop without end over batches: of *size*, or what came *within* seconds of the first."""
+        return self._loop(partial(self._programs.gather, size, within), Batch)
+
+    def _loop(
+        self, program: Callable[[], Program[Any]], as_batch: type[Batch[T]] | None = None
+    ) -> Generator[Any, None, None]:
+        """Yield what each *program* returns: one message, or a list of them *as_batch*."""
         try:
             with self:
                 while True:
                     if self.client.forks != self._forks:
                         raise loop_of_parent()
                     try:
-                        batch = Batch(self._follow(self._programs.gather(size, within)))
+                        found = self._follow(program())
                     except KeyboardInterrupt as stop:
-                        raise stop.with_traceback(None) from None
-                    self._latest = [message._leased for message in batch]  # noqa: SLF001
-                    yield batch
+                        raise stop.with_traceback(None) from None  # how a loop ends: no need to show where it waited
+                    messages = [found] if as_batch is None else found
+                    self._latest = [message._leased for message in messages]  # noqa: SLF001
+                    yield found if as_batch is None else as_batch(found)
         finally:
             self._renew_no_more()
 
@@ -274,7 +269,7 @@ class Consumer(Generic[T]):
         """Tell whether the loop's next turn reports these ends: those of what it handed out last."""
         # The order matters: entered first, then looked, as the loop first says that it waits and then looks.
         latest = self._latest
-        return not self._is_idle and all(any(leased is one for one in latest) for leased, _ in endings)
+        return not self._is_idle and all(leased in latest for leased, _ in endings)
 
     @property
     def is_idle(self) -> bool:
