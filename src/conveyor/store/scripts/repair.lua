@@ -1,6 +1,6 @@
 -- Put jobs back that have a record and are in no place: neither ready, in a group, scheduled, dead nor leased. Others are left
 -- alone. A group whose ticket is lost gets a new one.
--- needs: numbers keys tokens envelope rights limits groups
+-- needs: numbers keys tokens envelope is_leased rights limits groups
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7 wake  8-17 ready:0 … ready:9  18 none
 -- ARGV  ids, the newest first: each is put before the one that came before it
@@ -50,10 +50,7 @@ local function is_placed(id, found, envelope)
     grouped[#grouped + 1] = {found.priority, group}
     if redis.call('LPOS', prefix .. 'group:' .. found.priority .. ':' .. group, id) then return true end
   end
-  if redis.call('ZSCORE', due, id) or redis.call('ZSCORE', KEYS[4], id) then return true end
-  for _, worker in ipairs(workers) do
-    if redis.call('HEXISTS', prefix .. 'leased:' .. worker, id) == 1 then return true end
-  end
+  if redis.call('ZSCORE', due, id) or redis.call('ZSCORE', KEYS[4], id) or is_leased(prefix, id, workers) then return true end
   for ready = 8, 17 do
     if redis.call('LPOS', KEYS[ready], id) then return true end
   end

@@ -1,5 +1,6 @@
 -- Read one page of the ids of a queue: of its jobs that are neither scheduled, dead nor leased, nor wait for another job; or of a ready list, with those in
 -- the groups whose tickets stand there; or of the groups whose tickets wait at limits.
+-- needs: is_leased
 --
 -- KEYS  1 jobs  2 due  3 dead  4 workers  5-14 ready:0 … ready:9
 -- ARGV  1 "jobs", a priority, or "waits"  2 cursor of HSCAN, or offset in the list  3 how many at most, or groups
@@ -28,10 +29,7 @@ local workers = redis.call('ZRANGE', KEYS[4], 0, -1)
 reply[1] = page[1]
 for i = 1, #page[2], 2 do
   local id = page[2][i]
-  local placed = redis.call('ZSCORE', KEYS[2], id) or redis.call('ZSCORE', KEYS[3], id)
-  for _, worker in ipairs(workers) do
-    placed = placed or redis.call('HEXISTS', prefix .. 'leased:' .. worker, id) == 1
-  end
+  local placed = redis.call('ZSCORE', KEYS[2], id) or redis.call('ZSCORE', KEYS[3], id) or is_leased(prefix, id, workers)
   local after = string.match(page[2][i + 1], '^[^\n]*\ta([^\t\n]*)')
   placed = placed or after and redis.call('HGET', prefix .. 'reruns', after) == id and redis.call('HEXISTS', KEYS[1], after) == 1
   if not placed then reply[#reply + 1] = id end

@@ -1,5 +1,5 @@
 -- Change a job that waits: when it is due, its priority, and its arguments with the group and the limits that follow from them.
--- needs: numbers keys tokens envelope events history rights changes limits groups place_change
+-- needs: numbers keys tokens envelope is_leased events history rights changes limits groups place_change
 --
 -- KEYS  1 jobs  2 due  3 wake  4-13 ready:0 … ready:9  14 conf  15 none  16 workers  17 dead
 -- ARGV  1 id  2 SHA-1 of its envelope, as the caller has read it  3 delay_ms  4 due_at_ms   "" both: when it is due stays
@@ -10,9 +10,7 @@ local queue = {prefix = string.sub(jobs, 1, -5), jobs = jobs, due = due, conf = 
 local prefix, priority = queue.prefix, tonumber(ARGV[5])
 local envelope = redis.call('HGET', jobs, id)
 if not envelope or string.byte(envelope) == 120 or redis.call('ZSCORE', KEYS[17], id) then return 0 end
-for _, worker in ipairs(redis.call('ZRANGE', KEYS[16], 0, -1)) do
-  if redis.call('HEXISTS', prefix .. 'leased:' .. worker, id) == 1 then return 0 end
-end
+if is_leased(prefix, id, redis.call('ZRANGE', KEYS[16], 0, -1)) then return 0 end
 if redis.sha1hex(envelope) ~= ARGV[2] then return -1 end
 
 local before = marks(envelope) or {priority = 0}

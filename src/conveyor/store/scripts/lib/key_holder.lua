@@ -1,15 +1,5 @@
 -- Taking unique keys; lib/unique.lua says what they are.
 
--- Tell whether a worker holds a job.
--- prefix, id  of the job
--- returns     true or false
-local function is_leased(prefix, id)
-  for _, worker in ipairs(redis.call('ZRANGE', prefix .. 'workers', 0, -1)) do
-    if redis.call('HEXISTS', prefix .. 'leased:' .. worker, id) == 1 then return true end
-  end
-  return false
-end
-
 -- Tell whether a job has expired while it waited: the lease that reaches it drops it. With a successor it keeps its keys, which that one
 -- takes over then.
 -- prefix, id, envelope  of the job
