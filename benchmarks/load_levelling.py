@@ -30,6 +30,7 @@ from conveyor.store.keys import QueueKeys
 from testbed.server_process import Server, find_binary
 
 ROOT = Path(__file__).parents[1]
+USUAL_JOBS, WEIGHED_JOBS = 2000, 20_000
 
 
 class Line(NamedTuple):
@@ -512,9 +513,9 @@ def fairness(options: argparse.Namespace) -> int:
 
 def weights(options: argparse.Namespace) -> int:
     """Change the weight of a key with many jobs queued, and count the turns that follow."""
-    if options.jobs < 20_000:
+    if options.jobs < WEIGHED_JOBS:
         raise SystemExit(
-            "weights counts thousands of starts before and after the change: give it --jobs 20000 at least."
+            f"weights counts thousands of starts before and after the change: give it --jobs {WEIGHED_JOBS} at least."
         )
     with running(options) as run:
         half = options.jobs // 2
@@ -548,6 +549,8 @@ CASES = {
     "fairness": fairness,
     "weights": weights,
 }
+JOBS = {"weights": WEIGHED_JOBS}
+"""The jobs of the cases that need other than `USUAL_JOBS`."""
 
 
 def main() -> int:
@@ -560,7 +563,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--restarts", type=int, default=0, help="restarts of the server")
     parser.add_argument("--processes", type=int, default=8)
-    parser.add_argument("--jobs", type=int, default=2000)
+    parser.add_argument("--jobs", type=int, help=f"{USUAL_JOBS} unless given; {WEIGHED_JOBS} for weights")
     parser.add_argument("--keys", type=int, default=1000)
     parser.add_argument("--slots", type=int, default=10)
     parser.add_argument("--server", default="valkey")
@@ -569,6 +572,8 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
     options = parser.parse_args()
+    if options.jobs is None:
+        options.jobs = JOBS.get(options.case, USUAL_JOBS)
     print(f"{options.case}: seed {options.seed}", flush=True)
     return CASES[options.case](options)
 
