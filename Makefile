@@ -11,7 +11,7 @@ ARGS   ?=
 CORES  ?= 2
 
 SOURCES := src tests testbed docs $(wildcard benchmarks) $(wildcard chaos) $(wildcard examples)
-TYPED   := src testbed docs $(wildcard chaos) $(wildcard examples)
+TYPED   := src testbed docs $(wildcard benchmarks) $(wildcard chaos) $(wildcard examples)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-matrix test-smoke check bench chaos format clean

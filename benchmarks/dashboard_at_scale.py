@@ -15,7 +15,7 @@ import contextlib
 import io
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -132,7 +132,8 @@ class ServerLog:
     """The slow log of a server, as the time of the longest command since it was begun anew."""
 
     def __init__(self, url: str) -> None:
-        self._execute = execute = redis.Redis.from_url(url).execute_command
+        execute: Callable[..., Any] = redis.Redis.from_url(url).execute_command
+        self._execute = execute
         execute("CONFIG SET", "slowlog-log-slower-than", "500")
         execute("CONFIG SET", "slowlog-max-len", "1000")
 

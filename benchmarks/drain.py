@@ -198,7 +198,8 @@ def _steady(bench: Bench, backlog: int, count: int) -> list[float]:
     queue, ready = app.queue("depth"), f"{NAMESPACE}:{{depth}}:ready:0"
     queue.pause()
     app.enqueue_many(deep.s(number, TEXT) for number in range(backlog))
-    accepted, rates = backlog, []
+    accepted = backlog
+    rates: list[float] = []
     with Worker(bench, "-q", "depth", "--processes", "1") as worker, bench.client() as client:
         queue.resume()
         goal, since = 20_000, 0.0

@@ -100,9 +100,9 @@ def _messages(app: Conveyor) -> Iterator[tuple[str, Trace]]:
 
 
 def _jobs(app: Conveyor) -> Iterator[tuple[str, Trace]]:
-    def add(a: int, b: int) -> None: ...
+    @app.task(name="add")
+    def task(a: int, b: int) -> None: ...
 
-    task = app.task(add, name="add")
     yield "task.enqueue", _warm(lambda: task.enqueue(1, 2))
     yield "task.options(…).enqueue", _warm(lambda: task.options(priority=3).enqueue(1, 2))
 
@@ -110,10 +110,10 @@ def _jobs(app: Conveyor) -> Iterator[tuple[str, Trace]]:
 async def _worker(app: Conveyor, *, enqueue_here: bool) -> Trace:
     ran = asyncio.Event()
 
-    async def run(a: int, b: int) -> None:
+    @app.task(name="run", queue="warm")
+    async def task(a: int, b: int) -> None:
         ran.set()
 
-    task = app.task(run, name="run", queue="warm")
     traces = []
     async with app.worker(queues={"warm": 1}):
 

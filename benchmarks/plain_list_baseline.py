@@ -131,6 +131,7 @@ async def _awaited_delays(bench: Bench, count: int) -> list[float]:
     delays = []
     for _ in range(count):
         item = await client.blpop([LIST], timeout=10)
+        assert item is not None
         delays.append((time.monotonic_ns() - json.loads(item[1])["sent"]) / 1e6)
     await pusher.wait()
     await client.aclose()
@@ -144,6 +145,7 @@ async def _awaited_trips(bench: Bench, count: int) -> list[float]:
         start = time.perf_counter()
         await client.rpush("request", json.dumps({"id": number, "text": TEXT}))
         item = await client.blpop(["reply"], timeout=10)
+        assert item is not None
         assert json.loads(item[1]) == number
         trips.append((time.perf_counter() - start) * 1e3)
     await client.aclose()

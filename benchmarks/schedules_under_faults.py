@@ -173,9 +173,9 @@ def play(run: Run, options: argparse.Namespace) -> int:
             next_fault += options.pause
         handles = [app.schedules.get(name) for name in reasons]
         for handle in handles:  # each reads its instant and its last runs in one step
-            for one in handle.runs():
-                if one.outcome != "fired":
-                    reasons[handle.name][round(one.instant.timestamp() * 1000)] = (one.outcome, one.skipped)
+            for past in handle.runs():
+                if past.outcome != "fired":
+                    reasons[handle.name][round(past.instant.timestamp() * 1000)] = (past.outcome, past.skipped)
         reached = min(round(handle.due.timestamp() * 1000) for handle in handles if handle.due)
         time.sleep(0.2)
     for pid in run.frozen:

@@ -49,6 +49,18 @@ def _idle_rate(bench: Bench) -> float:
         return float((commands_sent(client) - before) / (time.monotonic() - began))
 
 
+def _lateness(record: Record, count: int, what: str, *, within: float = 60) -> list[float]:
+    """Return how late *count* jobs started, in ms, as soon as their notes are there."""
+    late: list[float] = []
+
+    def have_started() -> bool:
+        late.extend(one.value / 1000 for one in record.read())
+        return len(late) >= count
+
+    wait_for(have_started, what, within=within)
+    return late
+
+
 def ticks(bench: Bench) -> None:
     """Measure how late a schedule of each second starts its job in an idle worker. Goal: 50 ms at p99."""
     from benchmarks.measured_jobs import app, tick
@@ -59,12 +71,7 @@ def ticks(bench: Bench) -> None:
     with Worker(bench, "-q", "ticks", "--processes", "1") as worker:
         _ready(bench, worker, "ticks")
         app.schedules.put("each-second", tick.s(1), every="1s")
-        late: list[float] = []
-        wait_for(
-            lambda: late.extend(one.value / 1000 for one in record.read()) or len(late) >= count,
-            "ticks",
-            within=count + 60,
-        )
+        late = _lateness(record, count, "ticks", within=count + 60)
         app.schedules.delete("each-second")
     bench.note("tick late p50 ms", percentile(late, 50))
     bench.note("tick late p99 ms", percentile(late, 99))
@@ -83,9 +90,8 @@ def instant(bench: Bench) -> None:
         timed = due.options(at=datetime.fromtimestamp(at, UTC))
         app.enqueue_many(timed.s(number, at * 1_000_000) for number in range(count))
         assert time.time() < at, "enqueueing took longer than the delay"
-        late: list[float] = []
         used = worker.cpu()
-        wait_for(lambda: late.extend(one.value / 1000 for one in record.read()) or len(late) >= count, "all starts")
+        late = _lateness(record, count, "all starts")
         bench.note("due at once, CPU s of the worker", worker.cpu() - used)
     bench.note("due at once, first start ms", min(late))
     bench.note("due at once, last start ms", max(late))
@@ -105,12 +111,7 @@ def delayed(bench: Bench) -> None:
         app.enqueue_many(
             due.options(at=datetime.fromtimestamp(at / 1e6, UTC)).s(number, at) for number, at in enumerate(instants)
         )
-        late: list[float] = []
-        wait_for(
-            lambda: late.extend(one.value / 1000 for one in record.read()) or len(late) >= count,
-            "all",
-            within=count * 0.05 + 60,
-        )
+        late = _lateness(record, count, "all", within=count * 0.05 + 60)
     bench.note("delayed late p50 ms", percentile(late, 50))
     bench.note("delayed late p99 ms", percentile(late, 99))
 
