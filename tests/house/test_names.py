@@ -1,5 +1,5 @@
 """
-Names and words: one meaning for a class name, no name that was given up, plain beginnings of docstrings and comments.
+Names and words: one meaning for the name of a type or of an imported constant, no name that was given up, plain beginnings of docstrings and comments.
 
 Each test also shows that its check finds what it is for.
 """
@@ -33,14 +33,40 @@ def given_up_names(text: str) -> list[str]:
     return [word for word in re.findall(r"\b[A-Z]\w+\b", text) if word in GIVEN_UP]
 
 
-def shared_class_names(sources: dict[str, str]) -> dict[str, list[str]]:
-    """Return class name → the files that define it, for names that are defined more than once; nested classes count."""
+def shared_type_names(sources: dict[str, str]) -> dict[str, list[str]]:
+    """Return name → the files that define it, of types that are defined more than once: classes, nested ones too, and aliases."""
     places = defaultdict(list)
     for file, source in sources.items():
-        for node in ast.walk(ast.parse(source)):
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(file)
+        for name in _assigned(tree):
+            if re.fullmatch(r"_?[A-Z]\w*[a-z]\w*", name) and not name.endswith(("_co", "_contra")):
+                places[name].append(file)
     return {name: files for name, files in places.items() if len(files) > 1}
+
+
+def _assigned(tree: ast.Module) -> Iterator[str]:
+    """Yield the names that a module gives values to."""
+    for node in tree.body:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        for target in targets:
+            yield from (one.id for one in getattr(target, "elts", [target]) if isinstance(one, ast.Name))
+
+
+def shared_constants(sources: dict[str, str]) -> dict[str, list[str]]:
+    """Return name → the modules it is imported from, of constants that other modules import from more than one."""
+    origins = defaultdict(set)
+    for source in sources.values():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "conveyor":
+                for alias in node.names:
+                    if re.fullmatch(r"[A-Z][A-Z0-9_]+", alias.name):
+                        origins[alias.name].add(node.module)
+    return {name: sorted(modules) for name, modules in origins.items() if len(modules) > 1}
 
 
 BEGINNINGS = re.compile(r"(Who|What|Whom|Whose|How|Take|Do the same)\b")
@@ -90,14 +116,29 @@ def test_names_that_were_given_up_do_not_come_back() -> None:
     assert {file: names for file, names in found.items() if names} == {}
 
 
-def test_a_class_name_means_one_thing() -> None:
-    """No two classes of the source have the same name, nested and private ones included."""
-    two = {"a.py": "class One: ...\nclass Two:\n    class Three: ...", "b.py": "class Three: ...\nclass Four: ..."}
-    assert shared_class_names(two) == {"Three": ["a.py", "b.py"]}
+def test_the_name_of_a_type_means_one_thing() -> None:
+    """No two classes or aliases of types of the source have the same name, nested and private ones included."""
+    two = {
+        "a.py": "class One: ...\nclass Two:\n    class Three: ...",
+        "b.py": "class Three: ...\nOne = list[int]\nT = X = 1",
+    }
+    assert shared_type_names(two) == {"Three": ["a.py", "b.py"], "One": ["a.py", "b.py"]}
 
     sources = {str(path.relative_to(HOME)): path.read_text() for path in written("src") if path.suffix == ".py"}
     assert len(sources) > 100
-    assert shared_class_names(sources) == {}
+    assert shared_type_names(sources) == {}
+
+
+def test_the_name_of_an_imported_constant_means_one_thing() -> None:
+    """No two modules of the source give the same name to constants that others import."""
+    two = {
+        "c.py": "from conveyor.a import PLAIN, READY",
+        "d.py": "def f():\n    from conveyor.b import PLAIN as P\nfrom conveyor.a import READY",
+    }
+    assert shared_constants(two) == {"PLAIN": ["conveyor.a", "conveyor.b"]}
+
+    sources = {str(path.relative_to(HOME)): path.read_text() for path in written("src") if path.suffix == ".py"}
+    assert shared_constants(sources) == {}
 
 
 def test_texts_begin_with_their_subject() -> None:

@@ -44,7 +44,6 @@ from conveyor.admin.job_search import FailureCount, last_failure
 from conveyor.admin.known_redaction import KnownRedaction
 from conveyor.admin.queue_directory import QueueDirectory, ended_in
 from conveyor.admin.views import (
-    LIVE,
     STATES,
     ActionResult,
     AuditEntry,
@@ -73,6 +72,7 @@ from conveyor.ids import clean, label_text, logical, made_at_ms, public, queue_n
 from conveyor.jobs.history import HistoryEntry, ended_history, live_history
 from conveyor.jobs.why import QueueCause, Why, explain, queue_causes
 from conveyor.messaging.partitions import refuse_full
+from conveyor.messaging.selection import LIVE
 from conveyor.payload.codec import MAX_PAYLOAD
 from conveyor.payload.formats import JSON, FormatRegistry
 from conveyor.payload.live_records import LogLine

@@ -12,9 +12,9 @@ from msgspec.structs import replace
 
 from conveyor.admin.job_query import JobQuery
 from conveyor.admin.queue_directory import QueueDirectory, ended_in
-from conveyor.admin.views import LIVE, ActionResult, JobInfo, QueueInfo, finished_job, live_job
+from conveyor.admin.views import ActionResult, JobInfo, QueueInfo, finished_job, live_job
 from conveyor.errors import ConfigurationError, InvalidFilter
-from conveyor.messaging.selection import ACTED_ON, ActionName, Pace, Walks, act, last_error
+from conveyor.messaging.selection import ACTED_ON, LIVE, ActionName, Pace, Walks, act, last_error
 from conveyor.payload.codec import MAX_PAYLOAD
 from conveyor.store import inspection
 from conveyor.store.inspection import Ended, JobRow, QueueCounts

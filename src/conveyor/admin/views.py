@@ -9,6 +9,7 @@ import msgspec
 from msgspec.structs import replace
 
 from conveyor.ids import made_at_ms, public
+from conveyor.messaging.selection import LIVE
 from conveyor.payload.live_records import Progress
 from conveyor.payload.pipeline import MAX_LARGE
 from conveyor.payload.records import Failure, Status
@@ -19,10 +20,8 @@ from conveyor.store.audit_log import AuditRow
 from conveyor.store.inspection import FinishedJob, JobRow, QueueCounts
 from conveyor.units import instant, instant_or_none
 
-STATES: tuple[Status, ...] = ("leased", "ready", "waiting", "scheduled", "dead", "done")
+STATES: tuple[Status, ...] = (*LIVE, "done")
 """The states that can be listed. `done`: recently finished jobs, about a thousand per queue."""
-
-LIVE: tuple[Status, ...] = ("leased", "ready", "waiting", "scheduled", "dead")
 
 
 class QueueInfo(msgspec.Struct, frozen=True, gc=False):  # ten thousand at once: no cycle to look for

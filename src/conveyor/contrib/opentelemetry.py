@@ -21,7 +21,7 @@ from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
 from conveyor import CallNext, Context, Conveyor, Message, Middleware, Outgoing, RateLimited, Snooze
 
 TraceParent = Literal["auto", "always", "never"]
-PushEnd = Callable[[BaseException | None], None]
+SpanEnd = Callable[[BaseException | None], None]
 _EXPECTED = (Snooze, RateLimited)
 """The exceptions by which a job comes again later: no errors of a trace."""
 _API = ("opentelemetry.trace", "opentelemetry.metrics")
@@ -78,7 +78,7 @@ class OpenTelemetry(Middleware):
 
     # -- pushes ---------------------------------------------------------------------------------------------------
 
-    def push(self, outgoing: Outgoing) -> PushEnd | None:
+    def push(self, outgoing: Outgoing) -> SpanEnd | None:
         """
         Begin the span of a push, and write its context into the headers.
 
@@ -100,7 +100,7 @@ class OpenTelemetry(Middleware):
         span.end()
         return self._add_to_batch(outgoing.batch, place, span)
 
-    def _add_to_batch(self, batch: dict[Any, Any], place: str, created: Span) -> PushEnd | None:
+    def _add_to_batch(self, batch: dict[Any, Any], place: str, created: Span) -> SpanEnd | None:
         """Count a message for the span of its bulk push to one place; return the end of that span with the first."""
         key, end = (self, place), None
         operation = batch.get(key)

@@ -120,7 +120,7 @@ class ApiCall:
         return self.values[name]
 
 
-Handler = Callable[[ApiCall], Any]
+RouteHandler = Callable[[ApiCall], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ class ApiRoute:
     path: str
     schema: str
     summary: str
-    handle: Handler
+    handle: RouteHandler
     action: Action | Mapping[str, Action] | None = None
     fields: Mapping[str, Field] = field(default_factory=dict)
     chosen_by: str = "action"

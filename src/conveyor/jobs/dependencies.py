@@ -320,7 +320,7 @@ class WorkerScope:
         await self._server.close()
 
 
-Run = Callable[[Callable[[], Any]], Awaitable[Any]]
+AwaitableCaller = Callable[[Callable[[], Any]], Awaitable[Any]]
 """Calls a function that returns an awaitable, where that belongs, and returns its result."""
 
 
@@ -332,7 +332,9 @@ async def _run_on_thread(function: Callable[[], Any]) -> Any:
     return await asyncio.to_thread(function)
 
 
-async def _open(step: _Step, inputs: dict[str, Any], stack: AsyncExitStack, run: Run, *, plainly: bool = True) -> Any:
+async def _open(
+    step: _Step, inputs: dict[str, Any], stack: AsyncExitStack, run: AwaitableCaller, *, plainly: bool = True
+) -> Any:
     """Return the value of a dependency; *stack* gets its clean-up. *plainly*: plain functions are called here, not by *run*."""
     call = functools.partial(step.function, **inputs)
     if step.kind == "coroutine":

@@ -24,7 +24,7 @@ from conveyor.events import (
     JobStarted,
     JobUpdated,
 )
-from conveyor.jobs.results import CHECK_AGAIN, EVENTS, OutageTimer
+from conveyor.jobs.results import CHECK_AGAIN, EVENT_READER, OutageTimer
 from conveyor.store import partitions as partitioning
 from conveyor.store.queue_events import TO_COME, EventPage, StoredEvent, read_events
 from conveyor.store.sleepers import SleepingTask, SleepingThread
@@ -103,7 +103,9 @@ class EventReader:
         # A partition that came later begins at its first event.
         fill = TO_COME if self._after == NOW else ""
         self._places = [*places[: len(names)], *[fill] * (len(names) - len(places))]
-        self._listeners = [self._subscriber.listen(keys, f"\t{keys.prefix}", EVENTS, wake) for keys in self._parts]
+        self._listeners = [
+            self._subscriber.listen(keys, f"\t{keys.prefix}", EVENT_READER, wake) for keys in self._parts
+        ]
 
     def _close(self) -> None:
         for keys, listener in zip(self._parts, self._listeners, strict=False):

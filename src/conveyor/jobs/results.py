@@ -33,7 +33,7 @@ WaitReply = tuple[str, bytes]
 
 CHECK_AGAIN = 5.0
 """Seconds after which a waiter asks again, in case its message was missed."""
-EVENTS = "e"
+EVENT_READER = "e"
 """The word of a listener to the events of a queue, which ends with the subscription."""
 
 _log = logging.getLogger("conveyor.result")
@@ -289,7 +289,7 @@ class ResultSubscriber:
         """End the thread; waiters still ask every few seconds."""
         with self._lock:
             thread, self._thread = self._thread, None
-            readers = [one for several in self._listeners.values() for one in several if one.what == EVENTS]
+            readers = [one for several in self._listeners.values() for one in several if one.what == EVENT_READER]
         if thread is not None:
             thread.close()
         for one in readers:

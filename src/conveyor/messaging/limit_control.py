@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -19,10 +19,9 @@ from conveyor.store import partitions as partitioning
 from conveyor.store.client.client import Client
 from conveyor.store.keys import QueueKeys
 from conveyor.store.limits import LimitRecord
-from conveyor.store.script import Call, adrive, drive
+from conveyor.store.script import CallProgram, adrive, drive
 
 V = TypeVar("V")
-Program = Generator[Call[Any], Any, V]
 MOST_GROUPS = 1000
 
 
@@ -62,7 +61,7 @@ LimitStates = list[LimitState]
 GroupStates = list[GroupState]
 LimitRecords = list[LimitRecord]
 GroupRecords = list[store_limits.GroupRecord]
-Names = list[str | None]
+LimitNames = list[str | None]
 
 
 class LimitPlace(NamedTuple):
@@ -122,7 +121,7 @@ class LimitControl:
 
     # -- programs -------------------------------------------------------------------------------------------------
 
-    def _set(self, owner: str, limit: Rate | Concurrency, key: str | None) -> Program[None]:
+    def _set(self, owner: str, limit: Rate | Concurrency, key: str | None) -> CallProgram[None]:
         if not isinstance(limit, Rate | Concurrency):
             raise ConfigurationError(
                 f'limits.set takes Rate(…) or Concurrency(…), such as Rate(500, "1m"), not {limit!r}.'
@@ -143,7 +142,7 @@ class LimitControl:
         for keys in parts:
             yield store_limits.set_limit(keys, found.name, text, limit_text(limit, number))
 
-    def _list(self, owner: str) -> Program[LimitStates]:
+    def _list(self, owner: str) -> CallProgram[LimitStates]:
         place = self._find(ids.queue_name(owner))
         parts = yield from _parts(self._client, place)
         yield from _declare(place, parts)
@@ -159,7 +158,7 @@ class LimitControl:
                 merged[record.name, record.key] = state if known is None else _sum(known, state)
         return [merged[one] for one in sorted(merged)]
 
-    def _reset(self, owner: str, name: str | None, key: str | None) -> Program[int]:
+    def _reset(self, owner: str, name: str | None, key: str | None) -> CallProgram[int]:
         if key is not None and name is None:
             raise ConfigurationError("limits.reset(key=…) needs the name of the limit too: reset(queue, name, key).")
         place = self._find(ids.queue_name(owner))
@@ -167,7 +166,7 @@ class LimitControl:
         if name is not None or place.prefix:
             records: LimitRecords = yield store_limits.list_limits(parts[0])
             known = sorted({record.name for record in records})
-            names: Names = [name] if name is not None else [one for one in known if place.means(one)]
+            names: LimitNames = [name] if name is not None else [one for one in known if place.means(one)]
             if name is not None and name not in known:
                 raise ConfigurationError(
                     f"Queue {place.queue!r} has no limit {name!r}. {_listed(known)} Nothing was changed."
@@ -210,7 +209,7 @@ class GroupControl:
         """Awaitable form of `list`."""
         return await adrive(self._list(queue, limit), self._client.arun)
 
-    def _set(self, queue: str, key: str, weight: int | None, paused: bool | None) -> Program[None]:
+    def _set(self, queue: str, key: str, weight: int | None, paused: bool | None) -> CallProgram[None]:
         text = group_key(key)
         if weight is None and paused is None:
             raise ConfigurationError("groups.set needs weight=, paused= or both. Nothing was changed.")
@@ -223,7 +222,7 @@ class GroupControl:
         for keys in (yield from _parts(self._client, self._find(ids.queue_name(queue)), changes=True)):
             yield store_limits.set_group(keys, text, weight=weight, paused=paused)
 
-    def _list(self, queue: str, limit: int) -> Program[GroupStates]:
+    def _list(self, queue: str, limit: int) -> CallProgram[GroupStates]:
         if not isinstance(limit, int) or isinstance(limit, bool) or not 1 <= limit <= MOST_GROUPS:
             raise ConfigurationError(f"limit must be a whole number from 1 to {MOST_GROUPS:,}, not {limit!r}.")
         merged: dict[str, GroupState] = {}
@@ -238,7 +237,7 @@ class GroupControl:
         return sorted(merged.values(), key=lambda one: (-one.waiting, one.key))[:limit]
 
 
-def _parts(client: Client, place: LimitPlace, *, changes: bool = False) -> Program[list[QueueKeys]]:
+def _parts(client: Client, place: LimitPlace, *, changes: bool = False) -> CallProgram[list[QueueKeys]]:
     """
     Return the keys of a queue, or of each of its partitions; in one that nobody has used yet the number declared here is recorded.
 
@@ -256,7 +255,7 @@ def _parts(client: Client, place: LimitPlace, *, changes: bool = False) -> Progr
     return [QueueKeys(client.namespace, ids.partition(place.queue, one), partitions=number) for one in range(number)]
 
 
-def _declare(place: LimitPlace, parts: Iterable[QueueKeys]) -> Program[None]:
+def _declare(place: LimitPlace, parts: Iterable[QueueKeys]) -> CallProgram[None]:
     """Declare what this program knows where nothing is stored, so that an operator's change finds it."""
     for keys in parts if place.limits is not None else ():
         assert place.limits is not None

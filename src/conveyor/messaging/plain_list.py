@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from conveyor.errors import ConfigurationError
 from conveyor.messaging.consumer.list_mover import intake
 from conveyor.messaging.publisher import Plan, PlannedPush, Publisher
-from conveyor.messaging.push_options import PLAIN, PreparedPush, PushMiddleware
+from conveyor.messaging.push_options import PLAIN_PUSH, PreparedPush, PushMiddleware
 from conveyor.messaging.queue import Queue
 from conveyor.messaging.retry import Retry
 from conveyor.payload.codec import MAX_PAYLOAD, ValueCodec
@@ -134,8 +134,8 @@ class ListPublisher(Publisher[T]):
 
     def _passed(self, value: Any, options: PreparedPush) -> tuple[Any, PreparedPush]:
         """Return a value as the middlewares leave it. Their headers are left out: a bare document has no place for them."""
-        passed, changed = super()._passed(value, PLAIN)
-        _refuse(replace(changed, head=PLAIN.head))
+        passed, changed = super()._passed(value, PLAIN_PUSH)
+        _refuse(replace(changed, head=PLAIN_PUSH.head))
         return passed, options
 
     def _send(self, push: PlannedPush) -> Sequence[str]:
@@ -152,7 +152,7 @@ class ListPublisher(Publisher[T]):
 
 
 def _refuse(options: PreparedPush) -> None:
-    if options != PLAIN or options.durability_request is not None:
+    if options != PLAIN_PUSH or options.durability_request is not None:
         raise ConfigurationError(
             "A plain list holds bare documents, so a push takes no delay, at, priority, id, unique, expires, headers, "
             "tags, front, fsync or wait_replicas. Nothing was stored. Use a queue for these."

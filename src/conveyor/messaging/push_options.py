@@ -243,7 +243,7 @@ class PushOptions(PushManyOptions, TopicOptions, total=False):
     """The options of `push`."""
 
 
-PLAIN = PreparedPush(write_envelope("", b""))
+PLAIN_PUSH = PreparedPush(write_envelope("", b""))
 """A push without options."""
 
 

@@ -41,7 +41,7 @@ from conveyor.messaging.message import Batch, Message, OnError
 from conveyor.messaging.outbox import OutboxRoutes
 from conveyor.messaging.publisher import Publisher
 from conveyor.messaging.push_options import (
-    PLAIN,
+    PLAIN_PUSH,
     Outgoing,
     PreparedPush,
     PushManyOptions,
@@ -311,7 +311,7 @@ class Queue(MessageSource[T]):
 
     def _prepared(self, options: PushOptions) -> PreparedPush:
         if not options and self._sealing is None and self.version == 1 and not self._fixed_limits:
-            return PLAIN
+            return PLAIN_PUSH
         if unknown := options.keys() - PushOptions.__annotations__.keys():
             raise TypeError(f"push() got an unexpected keyword argument {min(unknown)!r}")
         if options.get("timeout") is not None and (self.max_length is None or self.max_length.full != "block"):

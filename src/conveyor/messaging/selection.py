@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from conveyor.errors import ConfigurationError
 from conveyor.ids import public
 from conveyor.messaging.maintenance import note_kept
+from conveyor.payload.records import Status
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store import inspection, operations
 from conveyor.store.client.client import Client
@@ -25,7 +26,7 @@ from conveyor.store.script import Call
 from conveyor.units import Duration, instant, milliseconds
 
 R = TypeVar("R")
-LIVE: tuple[str, ...] = ("leased", "ready", "waiting", "scheduled", "dead")
+LIVE: tuple[Status, ...] = ("leased", "ready", "waiting", "scheduled", "dead")
 """The states in which Redis keeps a job whole."""
 ActionName = Literal["cancel", "delete", "redrive", "promote"]
 ACTED_ON: dict[ActionName, tuple[str, ...]] = {

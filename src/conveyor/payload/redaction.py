@@ -51,7 +51,7 @@ class _TooLong(Exception):
         self.at = at
 
 
-class Names(NamedTuple):
+class RedactedNames(NamedTuple):
     """The patterns of a program and the sensitive names of its tasks, as they are kept in Redis."""
 
     patterns: frozenset[str]
@@ -94,9 +94,11 @@ class Redaction:
         return f"<Redaction of {len(self._patterns)} patterns and {len(self._sensitive)} tasks>"
 
     @property
-    def names(self) -> Names:
+    def names(self) -> RedactedNames:
         """The names as they were given."""
-        return Names(frozenset(self._names), {task: frozenset(names) for task, names in self._sensitive.items()})
+        return RedactedNames(
+            frozenset(self._names), {task: frozenset(names) for task, names in self._sensitive.items()}
+        )
 
     def add_patterns(self, patterns: Iterable[str]) -> None:
         """Add patterns for the fields of everything."""
@@ -115,7 +117,7 @@ class Redaction:
             self._paths.clear()
             self._hints.clear()
 
-    def joined(self, others: Names) -> Redaction:
+    def joined(self, others: RedactedNames) -> Redaction:
         """Return a redaction of these names and of *others*."""
         found = Redaction(self._names, self._sensitive)
         found.add_patterns(others.patterns)

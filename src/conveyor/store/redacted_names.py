@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from conveyor.payload.redaction import Names
+from conveyor.payload.redaction import RedactedNames
 from conveyor.store.script import Call, Command, Script
 
 SADD, SMEMBERS = Script("SADD"), Script("SMEMBERS")
@@ -15,16 +15,16 @@ def redaction_key(namespace: str) -> str:
     return f"{namespace}:redaction"
 
 
-def add(namespace: str, names: Names) -> Call[int]:
+def add(namespace: str, names: RedactedNames) -> Call[int]:
     """Return the call that adds names to those of the namespace."""
     sensitive = (f"{task}\t{name}" for task, some in names.sensitive.items() for name in some)
     return Command(SADD, (redaction_key(namespace),), (*sorted(names.patterns), *sorted(sensitive)), int)
 
 
-def read(namespace: str) -> Call[Names]:
+def read(namespace: str) -> Call[RedactedNames]:
     """Return the call that reads the names of the namespace."""
 
-    def decode(reply: Any) -> Names:
+    def decode(reply: Any) -> RedactedNames:
         patterns, sensitive = set[str](), dict[str, set[str]]()
         for member in reply:
             task, tab, name = member.decode(errors="replace").rpartition("\t")
@@ -32,6 +32,6 @@ def read(namespace: str) -> Call[Names]:
                 sensitive.setdefault(task, set()).add(name)
             else:
                 patterns.add(name)
-        return Names(frozenset(patterns), {task: frozenset(some) for task, some in sensitive.items()})
+        return RedactedNames(frozenset(patterns), {task: frozenset(some) for task, some in sensitive.items()})
 
     return Command(SMEMBERS, (redaction_key(namespace),), (), decode)

@@ -183,7 +183,7 @@ class Handler:
         low, high, bucket, count = 0.0, 0.0, 0, 0  # above low and up to high ms is the bucket, with its count
         for attempt in self.first_starts:
             envelope = attempt.envelope
-            if envelope is PLAIN or not (envelope.due_ms or envelope.own_id):
+            if envelope is PLAIN_ENVELOPE or not (envelope.due_ms or envelope.own_id):
                 letters = attempt.id[:8]
                 if letters != last:
                     last, made = letters, made_at_ms(attempt.id)
@@ -202,7 +202,7 @@ class Handler:
             count += 1
             if ms < 0:  # the clocks of its maker and of the server differ
                 ms = 0.0
-            if envelope is PLAIN:
+            if envelope is PLAIN_ENVELOPE:
                 plain_ms += ms
             else:
                 attributes = envelope.attributes
@@ -289,7 +289,7 @@ class AttemptOwner(Protocol):
     def encode_part(self, value: object) -> bytes: ...
 
 
-PLAIN = Envelope("", b"")
+PLAIN_ENVELOPE = Envelope("", b"")
 OnFinished = Callable[["Attempt", Any, "BaseException | None"], None]
 """Called at the end of an attempt, with its result or its error."""
 

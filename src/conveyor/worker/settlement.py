@@ -41,8 +41,7 @@ from conveyor.payload.sealed_records import pack_arguments, pack_failure, pack_r
 from conveyor.store.inspection import write_finished
 from conveyor.store.operations import Settlement, TurnReport
 from conveyor.units import instant, span
-from conveyor.worker.attempt import PLAIN as PLAIN_ENVELOPE
-from conveyor.worker.attempt import Attempt, error_line, one_line
+from conveyor.worker.attempt import PLAIN_ENVELOPE, Attempt, error_line, one_line
 from conveyor.worker.execution.processes import ProcessCrashed, ProcessUnavailable
 from conveyor.worker.logs import log_repeated_error
 from conveyor.worker.part_writer import KEPT_MS

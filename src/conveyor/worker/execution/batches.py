@@ -22,7 +22,7 @@ from conveyor.jobs.task import BatchPlan
 from conveyor.payload import failures
 from conveyor.payload.records import Envelope
 from conveyor.store.operations import MOST_HELD
-from conveyor.worker.attempt import PLAIN, Attempt, AttemptOwner, GatheringGroup, Handler
+from conveyor.worker.attempt import PLAIN_ENVELOPE, Attempt, AttemptOwner, GatheringGroup, Handler
 from conveyor.worker.crash_attribution import LOOP_CELL, RunningTable, id_checksum, item_cell
 
 if TYPE_CHECKING:
@@ -102,14 +102,20 @@ class BatchAttempt(Attempt, kw_only=True, eq=False):
     @property
     def timeout(self) -> float | None:
         """The shortest time limit of its items, in seconds."""
-        limits = [limit for item in self.items if item.envelope is not PLAIN and (limit := item.timeout) is not None]
+        limits = [
+            limit for item in self.items if item.envelope is not PLAIN_ENVELOPE and (limit := item.timeout) is not None
+        ]
         if self.handler.timeout is not None and len(limits) < len(self.items):
             limits.append(self.handler.timeout)
         return min(limits, default=None)
 
     def expire(self) -> bool:
         """Leave out the items that have expired or were cancelled before their start; tell whether none is left."""
-        live = [one for one in self.items if one.stop_reason is None and (one.envelope is PLAIN or not one.expire())]
+        live = [
+            one
+            for one in self.items
+            if one.stop_reason is None and (one.envelope is PLAIN_ENVELOPE or not one.expire())
+        ]
         self.live, values = live, cast("list[Any]", self.body)
         values[:] = [self.items[item] for item in live]  # in place: a thread has got the list already
         now = perf_counter()

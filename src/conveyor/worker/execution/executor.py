@@ -14,7 +14,7 @@ from typing import Any
 from conveyor.jobs.context import CURRENT, Context
 from conveyor.jobs.dependencies import WorkerScope
 from conveyor.payload import failures
-from conveyor.worker.attempt import PLAIN, Attempt, OnFinished
+from conveyor.worker.attempt import PLAIN_ENVELOPE, Attempt, OnFinished
 from conveyor.worker.crash_attribution import IN_PROCESS, LOOP_CELL, RunningTable, id_checksum
 from conveyor.worker.execution.batches import BatchAttempt, BatchGatherer, End
 from conveyor.worker.execution.coroutines import CoroutinePool
@@ -199,7 +199,7 @@ class Executor:
         if self._chain is not None and (
             handler.kind != "loop"
             or not (
-                (attempt.envelope is PLAIN and attempt.started < self._ask_at and self._is_plain_skipped)
+                (attempt.envelope is PLAIN_ENVELOPE and attempt.started < self._ask_at and self._is_plain_skipped)
                 or self._is_skipped(attempt)
             )
         ):

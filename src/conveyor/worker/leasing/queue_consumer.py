@@ -23,7 +23,7 @@ from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import WrongReply
 from conveyor.store.transport import eviction, wakeup
 from conveyor.store.worker_commands import FOLLOWED, read_command
-from conveyor.worker.attempt import PLAIN, Attempt, Handler
+from conveyor.worker.attempt import PLAIN_ENVELOPE, Attempt, Handler
 from conveyor.worker.job_loader import load_attributes
 from conveyor.worker.leasing.capacity import JobSizeEstimate
 from conveyor.worker.leasing.group_series import GroupSeries
@@ -601,7 +601,7 @@ class QueueConsumer:
             end = data.find(b"\n", 1)
             handler = lookup.get(data[: end + 2])  # a plain job's envelope: \n, its task, \n, an object
             if handler is not None:
-                attempt = Attempt(self, handler, id_, data[end + 1 :], PLAIN)
+                attempt = Attempt(self, handler, id_, data[end + 1 :], PLAIN_ENVELOPE)
             elif data[:1] == b"\t" and (made := load_attributes(self, lookup, id_, data, end)) is not None:
                 attempt = made
             else:
