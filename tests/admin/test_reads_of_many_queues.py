@@ -10,6 +10,7 @@ import pytest
 from conveyor.admin.admin import Admin
 from conveyor.admin.history import read_history
 from conveyor.admin.queue_directory import QueueDirectory
+from conveyor.errors import QueueNotFound
 from conveyor.store import schedules
 from conveyor.store.client.client import Client
 from support.client_worker import ClientWorker, dead, push, recorded_steps
@@ -186,7 +187,7 @@ def test_served_queues_are_read_together(backend: Client, steps: list[str], monk
 
     assert text.count('conveyor_queue_workers{queue="tenant-029"} 1') == 1
     assert 'conveyor_workers{kind="unknown",state="running"} 1' in text
-    assert (steps.count("workers"), steps.count("count_queues"), len(reads)) == (1, 3, 2)
+    assert (steps.count("workers"), steps.count("count_queues"), len(reads)) == (1, 3, 1)
     reads.clear()
     steps.clear()
 
@@ -194,6 +195,28 @@ def test_served_queues_are_read_together(backend: Client, steps: list[str], monk
 
     assert (steps.count("workers"), steps.count("leased_jobs"), steps.count("read_stats") <= 5 * 2) == (1, 5, True)
     assert len(reads) <= 4
+
+
+def test_an_answer_that_asks_several_things_reads_the_names_once(
+    backend: Client, steps: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interface that `knowing` returns reads the names of queues no more; dead letters are looked for where the counts have some."""
+    dead(backend, "tenant-007", "no")
+    admin = Admin(backend)
+    admin = admin.knowing(admin.queue_partitions())
+    reads, queues = list[int](), backend.queues
+    monkeypatch.setattr(backend, "queues", lambda: reads.append(1) or queues())
+    infos = admin.queues()
+    steps.clear()
+
+    assert [(one.queue, one.count) for one in admin.failures(queues=infos).groups] == [("tenant-007", 1)]
+    assert steps.count("count_queues") == 1
+    admin.doctor(seconds=0, queues=infos)
+    admin.flags(infos)
+    assert [len(admin.causes(info.name, info.ready)) for info in infos[:20]] == [1] * 20
+    assert (len(admin.workers()), admin.names(), reads) == (0, [info.name for info in infos], [])
+    with pytest.raises(QueueNotFound, match="tenant-999"):
+        admin.queue("tenant-999")
 
 
 def test_a_slow_server_hides_no_history_of_few_queues(backend: Client) -> None:

@@ -27,7 +27,7 @@ from collections.abc import (
 from contextlib import contextmanager, suppress
 from copy import copy
 from datetime import UTC, datetime
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from heapq import nlargest
 from itertools import islice
 from time import monotonic, sleep
@@ -237,6 +237,16 @@ class Admin:
         other.who, other.unanswered, other.cut_short = who, set(), set()
         return other
 
+    def knowing(self, partitions: Mapping[str, list[str]]) -> Admin:
+        """
+        Return the same interface for an answer that asks several things: it reads the names of queues no more.
+
+        *partitions*: all queues, as `queue_partitions` returned them just now.
+        """
+        other = copy(self)
+        other._directory = self._directory.knowing(partitions)  # noqa: SLF001  a copy of itself
+        return other
+
     def names(self) -> list[str]:
         """Return the names of all known queues, sorted. A queue with partitions is listed once."""
         return self._directory.names()
@@ -296,7 +306,7 @@ class Admin:
         counted = self._directory.counts_and_ended(parts, 0, self._ask)
         return {part: counts for part, (counts, _) in counted.items()}
 
-    def queue_partitions(self) -> dict[str, list[str]]:
+    def queue_partitions(self) -> Mapping[str, list[str]]:
         """Return the names of all known queues, sorted, each with the names of its partitions; one read of them all."""
         return self._directory.everything()
 
@@ -334,8 +344,7 @@ class Admin:
         if range not in MATRIX_RANGES:
             raise ConfigurationError(f"There is no range {range!r}. Known: {', '.join(MATRIX_RANGES)}.")
         table, total, cut = FailureTable(range, int(time.time() * 1000), self._decoder), 0, False
-        with_dead = None if queue or queues is None else [one.name for one in queues if one.dead]
-        counts = self._counts(self._partition_names(queue) if with_dead is None else self._parts_of(with_dead))
+        counts = self._counts(self._parts_with_dead(queue, queues))
         busy = {part: one.dead for part, one in counts.items() if one.dead}
         ends = time.monotonic() + (seconds or 3600.0)
         for part, dead in busy.items():
@@ -535,10 +544,11 @@ class Admin:
         A worker is listed once for each queue or partition it serves.
         """
         parts = self._partition_names(queue) if queue is None or isinstance(queue, str) else self._parts_of(queue)
+        at = cache(instant)  # those of one process are renewed together, and read together
         return [
             WorkerInfo(
                 member.worker, name, str(member.about.get("host", "")), member.about.get("pid"), member.held,
-                instant(member.end), member.about, instant(member.end - member.lease_ms), instant(member.now),
+                at(member.end), member.about, at(member.end - member.lease_ms), at(member.now),
             )
             for name, members in self._read_workers(parts)
             for member in members
@@ -626,7 +636,8 @@ class Admin:
             everything = self._directory.everything()
             infos = [info for info, _ in self.count(everything)] if queues is None else queues
             totals = self._read_totals(everything)
-            facts = self._system_facts(infos, totals)
+            served = [info.name for info in infos if info.workers or info.silent]
+            facts = self._system_facts(totals, self.knowing(everything).workers(served))
         except StoreUnavailable:
             return metrics.render((), {}, None)
         counters: dict[str, Counter[str]] = {}
@@ -637,9 +648,9 @@ class Admin:
         return metrics.render(infos, by_task, server, facts)
 
     def _system_facts(
-        self, queues: Iterable[QueueInfo], totals: Mapping[tuple[str, str], inspection.QueueTotals]
+        self, totals: Mapping[tuple[str, str], inspection.QueueTotals], workers: Iterable[WorkerInfo]
     ) -> metrics.SystemFacts:
-        """Read schedules, limits and workers where there are any: most queues have neither schedules nor limits."""
+        """Read schedules and limits where there are any: most queues have neither."""
         from conveyor.admin import metrics
         from conveyor.messaging.limit_control import LimitControl
 
@@ -657,7 +668,7 @@ class Admin:
         return metrics.SystemFacts(
             [(name, now, row) for name, now, rows in read for row in rows],
             [limit for name in limited for limit in control.list(name)],
-            processes_of(self.workers([info.name for info in queues if info.workers or info.silent])),
+            processes_of(workers),
             lost,
         )
 
@@ -824,15 +835,17 @@ class Admin:
         """
         return self._search().act(action, query, limit=limit, rate=rate)
 
-    def failures(self, queue: str | None = None, *, most: int | None = None) -> FailureSummary:
+    def failures(
+        self, queue: str | None = None, *, most: int | None = None, queues: Sequence[QueueInfo] | None = None
+    ) -> FailureSummary:
         """
         Count dead letters by queue, task and last error, with when the first and the last of them died; read in pages.
 
         *queue* None: of all queues. *most*: at most so many are read of each queue, the newest, of its partitions equal shares;
-        None: all.
+        None: all. *queues*: all of them, as they were counted just now.
         """
         count, everything = FailureCount(self._decoder), JobFilter()
-        dead = {name: number for name, _, number in self._places(queue, "dead")}
+        dead = {name: counts.dead for name, counts in self._counted(self._parts_with_dead(queue, queues))}
         partitions = Counter(map(logical, dead))
         for name, number in dead.items():
             if number:
@@ -1189,6 +1202,12 @@ class Admin:
         if queue is not None:
             return self._directory.partition_names(queue)
         return [part for parts in self._directory.everything().values() for part in parts]
+
+    def _parts_with_dead(self, queue: str | None, queues: Sequence[QueueInfo] | None) -> list[str]:
+        """Return the partitions of *queue*, or of all in which dead letters may be; *queues*: all of them, as they were counted."""
+        if queue is not None or queues is None:
+            return self._partition_names(queue)
+        return self._parts_of([one.name for one in queues if one.dead])
 
     def _parts_of(self, queues: Collection[str]) -> list[str]:
         """Return the partitions of those of *queues* that are known: one read of the names, however many they are."""

@@ -26,19 +26,29 @@ class QueueDirectory:
     """
     The known queues of a client.
 
-    *plain_lists* are the names of lists that are shared with other programs; Redis does not record which ones are.
+    *plain_lists* are the names of lists that are shared with other programs; Redis does not record which ones are. *known*: all
+    queues with their partitions, as `everything` returned them; None: they are read for each question.
     """
 
-    def __init__(self, client: Client, plain_lists: Collection[str] = ()) -> None:
+    def __init__(
+        self, client: Client, plain_lists: Collection[str] = (), known: Mapping[str, list[str]] | None = None
+    ) -> None:
         self._client = client
         self._plain_lists = frozenset(plain_lists)
+        self._known = known
 
     def names(self) -> list[str]:
         """Return the names of all known queues, sorted."""
-        return sorted(self._partition_counts())
+        return list(self.everything())
 
-    def everything(self) -> dict[str, list[str]]:
+    def knowing(self, known: Mapping[str, list[str]]) -> QueueDirectory:
+        """Return the same directory, which takes *known* for all queues there are and reads none."""
+        return QueueDirectory(self._client, self._plain_lists, known)
+
+    def everything(self) -> Mapping[str, list[str]]:
         """Return the names of all known queues, sorted, each with the names of its partitions; one read of them all."""
+        if self._known is not None:
+            return self._known
         known = self._partition_counts()
         return {
             name: [name] if (number := known[name]) == 1 else partition_names(name, number) for name in sorted(known)
@@ -50,13 +60,12 @@ class QueueDirectory:
 
         Raises QueueNotFound.
         """
-        known = self._partition_counts()
+        known = self.everything()
         if name in known:
-            return partition_names(name, known[name])
-        queue = ids.logical(name)
-        if queue != name and name in partition_names(queue, known.get(queue, 1)):
+            return known[name]
+        if name in known.get(ids.logical(name), ()):
             return [name]
-        names = sorted(known)
+        names = list(known)
         listed = (
             f"Known: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}." if names else "There are no queues."
         )
@@ -68,8 +77,7 @@ class QueueDirectory:
 
         Those come first in which a caller's own *id* would be stored.
         """
-        known = self._partition_counts()
-        return likely_first([part for name in sorted(known) for part in partition_names(name, known[name])], id)
+        return likely_first([part for parts in self.everything().values() for part in parts], id)
 
     def keys(self, name: str) -> QueueKeys:
         """Return the keys of a partition."""
@@ -149,10 +157,10 @@ class QueueDirectory:
 
     def _partition_counts(self) -> dict[str, int]:
         """Return queue → number of partitions."""
-        partitions = dict.fromkeys(self._plain_lists, 1)
         counted: dict[str, int] = {}
         names = self._client.queues()
-        for name in names:
+        partitions = dict.fromkeys([*self._plain_lists, *[name for name in names if "/" not in name]], 1)
+        for name in [name for name in names if "/" in name]:
             queue = name if name in self._plain_lists else ids.logical(name)
             if queue != name and queue not in counted:
                 counted[queue] = self._count_partitions(queue, names)

@@ -136,7 +136,7 @@ class JobInfo(msgspec.Struct, frozen=True):
         return self.ended or self.leased_at or self.enqueued
 
 
-class WorkerInfo(msgspec.Struct, frozen=True):
+class WorkerInfo(msgspec.Struct, frozen=True, gc=False):  # a process has one in each of its queues
     """
     One worker of one queue.
 

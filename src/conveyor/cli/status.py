@@ -43,9 +43,10 @@ def status(target: Target, out: Output) -> int:
     from conveyor.admin.flags import DOCTORS_KINDS
 
     admin = target.admin()
+    admin = admin.knowing(admin.queue_partitions())
     queues, workers = admin.queues(), admin.workers()
     report = admin.doctor(seconds=_SECONDS_OF_RECORDS, queues=queues)
-    failures = admin.failures(most=_MOST_DEAD_LETTERS)
+    failures = admin.failures(most=_MOST_DEAD_LETTERS, queues=queues)
     causes = _causes(admin, queues)
     shown = [
         finding for finding in report.findings if finding.level in {"problem", "warning"} or _is_queue_note(finding)

@@ -69,7 +69,9 @@ class LiveView:
     *workers*: counts the worker processes of queues.
     """
 
-    def __init__(self, admin: Admin, workers: Callable[[Sequence[QueueInfo]], int], operations: Operations) -> None:
+    def __init__(
+        self, admin: Admin, workers: Callable[[Admin, Sequence[QueueInfo]], int], operations: Operations
+    ) -> None:
         self._admin, self._count_workers, self._operations = admin, workers, operations
         self._flags: list[dict[str, Any]] = []
         self._flags_until = 0.0
@@ -84,7 +86,7 @@ class LiveView:
         infos, minute = counts.infos, [one.ended for one in counts.queues if one.ended is not None]
         ages = [info.oldest_age for info in infos if info.oldest_age is not None]
         if time.monotonic() >= self._flags_until:
-            self._flags = self._read_flags(infos)
+            self._flags = self._read_flags(self._admin.knowing(counts.partitions), infos)
             busy = sum(bool(info.workers or info.leased or info.dead or info.scheduled) for info in infos)
             self._flags_until = time.monotonic() + min(_MOST_SECONDS, max(_FLAGS_SECONDS, _SECONDS_OF_A_QUEUE * busy))
         return {
@@ -118,12 +120,13 @@ class LiveView:
 
     def doctor(self) -> HealthReport:
         """Examine the server and the queues, of which each was counted lately."""
-        return self._admin.doctor(seconds=_SECONDS_OF_RECORDS, queues=self.queues.counted().infos)
+        counts = self.queues.counted()
+        return self._admin.knowing(counts.partitions).doctor(seconds=_SECONDS_OF_RECORDS, queues=counts.infos)
 
-    def _read_flags(self, infos: list[QueueInfo]) -> list[dict[str, Any]]:
+    def _read_flags(self, admin: Admin, infos: list[QueueInfo]) -> list[dict[str, Any]]:
         """Return what asks for attention, as sentences with links: the worst first."""
-        self._workers = self._count_workers(infos)
-        return [asdict(one) for one in self._admin.flags(infos, most=_MOST_BUSY)[:_MOST_FLAGS]]
+        self._workers = self._count_workers(admin, infos)
+        return [asdict(one) for one in admin.flags(infos, most=_MOST_BUSY)[:_MOST_FLAGS]]
 
 
 def event(name: str, document: dict[str, Any]) -> bytes:

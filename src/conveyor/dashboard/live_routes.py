@@ -68,10 +68,11 @@ def history(call: ApiCall) -> dict[str, Any]:
 
 def metrics(call: ApiCall) -> Response:
     """Return what Prometheus scrapes. Of many queues the counts are shared by all that scrape within a second."""
-    queues = None
+    admin, queues = call.admin, None
     with suppress(StoreUnavailable):  # the text says so
-        queues = call.service.live.queues.counted(_SCRAPE_SECONDS).infos
-    text = call.admin.metrics_text(queues)
+        counts = call.service.live.queues.counted(_SCRAPE_SECONDS)
+        admin, queues = admin.knowing(counts.partitions), counts.infos
+    text = admin.metrics_text(queues)
     return Response(text, headers={"content-type": CONTENT_TYPE, "cache-control": "no-store"})
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from heapq import nlargest
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
 
 if TYPE_CHECKING:
     from conveyor.admin.admin import Admin
@@ -27,7 +29,7 @@ _SECONDS_OF_NAMES, _LONGEST_PAUSE = 5.0, 60.0
 """Seconds for which names of many queues serve, and after which one who begins to follow has all queues counted."""
 
 
-class CountedQueue(NamedTuple):
+class CountedQueue(msgspec.Struct, frozen=True, gc=False):  # ten thousand at once: no cycle to look for
     """
     A queue as it was counted at an instant (`at`: monotonic).
 
@@ -45,10 +47,11 @@ def _jobs(one: CountedQueue) -> int:
 
 
 class CountedQueues(NamedTuple):
-    """All queues by name, and when the one was counted that was counted first."""
+    """All queues by name, when the one was counted that was counted first, and the partitions of each."""
 
     queues: list[CountedQueue]
     since: datetime
+    partitions: Mapping[str, list[str]]
 
     @property
     def infos(self) -> list[QueueInfo]:
@@ -74,7 +77,7 @@ class QueueTable:
     def __init__(self, admin: Admin) -> None:
         self._admin = admin
         self._lock = threading.Lock()
-        self._partitions: dict[str, list[str]] = {}
+        self._partitions: Mapping[str, list[str]] = {}
         self._named_at = self._followed_at = float("-inf")
         self._counted: dict[str, CountedQueue] = {}  # in the order in which following has counted them
 
@@ -123,4 +126,4 @@ class QueueTable:
     def _all(self) -> CountedQueues:
         queues, now = [self._counted[name] for name in self._partitions], time.monotonic()
         since = time.time() - now + min([one.at for one in queues], default=now)
-        return CountedQueues(queues, datetime.fromtimestamp(since, UTC))
+        return CountedQueues(queues, datetime.fromtimestamp(since, UTC), self._partitions)

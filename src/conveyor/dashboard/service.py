@@ -103,10 +103,11 @@ class Service:
 
     # -- what several pages show ----------------------------------------------------------------------------------
 
-    def _count_workers(self, queues: Sequence[QueueInfo]) -> int:
+    @staticmethod
+    def _count_workers(admin: Admin, queues: Sequence[QueueInfo]) -> int:
         """Count the worker processes; only queues that are served are asked for theirs."""
         served = [one.name for one in queues if one.workers]
-        return len(by_process(self.admin.workers(served)) if served else ())
+        return len(by_process(admin.workers(served)) if served else ())
 
     def workers(self, admin: Admin, queue: str | None = None) -> list[dict[str, Any]]:
         """Return the worker processes, each with the queues that it serves."""

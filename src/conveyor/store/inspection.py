@@ -155,7 +155,7 @@ class FinishedJob(msgspec.Struct, frozen=True):
     ran_ms: int
 
 
-class WorkerRow(msgspec.Struct, frozen=True):
+class WorkerRow(msgspec.Struct, frozen=True, gc=False):  # a process has one in each of its queues
     """
     One worker of a queue: its identity, the end of its lease (ms), its facts, and the number of its jobs.
 
@@ -273,7 +273,7 @@ def count_queues(queues: Sequence[str], minutes: int) -> Call[list[tuple[QueueCo
     return Call(COUNT_QUEUES, queues, (str(minutes),), decode)
 
 
-_COUNTS, _THREE_NUMBERS = Struct("<14q"), Struct("<3q")
+_COUNTS, _THREE_NUMBERS, _FIVE_NUMBERS = Struct("<14q"), Struct("<3q"), Struct("<5q")
 
 
 def _read_ended(done: int, failed: int, retried: int) -> Ended:
@@ -584,21 +584,16 @@ def workers_of(queues: Sequence[str]) -> Call[WorkersPage]:
     """Return the call that lists the workers of queues of one server, by their keys `workers`; many workers make it read fewer."""
 
     def decode(reply: list[Any]) -> WorkersPage:
-        now, read, *found = reply
-        about: dict[bytes, dict[str, Any]] = {}  # a process says the same of itself in each of its queues
-        return WorkersPage(read, {one[0] - 1: _read_workers(one, now, about) for one in found})
+        now, read, facts, workers, numbers = reply
+        about, rows = [_read_about(one) for one in facts], dict[int, list[WorkerRow]]()
+        for worker, (number, end, told, held, lease_ms) in zip(
+            workers, _FIVE_NUMBERS.iter_unpack(numbers), strict=True
+        ):
+            row = WorkerRow(worker.decode(errors="replace"), end, about[told - 1], held, lease_ms, now)
+            rows.setdefault(number - 1, []).append(row)
+        return WorkersPage(read, rows)
 
     return Call(WORKERS, queues, (), decode)
-
-
-def _read_workers(reply: list[Any], now: int, about: dict[bytes, dict[str, Any]]) -> list[WorkerRow]:
-    rows = []
-    for at in range(1, len(reply), 5):
-        worker, end, facts, held, lease_ms = reply[at : at + 5]
-        if facts not in about:
-            about[facts] = _read_about(facts)
-        rows.append(WorkerRow(worker.decode(errors="replace"), int(end), about[facts], held, lease_ms, now))
-    return rows
 
 
 def _read_about(data: bytes) -> dict[str, Any]:

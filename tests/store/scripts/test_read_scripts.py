@@ -112,6 +112,9 @@ def test_many_queues_are_counted_as_one_is(seeded: SeededQueue) -> None:
     assert [one.oldest_age is None for one in together] == [one.oldest_age is None for one in one_by_one]
     for keys, most in ((idle, 4), (plain, 6)):
         assert commands_of(seeded, inspection.count_queues([keys.jobs], 0)) == most
+    # A worker beside jobs that are all in their list holds none of them: it costs its name.
+    seeded.redis.zadd(plain.workers, {"w": 9_999_999_999_999})
+    assert commands_of(seeded, inspection.count_queues([plain.jobs], 0)) == 7
 
 
 def test_an_idle_worker_adds_two_commands_to_a_count(seeded: SeededQueue) -> None:

@@ -3,23 +3,27 @@
 --
 -- KEYS  workers of each queue
 -- ARGV  none
--- returns now_ms, how many queues were read, then for each of them that has workers {its number, (worker, end_ms, about, held, lease_ms)…}
---         at most 1,000 workers of a queue; no queue is begun when so many were found
-local reply, count = {clock(), #KEYS}, 0
+-- returns {now_ms, how many queues were read, facts, workers, numbers}
+--         workers: of each worker its identity; at most 1,000 workers of a queue; no queue is begun when so many were found
+--         numbers: of each worker the number of its queue, end_ms, the number of its facts, held and lease_ms, of 8 bytes each
+--         facts: what the workers stored of themselves (about), each text once: a process says the same in each of its queues
+local facts, names, rows, number_of, read = {}, {}, {}, {}, #KEYS
 for number, workers in ipairs(KEYS) do
-  if count >= 1000 then
-    reply[2] = number - 1
+  if #names >= 1000 then
+    read = number - 1
     break
   end
-  local prefix, found, rows = string.sub(workers, 1, -8), redis.call('ZRANGE', workers, 0, 999, 'WITHSCORES'), {number}
+  local found = redis.call('ZRANGE', workers, 0, 999, 'WITHSCORES')
   for i = 1, #found, 2 do
-    local key = prefix .. 'leased:' .. found[i]
-    local facts = redis.call('HMGET', key, '\tabout', '\tlease')
-    for _, one in ipairs({found[i], int(tonumber(found[i + 1])), facts[1] or '', count_held(key), tonumber(facts[2]) or 0}) do
-      rows[#rows + 1] = one
+    local key = string.sub(workers, 1, -8) .. 'leased:' .. found[i]
+    local stored = redis.call('HMGET', key, '\tabout', '\tlease')
+    local about = stored[1] or ''
+    if not number_of[about] then
+      facts[#facts + 1] = about
+      number_of[about] = #facts
     end
-    count = count + 1
+    names[#names + 1] = found[i]
+    rows[#rows + 1] = struct.pack('<i8i8i8i8i8', number, found[i + 1], number_of[about], count_held(key), tonumber(stored[2]) or 0)
   end
-  if #rows > 1 then reply[#reply + 1] = rows end
 end
-return reply
+return {clock(), read, facts, names, table.concat(rows)}

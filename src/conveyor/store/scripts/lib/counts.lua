@@ -8,10 +8,11 @@
 -- returns  what counts.lua says, as that many values, without now_ms
 local function count_queue(prefix, jobs, lists, now)
   -- Of many queues most have jobs of priority 0 alone, and no workers: three looks spare them twenty-two. Where that list has as
-  -- many entries as there are jobs, and none of a cancelled job or a group, no job is of another priority.
+  -- many entries as there are jobs, and none of a cancelled job or a group, no job is of another priority, and no worker holds one.
   local name, first_list, oldest = prefix .. 'ready:', prefix .. 'ready:0', ''
   local conf = redis.call('HMGET', prefix .. 'conf', 'stubs', 'paused', 'max_length', 'waiting', 'waiting_stubs', 'alarms', 'bound', 'line', 'dropped')
   local ready, records = redis.call('LLEN', first_list), redis.call('HLEN', jobs)
+  local plain = records == ready and records > 0 and not conf[1] and not conf[4]
   local urgent = (records > ready or conf[1] or conf[4]) and
     redis.call('EXISTS', name .. '1', name .. '2', name .. '3', name .. '4', name .. '5', name .. '6', name .. '7', name .. '8', name .. '9') > 0
   local due_key, dead_key, workers_key, outbox, reruns_key = prefix .. 'due', prefix .. 'dead', prefix .. 'workers', prefix .. 'outbox', prefix .. 'reruns'
@@ -26,7 +27,7 @@ local function count_queue(prefix, jobs, lists, now)
   for _, list in ipairs(lists) do foreign = foreign + redis.call('LLEN', list) end
   local leased, workers, silent = 0, found > 0 and redis.call('ZRANGE', workers_key, 0, 999, 'WITHSCORES') or {}, 0
   for i = 1, #workers, 2 do
-    leased = leased + count_held(prefix .. 'leased:' .. workers[i])
+    if not plain then leased = leased + count_held(prefix .. 'leased:' .. workers[i]) end
     if tonumber(workers[i + 1]) <= now then silent = silent + 1 end
   end
   local registered = #workers / 2
