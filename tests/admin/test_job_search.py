@@ -18,7 +18,6 @@ from conveyor.payload.records import AttemptHistory, Failure, to_json, write_env
 from conveyor.payload.sealed_records import pack_failure
 from conveyor.payload.signing import Keyring, Sealer
 from conveyor.store.client.client import Client
-from conveyor.store.job_filter import JobFilter
 from support.client_worker import ClientWorker, push
 
 pytestmark = pytest.mark.leaves_keys("dead letters are made here to be counted")
@@ -104,7 +103,7 @@ def test_many_dead_letters_are_searched_in_bounded_steps(admin: Admin, backend: 
     redis.config_resetstat()
 
     [most, odd] = admin.failures("shop").groups
-    chosen = [id_ for _, id_ in admin.each_id("shop", "dead", JobFilter(error="odd"))]
+    chosen = [job.id for job in admin.each_job("shop", "dead", error="odd")]
     listed = admin.jobs("shop", "dead", error="ODD ONE", limit=9)
 
     assert (most.count, odd.count, chosen) == (count - 3, 3, [ids[2000], ids[1000], ids[0]])
@@ -188,7 +187,7 @@ def test_the_newest_dead_letters_are_found_without_the_others(admin: Admin, back
     ids = bury(backend, redis, "shop", *[("a", "ValueError", "no")] * 2000)
     redis.config_resetstat()
 
-    assert [id_ for _, id_ in admin.each_id("shop", "dead", JobFilter(since=at(1990)))] == ids[:1989:-1]
+    assert [job.id for job in admin.each_job("shop", "dead", since=at(1990))] == ids[:1989:-1]
 
     assert redis.info("commandstats")["cmdstat_zrevrange"]["calls"] == 1
 
@@ -219,7 +218,7 @@ def test_partitions_are_one_queue(url: str) -> None:
 
         [group] = admin.failures("orders").groups
         part = admin.failures("orders", most=6)
-        chosen = [id_ for _, id_ in admin.each_id("orders", "dead", JobFilter(error="no account"))]
+        chosen = [job.id for job in admin.each_job("orders", "dead", error="no account")]
 
         assert (group.queue, group.count, len(chosen)) == ("orders", 20, 20)
         assert (part.read, part.total, part.groups[0].queue) == (6, 20, "orders")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import (
@@ -30,6 +29,7 @@ from datetime import UTC, datetime
 from functools import cache, partial, wraps
 from heapq import nlargest
 from itertools import islice
+from math import inf
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
@@ -44,7 +44,6 @@ from conveyor.admin.job_search import FailureCount, last_failure
 from conveyor.admin.known_redaction import KnownRedaction
 from conveyor.admin.queue_directory import QueueDirectory, ended_in
 from conveyor.admin.views import (
-    STATES,
     ActionResult,
     AuditEntry,
     FailureSummary,
@@ -53,7 +52,6 @@ from conveyor.admin.views import (
     WorkerInfo,
     audit_entry,
     error_info,
-    finished_job,
     live_job,
     queue_info,
     without_values,
@@ -72,8 +70,6 @@ from conveyor.ids import clean, label_text, logical, made_at_ms, public, queue_n
 from conveyor.jobs.history import HistoryEntry, ended_history, live_history
 from conveyor.jobs.why import QueueCause, Why, explain, queue_causes
 from conveyor.messaging.partitions import refuse_full
-from conveyor.messaging.selection import LIVE
-from conveyor.payload.codec import MAX_PAYLOAD
 from conveyor.payload.formats import JSON, FormatRegistry
 from conveyor.payload.live_records import LogLine
 from conveyor.payload.pipeline import PayloadPipeline
@@ -86,7 +82,7 @@ from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability
 from conveyor.store.client.outages import FIRST_TRY
 from conveyor.store.inspection import Ended, FinishedJob, JobRow, QueueCounts
-from conveyor.store.job_filter import ANY_JOB, JobFilter, Walk
+from conveyor.store.job_filter import ANY_JOB, LIVE, JobFilter, Walk
 from conveyor.store.keys import PRIORITIES, QueueKeys
 from conveyor.store.script import Call
 from conveyor.store.transport import replies
@@ -103,15 +99,13 @@ if TYPE_CHECKING:
     from conveyor.jobs.core import AppCore
     from conveyor.jobs.job import Job
     from conveyor.jobs.watching import Changes, WatchHub
-    from conveyor.messaging.selection import ActionName, JobWalk
+    from conveyor.messaging.selection import ActionName
 
 T = TypeVar("T")
 P = ParamSpec("P")
 
 logger = logging.getLogger("conveyor.admin")
 PAGE_SIZE = 500
-SEARCH_SIZE = 200
-"""Entries that one call looks at when jobs of one task are wanted."""
 _HEADS_SIZE = 250
 """Jobs of which one call reads the last error, so that it takes the server a millisecond or two."""
 _MATRIX_SIZE = 100
@@ -124,6 +118,8 @@ _LONGEST_ID = 200
 _ENTRY = re.compile(r"\d{1,20}-\d{1,20}")
 _AT_A_TIME = 100
 """Jobs that a thread reads before an awaiting caller gets them."""
+_MOST_LISTED = 100
+"""Queues of which the jobs that are done and still listed are counted."""
 _MOST_HOLDING, _LONGEST = 100, 20
 """Workers, and jobs of each, of which is asked whether they run too long: what a worker holds is in the order of its starts."""
 
@@ -136,6 +132,11 @@ class _JobLookup(msgspec.Struct, frozen=True):
     record: bytes
 
 
+def _named_after(method: Callable[..., Any], twin: Callable[..., Any]) -> None:
+    twin.__name__, twin.__qualname__ = f"a{method.__name__}", f"Admin.a{method.__name__}"
+    twin.__doc__ = f"Awaitable form of `{method.__name__}`."
+
+
 def _awaitable(
     method: Callable[Concatenate[Admin, P], T],
 ) -> Callable[Concatenate[Admin, P], Coroutine[Any, Any, T]]:
@@ -145,8 +146,23 @@ def _awaitable(
     async def twin(self: Admin, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await in_thread(partial(method, self, *args, **kwargs))
 
-    twin.__name__, twin.__qualname__ = f"a{method.__name__}", f"Admin.a{method.__name__}"
-    twin.__doc__ = f"Awaitable form of `{method.__name__}`."
+    _named_after(method, twin)
+    return twin
+
+
+def _awaitable_iterator(
+    method: Callable[Concatenate[Admin, P], Iterator[T]], at_a_time: int = _AT_A_TIME
+) -> Callable[Concatenate[Admin, P], AsyncIterator[T]]:
+    """Return the awaitable twin of a method that yields; *at_a_time*: what a thread reads before the caller gets it."""
+
+    @wraps(method)
+    async def twin(self: Admin, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
+        values = await in_thread(partial(method, self, *args, **kwargs))
+        while page := await in_thread(lambda: list(islice(values, at_a_time))):
+            for value in page:
+                yield value
+
+    _named_after(method, twin)
     return twin
 
 
@@ -161,13 +177,6 @@ def _acting(method: Callable[Concatenate[Admin, P], T]) -> Callable[Concatenate[
             return method(self, *args, **kwargs)
 
     return action
-
-
-async def _pages(values: Iterator[T], at_a_time: int = _AT_A_TIME) -> AsyncIterator[T]:
-    """Yield *values*, which are read in a thread, some at a time."""
-    while page := await in_thread(lambda: list(islice(values, at_a_time))):
-        for value in page:
-            yield value
 
 
 class Admin:
@@ -202,10 +211,6 @@ class Admin:
         self._directory = QueueDirectory(client, plain_lists)
         self.unanswered: set[str] = set()
         """The queues and partitions that reads left out because their server does not answer."""
-        self.most_looked: int | None = None
-        """Jobs of one state that `each_job` looks at in a queue or partition when it searches for some; None: all."""
-        self.cut_short: set[str] = set()
-        """The queues and partitions in which a search ended for that."""
 
     @classmethod
     def of_app(cls, app: Any, client: Client | None = None) -> Admin:
@@ -234,7 +239,7 @@ class Admin:
     def acting_as(self, who: str) -> Admin:
         """Return the same interface for somebody, who stands in the audit with every action."""
         other = copy(self)
-        other.who, other.unanswered, other.cut_short = who, set(), set()
+        other.who, other.unanswered = who, set()
         return other
 
     def knowing(self, partitions: Mapping[str, list[str]]) -> Admin:
@@ -295,11 +300,7 @@ class Admin:
 
     def queues(self, names: Collection[str] | None = None) -> list[QueueInfo]:
         """Return all known queues (None), or those of *names* that are known, by name."""
-        everything = self._directory.everything()
-        if names is not None:
-            wanted = set(names)
-            everything = {name: parts for name, parts in everything.items() if name in wanted}
-        return [info for info, _ in self.count(everything)]
+        return [info for info, _ in self.count(self._known(names))]
 
     def _counts(self, parts: Sequence[str]) -> dict[str, QueueCounts]:
         """Return the counts of queues and partitions; those whose server does not answer are left out."""
@@ -346,36 +347,47 @@ class Admin:
         table, total, cut = FailureTable(range, int(time.time() * 1000), self._decoder), 0, False
         counts = self._counts(self._parts_with_dead(queue, queues))
         busy = {part: one.dead for part, one in counts.items() if one.dead}
-        ends = time.monotonic() + (seconds or 3600.0)
+        ends = monotonic() + (seconds or 3600.0)
         for part, dead in busy.items():
             total += dead
-            offset, share = 0, -(-most // len(busy))
-            while offset < min(dead, share) and (not offset or time.monotonic() < ends):
-                size = min(_MATRIX_SIZE, share - offset)
-                page = self.client.run(inspection.list_jobs(self._keys(part), "dead", offset, size, reads="heads"))
-                offset += page.entries
-                if not page.entries or not table.add(logical(part), part, page.rows):
+            read, share = 0, -(-most // len(busy))
+            for page in self._dead_letters(part, min(dead, share), _MATRIX_SIZE, ends):
+                read += page.entries
+                if not table.add(logical(part), part, page.rows):
                     break
             else:
-                cut = cut or offset < dead
+                cut = cut or read < dead
         return table.matrix(self._tracebacks(table.samples()), total, cut=cut)
+
+    def _dead_letters(self, part: str, most: int, size: int, ends: float = inf) -> Iterator[inspection.JobPage]:
+        """Yield the heads of the newest *most* dead letters, page by page; after *ends* (monotonic) none but the first."""
+        offset = 0
+        while offset < most and (not offset or monotonic() < ends):
+            call = inspection.list_jobs(self._keys(part), "dead", offset, min(size, most - offset), reads="heads")
+            page = self.client.run(call)
+            if not page.entries:
+                return
+            offset += page.entries
+            yield page
 
     def _tracebacks(self, samples: Iterable[tuple[str, str]]) -> dict[str, str]:
         """Return the last traceback of each of these jobs by its public id; those that are gone are left out."""
+        from conveyor.admin.search import whole_rows
+
         by_part: dict[str, list[str]] = {}
         for part, id_ in samples:
             by_part.setdefault(part, []).append(split(id_)[1])
         found: dict[str, str] = {}
         for part, ids in by_part.items():
             rows = [JobRow(id_, "dead", read_envelope(b"\n\n"), AttemptHistory(0, 0, 0), "") for id_ in ids]
-            for row in self._whole(self._keys(part), iter(rows)):
+            for row in whole_rows(self.client, self._keys(part), rows):
                 if failure := last_failure(row, part, self._decoder):
                     found[public(part, row.id)] = failure.traceback
         return found
 
     def ended_lately(self, names: Collection[str], minutes: int) -> dict[str, list[Ended]]:
         """Return what ended in each of the last whole minutes in these queues, the oldest first."""
-        return self._search().ended(names, minutes)
+        return {info.name: ended for info, ended in self.count(self._known(names), minutes) if ended}
 
     def history(self, range: str = "1h", *, queue: str | None = None, task: str | None = None) -> History:  # noqa: A002
         """
@@ -392,7 +404,17 @@ class Admin:
         Of `done` those that are still listed, and nothing where there are more than a hundred queues. *queues*: all of them, as
         they were counted just now.
         """
-        return self._search(queues).state_counts(queue)
+        counts: Sequence[QueueCounts | QueueInfo] = queues or ()
+        parts: Sequence[str] = ()
+        if queues is None or len(queues) <= _MOST_LISTED:
+            parts = self._partition_names(queue)
+        if queues is None:
+            counts = list(self._counts(parts).values())
+        found: dict[str, int] = {state: sum(getattr(one, state) for one in counts) for state in LIVE}
+        if 0 < len(parts) <= _MOST_LISTED or not counts:
+            search = self._search()
+            found["done"] = sum(map(search.listed_done, parts))
+        return found
 
     def queue(self, name: str) -> QueueInfo:
         """Return one queue, or one partition (``orders/3``). Raises QueueNotFound."""
@@ -735,72 +757,24 @@ class Admin:
         """
         Yield jobs of a queue in a state, in the order in which they would be leased; read in pages.
 
-        *queue* None: of all queues. *state* None: all states except done. *limit*: at most so many, None: all. *task*, *error*,
-        *since*, *older*, *tag*: only those that a `JobFilter` of these accepts; no bodies of others are read. Dead and finished
-        jobs come newest first, those of a tag in the order of their ids, partitions one after the other. While workers change
-        the queue, a job may come twice or be missed.
+        *queue*: a name or a pattern, None: of all queues. *state* None: all states except done. *limit*: at most so many, None:
+        all. *task*, *error*, *since*, *older*, *tag*: only those that a `JobFilter` of these accepts; no bodies of others are read.
+        Dead and finished jobs come newest first, those of a tag in the order of their ids, partitions one after the other. While
+        workers change the queue, a job may come twice or be missed. Raises ConfigurationError and QueueNotFound.
         """
-        wanted = JobFilter(task, error, since, older, tag)
-        is_filtered = not wanted.is_empty
-        remaining = sys.maxsize if limit is None else limit
-        for name, one, total in self._places(queue, state, wanted):
-            if not is_filtered and offset >= total:
-                offset -= total
-                continue
-            rows = self._list_state(name, one, 0 if is_filtered else offset, total, remaining, wanted)
-            if is_filtered:
-                while offset and next(rows, None) is not None:
-                    offset -= 1
-            else:
-                offset = 0
-            for job in islice(rows, remaining):
-                remaining -= 1
-                yield job
-            if not remaining:
-                return
+        query = _query(queue, state, JobFilter(task, error, since, older, tag))
+        return self.each_matching(query, offset=offset, limit=limit)
 
-    def each_id(self, queue: str | None, state: str | None, wanted: JobFilter) -> Iterator[tuple[str, str]]:
-        """Yield (partition or queue, public id) of the jobs that `each_job` would yield for *wanted*, and read no bodies."""
-        for name, one, total in self._places(queue, state, wanted):
-            if one == "done":
-                chosen = self._list_finished(name, 0, total, wanted)
-                yield from ((name, job.id) for job in chosen)
-                continue
-            for row in self._heads(name, one, total, wanted):
-                yield name, public(name, row.id)
-
-    def count_chosen(self, queue: str | None, states: Collection[str], wanted: JobFilter) -> dict[str, int]:
-        """Count the jobs in *states* (none: in any that is kept) that *wanted* accepts, by state."""
-        from conveyor.messaging.selection import Walks
-
-        counts, walks = Counter[str](), Walks(wanted, self._decoder, self._seals)
-        for name in self._answering(self._partition_names(queue)):
-            for some in self._walk(walks.counting(self._keys(name), states)):
-                counts.update(some)
-        return dict(counts)
-
-    def act_on_chosen(
-        self, action: ActionName, queue: str | None, state: str | None, wanted: JobFilter, *, limit: int | None = None,
-        rate: str | None = None,
-    ) -> Iterator[list[ActionResult]]:  # fmt: skip
-        """
-        Carry out *action* on the jobs that *wanted* accepts; yield what became of them, step by step.
-
-        *state* None: in all states that the action is for. Redis chooses and acts, in steps of a few milliseconds. *limit*: on at
-        most so many, None: on all. *rate*: no faster, as in ``"100/s"``. What a step has done stays done when it is not gone on
-        with, and a second run does the rest. Raises ConfigurationError.
-        """
-        from conveyor.messaging.selection import Pace, Walks, act
-
-        made = Walks(wanted, self._decoder, self._seals)
-        walks = [made.acting(self._keys(name), action, state) for name in self._answering(self._partition_names(queue))]
-        for acted in act(self.client, walks, Pace(rate), limit):
-            yield [ActionResult(*one) for one in acted]
+    def each_matching(self, query: JobQuery, *, offset: int = 0, limit: int | None = None) -> Iterator[JobInfo]:
+        """Yield the jobs that a filter chooses, as `each_job` does."""
+        return self._search().each(query, offset=offset, limit=limit)
 
     def _search(self, queues: Sequence[QueueInfo] | None = None) -> JobSearch:
         from conveyor.admin.search import JobSearch
 
-        return JobSearch(self.client, self._directory, self._decoder, sealed=self._seals, ask=self._ask, queues=queues)
+        return JobSearch(
+            self.client, self._directory, self._decoder, sealed=self._seals, counts=self._counts, queues=queues
+        )
 
     def search(
         self, query: JobQuery, *, cursor: str | None = None, offset: int = 0, limit: int = 50, most: int = 10_000,
@@ -831,7 +805,8 @@ class Admin:
         """
         Carry out *action* on all jobs that a filter chooses; yield what became of them, step by step.
 
-        *limit* and *rate* as in `act_on_chosen`. Raises ConfigurationError.
+        Each step takes Redis a few milliseconds. *limit*: on at most so many, None: on all. *rate*: no faster, as in ``"100/s"``.
+        What a step has done stays done when it is not gone on with, and a second run does the rest. Raises ConfigurationError.
         """
         return self._search().act(action, query, limit=limit, rate=rate)
 
@@ -844,21 +819,18 @@ class Admin:
         *queue* None: of all queues. *most*: at most so many are read of each queue, the newest, of its partitions equal shares;
         None: all. *queues*: all of them, as they were counted just now.
         """
-        count, everything = FailureCount(self._decoder), JobFilter()
-        dead = {name: counts.dead for name, counts in self._counted(self._parts_with_dead(queue, queues))}
+        count = FailureCount(self._decoder)
+        dead = {part: counts.dead for part, counts in self._counts(self._parts_with_dead(queue, queues)).items()}
         partitions = Counter(map(logical, dead))
-        for name, number in dead.items():
-            if number:
-                share = None if most is None else -(-most // partitions[logical(name)])
-                count.add(logical(name), name, islice(self._heads(name, "dead", number, everything), share))
+        for part, number in dead.items():
+            share = number if most is None else min(number, -(-most // partitions[logical(part)]))
+            for page in self._dead_letters(part, share, _HEADS_SIZE):
+                count.add(logical(part), part, page.rows)
         return FailureSummary(count.groups(), count.counted, sum(dead.values()))
 
     def count_jobs(self, queue: str | None = None, state: str | None = None) -> int:
-        """Count the jobs that `each_job` yields without *task*."""
-        if state == "done":
-            return sum(number for _, _, number in self._places(queue, state))
-        counts = [one for _, one in self._counted(self._partition_names(queue))]
-        return sum(int(getattr(one, name)) for one in counts for name in ((state,) if state else LIVE))
+        """Count the jobs that `each_job` yields for a queue and a state."""
+        return sum(entries for _, _, entries in self._search().places(_query(queue, state)))
 
     def job(self, public_id: str) -> JobInfo:
         """Return everything known about a job. Raises JobNotFound."""
@@ -1119,7 +1091,6 @@ class Admin:
     acount_matching = _awaitable(count_matching)
     afailures = _awaitable(failures)
     acount_jobs = _awaitable(count_jobs)
-    acount_chosen = _awaitable(count_chosen)
     ajob = _awaitable(job)
     awhy = _awaitable(why)
     alogs = _awaitable(logs)
@@ -1134,46 +1105,10 @@ class Admin:
     ametrics_text = _awaitable(metrics_text)
     aload = _awaitable(load)
 
-    def aeach_job(
-        self,
-        queue: str | None = None,
-        state: str | None = None,
-        *,
-        offset: int = 0,
-        limit: int | None = None,
-        task: str | None = None,
-        error: str | None = None,
-        since: datetime | None = None,
-        older: datetime | None = None,
-        tag: str | None = None,
-    ) -> AsyncIterator[JobInfo]:
-        """Awaitable form of `each_job`."""
-        return _pages(
-            self.each_job(
-                queue, state, offset=offset, limit=limit, task=task, error=error, since=since, older=older, tag=tag
-            )
-        )
-
-    def aact_on_chosen(
-        self, action: ActionName, queue: str | None, state: str | None, wanted: JobFilter, *, limit: int | None = None,
-        rate: str | None = None,
-    ) -> AsyncIterator[list[ActionResult]]:  # fmt: skip
-        """Awaitable form of `act_on_chosen`."""
-        return _pages(self.act_on_chosen(action, queue, state, wanted, limit=limit, rate=rate), 1)
-
-    def aact_on_matching(
-        self, action: ActionName, query: JobQuery, *, limit: int | None = None, rate: str | None = None
-    ) -> AsyncIterator[list[ActionResult]]:
-        """Awaitable form of `act_on_matching`."""
-        return _pages(self.act_on_matching(action, query, limit=limit, rate=rate), 1)
-
-    def afollow_logs(self, public_id: str, *, pause: float = 0.25) -> AsyncIterator[LogLine]:
-        """Awaitable form of `follow_logs`."""
-        return _pages(self.follow_logs(public_id, pause=pause), 1)
-
-    def aeach_id(self, queue: str | None, state: str | None, wanted: JobFilter) -> AsyncIterator[tuple[str, str]]:
-        """Awaitable form of `each_id`."""
-        return _pages(self.each_id(queue, state, wanted))
+    aeach_job = _awaitable_iterator(each_job)
+    aeach_matching = _awaitable_iterator(each_matching)
+    aact_on_matching = _awaitable_iterator(act_on_matching, 1)
+    afollow_logs = _awaitable_iterator(follow_logs, 1)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
@@ -1188,12 +1123,6 @@ class Admin:
                     raise
         self.unanswered.add(name)
         return None
-
-    def _answering(self, names: Iterable[str]) -> Iterator[str]:
-        """Yield those of *names* whose server answers."""
-        for name in names:
-            if self.client.has_one_endpoint or self._ask(name, inspection.counts(self._keys(name))) is not None:
-                yield name
 
     def _keys(self, name: str) -> QueueKeys:
         return self._directory.keys(name)
@@ -1211,9 +1140,15 @@ class Admin:
 
     def _parts_of(self, queues: Collection[str]) -> list[str]:
         """Return the partitions of those of *queues* that are known: one read of the names, however many they are."""
-        wanted = set(queues)
-        everything = self._directory.everything() if wanted else {}
-        return [part for name, parts in everything.items() if name in wanted for part in parts]
+        return [part for parts in self._known(queues).values() for part in parts] if queues else []
+
+    def _known(self, names: Collection[str] | None) -> Mapping[str, list[str]]:
+        """Return all known queues (None), or those of *names* that are known, with their partitions."""
+        everything = self._directory.everything()
+        if names is None:
+            return everything
+        wanted = set(names)
+        return {name: parts for name, parts in everything.items() if name in wanted}
 
     def _repair(self, keys: QueueKeys) -> int:
         suspects = set(self._page_ids(keys, "jobs"))
@@ -1241,119 +1176,6 @@ class Admin:
         parts = self._directory.partition_names(name)
         answers = {part: self._ask(part, inspection.counts(self._keys(part))) for part in parts}
         return _queue_info(name, parts, answers)
-
-    def _counted(self, names: Sequence[str]) -> Iterator[tuple[str, QueueCounts]]:
-        """Yield those of *names* whose server answers, with their counts of the last second: a hundred are counted in one step."""
-        at = 0
-        while at < len(names):
-            some, ends = names[at : at + _AT_A_TIME], monotonic() + 1.0
-            counts = self._counts(some)
-            for name in some:
-                at += 1
-                if name in counts:
-                    yield name, counts[name]
-                if monotonic() > ends:  # whoever takes them has been long with one
-                    break
-
-    def _count_entries(self, keys: QueueKeys, state: str, counts: QueueCounts) -> int:
-        """Count the entries of a state in Redis, with stubs of cancelled jobs still in the list."""
-        if not state:
-            return 0
-        if state == "done":
-            return _integer(self.client.execute("LLEN", keys.recent, key=keys.recent))
-        stubs = 0
-        if state == "ready" and len(counts) + counts.leased + counts.dead:
-            stubs = _integer(self.client.execute("HGET", keys.conf, "stubs", key=keys.conf) or 0)
-        return int(getattr(counts, state)) + stubs
-
-    def _places(
-        self, queue: str | None, state: str | None, wanted: JobFilter = ANY_JOB
-    ) -> Iterator[tuple[str, str, int]]:
-        """
-        Yield the partitions that answer, each with every state that is asked for and its entries.
-
-        Of a tag each comes once, with "" for all states.
-        """
-        if state is not None and state not in STATES:
-            raise ConfigurationError(f"There is no state {state!r} to list. Known: {', '.join(STATES)}.")
-        if wanted.tag is not None and state == "done":
-            raise ConfigurationError(
-                "A job that has ended is not found by its tag any more: give a tag, or the state done."
-            )
-        for name, counts in self._counted(self._partition_names(queue)):
-            for one in (state,) if state else ("",) if wanted.tag is not None else LIVE:
-                yield name, one, self._count_entries(self._keys(name), one, counts)
-
-    def _list_state(
-        self, queue: str, state: str, offset: int, total: int, limit: int, wanted: JobFilter
-    ) -> Iterator[JobInfo]:
-        if state == "done":
-            yield from self._list_finished(queue, offset, total, wanted)
-            return
-        keys = self._keys(queue)
-        size = SEARCH_SIZE if wanted.task else max(1, min(PAGE_SIZE, limit))
-        rows: Iterator[JobRow]
-        if wanted.needs_heads or wanted.tag is not None:
-            rows = self._whole(keys, self._heads(queue, state, total, wanted))
-        else:
-            rows = self._rows(keys, state, offset, total, size, wanted)
-        # The limit bounds the page when bodies are decompression bombs.
-        yield from (live_job(queue, row, self._decoder, MAX_PAYLOAD) for row in rows)
-
-    def _list_finished(self, queue: str, offset: int, total: int, wanted: JobFilter) -> Iterator[JobInfo]:
-        keys = self._keys(queue)
-        for first in range(offset, total, PAGE_SIZE):
-            for entry in self.client.run(inspection.finished(keys, first, PAGE_SIZE)):
-                chosen = entry.status != "dead" and wanted.task in {None, entry.task}
-                if chosen and wanted.accepts(instant(entry.at), None):
-                    yield finished_job(queue, entry)
-
-    def _rows(
-        self, keys: QueueKeys, state: str, offset: int, total: int, size: int, wanted: JobFilter, *, heads: bool = False
-    ) -> Iterator[JobRow]:
-        most = total if self.most_looked is None or wanted.is_empty else min(total, self.most_looked)
-        while offset < most:
-            call = inspection.list_jobs(
-                keys, state, offset, size, wanted, reads="heads" if heads else "", ignores_error=self._seals
-            )
-            page = self.client.run(call)
-            yield from page.rows
-            if not page.entries:
-                return
-            offset += page.entries
-        if offset < total:
-            self.cut_short.add(keys.queue)
-
-    def _heads(self, queue: str, state: str, total: int, wanted: JobFilter) -> Iterator[JobRow]:
-        """Yield the heads of those jobs in a state that are wanted; of a tag "" stands for any state."""
-        keys = self._keys(queue)
-        if wanted.tag is not None:
-            from conveyor.messaging.selection import Walks
-
-            yield from self._walk(Walks(wanted, self._decoder, self._seals).finding(keys, (state,) if state else ()))
-            return
-        rows = self._rows(keys, state, 0, total, _HEADS_SIZE, wanted, heads=True)
-        if wanted.error is None:
-            yield from rows
-            return
-        from conveyor.messaging.selection import last_error
-
-        for row in rows:
-            if wanted.accepts_error(last_error(row, queue, self._decoder)):
-                yield row
-
-    def _walk(self, walk: JobWalk[T]) -> Iterator[T]:
-        """Yield what each step of *walk* finds."""
-        while (call := walk.next_call()) is not None:
-            yield from self.client.run(call)
-
-    def _whole(self, keys: QueueKeys, heads: Iterator[JobRow]) -> Iterator[JobRow]:
-        """Yield the jobs of *heads* with their bodies and all errors; those that have ended since are left out."""
-        while page := list(islice(heads, SEARCH_SIZE)):
-            while page:
-                read = self.client.run(inspection.whole_jobs(keys, page))
-                yield from read.rows
-                page = page[read.entries :]
 
     def _find(self, public_id: str) -> _JobLookup | None:
         queue, id_ = split(public_id)
@@ -1461,6 +1283,12 @@ def _queue_info(name: str, partitions: Sequence[str], answers: Mapping[str, Queu
     return queue_info(name, inspection.total(found or [inspection.NOTHING]), len(partitions), unanswered)
 
 
+def _query(queue: str | None, state: str | None, wanted: JobFilter = ANY_JOB) -> JobQuery:
+    from conveyor.admin.job_query import JobQuery
+
+    return JobQuery(queue=queue, states=() if state is None else (state,), wanted=wanted)
+
+
 def _each(ids: Iterable[str]) -> list[str]:
     # A text is an iterable of texts too, and its letters are nobody's ids.
     return [ids] if isinstance(ids, str) else list(ids)
@@ -1478,10 +1306,6 @@ def _state_of(lookup: _JobLookup) -> str:
     if lookup.location == "result":
         return read_outcome(lookup.record).status
     return "done" if lookup.location in {"none", "ended"} else lookup.location
-
-
-def _integer(reply: object) -> int:
-    return int(reply)  # type: ignore[call-overload,no-any-return]
 
 
 def _limited(totals: Mapping[tuple[str, str], inspection.QueueTotals]) -> list[str]:

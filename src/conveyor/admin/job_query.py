@@ -7,7 +7,6 @@ one turns it around. A part of the terms becomes a `JobFilter`, by which Redis c
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -68,6 +67,11 @@ class JobQuery(msgspec.Struct, frozen=True):
     rest: tuple[Term, ...] = ()
     terms: tuple[Term, ...] = ()
 
+    def __post_init__(self) -> None:
+        for state in self.states:
+            if state not in STATES:
+                raise InvalidFilter(f"There is no state {state!r}. Known: {', '.join(STATES)}.")
+
     @property
     def is_whole(self) -> bool:
         """Whether Redis can choose by all of it."""
@@ -88,6 +92,12 @@ class JobQuery(msgspec.Struct, frozen=True):
         """Whether it looks into payloads or the texts of errors."""
         return any(term.reads_payloads for term in self.terms)
 
+    @property
+    def described(self) -> str:
+        """The text, with the states that were named besides."""
+        named = f"state:{','.join(self.states)} " if self.states and "state:" not in self.text else ""
+        return f"{named}{self.text}".strip()
+
     def accepts(self, job: JobInfo) -> bool:
         """Tell whether a job that Redis has chosen has the other terms too."""
         return all(term.accepts(job) is not term.negated for term in self.rest)
@@ -104,8 +114,6 @@ class JobQuery(msgspec.Struct, frozen=True):
                 raise InvalidFilter(f"The filter names queue {query.queue!r}, and the request {queue!r}.")
             query = replace(query, queue=queue)
         if state:
-            if state not in STATES:
-                raise InvalidFilter(f"There is no state {state!r}. Known: {', '.join(STATES)}.")
             if query.states and state not in query.states:
                 raise InvalidFilter(f"The filter names state {','.join(query.states)}, and the request {state}.")
             query = replace(query, states=(state,))
@@ -208,7 +216,13 @@ def _term(name: str, value: str, negated: bool, position: int, value_at: int) ->
 
 def is_like_field(name: str) -> bool:
     """Tell whether *name* is a field or nearly one, so that its writer meant a field."""
-    return bool(difflib.get_close_matches(name, FIELDS, 1))
+    return bool(_nearest(name))
+
+
+def _nearest(name: str) -> list[str]:
+    import difflib  # a list without a misspelt field needs none of it
+
+    return difflib.get_close_matches(name, FIELDS, 1)
 
 
 def takes_text(name: str) -> bool:
@@ -217,7 +231,7 @@ def takes_text(name: str) -> bool:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name.partition(".")[0], FIELDS, 1)
+    near = _nearest(name.partition(".")[0])
     hint = f"Did you mean {near[0]}:?" if near else f"Known: {', '.join(FIELDS)}"
     return f"There is no field {name!r}. {hint}"
 

@@ -2,38 +2,52 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec.structs import replace
 
 from conveyor.admin.job_query import JobQuery
-from conveyor.admin.queue_directory import QueueDirectory, ended_in
+from conveyor.admin.queue_directory import QueueDirectory
 from conveyor.admin.views import ActionResult, JobInfo, QueueInfo, finished_job, live_job
-from conveyor.errors import ConfigurationError, InvalidFilter
-from conveyor.messaging.selection import ACTED_ON, LIVE, ActionName, Pace, Walks, act, last_error
+from conveyor.errors import InvalidFilter
+from conveyor.messaging.selection import (
+    Acted,
+    ActionName,
+    JobWalk,
+    Pace,
+    Walks,
+    act,
+    acted_states,
+    last_error,
+    steps_of,
+)
 from conveyor.payload.codec import MAX_PAYLOAD
 from conveyor.store import inspection
-from conveyor.store.inspection import Ended, JobRow, QueueCounts
+from conveyor.store.inspection import JobRow, QueueCounts
+from conveyor.store.job_filter import LIVE
 from conveyor.store.keys import QueueKeys
-from conveyor.store.script import Call
 from conveyor.units import instant
 
 if TYPE_CHECKING:
     from conveyor.payload.sealed_records import RecordDecoder
     from conveyor.store.client.client import Client
 
-T = TypeVar("T")
 MOST_LOOKED = 10_000
 """Jobs that one call looks at."""
 _AT_A_TIME = 100
+"""Jobs that one step of a page looks at."""
+_HEADS_SIZE = 250
+"""The same where nobody waits for a page, so that it takes the server a millisecond or two."""
+_PAGE_SIZE = 500
+"""The same where all are taken."""
+_BODIES_SIZE = 200
 _FAR = 2**53
 """No list of Redis is as long."""
-_MOST_LISTED = 100
-"""Queues of which the jobs that are done and still listed are counted."""
 
 
 class SearchPage(msgspec.Struct, frozen=True):
@@ -84,51 +98,23 @@ class JobSearch:
     """
     Searches through the queues of one client.
 
-    *ask* reads, and returns None where a server does not answer. *queues*: all of them, as they were counted lately; None: those
-    that a filter takes are counted.
+    *counts* counts queues and partitions, and leaves out those whose server does not answer. *queues*: all of them, as they were
+    counted lately; None: those that a filter takes are counted.
     """
 
     def __init__(
         self, client: Client, directory: QueueDirectory, decoder: RecordDecoder, *, sealed: bool,
-        ask: Callable[[str, Call[Any]], Any], queues: Sequence[QueueInfo] | None = None,
+        counts: Callable[[Sequence[str]], Mapping[str, QueueCounts]], queues: Sequence[QueueInfo] | None = None,
     ) -> None:  # fmt: skip
-        self._client, self._directory, self._decoder, self._sealed, self._ask = client, directory, decoder, sealed, ask
-        self._queues = queues
+        self._client, self._directory, self._decoder, self._sealed = client, directory, decoder, sealed
+        self._counts, self._queues = counts, queues
 
-    # -- queues ---------------------------------------------------------------------------------------------------
+    def places(self, query: JobQuery) -> list[tuple[str, str, int]]:
+        """
+        Return (queue or partition, state, entries) for all that the filter may find something in.
 
-    def counts(self, parts: Sequence[str]) -> dict[str, QueueCounts]:
-        """Return the counts of queues and partitions; a hundred in one step where one server has them all."""
-        return {part: counts for part, (counts, _) in self.counts_and_ended(parts, 0).items()}
-
-    def counts_and_ended(self, parts: Sequence[str], minutes: int) -> dict[str, tuple[QueueCounts, list[Ended]]]:
-        """Return the counts of queues and partitions, and what ended there in each of the last whole minutes, in the same steps."""
-        return self._directory.counts_and_ended(parts, minutes, self._ask)
-
-    def ended(self, names: Collection[str], minutes: int) -> dict[str, list[Ended]]:
-        """Return what ended in each of the last whole minutes in these queues, the oldest first."""
-        wanted = set(names)
-        everything = {name: parts for name, parts in self._directory.everything().items() if name in wanted}
-        counted = self.counts_and_ended([part for parts in everything.values() for part in parts], minutes)
-        return {name: ended for name, parts in everything.items() if (ended := ended_in(parts, counted))}
-
-    def state_counts(self, queue: str | None) -> dict[str, int]:
-        """Count the jobs of a queue, or of all, by state; of `done` those that are still listed, of a hundred queues at most."""
-        queues = self._queues
-        counts: Sequence[QueueCounts | QueueInfo] = queues or ()
-        parts: Sequence[str] = ()
-        if queues is None or len(queues) <= _MOST_LISTED:
-            known = self._directory.everything() if queue is None else {queue: self._directory.partition_names(queue)}
-            parts = [part for some in known.values() for part in some]
-        if queues is None:
-            counts = list(self.counts(parts).values())
-        found: dict[str, int] = {state: sum(getattr(one, state) for one in counts) for state in LIVE}
-        if 0 < len(parts) <= _MOST_LISTED or not counts:
-            found["done"] = sum(self._entries(part, "done", inspection.NOTHING) for part in parts)
-        return found
-
-    def _places(self, query: JobQuery) -> list[tuple[str, str, int]]:
-        """Return (queue or partition, state, entries) for all that the filter may find something in."""
+        Of a tag each queue comes once, with "" for all states: its jobs are in the order of their ids.
+        """
         parts = [
             part for name, parts in self._directory.everything().items() for part in parts if query.takes_queue(part)
         ]
@@ -137,21 +123,39 @@ class JobSearch:
         # Counts of a queue with partitions are sums.
         known = {one.name: one for one in self._queues or () if one.partitions == 1}
         counts: dict[str, QueueCounts | QueueInfo] = {part: known[part] for part in parts if part in known}
-        counts |= self.counts([part for part in parts if part not in counts])
-        places: list[tuple[str, str, int]] = []
-        for part in parts:
-            if part in counts:
-                found = ((part, state, self._entries(part, state, counts[part])) for state in query.states or LIVE)
-                places += [one for one in found if one[2]]
-        return places
+        counts |= self._counts([part for part in parts if part not in counts])
+        states = query.states or (LIVE if query.wanted.tag is None else ("",))
+        found = (
+            (part, state, self._entries(part, state, counts[part]))
+            for part in parts
+            if part in counts
+            for state in states
+        )
+        return [one for one in found if one[2]]
 
     def _entries(self, part: str, state: str, counts: QueueCounts | QueueInfo) -> int:
         if state == "done":
-            keys = self._directory.keys(part)
-            return int(self._client.execute("LLEN", keys.recent, key=keys.recent))  # type: ignore[call-overload,no-any-return]
-        return int(getattr(counts, state))
+            return self.listed_done(part)
+        return sum(int(getattr(counts, one)) for one in ((state,) if state else LIVE))
 
-    # -- pages ----------------------------------------------------------------------------------------------------
+    def listed_done(self, part: str) -> int:
+        """Count the jobs that are done and still listed."""
+        keys = self._directory.keys(part)
+        return int(self._client.execute("LLEN", keys.recent, key=keys.recent))  # type: ignore[call-overload,no-any-return]
+
+    # -- one after the other --------------------------------------------------------------------------------------
+
+    def each(self, query: JobQuery, *, offset: int = 0, limit: int | None = None) -> Iterator[JobInfo]:
+        """Yield the jobs that *query* accepts, with their whole bodies, after *offset* of them; *limit*: at most, None: all."""
+        self._refuse(query)
+        left = sys.maxsize if limit is None else limit
+        size = min(_PAGE_SIZE, max(left, 1)) if query.chooses_all else _HEADS_SIZE
+        for _, step, skip in self._steps(self.places(query), query, (0, "", offset), size, ""):
+            jobs = step.jobs[skip : skip + left]
+            yield from jobs
+            left -= len(jobs)
+            if not left:
+                return
 
     def page(
         self, query: JobQuery, *, cursor: str | None = None, offset: int = 0, limit: int = 50, most: int = MOST_LOOKED,
@@ -160,15 +164,13 @@ class JobSearch:
         """
         Return jobs that *query* accepts, from *cursor* on; without one after *offset* of them.
 
-        At most *limit* jobs; at most *most* are looked at, for about *seconds*.
+        At most *limit* jobs; at most *most* are looked at, for about *seconds*. Of bodies the beginning is read, unless *query*
+        looks into them.
         """
-        _refuse_ended_tag(query)
-        self._refuse_redacted(query)
+        self._refuse(query)
         budget, jobs = _Budget(most, time.monotonic() + seconds), list[JobInfo]()
-        places = self._places(query)
+        places = self.places(query)
         total = sum(entries for _, _, entries in places)
-        begin, at, skip = _read_cursor(cursor, places)
-        skip = max(0, offset) if cursor is None else skip
 
         def page(after: str | None) -> SearchPage:
             footer = None
@@ -176,56 +178,124 @@ class JobSearch:
                 footer = f"Searched {min(budget.looked, total):,} of {total:,} jobs; the next page goes on from there."
             return SearchPage(jobs, after, budget.looked, total, footer)
 
-        for number in range(begin, len(places)):
-            part, state, entries = places[number]
-            if query.chooses_all and not at:
-                if skip >= entries:
-                    skip -= entries
-                    continue
-                at, skip = str(skip), 0
-            for step in self._steps(part, state, query, at, limit):
-                budget.looked += step.looked
-                room = limit - len(jobs)
-                jobs += step.jobs[skip : skip + room]
-                taken, skip = skip + room, max(0, skip - len(step.jobs))
-                if len(jobs) >= limit:
-                    if taken < len(step.jobs):
-                        return page(_cursor(part, state, step.begins, taken))
-                    return page(
-                        _cursor(part, state, step.next) if step.next is not None else _place(places, number + 1)
-                    )
-                if budget.is_spent and step.next is not None:
-                    return page(_cursor(part, state, step.next, skip))
-            at = ""
-            if budget.is_spent and number + 1 < len(places):
-                return page(_place(places, number + 1, skip))
+        start = (0, "", max(0, offset)) if cursor is None else _read_cursor(cursor, places)
+        size = min(_AT_A_TIME, max(limit, 20)) if query.chooses_all else _AT_A_TIME
+        for number, step, skip in self._steps(places, query, start, size, "" if query.needs_payload else "short"):
+            part, state, _ = places[number]
+            budget.looked += step.looked
+            taken = skip + limit - len(jobs)
+            jobs += step.jobs[skip:taken]
+            full = len(jobs) >= limit
+            if full and taken < len(step.jobs):
+                return page(_cursor(part, state, step.begins, taken))
+            if full or budget.is_spent:
+                left = max(0, skip - len(step.jobs))
+                return page(
+                    _place(places, number + 1, left) if step.next is None else _cursor(part, state, step.next, left)
+                )
         return page(None)
 
-    def _steps(self, part: str, state: str, query: JobQuery, at: str, limit: int) -> Iterator[_SearchStep]:
-        """Yield the jobs of one queue or partition that the filter accepts, step by step, from *at* on."""
-        if query.wanted.tag is not None:
-            yield from self._tag_steps(part, state, query, at)
-            return
-        keys, offset = self._directory.keys(part), _offset(at)
-        size = min(_AT_A_TIME, max(limit, 20)) if query.chooses_all else _AT_A_TIME
-        while True:
+    def _steps(
+        self, places: Sequence[tuple[str, str, int]], query: JobQuery, start: tuple[int, str, int], size: int,
+        reads: inspection.Reading,
+    ) -> Iterator[tuple[int, _SearchStep, int]]:  # fmt: skip
+        """
+        Yield the number of each place, each step there, and how many of its jobs are passed over; the last of a place has no next.
+
+        *start*: the number of the first place, where in it, and how many jobs are passed over.
+        """
+        begin, at, skip = start
+        for number in range(begin, len(places)):
+            part, state, entries = places[number]
+            keys = self._directory.keys(part)
+            if query.wanted.tag is not None:
+                steps = self._tag_steps(keys, state, query, at, size, reads)
+            else:
+                end = _FAR if at else entries + self._stubs(keys, state)
+                if query.chooses_all and not at:
+                    if skip >= end:
+                        skip -= end
+                        continue
+                    at, skip = str(skip), 0
+                steps = self._list_steps(keys, state, query, at, end, size, reads)
+            for step in steps:
+                yield number, step, skip
+                skip = max(0, skip - len(step.jobs))
+            at = ""
+
+    def _stubs(self, keys: QueueKeys, state: str) -> int:
+        """Count the stubs of cancelled jobs that are still in the lists of a state."""
+        if state != "ready":
+            return 0
+        return int(self._client.execute("HGET", keys.conf, "stubs", key=keys.conf) or 0)  # type: ignore[call-overload,no-any-return]
+
+    def _list_steps(
+        self, keys: QueueKeys, state: str, query: JobQuery, at: str, end: int, size: int, reads: inspection.Reading
+    ) -> Iterator[_SearchStep]:
+        """Yield the jobs of one queue or partition that the filter accepts, step by step, from *at* to *end*."""
+        offset, ended = _offset(at), False
+        while not ended:
             if state == "done":
                 entries = self._client.run(inspection.finished(keys, offset, size))
-                infos = [finished_job(part, one) for one in entries if one.status != "dead"]
+                infos = [finished_job(keys.queue, one) for one in entries if one.status != "dead"]
                 looked, jobs = len(entries), [info for info in infos if _is_wanted(query, info)]
             else:
-                page = self._read(keys, state, offset, size, query)
-                looked, jobs = page.entries, self._accepted(part, page.rows, query)
-            if looked or jobs:
-                yield _SearchStep(looked or len(jobs), jobs, str(offset), str(offset + looked) if looked else None)
-            if not looked:  # at the end, or no later one can be wanted
-                return
-            offset += looked
+                looked, rows = self._look(keys, state, offset, size, query, reads)
+                jobs = self._accepted(keys.queue, rows, query)
+            begins, offset = offset, offset + looked
+            ended = (
+                not looked or offset >= end
+            )  # none looked at: no later one can be wanted, or the list has become shorter
+            yield _SearchStep(looked or len(jobs), jobs, str(begins), None if ended else str(offset))
 
-    def _read(self, keys: QueueKeys, state: str, offset: int, size: int, query: JobQuery) -> inspection.JobPage:
-        reads: inspection.Reading = "" if query.needs_payload else "short"
-        call = inspection.list_jobs(keys, state, offset, size, query.wanted, reads=reads, ignores_error=self._sealed)
-        return self._client.run(call)
+    def _look(
+        self, keys: QueueKeys, state: str, offset: int, size: int, query: JobQuery, reads: inspection.Reading
+    ) -> tuple[int, list[JobRow]]:
+        """Look at *size* jobs; return how many these were, 0 at the end, and those that the `JobFilter` accepts."""
+        wanted = query.wanted
+        compares = self._sealed and wanted.error is not None
+        first: inspection.Reading = "heads" if compares else reads
+        page = self._client.run(
+            inspection.list_jobs(keys, state, offset, size, wanted, reads=first, ignores_error=compares)
+        )
+        if wanted.error is None:
+            return page.entries, page.rows
+        rows = [row for row in page.rows if wanted.accepts_error(last_error(row, keys.queue, self._decoder))]
+        return page.entries, self._whole(keys, rows, reads) if compares else rows
+
+    def _tag_steps(
+        self, keys: QueueKeys, state: str, query: JobQuery, at: str, size: int, reads: inspection.Reading
+    ) -> Iterator[_SearchStep]:
+        """Yield the jobs that have the tag and that the filter accepts, step by step, from *at* on."""
+        walk = self._walks(query).finding(keys, (state,) if state else ())
+        walk.cursor = begins = at
+        looked, jobs = 0, list[JobInfo]()
+        while (call := walk.next_call(size)) is not None:
+            heads = self._client.run(call)
+            jobs += self._accepted(keys.queue, self._whole(keys, heads, reads), query)
+            if walk.unsure or walk.pending:
+                continue  # the cursor is behind these already
+            yield _SearchStep(walk.looked - looked, jobs, begins, None if walk.ended else walk.cursor)
+            looked, jobs, begins = walk.looked, [], walk.cursor
+
+    def _accepted(self, part: str, rows: Sequence[JobRow], query: JobQuery) -> list[JobInfo]:
+        """Return those jobs of *rows* that the other terms of the filter accept."""
+        # The limit bounds the page when bodies are decompression bombs.
+        jobs = (live_job(part, row, self._decoder, MAX_PAYLOAD) for row in rows)
+        return [job for job in jobs if query.accepts(job)]
+
+    def _whole(self, keys: QueueKeys, rows: Sequence[JobRow], reads: inspection.Reading = "") -> list[JobRow]:
+        """Return jobs with their bodies; those that have ended since are left out."""
+        return whole_rows(self._client, keys, rows, reads)
+
+    def _walks(self, query: JobQuery) -> Walks:
+        return Walks(query.wanted, self._decoder, self._sealed)
+
+    def _refuse(self, query: JobQuery) -> None:
+        """Raise InvalidFilter for a filter by which nothing can be found."""
+        if query.wanted.tag is not None and "done" in query.states:
+            raise InvalidFilter("A job that has ended is not found by its tag any more: give a tag, or state:done.")
+        self._refuse_redacted(query)
 
     def _refuse_redacted(self, query: JobQuery) -> None:
         """Raise InvalidFilter for a filter that names what nobody is shown. Other terms see the mark in its place."""
@@ -240,122 +310,69 @@ class JobSearch:
                     term.position,
                 )
 
-    def _accepted(self, part: str, rows: Sequence[JobRow], query: JobQuery) -> list[JobInfo]:
-        """Return the jobs of *rows* that the filter accepts."""
-        wanted = query.wanted
-        if wanted.error is not None:
-            rows = [row for row in rows if wanted.accepts_error(last_error(row, part, self._decoder))]
-        # The limit bounds the page when bodies are decompression bombs.
-        jobs = [live_job(part, row, self._decoder, MAX_PAYLOAD) for row in rows]
-        return [job for job in jobs if query.accepts(job)]
-
-    def _tag_steps(self, part: str, state: str, query: JobQuery, at: str) -> Iterator[_SearchStep]:
-        keys = self._directory.keys(part)
-        walk = Walks(query.wanted, self._decoder, self._sealed).finding(keys, (state,))
-        walk.cursor = begins = at
-        looked, jobs = 0, list[JobInfo]()
-        while (call := walk.next_call(_AT_A_TIME)) is not None:
-            rows = self._client.run(call)
-            rows = self._whole(keys, rows, "" if query.needs_payload else "short")
-            jobs += [
-                job for job in (live_job(part, row, self._decoder, MAX_PAYLOAD) for row in rows) if query.accepts(job)
-            ]
-            if walk.unsure or walk.pending:
-                continue  # the cursor is behind these already
-            yield _SearchStep(walk.looked - looked, jobs, begins, None if walk.ended else walk.cursor)
-            looked, jobs, begins = walk.looked, [], walk.cursor
-
-    def _whole(self, keys: QueueKeys, rows: Sequence[JobRow], reads: inspection.Reading = "") -> list[JobRow]:
-        """Return jobs with their bodies; those that have ended since are left out."""
-        found, left = list[JobRow](), list(rows)
-        while left:
-            read = self._client.run(inspection.whole_jobs(keys, left[:_AT_A_TIME], reads))
-            found += read.rows
-            left = left[read.entries :]
-        return found
-
     # -- all that match -------------------------------------------------------------------------------------------
 
     def count(self, query: JobQuery, states: Sequence[str] = (), *, seconds: float = 3600.0) -> MatchCount:
         """Count the jobs that a filter chooses, for about *seconds*. *states*: those of an action, where the filter names none."""
         self._refuse_redacted(query)
-        counts, ends = Counter[str](), time.monotonic() + seconds
         query = replace(query, states=query.states or tuple(states))
+        counts, ends, exact = Counter[str](), time.monotonic() + seconds, True
         if query.chooses_all:
-            for _, state, entries in self._places(query):
+            for _, state, entries in self.places(query):
                 counts[state] += entries
-            return MatchCount(sum(counts.values()), dict(counts), exact=True)
-        exact = True
-        for part, state, _ in self._places(query):
-            for found in self._chosen(part, (state,), query):
-                counts[state] += len(found)
+        else:
+            for found in self._counted(query):
+                counts.update(found)
                 if time.monotonic() >= ends:
                     exact = False
                     break
-            if not exact:
-                break
-        return MatchCount(sum(counts.values()), {state: n for state, n in counts.items() if n}, exact)
+        return MatchCount(counts.total(), dict(+counts), exact)
+
+    def _counted(self, query: JobQuery) -> Iterator[Mapping[str, int]]:
+        """Yield how many jobs each step chooses, by state."""
+        for keys in self._holding(query):
+            if query.is_whole:
+                for counts in steps_of(self._client, self._walks(query).counting(keys, query.states)):
+                    yield from counts
+            else:
+                for rows in self._chosen(keys, query.states, query):
+                    yield Counter(row.status for row in rows)
 
     def act(
         self, action: ActionName, query: JobQuery, *, limit: int | None = None, rate: str | None = None
     ) -> Iterator[list[ActionResult]]:
         """Carry out *action* on all jobs that *query* chooses, in steps of Redis; yield what became of those of each step."""
         self._refuse_redacted(query)
-        states = query.states or ACTED_ON[action]
-        if wrong := [state for state in states if state not in ACTED_ON[action]]:
-            raise ConfigurationError(
-                f"Jobs that are {wrong[0]} cannot be chosen here. Possible: {', '.join(ACTED_ON[action])}. Nothing was done."
-            )
-        pace, left = Pace(rate), limit
-        for part in dict.fromkeys(part for part, _, _ in self._places(replace(query, states=tuple(states)))):
-            keys = self._directory.keys(part)
+        states = acted_states(action, query.states)
+        for acted in act(self._client, self._acting(action, states, query), Pace(rate), limit):
+            yield [ActionResult(*one) for one in acted]
+
+    def _acting(self, action: ActionName, states: Collection[str], query: JobQuery) -> Iterator[JobWalk[Acted]]:
+        """Yield the walks that act: one a queue or partition where Redis chooses, else one for those that a step has found."""
+        walks = self._walks(query)
+        for keys in self._holding(replace(query, states=tuple(states))):
             if query.is_whole:
-                made = Walks(query.wanted, self._decoder, self._sealed)
-                steps: Iterator[list[Any]] = act(
-                    self._client, [made.acting(keys, action, state) for state in states], pace, left
-                )
-            else:
-                steps = self._act_on_found(keys, action, states, query, pace, left)
-            for acted in steps:
-                results = [ActionResult(*one) for one in acted]
-                if left is not None:
-                    left -= sum(one.done for one in results)
-                yield results
-            if left is not None and left <= 0:
-                return
+                yield walks.acting(keys, action, states)
+                continue
+            for rows in self._chosen(keys, states, query):
+                walk = walks.acting(keys, action, states)
+                walk.pending, walk.ended = tuple(row.id for row in rows), True
+                yield walk
 
-    def _act_on_found(
-        self, keys: QueueKeys, action: ActionName, states: Sequence[str], query: JobQuery, pace: Pace, limit: int | None
-    ) -> Iterator[list[Any]]:
-        made, left = Walks(query.wanted, self._decoder, self._sealed), limit
-        for state in states:
-            for ids in self._chosen(keys.queue, (state,), query):
-                if left is not None:
-                    ids = ids[: max(0, left)]
-                if not ids:
-                    continue
-                walk = made.acting(keys, action, state)
-                walk.pending, walk.ended = tuple(ids), True
-                for acted in act(self._client, [walk], pace):
-                    if left is not None:
-                        left -= sum(one.outcome != "refused" for one in acted)
-                    yield acted
+    def _holding(self, query: JobQuery) -> list[QueueKeys]:
+        """Return the keys of the queues and partitions that the filter may find something in."""
+        return [self._directory.keys(part) for part in dict.fromkeys(part for part, _, _ in self.places(query))]
 
-    def _chosen(self, part: str, states: tuple[str, ...], query: JobQuery) -> Iterator[list[str]]:
-        """Yield the bare ids of the jobs in *states* that a filter chooses, step by step."""
-        keys = self._directory.keys(part)
-        walk = Walks(query.wanted, self._decoder, self._sealed).finding(keys, states)
-        while (call := walk.next_call()) is not None:
-            found = self._client.run(call)
+    def _chosen(self, keys: QueueKeys, states: Collection[str], query: JobQuery) -> Iterator[list[JobRow]]:
+        """Yield the heads of the jobs in *states* that a filter chooses, step by step."""
+        for found in steps_of(self._client, self._walks(query).finding(keys, states)):
+            if not query.needs_payload:
+                yield [row for row in found if self._accepted(keys.queue, [row], query)]
+                continue
             # Bodies are read some at a time, so that whoever has no more time ends between two reads.
-            size = _AT_A_TIME if query.rest and query.needs_payload else max(1, len(found))
-            for first in range(0, len(found), size) or (0,):
-                rows = found[first : first + size]
-                if query.rest and query.needs_payload:
-                    rows = self._whole(keys, rows)
-                if query.rest:
-                    rows = [row for row in rows if query.accepts(live_job(part, row, self._decoder, MAX_PAYLOAD))]
-                yield [row.id for row in rows]
+            for first in range(0, len(found), _AT_A_TIME) or (0,):
+                rows = self._whole(keys, found[first : first + _AT_A_TIME])
+                yield [row for row in rows if self._accepted(keys.queue, [row], query)]
 
 
 def _is_wanted(query: JobQuery, info: JobInfo) -> bool:
@@ -365,9 +382,16 @@ def _is_wanted(query: JobQuery, info: JobInfo) -> bool:
     return wanted.accepts(info.ended or instant(0), None) and query.accepts(info)
 
 
-def _refuse_ended_tag(query: JobQuery) -> None:
-    if query.wanted.tag is not None and "done" in query.states:
-        raise InvalidFilter("A job that has ended is not found by its tag any more: give a tag, or state:done.")
+def whole_rows(
+    client: Client, keys: QueueKeys, heads: Sequence[JobRow], reads: inspection.Reading = ""
+) -> list[JobRow]:
+    """Return jobs with their bodies and all errors; those that have ended since are left out."""
+    found, left = list[JobRow](), list(heads)
+    while left:
+        read = client.run(inspection.whole_jobs(keys, left[:_BODIES_SIZE], reads))
+        found += read.rows
+        left = left[read.entries :]
+    return found
 
 
 def _cursor(part: str, state: str, at: str, skip: int = 0) -> str:

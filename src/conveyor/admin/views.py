@@ -9,7 +9,6 @@ import msgspec
 from msgspec.structs import replace
 
 from conveyor.ids import made_at_ms, public
-from conveyor.messaging.selection import LIVE
 from conveyor.payload.live_records import Progress
 from conveyor.payload.pipeline import MAX_LARGE
 from conveyor.payload.records import Failure, Status
@@ -18,6 +17,7 @@ from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.payload.versions import sealed_name
 from conveyor.store.audit_log import AuditRow
 from conveyor.store.inspection import FinishedJob, JobRow, QueueCounts
+from conveyor.store.job_filter import LIVE
 from conveyor.units import instant, instant_or_none
 
 STATES: tuple[Status, ...] = (*LIVE, "done")

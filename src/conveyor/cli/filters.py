@@ -16,7 +16,7 @@ from conveyor.errors import ConfigurationError
 from conveyor.units import iso_timestamp, milliseconds
 
 if TYPE_CHECKING:
-    from conveyor.store.job_filter import JobFilter
+    from conveyor.admin.job_query import JobQuery
 
 STATES = ("leased", "ready", "waiting", "scheduled", "dead", "done")
 _CLOCK = re.compile(r"\d{1,2}:\d{2}|\d{2}:\d{2}:\d{2}")
@@ -24,7 +24,7 @@ _WHEN = "a duration (2h, 1d), a local time (02:14) or an ISO 8601 instant"
 
 
 def filter_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--tag``, ``--task``, ``--error``, ``--since``, ``--older``; the command gets a `JobFilter` as *wanted*, or None."""
+    """Add ``--tag``, ``--task``, ``--error``, ``--since``, ``--older``; the command gets a `JobQuery` as *query*, or None."""
 
     @click.option("--tag", metavar="TAG", help="Only jobs that have this tag.")
     @click.option("--task", metavar="TASK", shell_complete=complete_tasks, help="Only jobs of this task.")
@@ -40,6 +40,8 @@ def filter_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def command(
         *args: Any,
+        queue: str | None = None,
+        state: str | None = None,
         tag: str | None,
         task: str | None,
         error: str | None,
@@ -47,16 +49,14 @@ def filter_options(function: Callable[..., Any]) -> Callable[..., Any]:
         older: str | None,
         **options: Any,
     ) -> Any:
-        wanted = None
-        if any(one is not None for one in (tag, task, error, since, older)):
-            wanted = _filter(tag, task, error, since, older)
-        return function(*args, wanted=wanted, **options)
+        given = (queue, state, tag, task, error, since, older)
+        return function(*args, query=None if given == (None,) * 7 else _query(*given), **options)
 
     return command
 
 
 def selection_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--queue``, ``--state`` and those of `filter_options`; the command gets also *queue* and *state*."""
+    """Add ``--queue``, ``--state`` and those of `filter_options`; they are in the `JobQuery` too."""
     function = filter_options(function)
     function = click.option("--state", type=click.Choice(STATES), help="Only jobs in this state.")(function)
     return click.option(
@@ -64,12 +64,22 @@ def selection_options(function: Callable[..., Any]) -> Callable[..., Any]:
     )(function)
 
 
-def _filter(tag: str | None, task: str | None, error: str | None, since: str | None, older: str | None) -> JobFilter:
+def _query(
+    queue: str | None, state: str | None, tag: str | None, task: str | None, error: str | None, since: str | None,
+    older: str | None,
+) -> JobQuery:  # fmt: skip
+    from conveyor.admin.job_query import JobQuery
     from conveyor.store.job_filter import JobFilter
 
     if error is not None and not error:
         raise ConfigurationError("--error needs a text: '' would choose every job.")
-    return JobFilter(task, error, instant("--since", since), instant("--older", older), tag)
+    wanted = JobFilter(task, error, instant("--since", since), instant("--older", older), tag)
+    parts = {
+        "task": task, "tag": tag, "error": error and json.dumps(error),
+        "since": wanted.since and iso_timestamp(wanted.since), "older": wanted.older and iso_timestamp(wanted.older),
+    }  # fmt: skip
+    text = " ".join(f"{name}:{value}" for name, value in parts.items() if value)
+    return JobQuery(text, queue, () if state is None else (state,), wanted)
 
 
 def instant(name: str, text: str | None) -> datetime | None:
@@ -90,13 +100,3 @@ def instant(name: str, text: str | None) -> datetime | None:
         return now - timedelta(milliseconds=milliseconds(text, name=name))
     except (ValueError, OverflowError, ConfigurationError):
         raise ConfigurationError(f"{name} {text!r} is not {_WHEN}.") from None
-
-
-def filter_text(state: str | None, wanted: JobFilter) -> str:
-    """Return what options chose jobs by, as the filter language has it."""
-    parts = {
-        "state": state, "task": wanted.task, "tag": wanted.tag, "error": None if wanted.error is None else json.dumps(wanted.error),
-        "since": None if wanted.since is None else iso_timestamp(wanted.since),
-        "older": None if wanted.older is None else iso_timestamp(wanted.older),
-    }  # fmt: skip
-    return " ".join(f"{name}:{text}" for name, text in parts.items() if text)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from itertools import islice
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from msgspec.structs import asdict
 
 from conveyor.cli.command import MOST_JOBS, CommandGroup
 from conveyor.cli.exit import ExitCode
-from conveyor.cli.filters import filter_text, selection_options
+from conveyor.cli.filters import selection_options
 from conveyor.cli.output import (
     OutcomeCounter,
     Output,
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
     from conveyor.jobs.history import HistoryEntry
     from conveyor.jobs.why import Why
     from conveyor.messaging.selection import ActionName
-    from conveyor.store.job_filter import JobFilter
 
 SHOWN = 50
 """Jobs that a terminal shows unless another number is asked for."""
@@ -67,8 +65,8 @@ def job() -> None:
 @click.option("-q", "--ids", "ids_only", is_flag=True, help="Print ids only.")
 @redis_options
 def list_(
-    target: Target, out: Output, words: tuple[str, ...], queue: str | None, state: str | None, wanted: JobFilter | None,
-    limit: int | None, offset: int, ids_only: bool,
+    target: Target, out: Output, words: tuple[str, ...], query: JobQuery | None, limit: int | None, offset: int,
+    ids_only: bool,
 ) -> None:  # fmt: skip
     """
     List jobs, in the order in which they are leased.
@@ -77,47 +75,11 @@ def list_(
 
     Without --state: all that have not ended, and dead ones. Dead and done ones come newest first.
     """
-    _refuse_both(words, wanted)
-    admin = target.admin()
-    if words:
-        _list_matching(out, admin, words, queue, state, offset, limit, ids_only)
-        return
+    chosen, admin = _chosen(words, query), target.admin()
     if out.on_terminal and not out.as_json:
-        _show_page(out, admin, queue, state, wanted, offset, limit or SHOWN, ids_only)
-        say_unanswered(out, admin)
-        return
-    jobs = admin.each_job(queue, state, offset=offset, limit=limit, **_named(wanted))
-    if out.as_json:
-        out.document("jobs", jobs=list(jobs))
-        say_unanswered(out, admin)
-        return
-    for info in jobs:
-        out.line(info.id if ids_only else "\t".join(map(machine_text, _row(info))))
-    say_unanswered(out, admin)
-
-
-def _list_matching(
-    out: Output, admin: Admin, words: Sequence[str], queue: str | None, state: str | None, offset: int, limit: int | None,
-    ids_only: bool,
-) -> None:  # fmt: skip
-    """List the jobs that a filter chooses: on a terminal a page in bounded work, elsewhere all."""
-    from conveyor.admin.job_query import parse
-
-    query = parse(" ".join(map(_quoted, words))).joined(queue, state)
-    if out.on_terminal and not out.as_json:
-        page = admin.search(query, offset=offset, limit=limit or SHOWN, most=SEARCHED)
-        if ids_only:
-            for info in page.jobs:
-                out.line(info.id)
-        elif page.jobs:
-            _print_jobs(out, page.jobs)
-        else:
-            out.say("No jobs match.")
-        if page.next is not None:
-            searched = f"Searched {min(page.looked, page.total):,} of {page.total:,} jobs. " if page.footer else ""
-            out.say(f"{searched}More: --limit {2 * (limit or SHOWN)}, or --offset {offset + len(page.jobs)}")
+        _show_page(out, admin, chosen, offset, limit or SHOWN, ids_only)
     else:
-        jobs = islice(_each_match(admin, query, offset), limit)
+        jobs = admin.each_matching(chosen, offset=offset, limit=limit)
         if out.as_json:
             out.document("jobs", jobs=list(jobs))
         else:
@@ -126,42 +88,54 @@ def _list_matching(
     say_unanswered(out, admin)
 
 
+def _show_page(out: Output, admin: Admin, query: JobQuery, offset: int, limit: int, ids_only: bool) -> None:
+    # One more tells if that is all.
+    most = MOST_JOBS if query.chooses_all else SEARCHED
+    page = admin.search(query, offset=offset, limit=limit + 1, most=most)
+    jobs = page.jobs[:limit]
+    if ids_only:
+        for info in jobs:
+            out.line(info.id)
+    elif jobs:
+        _print_jobs(out, jobs)
+    else:
+        out.say("No jobs match.")
+    if len(page.jobs) > limit:
+        of = f" of {page.total:,}" if query.chooses_all else ""
+        out.say(f"Showing {limit}{of}. More: --limit {2 * limit}, or --offset {offset + limit}")
+    elif page.next is not None:
+        searched = f"{min(page.looked, page.total):,} of {page.total:,}"
+        out.say(f"Searched {searched} jobs. All: in a pipe, or with --tag.")
+
+
 @job.command()
 @click.argument("words", metavar="[FILTER]", nargs=-1)
 @selection_options
 @redis_options
-def export(
-    target: Target, out: Output, words: tuple[str, ...], queue: str | None, state: str | None, wanted: JobFilter | None
-) -> None:
+def export(target: Target, out: Output, words: tuple[str, ...], query: JobQuery | None) -> None:
     """
     Write jobs as JSON lines, one a job, with arguments and errors: to read them elsewhere.
 
     FILTER, or options: as for `job list`. Without them: all that have not ended, and dead ones. Nothing is changed.
     """
-    from conveyor.admin.job_query import parse
-
-    _refuse_both(words, wanted)
-    admin, count = target.admin(), 0
-    query = parse(" ".join(map(_quoted, words))).joined(queue, state)
-    jobs = _each_match(admin, query, 0) if words else admin.each_job(queue, state, **_named(wanted))
-    for info in jobs:
+    chosen, admin, count = _chosen(words, query), target.admin(), 0
+    for info in admin.each_matching(chosen):
         out.document("job", job=info)
         count += 1
     say_unanswered(out, admin)
     out.say(f"{quantity(count, 'job')} exported.")
 
 
-def _refuse_both(words: Sequence[str], wanted: JobFilter | None) -> None:
-    if words and wanted is not None:
+def _chosen(words: Sequence[str], options: JobQuery | None) -> JobQuery:
+    """Return the filter that a command is given: words, with the queue and the state of its options, or options alone."""
+    from conveyor.admin.job_query import JobQuery, parse
+
+    options = options or JobQuery()
+    if not words:
+        return options
+    if not options.wanted.is_empty:
         raise click.UsageError("Give a FILTER, or --tag, --task, --error, --since and --older, not both.")
-
-
-def _each_match(admin: Admin, query: JobQuery, offset: int) -> Iterator[JobInfo]:
-    page = admin.search(query, offset=offset, limit=500)
-    yield from page.jobs
-    while page.next is not None:
-        page = admin.search(query, cursor=page.next, limit=500)
-        yield from page.jobs
+    return parse(" ".join(map(_quoted, words))).joined(options.queue, *options.states)
 
 
 def _quoted(word: str) -> str:
@@ -196,34 +170,6 @@ def _has_later_term(word: str) -> bool:
 def _crash_place(error: ErrorInfo) -> str:
     """Return when and on which worker a crash happened, which has no traceback to show that; "" for other errors."""
     return f" ({machine_text(error.at)}, {error.worker})" if error.type == "crashed" else ""
-
-
-def _named(wanted: JobFilter | None) -> dict[str, Any]:
-    """Return a filter as the parameters of `Admin.jobs`."""
-    return {} if wanted is None else asdict(wanted)
-
-
-def _show_page(
-    out: Output, admin: Admin, queue: str | None, state: str | None, wanted: JobFilter | None, offset: int, limit: int,
-    ids_only: bool,
-) -> None:  # fmt: skip
-    admin.most_looked = SEARCHED
-    # One more tells if that is all.
-    jobs = admin.jobs(queue, state, offset=offset, limit=limit + 1, **_named(wanted))
-    more, jobs = len(jobs) > limit, jobs[:limit]
-    if ids_only:
-        for info in jobs:
-            out.line(info.id)
-    elif jobs:
-        _print_jobs(out, jobs)
-    else:
-        out.say("No jobs match.")
-    if admin.cut_short and not more:
-        where = ", ".join(sorted(admin.cut_short))
-        out.say(f"Looked at the first {SEARCHED:,} of each state in {where}. At all: in a pipe, or with --tag.")
-    if more:
-        of = "" if wanted else f" of {admin.count_jobs(queue, state):,}"
-        out.say(f"Showing {limit}{of}. More: --limit {2 * limit}, or --offset {offset + limit}")
 
 
 @job.command()
@@ -459,7 +405,7 @@ def _update_cells(update: JobUpdate) -> list[object]:
 @confirm_options
 @redis_options
 def retry(
-    target: Target, out: Output, ids: tuple[str, ...], again: bool, yes: bool, dry_run: bool, **selection: Any
+    target: Target, out: Output, ids: tuple[str, ...], again: bool, yes: bool, dry_run: bool, query: JobQuery | None
 ) -> int:
     """
     Make dead and scheduled jobs ready now.
@@ -468,13 +414,13 @@ def retry(
     says otherwise.
     """
     if again:
-        return _run_again(target, out, _named_ids(ids, **selection), dry_run=dry_run)
+        return _run_again(target, out, _named_ids(ids, query), dry_run=dry_run)
     admin = target.admin()
-    action: ActionName = "promote" if selection["state"] == "scheduled" else "redrive"
-    if (chosen := _named_ids(ids, **selection)) is None:
+    action: ActionName = "promote" if query and query.states == ("scheduled",) else "redrive"
+    if (chosen := _named_ids(ids, query)) is None:
         possible = ("dead", "scheduled")
         return _act_on_filter(
-            out, admin, "retry", action, "Retry {}?", possible, yes=yes, dry_run=dry_run, **selection
+            out, admin, "retry", action, "Retry {}?", possible, yes=yes, dry_run=dry_run, query=query
         )  # fmt: skip
     return _act(out, "retry", chosen, admin.retry, "Retry {}?" if dry_run else "", yes=yes, dry_run=dry_run)
 
@@ -508,7 +454,7 @@ def cancel(
     timeout: str | None,
     yes: bool,
     dry_run: bool,
-    **selection: Any,
+    query: JobQuery | None,
 ) -> int:
     """
     Cancel jobs that have not ended.
@@ -519,10 +465,10 @@ def cancel(
     if timeout is not None and not wait:
         raise click.UsageError("--timeout goes with --wait.")
     if wait:
-        return _cancel_and_wait(target, out, _named_ids(ids, **selection), timeout, yes=yes, dry_run=dry_run)
+        return _cancel_and_wait(target, out, _named_ids(ids, query), timeout, yes=yes, dry_run=dry_run)
     admin, question = target.admin(), "Cancel {}?"
-    if (chosen := _named_ids(ids, **selection)) is None:
-        return _act_on_filter(out, admin, "cancel", "cancel", question, yes=yes, dry_run=dry_run, **selection)
+    if (chosen := _named_ids(ids, query)) is None:
+        return _act_on_filter(out, admin, "cancel", "cancel", question, yes=yes, dry_run=dry_run, query=query)
     asks = len(chosen) > 1 or dry_run
     return _act(out, "cancel", chosen, admin.cancel, question if asks else "", yes=yes, dry_run=dry_run)
 
@@ -569,24 +515,21 @@ def _end_of(handle: Any, seconds: float | None) -> ActionResult:
 @selection_options
 @confirm_options
 @redis_options
-def delete(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run: bool, **selection: Any) -> int:
+def delete(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run: bool, query: JobQuery | None) -> int:
     """
     Remove jobs and dead letters completely; leased ones are refused.
 
     Jobs are named by ids, or chosen by options.
     """
     admin, question = target.admin(), "Delete {} permanently?"
-    if (chosen := _named_ids(ids, **selection)) is None:
-        return _act_on_filter(out, admin, "delete", "delete", question, yes=yes, dry_run=dry_run, **selection)
+    if (chosen := _named_ids(ids, query)) is None:
+        return _act_on_filter(out, admin, "delete", "delete", question, yes=yes, dry_run=dry_run, query=query)
     return _act(out, "delete", chosen, admin.delete, question, yes=yes, dry_run=dry_run)
 
 
-def _named_ids(
-    ids: tuple[str, ...], *, queue: str | None, state: str | None, wanted: JobFilter | None
-) -> list[str] | None:
+def _named_ids(ids: tuple[str, ...], query: JobQuery | None) -> list[str] | None:
     """Return the ids that a command is given, None when options choose the jobs; neither or both is a wrong use."""
-    by_options = not (queue is None and state is None and wanted is None)
-    if bool(ids) is by_options:
+    if bool(ids) is (query is not None):
         wrong = "Ids and options both choose jobs" if ids else "No jobs are chosen"
         raise click.UsageError(f"{wrong}: give ids, - for ids on standard input, or options such as --queue.")
     return _read_ids(ids) if ids else None
@@ -594,16 +537,17 @@ def _named_ids(
 
 def _act_on_filter(
     out: Output, admin: Admin, schema: str, action: ActionName, question: str, possible: Sequence[str] = (), *,
-    queue: str | None, state: str | None, wanted: JobFilter | None, yes: bool, dry_run: bool,
+    query: JobQuery | None, yes: bool, dry_run: bool,
 ) -> int:  # fmt: skip
     """Count the jobs that options choose, ask, and have Redis carry out *action* on them; *possible*: states that may be named."""
     from conveyor.messaging.selection import ACTED_ON
-    from conveyor.store.job_filter import ANY_JOB
 
-    wanted, possible = wanted or ANY_JOB, possible or ACTED_ON[action]
-    if state is not None and state not in possible:
-        raise click.UsageError(f"Jobs that are {state} cannot be chosen here. Possible: {', '.join(possible)}.")
-    counts = admin.count_chosen(queue, (state,) if state else ACTED_ON[action], wanted)
+    assert query is not None  # else there are ids
+    possible = possible or ACTED_ON[action]
+    for state in query.states:
+        if state not in possible:
+            raise click.UsageError(f"Jobs that are {state} cannot be chosen here. Possible: {', '.join(possible)}.")
+    counts = admin.count_matching(query, action).states
     total = sum(counts.values())
     if not total:
         out.say("No jobs match.")
@@ -624,8 +568,8 @@ def _act_on_filter(
         else:
             _print_outcomes(out, results)
 
-    outcomes.follow(out, total, admin.act_on_chosen(action, queue, state, wanted), on_page)
-    admin.note(schema, queue or "all queues", chosen_by=filter_text(state, wanted), count=outcomes.done)
+    outcomes.follow(out, total, admin.act_on_matching(action, query), on_page)
+    admin.note(schema, query.queue or "all queues", chosen_by=query.described, count=outcomes.done)
     if out.as_json:
         out.document(schema, jobs=kept)
     elif summary:

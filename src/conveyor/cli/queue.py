@@ -11,7 +11,7 @@ from msgspec.structs import asdict
 
 from conveyor.cli.command import MOST_JOBS, CommandGroup
 from conveyor.cli.completion import complete_queues
-from conveyor.cli.filters import filter_options, filter_text
+from conveyor.cli.filters import filter_options
 from conveyor.cli.output import (
     Output,
     ProgressLine,
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from conveyor.admin.admin import Admin
+    from conveyor.admin.job_query import JobQuery
     from conveyor.admin.views import FailureGroup, FailureSummary, QueueInfo
     from conveyor.jobs.why import QueueCause
-    from conveyor.store.job_filter import JobFilter
 
 _HEADINGS = ("queue", "ready", "scheduled", "waiting", "leased", "dead", "workers", "oldest", "state")
 MOST_DEAD_LETTERS = 10_000
@@ -144,15 +144,15 @@ def list_(target: Target, out: Output) -> None:
 @click.option("--all", "whole", is_flag=True, help="Read all dead letters, not only the newest 10,000.")
 @filter_options
 @redis_options
-def show(target: Target, out: Output, name: str, whole: bool, wanted: JobFilter | None) -> None:
+def show(target: Target, out: Output, name: str, whole: bool, query: JobQuery | None) -> None:
     """
     Show one queue, or one partition (orders/3), its workers, and its dead letters by what failed.
 
     With options that choose jobs: count these alone, by state.
     """
     admin = target.admin()
-    if wanted is not None:
-        _show_counts(out, admin, name, wanted)
+    if query is not None:
+        _show_counts(out, admin, name, query)
         return
     info, workers, partitions = admin.queue(name), admin.workers(name), admin.partitions(name)
     failures = admin.failures(name, most=None if whole else MOST_DEAD_LETTERS)
@@ -202,11 +202,11 @@ def show(target: Target, out: Output, name: str, whole: bool, wanted: JobFilter 
             out.line(click.style(f"    {_redrive_command(name, failures.groups)}", dim=True))
 
 
-def _show_counts(out: Output, admin: Admin, name: str, wanted: JobFilter) -> None:
+def _show_counts(out: Output, admin: Admin, name: str, query: JobQuery) -> None:
     admin.queue(name)  # an unknown name is an error
-    from conveyor.messaging.selection import LIVE
+    from conveyor.store.job_filter import LIVE
 
-    counts = dict.fromkeys(LIVE, 0) | admin.count_chosen(name, (), wanted)
+    counts = dict.fromkeys(map(str, LIVE), 0) | admin.count_matching(query.joined(name)).states
     say_unanswered(out, admin)
     if out.as_json:
         out.document("queue-counts", queue=name, counts=counts)
@@ -329,7 +329,7 @@ def purge(target: Target, out: Output, name: str, dead: bool, yes: bool, dry_run
 @confirm_options
 @redis_options
 def redrive(
-    target: Target, out: Output, name: str, limit: int | None, rate: str | None, wanted: JobFilter | None, yes: bool,
+    target: Target, out: Output, name: str, limit: int | None, rate: str | None, query: JobQuery | None, yes: bool,
     dry_run: bool,
 ) -> None:  # fmt: skip
     """
@@ -337,26 +337,27 @@ def redrive(
 
     They get a new budget of attempts. What is interrupted has put back what it has put back; the same command goes on.
     """
+    from conveyor.admin.job_query import JobQuery
     from conveyor.messaging.selection import Pace
-    from conveyor.store.job_filter import ANY_JOB
 
     Pace(rate)  # a wrong one is refused before anybody is asked
     admin = target.admin()
     available = admin.queue(name).dead
-    found = available if wanted is None else admin.count_chosen(name, ("dead",), wanted).get("dead", 0)
+    chooses_all, query = query is None, (query or JobQuery()).joined(name, "dead")
+    found = available if chooses_all else admin.count_matching(query).count
     chosen = found if limit is None else min(limit, found)
     moved = 0
     if chosen and out.confirm(f"Put {quantity(chosen, 'dead letter')} back into {name}?", yes=yes, dry_run=dry_run):
-        if wanted is None and rate is None:
+        if chooses_all and rate is None:
             moved = admin.redrive(name, limit=limit)
         else:
-            progress, any_of = ProgressLine(out, "put back", chosen), wanted or ANY_JOB
+            progress = ProgressLine(out, "put back", chosen)
             try:
                 with progress:
-                    for results in admin.act_on_chosen("redrive", name, None, any_of, limit=limit, rate=rate):
+                    for results in admin.act_on_matching("redrive", query, limit=limit, rate=rate):
                         progress.add(sum(one.done for one in results))
             finally:  # what was put back when it was interrupted stays
-                admin.note("redrive", name, chosen_by=filter_text(None, any_of), count=progress.count)
+                admin.note("redrive", name, chosen_by=query.text, count=progress.count)
             moved = progress.count
     elif not chosen:
         out.say(f"{name} has no dead letters." if not available else "No dead letters match.")

@@ -125,15 +125,9 @@ class Operations:
                 logger.exception("the operation %s on %r failed", operation.action, operation.filter)
                 state, operation.error = "failed", "an error of the dashboard itself; its log has the traceback"
             admin.note(
-                operation.action, query.queue or "all queues", chosen_by=_described(query), count=operation.done,
+                operation.action, query.queue or "all queues", chosen_by=query.described, count=operation.done,
                 detail=operation.error or ("" if state == "done" else state),
             )  # fmt: skip
             operation.ended, operation.state = datetime.now(UTC), state
 
         return work
-
-
-def _described(query: JobQuery) -> str:
-    """Return the filter with the states that the request named besides."""
-    named = f"state:{','.join(query.states)} " if query.states and "state:" not in query.text else ""
-    return f"{named}{query.text}".strip()

@@ -11,9 +11,21 @@ import msgspec
 from conveyor import ids
 from conveyor.errors import ConfigurationError
 from conveyor.jobs.job import Job
-from conveyor.messaging.selection import LIVE, Acted, ActionName, JobWalk, Pace, Walks, aact, act, since_instant
+from conveyor.messaging.selection import (
+    Acted,
+    ActionName,
+    JobWalk,
+    Pace,
+    Walks,
+    aact,
+    act,
+    acted_states,
+    asteps_of,
+    since_instant,
+    steps_of,
+)
 from conveyor.store import inspection
-from conveyor.store.job_filter import JobFilter
+from conveyor.store.job_filter import LIVE, JobFilter
 from conveyor.units import Duration
 
 if TYPE_CHECKING:
@@ -59,8 +71,8 @@ class JobSelection(msgspec.Struct, frozen=True):
 
     def acting(self, action: ActionName, known: Iterable[str]) -> list[JobWalk[Acted]]:
         """Return the walks through the queues *known* that carry out *action*."""
-        walks = self._walks
-        return [walks.acting(self.core.keys(name), action, self.state) for name in self._places(known)]
+        walks, states = self._walks, acted_states(action, self._states)
+        return [walks.acting(self.core.keys(name), action, states) for name in self._places(known)]
 
     def _job(self, queue: str, row: JobRow) -> Job[Any]:
         task = row.envelope.task
@@ -90,8 +102,8 @@ class JobSelection(msgspec.Struct, frozen=True):
         client = self.core.client
         for name in self._places(client.queues()):
             walk = self._walks.finding(self.core.keys(name), self._states)
-            while (call := walk.next_call()) is not None:
-                for row in client.run(call):
+            for rows in steps_of(client, walk):
+                for row in rows:
                     yield self._job(name, row)
 
     def count(self) -> int:
@@ -103,8 +115,8 @@ class JobSelection(msgspec.Struct, frozen=True):
         total = 0
         for name in self._places(known):
             walk = self._walks.counting(self.core.keys(name), self._states)
-            while (call := walk.next_call()) is not None:
-                total += sum(sum(counts.values()) for counts in client.run(call))
+            for found in steps_of(client, walk):
+                total += sum(sum(counts.values()) for counts in found)
         return total
 
     def cancel(self) -> CancelledJobs:
@@ -129,8 +141,8 @@ class JobSelection(msgspec.Struct, frozen=True):
         client = self.core.client
         for name in self._places(await client.aqueues()):
             walk = self._walks.finding(self.core.keys(name), self._states)
-            while (call := walk.next_call()) is not None:
-                for row in await client.arun(call):
+            async for rows in asteps_of(client, walk):
+                for row in rows:
                     yield self._job(name, row)
 
     async def acount(self) -> int:
@@ -142,8 +154,8 @@ class JobSelection(msgspec.Struct, frozen=True):
         total = 0
         for name in self._places(known):
             walk = self._walks.counting(self.core.keys(name), self._states)
-            while (call := walk.next_call()) is not None:
-                total += sum(sum(counts.values()) for counts in await client.arun(call))
+            async for found in asteps_of(client, walk):
+                total += sum(sum(counts.values()) for counts in found)
         return total
 
     async def acancel(self) -> CancelledJobs:

@@ -15,7 +15,6 @@ from msgspec.structs import replace
 from conveyor.errors import ConfigurationError
 from conveyor.ids import public
 from conveyor.messaging.maintenance import note_kept
-from conveyor.payload.records import Status
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store import inspection, operations
 from conveyor.store.client.client import Client
@@ -26,8 +25,6 @@ from conveyor.store.script import Call
 from conveyor.units import Duration, instant, milliseconds
 
 R = TypeVar("R")
-LIVE: tuple[Status, ...] = ("leased", "ready", "waiting", "scheduled", "dead")
-"""The states in which Redis keeps a job whole."""
 ActionName = Literal["cancel", "delete", "redrive", "promote"]
 ACTED_ON: dict[ActionName, tuple[str, ...]] = {
     "cancel": ("ready", "waiting", "scheduled", "leased"), "delete": ("ready", "waiting", "scheduled", "dead"),
@@ -136,6 +133,17 @@ class JobWalk(msgspec.Struct, Generic[R]):
         return []
 
 
+def acted_states(action: ActionName, states: Collection[str]) -> Collection[str]:
+    """Return the states whose jobs *action* is carried out on: *states*, none: all that it is for. Raises ConfigurationError."""
+    possible = ACTED_ON[action]
+    for state in states:
+        if state not in possible:
+            raise ConfigurationError(
+                f"Jobs that are {state} cannot be chosen here. Possible: {', '.join(possible)}. Nothing was done."
+            )
+    return states or possible
+
+
 class Walks(msgspec.Struct, frozen=True):
     """Makes walks for one filter. *decoder* opens errors, *sealed* tells whether they are."""
 
@@ -143,17 +151,8 @@ class Walks(msgspec.Struct, frozen=True):
     decoder: RecordDecoder
     sealed: bool
 
-    def acting(self, keys: QueueKeys, action: ActionName, state: str | None) -> JobWalk[Acted]:
-        """
-        Return the walk that carries out *action* on the jobs in *state* (None: all that it is for).
-
-        Raises ConfigurationError for a state that it is not for.
-        """
-        states = ACTED_ON[action] if state is None else (state,)
-        if state is not None and state not in ACTED_ON[action]:
-            raise ConfigurationError(
-                f"Jobs that are {state} cannot be chosen here. Possible: {', '.join(ACTED_ON[action])}. Nothing was done."
-            )
+    def acting(self, keys: QueueKeys, action: ActionName, states: Collection[str]) -> JobWalk[Acted]:
+        """Return the walk that carries out *action* on the jobs in *states*, as `acted_states` returns them."""
         steps = {"cancel": _cancel, "delete": _delete, "redrive": _redrive, "promote": _promote}
         return self._walk(keys, states, steps[action])
 
@@ -183,6 +182,18 @@ class Walks(msgspec.Struct, frozen=True):
         )
 
 
+def steps_of(client: Client, walk: JobWalk[R]) -> Iterator[list[R]]:
+    """Yield what each step of *walk* finds."""
+    while (call := walk.next_call()) is not None:
+        yield client.run(call)
+
+
+async def asteps_of(client: Client, walk: JobWalk[R]) -> AsyncIterator[list[R]]:
+    """Awaitable form of `steps_of`."""
+    while (call := walk.next_call()) is not None:
+        yield await client.arun(call)
+
+
 def act(client: Client, walks: Iterable[JobWalk[Acted]], pace: Pace, limit: int | None = None) -> Iterator[list[Acted]]:
     """Carry out *walks* one after the other, on at most *limit* jobs; yield what became of the jobs of each step."""
     left = UNLIMITED if limit is None else limit
@@ -192,6 +203,8 @@ def act(client: Client, walks: Iterable[JobWalk[Acted]], pace: Pace, limit: int 
             acted = client.run(call)
             left -= min(left, pace.note(acted))
             yield acted
+        if not left:
+            return
 
 
 async def aact(
@@ -205,6 +218,8 @@ async def aact(
             acted = await client.arun(call)
             left -= min(left, pace.note(acted))
             yield acted
+        if not left:
+            return
 
 
 def last_error(row: JobRow, queue: str, decoder: RecordDecoder) -> str | None:

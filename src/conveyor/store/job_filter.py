@@ -10,7 +10,10 @@ import msgspec
 
 from conveyor.errors import ConfigurationError
 from conveyor.ids import tag_text
+from conveyor.payload.records import Status
 
+LIVE: tuple[Status, ...] = ("leased", "ready", "waiting", "scheduled", "dead")
+"""The states in which Redis keeps a job whole."""
 UNLIMITED = 1_000_000_000
 """More jobs than one step of a walk finds."""
 
