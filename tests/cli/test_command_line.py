@@ -76,7 +76,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         (["status", "--ulr", "x"], "No such option '--ulr'. Did you mean '--url'?"),
         (["worker", "--concurency", "5"], "No such option '--concurency'. Did you mean '--concurrency'?"),
         (["queue", "show"], "Missing argument 'QUEUE'."),
-        (["job", "list", "--limit", "0"], "Invalid value for '--limit': 0 is not in the range x>=1."),
+        (["job", "list", "--limit", "0"], "Invalid value for '--limit': 0 is not in the range 1<=x<=1000000000000."),
         (["push", "mail", "1", "--priority"], "Option '--priority' requires an argument."),
         (["enqueue", "greet", "--timeout", "5s"], "--timeout goes with --wait."),
         (["--json", "worker", "jobs"], "conveyor worker takes no --json."),
