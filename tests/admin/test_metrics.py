@@ -13,17 +13,18 @@ from typing import Any
 import pytest
 import redis as redis_py
 
-from conveyor import Concurrency, Conveyor, Rate, Retry
+from conveyor import Concurrency, Conveyor, Rate, Retry, ids
 from conveyor.admin.admin import Admin
 from conveyor.admin.metrics import SystemFacts, TaskTotals, load_json, render, task_totals
 from conveyor.admin.views import QueueInfo, WorkerInfo
 from conveyor.admin.worker_control import processes_of
 from conveyor.errors import QueueNotFound
 from conveyor.messaging.limit_control import LimitState
-from conveyor.store import operations
+from conveyor.store import inspection, operations
 from conveyor.store.schedules import RunLine, ScheduleRow
 from conveyor.worker.leasing.heartbeat import LAG_WINDOW, LoopLag
-from support.running_worker import drain, working
+from support import process_app
+from support.running_worker import drain, until_counts, working
 from support.shell import Shell
 
 _SAMPLE = re.compile(r'([a-z_]+)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)*)\})? ([0-9.e+-]+)')
@@ -84,6 +85,42 @@ async def test_counters_are_what_happened(app: Conveyor, redis: redis_py.Redis) 
     assert ("conveyor_job_wait_seconds_total", "mail", "well", "queue") in found
     assert found["conveyor_queue_jobs", "mail", "dead"] == 1
     assert found["conveyor_queue_jobs", "mail", "ready"] == 0
+    await app.queue("mail").apurge(dead=True)
+
+
+async def test_each_end_of_an_attempt_is_counted_once(app: Conveyor, redis: redis_py.Redis) -> None:
+    """A job that dies of crashes, of its payload or of its result is dead; a crash that is tried again is retried; a stopped one is cancelled."""
+    started = asyncio.Event()
+
+    @app.task(name="waits", queue="mail")
+    async def waits() -> None:
+        started.set()
+        await asyncio.sleep(3600)
+
+    @app.task(name="odd", queue="mail")
+    async def odd() -> Any:
+        return object()
+
+    die = process_app.app.tasks["support.process_app.die"].function
+    crash = app.task(name="support.process_app.die", queue="mail", run_in="process", retry=Retry(max_crashes=2))(die)
+    await crash.aenqueue("exit")
+    await odd.aenqueue()
+    unreadable = await app.tasks["well"].aenqueue(1)
+    envelope = redis.hget("conveyor:{mail}:jobs", ids.split(unreadable.id)[1])
+    redis.hset("conveyor:{mail}:jobs", ids.split(unreadable.id)[1], (envelope or b"").replace(b"1", b'"x"'))
+    running = await waits.aenqueue()
+    async with working(app, reference="support.process_app:app"):
+        await asyncio.wait_for(started.wait(), 60)
+        await running.acancel()
+        await until_counts(app, lambda found: found.dead == 3 and not found.leased, "mail")
+    found = samples(await Admin(app.client).ametrics_text())
+    told = {
+        labels[2:]: count for labels, count in found.items() if labels[0] == "conveyor_jobs_finished_total" and count
+    }
+    assert told == {
+        ("support.process_app.die", "retried"): 1, ("support.process_app.die", "dead"): 1, ("odd", "dead"): 1,
+        ("well", "dead"): 1, ("waits", "cancelled"): 1,
+    }  # fmt: skip
     await app.queue("mail").apurge(dead=True)
 
 
@@ -173,6 +210,57 @@ async def test_counters_never_fall(app: Conveyor, redis: redis_py.Redis) -> None
     found = samples(await Admin(app.client).ametrics_text())
     # The last minute is gone, the sums are not.
     assert found["conveyor_jobs_finished_total", "mail", "well", "succeeded"] == 2
+
+
+async def test_many_tasks_are_counted_too(app: Conveyor, redis: redis_py.Redis) -> None:
+    """Counters that are too many for one step are read in pages, and added up when their minute is over, as few ones are."""
+    prefix, crowd = "conveyor:{mail}:stats:", {f"done:task {number}": 1 for number in range(9_000)}
+    await app.tasks["well"].aenqueue(1)
+    await drain(app)
+    last = int(redis.get(prefix + "last") or 0)
+    redis.hset(f"{prefix}{last}", mapping=crowd)  # type: ignore[arg-type]
+
+    async def succeeded() -> tuple[float, float]:
+        found = samples(await Admin(app.client).ametrics_text())
+        ends = {labels[2]: count for labels, count in found.items() if labels[-1] == "succeeded"}
+        return ends["well"], sum(ends.values())
+
+    assert await succeeded() == (1, 9_001)
+    for before in (1, 2):  # as if that had been the minute before
+        last = int(redis.get(prefix + "last") or 0)
+        redis.rename(f"{prefix}{last}", f"{prefix}{last - before}")
+        redis.set(prefix + "last", last - before, ex=60)
+        await app.tasks["well"].aenqueue(1)
+        await drain(app)
+        assert await succeeded() == (1 + before, 9_001 + before)
+    assert redis.hlen(prefix + "total") > 9_000
+
+
+async def test_pages_of_two_minutes_are_not_mixed(
+    app: Conveyor, redis: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A minute that is over while pages are read is neither missing nor counted twice: they are read anew."""
+    prefix = "conveyor:{mail}:stats:"
+    await app.tasks["well"].aenqueue(1)
+    await drain(app)
+    last = int(redis.get(prefix + "last") or 0)
+    redis.hset(prefix + "total", mapping={f"done:task {number}": 1 for number in range(6_000)})  # type: ignore[arg-type]
+    redis.expire(prefix + "total", 60)
+    asked: list[str] = []
+
+    def read_page(queue: str, of: Any, cursor: int) -> Any:
+        if of == "last" and "last" not in asked:  # between the two, once
+            redis.hincrby(prefix + "total", "done:well", 1)
+            redis.set(prefix + "last", last + 1, ex=60)
+            redis.rename(f"{prefix}{last}", f"{prefix}{last + 1}")
+        asked.append(of)
+        return page(queue, of, cursor)
+
+    page = inspection.read_totals_page
+    monkeypatch.setattr(inspection, "read_totals_page", read_page)
+    found = samples(await Admin(app.client).ametrics_text())
+    assert found["conveyor_jobs_finished_total", "mail", "well", "succeeded"] == 2
+    assert asked.count("total") > asked.index("last")
 
 
 def test_format_and_hostile_names() -> None:

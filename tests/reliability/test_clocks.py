@@ -9,14 +9,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conveyor import ConfigurationError, Conveyor
+from conveyor.admin.admin import Admin
+from conveyor.store.inspection import read_stats
 from conveyor.worker.worker import Worker
-from support.running_worker import audit, counts, working
+from support.running_worker import audit, counts, drain, working
 from support.waiting import auntil
 from support.worker_processes import wait, worker_processes
 from testbed.server_process import Server, find_binary
@@ -96,6 +99,11 @@ async def server_time(app: Conveyor) -> int:
     return int((await app.client.aexecute("TIME"))[0])
 
 
+async def is_hour(app: Conveyor, start: int, hour: int) -> bool:
+    """Tell whether the server's clock is so many hours ahead of *start*."""
+    return abs(await server_time(app) - start - 3600 * hour) < 600
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -151,6 +159,28 @@ async def test_a_step_of_the_servers_clock(
         found = await counts(app)
         assert (found.ready, found.leased, found.dead) == (0, 0, 0)
         assert await audit(app) == []
+
+
+@needs_faketime
+async def test_a_clock_that_goes_back_and_forth_loses_no_count(clock: tuple[Server, Callable[[str], None]]) -> None:
+    """Each end is counted once, whatever minute it falls into: a new one, one that is over, or one that was ahead; so counters never fall."""
+    server, step = clock
+    async with Conveyor(server.url) as app, Conveyor(server.url) as other:
+
+        @app.task
+        async def note() -> None: ...
+
+        start, hours = await server_time(app), [0, 2, 0, 1, 2, 1, 0, 3]
+        for number, hour in enumerate(hours, 1):
+            step(f"+{3600 * hour}")
+            await auntil(partial(is_hour, app, start, hour), LATE)
+            await note.aenqueue()
+            await drain(app)
+            told = await Admin(other.client).ametrics_text()
+            assert f'task="{note.name}",outcome="succeeded"}} {number}\n' in told, hour
+        keys, first = app.client.keys("default"), start // 3600
+        read = await app.client.arun(read_stats(keys, "hours", first, first + 4))
+        assert sum(sums["done"] for sums in read.times.values()) == len(hours)
 
 
 @pytest.mark.row("B8")

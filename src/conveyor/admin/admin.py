@@ -31,7 +31,7 @@ from heapq import nlargest
 from itertools import islice
 from math import inf
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -120,6 +120,9 @@ _AT_A_TIME = 100
 """Jobs that a thread reads before an awaiting caller gets them."""
 _MOST_LISTED = 100
 """Queues of which the jobs that are done and still listed are counted."""
+_TOTALS_OF: tuple[Literal["total"], Literal["last"]] = ("total", "last")
+_TRIES = 5
+"""So often are counters read anew to which a minute was added meanwhile."""
 _MOST_HOLDING, _LONGEST = 100, 20
 """Workers, and jobs of each, of which is asked whether they run too long: what a worker holds is in the order of its starts."""
 
@@ -658,6 +661,9 @@ class Admin:
             everything = self._directory.everything()
             infos = [info for info, _ in self.count(everything)] if queues is None else queues
             totals = self._read_totals(everything)
+            for at, one in totals.items():
+                if one.has_many:
+                    totals[at] = one._replace(counters=self._read_many_totals(at[1]))
             served = [info.name for info in infos if info.workers or info.silent]
             facts = self._system_facts(totals, self.knowing(everything).workers(served))
         except StoreUnavailable:
@@ -710,6 +716,27 @@ class Admin:
             totals.update(zip(some, found or (), strict=False))
             at += len(some if found is None else found)
         return totals
+
+    def _read_many_totals(self, part: str) -> Mapping[str, int]:
+        """Return the counters of a queue or partition that are too many for one step; none when its server does not answer."""
+        key = self._directory.key(part, "jobs")
+        for _ in range(_TRIES):
+            counters, minutes = Counter[str](), set[bytes]()
+            for of in _TOTALS_OF:
+                fields, cursor = dict[str, int](), None  # a page may repeat what another had
+                while cursor != 0:
+                    page = self._ask(part, inspection.read_totals_page(key, of, cursor or 0))
+                    if page is None:
+                        return {}
+                    fields.update(page.counters)
+                    minutes.add(page.minute)
+                    cursor = page.cursor
+                counters.update(fields)
+            if (
+                len(minutes) == 1
+            ):  # else a minute has become one of those that are over: it may be missing, or there twice
+                return counters
+        return {}
 
     def load(self, queues: Collection[str] = ()) -> dict[str, metrics.LoadView]:
         """Return the work of *queues*, all that are known when none is named, for an autoscaler. Raises QueueNotFound."""

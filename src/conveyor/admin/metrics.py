@@ -22,6 +22,7 @@ from conveyor.store.schedules import ScheduleRow
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 CAUSES = ("queue", "limit", "group", "retry")
 """The things that a job may have waited for."""
+_ENDS = ("done", "failed", "retried", "cancelled", "expired")
 _SECONDS = [f"{bound / 1000:g}" for bound in BUCKETS_MS]
 
 
@@ -31,6 +32,8 @@ class TaskTotals(msgspec.Struct):
     done: int = 0
     failed: int = 0
     retried: int = 0
+    cancelled: int = 0
+    expired: int = 0
     ran_ms: int = 0
     durations: dict[int, int] = msgspec.field(default_factory=dict)
     delays: dict[int, int] = msgspec.field(default_factory=dict)
@@ -45,7 +48,7 @@ def task_totals(counters: Mapping[str, int]) -> dict[str, TaskTotals]:
         if kind == "wait":
             cause, _, task = task.partition(":")
             totals[task].waits[cause] = value
-        elif kind in {"done", "failed", "retried"}:
+        elif kind in _ENDS:
             setattr(totals[task], kind, value)
         elif kind == "ms":
             totals[task].ran_ms = value
@@ -253,7 +256,9 @@ def _queue_families(queues: Iterable[QueueInfo]) -> Iterator[_Family]:
 
 def _task_families(totals: Mapping[str, Mapping[str, TaskTotals]]) -> Iterator[_Family]:
     finished = _Family(
-        "conveyor_jobs_finished_total", "counter", "Attempts that ended: succeeded, retried (comes again), dead."
+        "conveyor_jobs_finished_total",
+        "counter",
+        "How attempts and jobs ended: succeeded, retried (comes again), dead, cancelled, expired.",
     )
     duration = _Family("conveyor_job_duration_seconds", "histogram", "Run time of attempts that succeeded.")
     delay = _Family("conveyor_job_start_delay_seconds", "histogram", "First start of a job minus when it was due.")
@@ -261,7 +266,10 @@ def _task_families(totals: Mapping[str, Mapping[str, TaskTotals]]) -> Iterator[_
     for queue, tasks in sorted(totals.items()):
         for task, one in sorted(tasks.items()):
             labels = {"queue": queue, "task": task}
-            ended = {"succeeded": one.done, "retried": one.retried, "dead": max(0, one.failed - one.retried)}
+            ended = {
+                "succeeded": one.done, "retried": one.retried, "dead": max(0, one.failed - one.retried),
+                "cancelled": one.cancelled, "expired": one.expired,
+            }  # fmt: skip
             for outcome, count in ended.items():
                 finished.add(count, **labels, outcome=outcome)
             if one.done:

@@ -202,14 +202,19 @@ def _age(now: int, oldest: bytes, marks: bytes) -> float:
 
 
 class QueueTotals(NamedTuple):
-    """The counters of a queue since they were begun, and whether it has schedules, and limits that code declares."""
+    """
+    The counters of a queue since they were begun, and whether it has schedules, and limits that code declares.
+
+    `has_many`: it has too many counters for one step, so they are read by `read_totals_page`.
+    """
 
     counters: Mapping[str, int]
     has_schedules: bool
     has_limits: bool
+    has_many: bool
 
 
-_NO_TOTALS = QueueTotals({}, has_schedules=False, has_limits=False)
+_NO_TOTALS = QueueTotals({}, has_schedules=False, has_limits=False, has_many=False)
 
 
 def read_totals(queues: Sequence[str]) -> Call[list[QueueTotals]]:
@@ -222,15 +227,34 @@ def read_totals(queues: Sequence[str]) -> Call[list[QueueTotals]]:
     def decode(reply: list[Any]) -> list[QueueTotals]:
         totals = [_NO_TOTALS] * reply[0]
         for at in range(1, len(reply), 4):
-            counters: dict[str, int] = {}
-            for part in reply[at + 1 : at + 3]:
-                for one in range(0, len(part), 2):
-                    name = part[one].decode(errors="replace")
-                    counters[name] = counters.get(name, 0) + int(part[one + 1])
+            counters = _counters(reply[at + 1])
+            for name, number in _counters(reply[at + 2]).items():
+                counters[name] = counters.get(name, 0) + number
             totals[reply[at] - 1] = QueueTotals(counters, *map(bool, reply[at + 3]))
         return totals
 
     return Call(READ_TOTALS, queues, (), decode)
+
+
+def _counters(fields: list[bytes]) -> dict[str, int]:
+    return {fields[at].decode(errors="replace"): int(fields[at + 1]) for at in range(0, len(fields), 2)}
+
+
+class TotalsPage(NamedTuple):
+    """Some counters of a queue, and where the next are (cursor 0: there are none). Pages of one minute belong together."""
+
+    cursor: int
+    counters: Mapping[str, int]
+    minute: bytes
+
+
+def read_totals_page(queue: str, of: Literal["total", "last"], cursor: int) -> Call[TotalsPage]:
+    """Return the call that reads about a thousand counters of one queue: of the minutes that are over, or of the last one."""
+
+    def decode(reply: list[Any]) -> TotalsPage:
+        return TotalsPage(int(reply[0]), _counters(reply[1]), reply[2])
+
+    return Call(READ_TOTALS, (queue,), (of, str(cursor)), decode)
 
 
 class QueueMarks(NamedTuple):

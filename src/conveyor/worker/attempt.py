@@ -81,7 +81,7 @@ class Handler:
         "decode",
         "delays",
         "early",
-        "failed",
+        "ends",
         "fills",
         "first_starts",
         "function",
@@ -92,7 +92,6 @@ class Handler:
         "limits",
         "load_error",
         "name",
-        "retried",
         "stores",
         "successes",
         "task",
@@ -128,7 +127,8 @@ class Handler:
         self.keeps_logs = task.settings.logs != "never" and not self.early
         self.stores = not task.returns_none
         self.keep_ms, self.has_webhook = task.settings.keep_ms, task.settings.webhook is not None
-        self.failed = self.retried = 0
+        self.ends: dict[str, int] = {}
+        """Attempts that ended otherwise since the last turn: `failed`, `retried` (a part of these), `cancelled` and `expired`."""
         self.successes: list[Attempt] = []
         """Attempts that have succeeded since the last turn."""
         self.first_starts: list[Attempt] = []
@@ -146,7 +146,7 @@ class Handler:
         handler.early = handler.stores = handler.keeps_logs = handler.has_webhook = False
         handler.keep_ms = 0
         handler.limits, handler.costs = {}, {}
-        handler.failed = handler.retried = 0
+        handler.ends = {}
         handler.successes, handler.first_starts, handler.delays, handler.waits = [], [], {}, {}
         handler.timeout = handler.timeout_hard = None
         return handler
@@ -227,12 +227,10 @@ class Handler:
             for cause, ms in self.waits.items():
                 into[f"wait:{cause}:{name}"] = round(ms)
             self.delays, self.waits = {}, {}
-        if self.failed:
-            into["failed:" + name] = self.failed
-            self.failed = 0
-        if self.retried:
-            into["retried:" + name] = self.retried
-            self.retried = 0
+        if self.ends:
+            for end, count in self.ends.items():
+                into[f"{end}:{name}"] = count
+            self.ends = {}
 
 
 class GatheringGroup(Protocol):

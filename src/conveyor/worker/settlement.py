@@ -338,9 +338,9 @@ class SettlementWriter:
             attempts=attempt.envelope.extra.attempts if may_retry else 1,
             now_ms=now_ms, id=attempt.id, due_ms=attempt.envelope.due_ms,
         )  # fmt: skip
-        handler.failed += 1
         if isinstance(decision, retry.RetryAfter):
-            handler.retried += 1
+            _count(attempt, "failed")
+            _count(attempt, "retried")
             handler.waits["retry"] = handler.waits.get("retry", 0.0) + decision.ms
             self.put_off(report, attempt, decision.ms, decision.history)
             budget = attempt.envelope.extra.attempts or policy.attempts
@@ -397,7 +397,6 @@ class SettlementWriter:
             record = pack_refusal(self._sealing, record, error.code, attempt.consumer.queue, attempt.id)
         old = attempt.history
         state = replace(old, starts=attempt.number, errors=[*old.errors, to_json(record)])
-        attempt.handler.failed += 1
         self.dead(report, attempt, state, f"{error.code}: its payload cannot be read", now_ms, error)
 
     def dead(
@@ -410,6 +409,7 @@ class SettlementWriter:
         error: BaseException | None = None,
     ) -> None:
         """Make a job a dead letter. Its envelope, and so its payload, stays as it is."""
+        _count(attempt, "failed")
         last = read_failure(state.errors[-1]) if state.errors else None
         record = to_json(_with_live(Outcome("dead", failure=last, reason=reason, at=now_ms), state))
         envelope = attempt.envelope
@@ -454,6 +454,8 @@ class SettlementWriter:
             attempt.state = state
             self.poison(report, attempt, now_ms)
         else:
+            _count(attempt, "failed")
+            _count(attempt, "retried")
             report.others.append(Settlement("F", attempt.id, state=state.encode()))
 
     def leave_to_others(self, attempt: Attempt, error: ConveyorError | None) -> None:
@@ -516,6 +518,7 @@ class SettlementWriter:
         if not reason:
             reason = f"{RAN}{span(max(0.0, attempt.ended - attempt.started))} on {self._worker}"
             log.info("✗ %s attempt %d cancelled: %s", attempt.label, attempt.number, reason)
+        _count(attempt, "expired" if reason == "expired" else "cancelled")
         record = to_json(_with_live(Outcome("cancelled", reason=reason, at=now_ms), attempt.history))
         envelope = attempt.envelope
         report.others.append(
@@ -567,6 +570,13 @@ class SettlementWriter:
         return history.with_event(
             PastEvent(state, attempt.consumer.now_ms, self._worker, reason, attempt=attempt.number)
         )
+
+
+def _count(attempt: Attempt, end: str) -> None:
+    """Count an attempt that has not succeeded, for the next turn."""
+    ends = attempt.handler.ends
+    ends[end] = ends.get(end, 0) + 1
+    attempt.consumer.changed_handlers.add(attempt.handler)
 
 
 def _began_ms(attempt: Attempt, now_ms: int) -> int:

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from conveyor.payload.records import JobKey
+from conveyor.payload.records import JobKey, write_envelope
 from conveyor.store import operations
-from conveyor.store.operations import Settlement, TurnReport
+from conveyor.store.operations import Entry, Settlement, TurnReport
 from support.seeded_queue import PLAIN, WORKER, SeededQueue, entry
+from support.waiting import until
 
 LEASED_B = {".turn": "2", **WORKER, "b": "1.2"}
 
@@ -324,6 +325,44 @@ def test_counters_and_recent(seeded: SeededQueue) -> None:
 
     seeded.turn("w", 3, report=TurnReport(recent=[b"%d" % n for n in range(9000)]))
     assert seeded.redis.lrange(seeded.keys.recent, 0, -1) == [b"%d" % n for n in range(8999, 7999, -1)]
+
+
+@pytest.mark.redis6
+@pytest.mark.leaves_keys("dead letters and counters")
+def test_what_no_worker_reports_is_counted(seeded: SeededQueue) -> None:
+    """Each job that a script ends is counted once, by outcome and task; messages, and jobs that are deleted, are not."""
+
+    def job(id: str, **options: Any) -> Entry:  # noqa: A002
+        return Entry(id, write_envelope(f"task {id}", b"1"), **options)
+
+    seeded.push(job("ready"), job("retried"), job("orphan"), job("kept"), "message", job("stays"))
+    seeded.push(job("scheduled", delay_ms=60_000))
+    for id_ in ("ready", "scheduled", "ready"):
+        seeded.run(operations.cancel(seeded.keys, id_))
+    seeded.run(operations.cancel(seeded.keys, "message"))
+    seeded.register("w", "v")
+    assert seeded.turn("w", 1, 1).ids == ["retried"]
+    assert seeded.turn("v", 1, 1).ids == ["orphan"]
+    for id_ in ("retried", "orphan"):
+        seeded.run(operations.cancel(seeded.keys, id_))
+    seeded.turn("w", 2, others=[Settlement("R", "retried", ms=60_000, state=b"1 1 0\n{}")])
+    seeded.run(operations.reap(seeded.keys, "v"))
+    seeded.push(job("late", expires_ms=1), job("deleted"))
+    since = seeded.now()
+    until(lambda: seeded.now() > since + 1)
+    seeded.run(operations.cancel(seeded.keys, "deleted", delete=True))
+    assert seeded.turn("w", 3, 5).ids == ["kept", "stays"]
+
+    total = seeded.redis.hgetall(seeded.keys.prefix + "stats:total")
+    names = (
+        "cancelled:task ready",
+        "cancelled:task scheduled",
+        "cancelled:task retried",
+        "cancelled:task orphan",
+        "expired:task late",
+    )
+    assert total == {b"lost": b"1", **{name.encode(): b"1" for name in names}}
+    assert 0 < seeded.redis.ttl(seeded.keys.prefix + "stats:total") <= 2_678_400
 
 
 @pytest.mark.row("D151")

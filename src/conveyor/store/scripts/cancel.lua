@@ -24,6 +24,7 @@ local function is_grouped(found)
 end
 
 local function note_cancelled(id, envelope)
+  if cancels then count_end(queue.prefix, 'cancelled', envelope) end
   if not events then return end
   note_event('cancelled', id, envelope, attempt_in(redis.call('HGET', queue.state, id)), 'why', cancels and '' or 'deleted', 'by', ARGV[2])
 end

@@ -94,6 +94,7 @@ for i = #ids, 1, -1 do
     redis.call('HDEL', jobs, id)
     list_tags(untagged, found.tags, id)
     finish(queue, id, 600000, cancelled_record(now, nil, asked[id]), found)
+    count_end(queue.prefix, 'cancelled', envelopes[i])
   else
     if events then note_event('returned', id, envelopes[i], attempt_in(states[i]), 'w', name, 'why', ARGV[3] == 'leave' and 'handed back' or 'crashed') end
     charge(id, states[i])

@@ -47,3 +47,15 @@ local function finish(queue, id, keep, record, found, mark, ended)
   release(queue.prefix, id, found, mark, ended)
   announce(queue.waiters, id, record)
 end
+
+-- Count a job that ended without a report of a worker, among the sums of all time, which metrics read. The step does not fail for it.
+-- prefix    of the queue's keys
+-- outcome   "cancelled" or "expired"
+-- envelope  of the job; false when there is none; a message is not counted
+-- returns   nothing
+local function count_end(prefix, outcome, envelope)
+  local task = task_of(envelope)
+  if not task then return end
+  redis.pcall('HINCRBY', prefix .. 'stats:total', outcome .. ':' .. task, 1)
+  redis.pcall('PEXPIRE', prefix .. 'stats:total', 2678400000)
+end

@@ -127,11 +127,13 @@ local function settle_other(queue, leased, i, now, asked, ended)
     end
   elseif asked and not keeps and listed(asked, '\n', id) then
     -- Its cancellation was asked, and the worker did not know: it does not come back.
-    found = marks(redis.call('HGET', queue.jobs, id) or '\n') or {}
+    local envelope = redis.call('HGET', queue.jobs, id)
+    found = marks(envelope or '\n') or {}
     redis.call('HDEL', queue.jobs, id)
     list_tags(queue.untagged, found.tags, id)
     local record = cancelled_record(now, kind == 'F' and attempts == '' and 'not started' or nil, asker_of(asked, id))
     finish(queue, id, 600000, record, found)
+    count_end(queue.prefix, 'cancelled', envelope)
     if queue.grouped then queue.freed[#queue.freed + 1] = id end
   else
     if attempts ~= '' then redis.call('HSET', queue.state, id, attempts) end

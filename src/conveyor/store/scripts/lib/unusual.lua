@@ -26,10 +26,12 @@ local function discard(queue, id, fate, found, now, missing)
     redis.call('HDEL', queue.jobs, id)
     redis.call('HINCRBY', queue.conf, 'stubs', -1)
   else
-    if events then pcall(function() note_event('cancelled', id, redis.call('HGET', queue.jobs, id), attempt_in(redis.call('HGET', queue.state, id)), 'why', 'expired') end) end
+    local envelope = redis.call('HGET', queue.jobs, id)
+    if events then pcall(function() note_event('cancelled', id, envelope, attempt_in(redis.call('HGET', queue.state, id)), 'why', 'expired') end) end
     redis.call('HDEL', queue.jobs, id)
     list_tags(queue.untagged, found.tags, id)
     finish(queue, id, 600000, cancelled_record(now, 'expired'), found)
+    count_end(queue.prefix, 'expired', envelope)
     if found.keys then queue.admits = true end
   end
 end
