@@ -13,7 +13,7 @@ from conveyor import Conveyor
 from conveyor.dashboard import Access, dashboard
 from conveyor.dashboard.queue_counts import FEW, MOST_SHOWN, STEP
 from support.client_worker import ClientWorker, recorded_steps
-from support.dashboard_client import get
+from support.dashboard_client import ask, get
 
 pytestmark = [
     pytest.mark.leaves_keys("queues are left to be looked at"),
@@ -126,10 +126,11 @@ def test_few_queues_are_counted_for_each_answer(url: str, steps: list[str], app:
         app.queue(LAST).push(1)
 
 
-def test_workers_of_many_served_queues_are_counted_in_one_step(site: Any, app: Conveyor, steps: list[str]) -> None:
-    """The workers that a snapshot counts are those of all queues; queues without one cost nothing."""
+def test_workers_of_many_served_queues_are_counted_with_them(site: Any, app: Conveyor, steps: list[str]) -> None:
+    """The workers of all queues, which a snapshot and metrics count, are listed in the steps that count the queues."""
     for number in (3, MANY - 4):
         ClientWorker(app.client, f"tenant-{number:04}")
     steps.clear()
     assert get(site, "snapshot")["totals"]["workers"] == 1  # one process
-    assert steps.count("workers") == 1
+    assert 'conveyor_workers{kind="unknown",state="running"} 1' in ask(site, "GET", "metrics", {}).text
+    assert steps.count("workers") == 0

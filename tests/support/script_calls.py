@@ -264,7 +264,7 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     "read_events": (lambda k: queue_events.read_events(k, "me", ""), {"conf"}),
     "counts": (inspection.counts, {"jobs", "due", "dead", "workers", "conf", "ready:0", "foreign", "leased:w", "outbox"}),
     "count_queues": (
-        lambda k: inspection.count_queues([k.jobs], 2),
+        lambda k: inspection.count_queues([k.jobs], 2, workers=True),
         {"jobs", "due", "dead", "workers", "conf", "ready:0", "leased:w", "outbox"},
     ),
     "read_stats": (

@@ -48,6 +48,7 @@ from conveyor.admin.views import (
     AuditEntry,
     FailureSummary,
     JobInfo,
+    QueueCount,
     QueueInfo,
     WorkerInfo,
     audit_entry,
@@ -81,7 +82,7 @@ from conveyor.store.audit_log import audit_key, keep_audit, marks_key, note_acti
 from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability
 from conveyor.store.client.outages import FIRST_TRY
-from conveyor.store.inspection import Ended, FinishedJob, JobRow, QueueCounts
+from conveyor.store.inspection import CountedPart, Ended, FinishedJob, JobRow, QueueCounts, WorkerRow
 from conveyor.store.job_filter import ANY_JOB, LIVE, JobFilter, Walk
 from conveyor.store.keys import PRIORITIES, QueueKeys
 from conveyor.store.script import Call
@@ -303,35 +304,35 @@ class Admin:
 
     def queues(self, names: Collection[str] | None = None) -> list[QueueInfo]:
         """Return all known queues (None), or those of *names* that are known, by name."""
-        return [info for info, _ in self.count(self._known(names))]
+        return [one.info for one in self.count(self._known(names))]
 
     def _counts(self, parts: Sequence[str]) -> dict[str, QueueCounts]:
         """Return the counts of queues and partitions; those whose server does not answer are left out."""
         counted = self._directory.counts_and_ended(parts, 0, self._ask)
-        return {part: counts for part, (counts, _) in counted.items()}
+        return {part: one.counts for part, one in counted.items()}
 
     def queue_partitions(self) -> Mapping[str, list[str]]:
         """Return the names of all known queues, sorted, each with the names of its partitions; one read of them all."""
         return self._directory.everything()
 
-    def count(self, partitions: Mapping[str, Sequence[str]], minutes: int = 0) -> list[tuple[QueueInfo, list[Ended]]]:
-        """Return queues of `queue_partitions`, each with what ended in it in the last whole *minutes*; a hundred in one step."""
+    def count(
+        self, partitions: Mapping[str, Sequence[str]], minutes: int = 0, *, workers: bool = False
+    ) -> list[QueueCount]:
+        """
+        Return queues of `queue_partitions`, a hundred in one step.
+
+        Each with what ended in it in the last whole *minutes*, and with its *workers*.
+        """
         parts = [part for some in partitions.values() for part in some]
-        counted = self._directory.counts_and_ended(parts, minutes, self._ask)
+        counted, at = self._directory.counts_and_ended(parts, minutes, self._ask, workers=workers), cache(instant)
         return [
-            (queue_info(name, found[0]), found[1])
+            QueueCount(
+                queue_info(name, found.counts), found.ended, [_worker_info(name, row, at) for row in found.workers]
+            )
             if len(some) == 1 and (found := counted.get(some[0])) is not None
-            else self._count_partitions(name, some, counted, minutes)
+            else _count_partitions(name, some, counted, at)
             for name, some in partitions.items()
         ]
-
-    @staticmethod
-    def _count_partitions(
-        name: str, parts: Sequence[str], counted: Mapping[str, tuple[QueueCounts, list[Ended]]], minutes: int
-    ) -> tuple[QueueInfo, list[Ended]]:
-        """Return a queue with partitions, or one of which the server does not answer."""
-        counts = {part: counted[part][0] for part in parts if part in counted}
-        return _queue_info(name, parts, counts), ended_in(parts, counted) if minutes else []
 
     def failure_matrix(
         self, range: str = "24h", *, queue: str | None = None, most: int = 5_000, seconds: float | None = None,  # noqa: A002
@@ -388,9 +389,9 @@ class Admin:
                     found[public(part, row.id)] = failure.traceback
         return found
 
-    def ended_lately(self, names: Collection[str], minutes: int) -> dict[str, list[Ended]]:
+    def ended_lately(self, names: Collection[str], minutes: int) -> dict[str, Sequence[Ended]]:
         """Return what ended in each of the last whole minutes in these queues, the oldest first."""
-        return {info.name: ended for info, ended in self.count(self._known(names), minutes) if ended}
+        return {one.info.name: one.ended for one in self.count(self._known(names), minutes) if one.ended}
 
     def history(self, range: str = "1h", *, queue: str | None = None, task: str | None = None) -> History:  # noqa: A002
         """
@@ -569,15 +570,8 @@ class Admin:
         A worker is listed once for each queue or partition it serves.
         """
         parts = self._partition_names(queue) if queue is None or isinstance(queue, str) else self._parts_of(queue)
-        at = cache(instant)  # those of one process are renewed together, and read together
-        return [
-            WorkerInfo(
-                member.worker, name, str(member.about.get("host", "")), member.about.get("pid"), member.held,
-                at(member.end), member.about, at(member.end - member.lease_ms), at(member.now),
-            )
-            for name, members in self._read_workers(parts)
-            for member in members
-        ]  # fmt: skip
+        at = cache(instant)
+        return [_worker_info(name, member, at) for name, members in self._read_workers(parts) for member in members]
 
     def _read_workers(self, names: Sequence[str]) -> Iterator[tuple[str, list[inspection.WorkerRow]]]:
         """Yield those of *names*, queues or partitions, that have workers; a few hundred are read in one step."""
@@ -647,25 +641,28 @@ class Admin:
 
     # -- metrics --------------------------------------------------------------------------------------------------
 
-    def metrics_text(self, queues: Sequence[QueueInfo] | None = None) -> str:
+    def metrics_text(
+        self, queues: Sequence[QueueInfo] | None = None, workers: Iterable[WorkerInfo] | None = None
+    ) -> str:
         """
         Return metrics as Prometheus reads them: of all queues, tasks and the server, the same from every program.
 
-        *queues*: all of them, as they were counted just now; None: they are counted. While Redis does not answer, the text says
-        that and no more.
+        *queues*, *workers*: all of them, as they were read just now; None: they are read. While Redis does not answer, the text
+        says that and no more.
         """
         from conveyor.admin import metrics
 
         try:
             server = replies.parse_info(self.client.execute("INFO", retry_for=0.0))
             everything = self._directory.everything()
-            infos = [info for info, _ in self.count(everything)] if queues is None else queues
+            if queues is None or workers is None:
+                counted = self.count(everything, workers=True)
+                queues, workers = [one.info for one in counted], [worker for one in counted for worker in one.workers]
             totals = self._read_totals(everything)
             for at, one in totals.items():
                 if one.has_many:
                     totals[at] = one._replace(counters=self._read_many_totals(at[1]))
-            served = [info.name for info in infos if info.workers or info.silent]
-            facts = self._system_facts(totals, self.knowing(everything).workers(served))
+            facts = self._system_facts(totals, workers)
         except StoreUnavailable:
             return metrics.render((), {}, None)
         counters: dict[str, Counter[str]] = {}
@@ -673,7 +670,7 @@ class Admin:
             if one.counters:
                 counters.setdefault(name, Counter()).update(one.counters)
         by_task = {name: metrics.task_totals(total) for name, total in counters.items()}
-        return metrics.render(infos, by_task, server, facts)
+        return metrics.render(queues, by_task, server, facts)
 
     def _system_facts(
         self, totals: Mapping[tuple[str, str], inspection.QueueTotals], workers: Iterable[WorkerInfo]
@@ -1314,6 +1311,24 @@ def _query(queue: str | None, state: str | None, wanted: JobFilter = ANY_JOB) ->
     from conveyor.admin.job_query import JobQuery
 
     return JobQuery(queue=queue, states=() if state is None else (state,), wanted=wanted)
+
+
+def _count_partitions(
+    name: str, parts: Sequence[str], counted: Mapping[str, CountedPart], at: Callable[[int], datetime]
+) -> QueueCount:
+    """Return a queue with partitions, or one of which the server does not answer."""
+    found = {part: counted[part] for part in parts if part in counted}
+    workers = [_worker_info(part, row, at) for part, one in found.items() for row in one.workers]
+    info = _queue_info(name, parts, {part: one.counts for part, one in found.items()})
+    return QueueCount(info, ended_in(parts, found), workers)
+
+
+def _worker_info(part: str, row: WorkerRow, at: Callable[[int], datetime]) -> WorkerInfo:
+    """Return a worker of a queue or partition. *at*: `instant`, cached: those of one process are renewed and read together."""
+    return WorkerInfo(
+        row.worker, part, str(row.about.get("host", "")), row.about.get("pid"), row.held, at(row.end), row.about,
+        at(row.end - row.lease_ms), at(row.now),
+    )  # fmt: skip
 
 
 def _each(ids: Iterable[str]) -> list[str]:

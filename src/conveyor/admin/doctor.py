@@ -390,7 +390,7 @@ def _check_queues(
     if queues is None:
         counted = directory.counts_and_ended([part for some in parts.values() for part in some], 0)
         queues = [
-            queue_info(name, inspection.total([counted[part][0] for part in some])) for name, some in parts.items()
+            queue_info(name, inspection.total([counted[part].counts for part in some])) for name, some in parts.items()
         ]
     counts = {one.name: one for one in queues if one.name in parts}
     parts = {name: parts[name] for name in counts}

@@ -144,9 +144,10 @@ class _Family:
         """Add a sample with labels that are text already."""
         self._samples.append(f"{self.name}{suffix}{text} {value:.15g}\n")
 
-    def add_lines(self, lines: Iterable[str]) -> None:
-        """Add samples that are text already: of ten thousand queues, of which each has a dozen, that costs a third."""
-        self._samples += lines
+    def add_lines(self, lines: Sequence[str]) -> None:
+        """Add samples that are text but for the name: of ten thousand queues, of which each has a dozen, that costs a fifth."""
+        if lines:
+            self._samples.append(self.name + self.name.join(lines))
 
     def add_histogram(self, buckets: Mapping[int, int], total: float, **labels: str) -> None:
         count, text = 0, _labels(**labels)
@@ -229,27 +230,25 @@ def _queue_families(queues: Iterable[QueueInfo]) -> Iterator[_Family]:
     }
     infos = list(queues)
     labels = [f'{{queue="{_escaped(info.name)}"' for info in infos]
-    jobs.add_lines(
-        f'{jobs.name}{label},state="ready"}} {info.ready}\n{jobs.name}{label},state="scheduled"}} {info.scheduled}\n'
+    jobs.add_lines([
+        f'{label},state="ready"}} {info.ready}\n{jobs.name}{label},state="scheduled"}} {info.scheduled}\n'
         f'{jobs.name}{label},state="waiting"}} {info.waiting}\n{jobs.name}{label},state="leased"}} {info.leased}\n'
         f'{jobs.name}{label},state="dead"}} {info.dead}\n'
         for label, info in zip(labels, infos, strict=True)
-    )
+    ])  # fmt: skip
+    zeros = [f"{label}}} 0\n" for label in labels]  # most are 0
     for attribute, family in gauges.items():
-        name, values = family.name, [getattr(info, attribute) for info in infos]
+        values = [getattr(info, attribute) for info in infos]
         if attribute == "max_length":
             family.add_lines([
-                f"{name}{label}}} {value}\n" for label, value in zip(labels, values, strict=True) if value is not None
+                f"{label}}} {value}\n" for label, value in zip(labels, values, strict=True) if value is not None
             ])  # fmt: skip
-        elif attribute == "oldest_age":
-            family.add_lines(
-                [f"{name}{label}}} {value or 0:.15g}\n" for label, value in zip(labels, values, strict=True)]
-            )
-        else:  # most are 0, and a format costs as much as the rest of a line
-            nothing = "} 0\n"
-            family.add_lines([
-                name + label + (f"}} {value:d}\n" if value else nothing) for label, value in zip(labels, values, strict=True)
-            ])  # fmt: skip
+        else:
+            lines, form = zeros.copy(), ".15g" if attribute == "oldest_age" else "d"
+            for at, value in enumerate(values):
+                if value:
+                    lines[at] = f"{labels[at]}}} {value:{form}}\n"
+            family.add_lines(lines)
     yield jobs
     yield from gauges.values()
 
@@ -344,7 +343,5 @@ def _worker_families(facts: SystemFacts) -> Iterator[_Family]:
             lag.add(one.loop_lag, worker=one.name)
     for (kind, state), number in sorted(states.items()):
         count.add(number, kind=kind, state=state)
-    lost.add_lines(
-        f'{lost.name}{{queue="{_escaped(queue)}"}} {number}\n' for queue, number in sorted(facts.lost.items())
-    )
+    lost.add_lines([f'{{queue="{_escaped(queue)}"}} {number}\n' for queue, number in sorted(facts.lost.items())])
     yield from (count, slots, lag, lost)

@@ -10,7 +10,7 @@ from conveyor.errors import ConfigurationError, QueueNotFound, StoreUnavailable
 from conveyor.messaging.partitions import likely_first, partition_count, partition_names
 from conveyor.store import inspection
 from conveyor.store.client.client import Client
-from conveyor.store.inspection import Ended, QueueCounts
+from conveyor.store.inspection import CountedPart, Ended, QueueCounts
 from conveyor.store.keys import QueueKeys, queue_key
 from conveyor.store.script import Call
 
@@ -98,26 +98,29 @@ class QueueDirectory:
             yield parts[first : first + size]
 
     def counts_and_ended(
-        self, parts: Sequence[str], minutes: int, ask: Callable[[str, Call[Any]], Any] | None = None
-    ) -> dict[str, tuple[QueueCounts, list[Ended]]]:
+        self, parts: Sequence[str], minutes: int, ask: Callable[[str, Call[Any]], Any] | None = None, *, workers: bool = False
+    ) -> dict[str, CountedPart]:  # fmt: skip
         """
-        Return the counts of queues and partitions, and what ended there in each of the last whole minutes, in the same steps.
+        Return the counts of queues and partitions, with what ended in each of the last whole minutes, and with *workers*.
 
         *ask* makes each step, and returns None where a server does not answer; without it that raises StoreUnavailable.
         """
-        found: dict[str, tuple[QueueCounts, list[Ended]]] = {}
+        found: dict[str, CountedPart] = {}
         ask = ask or (lambda _, call: self._client.run(call))
         for part in self._plain_lists.intersection(parts):  # their entries are in the list itself
             keys = self.keys(part)
             if (counts := ask(part, inspection.counts(keys))) is not None:
-                ended = ask(part, inspection.count_queues([keys.jobs], minutes)) if minutes else None
-                found[part] = (counts, ended[0][1] if ended else [])
+                beside = None
+                if minutes or workers:
+                    beside = ask(part, inspection.count_queues([keys.jobs], minutes, workers=workers))
+                found[part] = beside[0]._replace(counts=counts) if beside else CountedPart(counts)
         size = _AT_A_TIME if self._client.has_one_endpoint else 1
         rest = [part for part in parts if part not in self._plain_lists]
         at = 0
         while at < len(rest):
             some = rest[at : at + size]
-            counted = ask(some[0], inspection.count_queues([self.key(part, "jobs") for part in some], minutes))
+            jobs_of = [self.key(part, "jobs") for part in some]
+            counted = ask(some[0], inspection.count_queues(jobs_of, minutes, workers=workers))
             found.update(zip(some, counted or (), strict=False))
             at += len(some if counted is None else counted)
         return found
@@ -170,10 +173,10 @@ class QueueDirectory:
         return partitions
 
 
-def ended_in(parts: Sequence[str], counted: Mapping[str, tuple[QueueCounts, list[Ended]]]) -> list[Ended]:
-    """Return what ended in a queue with these partitions, of those that answered; [] where none did."""
-    answers = [counted[part][1] for part in parts if part in counted]
-    found = answers[0] if answers else []
+def ended_in(parts: Sequence[str], counted: Mapping[str, CountedPart]) -> Sequence[Ended]:
+    """Return what ended in a queue with these partitions, of those that answered; nothing where none did."""
+    answers = [counted[part].ended for part in parts if part in counted]
+    found = answers[0] if answers else ()
     for ended in answers[1:]:
         found = [_sum(*both) for both in zip(found, ended, strict=True)]
     return found

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -16,7 +17,7 @@ from conveyor.payload.redaction import Hide
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.payload.versions import sealed_name
 from conveyor.store.audit_log import AuditRow
-from conveyor.store.inspection import FinishedJob, JobRow, QueueCounts
+from conveyor.store.inspection import Ended, FinishedJob, JobRow, QueueCounts
 from conveyor.store.job_filter import LIVE
 from conveyor.units import instant, instant_or_none
 
@@ -153,6 +154,14 @@ class WorkerInfo(msgspec.Struct, frozen=True, gc=False):  # a process has one in
     about: dict[str, Any]
     seen: datetime
     read_at: datetime
+
+
+class QueueCount(NamedTuple):
+    """A queue, what ended in it in each of the last minutes, the oldest first, and its workers, as far as they were asked for."""
+
+    info: QueueInfo
+    ended: Sequence[Ended]
+    workers: Sequence[WorkerInfo]
 
 
 class FailureGroup(msgspec.Struct, frozen=True):

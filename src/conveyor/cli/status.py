@@ -43,8 +43,9 @@ def status(target: Target, out: Output) -> int:
     from conveyor.admin.flags import DOCTORS_KINDS
 
     admin = target.admin()
-    admin = admin.knowing(admin.queue_partitions())
-    queues, workers = admin.queues(), admin.workers()
+    partitions = admin.queue_partitions()
+    admin, counted = admin.knowing(partitions), admin.count(partitions, workers=True)
+    queues, workers = [one.info for one in counted], [worker for one in counted for worker in one.workers]
     report = admin.doctor(seconds=_SECONDS_OF_RECORDS, queues=queues)
     failures = admin.failures(most=_MOST_DEAD_LETTERS, queues=queues)
     causes = _causes(admin, queues)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import asdict
 
+from conveyor.admin.worker_control import by_process
 from conveyor.dashboard.documents import encoded
 from conveyor.dashboard.operations import Operations
 from conveyor.dashboard.queue_counts import QueueTable
@@ -63,16 +64,10 @@ class Shared:
 
 
 class LiveView:
-    """
-    The documents that viewers follow: counts of all queues, flags, and what ended in the last hour.
+    """The documents that viewers follow: counts of all queues, flags, and what ended in the last hour."""
 
-    *workers*: counts the worker processes of queues.
-    """
-
-    def __init__(
-        self, admin: Admin, workers: Callable[[Admin, Sequence[QueueInfo]], int], operations: Operations
-    ) -> None:
-        self._admin, self._count_workers, self._operations = admin, workers, operations
+    def __init__(self, admin: Admin, operations: Operations) -> None:
+        self._admin, self._operations = admin, operations
         self._flags: list[dict[str, Any]] = []
         self._flags_until = 0.0
         self._workers = 0
@@ -86,6 +81,8 @@ class LiveView:
         infos, minute = counts.infos, [one.ended for one in counts.queues if one.ended is not None]
         ages = [info.oldest_age for info in infos if info.oldest_age is not None]
         if time.monotonic() >= self._flags_until:
+            serving = (one for queue in counts.queues if queue.info.workers for one in queue.workers)
+            self._workers = len(by_process(serving))
             self._flags = self._read_flags(self._admin.knowing(counts.partitions), infos)
             busy = sum(bool(info.workers or info.leased or info.dead or info.scheduled) for info in infos)
             self._flags_until = time.monotonic() + min(_MOST_SECONDS, max(_FLAGS_SECONDS, _SECONDS_OF_A_QUEUE * busy))
@@ -123,9 +120,9 @@ class LiveView:
         counts = self.queues.counted()
         return self._admin.knowing(counts.partitions).doctor(seconds=_SECONDS_OF_RECORDS, queues=counts.infos)
 
-    def _read_flags(self, admin: Admin, infos: list[QueueInfo]) -> list[dict[str, Any]]:
+    @staticmethod
+    def _read_flags(admin: Admin, infos: list[QueueInfo]) -> list[dict[str, Any]]:
         """Return what asks for attention, as sentences with links: the worst first."""
-        self._workers = self._count_workers(admin, infos)
         return [asdict(one) for one in admin.flags(infos, most=_MOST_BUSY)[:_MOST_FLAGS]]
 
 

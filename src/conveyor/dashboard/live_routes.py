@@ -15,7 +15,7 @@ from msgspec.structs import asdict
 from starlette.responses import Response, StreamingResponse
 
 from conveyor.admin.history import RANGES
-from conveyor.admin.metrics import CONTENT_TYPE, load_json, load_view
+from conveyor.admin.metrics import CONTENT_TYPE, load_json, load_view, render
 from conveyor.dashboard.endpoint import ApiCall, ApiRoute, Field
 from conveyor.dashboard.live import event
 from conveyor.errors import ConveyorError, StoreUnavailable
@@ -68,11 +68,10 @@ def history(call: ApiCall) -> dict[str, Any]:
 
 def metrics(call: ApiCall) -> Response:
     """Return what Prometheus scrapes. Of many queues the counts are shared by all that scrape within a second."""
-    admin, queues = call.admin, None
+    text = render((), {}, None)
     with suppress(StoreUnavailable):  # the text says so
         counts = call.service.live.queues.counted(_SCRAPE_SECONDS)
-        admin, queues = admin.knowing(counts.partitions), counts.infos
-    text = admin.metrics_text(queues)
+        text = call.admin.knowing(counts.partitions).metrics_text(counts.infos, counts.workers)
     return Response(text, headers={"content-type": CONTENT_TYPE, "cache-control": "no-store"})
 
 

@@ -14,7 +14,7 @@ import msgspec
 
 if TYPE_CHECKING:
     from conveyor.admin.admin import Admin
-    from conveyor.admin.views import QueueInfo
+    from conveyor.admin.views import QueueInfo, WorkerInfo
     from conveyor.store.inspection import Ended
 
 FEW = 300
@@ -39,6 +39,7 @@ class CountedQueue(msgspec.Struct, frozen=True, gc=False):  # ten thousand at on
     at: float
     info: QueueInfo
     ended: Ended | None
+    workers: Sequence[WorkerInfo]
 
 
 def _jobs(one: CountedQueue) -> int:
@@ -57,6 +58,11 @@ class CountedQueues(NamedTuple):
     def infos(self) -> list[QueueInfo]:
         """The queues without what ended there."""
         return [one.info for one in self.queues]
+
+    @property
+    def workers(self) -> list[WorkerInfo]:
+        """The workers of the queues."""
+        return [worker for one in self.queues for worker in one.workers]
 
     def shown(self) -> list[QueueInfo]:
         """Return the queues that a snapshot has, by name: of many those with most jobs."""
@@ -94,9 +100,9 @@ class QueueTable:
             limit = 0.0 if count <= FEW else count / (STEP * _STEPS) * 1.5 if seconds is None else seconds
             known, instant = self._counted, begin - limit
             old = [name for name in self._partitions if name not in known or known[name].at <= instant]
-            for info, _ in self._admin.count({name: self._partitions[name] for name in old}):
+            for info, _, workers in self._admin.count({name: self._partitions[name] for name in old}, workers=True):
                 former = known.get(info.name)  # it keeps its turn, so that each comes round
-                known[info.name] = CountedQueue(begin, info, former.ended if former else None)
+                known[info.name] = CountedQueue(begin, info, former.ended if former else None, workers)
             return self._all()
 
     def followed(self) -> CountedQueues:
@@ -109,9 +115,10 @@ class QueueTable:
                 largest = [one.info.name for one in nlargest(STEP, self._counted.values(), key=_jobs)]
                 new = [name for name in names if name not in self._counted]
                 names = list(dict.fromkeys([*largest, *new, *islice(self._counted, max(0, STEP * _STEPS - len(new)))]))
-            for info, ended in self._admin.count({name: self._partitions[name] for name in names}, 1):
+            partitions = {name: self._partitions[name] for name in names}
+            for info, ended, workers in self._admin.count(partitions, 1, workers=True):
                 self._counted.pop(info.name, None)
-                self._counted[info.name] = CountedQueue(begin, info, ended[-1] if ended else None)
+                self._counted[info.name] = CountedQueue(begin, info, ended[-1] if ended else None, workers)
             self._followed_at = begin
             return self._all()
 

@@ -33,7 +33,7 @@ def list_queues(call: ApiCall) -> dict[str, Any]:
         counted.sort(key=lambda one: -(getattr(one[0], call["sort"]) or 0))
     queues = [
         {**queue_document(info), "recent": {"done": [one.done for one in last], "failed": [one.failed for one in last]}}
-        for info, last in counted
+        for info, last, _ in counted
     ]
     return {
         "queues": queues, "total": len(names), "offset": begin, "limit": call["limit"], "at": at,

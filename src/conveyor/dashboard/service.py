@@ -16,7 +16,6 @@ from starlette.requests import Request
 
 from conveyor.admin import flags
 from conveyor.admin.admin import Admin
-from conveyor.admin.views import QueueInfo
 from conveyor.admin.worker_control import by_process
 from conveyor.dashboard.access import Access, Authorize, LoginRequired, TooManyAttempts, bearer_access
 from conveyor.dashboard.live import LiveView
@@ -59,7 +58,7 @@ class Service:
         """Whether server-sent events can be sent; not below WSGI."""
         self.version = installed_version()
         self.operations = Operations()
-        self.live = LiveView(admin, self._count_workers, self.operations)
+        self.live = LiveView(admin, self.operations)
 
     async def access(self, request: Request) -> tuple[Access, bool]:
         """
@@ -102,12 +101,6 @@ class Service:
         return self.admin.acting_as(access.user or "dashboard")
 
     # -- what several pages show ----------------------------------------------------------------------------------
-
-    @staticmethod
-    def _count_workers(admin: Admin, queues: Sequence[QueueInfo]) -> int:
-        """Count the worker processes; only queues that are served are asked for theirs."""
-        served = [one.name for one in queues if one.workers]
-        return len(by_process(admin.workers(served)) if served else ())
 
     def workers(self, admin: Admin, queue: str | None = None) -> list[dict[str, Any]]:
         """Return the worker processes, each with the queues that it serves."""

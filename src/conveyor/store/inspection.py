@@ -277,24 +277,37 @@ class Ended(NamedTuple):
     retried: int
 
 
-def count_queues(queues: Sequence[str], minutes: int) -> Call[list[tuple[QueueCounts, list[Ended]]]]:
+class CountedPart(NamedTuple):
+    """The counts of a queue or partition, what ended there in each of the last minutes, and its workers where they are listed."""
+
+    counts: QueueCounts
+    ended: Sequence[Ended] = ()
+    workers: Sequence[WorkerRow] = ()
+
+
+def count_queues(queues: Sequence[str], minutes: int, *, workers: bool = False) -> Call[list[CountedPart]]:
     """
     Return the call that counts queues of one server, by their keys `jobs`, a hundred at most.
 
-    Each with what ended in the last whole *minutes*. Entries of plain lists are left out. Many workers or counters make it count
-    fewer, at least one.
+    Each with what ended in the last whole *minutes*, and with its *workers*. Entries of plain lists are left out. Many workers or
+    counters make it count fewer, at least one.
     """
 
-    def decode(reply: list[Any]) -> list[tuple[QueueCounts, list[Ended]]]:
-        now, counts, oldest, ended = reply
+    def decode(reply: list[Any]) -> list[CountedPart]:
+        now, counts, oldest, ended, listed = reply
+        rows = _worker_rows(listed, now)
         ages = {oldest[at] - 1: _age(now, oldest[at + 1], oldest[at + 2]) for at in range(0, len(oldest), 3)}
         lately = [_read_ended(*one) for one in _THREE_NUMBERS.iter_unpack(ended)]
         return [
-            (_queue_counts(numbers, ages.get(at)), lately[at * minutes : (at + 1) * minutes])
+            CountedPart(
+                _queue_counts(numbers, ages.get(at)),
+                lately[at * minutes : (at + 1) * minutes] if minutes else (),
+                rows.get(at, ()),
+            )
             for at, numbers in enumerate(_COUNTS.iter_unpack(counts))
         ]
 
-    return Call(COUNT_QUEUES, queues, (str(minutes),), decode)
+    return Call(COUNT_QUEUES, queues, (str(minutes), "1" if workers else ""), decode)
 
 
 _COUNTS, _THREE_NUMBERS, _FIVE_NUMBERS = Struct("<14q"), Struct("<3q"), Struct("<5q")
@@ -608,16 +621,20 @@ def workers_of(queues: Sequence[str]) -> Call[WorkersPage]:
     """Return the call that lists the workers of queues of one server, by their keys `workers`; many workers make it read fewer."""
 
     def decode(reply: list[Any]) -> WorkersPage:
-        now, read, facts, workers, numbers = reply
-        about, rows = [_read_about(one) for one in facts], dict[int, list[WorkerRow]]()
-        for worker, (number, end, told, held, lease_ms) in zip(
-            workers, _FIVE_NUMBERS.iter_unpack(numbers), strict=True
-        ):
-            row = WorkerRow(worker.decode(errors="replace"), end, about[told - 1], held, lease_ms, now)
-            rows.setdefault(number - 1, []).append(row)
-        return WorkersPage(read, rows)
+        now, read, listed = reply
+        return WorkersPage(read, _worker_rows(listed, now))
 
     return Call(WORKERS, queues, (), decode)
+
+
+def _worker_rows(reply: list[Any], now: int) -> dict[int, list[WorkerRow]]:
+    """Return the workers that a script lists by the number of their queue, from 0 on."""
+    facts, workers, numbers = reply
+    about, rows = [_read_about(one) for one in facts], dict[int, list[WorkerRow]]()
+    for worker, (number, end, told, held, lease_ms) in zip(workers, _FIVE_NUMBERS.iter_unpack(numbers), strict=True):
+        row = WorkerRow(worker.decode(errors="replace"), end, about[told - 1], held, lease_ms, now)
+        rows.setdefault(number - 1, []).append(row)
+    return rows
 
 
 def _read_about(data: bytes) -> dict[str, Any]:

@@ -104,9 +104,7 @@ def test_many_queues_are_counted_as_one_is(seeded: SeededQueue) -> None:
     seeded.redis.hset(plain.jobs, "AAAAAAAAAAAAAAAAAAAAAA", "\n\n1")
     one_by_one = [seeded.run(inspection.counts(keys)) for keys in (seeded.keys, idle, plain)]
 
-    together = [
-        counts for counts, _ in seeded.run(inspection.count_queues([seeded.keys.jobs, idle.jobs, plain.jobs], 0))
-    ]
+    together = [one.counts for one in seeded.run(inspection.count_queues([seeded.keys.jobs, idle.jobs, plain.jobs], 0))]
 
     assert [replace(one, oldest_age=None) for one in together] == [replace(one, oldest_age=None) for one in one_by_one]
     assert [one.oldest_age is None for one in together] == [one.oldest_age is None for one in one_by_one]
@@ -127,7 +125,7 @@ def test_an_idle_worker_adds_two_commands_to_a_count(seeded: SeededQueue) -> Non
             f"{keys.prefix}leased:w", mapping={"\tturn": "1", "\tabout": "{}", "\tlease": "15000", **held}
         )
 
-    leased = [counts.leased for counts, _ in seeded.run(inspection.count_queues([idle.jobs, busy.jobs], 0))]
+    leased = [one.counts.leased for one in seeded.run(inspection.count_queues([idle.jobs, busy.jobs], 0))]
 
     assert leased == [0, 2]
     assert commands_of(seeded, inspection.count_queues([idle.jobs], 0)) == 6
@@ -433,6 +431,9 @@ def test_workers(seeded: SeededQueue) -> None:
     assert (first.worker, first.about, first.held) == ("w", {}, 2)
     assert (second.worker, second.about, second.held) == ("z", {"host": "h"}, 0)
     assert 0 < first.end - seeded.now() <= LEASE < second.end - seeded.now() <= 2 * LEASE
+    (counted,) = seeded.run(inspection.count_queues([seeded.keys.jobs], 0, workers=True))
+    assert [replace(one, now=first.now) for one in counted.workers] == [first, second]
+    assert seeded.run(inspection.count_queues([seeded.keys.jobs], 0))[0].workers == ()
 
 
 # -- audit ------------------------------------------------------------------------------------------------------------

@@ -1,14 +1,15 @@
 -- Count what several queues of one server hold, and what ended there in the last whole minutes.
--- needs: numbers leased counts
+-- needs: numbers leased counts worker_rows
 --
 -- KEYS  1… jobs of each queue, about a hundred at most
--- ARGV  1 number of minutes, the one that goes on now left out
--- returns {now_ms, counts, oldest, ended}, of as many queues, from the first on, as have a thousand workers and counters together
+-- ARGV  1 number of minutes, the one that goes on now left out  2 "1" when the workers are listed, else ""
+-- returns {now_ms, counts, oldest, ended, workers}, of as many queues, from the first on, as have a thousand workers and counters together
 --         counts: fourteen numbers of each queue, as counts.lua returns them, of 8 bytes each: a text costs a third of an array of
 --         arrays here, and less still to read. The entries of a plain list are left out.
 --         oldest: (number of a queue, its oldest ready id, the marks of its envelope)… of the queues that have one
 --         ended: of each queue and minute, the oldest first, the attempts that were done, failed and tried again, in the same
 --         form; -1 -1 -1 where a minute has too many counters to read
+--         workers: as worker_rows returns them
 local now, minutes = clock(), number_in(ARGV[1])
 local minute = math.floor(now / 60000)
 local counts, oldest_of, ended, none, work = {}, {}, {}, {}, 0
@@ -43,10 +44,15 @@ local function add_ended(prefix)
   end
 end
 
+local current
+local function note(...) add_worker(current, ...) end
+if ARGV[2] ~= '1' then note = nil end
+
 for number, key in ipairs(KEYS) do
   if work >= 1000 then break end
   local prefix = string.sub(key, 1, -5)
-  add_counts(number, count_queue(prefix, key, none, now))
+  current = number
+  add_counts(number, count_queue(prefix, key, none, now, note))
   if minutes > 0 then add_ended(prefix) end
 end
-return {now, table.concat(counts), oldest_of, table.concat(ended)}
+return {now, table.concat(counts), oldest_of, table.concat(ended), worker_rows()}

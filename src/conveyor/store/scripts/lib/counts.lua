@@ -5,8 +5,9 @@
 -- jobs     the first of them; each name that is put together once more costs as much as half a command
 -- lists    of a plain list: it and its intake, else empty
 -- now      ms
+-- note     is called with each worker, the end of its lease, its hash and what it holds; nil: they are only counted
 -- returns  what counts.lua says, as that many values, without now_ms
-local function count_queue(prefix, jobs, lists, now)
+local function count_queue(prefix, jobs, lists, now, note)
   -- Of many queues most have jobs of priority 0 alone, and no workers: three looks spare them twenty-two. Where that list has as
   -- many entries as there are jobs, and none of a cancelled job or a group, no job is of another priority, and no worker holds one.
   local name, first_list, oldest = prefix .. 'ready:', prefix .. 'ready:0', ''
@@ -27,7 +28,10 @@ local function count_queue(prefix, jobs, lists, now)
   for _, list in ipairs(lists) do foreign = foreign + redis.call('LLEN', list) end
   local leased, workers, silent = 0, found > 0 and redis.call('ZRANGE', workers_key, 0, 999, 'WITHSCORES') or {}, 0
   for i = 1, #workers, 2 do
-    if not plain then leased = leased + count_held(prefix .. 'leased:' .. workers[i]) end
+    local key = (note or not plain) and prefix .. 'leased:' .. workers[i]
+    local held = plain and 0 or count_held(key)
+    leased = leased + held
+    if note then note(workers[i], workers[i + 1], key, held) end
     if tonumber(workers[i + 1]) <= now then silent = silent + 1 end
   end
   local registered = #workers / 2
