@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
 from collections import Counter
@@ -9,12 +10,15 @@ from typing import Any
 
 import pytest
 
-from conveyor import Conveyor, LeaseLost, QueueFull, Retry, Snooze, current
+from conveyor import Conveyor, JobFailed, LeaseLost, QueueFull, Retry, Snooze, current
 from conveyor.store.transport.endpoint import in_thread
-from support.running_worker import drain
+from support.running_worker import drain, working
+from support.waiting import until_status
 
 trace = pytest.importorskip("opentelemetry.sdk.trace", reason="needs opentelemetry-sdk, which the extra dev installs")
 
+from opentelemetry import baggage  # noqa: E402
+from opentelemetry import context as contexts  # noqa: E402
 from opentelemetry.sdk.metrics import MeterProvider  # noqa: E402
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader  # noqa: E402
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor  # noqa: E402
@@ -200,6 +204,140 @@ async def test_a_bulk_push_is_one_send(url: str, recorder: Recorder) -> None:
     assert {run.links[0].context.span_id for run in runs} == ids
     assert recorder.spans("send post")[0].attributes["messaging.batch.message_count"] == 2
     assert recorder.metrics()["messaging.client.sent.messages"] == 5
+
+
+async def test_a_batch_is_linked_to_each_push(url: str, recorder: Recorder) -> None:
+    """The run of a batch is linked to the pushes of all its items, is a part of none of their traces, and counts as that many."""
+    async with Conveyor(url) as app:
+        instrument(app, tracer_provider=recorder.tracer_provider, meter_provider=recorder.meter_provider)
+
+        @app.batch_task(name="index", queue="mail", size=3, within="1h")
+        async def index(words: list[str]) -> None: ...
+
+        for word in ("a", "b", "c"):
+            await index.aenqueue(word)
+        await drain(app)
+    sent, [ran] = recorder.spans("send mail index"), recorder.spans("process mail index")
+    assert {link.context.span_id for link in ran.links} == {one.context.span_id for one in sent}
+    assert len(ran.links) == ran.attributes["messaging.batch.message_count"] == 3
+    assert ran.parent is None
+    counted = recorder.metrics()
+    assert (counted["messaging.client.consumed.messages"], counted["messaging.process.duration"]) == (3, 1)
+
+
+async def test_baggage_goes_with_a_job(url: str, recorder: Recorder) -> None:
+    """The baggage of a program is there in its jobs, on threads too, and in those that they spawn; not after them."""
+    seen: dict[str, Any] = {}
+    async with Conveyor(url) as app:
+        instrument(app, tracer_provider=recorder.tracer_provider)
+
+        @app.task(name="child", queue="mail")
+        def child() -> None:
+            seen["child"] = baggage.get_baggage("tenant")
+
+        @app.task(name="parent", queue="mail")
+        async def parent() -> None:
+            seen["parent"] = baggage.get_baggage("tenant")
+            await child.aenqueue()
+
+        token = contexts.attach(baggage.set_baggage("tenant", "acme"))
+        try:
+            await parent.aenqueue()
+        finally:
+            contexts.detach(token)
+        await drain(app)
+    assert seen == {"parent": "acme", "child": "acme"}
+    assert baggage.get_all() == {}
+
+
+async def test_a_callers_own_trace_is_left_alone(url: str, recorder: Recorder) -> None:
+    """A job or message with the context of another span belongs to that one; its send is linked to it. One that runs again is pushed anew."""
+    own = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    async with Conveyor(url) as app:
+        telemetry = instrument(app, tracer_provider=recorder.tracer_provider)
+
+        @app.task(name="loop", queue="mail", keep_result="1h")
+        async def loop() -> int:
+            return 1
+
+        job = await loop.options(headers={"traceparent": own}).aenqueue()
+        await app.queue("post").apush_many([1, 2], headers={"traceparent": own})
+        await drain(app)
+        again = await job.arerun()
+        await drain(app)
+        for message in await app.queue("post").apull(n=2):
+            assert message.headers == {"traceparent": own}
+            with telemetry.process(message):
+                pass
+            await message.aack()
+    [sent, sent_again], [ran, ran_again] = recorder.spans("send mail loop"), recorder.spans("process mail loop")
+    origin = int(own.split("-")[2], 16)
+    assert (sent.kind, [link.context.span_id for link in sent.links]) == (SpanKind.CLIENT, [origin])
+    assert (ran.parent.span_id, [link.context.span_id for link in ran.links]) == (origin, [origin])
+    assert again.id != job.id
+    assert (sent_again.kind, sent_again.links) == (SpanKind.PRODUCER, ())
+    assert ran_again.parent.span_id == sent_again.context.span_id
+    assert recorder.spans("create post") == []
+    [bulk] = recorder.spans("send post")
+    assert bulk.attributes["messaging.batch.message_count"] == 2
+    assert {one.parent.span_id for one in recorder.spans("process post")} == {origin}
+
+
+async def test_a_stop_is_no_error_and_a_timeout_is(url: str, recorder: Recorder) -> None:
+    """A job that is cancelled has no error; one beyond its time limit has; one whose error cannot be printed ends with that error."""
+
+    class Unprintable(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("never seen")
+
+    async with Conveyor(url) as app:
+        instrument(app, tracer_provider=recorder.tracer_provider)
+        started = asyncio.Event()
+
+        @app.task(name="long", queue="mail", retry=1)
+        async def long() -> None:
+            started.set()
+            await asyncio.sleep(3600)
+
+        @app.task(name="odd", queue="mail", retry=1)
+        async def odd() -> None:
+            raise Unprintable
+
+        late, bad = await long.options(timeout="50ms").aenqueue(), await odd.aenqueue()
+        async with working(app, queues={"mail": 1.0}):
+            await until_status(late, "dead")
+            await until_status(bad, "dead")
+            started.clear()
+            stopped = await long.aenqueue()
+            await asyncio.wait_for(started.wait(), 60)
+            await stopped.acancel()
+            await until_status(stopped, "cancelled")
+        with pytest.raises(JobFailed) as failed:
+            await bad.aresult(timeout=60)
+        await app.queue("mail").apurge(dead=True)
+    assert failed.value.type.endswith("Unprintable")
+    [timed_out, cancelled], [unprintable] = recorder.spans("process mail long"), recorder.spans("process mail odd")
+    assert (timed_out.status.status_code, timed_out.attributes["error.type"]) == (StatusCode.ERROR, "TimeoutError")
+    assert (cancelled.status.status_code, cancelled.events) == (StatusCode.UNSET, ())
+    assert cancelled.attributes["messaging.conveyor.outcome"] == "CancelledError"
+    assert unprintable.status.status_code is StatusCode.ERROR
+    assert unprintable.attributes["error.type"].endswith("Unprintable")
+
+
+async def test_durations_have_buckets_of_seconds(url: str, recorder: Recorder) -> None:
+    """A job of a few ms is told from one of a second: the buckets are those of the conventions, not those of an SDK, which are for ms."""
+    async with Conveyor(url) as app:
+        instrument(app, meter_provider=recorder.meter_provider)
+
+        @app.task(name="loop", queue="mail")
+        async def loop() -> None: ...
+
+        await loop.aenqueue()
+        await drain(app)
+    [scope] = recorder.reader.get_metrics_data().resource_metrics[0].scope_metrics
+    bounds = {one.name: tuple(one.data.data_points[0].explicit_bounds) for one in scope.metrics if one.unit == "s"}
+    expected = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+    assert bounds == {"messaging.client.operation.duration": expected, "messaging.process.duration": expected}
 
 
 def test_receive_and_settle(url: str, recorder: Recorder) -> None:
