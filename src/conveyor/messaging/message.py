@@ -30,7 +30,7 @@ class Settler(Protocol):
     """Carries out how leased messages end. `settle` and `extend` raise LeaseLost."""
 
     client: Client
-    forks: int
+    is_of_parent: bool  # in a forked child of the process that took the messages: their loop goes on in the parent
     policy: SettlementPolicy
     on_error: OnError
     failure_log: failures.FailureLog
@@ -298,7 +298,7 @@ class Message(Generic[T]):
     def _endings(self, error: BaseException | None, *, log: bool = True) -> list[Ending]:
         """Return how a block that ended with *error* settles this message, and log the failure."""
         leased, policy = self._leased, self._settler.policy
-        of_parent = self._settler.client.forks != self._settler.forks  # which ends it; this is a forked child
+        of_parent = self._settler.is_of_parent  # which ends it; this is a forked child
         if leased.settled or leased.lost or of_parent:
             if isinstance(error, Exception) and self._settler.on_error == "log":
                 hide = policy.hide_of(leased)

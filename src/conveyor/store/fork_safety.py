@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar, overload
-from weakref import WeakSet
+from weakref import ref
 
 T = TypeVar("T")
 
@@ -23,18 +23,20 @@ class ForkAware(Protocol):
         ...
 
 
-# One hook for all, since hooks cannot be removed: one for each would accumulate with every app that comes and goes.
-_fork_aware: WeakSet[ForkAware] = WeakSet()
+# One hook for all, since hooks cannot be removed: one for each would accumulate with every app that comes and goes. References
+# and no WeakSet, since every pull makes an entry: adding and removing one runs no Python.
+_fork_aware: set[ref[ForkAware]] = set()
 
 
 def on_fork(instance: ForkAware) -> None:
     """Call ``instance.forked()`` in every forked child while *instance* lives."""
-    _fork_aware.add(instance)
+    _fork_aware.add(ref(instance, _fork_aware.discard))
 
 
 def _reset_in_child() -> None:
-    for instance in list(_fork_aware):
-        instance.forked()
+    for known in list(_fork_aware):
+        if (instance := known()) is not None:
+            instance.forked()
 
 
 os.register_at_fork(after_in_child=_reset_in_child)

@@ -269,7 +269,7 @@ class AsyncConsumer(Generic[T]):
     def __init__(
         self, client: Client, sources: ConsumerSources[T], on_error: OnError, *, transient: bool = False
     ) -> None:
-        self.client, self._forks = client, client.forks
+        self.client = client
         self._sources = sources
         self._only_session = sources.only.session if sources.only is not None else None
         # No turn follows a pull by itself, so its messages are settled at once; they outlive this consumer.
@@ -308,7 +308,7 @@ class AsyncConsumer(Generic[T]):
 
     async def next(self, program: Program[V]) -> V:
         """Return what a program of a loop returns. Raises ConfigurationError in a forked child."""
-        if self.client.forks != self._forks:
+        if self.settlers[0].is_of_parent:
             raise loop_of_parent()
         try:
             return await self._follow(program)
@@ -356,7 +356,7 @@ class AsyncConsumer(Generic[T]):
         """End a loop: give everything back, and take the registrations away. In a forked child the parent does that."""
         if self._renewer is not None:
             self._renewer.stop()
-        if self.client.forks != self._forks:
+        if self.settlers[0].is_of_parent:
             return
         if self._renewal is not None:
             self._renewal.cancel()

@@ -52,13 +52,16 @@ class BlockingSettler(SettlerState):
     ) -> None:
         super().__init__(client, session, policy, on_error)
         self._run = self._first_try = run
-        self._lock, self._lock_forks = threading.Lock(), client.forks  # one turn of an identity in flight
+        self._lock = threading.Lock()  # one turn of an identity in flight
+
+    def forked(self) -> None:
+        """Forget in a child that a thread of the parent makes a turn: it may settle what was pulled."""
+        super().forked()
+        self._lock = threading.Lock()
 
     def settle(self, endings: Sequence[Ending]) -> None:
         """Settle, and return when Redis confirmed it. Raises LeaseLost, StoreUnavailable."""
         self.client.refuse_in_loop()
-        if self.client.forks != self._lock_forks:
-            self._renew_lock()
         settle_all(endings)
         with self._lock:
             drive(self.confirm(endings), self._run)
@@ -71,14 +74,8 @@ class BlockingSettler(SettlerState):
     def extend(self, leased: LeasedMessage, ms: int) -> None:
         """Move one message to an identity of its own."""
         self.client.refuse_in_loop()
-        if self.client.forks != self._lock_forks:
-            self._renew_lock()
         with self._lock:
             drive(self.move(leased, ms), self._run)
-
-    def _renew_lock(self) -> None:
-        """Forget in a forked child that a thread of the parent makes a turn."""
-        self._lock, self._lock_forks = threading.Lock(), self.client.forks
 
     async def asettle(self, endings: Sequence[Ending]) -> None:
         """Awaitable form of `settle`."""
@@ -170,7 +167,7 @@ class Consumer(Generic[T]):
     def __init__(
         self, client: Client, sources: ConsumerSources[T], on_error: OnError, *, transient: bool = False
     ) -> None:
-        self.client, self._forks = client, client.forks
+        self.client = client
         self._sources = sources
         self._only_session = sources.only.session if sources.only is not None else None
         # A loop over a queue in one piece has a connection of its own, which saves the way through the pool. An intake
@@ -218,7 +215,7 @@ class Consumer(Generic[T]):
         try:
             with self:
                 while True:
-                    if self.client.forks != self._forks:
+                    if self.settlers[0].is_of_parent:
                         raise loop_of_parent()
                     try:
                         found = self._follow(program())
@@ -290,7 +287,7 @@ class Consumer(Generic[T]):
 
     def __exit__(self, *_: object) -> None:
         self._renew_no_more()
-        if self.client.forks != self._forks:
+        if self.settlers[0].is_of_parent:
             return  # the parent goes on with it
         self._stop_waiting()
         try:
@@ -320,7 +317,7 @@ class Consumer(Generic[T]):
     def _run_own(self, call: Call[Any], *, deadline: float | None = None) -> Any:
         connection = self._connection  # read once: the loop may end while another thread settles
         # An extended message outlives its consumer; a forked child has no part in the connection of its parent.
-        if connection is None or self.client.forks != self._forks:
+        if connection is None or self.settlers[0].is_of_parent:
             return self.client.run_once(call, deadline=deadline)
         return connection.run(call, retry_for=self.client.retry_for, deadline=deadline)
 

@@ -24,6 +24,7 @@ from conveyor.payload.failures import FailureLog
 from conveyor.store import operations
 from conveyor.store.client.client import Client
 from conveyor.store.client.outages import FIRST_TRY
+from conveyor.store.fork_safety import on_fork
 from conveyor.store.operations import Settlement
 from conveyor.store.script import Call, CallProgram, StepProgram
 from conveyor.store.transport import eviction
@@ -106,7 +107,8 @@ class SettlerState:
         """Raise ConfigurationError (E06) where a block without `async` could not end; nowhere, unless `is_async`."""
 
     def __init__(self, client: Client, session: LeaseSession, policy: SettlementPolicy, on_error: OnError) -> None:
-        self.client, self.forks = client, client.forks
+        self.client = client
+        self.is_of_parent = False
         self.session = session
         self.policy = policy
         self.on_error: OnError = on_error
@@ -114,6 +116,11 @@ class SettlerState:
         self._has_left = False
         self._first_try: Any = None
         self._can_be_away = False
+        on_fork(self)
+
+    def forked(self) -> None:
+        """Belong to the parent from now on, in a child."""
+        self.is_of_parent = True
 
     # -- a server that is away ------------------------------------------------------------------------------------
 

@@ -110,8 +110,6 @@ class Client:
         self.outages = ServerOutages()
         self._confirmed_connections: ConfirmedConnections | None = None
         self._room: RoomLine | None = None
-        self.forks = 0
-        """Forks between the making of this client and this process; what took a message at another number is the parent's."""
         self.queue_of_job: Callable[[], str | None] = _no_job
         """Returns the queue of the job that runs here, None outside; set by the app."""
         self.push_target_resolver: PushTargetResolver | None = None
@@ -642,7 +640,6 @@ class Client:
 
     def forked(self) -> None:
         """Start anew in a forked child."""
-        self.forks += 1
         # The parent keeps its sockets and sequences: a child must touch neither.
         self._free, self._free_at = deque(), {}
         self._loops = weakref.WeakKeyDictionary()
