@@ -141,6 +141,7 @@ class Outcome(msgspec.Struct, omit_defaults=True):
 
 
 Life = Literal["done", "start", "time"]
+KeyConflict = Literal["keep", "replace", "raise", "rerun", "debounce"]
 
 
 class JobKey(msgspec.Struct, frozen=True):
@@ -154,7 +155,7 @@ class JobKey(msgspec.Struct, frozen=True):
     text: str
     life: Life = "done"
     ms: int | None = None
-    conflict: Literal["keep", "replace", "raise", "rerun", "debounce"] = "keep"
+    conflict: KeyConflict = "keep"
     max_wait_ms: int | None = None
 
     def named(self, text: str) -> JobKey:
@@ -172,7 +173,7 @@ class JobKey(msgspec.Struct, frozen=True):
         if self.life == "done" and self.conflict == "keep":
             return "u" + self.text
         ms, most = ("" if number is None else number for number in (self.ms, self.max_wait_ms))
-        return f"k{self.life[0]}{ms}{_CONFLICTS[self.conflict]}{most} {self.text}"
+        return f"k{self.life[0]}{ms}{_LETTER_OF[self.conflict]}{most} {self.text}"
 
     @classmethod
     def read(cls, attribute: str) -> JobKey:
@@ -183,12 +184,12 @@ class JobKey(msgspec.Struct, frozen=True):
         if match is None:
             raise ValueError(f"not a unique key: {attribute!r}")
         life, ms, conflict, most, text = match.groups()
-        lives: dict[str, Any] = {"d": "done", "s": "start", "t": "time"}
-        conflicts: dict[str, Any] = {letter: name for name, letter in _CONFLICTS.items()}
-        return cls(text, lives[life], int(ms) if ms else None, conflicts[conflict], int(most) if most else None)
+        return cls(text, _LIFE_OF[life], int(ms) if ms else None, _CONFLICT_OF[conflict], int(most) if most else None)
 
 
-_CONFLICTS = {"keep": "k", "replace": "r", "raise": "x", "rerun": "a", "debounce": "b"}
+_LIFE_OF: dict[str, Life] = {"d": "done", "s": "start", "t": "time"}
+_CONFLICT_OF: dict[str, KeyConflict] = {"k": "keep", "r": "replace", "x": "raise", "a": "rerun", "b": "debounce"}
+_LETTER_OF: dict[KeyConflict, str] = {conflict: letter for letter, conflict in _CONFLICT_OF.items()}
 _JOB_KEY = re.compile(r"k([dst])(\d*)([krxab])(\d*) (.*)")
 
 

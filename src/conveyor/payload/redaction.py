@@ -334,13 +334,11 @@ def _unquoted(token: str) -> str:
 
 def _values_in(text: str) -> Iterator[str]:
     """Yield the forms in which the scalars of a hidden JSON text may stand in other texts."""
-    depth_names = False
     for match in _TOKEN.finditer(text):
         token = match[0]
-        follows = text[match.end() : match.end() + 1]
         if token[0] == '"':
-            if follows == ":" and depth_names:
-                continue
+            if text[match.end() : match.end() + 1] == ":":
+                continue  # a name
             value = _unquoted(token)
             forms = {value, repr(value)[1:-1], json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]}
             for form in forms:
@@ -348,8 +346,6 @@ def _values_in(text: str) -> Iterator[str]:
                     yield form
                 elif form:
                     yield from (f"'{form}'", f'"{form}"')
-        elif token[0] in "{[":
-            depth_names = True
         elif (token[0].isdigit() or token[0] == "-") and len(token) >= _SHORTEST:
             yield token
 

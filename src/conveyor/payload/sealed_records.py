@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from conveyor.errors import PayloadError
 from conveyor.payload.formats import JSON, MARK, FormatRegistry, body_text
@@ -64,10 +65,7 @@ def pack_failure(sealing: PayloadPipeline, failure: Failure, queue: str, id: str
     data = sealing.wrap(body, queue=queue, task=_NO_TASK, id=id, kind=b"error")
     if data[:1] != MAGIC:
         return failure
-    return Failure(
-        failure.attempt, failure.at, failure.type, describe(data), failure.frame, worker=failure.worker,
-        packed=to_base64(data).decode(), began=failure.began,
-    )  # fmt: skip
+    return replace(failure, message=describe(data), traceback="", packed=to_base64(data).decode())
 
 
 def pack_refusal(sealing: PayloadPipeline, failure: Failure, code: str, queue: str, id: str) -> Failure:  # noqa: A002
@@ -88,16 +86,7 @@ def open_failure(sealing: PayloadPipeline | None, failure: Failure, queue: str, 
         message, traceback = f"{failure.message}. {error}", ""
     except msgspec.MsgspecError:
         message, traceback = f"{failure.message}. The sealed value is not an error.", ""
-    return Failure(
-        failure.attempt,
-        failure.at,
-        failure.type,
-        message,
-        failure.frame,
-        traceback,
-        failure.worker,
-        began=failure.began,
-    )
+    return replace(failure, message=message, traceback=traceback, packed="")
 
 
 class RecordDecoder(NamedTuple):

@@ -50,9 +50,9 @@ local function prepare_push(KEYS, ARGV)
           redis.call('ZRANGE', due, 0, 0)
           schedules = true
         end
-        if ARGV[i + 8] == '1' then owns = true end
         if ARGV[i + 9] == '1' then prepends = true else appends = true end
         if ARGV[i + 8] == '1' then
+          owns = true
           holder = claimed['i' .. id] or redis.call('GET', prefix .. 'unique:i:' .. id) and id
           -- A dead letter or a stub may be older than the day its id is kept for: two entries of one id must never be.
           if not holder and redis.call('HEXISTS', jobs, id) == 1 then holder = id end
