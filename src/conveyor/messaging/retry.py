@@ -158,7 +158,7 @@ def after_failure(
     override of the policy's for this one job. *now_ms* (since the epoch), *id* and *due_ms* serve `within`, as in `Retry.is_over`.
     """
     budget = policy.attempts if attempts is None else attempts
-    failed = replaced(history, starts=attempt, failures=history.failures + 1, errors=[*history.errors, record])
+    failed = history.with_error(record, starts=attempt, failures=history.failures + 1)
     chosen = wait_of(error) if isinstance(error, RetryIn) else None
     if chosen is None and (isinstance(error, _tuple(policy.give_up)) or not isinstance(error, _tuple(policy.on))):
         return GiveUp(failed, f"{type(error).__name__} is not retried")

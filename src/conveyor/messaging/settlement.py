@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import msgspec
-from msgspec.structs import replace
 
 from conveyor.errors import ConveyorError, RateLimited, UnknownTask
 from conveyor.ids import made_at_ms
@@ -88,9 +87,7 @@ class SettlementPolicy(msgspec.Struct, frozen=True):
         now = self.now_ms()
         record = Failure(leased.attempt, now, "nack", "refused by nack()", worker=self.worker)
         before, attempts = leased.history, leased.envelope.extra.attempts
-        state = replace(
-            before, starts=leased.attempt, failures=before.failures + 1, errors=[*before.errors, to_json(record)]
-        )
+        state = before.with_error(to_json(record), starts=leased.attempt, failures=before.failures + 1)
         budget = self.retry.attempts if attempts is None else attempts
         if state.failures >= budget:
             return self._buried(leased, GiveUp(state, f"all {budget} attempts failed"), record)
@@ -108,8 +105,7 @@ class SettlementPolicy(msgspec.Struct, frozen=True):
         return self._given_up(leased, text, record)
 
     def _given_up(self, leased: LeasedMessage, text: str, record: Failure) -> Settlement:
-        before = leased.history
-        state = replace(before, starts=leased.attempt, errors=[*before.errors, to_json(record)])
+        state = leased.history.with_error(to_json(record), starts=leased.attempt)
         return self._buried(leased, GiveUp(state, text), record)
 
     def undecodable(self, leased: LeasedMessage, error: ConveyorError, kind: str = "PayloadError") -> Settlement:
@@ -139,9 +135,7 @@ class SettlementPolicy(msgspec.Struct, frozen=True):
         record = Failure(
             leased.history.starts, self.now_ms(), "crashed", f"its consumer crashed {crashes} times", worker=self.worker
         )
-        before = leased.history
-        state = replace(before, crashes=crashes, errors=[*before.errors, to_json(record)])
-        return self._buried(leased, GiveUp(state, "crashed"), record)
+        return self._buried(leased, GiveUp(leased.history.with_error(to_json(record)), "crashed"), record)
 
     def presumed_crash(self, leased: LeasedMessage) -> Settlement | None:
         """Count one more crash before the message starts; None for one that came back from no crash."""

@@ -247,7 +247,8 @@ class AttemptHistory(msgspec.Struct):
     """
     The attempts of a job so far: starts (= the number of the last attempt), failures, crashes, errors.
 
-    One that follows another is made with `msgspec.structs.replace`, so that what else is known of the job stays.
+    One that follows another is made with `with_error`, `with_event` or `msgspec.structs.replace`, so that what else is known of
+    the job stays.
     """
 
     starts: int = 0
@@ -284,7 +285,11 @@ class AttemptHistory(msgspec.Struct):
 
     def with_event(self, event: PastEvent) -> AttemptHistory:
         """Return the same with one event more."""
-        return msgspec.structs.replace(self, events=[*self.events, to_json(event)])
+        return replace(self, events=[*self.events, to_json(event)])
+
+    def with_error(self, record: bytes, **numbers: int) -> AttemptHistory:
+        """Return the same with one stored error more, and with the *numbers* that it changes: starts, failures, crashes."""
+        return replace(self, errors=[*self.errors, record], **numbers)
 
     def failures_list(self) -> list[Failure]:
         """Return the errors of every attempt, oldest first; a damaged one is replaced by a note."""

@@ -395,8 +395,7 @@ class SettlementWriter:
         record = Failure(attempt.number, now_ms, "PayloadError", message, worker=self._worker)
         if self._sealing is not None:
             record = pack_refusal(self._sealing, record, error.code, attempt.consumer.queue, attempt.id)
-        old = attempt.history
-        state = replace(old, starts=attempt.number, errors=[*old.errors, to_json(record)])
+        state = attempt.history.with_error(to_json(record), starts=attempt.number)
         self.dead(report, attempt, state, f"{error.code}: its payload cannot be read", now_ms, error)
 
     def dead(
@@ -440,15 +439,15 @@ class SettlementWriter:
             at = instant(crash.at).isoformat(timespec="seconds")
             message += f"; the last time, at {at} on {crash.worker}: {crash.message}"
         record = to_json(Failure(state.starts, now_ms, "crashed", message, worker=self._worker))
-        state = replace(state, errors=[*state.errors, record])
+        state = state.with_error(record)
         log.error("✗ %s is poison: %s", attempt.label, one_line(message))
         self.dead(report, attempt, state, "crashed", now_ms)
 
     def crashed(self, report: TurnReport, attempt: Attempt, now_ms: int, error: BaseException) -> None:
         """Settle a job that crashed its process: count the crash, and run the job again alone, or make it dead."""
-        old = attempt.history
+        before = attempt.history
         record = to_json(self._describe(error, attempt, now_ms, attempt.hider()))
-        state = replace(old, starts=attempt.number, crashes=old.crashes + 1, errors=[*old.errors, record])
+        state = before.with_error(record, starts=attempt.number, crashes=before.crashes + 1)
         log.error("✗ %s crashed its process: %s", attempt.label, error)
         if state.crashes >= attempt.handler.task.settings.retry.max_crashes:
             attempt.state = state
@@ -508,9 +507,7 @@ class SettlementWriter:
         message = unknown if error is None else f"{error} No worker that can run it came within a day."
         kind = UnknownTask.__name__ if error is None else "PayloadError"
         record = to_json(Failure(attempt.number, now_ms, kind, message, worker=self._worker))
-        old = attempt.history
-        state = replace(old, errors=[*old.errors, record])
-        self.dead(report, attempt, state, message, now_ms)
+        self.dead(report, attempt, attempt.history.with_error(record), message, now_ms)
 
     def cancelled(self, report: TurnReport, attempt: Attempt, now_ms: int) -> None:
         """Settle a job that was cancelled while it was leased here, or expired before it started."""

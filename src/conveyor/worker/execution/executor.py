@@ -75,7 +75,7 @@ class Executor:
         self._loop = asyncio.get_running_loop()
         self.fork_guard = ForkGuard(self._loop)
         self.coroutines = CoroutinePool(
-            concurrency, self._begin, self._on_suspended, self._finish, self.fork_guard, running_table
+            concurrency, self._begin, self._watch_limit, self._finish, self.fork_guard, running_table
         )
         self._running_table = running_table
         self._in_processes: dict[Attempt, int] = {}  # the cells
@@ -196,14 +196,10 @@ class Executor:
         variables.run(CURRENT.set, attempt)
         # Of others than coroutines `submit` has asked. A plain job costs no call: two for each would be a hundredth of what its
         # worker and the server spend on it.
-        if self._chain is not None and (
-            handler.kind != "loop"
-            or not (
-                (attempt.envelope is PLAIN_ENVELOPE and attempt.started < self._ask_at and self._is_plain_skipped)
-                or self._is_skipped(attempt)
-            )
-        ):
-            return variables, self._chain(attempt.open(), partial(self._call, attempt))
+        if self._chain is not None:
+            is_told = attempt.envelope is PLAIN_ENVELOPE and attempt.started < self._ask_at
+            if handler.kind != "loop" or not (self._is_plain_skipped if is_told else self._is_skipped(attempt)):
+                return variables, self._chain(attempt.open(), partial(self._call, attempt))
         args, kwargs = handler.decode(attempt.body)
         function = self._filled(attempt) if handler.fills else handler.function
         return variables, variables.run(function, *args, **kwargs)
@@ -319,11 +315,8 @@ class Executor:
 
     # -- time limits ----------------------------------------------------------------------------------------------
 
-    def _on_suspended(self, attempt: Attempt) -> None:
-        """Watch the time limit of a job that suspends. One that never suspends could not be stopped anyway."""
-        self._watch_limit(attempt)
-
     def _watch_limit(self, attempt: Attempt) -> None:
+        """Watch the time limit of a job that has started; of a coroutine when it suspends, since before it could not be stopped."""
         limit = attempt.timeout
         moved = attempt.deadline is not None and attempt.deadline != UNSTARTED  # the job has set its own already
         if limit is not None and attempt.ended == 0.0 and not moved:
