@@ -14,6 +14,7 @@ import pytest
 from conveyor import Conveyor
 from conveyor.admin.admin import Admin
 from conveyor.errors import StoreUnavailable
+from conveyor.store.keys import known_queues
 from conveyor.store.transport import cluster as transport
 from support.partition_helpers import audits
 from support.shell import Shell
@@ -213,3 +214,19 @@ def test_lists_name_what_does_not_answer(cluster: ClusterOfNodes, app: Conveyor,
         assert all(name in done.stderr for name in silent), done.stderr
     finally:
         outage.node.thaw()
+
+
+async def test_queues_are_listed_without_the_node_of_their_names(cluster: ClusterOfNodes) -> None:
+    """While the node of the set of known queues is away, `queues` and `aqueues` both name those that have jobs elsewhere."""
+    node = cluster.owner(known_queues("conveyor"))
+    elsewhere = next(name for n in range(100) if cluster.owner(f"conveyor:{{{(name := f'q{n}')}}}:jobs") is not node)
+    async with Conveyor(cluster.url, timeout=1) as app:
+        await app.queue(elsewhere).apush(1)
+        node.freeze()
+        try:
+            blocking = await asyncio.to_thread(app.client.queues)
+            awaited = await app.client.aqueues()
+        finally:
+            node.thaw()
+        assert (blocking, awaited) == ([elsewhere], [elsewhere])
+        await app.queue(elsewhere).apurge()

@@ -25,30 +25,24 @@ from conveyor.store.max_length import argument_of
 from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import Argument, Call, Command, Script, WrongReply
 
-PUSH_PLAIN = Script("push_plain")
-PUSH, TURN, REGISTER, HEARTBEAT, REAP = (
-    Script("push"),
-    Script("turn"),
-    Script("register"),
-    Script("heartbeat"),
-    Script("reap"),
-)
-EXTEND, HELD_IDS, CANCEL, REDRIVE = Script("extend"), Script("held_ids"), Script("cancel"), Script("redrive")
-UPDATE = Script("update")
-PROMOTE, PURGE, CONFIGURE, LIST_INTAKE = Script("promote"), Script("purge"), Script("configure"), Script("list_intake")
-AWAIT_RESULT, FORGET, WITHDRAW = Script("await_result"), Script("forget"), Script("withdraw")
-WAKE, IDLE_TURN, FIND_WORK = Script("wake"), Script("idle_turn"), Script("find_work")
-REPAIR, LEAVE_ROOM = Script("repair"), Script("leave_room")
-DELETE, SMEMBERS = Script("delete"), Script("SMEMBERS")
-SADD, SREM, SET, DEL, EXISTS = Script("SADD"), Script("SREM"), Script("SET"), Script("DEL"), Script("EXISTS")
-SMISMEMBER, ZADD, ZREM, ZRANGE, ZCARD = (
-    Script("SMISMEMBER"),
-    Script("ZADD"),
-    Script("ZREM"),
-    Script("ZRANGE"),
-    Script("ZCARD"),
-)
-DECLARE_QUEUE, PTTL = Script("declare_queue"), Script("PTTL")
+PUSH, PUSH_PLAIN, WITHDRAW, LEAVE_ROOM = (
+    Script("push"), Script("push_plain"), Script("withdraw"), Script("leave_room"),
+)  # fmt: skip
+TURN, IDLE_TURN, FIND_WORK, LIST_INTAKE = (
+    Script("turn"), Script("idle_turn"), Script("find_work"), Script("list_intake"),
+)  # fmt: skip
+REGISTER, HEARTBEAT, EXTEND, HELD_IDS, REAP = (
+    Script("register"), Script("heartbeat"), Script("extend"), Script("held_ids"), Script("reap"),
+)  # fmt: skip
+CANCEL, REDRIVE, PROMOTE, UPDATE = Script("cancel"), Script("redrive"), Script("promote"), Script("update")
+PURGE, REPAIR, DELETE = Script("purge"), Script("repair"), Script("delete")
+CONFIGURE, DECLARE_QUEUE = Script("configure"), Script("declare_queue")
+AWAIT_RESULT, FORGET, WAKE = Script("await_result"), Script("forget"), Script("wake")
+
+# The plain commands among the steps.
+SET, DEL, EXISTS, PTTL = Script("SET"), Script("DEL"), Script("EXISTS"), Script("PTTL")
+SADD, SREM, SMEMBERS, SMISMEMBER = Script("SADD"), Script("SREM"), Script("SMEMBERS"), Script("SMISMEMBER")
+ZADD, ZREM, ZRANGE, ZCARD = Script("ZADD"), Script("ZREM"), Script("ZRANGE"), Script("ZCARD")
 
 LANE_MS = 7_200_000
 """Milliseconds for which the scripts keep number and reply of the last push of a sequence (key `lane:`)."""
@@ -255,9 +249,9 @@ def push_numbered(
     """
     Return the call that stores *entries*, which stand for *numbers* in the sequence *identity*, all or none.
 
-    None is stored when some were before. It yields the highest number of the sequence that is stored then, a
-    `NewQueueNumber` when the queue was new in Redis. Entries may be
-    numbered one by one and pushed in any portions, however often: each is stored once. Raises WithdrawnPush.
+    None is stored when some were before. It yields the highest number of the sequence that is stored then, a `NewQueueNumber`
+    when the queue was new in Redis. Entries may be numbered one by one and pushed in any portions, however often: each is
+    stored once. Raises WithdrawnPush.
     """
     args, _ = push_arguments(f"{numbers[-1]} {numbers[0]}", keys, entries, max_length)
     return Call(PUSH, push_keys(keys, identity), args, partial(_pushed_numbered, keys, numbers[-1]))
@@ -435,7 +429,7 @@ class Settlement(msgspec.Struct):
 
     @property
     def stays(self) -> bool:
-        """True for what leaves the job leased to its worker."""
+        """True for what leaves the job leased to its worker; S, G and E do too, and are always sent right before an end of it."""
         return self.kind in {"M", "K", "T"}
 
 

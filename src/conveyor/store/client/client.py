@@ -563,7 +563,11 @@ class Client:
     async def aqueues(self) -> list[str]:
         """Awaitable form of `queues`."""
         known = known_queues(self.namespace)
-        names = _names(await self.aexecute("SMEMBERS", known, key=known))
+        try:
+            names = _names(await self.aexecute("SMEMBERS", known, key=known))
+        except StoreUnavailable:
+            if self._single or not (names := await in_thread(self._find_queues)):
+                raise
         if operations.SOME_EXPIRE in names:
             names = await in_thread(partial(self._without_expired, names))
         return names or await in_thread(self._find_queues)
