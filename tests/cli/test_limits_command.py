@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,3 +59,33 @@ def test_limits_are_listed_set_and_reset(
         code, _, said = run(*words)
         assert code in {2, 5}
         assert why in said
+
+
+@pytest.mark.leaves_keys("the limits of its queue are kept")
+def test_limits_of_another_namespace_are_its_own(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --namespace or --url the limits there are listed and changed, and never those of the app's own place."""
+    (tmp_path / "placed_shop.py").write_text(APP)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "placed_shop", raising=False)
+    monkeypatch.setenv("CONVEYOR_URL", url)
+
+    def limits(*words: str) -> Any:
+        code = main(["limits", *words, "-A", "placed_shop", "--json"])
+        printed, said = capsys.readouterr()
+        assert code == 0, said
+        return json.loads(printed)
+
+    limits("set", "mail", "500/1m")
+    limits("set", "mail", "7/1m", "--namespace", "other")
+
+    def rates(*words: str) -> list[str]:
+        return [one["limit"] for one in limits("list", "mail", *words)["limits"] if one["name"] == "send.rate"]
+
+    assert (rates(), rates("--namespace", "other")) == (["500/1m"], ["7/1m"])
+    assert limits("reset", "mail", "--namespace", "other")["reset"] == 1
+    assert rates() == ["500/1m"]
+    monkeypatch.setenv("CONVEYOR_URL", "unix:///nowhere/redis.sock")
+    assert rates("--url", url) == ["500/1m"]
+    assert os.environ["CONVEYOR_URL"] == "unix:///nowhere/redis.sock"

@@ -117,3 +117,22 @@ def test_no_json_of_its_own(tmp_path: Path, url: str) -> None:
     refused = Shell(tmp_path, url).run("mcp", "--json")
     assert refused.returncode == 2
     assert "conveyor status --json" in refused.stderr
+
+
+@pytest.mark.leaves_keys("a schedule is put and deleted")
+async def test_another_namespace_has_its_own_schedules(connect: Connect, url: str, tmp_path: Path) -> None:
+    """With --namespace, tools look at what is there, and never at the place that the app names in its code."""
+    (tmp_path / "elsewhere_shop.py").write_text(
+        "from conveyor import Conveyor\napp = Conveyor()\n@app.task(name='mail.send', queue='mail')\ndef send() -> None: ...\n"
+    )
+    async with Conveyor(url) as app:
+
+        @app.task(name="mail.send", queue="mail")
+        async def send() -> None: ...
+
+        await app.schedules.aput("nightly", send.s(), every="1h")
+        async with connect("elsewhere_shop:app") as client:
+            assert [one["name"] for one in (await ask(client, "schedules"))[0]["schedules"]] == ["nightly"]
+        async with connect("elsewhere_shop:app", "--namespace", "other") as client:
+            assert (await ask(client, "schedules"))[0]["schedules"] == []
+        await (await app.schedules.aget("nightly")).adelete()

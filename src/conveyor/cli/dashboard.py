@@ -64,7 +64,7 @@ def dashboard(
 
     admin = target.admin()
     application = make_dashboard(
-        admin, target.app, authorize=BasicAuth(parse_auth(given)) if given else let_in,
+        admin, target.app_in_place, authorize=BasicAuth(parse_auth(given)) if given else let_in,
         tokens={} if not tokens else {token: access.named(name) for name, (token, access) in parse_auth(tokens).items()},
         read_only=read_only, hosts=_names(host, hosts),
     )  # fmt: skip

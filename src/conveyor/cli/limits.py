@@ -105,7 +105,7 @@ def _control(target: Target, queue: str | None) -> tuple[LimitControl, list[str]
     from conveyor.jobs.core import core_of
 
     core = core_of(target.app)
-    control: LimitControl = target.app.limits
+    control = LimitControl(admin.client, core.find_limits)  # the app's own client may be of another server or namespace
     if queue is None:
         return control, sorted({*admin.queues_with_limits(), *core.limits} - {*core.plain_lists})
     if queue not in core.limits and queue not in core.definitions and queue not in admin.names():

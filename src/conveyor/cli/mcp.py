@@ -56,7 +56,7 @@ def mcp(target: Target, out: Output, app_argument: str | None, *, allow_actions:
         access = Access.only(*(access.actions - {"view_payloads"}))
     admin = target.admin()
     service = make_dashboard(
-        admin, target.app, authorize=None, tokens={}, read_only=not allow_actions, hosts=None
+        admin, target.app_in_place, authorize=None, tokens={}, read_only=not allow_actions, hosts=None
     ).service  # fmt: skip
     anyio.run(_serve, Tools(service, access.named(f"{account()} (mcp)")))
     return 0

@@ -60,9 +60,7 @@ class Target:
         The app's own URL and namespace are those of its workers and producers, so a command must not use others: flags
         that contradict its code raise ConfigurationError.
         """
-        if self.url:
-            os.environ["CONVEYOR_URL"] = self.url
-        name, app = load(self.app_name, self.settings)
+        name, app = self._import_app()
         app.client.retry_for = self.retry_for
         wanted = self._namespace()
         if wanted is not None and wanted != app.client.namespace:
@@ -102,9 +100,9 @@ class Target:
 
         url, namespace = self.url, self._namespace()
         if (url is None or namespace is None) and reference(self.app_name, self.settings) is not None:
-            _, app = load(self.app_name, self.settings)
+            _, app = self._import_app()
             self._app = app
-            if url is None and namespace in {None, app.client.namespace}:
+            if url in {None, app.client.address.url} and namespace in {None, app.client.namespace}:
                 app.client.retry_for = self.retry_for
                 return _close_at_exit(_without_buffer(app))
             namespace = namespace or app.client.namespace
@@ -114,10 +112,27 @@ class Target:
             Client(url or self.server_url, namespace=namespace or "conveyor", retry_for=self.retry_for)
         )
 
+    def _import_app(self) -> tuple[str, Any]:
+        """Import the app and return (reference, app). One that leaves its URL to the environment takes that of ``--url``."""
+        if self.url:
+            before = os.environ.get("CONVEYOR_URL")
+            os.environ["CONVEYOR_URL"] = self.url
+            click.get_current_context().call_on_close(functools.partial(_restore_url, before))
+        return load(self.app_name, self.settings)
+
     @property
     def app(self) -> Any:
         """The app that `client` had to load; None: flags and environment were enough."""
         return self._app
+
+    @property
+    def app_in_place(self) -> Any:
+        """
+        The app whose own client is that of the command; None: there is none, or it is of another server or namespace.
+
+        What acts through an app (its schedules, its topics, a job of its tasks) acts at the app's own place.
+        """
+        return self._app if self._app is not None and self._app.client is self._opened else None
 
     def app_or_client(self) -> Any:
         """Return the app, or where none is named one without tasks on the server: for what a handle of a job does."""
@@ -162,6 +177,13 @@ class Target:
 
     def _namespace(self) -> str | None:
         return self.namespace or os.environ.get("CONVEYOR_NAMESPACE") or self.settings.namespace
+
+
+def _restore_url(before: str | None) -> None:
+    if before is None:
+        os.environ.pop("CONVEYOR_URL", None)
+    else:
+        os.environ["CONVEYOR_URL"] = before
 
 
 def who() -> str:

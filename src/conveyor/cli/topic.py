@@ -121,9 +121,9 @@ def _directory(target: Target) -> TopicDirectory:
     """Return the topics of the app that the command names, or of one that declares nothing."""
     from conveyor.jobs.core import core_of
 
-    client, app = target.client(), target.app  # in this order: `client` loads the app
-    if app is not None and app.client is client:
-        return core_of(app).topics
+    target.client()  # loads the app
+    if target.app_in_place is not None:
+        return core_of(target.app_in_place).topics
     return target.core().topics
 
 
