@@ -8,6 +8,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from click.shell_completion import CompletionItem
 from conveyor.cli import cli, completion, main
 from conveyor.cli.command import LeafCommand
 from support.shell import Shell
+from support.terminal import on_terminal
 
 pytestmark = pytest.mark.leaves_keys("messages are pushed here to be looked at")
 Run = Callable[..., tuple[int, str, str]]
@@ -319,3 +321,67 @@ def test_every_command_keeps_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
         if param.shell_complete(click.Context(command), "mar") != marked
     ]
     assert without == []
+
+
+# -- streams and signals ------------------------------------------------------------------------------------------
+
+_INTERRUPTED = """
+import runpy, sys
+
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "click":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+sys.argv[:] = ["conveyor", "status"]
+runpy.run_module("conveyor", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_ctrl_c_while_a_command_is_imported_is_calm(shell: Shell) -> None:
+    """An interrupt that comes while modules are still imported ends a command with 130 and without a traceback."""
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERRUPTED], env=shell.environment(), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"]["conveyor"] == "conveyor.__main__:run"  # which is what was interrupted
+
+
+def test_closed_streams_are_as_the_null_device(shell: Shell, url: str) -> None:
+    """A command whose standard streams are closed does its work, and no connection takes the number of one of them."""
+    words = f"{shlex.quote(sys.executable)} -m conveyor push mail 1 --url {shlex.quote(url)} <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", words], env=shell.environment(), timeout=60, check=False).returncode == 0
+    listed = subprocess.run(
+        ["sh", "-c", f"{shlex.quote(sys.executable)} -m conveyor queue list --url {shlex.quote(url)} 2>&-"],
+        env=shell.environment(), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (listed.returncode, listed.stdout.split("\t")[:2]) == (0, ["mail", "1"])
+
+
+@pytest.mark.parametrize(
+    ("variables", "coloured"),
+    [
+        ({"TERM": "xterm"}, True),
+        ({"TERM": "dumb"}, False),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, False),
+        ({"TERM": "dumb", "FORCE_COLOR": "1"}, True),
+        ({"TERM": "xterm", "FORCE_COLOR": "1", "NO_COLOR": "1"}, False),
+    ],
+)
+def test_colours_are_for_terminals_that_know_them(
+    shell: Shell, url: str, variables: dict[str, str], coloured: bool
+) -> None:
+    """A terminal gets colours unless TERM=dumb or NO_COLOR says otherwise; errors keep to the same rule."""
+    shell.url = url
+    for words, code in ((["status"], {0, 8}), (["job", "show", "mail:none"], {5})):
+        printed = on_terminal(shell, *words, expected=code, **variables)
+        assert ("\x1b[" in printed) is coloured, printed
+
+
+def test_nothing_is_drawn_on_a_terminal_that_only_prints(shell: Shell, url: str) -> None:
+    """`conveyor top` refuses a terminal on which a line cannot be drawn again, and names what programs use."""
+    pytest.importorskip("textual", reason="needs textual, which the extra dev installs")
+    shell.url = url
+    assert "conveyor status --json" in on_terminal(shell, "top", expected={2}, TERM="dumb")

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import unicodedata
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,8 @@ from click.testing import CliRunner
 
 from conveyor.admin.admin import Admin
 from conveyor.cli import cli
+from conveyor.cli.filters import instant
+from conveyor.cli.output import clock_time
 from conveyor.ids import clean
 from conveyor.messaging.queue import Queue
 from conveyor.store.client.client import Client
@@ -661,3 +663,19 @@ def test_what_waits_and_long_names_fit_a_terminal(shell: Shell, backend: Client)
     assert all(len(row) <= 90 for row in rows)
     assert re.match("….*-end ", rows[1])
     assert dict(zip(heading.split(), rows[0].split(), strict=False))["WAITING"] == "1"
+
+
+def test_a_time_alone_is_of_the_last_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An instant of the last 24 hours is shown by its time, also across midnight, and `--since` reads that time back as the same."""
+    now = datetime(2026, 5, 2, 0, 10, tzinfo=UTC).astimezone()
+
+    class Night(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return now.astimezone(tz)
+
+    monkeypatch.setattr("conveyor.cli.output.datetime", Night)
+    monkeypatch.setattr("conveyor.cli.filters.datetime", Night)
+    for ago in (timedelta(minutes=1), timedelta(minutes=30), timedelta(hours=23, minutes=58)):
+        assert instant("--since", clock_time(now - ago)) == now - ago
+    assert len(clock_time(now - timedelta(hours=24))) > len("00:10")

@@ -139,3 +139,48 @@ def test_a_misspelt_field_of_a_filter_in_one_word_is_told(shell: Shell, app: Con
         assert near in refused.stderr
     assert shell.run("job", "list", "-q", "tag:at 10:30 of a lot").stdout.split() == [one]
     assert shell.run("job", "list", "-q", "error:no url:http there").stdout == ""
+
+
+@pytest.mark.parametrize("action", ["retry", "cancel", "delete"])
+def test_a_dry_run_says_what_the_action_does_then(shell: Shell, app: Conveyor, action: str) -> None:
+    """`--dry-run` of ids prints the outcomes and has the exit code of the action that follows it, and changes nothing."""
+    [dead_id] = dead(app, 1, tags=())
+    orders = app.queue("orders")
+    scheduled, ready = orders.push(1, delay="1h"), orders.push(2)
+    [leased] = orders.pull(1)
+    ids = [f"default:{dead_id}", scheduled, leased.id, "default:nowhere"]
+    assert leased.id == ready
+
+    def run(*words: str) -> tuple[int, dict[str, str], bool]:
+        done = shell.run("job", action, *words, "--json")
+        document = json.loads(done.stdout)
+        outcomes = {one["id"]: one["outcome"] for one in document["jobs"]}
+        assert document["schema"] == f"conveyor/{action}@1"
+        return done.returncode, outcomes, document["dry_run"]
+
+    before = [app.job(one).status() for one in ids[:3]]
+    for chosen in (ids, ids[:3], ids[:1]):
+        foreseen = run(*chosen, "--dry-run")
+        assert foreseen[2]
+    assert [app.job(one).status() for one in ids[:3]] == before
+    code, outcomes, _ = run(*ids, "--dry-run")
+    assert run(*ids, "--yes") == (code, outcomes, False)
+    leased.ack()
+
+
+def test_every_dry_run_is_a_document(shell: Shell, app: Conveyor) -> None:
+    """With `--json`, a dry run of what options choose, of a kind of failures and of a schedule prints one document too."""
+    dead(app, 2)
+    app.schedules.put("nightly", app.external_task("shop.pay").s(), every="1h")
+    fingerprint = shell.run("failures", "list").stdout.split("\t")[0]
+    by_options = json.loads(shell.run("job", "retry", "--tag", "a", "--dry-run", "--json").stdout)
+    assert (by_options["dry_run"], by_options["count"], by_options["states"]) == (True, 2, {"dead": 2})
+    for words in (
+        ["failures", "retry", fingerprint],
+        ["schedule", "delete", "nightly"],
+        ["job", "cancel", "--tag", "x"],
+    ):
+        done = shell.run(*words, "--dry-run", "--json")
+        assert (done.returncode, json.loads(done.stdout)["dry_run"]) == (0, True)
+    assert app.count_jobs(tag="a", state="dead") == 2
+    assert not json.loads(shell.run("schedule", "delete", "nightly", "--yes", "--json").stdout)["dry_run"]

@@ -49,7 +49,7 @@ def test_updates_as_lines_and_documents(shell: Shell, app: Conveyor) -> None:
     assert [line.split("\t")[1] for line in done.stdout.splitlines()] == ["ready", "leased", "dead"]
     documents = [json.loads(line) for line in shown.stdout.splitlines()]
     assert [one["kind"] for one in documents] == ["StateChanged", "StateChanged", "JobEnded"]
-    assert {one["schema"] for one in documents} == {"conveyor/update@1"}
+    assert {one["schema"] for one in documents} == {"conveyor/job-update@1"}
     assert shell.run("job", "watch", "default:0000000000000000000000").returncode == 5
     app.queue("default").purge(dead=True)
 

@@ -16,10 +16,15 @@ def plain(printed: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", printed).replace("\r", "")
 
 
-def on_terminal(shell: Shell, *arguments: str, expected: Collection[int] = (0,), columns: int = 80) -> str:
-    """Return what a command prints in a terminal."""
+def on_terminal(
+    shell: Shell, *arguments: str, expected: Collection[int] = (0,), columns: int = 80, **variables: str
+) -> str:
+    """Return what a command prints in a terminal; *variables* of its environment may replace TERM=xterm."""
     ours, theirs = pty.openpty()
-    environment = shell.environment(TERM="xterm", COLUMNS=str(columns))
+    environment = {
+        name: value for name, value in shell.environment().items() if name not in {"NO_COLOR", "FORCE_COLOR"}
+    }
+    environment |= {"TERM": "xterm", "COLUMNS": str(columns)} | variables
     command = FORK_SERVER.start(["conveyor", *arguments], cwd=shell.directory, env=environment, streams=[theirs] * 3)
     assert command is not None
     os.close(theirs)

@@ -111,18 +111,36 @@ def cli(ctx: click.Context) -> None:
 
     Without --url and CONVEYOR_URL, commands use the embedded server of the project around the working directory.
     """
-    if os.environ.get("NO_COLOR"):
-        ctx.color = False
-    elif os.environ.get("FORCE_COLOR"):
-        ctx.color = True
+    ctx.color = _colour()
     if ctx.invoked_subcommand == "worker":
         from conveyor.cli.app import read_settings
 
         ctx.default_map = {"worker": read_settings().worker}
 
 
+def _colour() -> bool | None:
+    """Return whether the environment asks for colours or refuses them; None: a terminal gets them."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return False if os.environ.get("TERM") == "dumb" else None
+
+
+def _open_closed_streams() -> None:
+    """
+    Open the null device for a standard stream that is closed (`>&-`).
+
+    It takes the number of the stream, which a connection to Redis would get otherwise.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  it stays open
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character gets an escape
@@ -155,7 +173,7 @@ def _print_error(error: Exception, *, verbose: bool) -> None:
     from conveyor.ids import clean
     from conveyor.store.transport.url import redact
 
-    colour = None if not os.environ.get("NO_COLOR") else False
+    colour = _colour()
     if isinstance(error, ConveyorError):
         label, text = f"error {error.code}", str(error)
     elif isinstance(error, TimeoutError):

@@ -133,12 +133,18 @@ def _act(
     total = admin.count_matching(query, action).count
     what = f"{quantity(total, 'dead job')} of {row.task or row.queue} ({row.type or 'no error'}: {row.message[:80]})"
     if not out.confirm(f"{verb} {what}?", yes=yes, dry_run=dry_run):
+        if out.as_json:
+            out.document(
+                "failure-action", action=action, fingerprint=row.fingerprint, dry_run=True, count=total, outcomes={}
+            )
         return ExitCode.OK
     outcomes = OutcomeCounter()
     outcomes.follow(out, total, admin.act_on_matching(action, query))
     admin.note("retry" if verb == "Retry" else "delete", row.queue, chosen_by=row.filter, count=outcomes.done)
     if out.as_json:
-        out.document("failure-action", action=action, fingerprint=row.fingerprint, outcomes=dict(outcomes))
+        out.document(
+            "failure-action", action=action, fingerprint=row.fingerprint, dry_run=False, count=total, outcomes=dict(outcomes)
+        )  # fmt: skip
     elif out.on_terminal:
         outcomes.show(out)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from conveyor.cli.target import Target, redis_options
 from conveyor.errors import (
     JobCancelled,
     JobFailed,
+    JobNotFound,
     PayloadError,
     ResultExpired,
 )
@@ -369,7 +370,7 @@ def watch(target: Target, out: Output, ids: tuple[str, ...]) -> int:
             if not draws or not isinstance(one, ProgressChanged):
                 bar.close()
                 if out.as_json:
-                    out.document("update", **{**asdict(one), "kind": type(one).__name__})
+                    out.document("job-update", **{**asdict(one), "kind": type(one).__name__})
                 else:
                     out.line("\t".join(machine_text(cell) for cell in _update_cells(one)))
             if draws:
@@ -422,7 +423,7 @@ def retry(
         return _act_on_filter(
             out, admin, "retry", action, "Retry {}?", possible, yes=yes, dry_run=dry_run, query=query
         )  # fmt: skip
-    return _act(out, "retry", chosen, admin.retry, "Retry {}?" if dry_run else "", yes=yes, dry_run=dry_run)
+    return _act(out, admin, "retry", chosen, "", yes=yes, dry_run=dry_run)
 
 
 def _run_again(target: Target, out: Output, chosen: list[str] | None, *, dry_run: bool) -> int:
@@ -430,13 +431,10 @@ def _run_again(target: Target, out: Output, chosen: list[str] | None, *, dry_run
     if chosen is None:
         raise click.UsageError("--again takes ids.")
     if dry_run:
-        out.say(f"Would enqueue {_describe_ids(chosen)} again.")
-        return ExitCode.OK
+        return _show_foreseen(out, target.admin(), "again", chosen)
     results = target.admin_of(target.load_app()[1]).rerun(chosen)
     _show_outcomes(out, "retry", results)
-    if any(one.outcome == "not found" for one in results):
-        return ExitCode.NOT_FOUND
-    return ExitCode.REFUSED if any(one.outcome == "refused" for one in results) else ExitCode.OK
+    return _exit_code(results)
 
 
 @job.command()
@@ -469,8 +467,7 @@ def cancel(
     admin, question = target.admin(), "Cancel {}?"
     if (chosen := _named_ids(ids, query)) is None:
         return _act_on_filter(out, admin, "cancel", "cancel", question, yes=yes, dry_run=dry_run, query=query)
-    asks = len(chosen) > 1 or dry_run
-    return _act(out, "cancel", chosen, admin.cancel, question if asks else "", yes=yes, dry_run=dry_run)
+    return _act(out, admin, "cancel", chosen, question if len(chosen) > 1 else "", yes=yes, dry_run=dry_run)
 
 
 def _cancel_and_wait(
@@ -479,9 +476,10 @@ def _cancel_and_wait(
     """Cancel jobs, wait until each has ended, and print how."""
     if chosen is None:
         raise click.UsageError("--wait takes ids.")
-    asks = len(chosen) > 1 or dry_run
-    if asks and not out.confirm(f"Cancel {_describe_ids(chosen)}?", yes=yes, dry_run=dry_run):
-        return ExitCode.OK
+    if dry_run:
+        return _show_foreseen(out, target.admin(), "cancel", chosen)
+    if len(chosen) > 1:
+        out.confirm(f"Cancel {_describe_ids(chosen)}?", yes=yes, dry_run=False)
     deadline = None if timeout is None else monotonic() + parse_seconds(timeout, name="--timeout")
     app = target.app_or_client()
     handles = [app.job(one) for one in chosen]
@@ -524,7 +522,7 @@ def delete(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run
     admin, question = target.admin(), "Delete {} permanently?"
     if (chosen := _named_ids(ids, query)) is None:
         return _act_on_filter(out, admin, "delete", "delete", question, yes=yes, dry_run=dry_run, query=query)
-    return _act(out, "delete", chosen, admin.delete, question, yes=yes, dry_run=dry_run)
+    return _act(out, admin, "delete", chosen, question, yes=yes, dry_run=dry_run)
 
 
 def _named_ids(ids: tuple[str, ...], query: JobQuery | None) -> list[str] | None:
@@ -552,10 +550,12 @@ def _act_on_filter(
     if not total:
         out.say("No jobs match.")
         if out.as_json:
-            out.document(schema, jobs=[])
+            out.document(schema, dry_run=dry_run, jobs=[], **({"count": 0, "states": {}} if dry_run else {}))
         return ExitCode.OK
     by_state = ", ".join(f"{count:,} {one}" for one, count in sorted(counts.items()))
     if not out.confirm(question.format(f"{quantity(total, 'job')} ({by_state})"), yes=yes, dry_run=dry_run):
+        if out.as_json:
+            out.document(schema, dry_run=True, jobs=[], count=total, states=counts)
         return ExitCode.OK
     kept: list[ActionResult] = []
     outcomes, summary = OutcomeCounter(), out.on_terminal and not out.as_json
@@ -571,7 +571,7 @@ def _act_on_filter(
     outcomes.follow(out, total, admin.act_on_matching(action, query), on_page)
     admin.note(schema, query.queue or "all queues", chosen_by=query.described, count=outcomes.done)
     if out.as_json:
-        out.document(schema, jobs=kept)
+        out.document(schema, dry_run=False, jobs=kept)
     elif summary:
         _print_outcomes(out, kept)
         outcomes.show(out)
@@ -579,24 +579,55 @@ def _act_on_filter(
 
 
 def _act(
-    out: Output, schema: str, chosen: Sequence[str], action: Callable[[Sequence[str]], list[ActionResult]], question: str,
-    *, yes: bool, dry_run: bool,
-) -> int:  # fmt: skip
+    out: Output, admin: Admin, action: str, chosen: Sequence[str], question: str, *, yes: bool, dry_run: bool
+) -> int:
     """Carry out *action* on the jobs of some ids, when *question* is answered; "": without one."""
     if not chosen:
         return ExitCode.OK
-    if question and not out.confirm(question.format(_describe_ids(chosen)), yes=yes, dry_run=dry_run):
-        return ExitCode.OK
-    results = action(chosen)
-    _show_outcomes(out, schema, results)
+    if dry_run:
+        return _show_foreseen(out, admin, action, chosen)
+    if question:
+        out.confirm(question.format(_describe_ids(chosen)), yes=yes, dry_run=False)
+    actions = {"retry": admin.retry, "cancel": admin.cancel, "delete": admin.delete}
+    results = actions[action](chosen)
+    _show_outcomes(out, action, results)
+    return _exit_code(results)
+
+
+_DOES: dict[str, dict[str, ActionOutcome]] = {
+    "retry": {"dead": "retried", "scheduled": "retried"},
+    "again": {"dead": "enqueued", "done": "enqueued", "cancelled": "enqueued"},
+    "cancel": {"ready": "cancelled", "waiting": "cancelled", "scheduled": "cancelled", "leased": "asked"},
+    "delete": {"ready": "deleted", "waiting": "deleted", "scheduled": "deleted", "dead": "deleted"},
+}
+"""For ``--dry-run``: what comes of a job in each state by an action on its id; other states are refused."""
+
+
+def _show_foreseen(out: Output, admin: Admin, action: str, chosen: Sequence[str]) -> int:
+    """Print what *action* would do with each of some jobs as they are now; return the exit code that it would have."""
+    results = []
+    for one in chosen:
+        try:
+            status = admin.job(one).status
+        except JobNotFound:
+            results.append(_outcome(one, "not found"))
+            continue
+        outcome = _DOES[action].get(status, "refused")
+        results.append(_outcome(one, outcome, f"it is {status}" if outcome == "refused" else ""))
+    _show_outcomes(out, "retry" if action == "again" else action, results, dry_run=True)
+    out.say("Nothing was done (--dry-run).")
+    return _exit_code(results)
+
+
+def _exit_code(results: Sequence[ActionResult]) -> int:
     if any(one.outcome == "not found" for one in results):
         return ExitCode.NOT_FOUND
     return ExitCode.OK if all(one.done for one in results) else ExitCode.REFUSED
 
 
-def _show_outcomes(out: Output, schema: str, results: Sequence[ActionResult]) -> None:
+def _show_outcomes(out: Output, schema: str, results: Sequence[ActionResult], *, dry_run: bool = False) -> None:
     if out.as_json:
-        out.document(schema, jobs=results)
+        out.document(schema, dry_run=dry_run, jobs=results)
     else:
         _print_outcomes(out, results, always=True)
 

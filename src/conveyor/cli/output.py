@@ -157,8 +157,10 @@ class ProgressLine:
 
     def add(self, count: int) -> None:
         """Count some."""
+        from conveyor.jobs.progress_bar import can_redraw
+
         self.count += count
-        if sys.stderr.isatty() and monotonic() - self._shown_at >= 1:
+        if monotonic() - self._shown_at >= 1 and can_redraw(sys.stderr):
             self._shown_at, self._shown = monotonic(), True
             click.echo(f"\r\x1b[K{self.count:,} of {self._total:,} {self._done}", nl=False, err=True)
 
@@ -220,9 +222,13 @@ def short_time(at: datetime) -> str:
 
 
 def clock_time(at: datetime) -> str:
-    """Return an instant as a local time: ``02:14`` of today, ``Nov 26 23:50``, ``2025-11-26``."""
+    """
+    Return an instant as a local time: ``02:14``, ``Nov 26 23:50``, ``2025-11-26``.
+
+    A time alone is of the last 24 hours, as `--since 02:14` reads it: at night half of them are yesterday's.
+    """
     local, now = at.astimezone(), datetime.now(UTC).astimezone()
-    if local.date() == now.date():
+    if local.date() == now.date() or timedelta() <= now - local < timedelta(hours=23, minutes=59):
         return f"{local:%H:%M}"
     return f"{local:%b %d %H:%M}" if abs(now - local) < timedelta(days=180) else f"{local:%Y-%m-%d}"
 

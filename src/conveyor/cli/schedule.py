@@ -11,7 +11,7 @@ from conveyor.cli.command import CommandGroup
 from conveyor.cli.completion import complete_schedules
 from conveyor.cli.output import Output, confirm_options, short_time
 from conveyor.cli.target import Target, redis_options
-from conveyor.units import iso_timestamp
+from conveyor.units import iso_timestamp, quantity
 
 if TYPE_CHECKING:
     from conveyor.jobs.schedules import Schedule, Schedules
@@ -135,12 +135,15 @@ def delete(target: Target, out: Output, name: str, yes: bool, dry_run: bool) -> 
     """Remove a schedule. Jobs that it has enqueued stay; a decorator puts it again when a worker starts."""
     owner = schedules_of(target)
     one = owner.get(name)
-    if out.confirm(
-        f"Delete schedule {name}, which is due {one.when} and has run {one.fired} times?", yes=yes, dry_run=dry_run
-    ):
+    question = f"Delete schedule {name} ({one.when}), which has run {quantity(one.fired, 'time')}?"
+    deleted = out.confirm(question, yes=yes, dry_run=dry_run)
+    if deleted:
         owner.delete(name)
         target.note("delete schedule", name)
-        _changed(out, name, "deleted", f"{name} is deleted.")
+    if out.as_json:
+        out.document("schedule-deleted", schedule=name, deleted=deleted, dry_run=dry_run)
+    elif deleted:
+        out.say(f"{name} is deleted.")
 
 
 def schedules_of(target: Target) -> Schedules:

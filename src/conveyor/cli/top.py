@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 
 import click
@@ -25,7 +26,9 @@ def top(target: Target, out: Output, every: float) -> None:
     """
     if find_spec("textual") is None:
         raise ConfigurationError('conveyor top needs Textual:  pip install "conveyor[tui]"')
-    if out.as_json or not out.on_terminal:
+    from conveyor.jobs.progress_bar import can_redraw
+
+    if out.as_json or not can_redraw(sys.stdout):
         raise ConfigurationError("conveyor top draws on a terminal. For programs:  conveyor status --json")
     from conveyor.cli.top_screen import Top
 

@@ -109,6 +109,7 @@ def stop(
     held = sum(one.held for one in chosen)
     question = f"Stop {quantity(len(chosen), 'worker process')} with {quantity(held, 'job')}?"
     if not out.confirm(question, yes=yes, dry_run=dry_run):
+        _print_commanded(out, [(one.name, "stopping") for one in chosen], dry_run=True)
         return ExitCode.OK
     return _each(out, chosen, "stopping", lambda name: admin.stop_worker(name, timeout=seconds))
 
@@ -161,13 +162,18 @@ def _each(out: Output, chosen: list[WorkerProcess], what: str, act: Callable[[st
             code = exit_code(error)
             results.append((one.name, "no answer" if isinstance(error, TimeoutError) else "gone"))
             out.say(str(error))
+    _print_commanded(out, results, dry_run=False)
+    return code
+
+
+def _print_commanded(out: Output, results: list[tuple[str, str]], *, dry_run: bool) -> None:
     if out.as_json:
-        out.document("workers-commanded", workers=[{"name": name, "outcome": outcome} for name, outcome in results])
+        named = [{"name": name, "outcome": outcome} for name, outcome in results]
+        out.document("workers-commanded", dry_run=dry_run, workers=named)
     elif results:
         out.table(("worker", "outcome"), results)
     else:
         out.say("No worker is running.")
-    return code
 
 
 def _state(one: WorkerProcess) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from conveyor.errors import ConveyorError
 from conveyor.events import JobEnded, ProgressChanged
@@ -26,11 +27,16 @@ _SAMPLES = 3
 """Steps after which the time that is left is estimated."""
 
 
+def can_redraw(stream: TextIO) -> bool:
+    """Tell whether lines on *stream* can be drawn again: it is a terminal, and not one that only prints (``TERM=dumb``)."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
 class ProgressBar:
     """One line of a terminal that is drawn again and again. `close` removes it, so that what follows stands in its place."""
 
     def __init__(self) -> None:
-        self.on_terminal = sys.stderr.isatty()
+        self.on_terminal = can_redraw(sys.stderr)
         self._first: tuple[float, float] | None = None  # what was done when it was first shown, and when that was
         self._drawn_at = 0.0
         self._steps = 0

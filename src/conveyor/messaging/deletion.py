@@ -196,7 +196,8 @@ def _sum(one: Remains, other: Remains) -> Remains:
 
 def _in_use(keys: QueueKeys, total: Remains) -> NoReturn:
     queue, held = keys.queue, total._replace(workers=0)
-    counts = [f"{count:,} {_WORDS.get(name, name)}" for name, count in held._asdict().items() if count]
+    words = _WORDS | ({"schedules": "schedule"} if total.schedules == 1 else {})
+    counts = [f"{count:,} {words.get(name, name)}" for name, count in held._asdict().items() if count]
     if total.workers:
         counts.append(f"{total.workers:,} {'worker or consumer' if total.workers == 1 else 'workers and consumers'}")
     advice = [

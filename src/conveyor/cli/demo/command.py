@@ -43,7 +43,9 @@ def demo(out: Output, seconds: float | None, url: str | None) -> int:
     kills one of them half-way with SIGKILL, drains, and looks up every job that was accepted. Exits 0 when the counts
     add up. Nothing is left behind.
     """
-    live = out.on_terminal and not out.as_json
+    from conveyor.jobs.progress_bar import can_redraw
+
+    live = can_redraw(sys.stdout) and not out.as_json
     if seconds is None and not live:
         seconds = UNATTENDED
     from conveyor.cli.demo.environment import DemoEnvironment

@@ -161,6 +161,10 @@ class RetryTimer:
         return min(wait, left / 2) if left > _LAST_TRY else None
 
 
+_QUESTION = " Are you sure your configuration is correct?"
+"""Redis asks it behind an error; what to do follows there anyway."""
+
+
 def fatal_error(text: str, address: str) -> ConveyorError:
     """Return the exception for an error reply that a retry does not solve."""
     match = _CODE.search(text)
@@ -174,7 +178,9 @@ def fatal_error(text: str, address: str) -> ConveyorError:
         advice = "Correct the user and password: in the URL (redis://user:password@host:6379/0), or where credentials= takes them."
         if "without any password configured" in text:
             advice = "The server has no password: remove it from the URL."
-        return ConfigurationError(f"Redis at {address} refuses the login: {text.rstrip('.')}. {advice}", code="E17")
+        return ConfigurationError(
+            f"Redis at {address} refuses the login: {text.removesuffix(_QUESTION).rstrip('.')}. {advice}", code="E17"
+        )
     if code == "NOPERM":
         # Redis 6.2 and 7.0 name the script and not the command.
         why = "a script needs a command or a key that is not allowed" if _FORBIDDEN.search(text) else text.rstrip(".")
