@@ -233,7 +233,7 @@ def test_purge_ready_in_batches(seeded: SeededQueue) -> None:
     seeded.run(operations.cancel(seeded.keys, "a"))
     seeded.redis.hset(seeded.keys.state, mapping={"b": "1 1 0", "c": "1 1 0"})
 
-    assert seeded.run(operations.purge(seeded.keys, "ready", 3)) == (3, 2)
+    assert seeded.run(operations.purge(seeded.keys, "ready", 2)) == (3, 2)
 
     state = seeded.dump()
     assert set(state["jobs"]) == {"held", "c"}
@@ -276,6 +276,21 @@ def test_purge_is_bounded(seeded: SeededQueue, limit: int, taken: int) -> None:
     seeded.push(*[str(n) for n in range(1300)])
     assert seeded.run(operations.purge(seeded.keys, "ready", limit)) == (taken, taken)
     assert seeded.redis.hlen(seeded.keys.jobs) == 1300 - taken
+
+
+@pytest.mark.redis6
+def test_purge_passes_many_cancelled_jobs_in_one_step(seeded: SeededQueue) -> None:
+    """However few jobs are wanted, a step looks at a thousand entries of cancelled ones, and takes no job more than is wanted."""
+    cancelled = [str(n) for n in range(2500)]
+    seeded.push(*cancelled, entry("g1", group="g"))
+    seeded.run(operations.cancel_some(seeded.keys, Walk(ids=[*cancelled, "g1"])))
+    seeded.push("a", "b", entry("g2", group="g"), "newer")
+
+    steps = [seeded.run(operations.purge(seeded.keys, "ready", 2)) for _ in range(3)]
+
+    assert steps == [(1000, 0), (1000, 0), (503, 2)]
+    assert {id_.decode() for id_ in seeded.redis.hkeys(seeded.keys.jobs)} == {"b", "newer"}
+    assert seeded.audit() == []
 
 
 def test_purge_tells_waiters(seeded: SeededQueue) -> None:

@@ -4,53 +4,71 @@
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 conf  6 waiters  7-16 ready:0 … ready:9  17 none
 --       18 wake
 -- ARGV  1 "ready", "due", "dead", or "rerun": those that are to run after others  2 how many at most (at most 1,000)  3 who asks
--- returns {entries taken, jobs removed}
+-- returns {entries taken, jobs removed}    entries of cancelled jobs are none to remove: a step passes up to 1,000 of them
 local jobs, limit = KEYS[1], math.min(tonumber(ARGV[2]), 1000)
 if limit < 1 then return {0, 0} end
 local prefix, now = string.sub(jobs, 1, -5), clock()
 local queue = {prefix = prefix, jobs = jobs, due = KEYS[3], conf = KEYS[5]}
 begin_groups(queue)
-local ids, groups = {}, {} -- the group of each id that was taken from one
+local ids, envelopes, kinds, groups = {}, {}, {}, {} -- the group of each id that was taken from one
 check('HLEN', KEYS[2], KEYS[6])
-local conf = redis.call('HMGET', KEYS[5], 'line', 'expires', 'events')
+local conf = redis.call('HMGET', KEYS[5], 'line', 'expires', 'events', 'stubs')
 begin_events(conf[3])
-local line = conf[1]
+local line, passed = conf[1], tonumber(conf[4] or 0)
 check('LLEN', unpack(KEYS, 7, 16))
 local reruns = prefix .. 'reruns'
 check('HLEN', reruns)
 local record = cancelled_record(now, 'purged', ARGV[3])
 redis.call('HDEL', jobs, '\t')
-prove(prefix .. 'none', 'LPOP', 'ZREM', 'HMGET', 'HINCRBY', 'GET', 'DEL', 'PEXPIRE', 'HGET', 'HSET', 'SET', 'RPUSH', 'ZADD')
+prove(prefix .. 'none', 'LRANGE', 'LPOP', 'ZREM', 'HMGET', 'HINCRBY', 'GET', 'DEL', 'PEXPIRE', 'HGET', 'HSET', 'SET', 'RPUSH', 'ZADD')
 local grouped = redis.call('HGET', KEYS[5], 'waiting')
 if grouped then
   prove_groups(prefix .. 'none')
   prove(prefix .. 'none', 'SREM')
 end
 
--- Remove jobs from a group, and tell whether it is empty then. A list of another type counts as empty.
+local function add(id, envelope, group)
+  local at = #ids + 1
+  ids[at], envelopes[at], groups[at] = id, envelope, group
+  kinds[at] = envelope and marks(envelope)
+  if envelope and not (kinds[at] and kinds[at].stub) then limit = limit - 1 end
+end
+
+local function is_full() return limit < 1 or #ids >= 1000 end
+
+-- Remove from the front of a list as many jobs as are wanted, and what lies before them. A list of another type counts as empty.
+-- ticket   takes the jobs of the group that an entry stands for, and tells whether none is left; nil where entries are jobs
+local function take_front(key, group, ticket)
+  local entries = redis.pcall('LRANGE', key, 0, math.min(limit + passed, 1000 - #ids) - 1)
+  if entries.err or #entries == 0 then return end
+  local found, back, taken = redis.call('HMGET', jobs, unpack(entries)), {}, 0
+  for i, entry in ipairs(entries) do
+    if is_full() then break end
+    taken = i
+    if not ticket or string.byte(entry) ~= 9 then add(entry, found[i], group)
+    elseif not ticket(string.sub(entry, 2)) then back[#back + 1] = entry end
+  end
+  redis.call('LPOP', key, taken)
+  for i = #back, 1, -1 do redis.call('LPUSH', key, back[i]) end
+  return taken
+end
+
+-- Remove jobs from a group, and tell whether it is empty then.
 local function take_group(priority, group)
   local key = prefix .. 'group:' .. priority .. ':' .. group
-  local popped = redis.pcall('LPOP', key, limit - #ids) or {}
-  if popped.err then return true end
-  for _, id in ipairs(popped) do
-    ids[#ids + 1] = id
-    groups[#ids] = group
-    queue.counters.waiting = queue.counters.waiting - 1
-  end
+  queue.counters.waiting = queue.counters.waiting - (take_front(key, group) or 0)
   return redis.call('EXISTS', key) == 0
 end
 
 local function take_list(priority)
-  local back = {}
-  for _, entry in ipairs(redis.call('LPOP', KEYS[7 + priority], limit - #ids) or {}) do
-    if #ids >= limit then back[#back + 1] = entry
-    elseif string.byte(entry) ~= 9 then ids[#ids + 1] = entry
-    elseif take_group(priority, string.sub(entry, 2)) then
-      redis.call('SREM', prefix .. 'tickets', priority .. string.sub(entry, 2))
-      redis.call('HDEL', prefix .. 'credits', priority .. string.sub(entry, 2))
-    else back[#back + 1] = entry end
-  end
-  for i = #back, 1, -1 do redis.call('LPUSH', KEYS[7 + priority], back[i]) end
+  take_front(KEYS[7 + priority], nil, function(group)
+    local emptied = take_group(priority, group)
+    if emptied then
+      redis.call('SREM', prefix .. 'tickets', priority .. group)
+      redis.call('HDEL', prefix .. 'credits', priority .. group)
+    end
+    return emptied
+  end)
 end
 
 local function take_waiting()
@@ -59,7 +77,7 @@ local function take_waiting()
   for i = 1, #waits, 2 do members[#members + 1] = {waits[i], waits[i + 1]} end
   table.sort(members, function(a, b) return a[1] < b[1] end)
   for _, one in ipairs(members) do
-    if #ids >= limit then break end
+    if is_full() then break end
     if take_group(string.sub(one[1], 1, 1), string.sub(one[1], 2)) then
       redis.pcall('ZREM', prefix .. 'limit:' .. one[2], one[1])
       redis.call('HDEL', prefix .. 'waits', one[1])
@@ -71,29 +89,33 @@ end
 
 if ARGV[1] == 'ready' then
   for priority = 9, 0, -1 do
-    if limit > #ids then take_list(priority) end
+    if not is_full() then take_list(priority) end
   end
-  if grouped and limit > #ids then take_waiting() end
-elseif ARGV[1] == 'rerun' then
-  local pairs_ = redis.call('HGETALL', reruns)
-  for i = 1, math.min(#pairs_, 2 * limit), 2 do
-    redis.call('HDEL', reruns, pairs_[i])
-    ids[#ids + 1] = pairs_[i + 1]
-  end
+  if grouped and not is_full() then take_waiting() end
 else
-  local from = ARGV[1] == 'due' and KEYS[3] or KEYS[4]
-  -- Alarms stand among the jobs that are due. Those of limits are rung, and count as nothing that was taken; those of schedules stay.
-  local beside = ARGV[1] == 'due' and math.min(1000, tonumber(redis.call('HGET', KEYS[5], 'alarms') or 0)) or 0
-  for _, id in ipairs(redis.call('ZRANGE', from, 0, limit + beside - 1)) do
-    if string.sub(id, 1, 2) ~= '\t\t' then ids[#ids + 1] = id end
+  local taken = {}
+  if ARGV[1] == 'rerun' then
+    local pairs_ = redis.call('HGETALL', reruns)
+    for i = 1, math.min(#pairs_, 2 * limit), 2 do
+      redis.call('HDEL', reruns, pairs_[i])
+      taken[#taken + 1] = pairs_[i + 1]
+    end
+  else
+    local from = ARGV[1] == 'due' and KEYS[3] or KEYS[4]
+    -- Alarms stand among the jobs that are due. Those of limits are rung, and count as nothing that was taken; those of schedules stay.
+    local beside = ARGV[1] == 'due' and math.min(1000, tonumber(redis.call('HGET', KEYS[5], 'alarms') or 0)) or 0
+    for _, id in ipairs(redis.call('ZRANGE', from, 0, limit + beside - 1)) do
+      if string.sub(id, 1, 2) ~= '\t\t' then taken[#taken + 1] = id end
+    end
+    if #taken > 0 then redis.call('ZREM', from, unpack(taken)) end
   end
-  if #ids > 0 then redis.call('ZREM', from, unpack(ids)) end
+  local found = #taken > 0 and redis.call('HMGET', jobs, unpack(taken))
+  for i, id in ipairs(taken) do add(id, found[i]) end
 end
 if #ids == 0 then return {0, 0} end
-local envelopes, removed = redis.call('HMGET', jobs, unpack(ids)), 0
-local untagged, alarms = {}, {}
+local removed, untagged, alarms = 0, {}, {}
 for i, id in ipairs(ids) do
-  local found = envelopes[i] and marks(envelopes[i])
+  local found = kinds[i]
   if groups[i] and found then touch(queue, (limits_of(found, groups[i]))) end
   if found and found.stub then
     redis.call('HINCRBY', KEYS[5], 'stubs', -1)
