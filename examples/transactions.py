@@ -2,7 +2,7 @@
 
 import asyncio
 import sqlite3
-from contextlib import suppress
+from contextlib import closing, suppress
 from tempfile import mkdtemp
 
 from conveyor import Context, Conveyor, current
@@ -15,7 +15,7 @@ outbox = Outbox(app, lambda: sqlite3.connect(database))
 
 @app.task
 def charge(order: str, context: Context = current()) -> None:
-    with sqlite3.connect(database) as connection:  # commits at its end
+    with closing(sqlite3.connect(database)) as connection, connection:  # commits at its end
         if ledger.first(connection, context.job_id):
             connection.execute("UPDATE orders SET charged = charged + 1 WHERE id = ?", (order,))
     if context.attempt == 1:
@@ -23,20 +23,22 @@ def charge(order: str, context: Context = current()) -> None:
 
 
 async def main() -> None:
-    connection, stock = sqlite3.connect(database), {"o1"}
-    outbox.create(connection)
-    ledger.create(connection)
-    connection.execute("CREATE TABLE orders (id TEXT, charged INT DEFAULT 0)")
-    for order in ("o1", "o2"):
-        with suppress(KeyError):
-            async with outbox.transaction(connection):
-                connection.execute("INSERT INTO orders (id) VALUES (?)", (order,))
-                await charge.aenqueue(order)
-                stock.remove(order)  # an error for o2, so all of its block is rolled back
-    print("delivered:", await outbox.adeliver())
-    async with app.worker(burst=True) as worker:
-        await worker.wait()
-    print(connection.execute("SELECT id, charged FROM orders").fetchall())
+    stock = {"o1"}
+    async with app:
+        with closing(sqlite3.connect(database)) as connection:
+            outbox.create(connection)
+            ledger.create(connection)
+            connection.execute("CREATE TABLE orders (id TEXT, charged INT DEFAULT 0)")
+            for order in ("o1", "o2"):
+                with suppress(KeyError):
+                    async with outbox.transaction(connection):
+                        connection.execute("INSERT INTO orders (id) VALUES (?)", (order,))
+                        await charge.aenqueue(order)
+                        stock.remove(order)  # an error for o2, so all of its block is rolled back
+            print("delivered:", await outbox.adeliver())
+            async with app.worker(burst=True) as worker:
+                await worker.wait()
+            print(connection.execute("SELECT id, charged FROM orders").fetchall())
 
 
 asyncio.run(main())
