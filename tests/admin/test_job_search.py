@@ -226,3 +226,14 @@ def test_partitions_are_one_queue(url: str) -> None:
         assert (admin.queue("orders").ready, admin.queue("orders").dead) == (15, 5)
         orders.purge()
         orders.purge(dead=True)
+
+
+def test_a_page_that_searches_nothing_is_full(app: Conveyor) -> None:
+    """All jobs of many queues fill a page however slow the server answers; a filter that has to look ends with its time."""
+    for name in "abcdefgh":
+        app.queue(name).push(name)
+    admin = Admin(app.client)
+    page = admin.search(parse(""), limit=50, seconds=0)
+    assert [job.queue for job in page.jobs] == list("abcdefgh")
+    assert page.next is None
+    assert admin.search(parse("body:h"), limit=50, seconds=0).next is not None

@@ -44,6 +44,15 @@ def test_a_dead_job_has_its_last_error_once() -> None:
     assert path_of(history, "dead") == ["ready", "leased", "scheduled", "leased", "dead"]
 
 
+def test_a_poison_job_has_its_last_crash_once() -> None:
+    """The summary of all crashes of a job repeats the last one: it is no further attempt, and no way back on its path."""
+    history = entries(
+        ("pushed", 0, 0), ("leased", 1, 1), ("crashed", 2, 1), ("leased", 3, 2), ("crashed", 4, 2), ("crashed", 4, 2), ("dead", 4, 2)
+    )  # fmt: skip
+    assert [one["number"] for one in attempts_of(history)] == [1, 2]
+    assert path_of(history, "dead") == ["ready", "leased", "ready", "leased", "dead"]
+
+
 def test_running_and_waiting_jobs() -> None:
     """An attempt that runs has no end; a job that waits for its retry has no attempt beyond those that ended."""
     running = entries(("pushed", 0, 0), ("failed", 5, 1), ("leased", 7, 2))

@@ -28,8 +28,8 @@ from conveyor.dashboard.live_routes import stream
 from conveyor.errors import StoreUnavailable
 from support.client_worker import ClientWorker
 from support.dashboard_client import ask, get
-from support.running_worker import drain
-from support.waiting import until
+from support.running_worker import drain, working
+from support.waiting import auntil, until
 
 
 def post(site: Any, path: str, **inputs: Any) -> Any:
@@ -270,8 +270,22 @@ def test_flags_appear_by_themselves(app: Conveyor, monkeypatch: pytest.MonkeyPat
     def broken() -> None:
         raise ValueError("no")
 
+    @app.task(name="patient", queue="mail", retry=Retry(attempts=9, backoff="1h"))
+    def patient() -> None:
+        raise ValueError("not yet")
+
     broken.enqueue()
-    asyncio.run(drain(app))
+    waiting = [patient.enqueue() for _ in range(2)]
+
+    def settled() -> bool:
+        mail = Admin(app.client).queue("mail")
+        return (mail.scheduled, mail.dead) == (2, 1)
+
+    async def run() -> None:
+        async with working(app):
+            await auntil(lambda: asyncio.to_thread(settled))
+
+    asyncio.run(run())
     app.queue("lonely").push(1)
     app.schedules.put("tick", broken.s(), every="1s")
     site: Any = dashboard(app, lambda _: Access.ALL)
@@ -279,15 +293,20 @@ def test_flags_appear_by_themselves(app: Conveyor, monkeypatch: pytest.MonkeyPat
     while True:  # until an instant of the schedule has passed
         site.service.live._flags_until = 0.0
         site.service.live.snapshot._found = None
-        flags = {flag["kind"]: flag for flag in get(site, "snapshot")["flags"]}
+        found = get(site, "snapshot")["flags"]
+        flags = {flag["kind"]: flag for flag in found}
         if "schedule-stands-still" in flags or time.monotonic() > until:
             break
     assert flags["no-worker"]["text"].startswith("Queue 'lonely' has 1 job")
-    assert flags["failing"]["links"] == [{"page": "jobs", "filter": "state:dead task:broken"}]
+    # Jobs that wait for their next attempt are not dead: the link leads to where they are.
+    filters = {"state:dead task:broken", "state:scheduled task:patient"}
+    assert {one["links"][0]["filter"] for one in found if one["kind"] == "failing"} == filters
+    assert all(get(site, "jobs", filter=one)["jobs"] for one in filters)
     assert flags["schedule-stands-still"]["links"][0] == {"page": "schedule", "name": "tick"}
     app.schedules.delete("tick")
     app.queue("lonely").purge()
     app.queue("mail").purge(dead=True)
+    Admin(app.client).delete([job.id for job in waiting])
 
 
 @pytest.mark.leaves_keys("a worker of the test's own is still registered")

@@ -62,6 +62,8 @@ def test_a_page_is_whole_in_both_themes_and_on_a_phone(browser: Any, sample: Sam
         page.emulate_media(color_scheme="dark")
         assert violations(page, "color-contrast") == []
         picture(page, name, "dark")
+        page.set_viewport_size({"width": 1024, "height": 768})
+        assert page.evaluate(CUT) == []
         page.set_viewport_size({"width": 390, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
 
@@ -76,10 +78,10 @@ def test_a_phone_shows_the_state_that_a_job_is_in(browser: Any, sample: SampleDa
 
 
 def test_long_names_widen_no_page(browser: Any) -> None:
-    """Names nearly as long as they may be, of all that has one: no table is cut off at 1280 pixels, and no page is wider than a phone."""
+    """Names nearly as long as they may be, of all that has one: no table is cut off at 1024 pixels, and no page is wider than a phone."""
     with SampleDashboard(texts=["tenant-and-its-name-" * 6], only=NAMED) as sample, open_page(browser) as page:
         for name, path in PAGES.items():
-            page.set_viewport_size({"width": 1280, "height": 860})
+            page.set_viewport_size({"width": 1024, "height": 860})
             visit(page, sample.url + path)
             assert page.evaluate(CUT) == [], name
             page.set_viewport_size({"width": 390, "height": 800})
@@ -166,6 +168,152 @@ def test_a_single_minute_is_seen_on_a_chart(browser: Any, sample: SampleDashboar
         assert page.locator(".chart .lone").first.evaluate("one => parseFloat(getComputedStyle(one).strokeWidth)") >= 4
         ticks = page.locator(".chart").nth(1).locator("svg text[text-anchor=end]").all_text_contents()
         assert {"30 m", "1 h"} <= set(ticks)  # and not as the next round number of milliseconds
+
+
+def test_a_form_is_sent_once(browser: Any, sample: SampleDashboard) -> None:
+    """A double click on the button of a form enqueues one job; a form that is refused stays, with what is wrong beside its fields."""
+    with open_page(browser) as page:
+        visit(page, sample.url + PAGES["job"])
+        page.click("button:text('Duplicate …')")
+        arguments = page.input_value("dialog textarea")
+        page.fill("dialog textarea", "{")
+        page.click("dialog button:text('Enqueue')")
+        page.wait_for_selector("dialog [role=alert]:has-text('no JSON')")
+        page.fill("dialog textarea", arguments)
+        before = len(sample.posted)
+        page.dblclick("dialog button:text('Enqueue')")
+        page.wait_for_url("**/job?id=*0001")
+        assert [path for path, _ in sample.posted[before:]].count("enqueue") == 1
+
+
+def test_the_key_enter_destroys_nothing(browser: Any, sample: SampleDashboard) -> None:
+    """A question about what cannot be undone begins at the way back: whoever presses Enter twice deletes nothing."""
+    with open_page(browser) as page:
+        visit(page, sample.url + PAGES["queue"])
+        before = len(sample.posted)
+        for button in ("Delete dead", "Purge"):
+            page.locator(f"button:text-is('{button}')").focus()
+            page.keyboard.press("Enter")
+            page.wait_for_selector("dialog:focus-within")
+            page.keyboard.press("Enter")
+            page.wait_for_selector("dialog", state="detached")
+        assert sample.posted[before:] == []
+
+
+def test_a_mistake_in_a_filter_is_pointed_at(browser: Any, sample: SampleDashboard) -> None:
+    """The mark below a filter stands under the column that is wrong."""
+    error = {"error": {"code": "E42", "message": "Column 12 of the filter: …", "position": 11}}
+    with open_page(browser, quiet=False) as page:
+        page.route("**/api/v1/jobs?*", lambda route: route.fulfill(status=422, json=error))
+        visit(page, sample.url + "jobs?filter=state%3Adead%20taks%3Ax")
+        assert page.locator(".problem pre").text_content() == "state:dead taks:x\n" + " " * 11 + "^"
+
+
+def test_a_search_goes_on_until_a_page_is_full(browser: Any, sample: SampleDashboard) -> None:
+    """A call that has looked at some jobs for its time and found few is gone on with; a page says what was looked at in all."""
+    asked: list[str] = []
+    rows = sample.answer("jobs", {})["jobs"][:3]
+
+    def answer(route: Any) -> None:
+        asked.append(route.request.url)
+        found = [one | {"id": f"{one['id']}{len(asked)}"} for one in rows[: len(asked) - 1]]
+        route.fulfill(
+            json={"jobs": found, "next": f"c{len(asked)}", "looked": 4_000, "total": 84_211, "footer": "Searched"}
+        )
+
+    with open_page(browser) as page:
+        page.route("**/api/v1/jobs?*", answer)
+        visit(page, sample.url + "jobs?filter=error%3Ax")
+        page.wait_for_selector(".foot:has-text('Searched 12,000 of 84,211 jobs.')")
+        assert page.locator("tbody tr").count() == 3
+        assert ["cursor=c1" in one for one in asked[:3]] == [False, True, False]
+
+
+def test_a_chosen_view_is_in_the_address(browser: Any, sample: SampleDashboard) -> None:
+    """A period, a filter of names and a schedule that is open stand in the address, so that a link shows the same."""
+    with open_page(browser) as page:
+        for path, chosen in (("failures", "7 d"), ("", "24 h"), ("queue?name=mail", "6 h")):
+            visit(page, sample.url + path)
+            page.click(f"main button:text-is('{chosen}')")
+            page.wait_for_url("**range=*")
+            visit(page, page.url)
+            page.wait_for_selector(f"button[aria-pressed=true]:text-is('{chosen}')")
+        visit(page, sample.url + "queues")
+        page.fill("main input[placeholder='Filter by name']", "web")
+        page.wait_for_url("**queues?q=web")
+        page.click("nav a:text('Schedules')")
+        page.wait_for_selector("h1:text('Schedules')")
+        page.go_back()
+        page.wait_for_selector("h1:text('Queues')")
+        assert page.input_value("main input[placeholder='Filter by name']") == "web"
+        visit(page, sample.url + "failures?range=nonsense")
+        page.wait_for_selector("button[aria-pressed=true]:text-is('24 h')")
+
+
+def test_a_time_has_the_clocks_of_here_and_of_utc(browser: Any, sample: SampleDashboard) -> None:
+    """Whatever form of times was chosen, what stands behind one names the others, with the zone of each."""
+    with open_page(browser, timezone="Asia/Tokyo") as page:
+        visit(page, sample.url + PAGES["audit"])
+        title = page.locator("tbody time").first.get_attribute("title")
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d [\d:]{8} local · \d{4}-\d\d-\d\d [\d:]{8} UTC", title), title
+        page.select_option("#times", "utc")
+        title = page.locator("tbody time").first.get_attribute("title")
+        assert re.fullmatch(r"(now|.* ago) · .* local · .* UTC", title), title
+
+
+def test_signs_that_turn_text_are_shown_as_numbers(browser: Any) -> None:
+    """Characters that change the direction of what follows, or are not seen, are written as numbers where texts of a program stand."""
+    with SampleDashboard(texts=["a\u202ebc\u200b\x1b"]) as sample, open_page(browser) as page:
+        for path in (PAGES["job"], PAGES["jobs"], PAGES["failures"]):
+            visit(page, sample.url + path)
+            texts = page.locator("main :is(.sub, pre, .trace, .log)").all_text_contents()
+            assert any("a\\u202ebc\\u200b\\u001b" in one for one in texts), path
+            assert not any(sign in one for one in texts for sign in "\u202e\u200b\x1b"), path
+
+
+def test_a_login_that_has_ended_is_told(browser: Any, sample: SampleDashboard) -> None:
+    """Where the page of a login answers in place of the API, a page says so and does not go blank."""
+    with open_page(browser, quiet=False) as page:
+        login = {"status": 200, "content_type": "text/html", "body": "<h1>Log in</h1>"}
+        page.route("**/api/v1/**", lambda route: route.fulfill(**login))
+        page.goto(sample.url + "workers")
+        page.wait_for_selector("main [role=alert]:has-text('perhaps your login has ended')")
+
+
+def test_a_running_job_that_is_looked_at_sends_its_lines(browser: Any, sample: SampleDashboard) -> None:
+    """The page of a running job asks for its lines as they come, and shows the newest, unless an earlier one is being read."""
+    document = sample.answer("job", {"id": DEAD})
+    line = document["logs"][0]
+    document["job"]["state"], document["logs"] = "leased", [line | {"text": f"line {n}"} for n in range(100)]
+    with open_page(browser) as page:
+        page.route("**/api/v1/job?*", lambda route: route.fulfill(json=document))
+        page.route("**/api/v1/job/logs?*", lambda route: route.fulfill(json={"followed": True, "logs": []}))
+        with page.expect_request(lambda request: "api/v1/job/logs?" in request.url):
+            visit(page, sample.url + PAGES["job"])
+        box = page.locator(".log")
+        assert box.evaluate("one => one.scrollHeight - one.scrollTop - one.clientHeight") < 24
+        document["logs"].append(line | {"text": "a new one"})
+        page.wait_for_selector(".log :text('a new one')")
+        assert box.evaluate("one => one.scrollHeight - one.scrollTop - one.clientHeight") < 24
+        box.evaluate("one => one.scrollTo(0, 100)")
+        document["logs"].append(line | {"text": "the last one"})
+        page.wait_for_selector(".log :text('the last one')")
+        assert box.evaluate("one => one.scrollTop") == 100
+
+
+def test_a_long_traceback_is_folded(browser: Any, sample: SampleDashboard) -> None:
+    """Of sixty frames those nearest to the error are seen, the others open on demand."""
+    document = sample.answer("job", {"id": DEAD})
+    frame = document["job"]["errors"][-1]["frames"][0]
+    document["job"]["errors"][-1]["frames"] = [frame | {"own": True, "line": line} for line in range(60)]
+    with open_page(browser) as page:
+        page.route("**/api/v1/job?*", lambda route: route.fulfill(json=document))
+        visit(page, sample.url + PAGES["job"])
+        first = page.locator(".trace > .user .where")
+        assert first.count() == 8
+        assert ":59 in" in first.first.inner_text()
+        page.click(".trace summary:text('52 frames further out')")
+        page.wait_for_selector(".trace details .where:has-text(':0 in')")
 
 
 def test_a_schedule_says_all_of_when_it_runs(browser: Any, sample: SampleDashboard) -> None:

@@ -14,12 +14,14 @@ import pytest
 from conveyor import ConfigurationError, Context, Conveyor, Retry, current
 from conveyor.admin.admin import Admin
 from conveyor.cli import main
+from conveyor.dashboard import Access, dashboard
 from conveyor.jobs.job_log import MOST_BYTES, MOST_LINES, JobLog
 from conveyor.store import operations
 from conveyor.store.operations import TurnReport
 from conveyor.worker.log_capture import LINE_BYTES
 from support import process_app
 from support.app_fixtures import loop_app  # noqa: F401
+from support.dashboard_client import ask
 from support.running_worker import audit, drain, working
 from support.time_limits import PATIENCE
 from support.waiting import auntil, until_status
@@ -153,6 +155,31 @@ async def test_a_running_job_is_followed(app: Conveyor) -> None:
     async with working(app):
         await asyncio.wait_for(asyncio.to_thread(follow), PATIENCE)
     assert seen == ["first", "last"]
+
+
+async def test_a_page_has_the_lines_of_a_running_job(app: Conveyor) -> None:
+    """A running job whose lines are asked for over HTTP sends them as they come; nobody has to wait for its end."""
+    gate = asyncio.Event()
+
+    @app.task
+    async def work() -> None:
+        shop.info("first")
+        await gate.wait()
+
+    job, site = await work.aenqueue(), dashboard(app, lambda _: Access.ALL)
+
+    def read() -> dict[str, Any]:
+        return ask(site, "GET", "job/logs", {"id": job.id}).json()  # type: ignore[no-any-return]
+
+    async with working(app):
+        await until_status(job, "leased")
+        await auntil(lambda: asyncio.to_thread(lambda: [one["text"] for one in read()["logs"]] == ["first"]))
+        assert (await asyncio.to_thread(read))["followed"] is True
+        gate.set()
+        await until_status(job, "done")
+    assert (await asyncio.to_thread(read))["followed"] is False
+    hidden = dashboard(app, lambda _: Access.only())
+    assert (await asyncio.to_thread(ask, hidden, "GET", "job/logs", {"id": job.id})).status_code == 403
 
 
 async def test_lines_of_a_batch_are_those_of_its_items(app: Conveyor) -> None:

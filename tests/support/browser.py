@@ -42,11 +42,17 @@ class Complaints(list[str]):
 
 @contextmanager
 def open_page(
-    browser: Any, *, theme: str = "light", width: int = 1280, height: int = 860, quiet: bool = True
+    browser: Any,
+    *,
+    theme: str = "light",
+    width: int = 1280,
+    height: int = 860,
+    quiet: bool = True,
+    timezone: str = "UTC",
 ) -> Iterator[Any]:
     """Open an empty page; with *quiet* the test fails when the page complains of anything."""
     context = browser.new_context(
-        viewport={"width": width, "height": height}, color_scheme=theme, locale="en-GB", timezone_id="UTC"
+        viewport={"width": width, "height": height}, color_scheme=theme, locale="en-GB", timezone_id=timezone
     )
     context.set_default_timeout(30_000)
     page, complaints = context.new_page(), Complaints()

@@ -896,9 +896,8 @@ class Admin:
             where, row, _ = self.client.run(inspection.get_job(keys, id_))
             if where == "leased" and row is not None and monotonic() - asked_at > FOLLOWED / 3:
                 asked_at = monotonic()
-                command = worker_commands.new_command(keys, "logs", id_)
                 with suppress(ConveyorError):  # a user who may not: the lines come when they are kept
-                    self.client.run(worker_commands.send(keys, row.extra, command))
+                    self._ask_for_lines(keys, id_, row.extra)
             portions = self.client.run(inspection.read_logs(keys, id_, read))
             read += len(portions)
             yield from self._decoder.lines(portions, keys.queue, id_)
@@ -906,6 +905,21 @@ class Admin:
                 return
             if not portions:
                 sleep(pause)
+
+    def ask_for_logs(self, public_id: str) -> bool:
+        """
+        Have the worker of a job send the job's lines as they come, for 15 seconds; False where no worker runs it.
+
+        Raises JobNotFound.
+        """
+        lookup = self._found(public_id)
+        if lookup.location != "leased" or lookup.row is None:
+            return False
+        self._ask_for_lines(lookup.keys, lookup.id, lookup.row.extra)
+        return True
+
+    def _ask_for_lines(self, keys: QueueKeys, id_: str, worker: str) -> None:
+        self.client.run(worker_commands.send(keys, worker, worker_commands.new_command(keys, "logs", id_)))
 
     def _keys_of_logs(self, public_id: str) -> QueueKeys:
         """Return the keys of the queue that a job is in, or was in as its id says; raises JobNotFound."""

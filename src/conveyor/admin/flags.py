@@ -145,11 +145,12 @@ def failing_tasks(history: History) -> list[Flag]:
         Flag(
             "failing", "warning",
             f"'{one['task']}' failed {one['failed'] + one['retried']} times in a row in the last 15 minutes.",
-            f"conveyor job list --task {one['task']} --state dead", "",
-            ({"page": "jobs", "filter": f"state:dead task:{one['task']}"},),
+            f"conveyor job list --task {one['task']} --state {state}", "",
+            ({"page": "jobs", "filter": f"state:{state} task:{one['task']}"},),
         )
         for one in history.tasks
         if one["task"] and not one["done"] and one["failed"] + one["retried"] >= 2
+        for state in ["dead" if one["failed"] else "scheduled"]  # those that wait for their retry
     ]  # fmt: skip
 
 

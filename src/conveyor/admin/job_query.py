@@ -237,7 +237,11 @@ def _unknown(name: str) -> str:
 
 
 def _error(position: int, what: str) -> InvalidFilter:
-    return InvalidFilter(f"Column {position + 1} of the filter: {what.rstrip('.')}. Nothing was searched.", position)
+    what = what.rstrip(".")
+    return InvalidFilter(
+        f"Column {position + 1} of the filter: {what}{'' if what.endswith('?') else '.'} Nothing was searched.",
+        position,
+    )
 
 
 def _instant(term: Term) -> tuple[str, datetime]:

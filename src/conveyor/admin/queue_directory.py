@@ -67,7 +67,7 @@ class QueueDirectory:
             return [name]
         names = list(known)
         listed = (
-            f"Known: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}." if names else "There are no queues."
+            f"Known: {', '.join(names[:10])}{', …' if len(names) > 10 else '.'}" if names else "There are no queues."
         )
         raise QueueNotFound(f"No queue {name!r} in namespace {self._client.namespace!r}. {listed}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import Counter
@@ -164,12 +165,14 @@ class JobSearch:
         """
         Return jobs that *query* accepts, from *cursor* on; without one after *offset* of them.
 
-        At most *limit* jobs; at most *most* are looked at, for about *seconds*. Of bodies the beginning is read, unless *query*
-        looks into them.
+        At most *limit* jobs; at most *most* are looked at, for about *seconds*. A page of all that its queues and states have
+        searches nothing, so it is filled however long that takes. Of bodies the beginning is read, unless *query* looks into
+        them.
         """
         self._refuse(query)
-        budget, jobs = _Budget(most, time.monotonic() + seconds), list[JobInfo]()
         places = self.places(query)
+        ends = math.inf if query.chooses_all else time.monotonic() + seconds
+        budget, jobs = _Budget(most, ends), list[JobInfo]()
         total = sum(entries for _, _, entries in places)
 
         def page(after: str | None) -> SearchPage:

@@ -102,10 +102,7 @@ def show_job(call: ApiCall) -> dict[str, Any]:
         "job": document, "why": why_document(why, call.access), "path": path_of(entries, info.status),
         "attempts": attempts_of(entries), "history": [hide_reason(one, call) for one in entries],
         "progress": document["progress"], "notes": document["notes"],
-        "logs": [
-            {"at": one.at, "level": one.level, "logger": one.logger, "text": one.message, "attempt": one.attempt}
-            for one in call.admin.logs(call["id"])[-MOST_LINES:]
-        ] if call.access.allows("view_payloads") else None,
+        "logs": _log_lines(call) if call.access.allows("view_payloads") else None,
         "actions": _possible(info, call), "copy": _copies(info, call),
     }  # fmt: skip
 
@@ -113,6 +110,19 @@ def show_job(call: ApiCall) -> dict[str, Any]:
 def hide_reason(entry: HistoryEntry, call: ApiCall) -> dict[str, Any]:
     """Return a state that a job came into; without its reason, which may be an error, where payloads are not seen."""
     return {**asdict(entry), **({} if call.access.allows("view_payloads") else {"reason": None})}
+
+
+def job_logs(call: ApiCall) -> dict[str, Any]:
+    """Return the log lines of a job. A worker that runs it is asked to send further ones as they come."""
+    followed = call.admin.ask_for_logs(call["id"])
+    return {"followed": followed, "logs": _log_lines(call)}
+
+
+def _log_lines(call: ApiCall) -> list[dict[str, Any]]:
+    return [
+        {"at": one.at, "level": one.level, "logger": one.logger, "text": one.message, "attempt": one.attempt}
+        for one in call.admin.logs(call["id"])[-MOST_LINES:]
+    ]
 
 
 def act_on_jobs(call: ApiCall) -> dict[str, Any]:
@@ -253,6 +263,10 @@ JOB_ENDPOINTS = (
     ApiRoute("GET", "jobs/counts", "job-counts", "Count jobs by state", count_states, fields={"queue": FILTER["queue"]}),
     ApiRoute("GET", "jobs/matching", "job-matches", "Count the jobs that a filter chooses", count_matching, fields=FILTER),
     ApiRoute("GET", "job", "job", "Show a job", show_job, fields={"id": Field("text", "the id of a job", required=True)}),
+    ApiRoute(
+        "GET", "job/logs", "job-logs", "Show the log lines of a job; a running one sends further ones as they come, for 15 seconds",
+        job_logs, "view_payloads", {"id": Field("text", "the id of a job", required=True)},
+    ),
     ApiRoute(
         "POST", "jobs/actions", "job-actions", "Retry, cancel or delete jobs by their ids", act_on_jobs, ACTIONS_OF,
         {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 from conveyor.jobs.history import HistoryEntry
@@ -80,7 +81,12 @@ def _attempt(
 def path_of(entries: Sequence[HistoryEntry], state: str) -> list[str]:
     """Return the states that a job went through, to the present one."""
     path: list[str] = []
-    for entry in entries:
+    for before, entry in pairwise([None, *entries]):
+        assert entry is not None
+        if before and entry.state == before.state == "crashed" and entry.attempt == before.attempt:
+            continue  # a job that is given up as poison has its last crash twice
+        if entry.state == "dead" and before and before.state == "crashed":
+            path.pop()  # the last crash led to the end, and not back
         for place in _PLACES.get(entry.state, ()):
             if not path or path[-1] != place:
                 path.append(place)

@@ -151,7 +151,8 @@ def schedule_document(one: Schedule) -> dict[str, Any]:
     return {
         "name": one.name, "when": one.when, "task": one.task, "queue": one.queue, "origin": one.origin, "paused": one.paused,
         "due": one.due, "overlap": one.overlap, "missed": one.missed, "fired": one.fired, "skipped": one.skipped,
-        "next": one.next(5), "runs": [asdict(run) for run in one.runs()],
+        "next": (instants := one.next(5)), "next_in_zone": [f"{at:%a %Y-%m-%d %H:%M:%S %Z}" for at in instants],
+        "runs": [asdict(run) for run in one.runs()],
         "late": not one.paused and one.due is not None and one.due < datetime.now(UTC) - timedelta(seconds=flags.LATE_SECONDS),
     }  # fmt: skip
 

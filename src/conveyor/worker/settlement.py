@@ -436,8 +436,9 @@ class SettlementWriter:
         message = f"its worker crashed {state.crashes} times while it ran"
         crash = state.failures_list()[-1] if state.errors else None
         if crash is not None and crash.type in {"crashed", "ProcessCrashed"}:
-            at = instant(crash.at).isoformat(timespec="seconds")
-            message += f"; the last time, at {at} on {crash.worker}: {crash.message}"
+            message += (
+                f"; the last time, at {instant(crash.at):%Y-%m-%d %H:%M:%S} UTC on {crash.worker}: {crash.message}"
+            )
         record = to_json(Failure(state.starts, now_ms, "crashed", message, worker=self._worker))
         state = state.with_error(record)
         log.error("✗ %s is poison: %s", attempt.label, one_line(message))

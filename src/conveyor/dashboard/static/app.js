@@ -53,6 +53,11 @@ export function bytes(n) {
 /** Return an instant, a number of ms or ISO text, in ms; null without one. */
 export const ms = (at) => (at == null || at === "" ? null : typeof at === "number" ? at : Date.parse(at));
 
+// What turns the direction of text, breaks lines or is not seen: a program, or somebody who feeds it, would say one thing and mean another.
+const UNSEEN = /[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
+/** Write the characters of *text* that are not seen, or that turn what stands beside them, as their numbers: \u202e. */
+export const shown = (text) => String(text ?? "").replace(UNSEEN, (sign) => `\\u${sign.charCodeAt(0).toString(16).padStart(4, "0")}`);
+
 const STATES = { leased: "running", done: "done", dead: "dead" };
 /** The word for a state that people read. */
 export const stateWord = (state) => STATES[state] ?? state;
@@ -133,6 +138,7 @@ async function request(method, path, body) {
   let content = null;
   try { content = await answer.json(); } catch { /* an answer without a body, or of a proxy */ }
   if (!answer.ok) throw new ApiError(answer.status, content?.error ?? content);
+  if (content == null) throw new ApiError(401, { message: "Another page answered in place of the dashboard: perhaps your login has ended. Reload the page." });
   return content;
 }
 
@@ -237,26 +243,27 @@ export const since = (at) => (at && live.now() - ms(at) > 3000 ? `, counted over
 export const may = (action) => live.session?.actions?.includes(action) ?? false;
 
 /**
- * Ask for *path* now and with every turn of the live snapshot (at least *every* ms apart); what was there stays until the
- * answer has come. While *hold* is true nothing is asked again.
+ * Ask for *path* now and with every turn of the live snapshot (at least *every* ms apart, and four times as long as the last answer
+ * took); what was there stays until the answer has come. While *hold* is true nothing is asked again. *load(path, show)* asks in place of
+ * one request; what it gives to *show* meanwhile is drawn where nothing was there.
  */
-export function useQuery(path, { every = 2000, hold = false } = {}) {
+export function useQuery(path, { every = 2000, hold = false, load = api.get } = {}) {
   const [state, setState] = useState({ path: null, data: null, error: null });
-  const box = useRef({ busy: false, last: 0, path: null });
+  const box = useRef({ busy: false, next: 0, path: null });
   box.current.hold = hold;
   const ask = async (force) => {
     const it = box.current;
-    if (!it.path || (!force && (it.busy || it.hold || document.hidden || Date.now() - it.last < every))) return;
-    const asked = it.path;
+    if (!it.path || (!force && (it.busy || it.hold || document.hidden || Date.now() < it.next))) return;
+    const asked = it.path, began = Date.now();
     it.busy = true;
-    it.last = Date.now();
     try {
-      const data = await api.get(asked);
+      const data = await load(asked, (part) => it.path === asked && setState((old) => (old.path === asked ? old : { path: asked, data: part, error: null })));
       if (it.path === asked) setState({ path: asked, data, error: null });
     } catch (error) {
       if (it.path === asked) setState((old) => ({ path: asked, data: old.path === asked ? old.data : null, error }));
     } finally {
       it.busy = false;
+      it.next = began + Math.max(every, 5 * (Date.now() - began));
     }
   };
   useEffect(() => {
@@ -298,6 +305,22 @@ document.addEventListener("click", (event) => {
   if (url.href !== location.href) go(url.href);
 });
 
+/**
+ * Return the value of *name* in the address, one of *options*, and what changes it there: a view that was chosen is in a link that is
+ * shared, and there again after the back button.
+ */
+export function useParam(name, fallback, options) {
+  useSignal(moved);
+  const given = new URLSearchParams(location.search).get(name);
+  const set = (value) => {
+    const url = new URL(location.href);
+    if (value === fallback) url.searchParams.delete(name);
+    else url.searchParams.set(name, value);
+    go(url.href, { replace: true });
+  };
+  return [given != null && (!options || options.some(([key]) => key === given)) ? given : fallback, set];
+}
+
 function currentRoute() {
   const values = Object.fromEntries(new URLSearchParams(location.search));
   const page = location.pathname.slice(base.length).replace(/\/$/, "");
@@ -333,7 +356,7 @@ export const Icon = ({ name, size = 16 }) => html`<svg width=${size} height=${si
 /** A state as a dot and a word. */
 export const State = ({ value, text }) => html`<span class="state" data-state=${value}>${text ?? stateWord(value)}</span>`;
 
-/** An instant, as the person chose: how long ago, local time or UTC. The other form is its title. */
+/** An instant, as the person chose: how long ago, local time or UTC. Its title has the other forms. */
 export function Time({ at, empty = "–" }) {
   useSignal(settingsChanged);
   useSignal(second);
@@ -341,9 +364,11 @@ export function Time({ at, empty = "–" }) {
   if (t == null || Number.isNaN(t)) return html`<span class="muted">${empty}</span>`;
   const distance = live.now() - t;
   const ago = Math.abs(distance) < 1000 ? "now" : distance < 0 ? `in ${span(-distance)}` : `${span(distance)} ago`;
-  const clock = clockText(t, settings.times === "utc");
-  return html`<time class="nowrap" datetime=${new Date(t).toISOString()} title=${settings.times === "ago" ? clock : ago}>${settings.times === "ago" ? ago : clock}</time>`;
+  const text = settings.times === "ago" ? ago : clockText(t);
+  return html`<time class="nowrap" datetime=${new Date(t).toISOString()} title=${[settings.times !== "ago" && ago, clocks(t)].filter(Boolean).join(" · ")}>${text}</time>`;
 }
+/** Write an instant by the clock of this browser and by that of UTC. */
+export const clocks = (t) => (new Date(t).getTimezoneOffset() ? `${clockText(t, false)} local · ` : "") + clockText(t, true);
 const two = (n) => String(n).padStart(2, "0");
 /** Write an instant by the clock; the day too unless it is today. */
 export function clockText(t, utc = settings.times === "utc") {
@@ -527,7 +552,7 @@ export function useHistory(range, { queue, task } = {}) {
 
 /** Throughput and latency of everything, one queue or one task. */
 export function History({ queue, task }) {
-  const [range, setRange] = useState("1h");
+  const [range, setRange] = useParam("range", "1h", RANGES);
   const { data, error } = useHistory(range, { queue, task });
   const n = { "15m": 15, "1h": 60, "6h": 360, "24h": 1440, "7d": 168, "30d": 720 }[range];
   const step = data?.step ?? (n > 200 ? 3600 : 60);
@@ -600,19 +625,42 @@ export async function attempt(work, said) {
   }
 }
 
+/** Return whether something goes on, and what begins it: not a second time before it has ended. */
+function useOnce() {
+  const [busy, setBusy] = useState(false);
+  const now = useRef(false); // a second click comes before the first is drawn
+  return [busy, async (work) => {
+    if (now.current) return;
+    now.current = true;
+    setBusy(true);
+    try { await work(); } finally { now.current = false; setBusy(false); }
+  }];
+}
+
+/** A form in a dialog: its fields are the children. It is sent once, stays with its error, and closes after *onSend*, an async function, went well. */
+export function Form({ title, word, onSend, onClose, children }) {
+  const [busy, once] = useOnce();
+  const [error, setError] = useState(null);
+  const send = (event) => {
+    event.preventDefault();
+    once(async () => {
+      try { await onSend(); onClose(); } catch (problem) { setError(problem); }
+    });
+  };
+  return html`<${Dialog} label=${title} onClose=${onClose}><form class="stack" onSubmit=${send}><h2>${title}</h2>${children}<${Problem} error=${error} />
+    <div class="ends"><button type="button" onClick=${onClose}>Back</button><button class="primary" type="submit" disabled=${busy}>${word}</button></div></form><//>`;
+}
+
 /** A button of an action; where the person may not do it, it is disabled and says so. */
 export function Act({ action, run, said, again, children, kind = "", disabled = false, title }) {
-  const [busy, setBusy] = useState(false);
+  const [busy, once] = useOnce();
   const allowed = may(action);
-  const click = async () => {
-    setBusy(true);
-    try { if (await attempt(run, said)) again?.(); } finally { setBusy(false); }
-  };
+  const click = () => once(async () => (await attempt(run, said)) && again?.());
   return html`<button class=${kind} disabled=${!allowed || disabled || busy} title=${allowed ? title : "Your role does not allow this."} onClick=${click}>${children}</button>`;
 }
 
 const asked = { ...signal(), one: null };
-/** Ask for confirmation; returns whether it was given. *say*: what happens, with its count. */
+/** Ask for confirmation; returns whether it was given. *say*: what happens, with its count. The key Enter does no *danger*. */
 export const confirm = (title, say, word, { danger = true } = {}) => new Promise((answer) => {
   asked.one = { title, say, word, danger, answer };
   asked.emit();
@@ -633,7 +681,7 @@ function Confirmation() {
   if (!one) return null;
   const close = (value) => { asked.one = null; asked.emit(); one.answer(value); };
   return html`<${Dialog} label=${one.title} onClose=${() => close(false)}><div class="stack"><h2>${one.title}</h2><p class="muted">${one.say}</p>
-    <div class="ends"><button onClick=${() => close(false)}>Back</button><button class=${`primary${one.danger ? " danger" : ""}`} data-focus="" onClick=${() => close(true)}>${one.word}</button></div></div><//>`;
+    <div class="ends"><button data-focus=${one.danger ? "" : null} onClick=${() => close(false)}>Back</button><button class=${`primary${one.danger ? " danger" : ""}`} data-focus=${one.danger ? null : ""} onClick=${() => close(true)}>${one.word}</button></div></div><//>`;
 }
 
 // ---- overview -------------------------------------------------------------------------------------------------------
@@ -699,7 +747,7 @@ function Overview() {
         { name: "ready", title: "Ready", num: true, cell: (q) => html`<${Count} n=${q.ready} />` },
         { name: "leased", title: "Running", num: true, cell: (q) => html`<${Count} n=${q.leased} state="leased" />` },
         { name: "dead", title: "Dead", num: true, cell: (q) => html`<${Count} n=${q.dead} state="dead" />` },
-        { name: "oldest", title: "Oldest", num: true, tall: true, cell: (q) => (q.oldest_age == null ? html`<span class="zero">–</span>` : span(q.oldest_age * 1000)) },
+        { name: "oldest", title: "Oldest", kind: "mid", num: true, tall: true, cell: (q) => (q.oldest_age == null ? html`<span class="zero">–</span>` : span(q.oldest_age * 1000)) },
       ]} /><//>
     </div>`}`;
 }

@@ -17,7 +17,7 @@ function curve(from, to) {
   const down = 172;
   if (to === "waiting") return [`M${ax} ${ay + H / 2} C${ax} ${down} ${bx + 124} ${by + 6} ${bx + W / 2 + 8} ${by + 6}`, [(ax + bx) / 2, down - 6]];
   if (to === "scheduled") return [`M${ax} ${ay - H / 2} C${ax} ${by - 20} ${bx + 124} ${by - 6} ${bx + W / 2 + 8} ${by - 6}`, [(ax + bx) / 2, by - 14]];
-  return [`M${ax} ${ay + H / 2} C${ax} ${down} ${bx} ${down} ${bx} ${by + H / 2 + 8}`, [(ax + bx) / 2, down - 12]];
+  return [`M${ax} ${ay + H / 2} C${ax} ${down} ${bx} ${down} ${bx} ${by + H / 2 + 8}`, [(ax + bx) / 2, down - 2]];
 }
 /** Return the head of an arrow that ends a curve. */
 function arrow(d) {
@@ -72,7 +72,7 @@ export function Timeline({ attempts }) {
   const known = parts.filter((part) => part.began != null);
   const first = Math.min(...known.map((part) => part.from)), last = Math.max(...known.map((part) => part.ended ?? part.began));
   const wide = Math.max(1, last - first);
-  const place = (from, to) => ({ left: `${(100 * (from - first)) / wide}%`, width: `${(100 * (to - from)) / wide}%` });
+  const place = (from, to) => ({ left: `min(${(100 * (from - first)) / wide}%, calc(100% - 2px))`, width: `${(100 * (to - from)) / wide}%` });
   return html`<div class="timeline">${parts.map(({ one, began, ended, waits, whole, from }) => {
     let at = from;
     return html`<span class="nowrap">Attempt ${num(one.number)}</span>

@@ -1,16 +1,11 @@
 // Tables of limits and of groups, with what an operator may change.
-import { Act, Count, Dialog, Meter, Table, Time, api, attempt, html, may, num, queueHref, useState } from "../app.js";
+import { Act, Count, Form, Meter, Table, Time, api, html, may, num, queueHref, useState } from "../app.js";
 
 /** A form in a dialog that asks for one value. */
 export function Ask({ title, label, value, hint, word, onSend, onClose }) {
   const [text, setText] = useState(value);
-  const send = async (event) => {
-    event.preventDefault();
-    if (await attempt(() => onSend(text.trim()))) onClose();
-  };
-  return html`<${Dialog} label=${title} onClose=${onClose}><form class="stack" onSubmit=${send}><h2>${title}</h2>
-    <label class="field"><span>${label}</span><input data-focus="" value=${text} onInput=${(e) => setText(e.target.value)} /></label><p class="small muted">${hint}</p>
-    <div class="ends"><button type="button" onClick=${onClose}>Back</button><button class="primary" type="submit">${word}</button></div></form><//>`;
+  return html`<${Form} title=${title} word=${word} onSend=${() => onSend(text.trim())} onClose=${onClose}>
+    <label class="field"><span>${label}</span><input data-focus="" value=${text} onInput=${(e) => setText(e.target.value)} /></label><p class="small muted">${hint}</p><//>`;
 }
 
 /** Limits: how much of each is used, who waits, and whether an operator's number holds. */
@@ -22,7 +17,7 @@ export function LimitTable({ rows, again, queues = false }) {
     { name: "queue", title: "Queue", kind: "short", tall: true, hide: !queues, sort: (l) => l.queue, cell: (l) => html`<a title=${l.queue} href=${queueHref(l.queue)}>${l.queue}</a>` },
     { name: "limit", title: "Allows", num: true, tall: true, cell: (l) => l.limit },
     { name: "used", title: "Used", num: true, sort: (l) => l.used / (l.most || 1), cell: (l) => html`${num(l.used)}<span class="muted"> of ${num(l.most)}</span>` },
-    { name: "meter", title: "", tall: true, cell: (l) => html`<${Meter} used=${l.used} most=${l.most} state=${l.used >= l.most ? "warning" : "leased"} label=${`${l.used} of ${l.most} used`} />` },
+    { name: "meter", title: "", kind: "mid", tall: true, cell: (l) => html`<${Meter} used=${l.used} most=${l.most} state=${l.used >= l.most ? "warning" : "leased"} label=${`${l.used} of ${l.most} used`} />` },
     { name: "waiting", title: "Waiting", num: true, sort: (l) => l.waiting, cell: (l) => html`<${Count} n=${l.waiting} state="waiting" />` },
     { name: "opens", title: "Opens", tall: true, cell: (l) => html`<${Time} at=${l.opens_at} empty="" />` },
     { name: "actions", kind: "actions", cell: (l) => html`<button class="small" disabled=${!may("manage_limits")} onClick=${() => setEdited(l)}>Set</button> ${l.overridden && html`<${Act} action="manage_limits" kind="small" again=${again} run=${() => api.post("limits/reset", target(l))} said=${`${l.name} is what code says again.`}>Reset<//>`}` },

@@ -1,5 +1,5 @@
 // JSON and tracebacks as text. Numbers are never parsed: a browser would change those beyond 2^53.
-import { Icon, copy, html, num } from "../app.js";
+import { Icon, bytes, copy, html, num, shown } from "../app.js";
 
 /** Break JSON text into lines, without reading its values. Text that is no JSON stays as it is. */
 export function pretty(text) {
@@ -18,18 +18,21 @@ export function pretty(text) {
 }
 
 /** Text that is kept, with a button that copies it whole. */
-export const JsonText = ({ text, size, label }) => html`<div class="stack"><pre class="text" tabindex="0" role="group" aria-label=${label}>${pretty(text)}</pre><div class="row small muted"><button class="small" onClick=${() => copy(text)}><${Icon} name="copy" size=${13} />Copy</button>${size > text.length * 2 && html`<span>The first ${num(text.length)} characters of ${num(size)} bytes.</span>`}</div></div>`;
+export const JsonText = ({ text, size, label }) => html`<div class="stack"><pre class="text" tabindex="0" role="group" aria-label=${label}>${shown(pretty(text))}</pre><div class="row small muted"><button class="small" onClick=${() => copy(text)}><${Icon} name="copy" size=${13} />${text.endsWith("…") ? "Copy the beginning" : "Copy"}</button>${text.endsWith("…") && html`<span>The first ${num(text.length - 1)} characters of ${bytes(size)}.</span>`}</div></div>`;
 
-const frame = (one) => html`<div class=${one.own ? "user" : ""}><div class="where">${one.file}:${one.line} in ${one.function}</div>${one.code && html`<div class="code">${one.code}</div>`}</div>`;
+const frame = (one) => html`<div class=${one.own ? "user" : ""}><div class="where">${shown(one.file)}:${one.line} in ${shown(one.function)}</div>${one.code && html`<div class="code">${shown(one.code)}</div>`}</div>`;
+const MOST_FRAMES = 8;
+const folded = (list, of) => list.length > 0 && html`<details><summary>${list.length === 1 ? "1 frame" : `${num(list.length)} frames`} ${of}</summary>${list.map(frame)}</details>`;
 
 /** An error: its type and message, the frames of the program first, those of libraries folded. */
 export function Traceback({ error }) {
   const frames = error.frames ?? [];
-  const own = frames.filter((one) => one.own), others = frames.filter((one) => !one.own);
+  const [own, others] = [true, false].map((mine) => frames.filter((one) => Boolean(one.own) === mine).reverse());
+  const first = own.length ? own : others;
   return html`<div class="trace" role="group" tabindex="0" aria-label=${`Error of attempt ${error.attempt}`}>
-    <div class="last">${error.type}${error.message ? `: ${error.message}` : ""}</div>
-    ${[...own].reverse().map(frame)}
-    ${own.length > 0 && others.length > 0 && html`<details><summary>${others.length === 1 ? "1 frame" : `${num(others.length)} frames`} of libraries</summary>${[...others].reverse().map(frame)}</details>`}
-    ${own.length === 0 && [...others].reverse().map(frame)}
-    ${error.traceback && html`<details><summary>The whole traceback</summary><div>${error.traceback}</div><div><button class="small" onClick=${() => copy(error.traceback)}>Copy</button></div></details>`}</div>`;
+    <div class="last">${shown(error.type)}${error.message ? `: ${shown(error.message)}` : ""}</div>
+    ${first.slice(0, MOST_FRAMES).map(frame)}
+    ${folded(first.slice(MOST_FRAMES), "further out")}
+    ${own.length > 0 && folded(others, "of libraries")}
+    ${error.traceback && html`<details><summary>The whole traceback</summary><div>${shown(error.traceback)}</div><div><button class="small" onClick=${() => copy(error.traceback)}>Copy</button></div></details>`}</div>`;
 }

@@ -1,5 +1,5 @@
 // The table of workers.
-import { Act, Count, Dialog, Empty, Meter, Table, Time, api, confirm, html, num, queueHref, useState } from "../app.js";
+import { Act, Count, Dialog, Empty, Meter, Table, Time, api, confirm, html, jobsHref, num, queueHref, shown, term, useState } from "../app.js";
 
 const details = (about) => [about.version && `conveyor ${about.version}`, about.python && `Python ${about.python}`, about.build && `build ${about.build}`].filter(Boolean).join(" · ");
 
@@ -17,13 +17,13 @@ export function WorkerTable({ rows, again }) {
   return html`<${Table} label="Workers" rows=${rows} keyOf=${(w) => w.id} columns=${[
     { name: "worker", title: "Worker", sort: (w) => w.host, cell: (w) => html`<span class="name">${w.host}${w.pid ? `:${w.pid}` : ""}</span>${w.silent && html` <span class="tag dead">silent</span>`}${w.about?.quiet && html` <span class="tag warning">quiet</span>`}${(w.about?.labels ?? []).map((label) => html` <span class="tag">${label}</span>`)}<span class="sub clip">${details(w.about ?? {})}</span>` },
     { name: "queues", title: "Queues", kind: "wraps", tall: true, cell: (w) => (w.queues ?? (w.queue ? [w.queue] : [])).map((name, i) => html`${i ? ", " : ""}<a href=${queueHref(name)}>${name}</a>`) },
-    { name: "held", title: "Jobs", num: true, sort: (w) => w.held, cell: (w) => html`<${Count} n=${w.held} state="leased" />${w.about?.concurrency ? html`<span class="muted"> of ${num(w.about.concurrency)}</span>` : ""}` },
-    { name: "meter", title: "", tall: true, cell: (w) => w.about?.concurrency && html`<${Meter} used=${w.held} most=${w.about.concurrency} label=${`${w.held} of ${w.about.concurrency} slots used`} />` },
-    { name: "started", title: "Started", tall: true, cell: (w) => html`<${Time} at=${w.about?.started} />` },
+    { name: "held", title: "Jobs", num: true, sort: (w) => w.held, cell: (w) => html`<a href=${jobsHref(`state:leased ${term("worker", `${w.host}:${w.pid}`)}`)}><${Count} n=${w.held} state="leased" /></a>${w.about?.concurrency ? html`<span class="muted"> of ${num(w.about.concurrency)}</span>` : ""}` },
+    { name: "meter", title: "", kind: "mid", tall: true, cell: (w) => w.about?.concurrency && html`<${Meter} used=${w.held} most=${w.about.concurrency} label=${`${w.held} of ${w.about.concurrency} slots used`} />` },
+    { name: "started", title: "Started", kind: "mid", tall: true, cell: (w) => html`<${Time} at=${w.about?.started} />` },
     { name: "lease", title: "Lease ends", tall: true, cell: (w) => html`<${Time} at=${w.lease_ends} />` },
-    { name: "actions", kind: "actions tall", cell: (w) => html`<${Act} action="stop_workers" kind="small" again=${again} run=${() => api.post("workers/quiet", { id: w.id })} said=${`${w.host}:${w.pid} takes no more jobs.`}>Quiet<//> <${Act} action="stop_workers" kind="small" run=${() => dump(w)}>Stack<//> <${Act} action="stop_workers" kind="small danger" again=${again} run=${() => stop(w)}>Stop<//>` },
+    { name: "actions", kind: "actions", cell: (w) => html`<${Act} action="stop_workers" kind="small" again=${again} run=${() => api.post("workers/quiet", { id: w.id })} said=${`${w.host}:${w.pid} takes no more jobs.`}>Quiet<//> <${Act} action="stop_workers" kind="small" run=${() => dump(w)}>Stack<//> <${Act} action="stop_workers" kind="small danger" again=${again} run=${() => stop(w)}>Stop<//>` },
   ]} />
-  ${stack && html`<${Dialog} label=${stack.title} onClose=${() => setStack(null)}><div class="stack"><h2>${stack.title}</h2><pre class="text" tabindex="0">${stack.text}</pre><div class="ends"><button data-focus="" onClick=${() => setStack(null)}>Close</button></div></div><//>`}`;
+  ${stack && html`<${Dialog} label=${stack.title} onClose=${() => setStack(null)}><div class="stack"><h2>${stack.title}</h2><pre class="text" tabindex="0">${shown(stack.text)}</pre><div class="ends"><button data-focus="" onClick=${() => setStack(null)}>Close</button></div></div><//>`}`;
 }
 
 /** What to say where no worker is. */

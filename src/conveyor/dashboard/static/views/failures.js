@@ -1,5 +1,5 @@
 // Failures: what failed alike, over time. A cell opens its jobs; a group or a cell is retried or deleted as a whole.
-import { Act, Answer, Card, Empty, Head, Tabs, Time, clockText, html, jobHref, jobsHref, num, queueHref, span, useQuery, useState } from "../app.js";
+import { Act, Answer, Card, Empty, Head, Tabs, Time, clockText, html, jobHref, jobsHref, num, queueHref, shown, span, useParam, useQuery, useState } from "../app.js";
 import { Operations, actOnMatching } from "../parts/operations.js";
 
 const RANGES = [["1h", "1 h"], ["6h", "6 h"], ["24h", "24 h"], ["7d", "7 d"], ["30d", "30 d"]];
@@ -11,7 +11,7 @@ function Strip({ group, times, step, most, chosen, onChoose }) {
 }
 
 function Failures() {
-  const [range, setRange] = useState("24h");
+  const [range, setRange] = useParam("range", "24h", RANGES);
   const [cell, setCell] = useState(null);
   const answer = useQuery(`failures?range=${range}`, { every: 3000, hold: cell != null });
   const data = answer.data;
@@ -26,7 +26,7 @@ function Failures() {
         const mine = cell?.fingerprint === group.fingerprint ? cell.i : null;
         return html`<tr key=${group.fingerprint}>
           <td><a class="name" href=${jobsHref(group.filter)}>${group.task || "message"}</a> <a class="tag" href=${queueHref(group.queue)}>${group.queue}</a>
-            <span class="sub clip"><b>${group.type}</b>${group.message ? `: ${group.message}` : ""}</span>${group.frame && html`<span class="sub clip mono">${group.frame}</span>`}</td>
+            <span class="sub clip"><b>${shown(group.type)}</b>${group.message ? `: ${shown(group.message)}` : ""}</span>${group.frame && html`<span class="sub clip mono">${shown(group.frame)}</span>`}</td>
           <td class="num"><a href=${jobsHref(group.filter)}>${num(group.count)}</a></td>
           <td class="tall"><a class="quiet" href=${jobHref(group.id)}><${Time} at=${group.last} /></a></td>
           <td class="cells"><${Strip} group=${group} times=${data.times} step=${data.step} most=${most} chosen=${mine} onChoose=${(i) => setCell(mine === i ? null : { fingerprint: group.fingerprint, i })} /></td>

@@ -1,5 +1,5 @@
 // One job: why it waits or how it ended, its path and attempts, its error, arguments, logs and everything else that is known.
-import { Act, Answer, Card, Dialog, Elapsed, Empty, Head, Icon, Meter, State, Tabs, Time, api, attempt, confirm, copy, go, href, html, jobHref, jobsHref, linkHref, may, ms, num, percent, queueHref, span, term, toast, useEffect, useLive, useQuery, useRef, useState, Flags } from "../app.js";
+import { Act, Answer, Card, Elapsed, Empty, Form, Head, Icon, Meter, State, Tabs, Time, api, confirm, copy, go, href, html, jobHref, jobsHref, linkHref, live, may, ms, num, percent, queueHref, shown, span, term, toast, useEffect, useLive, useQuery, useRef, useState, Flags } from "../app.js";
 import { StateDiagram, Timeline } from "../parts/graph.js";
 import { Causes } from "./queues.js";
 import { JsonText, Traceback, pretty } from "../parts/text.js";
@@ -9,6 +9,7 @@ const BUTTONS = [
   ["rerun", "Run again", "enqueue_jobs", ""], ["delete", "Delete", "delete_jobs", "danger"],
 ];
 const SAID = { retried: "The job is ready again.", promoted: "The job is ready now.", cancelled: "The job is cancelled.", asked: "The worker was asked to stop the job.", deleted: "The job is deleted." };
+const FOLLOW_MS = 5000;
 const WAITING = ["position", "scheduled", "running", "ended", "rerun", "parent"];
 
 async function act(name, id) {
@@ -22,56 +23,54 @@ async function act(name, id) {
   if (name === "delete") go(href("jobs"));
 }
 
+/** Return JSON text as it is, or raise what is wrong with it. */
+function checked(text) {
+  try { JSON.parse(text); } catch (error) { throw new Error(`The arguments are no JSON: ${error.message}`); }
+  return text;
+}
+
 /** A dialog that changes a job that waits: its time, priority or arguments. */
 function Update({ job, onClose, again }) {
   const [delay, setDelay] = useState("");
   const [priority, setPriority] = useState(String(job.priority));
   const whole = job.payload && job.task && !job.payload.endsWith("…");
   const [args, setArgs] = useState(whole ? pretty(job.payload) : "");
-  const send = async (event) => {
-    event.preventDefault();
+  const send = async () => {
     const parts = [];
     if (delay.trim()) parts.push(`"delay": ${JSON.stringify(delay.trim())}`);
     if (Number(priority) !== job.priority) parts.push(`"priority": ${Number(priority)}`);
     if (whole && args !== pretty(job.payload)) {
-      try { JSON.parse(args); } catch (error) { toast(`The arguments are no JSON: ${error.message}`, { error: true }); return; }
-      parts.push(`"args": ${args}`);
+      parts.push(`"args": ${checked(args)}`);
     }
-    if (!parts.length) { onClose(); return; }
-    const change = async () => {
-      const found = await api.post("jobs/update", `{"id": ${JSON.stringify(job.id)}, "changes": {${parts.join(", ")}}}`);
-      if (!found.changed) throw new Error(found.detail);
-    };
-    if (await attempt(change, "The job is changed.")) { again(); onClose(); }
+    if (!parts.length) return;
+    const found = await api.post("jobs/update", `{"id": ${JSON.stringify(job.id)}, "changes": {${parts.join(", ")}}}`);
+    if (!found.changed) throw new Error(found.detail);
+    toast("The job is changed.");
+    again();
   };
-  return html`<${Dialog} label="Change the job" onClose=${onClose}><form class="stack" onSubmit=${send}><h2>Change the job</h2>
+  return html`<${Form} title="Change the job" word="Change it" onSend=${send} onClose=${onClose}>
     <label class="field"><span>Start in (10m, 2h, 1d; empty: as it is)</span><input value=${delay} onInput=${(e) => setDelay(e.target.value)} /></label>
     <label class="field"><span>Priority, 0 to 9, higher first</span><input type="number" min="0" max="9" value=${priority} onInput=${(e) => setPriority(e.target.value)} /></label>
-    ${whole && html`<label class="field"><span>Arguments, JSON${job.payload.includes("[redacted]") ? ". What is [redacted] stays as it is" : ""}</span><textarea spellcheck=${false} value=${args} onInput=${(e) => setArgs(e.target.value)}></textarea></label>`}
-    <div class="ends"><button type="button" onClick=${onClose}>Back</button><button class="primary" type="submit">Change it</button></div></form><//>`;
+    ${whole && html`<label class="field"><span>Arguments, JSON${job.payload.includes("[redacted]") ? ". What is [redacted] stays as it is" : ""}</span><textarea spellcheck=${false} value=${args} onInput=${(e) => setArgs(e.target.value)}></textarea></label>`}<//>`;
 }
 
 /** A dialog that enqueues the same task with arguments that can be edited. */
 function Duplicate({ job, onClose }) {
   const [args, setArgs] = useState(pretty(job.payload));
-  const send = async (event) => {
-    event.preventDefault();
-    try { JSON.parse(args); } catch (error) { toast(`The arguments are no JSON: ${error.message}`, { error: true }); return; }
-    await attempt(async () => {
-      const { id } = await api.post("enqueue", `{"task": ${JSON.stringify(job.task)}, "queue": ${JSON.stringify(job.queue)}, "kwargs": ${args}}`);
-      onClose();
-      go(jobHref(id));
-    }, "A new job is enqueued.");
+  const send = async () => {
+    const { id } = await api.post("enqueue", `{"task": ${JSON.stringify(job.task)}, "queue": ${JSON.stringify(job.queue)}, "kwargs": ${checked(args)}}`);
+    toast("A new job is enqueued.");
+    go(jobHref(id));
   };
-  return html`<${Dialog} label="Enqueue a copy" onClose=${onClose}><form class="stack" onSubmit=${send}><h2>Enqueue a copy of ${job.task}</h2>
-    <label class="field"><span>Arguments, JSON</span><textarea data-focus="" spellcheck=${false} value=${args} onInput=${(e) => setArgs(e.target.value)}></textarea></label>
-    <div class="ends"><button type="button" onClick=${onClose}>Back</button><button class="primary" type="submit">Enqueue</button></div></form><//>`;
+  return html`<${Form} title=${`Enqueue a copy of ${job.task}`} word="Enqueue" onSend=${send} onClose=${onClose}>
+    <label class="field"><span>Arguments, JSON</span><textarea data-focus="" spellcheck=${false} value=${args} onInput=${(e) => setArgs(e.target.value)}></textarea></label><//>`;
 }
 
 function Logs({ lines }) {
   const box = useRef(null);
-  useEffect(() => { box.current.scrollTop = box.current.scrollHeight; }, [lines.length]);
-  return html`<div class="log" ref=${box} tabindex="0" role="log" aria-label="Log lines">${lines.map((line) => html`<div class=${String(line.level).toLowerCase()}><time datetime=${line.at}>${new Date(ms(line.at)).toISOString().slice(11, 23)}</time>${line.level !== "INFO" ? `${line.level} ` : ""}${line.text ?? line.message}</div>`)}</div>`;
+  const last = useRef(true); // whoever reads an earlier line keeps it in sight
+  useEffect(() => { if (last.current) box.current.scrollTop = box.current.scrollHeight; }, [lines.at(-1)?.at, lines.length]);
+  return html`<div class="log" ref=${box} onScroll=${({ target }) => { last.current = target.scrollHeight - target.scrollTop - target.clientHeight < 24; }} tabindex="0" role="log" aria-label="Log lines">${lines.map((line) => html`<div class=${String(line.level).toLowerCase()}><time datetime=${line.at}>${new Date(ms(line.at)).toISOString().slice(11, 23)}</time>${line.level !== "INFO" ? `${line.level} ` : ""}${shown(line.text)}</div>`)}</div>`;
 }
 
 function Facts({ job, doc }) {
@@ -93,18 +92,20 @@ function Facts({ job, doc }) {
     job.limits?.length > 0 && ["Limits", html`<a href=${href("limits")}>${job.limits.join(", ")}</a>`],
     job.tags?.length > 0 && ["Tags", job.tags.map((tag) => html`<a class="tag" href=${jobsHref(term("tag", tag))}>${tag}</a> `)],
     job.reason && ["Reason", job.reason],
-    ...Object.entries(job.headers ?? {}).map(([name, value]) => [name, html`<span class="mono">${value}</span>`]),
+    ...Object.entries(job.headers ?? {}).map(([name, value]) => [name, html`<span class="mono">${shown(value)}</span>`]),
   ].filter(Boolean);
-  return html`<${Card} title="Facts"><dl class="facts">${facts.map(([name, value]) => html`<dt>${name}</dt><dd>${value}</dd>`)}</dl>${doc.copy && html`<div class="row" style=${{ marginTop: "16px" }}>${doc.copy.python && html`<button class="small" onClick=${() => copy(doc.copy.python)}>Copy as Python</button>`}${doc.copy.command && html`<button class="small" onClick=${() => copy(doc.copy.command)}>Copy as command</button>`}</div>`}<//>`;
+  return html`<${Card} title="Facts"><dl class="facts">${facts.map(([name, value]) => html`<dt>${name}</dt><dd>${value}</dd>`)}</dl>${(doc.copy?.python || doc.copy?.command) && html`<div class="row" style=${{ marginTop: "16px" }}>${doc.copy.python && html`<button class="small" onClick=${() => copy(doc.copy.python)}>Copy as Python</button>`}${doc.copy.command && html`<button class="small" onClick=${() => copy(doc.copy.command)}>Copy as command</button>`}</div>`}<//>`;
 }
 
 function Attempts({ doc }) {
   const [at, setAt] = useState(null);
-  const errors = doc.job.errors ?? [];
-  const shown = errors[at ?? errors.length - 1];
+  const all = doc.job.errors ?? [];
+  // A job that was given up as poison has its last crash twice: as it was, and in what is said of all of them.
+  const errors = all.filter((error, i) => !(all[i + 1]?.type === "crashed" && all[i + 1].attempt === error.attempt));
+  const one = errors[at ?? errors.length - 1];
   return html`${doc.attempts?.length > 0 && html`<${Card} title="Attempts"><${Timeline} attempts=${doc.attempts} /><//>`}
-    ${shown && html`<${Card} title=${errors.length > 1 ? "Errors" : "Error"} side=${errors.length > 1 && html`<${Tabs} label="Attempt" options=${errors.slice(-8).map((error) => [errors.indexOf(error), String(error.attempt)])} value=${at ?? errors.length - 1} onChoose=${setAt} />`}>
-      <div class="stack"><p class="small muted">Attempt ${num(shown.attempt)}, <${Time} at=${shown.at} />${shown.worker ? html` on ${shown.worker}` : ""}. <a href=${jobsHref(`state:dead ${term("error", shown.type)}${doc.job.task ? ` ${term("task", doc.job.task)}` : ""}`)}>Jobs that failed alike</a></p><${Traceback} error=${shown} /></div><//>`}`;
+    ${one && html`<${Card} title=${errors.length > 1 ? "Errors" : "Error"} side=${errors.length > 1 && html`<${Tabs} label="Attempt" options=${errors.slice(-8).map((error) => [errors.indexOf(error), String(error.attempt)])} value=${at ?? errors.length - 1} onChoose=${setAt} />`}>
+      <div class="stack"><p class="small muted">Attempt ${num(one.attempt)}, <${Time} at=${one.at} />${one.worker ? html` on ${one.worker}` : ""}. <a href=${jobsHref(`state:dead ${term("error", one.type)}${doc.job.task ? ` ${term("task", doc.job.task)}` : ""}`)}>Jobs that failed alike</a></p><${Traceback} error=${one} /></div><//>`}`;
 }
 
 function Job({ route }) {
@@ -114,15 +115,23 @@ function Job({ route }) {
   const flags = (useLive()?.flags ?? []).filter((flag) => flag.links?.some((link) => link.page === "job" && link.id === id));
   const job = answer.data?.job;
   const can = answer.data?.actions ?? [];
+  const running = job?.state === "leased";
+  useEffect(() => { // its worker sends the lines of a job that is looked at as they come
+    if (!running || !may("view_payloads")) return undefined;
+    const follow = () => document.hidden || live.state !== "live" || api.get(`job/logs?id=${encodeURIComponent(id)}`).catch(() => {});
+    follow();
+    const timer = setInterval(follow, FOLLOW_MS);
+    return () => clearInterval(timer);
+  }, [running]);
   const title = job ? job.task || (job.task === "" ? "Message" : "Job") : "Job";
-  return html`<${Head} title=${title} crumb=${html`<a href=${href("jobs")}>Jobs</a>${job && html` / <a href=${queueHref(job.queue)}>${job.queue}</a>`}`} sub=${job && html`<span class="row"><${State} value=${job.state} /><span class="mono">${job.id}</span><button class="plain icon small" aria-label="Copy the id" onClick=${() => copy(job.id)}><${Icon} name="copy" size=${13} /></button></span>`}>
+  return html`<${Head} title=${title} crumb=${html`<a href=${href("jobs")}>Jobs</a>${job && html` / <a href=${queueHref(job.queue)}>${job.queue}</a>`}`} sub=${job && html`<span class="row"><${State} value=${job.state} /><span class="id"><span class="mono">${shown(job.id)}</span><button class="plain icon small" aria-label="Copy the id" onClick=${() => copy(job.id)}><${Icon} name="copy" size=${13} /></button></span></span>`}>
       ${BUTTONS.filter(([name]) => can.includes(name)).map(([name, word, permission, kind]) => html`<${Act} action=${permission} kind=${kind} again=${answer.again} run=${() => act(name, id)}>${word}<//>`)}
       ${can.includes("update") && html`<button disabled=${!may("edit_jobs")} onClick=${() => setDialog("update")}>Change …</button>`}
       ${job?.task && job.payload && !job.payload.endsWith("…") && html`<button disabled=${!may("enqueue_jobs")} onClick=${() => setDialog("duplicate")}>Duplicate …</button>`}<//>
     ${answer.error?.status === 404 ? html`<${Card}><${Empty} title="No such job">${answer.error.message}<//><//>` : html`<${Answer} of=${answer}>${(doc) => html`
       ${flags.length > 0 && html`<${Flags} list=${flags} />`}
-      ${doc.why && html`<section class="card" aria-label="Why"><div class="why" data-state=${WAITING.includes(doc.why.kind) ? (doc.why.kind === "ended" ? job.state : "leased") : "warning"}><span class="clamp">${doc.why.sentence}</span>${(doc.why.links ?? []).length > 0 && html` <span class="small">${doc.why.links.map((link) => html`<a href=${linkHref(link)}>${link.name ?? link.id ?? link.page}</a> `)}</span>`}</div>${doc.why.also?.length > 0 && html`<div class="notices"><${Causes} list=${doc.why.also} /></div>`}</section>`}
-      ${doc.progress && html`<${Card} title="Progress" side=${html`<span class="muted">${doc.progress.total ? percent(doc.progress.done, doc.progress.total) : ""}</span>`}><div class="stack"><${Meter} used=${doc.progress.done} most=${doc.progress.total} /><span class="small muted">${num(doc.progress.done)}${doc.progress.total ? ` of ${num(doc.progress.total)}` : ""}${doc.progress.text ? ` · ${doc.progress.text}` : ""}</span></div><//>`}
+      ${doc.why && html`<section class="card" aria-label="Why"><div class="why" data-state=${WAITING.includes(doc.why.kind) ? (doc.why.kind === "ended" ? job.state : "leased") : "warning"}><span class="clamp">${doc.why.sentence}</span>${(doc.why.links ?? []).length > 0 && html`<div class="small">${doc.why.links.map((link) => html`<a href=${linkHref(link)}>${link.name ?? link.id ?? link.page}</a> `)}</div>`}</div>${doc.why.also?.length > 0 && html`<div class="notices"><${Causes} list=${doc.why.also} /></div>`}</section>`}
+      ${doc.progress && html`<${Card} title="Progress" side=${html`<span class="muted">${doc.progress.total ? percent(doc.progress.done, doc.progress.total) : ""}</span>`}><div class="stack"><${Meter} used=${doc.progress.done} most=${doc.progress.total} /><span class="small muted">${num(doc.progress.done)}${doc.progress.total ? ` of ${num(doc.progress.total)}` : ""}${doc.progress.text ? ` · ${shown(doc.progress.text)}` : ""}</span></div><//>`}
       <div class="grid-main"><div class="page">
         <${Card} title="Path"><div class="scroll" tabindex="0" role="group" aria-label="Path"><${StateDiagram} path=${doc.path ?? [job.state]} /></div><//>
         <${Attempts} doc=${doc} />
@@ -131,8 +140,8 @@ function Job({ route }) {
         ${doc.logs?.length > 0 && html`<${Card} title="Log"><${Logs} lines=${doc.logs} /><//>`}
       </div><div class="page">
         <${Facts} job=${job} doc=${doc} />
-        ${doc.notes && Object.keys(doc.notes).length > 0 && html`<${Card} title="Notes"><dl class="facts">${Object.entries(doc.notes).map(([name, value]) => html`<dt>${name}</dt><dd class="mono">${typeof value === "string" ? value : JSON.stringify(value)}</dd>`)}</dl><//>`}
-        ${doc.history?.length > 0 && html`<${Card} title="History"><dl class="facts">${[...doc.history].reverse().map((entry) => html`<dt><${Time} at=${entry.at} /></dt><dd><span class="clamp" title=${entry.reason || null}>${entry.state}${entry.reason ? `: ${entry.reason}` : ""}</span>${entry.by ? html` <span class="muted">by ${entry.by}</span>` : ""}${entry.worker ? html` <span class="muted">${entry.worker}</span>` : ""}</dd>`)}</dl><//>`}
+        ${doc.notes && Object.keys(doc.notes).length > 0 && html`<${Card} title="Notes"><dl class="facts">${Object.entries(doc.notes).map(([name, value]) => html`<dt>${name}</dt><dd class="mono">${shown(typeof value === "string" ? value : JSON.stringify(value))}</dd>`)}</dl><//>`}
+        ${doc.history?.length > 0 && html`<${Card} title="History"><dl class="facts">${[...doc.history].reverse().map((entry) => html`<dt><${Time} at=${entry.at} /></dt><dd><span class="clamp" title=${entry.reason || null}>${entry.reason?.startsWith(`${entry.state}:`) ? "" : entry.state + (entry.reason ? ": " : "")}${shown(entry.reason)}</span>${entry.by ? html` <span class="muted">by ${entry.by}</span>` : ""}${entry.worker ? html` <span class="muted">${entry.worker}</span>` : ""}</dd>`)}</dl><//>`}
       </div></div>
       ${dialog === "update" && html`<${Update} job=${job} again=${answer.again} onClose=${() => setDialog("")} />`}
       ${dialog === "duplicate" && html`<${Duplicate} job=${job} onClose=${() => setDialog("")} />`}`}<//>`}`;

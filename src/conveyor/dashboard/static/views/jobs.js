@@ -1,7 +1,8 @@
 // The list of jobs: filter bar, tabs of states, choosing, and actions on what is chosen or on all that match.
-import { Answer, Card, Count, Empty, Head, Icon, Meter, State, Table, Time, api, attempt, go, href, html, jobHref, live, num, query, queueHref, shortId, span, stateWord, term, useEffect, useMemo, useQuery, useRef, useState } from "../app.js";
+import { Answer, Card, Count, Empty, Head, Icon, Meter, State, Table, Time, api, attempt, go, href, html, jobHref, live, num, query, queueHref, shortId, shown, span, stateWord, term, useEffect, useMemo, useQuery, useRef, useState } from "../app.js";
 import { ActionBar, Operations } from "../parts/operations.js";
 
+const PAGE = 50, MOST_LOOKED = 10_000;
 const TABS = ["ready", "leased", "scheduled", "waiting", "dead", "done"];
 const WORDS = {
   "state:": "ready, leased, scheduled, waiting, dead, done",
@@ -64,10 +65,10 @@ function FilterBar({ value, error }) {
         onInput=${(e) => { setText(e.target.value); setOpen(true); setAt(-1); }} onFocus=${() => setOpen(true)} onBlur=${() => setTimeout(() => setOpen(false), 150)} onKeyDown=${key} />
       ${list.length > 0 && html`<ul class="completions" id="completions" role="listbox" aria-label="Completions">${list.map((one, i) => html`<li id=${`completion-${i}`} role="option" aria-selected=${String(i === at)} onMouseDown=${(e) => { e.preventDefault(); take(one); }}><code>${one[0]}</code><span class="muted">${one[1]}</span></li>`)}</ul>`}
     </div>
-    ${error && html`<div class="problem" role="alert">${error.position != null && html`<pre>${value}\n${" ".repeat(error.position)}^</pre>`}${error.message}</div>`}</form>`;
+    ${error && html`<div class="problem" role="alert">${error.position != null && html`<pre>${`${value}\n${" ".repeat(error.position)}^`}</pre>`}${error.message}</div>`}</form>`;
 }
 
-const subline = (job) => (job.error ? html`<span class="sub clip"><b>${job.error.type}</b>${job.error.message ? `: ${job.error.message}` : ""}</span>` : job.args ? html`<span class="sub clip mono">${job.args}</span>` : job.hidden ? html`<span class="sub">arguments are hidden from your role</span>` : "");
+const subline = (job) => (job.error ? html`<span class="sub clip"><b>${shown(job.error.type)}</b>${job.error.message ? `: ${shown(job.error.message)}` : ""}</span>` : job.args ? html`<span class="sub clip mono">${shown(job.args)}</span>` : job.hidden ? html`<span class="sub">arguments are hidden from your role</span>` : "");
 const when = (job) => (job.state === "scheduled" ? job.due : job.since ?? job.ended ?? job.enqueued);
 
 /** Return the columns of a list of jobs in *state*; those that can be in no row are left out. */
@@ -76,11 +77,26 @@ const columnsOf = (state) => [
   { name: "task", title: "Job", kind: "wide", cell: (job) => html`<a class="name" href=${jobHref(job.id)}>${job.task === "" ? "message" : job.task ?? "unknown"}</a>${subline(job)}` },
   { name: "id", title: "Id", tall: true, cell: (job) => html`<a class="quiet muted mono nowrap" href=${jobHref(job.id)} title=${job.id}>${shortId(job.id)}</a>` },
   { name: "queue", title: "Queue", kind: "short", tall: true, cell: (job) => html`<a class="quiet" title=${job.queue} href=${queueHref(job.queue)}>${job.queue}</a>` },
-  { name: "tags", title: "Tags", kind: "short", tall: true, cell: (job) => (job.tags ?? []).slice(0, 2).map((tag) => html`<a class="tag" href=${href("jobs", { filter: term("tag", tag) })}>${tag}</a> `) },
+  { name: "tags", title: "Tags", kind: "short mid", tall: true, cell: (job) => (job.tags ?? []).slice(0, 2).map((tag) => html`<a class="tag" href=${href("jobs", { filter: term("tag", tag) })}>${tag}</a> `) },
   { name: "attempt", title: "Attempt", num: true, tall: true, cell: (job) => html`<${Count} n=${job.attempt} />` },
   { name: "progress", title: "Progress", tall: true, hide: ["ready", "scheduled", "waiting", "dead"].includes(state), cell: (job) => (job.progress?.total ? html`<${Meter} used=${job.progress.done} most=${job.progress.total} label=${`${job.progress.done} of ${job.progress.total} ${job.progress.text ?? ""}`} />` : job.ran_ms != null ? html`<span class="muted">${span(job.ran_ms)}</span>` : "") },
   { name: "when", title: "When", num: true, cell: (job) => html`<${Time} at=${when(job)} />` },
 ];
+
+/**
+ * Return a page of *path*. One call of the server searches for some milliseconds: it is asked again until a page is full, or has been
+ * looked for in enough jobs.
+ */
+async function searched(path, show) {
+  let page = await api.get(path);
+  while (page.next && page.jobs.length < PAGE && page.looked < MOST_LOOKED) {
+    show(page);
+    const more = await api.get(`${path}&cursor=${encodeURIComponent(page.next)}`);
+    const looked = page.looked + more.looked;
+    page = { ...more, looked, jobs: [...page.jobs, ...more.jobs], footer: more.footer && `Searched ${num(looked)} of ${num(more.total)} jobs.` };
+  }
+  return page;
+}
 
 function Jobs({ route }) {
   const filter = route.query.filter ?? "";
@@ -90,7 +106,7 @@ function Jobs({ route }) {
   const [all, setAll] = useState(false);
   const [more, setMore] = useState({ pages: [], next: undefined });
   const [over, setOver] = useState(false);
-  const answer = useQuery(`jobs${query({ filter, limit: 50 })}`, { hold: chosen.size > 0 || all || over || more.pages.length > 0 });
+  const answer = useQuery(`jobs${query({ filter, limit: PAGE })}`, { load: searched, hold: chosen.size > 0 || all || over || more.pages.length > 0 });
   const counts = useQuery(`jobs/counts${query({ queue: queue.includes("*") ? "" : queue })}`, { every: 3000 });
   const matching = useQuery(filter && (chosen.size > 0 || all) ? `jobs/matching${query({ filter })}` : null, { every: 60000 });
   useEffect(() => { setChosen(new Set()); setAll(false); setMore({ pages: [], next: undefined }); }, [filter]);
@@ -98,7 +114,7 @@ function Jobs({ route }) {
   const next = more.next === undefined ? answer.data?.next : more.next;
   const tab = (name) => href("jobs", { filter: [name && `state:${name}`, without(filter, "state:")].filter(Boolean).join(" ") });
   const fetchMore = () => attempt(async () => {
-    const page = await api.get(`jobs${query({ filter, limit: 50, cursor: next })}`);
+    const page = await api.get(`jobs${query({ filter, limit: PAGE, cursor: next })}`);
     setMore({ pages: [...more.pages, page.jobs], next: page.next ?? null });
   });
   const clear = () => { setChosen(new Set()); setAll(false); };

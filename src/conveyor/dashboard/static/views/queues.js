@@ -1,5 +1,5 @@
 // The list of queues, and one queue.
-import { Act, Answer, Card, Count, Empty, Flags, Head, History, Icon, Meter, Spark, Table, api, confirm, go, href, html, jobsHref, linkHref, num, queueHref, rate, since, span, term, toast, useLive, useQuery, useState } from "../app.js";
+import { Act, Answer, Card, Count, Empty, Flags, Head, History, Icon, Meter, Spark, Table, api, confirm, go, href, html, jobsHref, linkHref, num, queueHref, rate, since, span, term, toast, useLive, useParam, useQuery } from "../app.js";
 import { GroupTable, LimitTable } from "../parts/limits.js";
 import { WorkerTable } from "../parts/workers.js";
 
@@ -10,9 +10,9 @@ const age = (q) => (q.oldest_age == null ? html`<span class="zero">–</span>` :
 /** What is unusual about a queue, in a word each. */
 export const Marks = ({ q }) => html`${q.paused && html` <span class="tag warning">paused</span>`}${q.stranded && !q.paused && html` <span class="tag dead">no worker</span>`}${q.unplaced > 0 && html` <span class="tag dead">${num(q.unplaced)} unplaced</span>`}${q.unanswered?.length > 0 && html` <span class="tag dead">no answer</span>`}${q.blocked > 0 && html` <span class="tag warning">${num(q.blocked)} producers wait</span>`}`;
 
-const pauseOrResume = (q, again) => (q.paused
-  ? html`<${Act} action="pause_queues" kind="small" again=${again} run=${() => api.post("queues/resume", { queue: q.name })} said=${`${q.name} is resumed.`}><${Icon} name="play" size=${13} />Resume<//>`
-  : html`<${Act} action="pause_queues" kind="small" again=${again} run=${() => api.post("queues/pause", { queue: q.name })} said=${`${q.name} is paused: workers take nothing more from it.`}><${Icon} name="pause" size=${13} />Pause<//>`);
+const pauseOrResume = (q, again, kind = "") => (q.paused
+  ? html`<${Act} action="pause_queues" kind=${kind} again=${again} run=${() => api.post("queues/resume", { queue: q.name })} said=${`${q.name} is resumed.`}><${Icon} name="play" size=${13} />Resume<//>`
+  : html`<${Act} action="pause_queues" kind=${kind} again=${again} run=${() => api.post("queues/pause", { queue: q.name })} said=${`${q.name} is paused: workers take nothing more from it.`}><${Icon} name="pause" size=${13} />Pause<//>`);
 
 const COLUMNS = (again) => [
   { name: "name", title: "Queue", sort: (q) => q.name, cell: (q) => html`<a class="name" href=${queueHref(q.name)}>${q.name}</a><${Marks} q=${q} />` },
@@ -23,16 +23,16 @@ const COLUMNS = (again) => [
   { name: "dead", title: "Dead", num: true, sort: (q) => q.dead, cell: (q) => html`<${Count} n=${q.dead} state="dead" />` },
   { name: "oldest", title: "Oldest", num: true, tall: true, sort: (q) => q.oldest_age, cell: age },
   { name: "rate", title: "Done/s", num: true, tall: true, sort: (q) => perSecond(recent(q)), cell: (q) => rate(perSecond(recent(q))) },
-  { name: "spark", title: "5 min", tall: true, cell: (q) => html`<${Spark} values=${recent(q)} width=${72} label=${`Done in the last minutes: ${recent(q).join(", ")}`} state="done" />` },
+  { name: "spark", title: "5 min", kind: "mid", tall: true, cell: (q) => html`<${Spark} values=${recent(q)} width=${72} label=${`Done in the last minutes: ${recent(q).join(", ")}`} state="done" />` },
   { name: "workers", title: "Workers", num: true, tall: true, sort: (q) => q.workers, cell: (q) => html`<${Count} n=${q.workers} />` },
-  { name: "actions", kind: "actions tall", cell: (q) => pauseOrResume(q, again) },
+  { name: "actions", kind: "actions tall", cell: (q) => pauseOrResume(q, again, "small") },
 ];
 
 const ORDERS = [["name", "by name"], ["ready", "most ready"], ["dead", "most dead"], ["oldest_age", "oldest job"]];
 
 function Queues() {
-  const [text, setText] = useState("");
-  const [order, setOrder] = useState("name");
+  const [text, setText] = useParam("q", "");
+  const [order, setOrder] = useParam("sort", "name", ORDERS);
   const answer = useQuery(`queues?limit=100&sort=${order}${text ? `&q=${encodeURIComponent(text)}` : ""}`);
   const many = answer.data?.total > 100;
   return html`<${Head} title="Queues">${many && html`<select aria-label="Order" value=${order} onChange=${(e) => setOrder(e.target.value)}>${ORDERS.map(([value, said]) => html`<option value=${value}>${said}</option>`)}</select>`}<input type="search" aria-label="Names that contain" placeholder="Filter by name" value=${text} onInput=${(e) => setText(e.target.value)} /><//>
@@ -71,12 +71,12 @@ function Queue({ route }) {
   };
   return html`<${Head} title=${name} crumb=${html`<a href=${href("queues")}>Queues</a>`} sub=${q && html`<${Marks} q=${q} />${q.partitions > 1 ? ` ${q.partitions} partitions` : ""}${q.max_length ? ` at most ${num(q.max_length)} jobs` : ""}`}>
       ${q && html`${pauseOrResume(q, answer.again)}
-        <${Act} ...${act} action="retry_jobs" kind="small" disabled=${!q.dead} run=${redrive}>Retry dead<//>
-        ${q.unplaced > 0 && html`<${Act} ...${act} action="retry_jobs" kind="small" run=${() => api.post("queues/repair", { queue: name })} said=${(a) => `${num(a.repaired)} jobs are back in their place.`}>Repair<//>`}
-        <${Act} ...${act} action="purge_queues" kind="small danger" disabled=${!q.dead} run=${() => purge(true)}>Delete dead<//>
-        <${Act} ...${act} action="purge_queues" kind="small danger" disabled=${!(q.ready + q.scheduled + q.waiting)} run=${() => purge(false)}>Purge<//>
-        <${Act} ...${act} action="purge_queues" kind="small danger" disabled=${q.ready + q.scheduled + q.waiting + q.leased + q.dead > 0} run=${remove}>Delete<//>`}<//>
-    <${Answer} of=${answer}>${(data) => html`
+        <${Act} ...${act} action="retry_jobs" disabled=${!q.dead} run=${redrive}>Retry dead<//>
+        ${q.unplaced > 0 && html`<${Act} ...${act} action="retry_jobs" run=${() => api.post("queues/repair", { queue: name })} said=${(a) => `${num(a.repaired)} jobs are back in their place.`}>Repair<//>`}
+        <${Act} ...${act} action="purge_queues" kind="danger" disabled=${!q.dead} run=${() => purge(true)}>Delete dead<//>
+        <${Act} ...${act} action="purge_queues" kind="danger" disabled=${!(q.ready + q.scheduled + q.waiting)} run=${() => purge(false)}>Purge<//>
+        <${Act} ...${act} action="purge_queues" kind="danger" disabled=${q.ready + q.scheduled + q.waiting + q.leased + q.dead > 0} run=${remove}>Delete<//>`}<//>
+    ${answer.error?.status === 404 ? html`<${Card}><${Empty} title="No such queue">${answer.error.message} <a href=${href("queues")}>All queues</a><//><//>` : html`<${Answer} of=${answer}>${(data) => html`
       <div class="tiles few">
         ${[["ready", "Ready"], ["leased", "Running"], ["scheduled", "Scheduled"], ["waiting", "Waiting"], ["dead", "Dead"]].map(([state, text]) => html`<a class=${`tile${state === "dead" && q.dead ? " bad" : ""}`} href=${jobsHref(`${term("queue", name)} state:${state}`)}><span class="label"><i class="dot" data-state=${state}></i>${text}</span><div class="value">${num(q[state])}</div></a>`)}
         <div class="tile"><span class="label">Oldest ready</span><div class="value">${age(q)}</div></div>
@@ -90,7 +90,7 @@ function Queue({ route }) {
       <${Card} title="Workers" body=${false}>${data.workers.length ? html`<${WorkerTable} rows=${data.workers} again=${answer.again} />` : html`<${Empty} title="No worker serves this queue" code=${`conveyor worker -q ${name}`}>Jobs stay safe in the queue until one starts.<//>`}<//>
       ${data.limits.length > 0 && html`<${Card} title="Limits" body=${false}><${LimitTable} rows=${data.limits} again=${answer.again} /><//>`}
       ${data.groups.length > 0 && html`<${Card} title="Groups" body=${false}><${GroupTable} rows=${data.groups} again=${answer.again} /><//>`}
-    `}<//>`;
+    `}<//>`}`;
 }
 
 export const pages = { queues: Queues, queue: Queue };
