@@ -172,6 +172,28 @@ def test_a_job_that_does_not_wait(app: Conveyor, queue: str) -> None:
     worker.leave()
 
 
+def test_a_job_whose_worker_is_gone(app: Conveyor, queue: str) -> None:
+    """A job whose worker's lease has ended is not said to run calmly: since when, and whether another worker is there to start it."""
+    worker = ServingWorker(app, queue, ("mail.send",))
+    job = send(app)
+    worker.take(1)
+    keys = app.client.keys(queue)
+    assert job.why().seen is None
+
+    app.client.execute("ZADD", keys.workers, "XX", 1_700_000_000_000, worker.worker, key=keys.workers)
+    gone = job.why()
+    assert (gone.kind, [one.kind for one in gone.also]) == ("running", ["no-worker"])
+    assert gone.seen == datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC)
+    assert "web-3:4711 has it, since 20" in str(gone)
+    assert "has died or hangs: its lease ended at 2023-11-14 22:13:20 UTC" in str(gone)
+    assert str(gone.also[0]) == "No worker serves queue 'mail'."
+
+    another = ServingWorker(app, queue, ("mail.send",))
+    assert job.why().also == ()
+    another.leave()
+    worker.leave()
+
+
 def test_the_awaitable_twin_and_an_own_id(app: Conveyor, queue: str) -> None:
     """`awhy` says what `why` does, also of an id that does not name its queue."""
     job = send(app, id="order-7")
@@ -294,7 +316,12 @@ def test_causes_of_a_queue_of_groups(app: Conveyor, queue: str) -> None:
         ("group-paused", "acme", 2), ("limit", "api", 2), ("unknown-task", "mail.send", 2),
     ]  # fmt: skip
     assert str(causes[0]) == "Group 'acme' is paused: 2 jobs wait."
-    assert str(causes[1]) == "Limit 'api' is full: 2 jobs wait."
+    assert causes[1].opens_at is not None
+    assert causes[1].at is not None
+    assert 0 < (causes[1].opens_at - causes[1].at).total_seconds() <= 3600
+    assert str(causes[1]).startswith(
+        f"Limit 'api' is full: 2 jobs wait, opens at {causes[1].opens_at:%Y-%m-%d %H:%M:%S} UTC (in "
+    )
     assert causes[2].looked == 2
 
     end(worker, id_)

@@ -69,7 +69,7 @@ from conveyor.errors import (
 )
 from conveyor.ids import clean, label_text, logical, made_at_ms, public, queue_name, split
 from conveyor.jobs.history import HistoryEntry, ended_history, live_history
-from conveyor.jobs.why import QueueCause, Why, explain, queue_causes
+from conveyor.jobs.why import QueueCause, Why, explain, queue_causes, with_openings
 from conveyor.messaging.partitions import refuse_full
 from conveyor.payload.formats import JSON, FormatRegistry
 from conveyor.payload.live_records import LogLine
@@ -431,8 +431,9 @@ class Admin:
 
     def causes(self, name: str, waiting: int | None = None) -> list[QueueCause]:
         """
-        Return why jobs of a queue wait, in the order in which a lease meets the causes; one call for each partition.
+        Return why jobs of a queue wait, in the order in which a lease meets the causes.
 
+        One call for each partition, and where a limit is full one more that reads when it opens.
         *waiting*: how many are ready or wait, where that is known. Raises QueueNotFound.
         """
         if waiting is None:
@@ -441,7 +442,17 @@ class Admin:
         answers = [
             self._ask(part, inspection.queue_causes(self._keys(part))) for part in self._directory.partition_names(name)
         ]
-        return queue_causes(name, waiting, [facts for facts in answers if facts is not None])
+        found = queue_causes(name, waiting, [facts for facts in answers if facts is not None])
+        if not any(one.kind == "limit" for one in found):
+            return found
+        from conveyor.messaging.limit_control import LimitControl
+
+        try:
+            limits = LimitControl(self.client).list(name)
+        except StoreUnavailable:  # of a partition; the causes at the others stand
+            return found
+        keyed = {one.name if one.key is None else f"{one.name}:{one.key}": one.opens_at for one in limits}
+        return with_openings(found, keyed)
 
     def pause(self, name: str) -> None:
         """Pause a queue: workers lease nothing more from it. Jobs that run are not affected."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Literal
 
@@ -42,8 +42,8 @@ class Why(msgspec.Struct, frozen=True):
     `opens_at`: when it is over by itself. `ahead` of `total` jobs are leased before it, at a limit groups; at least so many
     where `exact` is false. `used` of `most` slots or starts of the limit are in use. `behind`: the job of the group that comes
     first, whose status is `behind_status`. `estimate`: seconds until its turn at the
-    present rate, None where nothing ended lately. `seen`, `seen_name`: when a worker that knew the task was last seen. `since`:
-    since when it runs. `error`: of its last attempt.
+    present rate, None where nothing ended lately. `seen`, `seen_name`: when a worker that knew the task was last seen; of a job
+    that runs, when the lease of its worker ended, None while it holds. `since`: since when it runs. `error`: of its last attempt.
     """
 
     kind: Cause
@@ -87,9 +87,11 @@ def explain(status: Status, queue: str, facts: WaitFacts, decoder: RecordDecoder
         return replace(base, error=_last_error(row, queue, decoder), attempt=row.state.starts)
     if status == "leased":
         host, pid = row.about.get("host"), row.about.get("pid")
+        serving = facts.workers if base.task else facts.consumers
         return replace(
-            base, kind="running", name=f"{host}:{pid}" if pid else row.extra,
-            since=instant_or_none(row.leased_ms),
+            base, kind="running", name=f"{host}:{pid}" if pid else row.extra, since=instant_or_none(row.leased_ms),
+            seen=instant_or_none(facts.lease_ended),
+            also=(replace(base, kind="no-worker", name=queue),) if facts.lease_ended and not serving else (),
         )  # fmt: skip
     if status == "waiting" and row.extra == row.envelope.after:
         return replace(base, kind="rerun", name=public(queue, row.extra))
@@ -255,6 +257,11 @@ def _group(why: Why) -> str:
 
 def _running(why: Why) -> str:
     since = f", since {_clock(why.since, why.at)}" if why.since else ""
+    if why.seen is not None:
+        return (
+            f"{why.name} has it{since}, and has died or hangs: its lease ended at {_clock(why.seen, why.at)}. "
+            f"Another worker of queue {why.queue!r} starts it again."
+        )
     return f"It does not wait: {why.name} has it{since}."
 
 
@@ -319,6 +326,11 @@ class QueueCause(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return clean(_QUEUE_SENTENCES[self.kind](self))
+
+
+def with_openings(causes: Sequence[QueueCause], opens: Mapping[str, datetime | None]) -> list[QueueCause]:
+    """Return causes of which each full limit knows when it opens; *opens* by the name of a limit, ``name:key`` of a key."""
+    return [replace(one, opens_at=opens.get(one.name)) if one.kind == "limit" else one for one in causes]
 
 
 def queue_causes(queue: str, waiting: int, parts: Sequence[QueueFacts]) -> list[QueueCause]:
@@ -391,7 +403,10 @@ def _unknown_tasks(cause: QueueCause) -> str:
 _QUEUE_SENTENCES: dict[str, Callable[[QueueCause], str]] = {
     "task-paused": lambda cause: f"Task {cause.name!r} is paused{f': {_wait(cause)}' if cause.jobs else ''}.",
     "group-paused": lambda cause: f"Group {cause.name!r} is paused: {_wait(cause)}.",
-    "limit": lambda cause: f"Limit {cause.name!r} is full: {_wait(cause)}.",
+    "limit": lambda cause: (
+        f"Limit {cause.name!r} is full: {_wait(cause)}"
+        f"{'' if cause.opens_at is None else f', opens at {_clock(cause.opens_at, cause.at)}'}."
+    ),
     "queue-paused": lambda cause: f"It is paused: {_wait(cause)}.",
     "unknown-task": _unknown_tasks,
     "label": lambda cause: f"No worker has the label {cause.name!r}: {_need(cause)}.",

@@ -136,6 +136,8 @@ class WaitFacts(msgspec.Struct, frozen=True):
     limit_opens: int = -1
     skills: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """(build, labels) of the workers that serve the queue, each once."""
+    lease_ended: int = 0
+    """When the lease of the worker that has it ended; 0: it holds."""
 
 
 class JobPage(msgspec.Struct, frozen=True):
@@ -495,6 +497,9 @@ def why(keys: QueueKeys, id: str) -> Call[WaitFacts]:  # noqa: A002
         job = _read_job(id)(reply[0])
         if len(reply) == 2:
             return WaitFacts(job, int(reply[1]))
+        if len(reply) == 5:
+            now, ended, workers, consumers = map(int, reply[1:])
+            return WaitFacts(job, now, workers=workers, consumers=consumers, lease_ended=ended)
         now, paused, workers, consumers, known, seen, where, task, group, limit, skills = reply[1:]
         ahead, exact, total, ended, window = where
         used, before, opens = map(int, limit[2:])

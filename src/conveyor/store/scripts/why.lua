@@ -4,6 +4,7 @@
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 result:<id>  7 results:<window>  8 conf  9-18 ready:0 … ready:9
 -- ARGV  1 id  2 entries of a list that are looked at from either end, at most
 -- returns {what get_job.lua returns, the envelope without its body and of the errors the last, without its traceback}, now_ms
+--         then, of one whose worker's lease has ended: when that was (ms); workers and consumers of messages whose leases hold
 --         then, of one that has not ended and is not leased: 1 when the queue is paused; workers; consumers of messages
 --         1 when one of the workers may know the task, else 0, when one that did was last seen (ms) and its name, "" never
 --         {jobs before it at least, 1 when it is exact, entries that stand ready and jobs that wait, attempts that ended lately, in how many ms}
@@ -18,6 +19,13 @@ local id, most, now = ARGV[1], number_in(ARGV[2]), clock()
 local place = job_place(queue, id, KEYS[6], KEYS[7])
 local envelope = place[2]
 place[2], place[3] = without_body(envelope), with_last_error(place[3])
+if place[1] == 'leased' then
+  local ends = tonumber(redis.call('ZSCORE', queue.workers, place[4]) or now + 1)
+  if ends <= now then
+    local workers, consumers = serving(queue, now)
+    return {place, now, ends, workers, consumers}
+  end
+end
 if place[1] ~= 'ready' and place[1] ~= 'waiting' and place[1] ~= 'scheduled' then return {place, now} end
 local conf = redis.call('HMGET', queue.conf, 'paused', 'paused_tasks', 'waiting')
 local found, task, priority = marks(envelope) or {}, task_of(envelope) or '', priority_of(envelope)
