@@ -301,7 +301,7 @@ def test_load_for_autoscalers(loaded: Conveyor, url: str, tmp_path: Path) -> Non
     """The load is of the queues that are named, or of all; a paused one does not count; a name that is none is refused."""
     admin, shell = Admin(loaded.client), Shell(tmp_path, url)
     document = load_json(admin.load())
-    assert document["total"]["ready"] == 3
+    assert (document["total"]["ready"], document["total"]["load"]) == (3, 3)
     assert document["queues"]["b"]["scheduled"] == 1
     admin.pause("a")
     assert load_json(admin.load("a"))["total"]["ready"] == 0
@@ -342,13 +342,58 @@ def test_each_metric_is_documented() -> None:
     assert [name for at, name in enumerate(base) if at == 0 or base[at - 1] != name] == [name for name, _ in families]
 
 
+def unknown_names(expression: str, text: str) -> list[str]:
+    """Return what an expression of PromQL names that *text*, a scrape, does not have: metrics, labels, values of labels."""
+    labels: dict[str, dict[str, set[str]]] = {}
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            name, pairs = re.match(r"[a-z_]+", line)[0], re.findall(r'([a-z_]+)="([^"]*)"', line)  # type: ignore[index]
+            known = labels.setdefault(name, {})
+            for label, value in pairs:
+                known.setdefault(label, set()).add(value)
+    found, named = [], set[str]()
+    for name, selector in re.findall(r"(conveyor_[a-z_]+)(?:\{([^}]*)\})?", expression):
+        known = labels.get(name, {})
+        named |= known.keys()
+        if name not in labels:
+            found.append(name)
+        for label, operator, value in re.findall(r'([a-z_]+)(=~|!=|!~|=)"([^"]*)"', selector):
+            if label not in known:
+                found.append(f"{name}{{{label}}}")
+            elif "$" not in value and label not in {"queue", "task"}:  # those are the reader's
+                parts = value.split("|") if "~" in operator else [value]
+                found += [f'{name}{{{label}="{part}"}}' for part in parts if part not in known[label]]
+    grouped = re.findall(r"\b(?:by|on|without|ignoring) ?\(([^)]*)\)", expression) + re.findall(
+        r"\$labels\.([a-z_]+)", expression
+    )
+    found += [label for group in grouped for label in re.split(r", *", group) if label not in named]
+    return found
+
+
 def test_board_and_alerts_name_metrics_that_exist(loaded: Conveyor) -> None:
-    """Each metric of the Grafana board and of the alert rules is one that the text has, or that a task would have."""
-    folder = Path(__file__).parents[2] / "docs/grafana"
-    board, alerts = (folder / "conveyor.json").read_text(), (folder / "alerts.yml").read_text()
-    assert json.loads(board)["panels"]
+    """Each metric, label and value of a label in the Grafana board, the alert rules and the guide is one that the text has."""
+    docs = Path(__file__).parents[2] / "docs"
+    board, alerts = json.loads((docs / "grafana/conveyor.json").read_text()), (docs / "grafana/alerts.yml").read_text()
     counters = {"done:t": 1, "ms:t": 1, "le0:t": 1, "at0:t": 1, "wait:queue:t": 1}
     info = {"used_memory": 1, "maxmemory": 1, "evicted_keys": 0, "connected_clients": 1}
     text = render(Admin(loaded.client).queues(), {"a": task_totals(counters)}, info, everything())
-    for named in set(re.findall(r"conveyor_[a-z_]+", board + alerts)):
-        assert any(line.startswith((named + "{", named + " ")) for line in text.splitlines()), named
+    shown = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
+    legends = re.findall(r"\{\{ *([a-z_]+) *\}\}", json.dumps(board))
+    rules = alerts.split("- alert:")[1:]
+    guide = (docs / "guides/metrics-and-traces.md").read_text()
+    told = re.findall(r"query: (.*)", guide) + re.findall(r"`(sum by [^`]*)`", guide)
+    assert len(shown) >= 20
+    assert len(told) >= 3
+    for expression in (*shown, *rules, *told):
+        assert unknown_names(expression, text) == [], expression
+    assert set(legends) <= set(re.findall(r'([a-z_]+)="', text))
+    assert len(rules) == len(re.findall(r"^ *expr: \S", alerts, re.MULTILINE)) == 11
+    wrong = 'max by (qeue) (conveyor_queue_jobs{state=~"ready|redy",que="a"}) > conveyor_nothing{x="1"}'
+    expected = [
+        'conveyor_queue_jobs{state="redy"}',
+        "conveyor_queue_jobs{que}",
+        "conveyor_nothing",
+        "conveyor_nothing{x}",
+        "qeue",
+    ]
+    assert unknown_names(wrong, text) == expected

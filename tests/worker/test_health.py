@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from conveyor import Conveyor
 from conveyor.errors import ConfigurationError
 from conveyor.worker.supervision.health import STANDS, ChildFacts, WorkerFacts, bind, not_live, not_ready
 from support.shell import Shell
@@ -91,8 +92,22 @@ def test_a_worker_tells_whether_it_takes_jobs(url: str, tmp_path: Path) -> None:
             "shop:app",
         )
         (process,) = document["processes"]
-        assert fetch(base + "nothing")[0] == 404
+        status, text = fetch(base + "nothing")
+        assert (status, text) == (404, "There are /livez, /readyz, /health, /metrics, /load.\n")
         assert fetch(base + "metrics")[0] == 200
+        with Conveyor(url) as app:
+            app.queue("post").push_many([1, 2, 3])
+            app.queue("quiet").push(1, delay="1h")
+            loads = [
+                json.loads(fetch(f"{base}load{query}")[1]) for query in ("", "?queue=post", "?queue=post&queue=quiet")
+            ]
+            assert [one["total"]["load"] for one in loads] == [3, 3, 3]
+            assert [sorted(one["queues"]) for one in loads[1:]] == [["post"], ["post", "quiet"]]
+            status, text = fetch(base + "load?queue=nobody")
+            assert status == 404
+            assert "'nobody'" in text
+            for name in ("post", "quiet"):
+                app.queue(name).purge()
 
         os.kill(process["pid"], signal.SIGSTOP)
         until(lambda: fetch(base + "readyz")[0] == 503)

@@ -89,11 +89,16 @@ def load_view(info: QueueInfo) -> LoadView:
 
 
 def load_json(views: Mapping[str, LoadView]) -> dict[str, Any]:
-    """Return the document of ``/load``: the queues, and the sums of those that are not paused."""
+    """
+    Return the document of ``/load``: the queues, and the sums of those that are not paused.
+
+    `load` is the one number for an autoscaler that takes no more: jobs that are ready, or held by workers.
+    """
     active = [view for view in views.values() if not view.paused]
     total: dict[str, Any] = {
         name: sum(getattr(view, name) for view in active) for name in ("ready", "waiting", "scheduled", "leased")
     }
+    total["load"] = total["ready"] + total["leased"]
     total["workers"] = max((view.workers for view in active), default=0)
     total["oldest_age"] = max((view.oldest_age for view in active), default=0.0)
     return {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -22,6 +23,9 @@ from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.jobs.include import INCLUDE_VARIABLE
 from conveyor.units import size
 from conveyor.worker.logs import FORMAT_VARIABLE, FORMATS
+
+if TYPE_CHECKING:
+    from conveyor.worker.supervision.health import Report
 
 _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
 
@@ -70,7 +74,7 @@ _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
 )  # fmt: skip
 @click.option(
     "--health-port", metavar="[HOST:]PORT", envvar="CONVEYOR_HEALTH_PORT",
-    help="Serve /livez, /readyz, /metrics and details at / on this port.  [default: none]",
+    help="Serve /livez, /readyz, /metrics, /load and details at / on this port.  [default: none]",
 )  # fmt: skip
 @click.option(
     "--label", "labels", multiple=True, metavar="LABEL", envvar="CONVEYOR_LABELS",
@@ -121,7 +125,7 @@ def worker(
         supervisor.run(
             name, queues=served, concurrency=concurrency, threads=threads, processes=processes, burst=burst,
             grace=seconds, max_jobs=max_jobs, max_memory=_parse_size(max_memory), verbose=verbose,
-            health=None if health_port is None else health.bind(health_port), metrics=_metrics(app),
+            health=None if health_port is None else health.bind(health_port), reports=_reports(app),
             reload=(Path.cwd(),) if reload else (), login=app.client.login,
             autoscale=None if autoscale is None else Bounds.parse(autoscale),
             labels=tuple(ids.label_text(one, "--label") for text in labels for one in text.split(",")),
@@ -129,15 +133,22 @@ def worker(
     )  # fmt: skip
 
 
-def _metrics(app: Any) -> Callable[[], str]:
-    """Return what makes the text of `/metrics`; what it needs is imported when it is asked, not before the processes start."""
+def _reports(app: Any) -> Mapping[str, Report]:
+    """Return what answers `/metrics` and `/load`; what they need is imported when they are asked, not before processes start."""
 
-    def text() -> str:
+    def metrics(_: Sequence[str]) -> tuple[str, str]:
         from conveyor.admin.admin import Admin
+        from conveyor.admin.metrics import CONTENT_TYPE
 
-        return Admin(app.client).metrics_text()
+        return CONTENT_TYPE, Admin(app.client).metrics_text()
 
-    return text
+    def load(queues: Sequence[str]) -> tuple[str, str]:
+        from conveyor.admin.admin import Admin
+        from conveyor.admin.metrics import load_json
+
+        return "application/json", json.dumps(load_json(Admin(app.client).load(queues)))
+
+    return {"/metrics": metrics, "/load": load}
 
 
 def _parse_size(given: str | None) -> int | None:

@@ -7,9 +7,12 @@ job was enqueued.
 
 from __future__ import annotations
 
+import asyncio
+from datetime import UTC, datetime
 from typing import Any
 
 import sentry_sdk
+from sentry_sdk.integrations.logging import ignore_logger
 
 from conveyor import CallNext, Context, Conveyor, Middleware, Outgoing, RateLimited, Snooze
 from conveyor.events import JobDead
@@ -38,20 +41,41 @@ class Sentry(Middleware):
                 current.set_data("messaging.destination.name", context.queue)
                 current.set_data("messaging.message.id", context.job_id)
                 current.set_data("messaging.message.retry.count", context.attempt - 1)
+                due = context.scheduled_for or context.enqueued_at
+                if due is not None and context.attempt == 1:
+                    late = max(0.0, (datetime.now(UTC) - due).total_seconds() * 1000)
+                    current.set_data("messaging.message.receive.latency", round(late, 3))
+                # An exception that passes the end of a transaction makes its status internal_error, whatever it was.
                 try:
                     result = await call_next()
-                except (Snooze, RateLimited):
+                except BaseException as error:
+                    ended = error
+                    current.set_status(_status(error, context))
+                else:
                     current.set_status("ok")
-                    raise
-                except BaseException:
-                    current.set_status("internal_error")
-                    raise
-                current.set_status("ok")
-                return result
+                    return result
+            try:
+                raise ended
+            finally:
+                del ended  # it holds this frame
+
+
+def _status(error: BaseException, context: Context) -> str:
+    """Return the status of a run that ended with *error*."""
+    if isinstance(error, Snooze | RateLimited):
+        return "ok"
+    if isinstance(error, asyncio.CancelledError):
+        return "deadline_exceeded" if context.timed_out else "cancelled"
+    return "internal_error"
 
 
 def instrument(app: Conveyor) -> None:
-    """Report the dead jobs of *app* to Sentry, and trace its pushes and runs. `sentry_sdk.init` is called by the program."""
+    """
+    Report the dead jobs of *app* to Sentry, and trace its pushes and runs. `sentry_sdk.init` is called by the program.
+
+    The lines of the logger ``conveyor.worker`` are not reported any more: each job that fails has some, in the words of its worker.
+    """
+    ignore_logger("conveyor.worker")
     app.middleware(Sentry())
     app.on(JobDead)(report_dead)
 

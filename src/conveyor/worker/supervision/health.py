@@ -1,5 +1,6 @@
 """
-The HTTP endpoints of a worker for those that watch over it: `/livez`, `/readyz`, details at `/`, `/metrics`.
+The HTTP endpoints of a worker for those that watch over it: `/livez`, `/readyz`, details at `/`, and reports on all queues
+such as `/metrics` and `/load`.
 
 They are served by the supervisor, from a thread of its own: it answers whatever jobs do to the children, and reads of
 them in the shared memory.
@@ -11,11 +12,12 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 from typing import Any, NamedTuple
+from urllib.parse import parse_qs
 
-from conveyor.errors import ConfigurationError
+from conveyor.errors import ConfigurationError, QueueNotFound
 from conveyor.ids import clean
 from conveyor.worker.logs import LOG
 
@@ -25,7 +27,8 @@ LATE = 1.0
 """Seconds that a turn may come after a third of the lease: a machine may be busy."""
 _READ_WITHIN = 5.0
 _JSON, _TEXT = "application/json", "text/plain; charset=utf-8"
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+Report = Callable[[Sequence[str]], tuple[str, str]]
+"""Returns the content type and the text of an endpoint, for the queues that its query names; may raise QueueNotFound."""
 
 
 class ChildFacts(NamedTuple):
@@ -90,16 +93,14 @@ def bind(address: str) -> socket.socket:
 class HealthServer:
     """Serves the endpoints at a bound socket, from a daemon thread."""
 
-    def __init__(
-        self, sock: socket.socket, facts: Callable[[], WorkerFacts], metrics: Callable[[], str] | None
-    ) -> None:
+    def __init__(self, sock: socket.socket, facts: Callable[[], WorkerFacts], reports: Mapping[str, Report]) -> None:
         """
         Args:
             sock: from `bind`.
             facts: returns what is known of the worker now.
-            metrics: returns the text of `/metrics`; None: there is none.
+            reports: what answers further paths, such as `/metrics`.
         """
-        self._socket, self._facts, self._metrics = sock, facts, metrics
+        self._socket, self._facts, self._reports = sock, facts, reports
         threading.Thread(target=self._run, name="conveyor-health", daemon=True).start()
 
     @property
@@ -123,7 +124,7 @@ class HealthServer:
         try:
             async with asyncio.timeout(_READ_WITHIN):
                 method, target, *_ = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")[0].decode("ascii").split(" ")
-            status, kind, body = await self._respond(method, target.partition("?")[0])
+            status, kind, body = await self._respond(method, *target.partition("?")[::2])
             length = f"Content-Length: {len(body)}\r\nCache-Control: no-store\r\nConnection: close"
             head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\n{length}\r\n\r\n"
             writer.write(head.encode() + (b"" if method == "HEAD" else body))
@@ -133,12 +134,15 @@ class HealthServer:
         finally:
             writer.close()
 
-    async def _respond(self, method: str, path: str) -> tuple[str, str, bytes]:
+    async def _respond(self, method: str, path: str, query: str) -> tuple[str, str, bytes]:
         if method not in {"GET", "HEAD"}:
             return "405 Method Not Allowed", _TEXT, b"GET only\n"
-        if path == "/metrics" and self._metrics is not None:
+        if path in self._reports:
             try:
-                return "200 OK", METRICS_TYPE, (await asyncio.to_thread(self._metrics)).encode()
+                kind, text = await asyncio.to_thread(self._reports[path], parse_qs(query).get("queue", []))
+                return "200 OK", kind, text.encode()
+            except QueueNotFound as error:
+                return "404 Not Found", _TEXT, f"{clean(str(error))}\n".encode()
             except Exception as error:
                 return "503 Service Unavailable", _TEXT, f"{clean(str(error))}\n".encode()
         facts = self._facts()
@@ -147,7 +151,11 @@ class HealthServer:
             return ("503 Service Unavailable", _TEXT, f"{why}\n".encode()) if why else ("200 OK", _TEXT, b"ok\n")
         if path in {"/", "/health"}:
             return "200 OK", _JSON, json.dumps(_document(facts), indent=2).encode()
-        return "404 Not Found", _TEXT, b"There are /livez, /readyz, /health and /metrics.\n"
+        return (
+            "404 Not Found",
+            _TEXT,
+            f"There are {', '.join(['/livez', '/readyz', '/health', *self._reports])}.\n".encode(),
+        )
 
 
 def _document(facts: WorkerFacts) -> dict[str, Any]:

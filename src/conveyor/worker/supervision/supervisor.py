@@ -31,13 +31,13 @@ from conveyor.worker.shutdown import RECYCLE, STOPPED
 from conveyor.worker.supervision.autoscale import Bounds, OldestJob, next_count
 from conveyor.worker.supervision.child_main import IMPORT_FAILED, MARGIN
 from conveyor.worker.supervision.child_process import NO_STACK, STALLED, ChildProcess
-from conveyor.worker.supervision.health import ChildFacts, HealthServer, WorkerFacts, age
+from conveyor.worker.supervision.health import ChildFacts, HealthServer, Report, WorkerFacts, age
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
 from conveyor.worker.supervision.reload import SourceWatcher
 from conveyor.worker.supervision.systemd import ServiceManager
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
 
     from conveyor.store.keys import QueueKeys
 
@@ -64,7 +64,7 @@ def run(
     verbose: bool = False,
     python: str = sys.executable,
     health: socket.socket | None = None,
-    metrics: Callable[[], str] | None = None,
+    reports: Mapping[str, Report] | None = None,
     labels: tuple[str, ...] = (),
     autoscale: Bounds | None = None,
     reload: tuple[Path, ...] = (),
@@ -73,7 +73,7 @@ def run(
     """
     Run worker processes for ``module:attribute`` until a signal (with *burst* until all is drained); return the exit code.
 
-    *health*: a bound socket for the health endpoints, *metrics*: what returns the text of one of them. *autoscale*: the least and
+    *health*: a bound socket for the health endpoints, *reports*: what answers further paths of theirs. *autoscale*: the least and
     the most processes, instead of *processes*. *reload*: folders whose source files are watched: a change replaces the processes.
     *login*: that of the app, asked at each connection.
     """
@@ -84,7 +84,7 @@ def run(
     )  # fmt: skip
     supervisor = Supervisor(spec, processes=processes, python=python, autoscale=autoscale, reload=reload, login=login)
     if health is not None:
-        LOG.info("  health     %s", HealthServer(health, supervisor.facts, metrics).address)
+        LOG.info("  health     %s", HealthServer(health, supervisor.facts, reports or {}).address)
     return supervisor.run()
 
 
