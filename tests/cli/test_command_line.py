@@ -323,6 +323,16 @@ def test_every_command_keeps_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     assert without == []
 
 
+@pytest.mark.parametrize("words", list(leaves(cli)), ids=lambda one: " ".join(one[0]))
+def test_every_help_ends_with_an_example_that_parses(words: tuple[tuple[str, ...], LeafCommand]) -> None:
+    """The help of a command shows one example, on a line of its own, which is a right use of that command."""
+    name, command = words
+    program, *given = shlex.split(command.example)
+    assert (program, tuple(given[: len(name)])) == ("conveyor", name)
+    with command.make_context(" ".join(name), given[len(name) :]) as context:
+        assert context.get_help().endswith(f"\n\nExample:\n  {command.example}")
+
+
 # -- streams and signals ------------------------------------------------------------------------------------------
 
 _INTERRUPTED = """

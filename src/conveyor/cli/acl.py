@@ -15,7 +15,7 @@ from conveyor.cli.target import Target, redis_options
 _FORMATS = ("redis-cli", "redis.conf", "users.acl")
 
 
-@click.command(cls=LeafCommand)
+@click.command(cls=LeafCommand, example="conveyor acl worker --user shop")
 @click.argument("role", type=click.Choice(list(acl_rules.ROLES)), required=False)
 @click.option("--user", metavar="NAME", help="Name of the user; needs a role.  [default: NAMESPACE-ROLE]")
 @click.option("--format", "form", type=click.Choice(_FORMATS), default=_FORMATS[0], show_default=True)

@@ -9,7 +9,7 @@ from conveyor.cli.output import Output
 from conveyor.cli.target import Target, redis_options
 
 
-@click.command(cls=LeafCommand)
+@click.command(cls=LeafCommand, example="conveyor audit --limit 20")
 @click.option(
     "--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="At most so many, the newest."
 )

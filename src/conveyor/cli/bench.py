@@ -41,7 +41,7 @@ class Figure:
         return self.value / self.plain if self.plain else None
 
 
-@click.command(cls=LeafCommand)
+@click.command(cls=LeafCommand, example="conveyor bench --jobs 20000")
 @click.option(
     "--jobs",
     type=click.IntRange(1000, 10_000_000),

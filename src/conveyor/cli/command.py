@@ -66,6 +66,7 @@ _SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 }
 """The options that groups and commands share: the longest name → all names and the name of the parameter, settings."""
 
+_NUMBERS = ("integer", "float")
 _VERBOSE = ("-v", "--verbose")
 _VERBOSE_SETTINGS: dict[str, Any] = {
     "is_flag": True, "expose_value": False, "callback": _set_verbose, "help": "Show tracebacks of errors.",
@@ -102,7 +103,24 @@ class _ArgumentParsing(click.Command):
 
 
 class LeafCommand(_ArgumentParsing):
-    """A command that refuses a shared option before its name when it has none of that name."""
+    """
+    A command that refuses a shared option before its name when it has none of that name.
+
+    Its help ends with one *example*, a whole line for a shell. Numbers are shown as N, not as the type that reads them.
+    """
+
+    def __init__(self, *args: Any, example: str = "", **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.example = example
+        for param in self.params:
+            if isinstance(param, click.Option) and param.metavar is None and param.type.name.startswith(_NUMBERS):
+                param.metavar = "N"
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the example, on one line however narrow the terminal is: it is there to be copied."""
+        if self.example:
+            formatter.write_paragraph()
+            formatter.write(f"Example:\n  {self.example}\n")
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments; an option before the command that would be ignored is an error."""

@@ -87,7 +87,7 @@ class _Fish(_WithOption, FishComplete):
 SHELLS: dict[str, type[ShellComplete]] = {"bash": _Bash, "zsh": _Zsh, "fish": _Fish}
 
 
-@click.command(cls=LeafCommand)
+@click.command(cls=LeafCommand, example="conveyor completion bash")
 @click.argument("shell", type=click.Choice(tuple(SHELLS)))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:

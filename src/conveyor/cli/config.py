@@ -38,7 +38,7 @@ def config() -> None:
     """Show where the settings of commands come from, and check them."""
 
 
-@config.command()
+@config.command(example="conveyor config show")
 @redis_options
 def show(target: Target, out: Output) -> None:
     """
@@ -53,7 +53,7 @@ def show(target: Target, out: Output) -> None:
     out.table(("SETTING", "VALUE", "FROM"), settings)
 
 
-@config.command()
+@config.command(example="conveyor config check")
 @redis_options
 def check(target: Target, out: Output) -> int:
     """

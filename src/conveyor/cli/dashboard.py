@@ -22,7 +22,7 @@ AUTH_VARIABLE, TOKENS_VARIABLE = "CONVEYOR_DASHBOARD_AUTH", "CONVEYOR_DASHBOARD_
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-@click.command(cls=LeafCommand)
+@click.command(cls=LeafCommand, example="conveyor dashboard shop.app --port 7070 --read-only")
 @click.argument("app_argument", metavar="[APP]", required=False)
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
 @click.option(

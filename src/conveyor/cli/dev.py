@@ -17,7 +17,7 @@ from conveyor.cli.output import Output
 from conveyor.cli.worker import worker
 
 
-@click.command(cls=LeafCommand)
+@click.command(cls=LeafCommand, example="conveyor dev shop.app")
 @click.argument("app_name", cls=SharedArgument, required=False, metavar="[APP]")
 @click.option("-q", "--queue", "queues", multiple=True, metavar="NAME", shell_complete=complete_queues,
               help="Take jobs from this queue; may be repeated.  [default: all of the app's]")  # fmt: skip

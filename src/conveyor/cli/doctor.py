@@ -11,7 +11,7 @@ from conveyor.cli.status import print_finding
 from conveyor.cli.target import Target, redis_options
 
 
-@click.command(cls=LeafCommand)
+@click.command(cls=LeafCommand, example="conveyor doctor --url redis://redis.internal:6379/0")
 @redis_options
 def doctor(target: Target, out: Output) -> int:
     """

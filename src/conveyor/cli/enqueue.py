@@ -22,7 +22,7 @@ SAY_AFTER = 5.0
 """Seconds of waiting for a result after which a line says what the job waits for."""
 
 
-@click.command(cls=LeafCommand)
+@click.command(cls=LeafCommand, example="conveyor enqueue mail.send user=7 --wait --timeout 5s")
 @click.argument("task", metavar="TASK", shell_complete=complete_tasks)
 @click.argument("pairs", nargs=-1, metavar="[K=V]...")
 @click.option("--args", "document", metavar="JSON", help="Arguments as JSON: a list by position, an object by name.")

@@ -39,7 +39,7 @@ def failures() -> None:
     """List what fails, by task and error, and retry or delete all of one kind."""
 
 
-@failures.command("list")
+@failures.command("list", example="conveyor failures list --range 24h")
 @_range_options
 @redis_options
 def list_(target: Target, out: Output, range_: str, queue: str | None) -> None:
@@ -70,7 +70,7 @@ def _cells(out: Output, row: FailureRow) -> tuple[object, ...]:
     return (row.fingerprint[:8], row.count, row.task, kind, row.frame or "", last, row.message)
 
 
-@failures.command()
+@failures.command(example="conveyor failures show 51de56b0")
 @_FINGERPRINT
 @_range_options
 @redis_options
@@ -97,7 +97,7 @@ def show(target: Target, out: Output, fingerprint: str, range_: str, queue: str 
         out.line(click.style(f"    conveyor failures retry {row.fingerprint[:8]}", dim=True))
 
 
-@failures.command()
+@failures.command(example="conveyor failures retry 51de56b0")
 @_FINGERPRINT
 @_range_options
 @confirm_options
@@ -109,7 +109,7 @@ def retry(
     return _act(target.admin(), out, "redrive", "Retry", fingerprint, range_, queue, yes=yes, dry_run=dry_run)
 
 
-@failures.command()
+@failures.command(example="conveyor failures delete 51de56b0 --dry-run")
 @_FINGERPRINT
 @_range_options
 @confirm_options

@@ -23,7 +23,7 @@ def _complete_words(ctx: click.Context, _: click.Parameter, incomplete: str) -> 
     return completions(dict.fromkeys(names, ""), incomplete)
 
 
-@click.command("help", cls=LeafCommand)
+@click.command("help", cls=LeafCommand, example="conveyor help queue purge")
 @click.argument("words", nargs=-1, metavar="[COMMAND]...", shell_complete=_complete_words)
 @click.pass_context
 def help_(ctx: click.Context, words: tuple[str, ...]) -> None:

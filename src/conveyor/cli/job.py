@@ -56,7 +56,7 @@ def job() -> None:
     """List, show, explain, change, retry, cancel and delete jobs and messages."""
 
 
-@job.command("list")
+@job.command("list", example="conveyor job list state:dead task:mail.* error:timeout")
 @click.argument("words", metavar="[FILTER]", nargs=-1)
 @selection_options
 @click.option(
@@ -109,7 +109,7 @@ def _show_page(out: Output, admin: Admin, query: JobQuery, offset: int, limit: i
         out.say(f"Searched {searched} jobs. All: in a pipe, or with --tag.")
 
 
-@job.command()
+@job.command(example="conveyor job export --queue mail --state dead")
 @click.argument("words", metavar="[FILTER]", nargs=-1)
 @selection_options
 @redis_options
@@ -173,7 +173,7 @@ def _crash_place(error: ErrorInfo) -> str:
     return f" ({machine_text(error.at)}, {error.worker})" if error.type == "crashed" else ""
 
 
-@job.command()
+@job.command(example="conveyor job show order-7")
 @click.argument("id_", metavar="ID")
 @redis_options
 def show(target: Target, out: Output, id_: str) -> None:
@@ -248,7 +248,7 @@ def _history_line(entry: HistoryEntry) -> str:
     return f"{machine_text(entry.at)} {entry.state}{attempt}{where}{by}{f': {entry.reason}' if entry.reason else ''}"
 
 
-@job.command()
+@job.command(example="conveyor job logs order-7 -f")
 @click.argument("id_", metavar="ID")
 @click.option("-f", "--follow", is_flag=True, help="Go on with what the job logs, until it has ended.")
 @redis_options
@@ -272,7 +272,7 @@ def logs(target: Target, out: Output, id_: str, follow: bool) -> None:
             out.line("\t".join(map(machine_text, (line.at, line.level, line.logger, line.attempt, line.message))))
 
 
-@job.command()
+@job.command(example="conveyor job why order-7")
 @click.argument("id_", metavar="ID")
 @redis_options
 def why(target: Target, out: Output, id_: str) -> None:
@@ -294,7 +294,7 @@ def _why_document(why: Why) -> dict[str, Any]:
     return {**asdict(why), "sentence": str(why), "also": [_why_document(one) for one in why.also]}
 
 
-@job.command()
+@job.command(example="conveyor job update order-7 --in 10m --priority 9")
 @click.argument("id_", metavar="ID")
 @click.argument("pairs", nargs=-1, metavar="[K=V]...")
 @click.option("--args", "document", metavar="JSON", help="New arguments as a JSON object; the others stay.")
@@ -350,7 +350,7 @@ def _new_arguments(app: Any, handle: Any, pairs: tuple[str, ...], document: str 
     return kwargs
 
 
-@job.command()
+@job.command(example="conveyor job watch order-7")
 @click.argument("ids", nargs=-1, required=True, metavar="ID...")
 @redis_options
 def watch(target: Target, out: Output, ids: tuple[str, ...]) -> int:
@@ -397,7 +397,7 @@ def _update_cells(update: JobUpdate) -> list[object]:
     return [update.job_id, update.state, f"attempt {update.attempt}", *([more] if more else [])]
 
 
-@job.command()
+@job.command(example="conveyor job retry --queue mail --error TimeoutError")
 @click.argument("ids", nargs=-1, metavar="[ID... | -]")
 @click.option(
     "--again", is_flag=True, help="Enqueue new jobs with the arguments of these, which have ended, well or not."
@@ -437,7 +437,7 @@ def _run_again(target: Target, out: Output, chosen: list[str] | None, *, dry_run
     return _exit_code(results)
 
 
-@job.command()
+@job.command(example="conveyor job cancel order-7 --wait --timeout 30s")
 @click.argument("ids", nargs=-1, metavar="[ID... | -]")
 @click.option("--wait", is_flag=True, help="Wait until they have ended, and tell how.")
 @click.option("--timeout", metavar="5s", help="With --wait: exit 124 when it takes longer.")
@@ -508,7 +508,7 @@ def _end_of(handle: Any, seconds: float | None) -> ActionResult:
     return _outcome(handle.id, "done", "it ended well before it could be stopped")
 
 
-@job.command()
+@job.command(example="conveyor job delete --state dead --older 7d --dry-run")
 @click.argument("ids", nargs=-1, metavar="[ID... | -]")
 @selection_options
 @confirm_options

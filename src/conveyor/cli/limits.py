@@ -27,7 +27,7 @@ def limits() -> None:
     """List, set and reset limits; running workers follow at once."""
 
 
-@limits.command("list")
+@limits.command("list", example="conveyor limits list mail")
 @click.argument("queue", metavar="[QUEUE]", required=False, shell_complete=complete_queues)
 @redis_options
 def list_(target: Target, out: Output, queue: str | None) -> None:
@@ -42,7 +42,7 @@ def list_(target: Target, out: Output, queue: str | None) -> None:
         out.say("No limits are declared: limits=[…] of app.queue and @app.task does.")
 
 
-@limits.command("set")
+@limits.command("set", example="conveyor limits set mail 500/1m")
 @_QUEUE
 @click.argument("limit", metavar="LIMIT")
 @_KEY
@@ -72,7 +72,7 @@ def set_(target: Target, out: Output, queue: str, limit: str, key: str | None, n
         out.say(f"{queue}: the limit{of} is {limit} until it is reset:  conveyor limits reset {queue}")
 
 
-@limits.command()
+@limits.command(example="conveyor limits reset mail")
 @_QUEUE
 @click.argument("name", metavar="[NAME]", required=False)
 @_KEY

@@ -9,7 +9,7 @@ from conveyor.cli.output import Output
 from conveyor.cli.target import Target, redis_options
 
 
-@click.command(cls=LeafCommand)
+@click.command(cls=LeafCommand, example='conveyor mark "v1.4"')
 @click.argument("text", metavar="TEXT")
 @redis_options
 def mark(target: Target, out: Output, text: str) -> None:

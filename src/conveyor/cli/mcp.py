@@ -22,7 +22,7 @@ _INSTRUCTIONS = (
 )
 
 
-@click.command(cls=LeafCommand)
+@click.command(cls=LeafCommand, example="conveyor mcp shop.app --hide-payloads")
 @click.argument("app_argument", metavar="[APP]", required=False)
 @click.option(
     "--allow-actions", is_flag=True, help="Offer tools that change something: retry, cancel, delete, pause, …"

@@ -14,7 +14,7 @@ from conveyor.cli.output import Output
 from conveyor.cli.target import Target, redis_options
 
 
-@click.command(cls=LeafCommand)
+@click.command(cls=LeafCommand, example="conveyor metrics --load mail orders")
 @click.option("--load", "loads", is_flag=True, help="The load of the queues instead, as JSON for an autoscaler.")
 @click.argument("queues", metavar="[QUEUE]...", nargs=-1, shell_complete=complete_queues)
 @redis_options

@@ -46,7 +46,7 @@ def message_options(function: F) -> F:
     return function
 
 
-@click.command(cls=LeafCommand)
+@click.command(cls=LeafCommand, example='conveyor push orders \'{"id": "o1", "total": 10}\'')
 @click.argument("queue", metavar="QUEUE", shell_complete=complete_queues)
 @message_options
 @click.option("--front", is_flag=True, help="Put it before the messages that wait.")

@@ -10,7 +10,7 @@ import click
 from msgspec.structs import asdict
 
 from conveyor.cli.command import MOST_JOBS, CommandGroup
-from conveyor.cli.completion import complete_queues
+from conveyor.cli.completion import complete_queues, complete_tasks
 from conveyor.cli.filters import filter_options
 from conveyor.cli.output import (
     Output,
@@ -124,7 +124,7 @@ def queue() -> None:
     """List, pause, purge, redrive and delete queues."""
 
 
-@queue.command("list")
+@queue.command("list", example="conveyor queue list")
 @redis_options
 def list_(target: Target, out: Output) -> None:
     """List all queues with their counts."""
@@ -139,7 +139,7 @@ def list_(target: Target, out: Output) -> None:
     say_unanswered(out, admin)
 
 
-@queue.command()
+@queue.command(example="conveyor queue show mail")
 @_NAME
 @click.option("--all", "whole", is_flag=True, help="Read all dead letters, not only the newest 10,000.")
 @filter_options
@@ -238,11 +238,13 @@ def _redrive_command(name: str, groups: Sequence[FailureGroup]) -> str:
 
 
 _OPTIONAL_NAME = click.argument("name", metavar="[QUEUE]", required=False, shell_complete=complete_queues)
-_TASK = click.option("--task", metavar="NAME", help="Only jobs of this task; without QUEUE in all queues.")
+_TASK = click.option(
+    "--task", metavar="TASK", shell_complete=complete_tasks, help="Only jobs of this task; without QUEUE in all queues."
+)
 _GROUP = click.option("--group", metavar="KEY", help="Only jobs of this group of QUEUE, or of this key of a limit.")
 
 
-@queue.command()
+@queue.command(example="conveyor queue pause mail")
 @_OPTIONAL_NAME
 @_TASK
 @_GROUP
@@ -256,7 +258,7 @@ def pause(target: Target, out: Output, name: str | None, task: str | None, group
     _pause(target, out, name, task, group, paused=True)
 
 
-@queue.command()
+@queue.command(example="conveyor queue resume mail")
 @_OPTIONAL_NAME
 @_TASK
 @_GROUP
@@ -302,7 +304,7 @@ def _pause_group(admin: Admin, out: Output, name: str, group: str, *, paused: bo
         out.say(f"Group {clean(group)} of {clean(name)} is {word}.")
 
 
-@queue.command()
+@queue.command(example="conveyor queue purge mail --dead")
 @_NAME
 @click.option("--dead", is_flag=True, help="Remove the dead letters instead.")
 @confirm_options
@@ -321,7 +323,7 @@ def purge(target: Target, out: Output, name: str, dead: bool, yes: bool, dry_run
     _print_count(out, "purge", name, "removed", available if dry_run else removed, dry_run=dry_run)
 
 
-@queue.command()
+@queue.command(example="conveyor queue redrive mail --error TimeoutError --rate 100/s")
 @_NAME
 @click.option("--limit", type=click.IntRange(1, MOST_JOBS), help="At most so many, the oldest.")
 @click.option("--rate", metavar="N/s", help="No faster than this, evenly: 100/s, 5/m.")
@@ -364,7 +366,7 @@ def redrive(
     _print_count(out, "redrive", name, "redriven", chosen if dry_run else moved, dry_run=dry_run)
 
 
-@queue.command()
+@queue.command(example="conveyor queue repair mail")
 @_NAME
 @redis_options
 def repair(target: Target, out: Output, name: str) -> None:
@@ -381,7 +383,7 @@ def repair(target: Target, out: Output, name: str) -> None:
     _print_count(out, "repair", name, "repaired", repaired, dry_run=False)
 
 
-@queue.command()
+@queue.command(example="conveyor queue release mail --build 2026-05-01")
 @_NAME
 @click.option("--build", required=True, metavar="BUILD", help="The build that the jobs are pinned to.")
 @redis_options
@@ -395,7 +397,7 @@ def release(target: Target, out: Output, name: str, build: str) -> None:
     _print_count(out, "release", name, "released", released, dry_run=False)
 
 
-@queue.command()
+@queue.command(example="conveyor queue delete mail")
 @_NAME
 @confirm_options
 @redis_options
@@ -418,7 +420,7 @@ def delete(target: Target, out: Output, name: str, yes: bool, dry_run: bool) -> 
         out.say(f"{name} is deleted.")
 
 
-@queue.command("partition")
+@queue.command("partition", example="conveyor queue partition orders 4")
 @_NAME
 @click.argument("partitions", type=click.IntRange(1, 256), metavar="N")
 @confirm_options

@@ -23,7 +23,7 @@ class _StopSignal(Exception):
     """Raised by a signal that stops the relay."""
 
 
-@click.command(cls=LeafCommand)
+@click.command(cls=LeafCommand, example="conveyor relay shop.db:outbox")
 @click.argument("reference", metavar="MODULE:OUTBOX")
 @click.option("--once", is_flag=True, help="Deliver the rows that are committed now, print their number, and exit.")
 @click.option("--ddl", type=click.Choice(DIALECTS), help="Print the SQL that creates the table, and exit.")

@@ -24,7 +24,7 @@ def schedule() -> None:
     """List, show, run, pause and delete schedules."""
 
 
-@schedule.command("list")
+@schedule.command("list", example="conveyor schedule list")
 @redis_options
 def list_(target: Target, out: Output) -> None:
     """List all schedules: when each is due, what it enqueues, and its last instant."""
@@ -45,7 +45,7 @@ def list_(target: Target, out: Output) -> None:
         out.say("There are no schedules. Put one with app.schedules.put(…) or @app.cron(…).")
 
 
-@schedule.command()
+@schedule.command(example="conveyor schedule show report")
 @_NAME
 @redis_options
 def show(target: Target, out: Output, name: str) -> None:
@@ -71,7 +71,7 @@ def show(target: Target, out: Output, name: str) -> None:
         out.table(("instant", "outcome", "job, or how many"), rows)
 
 
-@schedule.command("next")
+@schedule.command("next", example="conveyor schedule next report -n 20")
 @_NAME
 @click.option("-n", "--count", type=click.IntRange(1, 1000), default=5, show_default=True, help="How many.")
 @redis_options
@@ -88,7 +88,7 @@ def next_(target: Target, out: Output, name: str, count: int) -> None:
         out.say(f"{name} is paused." if one.paused else f"{name} is over: no instant comes any more.")
 
 
-@schedule.command()
+@schedule.command(example="conveyor schedule run report")
 @_NAME
 @redis_options
 def run(target: Target, out: Output, name: str) -> None:
@@ -102,7 +102,7 @@ def run(target: Target, out: Output, name: str) -> None:
         out.line(job.id)
 
 
-@schedule.command()
+@schedule.command(example="conveyor schedule pause report")
 @_NAME
 @redis_options
 def pause(target: Target, out: Output, name: str) -> None:
@@ -115,7 +115,7 @@ def pause(target: Target, out: Output, name: str) -> None:
     )
 
 
-@schedule.command()
+@schedule.command(example="conveyor schedule resume report")
 @_NAME
 @redis_options
 def resume(target: Target, out: Output, name: str) -> None:
@@ -127,7 +127,7 @@ def resume(target: Target, out: Output, name: str) -> None:
     _changed(out, name, "resumed", f"{name} goes on{'' if due is None else f' {short_time(due)}'}.")
 
 
-@schedule.command()
+@schedule.command(example="conveyor schedule delete report")
 @_NAME
 @confirm_options
 @redis_options

@@ -26,7 +26,7 @@ def server() -> None:
     """Start, stop or look at the embedded server."""
 
 
-@server.command()
+@server.command(example="conveyor server start")
 @_DIRECTORY
 @verbose_option
 @json_option
@@ -63,7 +63,7 @@ def start(out: Output, directory: Path | None) -> int:
     return ExitCode.OK
 
 
-@server.command()
+@server.command(example="conveyor server stop")
 @_DIRECTORY
 @verbose_option
 @json_option
@@ -78,7 +78,7 @@ def stop(out: Output, directory: Path | None) -> None:
         out.say("Stopped." if stopped else "No embedded server was running.")
 
 
-@server.command()
+@server.command(example="conveyor server status --json")
 @_DIRECTORY
 @verbose_option
 @json_option

@@ -36,7 +36,7 @@ _SAID = frozenset({"scheduled", "queue-paused", "no-worker"})
 """Causes that the table of queues shows, or a finding explains."""
 
 
-@click.command(cls=LeafCommand)
+@click.command(cls=LeafCommand, example="conveyor status")
 @redis_options
 def status(target: Target, out: Output) -> int:
     """Show queues, workers and problems. Exits 8 when something is wrong."""

@@ -13,7 +13,7 @@ from conveyor.cli.target import Target, redis_options
 from conveyor.errors import ConfigurationError
 
 
-@click.command(cls=LeafCommand)
+@click.command(cls=LeafCommand, example="conveyor top --every 2")
 @click.option(
     "--every", type=click.FloatRange(0.2, 3600), default=1.0, show_default=True, help="Seconds between two looks."
 )

@@ -26,7 +26,7 @@ def topic() -> None:
     """List topics, subscribe queues to them, and publish."""
 
 
-@topic.command("list")
+@topic.command("list", example="conveyor topic list")
 @redis_options
 def list_(target: Target, out: Output) -> None:
     """List every name that queues subscribe to and every topic that was published to."""
@@ -48,7 +48,7 @@ def list_(target: Target, out: Output) -> None:
         out.say("No queue subscribes to anything, and nothing was published.")
 
 
-@topic.command()
+@topic.command(example="conveyor topic subscribe user.created emails audit")
 @_NAME
 @_QUEUES
 @redis_options
@@ -63,7 +63,7 @@ def subscribe(target: Target, out: Output, name: str, queues: tuple[str, ...]) -
     _print_changed(out, "topic-subscribed", name, "subscribed", changed)
 
 
-@topic.command()
+@topic.command(example="conveyor topic unsubscribe user.created audit")
 @_NAME
 @_QUEUES
 @redis_options
@@ -78,7 +78,7 @@ def unsubscribe(target: Target, out: Output, name: str, queues: tuple[str, ...])
     _print_changed(out, "topic-unsubscribed", name, "unsubscribed", changed)
 
 
-@topic.command()
+@topic.command(example="conveyor topic publish user.created '{\"user\": 7}'")
 @_NAME
 @message_options
 @redis_options

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
 
 
-@click.command(cls=LeafCommand)
+@click.command(cls=LeafCommand, example="conveyor worker shop.app:app -q mail:3 -q default --processes 4")
 @click.argument("app_name", cls=SharedArgument, required=False, metavar="[APP]")
 @click.option("-A", "--app", "app_option", metavar="APP", help="The same as APP.")
 @click.option(
@@ -69,7 +69,7 @@ _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
 @click.option("--burst", is_flag=True, help="Exit 0 when everything is drained.")
 @click.option("--reload", is_flag=True, help="Start anew when a source file below the working directory changes.")
 @click.option(
-    "--grace", default="30s", show_default=True, envvar="CONVEYOR_GRACE",
+    "--grace", metavar="30s", default="30s", show_default=True, envvar="CONVEYOR_GRACE",
     help="How long running jobs may continue after a stop.",
 )  # fmt: skip
 @click.option(

@@ -37,7 +37,7 @@ def workers() -> None:
     """
 
 
-@workers.command("list")
+@workers.command("list", example="conveyor workers list")
 @redis_options
 def list_(target: Target, out: Output) -> None:
     """List the processes that serve queues: version, queues, slots, running jobs, heartbeat."""
@@ -53,7 +53,7 @@ def list_(target: Target, out: Output) -> None:
         out.say("No worker is running.  Start one:  conveyor worker APP")
 
 
-@workers.command()
+@workers.command(example="conveyor workers show web-3:4711")
 @_NAME
 @redis_options
 def show(target: Target, out: Output, name: str) -> None:
@@ -78,7 +78,7 @@ def show(target: Target, out: Output, name: str) -> None:
         )
 
 
-@workers.command()
+@workers.command(example="conveyor workers quiet web-3")
 @_NAMES
 @_ALL
 @_TIMEOUT
@@ -90,7 +90,7 @@ def quiet(target: Target, out: Output, names: tuple[str, ...], every: bool, time
     return _each(out, chosen, "quiet", lambda name: admin.quiet_worker(name, timeout=seconds))
 
 
-@workers.command()
+@workers.command(example="conveyor workers stop web-3:4711")
 @_NAMES
 @_ALL
 @_TIMEOUT
@@ -114,7 +114,7 @@ def stop(
     return _each(out, chosen, "stopping", lambda name: admin.stop_worker(name, timeout=seconds))
 
 
-@workers.command()
+@workers.command(example="conveyor workers stack web-3:4711")
 @_NAME
 @_TIMEOUT
 @redis_options

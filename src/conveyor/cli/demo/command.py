@@ -27,7 +27,7 @@ UNATTENDED = 20.0
 """Seconds that the demo lasts when there is no terminal."""
 
 
-@click.command(cls=LeafCommand)
+@click.command(cls=LeafCommand, example="conveyor demo --seconds 20")
 @click.option(
     "--seconds", type=click.FloatRange(0.5, 86_400), metavar="N",
     help=f"Push jobs for N seconds, then drain.  [default: until ctrl-C; {UNATTENDED:g} when not on a terminal]",
