@@ -106,30 +106,28 @@ class Publisher(Generic[T]):
         """Store one value and return its public id."""
         if self._middlewares:
             with push_scope(self._middlewares):
-                planned = self._planned(*self._passed(value, options))
+                planned = self._planned(value, options)
                 [id_] = self._send(planned)
-                return public(planned.keys.queue, id_)
-        if self.load_keys is not None:
-            value, options = self._passed(value, options)
-        planned = self._planned(value, options)
-        [id_] = self._send(planned)
+        else:
+            planned = self._planned(value, options)
+            [id_] = self._send(planned)
         return public(planned.keys.queue, id_)
 
     async def apush(self, value: T, options: PreparedPush) -> str:
         """Awaitable form of `push`."""
         if self._middlewares:
             with push_scope(self._middlewares):
-                planned = self._planned(*self._passed(value, options))
+                planned = self._planned(value, options)
                 [id_] = await self._asend(planned)
-                return public(planned.keys.queue, id_)
-        if self.load_keys is not None:
-            value, options = self._passed(value, options)
-        planned = self._planned(value, options)
-        [id_] = await self._asend(planned)
+        else:
+            planned = self._planned(value, options)
+            [id_] = await self._asend(planned)
         return public(planned.keys.queue, id_)
 
     def _planned(self, value: T, options: PreparedPush) -> PlannedPush:
-        """Return the call that stores one value."""
+        """Return the call that stores one value, as the middlewares leave it."""
+        if self._middlewares or self.load_keys is not None:
+            value, options = self._passed(value, options)
         envelope = options.head + self._codec.encode(value)
         return PlannedPush(self._place(options), (new_id(),), (envelope,), options, self._max_length)
 

@@ -24,19 +24,9 @@ from conveyor.errors import ConfigurationError
 from conveyor.store.keys import QueueKeys
 from conveyor.worker.crash_attribution import CELLS, RunningSnapshot, RunningTable
 
-_TICK, _RETIRING, _EPOCH, _JOB_MARK, _JOB_SIZE, _FINISHED, _AWAIT, _QUIET, _HELD, _RENEWALS = (
-    0,
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    7,
-    8,
-    16,
-)
-_RENEWAL_CELLS = 256
+# The numbers of the cells: nine of one kind each, and the renewals of the leases.
+_TICK, _RETIRING, _EPOCH, _JOB_MARK, _JOB_SIZE, _FINISHED, _AWAIT, _QUIET, _HELD = range(9)
+_RENEWALS, _RENEWAL_CELLS = 16, 256
 _CELL_BYTES = 4096
 _JOB_ROOM = 4096
 _RUNNING_AT = _CELL_BYTES + _JOB_ROOM
@@ -265,11 +255,6 @@ class ChildSlot:
     def last_tick(self) -> float:
         """When the loop last turned; 0.0 before it did."""
         return self._cells[_TICK] / 1e9
-
-    @property
-    def last_renewal(self) -> float:
-        """When any identity was last renewed by the child itself; 0.0 before."""
-        return max((identity.renewed for identity in self.identities()), default=0.0)
 
     def job(self) -> tuple[str, str] | None:
         """Return (task, job id) of what the event loop runs; None when it runs no job, or that cannot be read."""

@@ -290,7 +290,7 @@ class SlotEndpoint:
     def note_moved(self, reply: str) -> None:
         """Note the owner named by MOVED; any other reply (CLUSTERDOWN) means that the map may be wrong."""
         target = self._redirect_target(reply)
-        if target is None or target[1] is None:
+        if target is None:
             self._cluster.distrust_map()
             return
         server = self._cluster.server_of(target[1])

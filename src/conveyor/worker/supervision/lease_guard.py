@@ -118,11 +118,11 @@ class LeaseGuard:
                 self._dead_children.popleft().all_returned.set()
         self._wakeup.set()
 
-    def close(self, retry_for: float) -> bool:
-        """Go on for up to *retry_for* seconds, then end the thread; return whether all jobs were returned."""
-        self._closing_at = monotonic() + retry_for
+    def close(self, seconds: float) -> bool:
+        """Go on for up to so many *seconds*, then end the thread; return whether all jobs were returned."""
+        self._closing_at = monotonic() + seconds
         self._wakeup.set()
-        self._thread.join(retry_for + 0.2)
+        self._thread.join(seconds + 0.2)
         return not self._dead_children
 
     # -- the thread -----------------------------------------------------------------------------------------------

@@ -207,8 +207,7 @@ class Supervisor:
     def _stop(self) -> None:
         """Drain at the first signal, hand running jobs back at the second, kill at the third."""
         self._stop_signals += 1
-        retry_for = {1: self._spec.grace + MARGIN, 2: MARGIN}.get(self._stop_signals, 0.0)
-        end = monotonic() + retry_for
+        end = monotonic() + {1: self._spec.grace + MARGIN, 2: MARGIN}.get(self._stop_signals, 0.0)
         self._stop_at = end if self._stop_at is None else min(self._stop_at, end)
         if self._stop_signals == 1:
             LOG.info("Stopping: running jobs have %g s to finish; press ctrl-C again to stop now", self._spec.grace)
