@@ -91,7 +91,8 @@ class MessageSource(Generic[T]):
         """
         self.client.refuse_in_loop()
         prefetch = whole_number("prefetch", prefetch, 1, MOST_HELD)
-        return self._consumer(checked_on_error(on_error)).messages(prefetch)
+        consumer = self._consumer(checked_on_error(on_error))
+        return consumer.loop(consumer.fetching(prefetch))
 
     def batches(
         self, size: int = 100, within: Duration = "1s", *, on_error: OnError = "log"
@@ -99,7 +100,8 @@ class MessageSource(Generic[T]):
         """Yield lists of messages without end: of *size*, or what came *within* that time of the first."""
         self.client.refuse_in_loop()
         size, wait_ms = whole_number("size", size, 1, MOST_HELD), milliseconds(within, name="within")
-        return self._consumer(checked_on_error(on_error)).batches(size, wait_ms / 1000)
+        consumer = self._consumer(checked_on_error(on_error))
+        return consumer.loop(consumer.gathering(size, wait_ms / 1000), Batch)
 
     def pull(self, n: int = 1, wait: Duration = 0, *, renew: bool = False) -> list[Message[T]]:
         """

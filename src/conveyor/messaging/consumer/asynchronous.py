@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
 from conveyor.messaging.consumer.blocking import LONGEST_END
@@ -19,7 +19,7 @@ from conveyor.messaging.consumer.list_mover import AsyncListMover
 from conveyor.messaging.consumer.renewal import LeaseRenewer, by_endpoint, renew_until_settled
 from conveyor.messaging.consumer.settling import (
     ConsumerSources,
-    OutageLog,
+    ConsumerState,
     PartitionSource,
     SettlerState,
     by_arrival,
@@ -259,7 +259,7 @@ async def arun_partitioned(
     return await partitions.aretry_agreed(lambda: partitions.client.arun(call, retry_for=retry_for, deadline=deadline))
 
 
-class AsyncConsumer(Generic[T]):
+class AsyncConsumer(ConsumerState[T, AsyncSettler]):
     """
     Hands out the messages of queues, one or several at a time. Belongs to the event loop it was made on.
 
@@ -269,22 +269,15 @@ class AsyncConsumer(Generic[T]):
     def __init__(
         self, client: Client, sources: ConsumerSources[T], on_error: OnError, *, transient: bool = False
     ) -> None:
-        self.client = client
-        self._sources = sources
-        self._only_session = sources.only.session if sources.only is not None else None
+        self.client = client  # the settlers read it
         # No turn follows a pull by itself, so its messages are settled at once; they outlive this consumer.
-        self.settlers = [
+        settlers = [
             AsyncSettler(client, source.session, source.policy, on_error, self._run_for(source))
             if transient
             else AsyncPartitionSettler(self, source, on_error, self._run_for(source))
             for source in sources.all
         ]
-        if self._only_session is None and not client.has_one_endpoint:
-            for source, settler in zip(sources.all, self.settlers, strict=True):
-                settler.leave_out(partial(self._run_for(source), retry_for=FIRST_TRY))
-        self._programs = sources.programs(
-            self.settlers, lambda at: self.settlers[at].is_away, looks=client.has_one_endpoint
-        )
+        super().__init__(client, sources, settlers)
         self._waiters: AsyncWakeupWaiters | None = None
         self._renewer: LeaseRenewer | None = None
         self._renewal: asyncio.Task[None] | None = None
@@ -293,18 +286,8 @@ class AsyncConsumer(Generic[T]):
         self._movers: list[AsyncListMover] | None = None
         self.is_idle = False
         self.settled = asyncio.Event()
-        self._outage = OutageLog(client)
-        self._deadline: float | None = None  # of a pull (monotonic)
 
     # -- what the queue hands out -----------------------------------------------------------------------------------
-
-    def fetching(self, prefetch: int) -> Callable[[], Program[Message[T]]]:
-        """Return what begins a program that returns the next message."""
-        return partial(self._programs.fetch, prefetch)
-
-    def gathering(self, size: int, within: float) -> Callable[[], Program[list[Message[T]]]]:
-        """Return what begins a program that returns the next batch: of *size*, or what came *within* seconds of the first."""
-        return partial(self._programs.gather, size, within)
 
     async def next(self, program: Program[V]) -> V:
         """Return what a program of a loop returns. Raises ConfigurationError in a forked child."""

@@ -10,14 +10,14 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.messaging.consumer.list_mover import ListMover
 from conveyor.messaging.consumer.renewal import LeaseRenewer, by_endpoint, renew_until_settled
 from conveyor.messaging.consumer.settling import (
     ConsumerSources,
-    OutageLog,
+    ConsumerState,
     PartitionSource,
     SettlerState,
     by_arrival,
@@ -157,7 +157,7 @@ def run_partitioned(
     return partitions.retry_agreed(lambda: partitions.client.run(call, retry_for=retry_for, deadline=deadline))
 
 
-class Consumer(Generic[T]):
+class Consumer(ConsumerState[T, BlockingSettler]):
     """
     Hands out the messages of queues, one or several at a time, and reports their ends with the next turn.
 
@@ -167,51 +167,35 @@ class Consumer(Generic[T]):
     def __init__(
         self, client: Client, sources: ConsumerSources[T], on_error: OnError, *, transient: bool = False
     ) -> None:
-        self.client = client
-        self._sources = sources
-        self._only_session = sources.only.session if sources.only is not None else None
-        # A loop over a queue in one piece has a connection of its own, which saves the way through the pool. An intake
-        # goes through the pool all the same: it is repeated by other rules.
-        own = None if transient or sources.partitions or self._only_session is None else self._only_session
-        self._connection = (
-            None if own is None or own.intake is not None else Connection(client.endpoint(own.keys), client.timeout)
-        )
+        self.client = client  # the settlers read it
+        self._connection: Connection | None = None
+        if not transient and sources.only is not None and sources.only.partitions is None:
+            # A loop over a queue in one piece has a connection of its own, which saves the way through the pool. An intake
+            # goes through the pool all the same: it is repeated by other rules.
+            session = sources.only.session
+            if session.intake is None:
+                self._connection = Connection(client.endpoint(session.keys), client.timeout)
         # No turn follows a pull by itself, so its messages are settled at once; they outlive this consumer.
-        self.settlers = [
+        settlers = [
             BlockingSettler(client, source.session, source.policy, on_error, self._run_for(source))
             if transient
             else PartitionSettler(self, source, on_error, self._run_for(source))
             for source in sources.all
         ]
-        if self._only_session is None and not client.has_one_endpoint:
-            for source, settler in zip(sources.all, self.settlers, strict=True):
-                settler.leave_out(partial(self._run_for(source), retry_for=FIRST_TRY))
-        self._programs = sources.programs(
-            self.settlers, lambda at: self.settlers[at].is_away, looks=client.has_one_endpoint
-        )
+        super().__init__(client, sources, settlers)
         self._waiters: WakeupWaiters | None = None
         self._renewer: LeaseRenewer | None = None
         self._movers: list[ListMover] | None = None
         self._latest: Sequence[LeasedMessage] = ()
         self._is_idle = False
         self._settled = SignalSafeEvent()
-        self._outage = OutageLog(client)
-        self._deadline: float | None = None  # of a pull (monotonic)
 
     # -- what the queue hands out -----------------------------------------------------------------------------------
 
-    def messages(self, prefetch: int) -> Generator[Message[T], None, None]:
-        """Return a loop without end over messages, each as soon as there is one."""
-        return self._loop(partial(self._programs.fetch, prefetch))
-
-    def batches(self, size: int, within: float) -> Generator[Batch[T], None, None]:
-        """Return a loop without end over batches: of *size*, or what came *within* seconds of the first."""
-        return self._loop(partial(self._programs.gather, size, within), Batch)
-
-    def _loop(
+    def loop(
         self, program: Callable[[], Program[Any]], as_batch: type[Batch[T]] | None = None
     ) -> Generator[Any, None, None]:
-        """Yield what each *program* returns: one message, or a list of them *as_batch*."""
+        """Yield without end what each *program* returns: one message, or a list of them *as_batch*."""
         try:
             with self:
                 while True:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from random import randrange
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 
@@ -14,7 +14,7 @@ from conveyor import ids
 from conveyor.errors import ConfigurationError, ConveyorError, LeaseLost, StoreUnavailable
 from conveyor.messaging import outbox
 from conveyor.messaging.consumer.partition_steps import PartitionRoundRobin, QueueShares
-from conveyor.messaging.consumer.steps import ConsumerSteps
+from conveyor.messaging.consumer.steps import ConsumerSteps, Program
 from conveyor.messaging.decoder import MessageDecoder
 from conveyor.messaging.leases import LeasedMessage, LeaseSession
 from conveyor.messaging.message import Ending, Message, OnError, Settler, lost
@@ -30,6 +30,7 @@ from conveyor.store.script import Call, CallProgram, StepProgram
 from conveyor.store.transport import eviction
 
 T = TypeVar("T")
+S = TypeVar("S", bound="SettlerState")
 logger = logging.getLogger("conveyor.queue")
 
 
@@ -226,6 +227,35 @@ class SettlerState:
         missing, session.missing = session.missing, []
         if missing:
             eviction.log_missing_jobs(logger, session.keys.queue, missing)
+
+
+class ConsumerState(Generic[T, S]):
+    """The part of a consumer that is the same whether it blocks or is awaited: its sources, their settlers and programs."""
+
+    def __init__(self, client: Client, sources: ConsumerSources[T], settlers: Sequence[S]) -> None:
+        """*settlers*: one for each of the sources, in their order."""
+        self.client, self._sources, self.settlers = client, sources, settlers
+        self._only_session = sources.only.session if sources.only is not None else None
+        if self._only_session is None and not client.has_one_endpoint:
+            for source, settler in zip(sources.all, settlers, strict=True):
+                settler.leave_out(partial(self._run_for(source), retry_for=FIRST_TRY))
+        self._programs = sources.programs(
+            cast("Sequence[Settler]", settlers), lambda at: settlers[at].is_away, looks=client.has_one_endpoint
+        )
+        self._outage = OutageLog(client)
+        self._deadline: float | None = None  # of a pull (monotonic)
+
+    def _run_for(self, source: PartitionSource[T]) -> Callable[..., Any]:
+        """Return what carries out the calls at *source*."""
+        raise NotImplementedError
+
+    def fetching(self, prefetch: int) -> Callable[[], Program[Message[T]]]:
+        """Return what begins a program that returns the next message."""
+        return partial(self._programs.fetch, prefetch)
+
+    def gathering(self, size: int, within: float) -> Callable[[], Program[list[Message[T]]]]:
+        """Return what begins a program that returns the next batch: of *size*, or what came *within* seconds of the first."""
+        return partial(self._programs.gather, size, within)
 
 
 class OutageLog:
