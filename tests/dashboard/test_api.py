@@ -227,6 +227,18 @@ def test_the_description_holds_for_what_is_taken_and_answered(app: Conveyor) -> 
             assert answer.status_code != 500, route.path
 
 
+def test_a_queue_names_its_paused_tasks(app: Conveyor, site: Any) -> None:
+    """The page of a queue gets the tasks that are paused there, which it offers to resume."""
+    app.queue("mail").push(1)
+
+    ask(site, "POST", "queues/pause", {"queue": "mail", "task": "shop.pay"})
+    paused = ask(site, "GET", "queue", {"name": "mail"}).json()["paused_tasks"]
+    ask(site, "POST", "queues/resume", {"queue": "mail", "task": "shop.pay"})
+
+    assert paused == ["shop.pay"]
+    assert ask(site, "GET", "queue", {"name": "mail"}).json()["paused_tasks"] == []
+
+
 @pytest.mark.parametrize("path", ["queues/pause", "schedules/pause", "enqueue", "jobs/actions"])
 def test_text_that_is_no_text_is_refused(site: Any, path: str) -> None:
     """Half of a surrogate pair in any text of a body is answered with 422, and nothing is done."""

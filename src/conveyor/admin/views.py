@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
-from typing import Any, Literal, NamedTuple
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from conveyor.ids import made_at_ms, public
 from conveyor.payload.live_records import Progress
@@ -19,7 +19,10 @@ from conveyor.payload.versions import sealed_name
 from conveyor.store.audit_log import AuditRow
 from conveyor.store.inspection import Ended, FinishedJob, JobRow, QueueCounts
 from conveyor.store.job_filter import LIVE
-from conveyor.units import instant, instant_or_none
+from conveyor.units import instant, instant_or_none, iso_timestamp
+
+if TYPE_CHECKING:
+    from conveyor.jobs.schedules import Schedule
 
 STATES: tuple[Status, ...] = (*LIVE, "done")
 """The states that can be listed. `done`: recently finished jobs, about a thousand per queue."""
@@ -334,3 +337,25 @@ def error_info(failure: Failure) -> ErrorInfo:
         failure.worker,
         failure.frame,
     )
+
+
+def schedule_view(one: Schedule) -> dict[str, Any]:
+    """Return a schedule with its next and its last instants."""
+    return {
+        "name": one.name, "when": one.when, "task": one.task, "queue": one.queue, "origin": one.origin, "paused": one.paused,
+        "due": one.due, "overlap": one.overlap, "missed": one.missed, "fired": one.fired, "skipped": one.skipped,
+        "next": one.next(5), "runs": [asdict(run) for run in one.runs()],
+    }  # fmt: skip
+
+
+def json_form(value: object) -> object:
+    """Return a value that JSON does not have as one that it has; raises TypeError. Times are ISO 8601, durations seconds."""
+    if isinstance(value, datetime):
+        return iso_timestamp(value)
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, msgspec.Struct):
+        return asdict(value)
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")

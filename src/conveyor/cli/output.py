@@ -18,8 +18,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
 
 import click
-from msgspec import Struct
-from msgspec.structs import asdict
 
 from conveyor.cli.exit import ExitCode
 from conveyor.errors import ConfigurationError
@@ -53,7 +51,9 @@ class Output:
 
     def document(self, name: str, **content: Any) -> None:
         """Print one JSON document with a versioned schema."""
-        text = json.dumps({"schema": f"conveyor/{name}@1", **content}, default=_to_json, ensure_ascii=False)
+        from conveyor.admin.views import json_form
+
+        text = json.dumps({"schema": f"conveyor/{name}@1", **content}, default=json_form, ensure_ascii=False)
         # JSON leaves them as they are, but a terminal may act on them.
         _print(CONTROL_IN_LINES.sub(lambda match: json.dumps(match[0])[1:-1], text))
 
@@ -250,16 +250,6 @@ def _print(text: str) -> None:
         with suppress(OSError):  # what was not written is tried again at the end, and the exit code would be 120
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise StandardOutputError(f"Cannot write to standard output: {error.strerror or error}") from error
-
-
-def _to_json(value: object) -> object:
-    if isinstance(value, datetime):
-        return iso_timestamp(value)
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    if isinstance(value, Struct):
-        return asdict(value)
-    raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
 def terminal_width() -> int:

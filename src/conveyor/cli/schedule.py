@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import click
-from msgspec.structs import asdict
 
 from conveyor.cli.command import CommandGroup
 from conveyor.cli.completion import complete_schedules
@@ -14,7 +13,7 @@ from conveyor.cli.target import Target, redis_options
 from conveyor.units import iso_timestamp, quantity
 
 if TYPE_CHECKING:
-    from conveyor.jobs.schedules import Schedule, Schedules
+    from conveyor.jobs.schedules import Schedules
 
 _NAME = click.argument("name", metavar="NAME", shell_complete=complete_schedules)
 
@@ -28,9 +27,11 @@ def schedule() -> None:
 @redis_options
 def list_(target: Target, out: Output) -> None:
     """List all schedules: when each is due, what it enqueues, and its last instant."""
+    from conveyor.admin.views import schedule_view
+
     found = schedules_of(target).list()
     if out.as_json:
-        out.document("schedules", schedules=[_document(one) for one in found])
+        out.document("schedules", schedules=[schedule_view(one) for one in found])
         return
     rows = []
     for one in found:
@@ -50,9 +51,11 @@ def list_(target: Target, out: Output) -> None:
 @redis_options
 def show(target: Target, out: Output, name: str) -> None:
     """Show a schedule, its next instants, and what became of the last."""
+    from conveyor.admin.views import schedule_view
+
     one = schedules_of(target).get(name)
     if out.as_json:
-        out.document("schedule", schedule=_document(one))
+        out.document("schedule", schedule=schedule_view(one))
         return
     out.pairs(
         [
@@ -158,14 +161,6 @@ def _changed(out: Output, name: str, what: str, text: str) -> None:
         out.document(f"schedule-{what}", schedule=name)
     else:
         out.say(text)
-
-
-def _document(one: Schedule) -> dict[str, Any]:
-    return {
-        "name": one.name, "when": one.when, "task": one.task, "queue": one.queue, "origin": one.origin, "paused": one.paused,
-        "due": one.due, "overlap": one.overlap, "missed": one.missed, "fired": one.fired, "skipped": one.skipped,
-        "next": one.next(5), "runs": [asdict(run) for run in one.runs()],
-    }  # fmt: skip
 
 
 def _when(out: Output, at: Any) -> str:

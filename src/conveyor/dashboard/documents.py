@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
 from msgspec.structs import asdict, replace
 
+from conveyor.admin.views import json_form
 from conveyor.dashboard.access import Access
-from conveyor.units import iso_timestamp
 
 if TYPE_CHECKING:
     from conveyor.admin.views import ErrorInfo, JobInfo, QueueInfo
@@ -29,7 +27,7 @@ HIDDEN_OF_ERRORS = ("message", "traceback", "frames")
 def encoded(schema: str, document: Mapping[str, Any]) -> bytes:
     """Return a document with its schema as JSON; without one where that is ""."""
     whole = {**({"schema": f"conveyor/{schema}@1"} if schema else {}), **document}
-    text = json.dumps(whole, default=_to_json, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(whole, default=json_form, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.encode("utf-8", "backslashreplace")
 
 
@@ -71,7 +69,7 @@ def _job_row(info: JobInfo) -> dict[str, Any]:
         "unique": ", ".join(info.keys) or info.unique, "group": info.group, "limits": info.limits, "tags": info.tags,
         "worker": info.worker, "host": info.host, "pid": info.pid, "args": shortened(info.payload, PREVIEW),
         "error": None if last is None else {"type": last.type, "message": shortened(last.message, 300)},
-        "progress": plain(getattr(info, "progress", None)),
+        "progress": info.progress,
     }  # fmt: skip
 
 
@@ -89,8 +87,8 @@ def job_document(info: JobInfo, access: Access) -> dict[str, Any]:
         "leased_at": info.leased_at,
         "timeout_ms": info.timeout_ms,
         "errors": [error_document(one) for one in info.errors],
-        "notes": plain(getattr(info, "notes", None)),
-        "origin": getattr(info, "origin", None) or None,
+        "notes": info.notes,
+        "origin": info.origin,
     }
     return hide(whole, access)
 
@@ -133,20 +131,3 @@ def cause_document(cause: QueueCause) -> dict[str, Any]:
 def shortened(text: str | None, most: int) -> str | None:
     """Return the beginning of a text, with … where more follows."""
     return text if text is None or len(text) <= most else f"{text[:most]}…"
-
-
-def plain(value: Any) -> Any:
-    """Return a view as a mapping, other values as they are."""
-    return asdict(value) if isinstance(value, Struct) else value
-
-
-def _to_json(value: object) -> object:
-    if isinstance(value, datetime):
-        return iso_timestamp(value)
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    if isinstance(value, Struct):
-        return asdict(value)
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    raise TypeError(f"{type(value).__name__} has no JSON form")

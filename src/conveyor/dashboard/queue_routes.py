@@ -8,6 +8,7 @@ from typing import Any
 from conveyor.admin.views import QueueInfo
 from conveyor.dashboard.documents import cause_document, queue_document
 from conveyor.dashboard.endpoint import ApiCall, ApiRoute, Field
+from conveyor.dashboard.service import limit_document
 
 PAGE = Field("number", "rows of a page", default=50, least=1, most=100)
 OFFSET = Field("number", "rows before the page", default=0)
@@ -45,15 +46,15 @@ def show_queue(call: ApiCall) -> dict[str, Any]:
     """Return one queue, why its jobs wait, and who serves it."""
     name = call["name"]
     info: QueueInfo = call.admin.queue(name)
-    limits, groups = call.service.limits_of(name)
+    causes = call.admin.causes(name, info.ready + info.waiting)
     return {
         "queue": queue_document(info),
         "partitions": [queue_document(one) for one in call.admin.partitions(name)],
-        "causes": [cause_document(one) for one in call.admin.causes(name, info.ready + info.waiting)],
+        "causes": [cause_document(one) for one in causes],
         "workers": call.service.workers(call.admin, name),
-        "limits": limits,
-        "groups": groups,
-        "paused_tasks": [],
+        "limits": [limit_document(one) for one in call.service.limits.list(name)],
+        "groups": call.service.groups_of(name),
+        "paused_tasks": [one.name for one in causes if one.kind == "task-paused"],
     }
 
 

@@ -16,11 +16,11 @@ from starlette.requests import Request
 
 from conveyor.admin import flags
 from conveyor.admin.admin import Admin
-from conveyor.admin.worker_control import by_process
+from conveyor.admin.views import schedule_view
+from conveyor.admin.worker_control import processes_of
 from conveyor.dashboard.access import Access, Authorize, LoginRequired, TooManyAttempts, bearer_access
 from conveyor.dashboard.live import LiveView
 from conveyor.dashboard.operations import Operations
-from conveyor.ids import logical
 from conveyor.jobs.core import AppCore
 from conveyor.jobs.schedules import Schedule, Schedules
 from conveyor.messaging.consumer.asynchronous import LONGEST_LEAVE
@@ -104,17 +104,14 @@ class Service:
 
     def workers(self, admin: Admin, queue: str | None = None) -> list[dict[str, Any]]:
         """Return the worker processes, each with the queues that it serves."""
-        processes = by_process(admin.workers(queue))
-        now = datetime.now(UTC)
         return [
             {
-                "id": f"{host}:{pid}" if pid else id_, "host": host, "pid": pid,
-                "queues": list(dict.fromkeys(logical(one.queue) for one in group)), "held": sum(one.held for one in group),
-                "lease_ends": (ends := max(one.lease_ends for one in group)), "silent": ends <= now,
-                "about": {key: value for key, value in group[0].about.items() if key not in _NOT_SHOWN},
-                "identities": [one.id for one in group],
+                "id": one.name, "host": one.host, "pid": one.pid, "queues": one.queues, "held": one.held,
+                "lease_ends": one.lease_ends, "silent": one.silent,
+                "about": {key: value for key, value in one.members[0].about.items() if key not in _NOT_SHOWN},
+                "identities": [member.id for member in one.members],
             }
-            for (host, pid, id_), group in processes.items()
+            for one in processes_of(admin.workers(queue))
         ]  # fmt: skip
 
     def app_core(self) -> AppCore:
@@ -123,16 +120,20 @@ class Service:
             return self.core
         return AppCore.without_declarations(self.admin.client)
 
-    def schedules(self) -> list[dict[str, Any]]:
-        """Return all schedules."""
-        return [schedule_document(one) for one in Schedules(self.app_core()).list()]
+    @property
+    def schedules(self) -> Schedules:
+        """All schedules."""
+        return Schedules(self.app_core())
 
-    def limits_of(self, queue: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Return the limits and the groups of a queue."""
+    @property
+    def limits(self) -> LimitControl:
+        """The limits of queues."""
         client = self.admin.client
-        control = LimitControl(client) if self.core is None else LimitControl(client, self.core.find_limits)
-        limits = [limit_document(one) for one in control.list(queue)]
-        return limits, [asdict(one) for one in GroupControl(client).list(queue, _MOST_GROUPS)]
+        return LimitControl(client) if self.core is None else LimitControl(client, self.core.find_limits)
+
+    def groups_of(self, queue: str) -> list[dict[str, Any]]:
+        """Return the groups of a queue."""
+        return [asdict(one) for one in GroupControl(self.admin.client).list(queue, _MOST_GROUPS)]
 
     async def stop(self) -> None:
         """
@@ -148,13 +149,11 @@ class Service:
 
 def schedule_document(one: Schedule) -> dict[str, Any]:
     """Return a schedule with its next and its last instants."""
-    return {
-        "name": one.name, "when": one.when, "task": one.task, "queue": one.queue, "origin": one.origin, "paused": one.paused,
-        "due": one.due, "overlap": one.overlap, "missed": one.missed, "fired": one.fired, "skipped": one.skipped,
-        "next": (instants := one.next(5)), "next_in_zone": [f"{at:%a %Y-%m-%d %H:%M:%S %Z}" for at in instants],
-        "runs": [asdict(run) for run in one.runs()],
-        "late": not one.paused and one.due is not None and one.due < datetime.now(UTC) - timedelta(seconds=flags.LATE_SECONDS),
-    }  # fmt: skip
+    found = schedule_view(one)
+    late = (
+        not one.paused and one.due is not None and one.due < datetime.now(UTC) - timedelta(seconds=flags.LATE_SECONDS)
+    )
+    return {**found, "next_in_zone": [f"{at:%a %Y-%m-%d %H:%M:%S %Z}" for at in found["next"]], "late": late}
 
 
 def limit_document(state: LimitState) -> dict[str, Any]:

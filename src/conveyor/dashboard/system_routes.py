@@ -12,16 +12,15 @@ from msgspec.structs import asdict
 from conveyor.admin.server_info import read_server_info
 from conveyor.dashboard.endpoint import ApiCall, ApiRoute, Field
 from conveyor.dashboard.service import limit_document, schedule_document
-from conveyor.jobs.schedules import Schedule, Schedules
+from conveyor.jobs.schedules import Schedule
 from conveyor.messaging.declared_limits import parse_limit
-from conveyor.messaging.limit_control import GroupControl, LimitControl
+from conveyor.messaging.limit_control import GroupControl
 
 if TYPE_CHECKING:
     from conveyor.messaging.topic import Topic
 
 SECONDS = 0.06
 """The time in which one call reads queue after queue, so that an answer takes less than 100 ms."""
-_MOST_GROUPS = 100
 _AUDIT_PAGE = Field("number", "entries of a page", default=50, least=1, most=100)
 _NAME = Field("text", "the name of a schedule", required=True)
 _TOPIC = {
@@ -35,24 +34,24 @@ _TOPIC = {
 
 def list_schedules(call: ApiCall) -> dict[str, Any]:
     """Return all schedules with their next and their last instants."""
-    return {"schedules": call.service.schedules()}
+    return {"schedules": [schedule_document(one) for one in call.service.schedules.list()]}
 
 
 def show_schedule(call: ApiCall) -> dict[str, Any]:
     """Return one schedule."""
-    return {"schedule": schedule_document(Schedules(call.service.app_core()).get(call["name"]))}
+    return {"schedule": schedule_document(call.service.schedules.get(call["name"]))}
 
 
 def run_schedule(call: ApiCall) -> dict[str, Any]:
     """Enqueue a job of a schedule now."""
-    job = Schedules(call.service.app_core()).get(call["name"]).run()
+    job = call.service.schedules.get(call["name"]).run()
     call.admin.note("run schedule", call["name"], detail=job.id)
     return {"name": call["name"], "id": job.id}
 
 
 def _change_schedule(word: str, change: Callable[[Schedule], None]) -> Callable[[ApiCall], dict[str, Any]]:
     def handle(call: ApiCall) -> dict[str, Any]:
-        change(Schedules(call.service.app_core()).get(call["name"]))
+        change(call.service.schedules.get(call["name"]))
         call.admin.note(f"{word} schedule", call["name"])
         return {"name": call["name"]}
 
@@ -87,24 +86,19 @@ def dump_stack(call: ApiCall) -> dict[str, Any]:
 # -- limits and groups ------------------------------------------------------------------------------------------------
 
 
-def _limits(call: ApiCall) -> LimitControl:
-    client, core = call.admin.client, call.service.core
-    return LimitControl(client) if core is None else LimitControl(client, core.find_limits)
-
-
 def list_limits(call: ApiCall) -> dict[str, Any]:
     """Return the limits and groups of all queues, or of those that were read in the time of one call: first those with limits."""
     until = monotonic() + SECONDS
     limited = {*call.admin.queues_with_limits(), *(call.service.core.limits if call.service.core else ())}
     names = sorted(call.admin.names(), key=lambda name: name not in limited)
-    control, groups = _limits(call), GroupControl(call.admin.client)
+    control = call.service.limits
     found: list[dict[str, Any]] = []
     grouped: list[dict[str, Any]] = []
     read = 0
     for name in names:
         if name in limited:
             found += [limit_document(one) for one in control.list(name)]
-        grouped += [asdict(one) for one in groups.list(name, _MOST_GROUPS)]
+        grouped += call.service.groups_of(name)
         read += 1
         if monotonic() > until:
             break
@@ -118,14 +112,14 @@ def set_limit(call: ApiCall) -> dict[str, Any]:
     """Change a limit until it is reset."""
     limit = parse_limit(call["limit"], smooth=call["smooth"])
     named = limit if call["name"] is None else replace(limit, name=call["name"])
-    _limits(call).set(call["queue"], named, call["key"])
+    call.service.limits.set(call["queue"], named, call["key"])
     call.admin.note("set limit", call["queue"], detail=_detail(call["name"], call["key"], call["limit"]))
     return {"queue": call["queue"], "name": call["name"], "key": call["key"], "limit": call["limit"]}
 
 
 def reset_limit(call: ApiCall) -> dict[str, Any]:
     """Give a limit back to what code declares."""
-    count = _limits(call).reset(call["queue"], call["name"], call["key"])
+    count = call.service.limits.reset(call["queue"], call["name"], call["key"])
     call.admin.note("reset limit", call["queue"], detail=_detail(call["name"], call["key"]))
     return {"queue": call["queue"], "reset": count}
 
