@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -26,13 +27,13 @@ from conveyor.messaging.selection import (
 )
 from conveyor.store import inspection
 from conveyor.store.job_filter import LIVE, JobFilter
+from conveyor.store.script import CallProgram, adrive, drive
 from conveyor.units import Duration
 
 if TYPE_CHECKING:
     from conveyor.jobs.core import AppCore
     from conveyor.messaging.queue import Queue
     from conveyor.store.inspection import JobRow
-    from conveyor.store.script import Call
 
 
 class CancelledJobs(int):
@@ -80,11 +81,28 @@ class JobSelection(msgspec.Struct, frozen=True):
         job.task = task or None
         return job
 
-    def _tag_counts(self, known: Iterable[str]) -> list[Call[int]] | None:
-        """Return the calls that count by the index alone; None where that does not tell."""
-        if self.wanted.tag is None or self.state is not None or self.wanted != JobFilter(tag=self.wanted.tag):
-            return None
-        return [inspection.count_tagged(self.core.keys(name), self.wanted.tag) for name in self._places(known)]
+    def _count(self, known: Iterable[str]) -> CallProgram[int]:
+        tag, total = self.wanted.tag, 0
+        for name in self._places(known):
+            keys = self.core.keys(name)
+            if tag is not None and self.state is None and self.wanted == JobFilter(tag=tag):
+                total += yield inspection.count_tagged(keys, tag)  # the index alone tells
+                continue
+            walk = self._walks.counting(keys, self._states)
+            while (call := walk.next_call()) is not None:
+                found = yield call
+                total += sum(sum(counts.values()) for counts in found)
+        return total
+
+    def _cancel(self, known: Iterable[str]) -> CallProgram[CancelledJobs]:
+        outcomes = Counter[str]()
+        for walk in self.acting("cancel", known):
+            while (call := walk.next_call()) is not None:
+                acted = yield call
+                outcomes.update(one.outcome for one in acted)
+        cancelled = CancelledJobs(outcomes["cancelled"] + outcomes["asked"])
+        cancelled.asked = outcomes["asked"]
+        return cancelled
 
     def refuse_everything(self) -> JobSelection:
         """Return the choice if it leaves anything out; raises ConfigurationError for every job of every queue."""
@@ -109,24 +127,12 @@ class JobSelection(msgspec.Struct, frozen=True):
     def count(self) -> int:
         """Count the jobs."""
         client = self.core.client
-        known = client.queues()
-        if (calls := self._tag_counts(known)) is not None:
-            return sum(client.run(call) for call in calls)
-        total = 0
-        for name in self._places(known):
-            walk = self._walks.counting(self.core.keys(name), self._states)
-            for found in steps_of(client, walk):
-                total += sum(sum(counts.values()) for counts in found)
-        return total
+        return drive(self._count(client.queues()), client.run)
 
     def cancel(self) -> CancelledJobs:
         """Cancel the jobs."""
         client = self.core.client
-        done = asked = 0
-        for acted in act(client, self.acting("cancel", client.queues()), Pace(None)):
-            done += sum(one.outcome == "cancelled" for one in acted)
-            asked += sum(one.outcome == "asked" for one in acted)
-        return _cancelled(done, asked)
+        return drive(self._cancel(client.queues()), client.run)
 
     def redrive(self, rate: str | None, limit: int | None) -> int:
         """Put the dead letters back."""
@@ -148,24 +154,12 @@ class JobSelection(msgspec.Struct, frozen=True):
     async def acount(self) -> int:
         """Awaitable form of `count`."""
         client = self.core.client
-        known = await client.aqueues()
-        if (calls := self._tag_counts(known)) is not None:
-            return sum([await client.arun(call) for call in calls])
-        total = 0
-        for name in self._places(known):
-            walk = self._walks.counting(self.core.keys(name), self._states)
-            async for found in asteps_of(client, walk):
-                total += sum(sum(counts.values()) for counts in found)
-        return total
+        return await adrive(self._count(await client.aqueues()), client.arun)
 
     async def acancel(self) -> CancelledJobs:
         """Awaitable form of `cancel`."""
         client = self.core.client
-        done = asked = 0
-        async for acted in aact(client, self.acting("cancel", await client.aqueues()), Pace(None)):
-            done += sum(one.outcome == "cancelled" for one in acted)
-            asked += sum(one.outcome == "asked" for one in acted)
-        return _cancelled(done, asked)
+        return await adrive(self._cancel(await client.aqueues()), client.arun)
 
     async def aredrive(self, rate: str | None, limit: int | None) -> int:
         """Awaitable form of `redrive`."""
@@ -209,9 +203,3 @@ def checked_limit(limit: int | None) -> int | None:
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
         raise ConfigurationError(f"limit must be a whole number of at least 0, not {limit!r}.")
     return limit
-
-
-def _cancelled(done: int, asked: int) -> CancelledJobs:
-    cancelled = CancelledJobs(done + asked)
-    cancelled.asked = asked
-    return cancelled
