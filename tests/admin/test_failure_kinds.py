@@ -128,3 +128,25 @@ def test_the_frame_of_an_error_is_bounded_and_the_users() -> None:
     with pytest.raises(TypeError) as caught_in_library:
         scope["outer"](scope["call"], None)  # type: ignore[operator]
     assert describe(caught_in_library.value, 1, 1, "w").frame == "web/views.py:2 outer"
+
+
+def test_the_frame_of_a_group_is_that_of_its_first_error() -> None:
+    """Groups of errors from two lines are two kinds, however deep they are nested; one whose errors were never raised has its own frame."""
+
+    def one() -> None:
+        raise ValueError("x")
+
+    def two() -> None:
+        raise ValueError("x")
+
+    found = []
+    for function in (one, two):
+        with pytest.raises(ValueError, match="x") as caught:
+            function()
+        found.append(describe(ExceptionGroup("tasks", [caught.value]), 1, 1, "w").frame.partition(" ")[2])
+        nested = ExceptionGroup("out", [ExceptionGroup("in", [caught.value]), KeyError()])
+        found.append(describe(nested, 1, 1, "w").frame.partition(" ")[2])
+    assert found == ["one", "one", "two", "two"]
+    with pytest.raises(ExceptionGroup) as never:
+        raise ExceptionGroup("tasks", [ValueError("never raised")])
+    assert describe(never.value, 1, 1, "w").frame.endswith(" test_the_frame_of_a_group_is_that_of_its_first_error")

@@ -23,7 +23,15 @@ from opentelemetry.sdk.metrics import MeterProvider  # noqa: E402
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader  # noqa: E402
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor  # noqa: E402
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter  # noqa: E402
-from opentelemetry.trace import SpanKind, StatusCode, get_current_span  # noqa: E402
+from opentelemetry.trace import (  # noqa: E402
+    NonRecordingSpan,
+    SpanContext,
+    SpanKind,
+    StatusCode,
+    TraceFlags,
+    get_current_span,
+    set_span_in_context,
+)
 
 from conveyor.contrib.opentelemetry import OpenTelemetry, instrument  # noqa: E402
 
@@ -156,6 +164,34 @@ async def test_without_a_provider_nothing_is_recorded(url: str) -> None:
         await plain.aenqueue()
         await drain(app)
     assert headers == [{}]
+
+
+async def test_without_a_provider_a_push_makes_no_span(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the API alone a push makes no span and no header, unless it stands in the trace of another program, which it carries on."""
+    made: list[str] = []
+    async with Conveyor(url) as app:
+        telemetry = instrument(app)
+        start_span = telemetry._tracer.start_span
+        monkeypatch.setattr(
+            telemetry._tracer, "start_span", lambda name, **more: made.append(name) or start_span(name, **more)
+        )
+        queue = app.queue("mail")
+        await queue.apush(1)
+        assert made == []
+        remote = SpanContext(
+            0xAF7651916CD43DD8448EB211C80319C0, 0xB7AD6B7169203331, is_remote=True, trace_flags=TraceFlags(1)
+        )
+        token = contexts.attach(set_span_in_context(NonRecordingSpan(remote)))
+        try:
+            await queue.apush(2)
+        finally:
+            contexts.detach(token)
+        headers = []
+        for message in await queue.apull(n=2):
+            headers.append(dict(message.headers))
+            await message.aack()
+    assert made == ["send mail"]
+    assert headers == [{}, {"traceparent": f"00-{remote.trace_id:032x}-{remote.span_id:016x}-01"}]
 
 
 async def test_a_send_times_the_push_and_fails_with_it(url: str, recorder: Recorder) -> None:

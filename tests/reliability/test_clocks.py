@@ -19,8 +19,8 @@ from conveyor import ConfigurationError, Conveyor
 from conveyor.admin.admin import Admin
 from conveyor.store.inspection import read_stats
 from conveyor.worker.worker import Worker
-from support.running_worker import audit, counts, drain, working
-from support.waiting import auntil
+from support.running_worker import audit, counts, drain, until_counts, working
+from support.waiting import auntil, until_status
 from support.worker_processes import wait, worker_processes
 from testbed.server_process import Server, find_binary
 
@@ -97,6 +97,11 @@ def clock(directory: Path) -> Iterator[tuple[Server, Callable[[str], None]]]:
 async def server_time(app: Conveyor) -> int:
     """Return the server's seconds since the epoch."""
     return int((await app.client.aexecute("TIME"))[0])
+
+
+async def died_lately(admin: Admin) -> int:
+    """Return how many jobs have died in the last 15 minutes, as the history tells."""
+    return sum((await admin.ahistory("15m")).failed)
 
 
 async def is_hour(app: Conveyor, start: int, hour: int) -> bool:
@@ -181,6 +186,40 @@ async def test_a_clock_that_goes_back_and_forth_loses_no_count(clock: tuple[Serv
         keys, first = app.client.keys("default"), start // 3600
         read = await app.client.arun(read_stats(keys, "hours", first, first + 4))
         assert sum(sums["done"] for sums in read.times.values()) == len(hours)
+
+
+@needs_faketime
+async def test_what_is_shown_goes_by_the_servers_clock(clock: tuple[Server, Callable[[str], None]]) -> None:
+    """With a server an hour ahead of this machine, or behind, the last minutes show what ended, and nothing counts as late or too long."""
+    server, step = clock
+    async with Conveyor(server.url) as app:
+        release, admin = asyncio.Event(), Admin(app.client)
+
+        @app.task(name="bad", queue="mail", retry=1)
+        async def bad() -> None:
+            raise ValueError("as asked")
+
+        @app.task(name="held", queue="mail")
+        async def held() -> None:
+            await release.wait()
+
+        start = await server_time(app)
+        for seconds in (3600, -3600):
+            step(f"{seconds:+}")
+            await auntil(partial(is_hour, app, start, seconds // 3600), LATE)
+            schedule = await app.schedules.aput("daily", held.s(), every="1d")
+            await bad.aenqueue()
+            job = await held.aenqueue()
+            release.clear()
+            async with working(app):
+                await until_counts(app, lambda found: found.dead == 1 and found.leased == 1, "mail")
+                await auntil(lambda: died_lately(admin), LATE)
+                assert sum(group.count for group in (await admin.afailure_matrix("1h")).groups) == 1
+                assert [flag.kind for flag in await admin.aflags()] == []
+                release.set()
+                await until_status(job, "done")
+            await schedule.adelete()
+            await app.queue("mail").apurge(dead=True)
 
 
 @pytest.mark.row("B8")

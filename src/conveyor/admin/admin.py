@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections import Counter
 from collections.abc import (
     AsyncGenerator,
@@ -43,6 +42,7 @@ from conveyor.admin.history import MOST_MARKS, History, read_history
 from conveyor.admin.job_search import FailureCount, last_failure
 from conveyor.admin.known_redaction import KnownRedaction
 from conveyor.admin.queue_directory import QueueDirectory, ended_in
+from conveyor.admin.server_info import server_time
 from conveyor.admin.views import (
     ActionResult,
     AuditEntry,
@@ -348,7 +348,7 @@ class Admin:
 
         if range not in MATRIX_RANGES:
             raise ConfigurationError(f"There is no range {range!r}. Known: {', '.join(MATRIX_RANGES)}.")
-        table, total, cut = FailureTable(range, int(time.time() * 1000), self._decoder), 0, False
+        table, total, cut = FailureTable(range, int(server_time(self.client) * 1000), self._decoder), 0, False
         counts = self._counts(self._parts_with_dead(queue, queues))
         busy = {part: one.dead for part, one in counts.items() if one.dead}
         ends = monotonic() + (seconds or 3600.0)
@@ -1058,7 +1058,7 @@ class Admin:
         those that have most running, dead and scheduled ones, since each is read by itself. What may not be read is left out.
         """
         infos = self.queues() if queues is None else queues
-        found, now = queue_flags(infos), datetime.now(UTC)
+        found, now = queue_flags(infos), datetime.fromtimestamp(server_time(self.client), UTC)
         with suppress(ConveyorError):
             found += late_schedules(self._schedule_rows(), now)
         with suppress(ConveyorError):

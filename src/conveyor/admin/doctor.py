@@ -18,7 +18,7 @@ from conveyor.admin.server_checks import (
     online_replicas,
     replication_findings,
 )
-from conveyor.admin.server_info import execute_if_allowed, read_setting
+from conveyor.admin.server_info import execute_if_allowed, read_setting, server_time
 from conveyor.admin.views import QueueInfo, queue_info
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
 from conveyor.store import inspection, schedules
@@ -365,11 +365,8 @@ def _check_connections(client: Client, report: HealthReport) -> None:
 
 def _check_clock(client: Client, report: HealthReport) -> None:
     before = time.time()
-    reply = execute_if_allowed(client, "TIME")
+    theirs = server_time(client)
     after = time.time()
-    if not isinstance(reply, list):
-        return
-    theirs = int(reply[0]) + int(reply[1]) / 1e6
     skew = max(before - theirs, theirs - after, 0.0)
     if skew > CLOCK_SKEW_WARNING:
         text = f"this machine's clock and the server's differ by {skew:.1f} s"

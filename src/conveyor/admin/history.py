@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from conveyor.admin.server_info import server_time
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.store.audit_log import marks_key, read_audit
 from conveyor.store.inspection import BUCKETS_MS, read_stats
@@ -98,7 +99,7 @@ def read_history(
         raise ConfigurationError(f"range must be one of {', '.join(RANGES)}, not {range!r}.")
     unit, count = RANGES[range]
     step = SECONDS_OF[unit]
-    last = int(time.time()) // step
+    last = int(server_time(client)) // step
     first = last - count + 1
     everything = directory.everything()
     if names is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -66,6 +67,12 @@ def execute_if_allowed(client: Client, *command: str) -> object:
         raise
     except ConveyorError:
         return None
+
+
+def server_time(client: Client) -> float:
+    """Return the server's seconds since the epoch, which its counters and instants go by; where TIME is refused this machine's."""
+    reply = execute_if_allowed(client, "TIME")
+    return int(reply[0]) + int(reply[1]) / 1e6 if isinstance(reply, list) else time.time()
 
 
 def read_setting(client: Client, name: str) -> str | None:

@@ -96,6 +96,8 @@ class OpenTelemetry(Middleware):
         Of many that are pushed together each has a span of its own (create), and one times the push of all (send). Headers into
         which the caller has put the context of a span stay as they are, and the send is linked to that span.
         """
+        if not self._given and _is_sdk_absent() and not contexts.get_current():
+            return None  # nothing would be recorded, and there is nothing to carry on
         place = outgoing.queue or outgoing.topic
         # A job that runs again has the headers of its first run, which no caller has put there now.
         own = trace.INVALID_SPAN_CONTEXT if outgoing.origin else _origin(outgoing.headers)

@@ -171,12 +171,18 @@ def frame_text(file: str, line: int, function: str) -> str:
 
 
 def _own_frame(error: BaseException) -> str:
-    """Return the innermost frame of the user's own code in the traceback of *error*; "" without one."""
+    """
+    Return the innermost frame of the user's own code in the traceback of *error*; "" without one.
+
+    Of a group it is that of its first error, since the group itself comes from where the tasks were waited for.
+    """
     told = _told_by_process(error, "conveyor_frame")
     if told is not None:
         return told
     frames = list[TracebackType]()
     try:
+        if isinstance(error, BaseExceptionGroup) and (first := _own_frame(error.exceptions[0])):
+            return first
         at = error.__traceback__
         while at is not None:
             frames.append(at)
