@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from conveyor import Concurrency, Conveyor, Unique
 from conveyor.store import operations
-from conveyor.worker.leasing.capacity import Capacity
+from conveyor.worker.leasing.capacity import Capacity, PartitionGroup
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import audit, drain
 
 JOBS = 4_000
+
+
+class Parts(SimpleNamespace):
+    """Parts of a worker, as far as the number of jobs to lease depends on them."""
+
+    def __hash__(self) -> int:
+        return id(self)
 
 
 @pytest.fixture
@@ -74,3 +82,30 @@ async def test_jobs_that_report_first_are_taken_before_the_next_turn(
     assert sorted(ran) == [*range(JOBS)]
     assert [is_turning for _, _, is_turning in taken if is_turning] == []
     assert await audit(app) == []
+
+
+def test_a_slow_server_makes_no_smaller_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pace at which jobs end is no measure of a worker that had none left when the reply came; one that had some is slower now."""
+    now = 0.0
+    monkeypatch.setattr("conveyor.worker.leasing.capacity.perf_counter", lambda: now)
+    parts: Any = Parts(free=100, stopping=False, is_limited=False)
+    capacity = Capacity(parts, parts, parts)
+    consumer: Any = Parts(
+        group=PartitionGroup(1.0),
+        backlog=0,
+        held=(),
+        report=operations.TurnReport(),
+        job_size=Parts(max_jobs=500),
+    )
+    capacity.note_work(consumer, possible=True)
+
+    def room_after(ended: int) -> int:
+        nonlocal now
+        now += 0.1
+        capacity.finished += ended
+        return capacity.room(consumer, coming=100)
+
+    assert room_after(500) == 250  # 5,000 a second: 50 ms of them, beside free slots, and less those that come
+    assert [room_after(50) for _ in range(5)] == [250] * 5
+    capacity.note_backlog(consumer, 100)
+    assert room_after(50) < 200

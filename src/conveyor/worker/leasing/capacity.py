@@ -203,7 +203,8 @@ class Capacity:
         group = consumer.group
         if group.leads_another(consumer):
             return 0
-        waiting, capacity = self.backlog + coming, self._total(saturated=group.backlog + coming > 0)
+        # Those that come tell nothing of the time that is measured: a worker that had none left has waited for the server.
+        waiting, capacity = self.backlog + coming, self._total(saturated=group.backlog > 0)
         rivals = len(self.rivals) + (group not in self.rivals)
         room = capacity - waiting if rivals == 1 else self._share(capacity, waiting, group, coming)
         if group.gathering and room > 0:
