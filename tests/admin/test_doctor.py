@@ -172,7 +172,7 @@ def test_full_memory_is_a_problem(start_server: Start, examine: Callable[[str], 
 def test_replica_is_a_problem(
     url: str, server: Server, start_server: Start, examine: Callable[[str], doctor.HealthReport]
 ) -> None:
-    """A read-only replica is unhealthy, and its primary is named."""
+    """A read-only replica is unhealthy; its primary is named, and a link to it that is down; what a push may ask there is not told."""
     replica = start_server()
     with replica.client() as client:
         client.replicaof("127.0.0.1", "1")
@@ -182,6 +182,8 @@ def test_replica_is_a_problem(
     finding = named(report, "role")
     assert (finding.level, finding.code) == ("problem", "E16")
     assert "127.0.0.1:1" in finding.remedy
+    assert finding.text.startswith("this is a read-only replica, and its link to the primary is down")
+    assert not [one for one in report.findings if "fsync=True" in one.text]
 
 
 def test_what_this_user_may_not_ask_is_unknown(

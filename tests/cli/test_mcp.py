@@ -85,7 +85,8 @@ async def test_an_agent_looks_and_changes_nothing(connect: Connect, dead: str) -
             ("jobs", {"filter": "state:"}, "state"),
             ("job", {"id": "mail:none"}, "mail:none"),
             ("job", {}, "missing"),
-            ("jobs_actions", {"action": "delete", "ids": [dead]}, "There is no tool"),
+            ("jobs_actions", {"action": "delete", "ids": [dead]}, "conveyor mcp --allow-actions"),
+            ("jobs_delete", {"ids": [dead]}, "There is no tool"),
         ):
             document, failed = await ask(client, tool, **given)
             assert failed

@@ -53,12 +53,16 @@ def test_a_worker_runs_the_code_of_now(url: str, tmp_path: Path) -> None:
             shell.write("shop.py", APP.format("another"))
             until(lambda: any("Reload: shop.py changed" in line for line in log))
             assert until(lambda: (found := say.enqueue().result(timeout="60s")) == "another" and found)
+            until(lambda: any("Reload: done, 1 task: say" in line for line in log))
 
             shell.write("shop.py", "this is no Python")
             until(lambda: any("the next change of a source file" in line for line in log))
+            assert any("SyntaxError" in line for line in log)
+            assert not [line for line in log if "importlib" in line or "child_main" in line]  # only the app's own lines
             job = say.enqueue()
             shell.write("shop.py", APP.format("mended"))
             assert job.result(timeout="60s") == "mended"
+            until(lambda: sum("Reload: done" in line for line in log) == 2)
         finally:
             dev.send_signal(signal.SIGINT)
             assert dev.wait(60) == 0, "".join(log)

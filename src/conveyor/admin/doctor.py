@@ -28,7 +28,7 @@ from conveyor.store.keys import QueueKeys
 from conveyor.store.transport import eviction, replies
 from conveyor.store.transport.cluster import Cluster
 from conveyor.store.transport.url import StandaloneServer
-from conveyor.units import instant
+from conveyor.units import instant, span
 
 Level = Literal["ok", "note", "warning", "problem"]
 DurabilityLevel = Literal["memory", "snapshots", "aof-os", "aof-everysec", "aof-always", "unknown"]
@@ -258,7 +258,15 @@ def _check_version(facts: dict[str, str], report: HealthReport) -> None:
 def _check_role(facts: dict[str, str], report: HealthReport) -> None:
     if facts.get("role") == "slave":
         primary = f"{facts.get('master_host', '?')}:{facts.get('master_port', '?')}"
-        report.add("role", "problem", "this is a read-only replica", f"Use its primary: {primary}", "E16")
+        down = (
+            int(facts.get("master_link_down_since_seconds", 0)) if facts.get("master_link_status") == "down" else None
+        )
+        link = (
+            ""
+            if down is None
+            else ", and its link to the primary is down" + (f", for {span(down)}" if down > 0 else "")
+        )
+        report.add("role", "problem", f"this is a read-only replica{link}", f"Use its primary: {primary}", "E16")
     elif facts:
         replicas = int(facts.get("connected_slaves", 0))
         text = (
@@ -317,7 +325,9 @@ def _durability_level(client: Client, facts: dict[str, str]) -> DurabilityLevel:
 
 
 def _check_confirmations(client: Client, facts: dict[str, str], report: HealthReport) -> None:
-    """Report the durability that a push may request here."""
+    """Report the durability that a push may request here; a replica takes none."""
+    if facts.get("role") == "slave":
+        return
     minimum, lag = (read_setting(client, f"min-replicas-{what}") for what in ("to-write", "max-lag"))
     report.replicas = online_replicas(facts)
     report.fsync_works, line = fsync_finding(client.execute, str(client.address))

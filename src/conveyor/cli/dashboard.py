@@ -100,7 +100,7 @@ def _serve(out: Output, application: Any, host: str, port: int, root_path: str) 
         out.document("dashboard", url=url)
     else:
         out.line(url)
-        out.say("Stop with ctrl-C.")
+        out.say("The dashboard answers there until ctrl-C.")
     config = uvicorn.Config(
         application, log_level="warning", access_log=False, root_path=root_path, server_header=False,
         timeout_graceful_shutdown=2, lifespan="on",

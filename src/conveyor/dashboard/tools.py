@@ -45,7 +45,7 @@ class Tools:
         self._routes = {tool_name(route): route for route in ENDPOINTS if self._is_offered(route)}
 
     def _is_offered(self, route: ApiRoute) -> bool:
-        if route.path in _NOT_TOOLS or route.path.startswith("messages/"):
+        if not _is_tool(route):
             return False
         needed = [route.action] if not isinstance(route.action, Mapping) else list(route.action.values())
         return any(self._access.allows(action) for action in needed)
@@ -67,6 +67,11 @@ class Tools:
 
     async def _call(self, name: str, given: Mapping[str, Any]) -> str:
         route = self._routes.get(name)
+        if route is None and any(name == tool_name(one) and _is_tool(one) for one in ENDPOINTS):
+            raise ConfigurationError(
+                f"The tool {name!r} changes something or shows payloads, and this server does not offer it. Nothing was done. "
+                "Its operator may:  conveyor mcp --allow-actions"
+            )
         if route is None:
             raise ConfigurationError(f"There is no tool {name!r}. Known: {', '.join(self._routes)}.")
         action = route.needed(given)
@@ -74,6 +79,10 @@ class Tools:
             raise ConfigurationError(f"This is not allowed: it needs {action}. Nothing was done.")
         call = ApiCall(self._service, self._service.admin_for(self._access), self._access, route.read(given))
         return encoded(route.schema, await route.answer(call)).decode()
+
+
+def _is_tool(route: ApiRoute) -> bool:
+    return route.path not in _NOT_TOOLS and not route.path.startswith("messages/")
 
 
 def tool_name(route: ApiRoute) -> str:

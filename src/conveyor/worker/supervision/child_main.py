@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import gc
+import importlib
 import io
 import logging
 import os
@@ -19,6 +20,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import islice
+from pathlib import Path
+from types import TracebackType
 from typing import NoReturn, Protocol
 
 from conveyor.errors import ConveyorError
@@ -30,6 +33,8 @@ from conveyor.worker.shared_memory import ChildInfo, ChildSlot, ChildSpec, Share
 from conveyor.worker.shutdown import RECYCLE
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
 
+_IMPORTING = ("<frozen importlib", str(Path(importlib.__file__).parent), str(Path(__file__).parents[2]))
+"""How the names of files begin whose code imports an app."""
 IMPORT_FAILED = 4
 """Exit code of a child whose app cannot be loaded."""
 MARGIN = 2.0
@@ -113,8 +118,10 @@ def _run(
 ) -> int:
     try:
         info, worker = start(spec, slot)
-    except Exception:
-        LOG.exception("Cannot start the worker of %s", spec.app)
+    except Exception as error:
+        LOG.error(
+            "Cannot start the worker of %s", spec.app, exc_info=(type(error), error, _from_app(error, error.__traceback__))
+        )  # fmt: skip
         return IMPORT_FAILED
     slot.set_info(info)
     # Imported objects stay for ever: a garbage collection that visits them again and again delays jobs by milliseconds.
@@ -144,6 +151,14 @@ def _run(
     except BaseException:
         LOG.critical("The worker failed unexpectedly", exc_info=True)
         return 1
+
+
+def _from_app(error: Exception, traceback: TracebackType | None) -> TracebackType | None:
+    """Return a traceback from the first line of the app on: what imported that says nothing. Whole where no line is the app's."""
+    one = traceback
+    while one is not None and one.tb_frame.f_code.co_filename.startswith(_IMPORTING):
+        one = one.tb_next
+    return one if one is not None or isinstance(error, SyntaxError) else traceback
 
 
 def _collect(numbers: Iterable[int]) -> list[int]:

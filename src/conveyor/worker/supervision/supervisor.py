@@ -134,6 +134,7 @@ class Supervisor:
         self._stop_at: float | None = None
         self._exit_code = 0
         self._banner_printed = False
+        self._reloads = False  # until a process with the changed code has imported it
         self._checked_at = self._resumed_at = monotonic()
         self._begun: set[int] = set()  # numbers of the children that were started once
 
@@ -256,6 +257,7 @@ class Supervisor:
         """Replace all children: their code has changed. Running jobs get a moment, and are handed back then."""
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         LOG.info("Reload: %s%s changed", os.path.relpath(changed[0]), more)
+        self._reloads = self._banner_printed
         for child in self._children:
             child.release()
             if child.has_process:
@@ -428,7 +430,12 @@ class Supervisor:
     # -- the first and the last lines of the log -------------------------------------------------------------------
 
     def _print_banner(self, child: ChildProcess) -> None:
-        if self._banner_printed or (info := child.slot.info()) is None:  # before the first job, where it can be
+        due = self._reloads and not child.reloading_since if self._banner_printed else True
+        if not due or (info := child.slot.info()) is None:  # before the first job, where it can be
+            return
+        if self._banner_printed:
+            self._reloads = False
+            LOG.info("Reload: done, %s%s", quantity(info.tasks, "task"), _task_names(info))
             return
         self._banner_printed = True
         for line in banner(info, self._spec, self._processes, self._bounds):
@@ -446,11 +453,14 @@ class Supervisor:
             LOG.info("Stopped")
 
 
+def _task_names(info: ChildInfo) -> str:
+    return f": {', '.join(info.names)}" if info.tasks <= len(info.names) else ""
+
+
 def banner(info: ChildInfo, spec: ChildSpec, processes: int, bounds: Bounds | None = None) -> list[str]:
     """Return the lines that a worker logs when its app is imported, at most eight."""
     weights = {queue: spec.queues.get(queue, 1.0) for queue in info.queues or spec.queues}
     queues = ", ".join(name if weight == 1 else f"{name} (weight {weight:g})" for name, weight in weights.items())
-    names = f": {', '.join(info.names)}" if info.tasks <= len(info.names) else ""
     number = str(processes) if bounds is None else f"{bounds.lower} to {bounds.upper}, by the age of the oldest job"
     limits = [f"{spec.max_jobs:,} jobs"] if spec.max_jobs else []
     limits += [megabytes(spec.max_memory)] if spec.max_memory else []
@@ -458,7 +468,7 @@ def banner(info: ChildInfo, spec: ChildSpec, processes: int, bounds: Bounds | No
         f"Conveyor {installed_version()} works for {spec.app}" + (" until everything is drained" if spec.burst else ""),
         f"  Redis      {masked(info.url)}, namespace {info.namespace}",
         f"  queues     {queues}",
-        f"  tasks      {info.tasks}{names}",
+        f"  tasks      {info.tasks}{_task_names(info)}",
         f"  processes  {number}, each with {quantity(spec.concurrency, 'job')} at a time and {quantity(spec.threads, 'thread')}",
         *([f"  labels     {', '.join(spec.labels)}"] if spec.labels else []),
         *([f"  replaced   after {' or '.join(limits)}"] if limits else []),
