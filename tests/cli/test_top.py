@@ -6,6 +6,7 @@ import pytest
 
 from conveyor import Conveyor
 from conveyor.admin.admin import Admin
+from support.waiting import auntil
 
 pytest.importorskip("textual")
 
@@ -43,6 +44,37 @@ async def test_it_shows_queues_and_workers_and_pauses(url: str) -> None:
         await pilot.press("r")
         assert screen.query_one("#workers", DataTable).row_count == 0
         await pilot.press("q")
+    await app.aclose()
+
+
+@pytest.mark.leaves_keys("jobs are left to be looked at")
+async def test_it_says_what_is_wrong_and_why_jobs_wait(url: str) -> None:
+    """Below the tables stands what asks for attention with the command that helps, and why jobs of the queue under the cursor wait."""
+    from textual.widgets import DataTable, Static
+
+    from conveyor.cli.top_screen import Top
+
+    app = Conveyor(url)
+    for name in ("audit", "mail"):
+        await app.queue(name).apush({"n": 1})
+    await app.queue("mail").apause()
+    screen = Top(Admin(app.client), every=3600)
+
+    def shown(name: str) -> str:
+        return str(screen.query_one(name, Static).render())
+
+    async with screen.run_test(size=(80, 24)) as pilot:
+        await pilot.pause()
+        assert "✗ Queue 'audit' has 1 job and no worker takes it" in shown("#flags")
+        assert "conveyor worker -q audit" in shown("#flags")
+        assert shown("#why") == ""
+
+        await pilot.press("down")
+        await auntil(lambda: shown("#why") == "mail: It is paused: 1 job waits.")
+        await pilot.press("up")
+        await auntil(lambda: shown("#why") == "")
+        for name in ("#queues", "#workers"):
+            assert screen.query_one(name, DataTable).size.height >= 3
     await app.aclose()
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from time import monotonic
 from typing import TYPE_CHECKING, ClassVar
 
 from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.widgets import DataTable, Footer, Static
 
-from conveyor.cli.output import human_text
+from conveyor.cli.output import MARKS, human_text
 from conveyor.errors import ConveyorError
-from conveyor.ids import clean
+from conveyor.ids import clean, clean_lines
 from conveyor.units import quantity
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from conveyor.admin.admin import Admin
+    from conveyor.admin.flags import Flag
     from conveyor.admin.views import QueueInfo
     from conveyor.admin.worker_control import WorkerProcess
 
@@ -25,13 +29,29 @@ WORKERS = ("worker", "state", "slots", "holds", "longest job", "heartbeat", "que
 _TEXTS = {"queue", "state", "worker", "queues"}
 _NUMBERS = 68
 """The columns of a terminal that the numbers beside a name take."""
+_FLAGS_EVERY = 5.0
+"""Seconds between two looks at what asks for attention, for which schedules, records and statistics are read."""
+_LEVELS = {"problem": "bold red", "warning": "yellow", "note": ""}
+_SHOWN_BY_ITSELF = frozenset({"position", "no-worker"})
+"""Causes of waiting that the table shows, or the flags."""
 
 
 class Top(App[None]):
-    """Two tables, of queues and of worker processes, read anew every second."""
+    """
+    Two tables, of queues and of worker processes, read anew every second.
+
+    Below the queues stands why the jobs of the one under the cursor wait, below the workers what asks for attention, and what to
+    do about it.
+    """
 
     TITLE = "conveyor top"
-    CSS = "#totals { padding: 0 1; } #queues { height: 1fr; } #workers { height: 1fr; }"
+    CSS = """
+    #totals, #why, #flags { padding: 0 1; height: auto; }
+    #why { max-height: 3; }
+    #flags { max-height: 30%; }
+    #queues { height: 2fr; min-height: 4; }
+    #workers { height: 1fr; min-height: 3; }
+    """
     BINDINGS: ClassVar = [
         ("q", "quit", "Quit"),
         ("p", "pause", "Pause or resume the queue"),
@@ -42,13 +62,16 @@ class Top(App[None]):
         """Show what *admin* reads *every* so many seconds."""
         super().__init__()
         self._admin, self._every = admin, every
-        self._paused: dict[str, bool] = {}
+        self._queues: dict[str, QueueInfo] = {}
+        self._flags_at = -_FLAGS_EVERY
 
     def compose(self) -> ComposeResult:
-        """Yield the line of totals, the two tables and the keys."""
+        """Yield the line of totals, the two tables, what stands below them, and the keys."""
         yield Static("…", id="totals")
         yield DataTable(id="queues", cursor_type="row", zebra_stripes=True)
+        yield Static("", id="why")
         yield DataTable(id="workers", cursor_type="row", zebra_stripes=True)
+        yield Static("", id="flags")
         yield Footer()
 
     async def on_mount(self) -> None:
@@ -66,10 +89,11 @@ class Top(App[None]):
         try:
             queues = await self._admin.aqueues()
             workers = await self._admin.aworker_processes(jobs=1)
+            flags = await self._read_flags(queues)
         except ConveyorError as error:
             totals.update(clean(str(error).splitlines()[0]))
             return
-        self._paused = {one.name: one.paused for one in queues}
+        self._queues = {one.name: one for one in queues}
         ready, running, dead = (sum(getattr(one, name) for one in queues) for name in ("ready", "leased", "dead"))
         totals.update(
             f"{quantity(len(queues), 'queue')} · {ready:,} ready · {running:,} leased · {dead:,} dead · "
@@ -77,6 +101,41 @@ class Top(App[None]):
         )
         self._show("#queues", {one.name: _queue_row(one) for one in queues})
         self._show("#workers", {one.name: _worker_row(one) for one in workers})
+        if flags is not None:
+            self.query_one("#flags", Static).update(_flag_lines(flags))
+        await self._show_causes()
+
+    async def _read_flags(self, queues: Sequence[QueueInfo]) -> list[Flag] | None:
+        """Return what asks for attention; None when that was read a moment ago."""
+        if monotonic() - self._flags_at < _FLAGS_EVERY:
+            return None
+        self._flags_at = monotonic()
+        return await self._admin.aflags(queues)
+
+    async def on_data_table_row_highlighted(self, event: DataTable.RowHighlighted) -> None:
+        """Say why the jobs of the queue wait to which the cursor has moved."""
+        if event.data_table.id == "queues":
+            await self._show_causes()
+
+    async def _show_causes(self) -> None:
+        name = self._chosen()
+        one = self._queues.get(name)
+        lines = []
+        if one is not None and (one.ready or one.waiting or one.scheduled):
+            try:
+                causes = await self._admin.acauses(name, one.ready + one.waiting)
+            except ConveyorError as error:  # it may have gone meanwhile
+                causes, lines = [], [str(error).splitlines()[0]]
+            lines += [str(cause) for cause in causes if cause.kind not in _SHOWN_BY_ITSELF]
+        if name == self._chosen():  # the cursor may have moved on while this was read
+            self.query_one("#why", Static).update(Text(clean_lines("\n".join(f"{name}: {line}" for line in lines))))
+
+    def _chosen(self) -> str:
+        """Return the name of the queue under the cursor; "" without one."""
+        table = self.query_one("#queues", DataTable)
+        if not table.row_count:
+            return ""
+        return str(table.coordinate_to_cell_key(table.cursor_coordinate).row_key.value)
 
     def _show(self, name: str, rows: dict[str, tuple[object, ...]]) -> None:
         """Change the cells that differ, so that the cursor and the position stay."""
@@ -104,15 +163,25 @@ class Top(App[None]):
 
     async def action_pause(self) -> None:
         """Pause the queue under the cursor, or resume it."""
-        table = self.query_one("#queues", DataTable)
-        if not table.row_count:
+        if not (name := self._chosen()):
             return
-        name = str(table.coordinate_to_cell_key(table.cursor_coordinate).row_key.value)
+        paused = name in self._queues and self._queues[name].paused
         try:
-            await (self._admin.aresume(name) if self._paused.get(name) else self._admin.apause(name))
+            await (self._admin.aresume(name) if paused else self._admin.apause(name))
         except ConveyorError as error:
             self.notify(clean(str(error)), severity="error")
         await self.action_refresh()
+
+
+def _flag_lines(flags: Sequence[Flag]) -> Text:
+    """Return what asks for attention, the worst first, each with the command that helps."""
+    text = Text()
+    for one in flags:
+        mark = MARKS[one.level][0]
+        text.append("\n" if text else "").append(f"{mark} {clean(one.text)}", _LEVELS[one.level])
+        if one.remedy:
+            text.append(f"\n    {clean(one.remedy)}")
+    return text
 
 
 def _queue_row(one: QueueInfo) -> tuple[object, ...]:

@@ -34,7 +34,7 @@ from conveyor.worker.shutdown import RECYCLE
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
 
 _IMPORTING = ("<frozen importlib", str(Path(importlib.__file__).parent), str(Path(__file__).parents[2]))
-"""How the names of files begin whose code imports an app."""
+"""The beginnings of the names of files whose code imports an app."""
 IMPORT_FAILED = 4
 """Exit code of a child whose app cannot be loaded."""
 MARGIN = 2.0
