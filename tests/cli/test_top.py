@@ -75,6 +75,8 @@ async def test_it_says_what_is_wrong_and_why_jobs_wait(url: str) -> None:
         await auntil(lambda: shown("#why") == "")
         for name in ("#queues", "#workers"):
             assert screen.query_one(name, DataTable).size.height >= 3
+        await pilot.press("ctrl+c")
+    assert screen.return_code == 130
     await app.aclose()
 
 

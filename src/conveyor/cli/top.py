@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import click
 
 from conveyor.cli.command import LeafCommand
+from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import Output
 from conveyor.cli.target import Target, redis_options
 from conveyor.errors import ConfigurationError
@@ -18,7 +19,7 @@ from conveyor.errors import ConfigurationError
     "--every", type=click.FloatRange(0.2, 3600), default=1.0, show_default=True, help="Seconds between two looks."
 )
 @redis_options
-def top(target: Target, out: Output, every: float) -> None:
+def top(target: Target, out: Output, every: float) -> int:
     """
     Show queues and workers live: what waits, what runs, what is wrong. q ends it.
 
@@ -32,4 +33,6 @@ def top(target: Target, out: Output, every: float) -> None:
         raise ConfigurationError("conveyor top draws on a terminal. For programs:  conveyor status --json")
     from conveyor.cli.top_screen import Top
 
-    Top(target.admin(), every).run()
+    screen = Top(target.admin(), every)
+    screen.run()
+    return screen.return_code or ExitCode.OK

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from rich.text import Text
 from textual.app import App, ComposeResult
+from textual.binding import Binding
 from textual.widgets import DataTable, Footer, Static
 
+from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import MARKS, human_text
 from conveyor.errors import ConveyorError
 from conveyor.ids import clean, clean_lines
@@ -56,6 +58,7 @@ class Top(App[None]):
         ("q", "quit", "Quit"),
         ("p", "pause", "Pause or resume the queue"),
         ("r", "refresh", "Read now"),
+        Binding("ctrl+c", "interrupt", show=False, priority=True),  # Textual asks for another key instead
     ]
 
     def __init__(self, admin: Admin, every: float = 1.0) -> None:
@@ -160,6 +163,10 @@ class Top(App[None]):
         if heading in {"queue", "worker"}:
             text.truncate(max(12, self.size.width - _NUMBERS), overflow="ellipsis")
         return text
+
+    def action_interrupt(self) -> None:
+        """End as a command that is interrupted."""
+        self.exit(return_code=ExitCode.INTERRUPTED)
 
     async def action_pause(self) -> None:
         """Pause the queue under the cursor, or resume it."""
