@@ -21,7 +21,6 @@ _SAMPLES: dict[str, Any] = {
     "texts": ["x"],
     "object": {},
     "list": [{}],
-    "any": 1,
 }
 
 
@@ -88,4 +87,4 @@ def inputs_of(endpoint: ApiRoute, choice: str | None = None) -> dict[str, Any]:
         for name, one in endpoint.fields.items()
         if one.required
     }
-    return inputs if choice is None else {**inputs, endpoint.chosen_by: choice}
+    return inputs if choice is None else {**inputs, "action": choice}

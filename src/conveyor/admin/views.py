@@ -23,6 +23,7 @@ from conveyor.units import instant, instant_or_none, iso_timestamp
 
 if TYPE_CHECKING:
     from conveyor.jobs.schedules import Schedule
+    from conveyor.messaging.limit_control import LimitState
 
 STATES: tuple[Status, ...] = (*LIVE, "done")
 """The states that can be listed. `done`: recently finished jobs, about a thousand per queue."""
@@ -345,6 +346,17 @@ def schedule_view(one: Schedule) -> dict[str, Any]:
         "name": one.name, "when": one.when, "task": one.task, "queue": one.queue, "origin": one.origin, "paused": one.paused,
         "due": one.due, "overlap": one.overlap, "missed": one.missed, "fired": one.fired, "skipped": one.skipped,
         "next": one.next(5), "runs": [asdict(run) for run in one.runs()],
+    }  # fmt: skip
+
+
+def limit_view(state: LimitState) -> dict[str, Any]:
+    """Return a limit, as it is in effect and as code declares it."""
+    from conveyor.messaging.declared_limits import short_limit
+
+    return {
+        "queue": state.queue, "name": state.name, "key": state.key, "kind": state.limit.kind, "by": state.limit.by,
+        "limit": short_limit(state.limit), "declared": None if state.declared is None else short_limit(state.declared),
+        "overridden": state.overridden, "used": state.used, "waiting": state.waiting, "opens_at": state.opens_at,
     }  # fmt: skip
 
 

@@ -35,7 +35,9 @@ def list_(target: Target, out: Output, queue: str | None) -> None:
     control, names = _control(target, queue)
     states = [state for name in names for state in control.list(name)]
     if out.as_json:
-        out.document("limits", limits=[_record(state) for state in states])
+        from conveyor.admin.views import limit_view
+
+        out.document("limits", limits=[limit_view(state) for state in states])
     elif states:
         out.table(_HEADINGS, [_row(state) for state in states])
     else:
@@ -133,14 +135,3 @@ def _row(state: LimitState) -> tuple[object, ...]:
         state.waiting,
         state.opens_at,
     )
-
-
-def _record(state: LimitState) -> dict[str, object]:
-    """Return a limit as the JSON document has it."""
-    from conveyor.messaging.declared_limits import short_limit
-
-    return {
-        "queue": state.queue, "name": state.name, "key": state.key, "kind": state.limit.kind, "by": state.limit.by,
-        "limit": short_limit(state.limit), "declared": None if state.declared is None else short_limit(state.declared),
-        "overridden": state.overridden, "used": state.used, "waiting": state.waiting, "opens_at": state.opens_at,
-    }  # fmt: skip

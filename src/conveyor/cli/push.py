@@ -60,40 +60,18 @@ def push(
 
     Prints the ids, one per line.
     """
-    from_stdin = message == "-" or (message is None and not sys.stdin.isatty())
-    if message is None and not from_stdin:
-        raise click.UsageError("Nothing to push: give JSON, or - to read one message per line.")
-    if from_stdin and own_id:
-        raise click.UsageError("--id names one message; lines from standard input get ids of their own.")
+    texts = read_texts(message, own_id, "push")
     client, app = target.client(), target.app  # in this order: `client` loads the app
-    options = {
-        "id": own_id, "priority": priority, "front": front, "headers": parse_headers(headers), "tags": tags,
-        "delay": 0 if delay is None else parse_seconds(delay, name="--delay"),
-        "expires": None if expires is None else parse_seconds(expires, name="--expires"),
-    }  # fmt: skip
+    options = {"id": own_id, "front": front, **delivery_options(priority, headers, tags, delay, expires)}
     send = _sender(client, app, queue, options)
-    ids, stored = list[str](), 1
-    if not from_stdin:
-        assert message is not None
-        body = _checked_body(message.encode("utf-8", "surrogateescape"), "")
-        ids = send([body])
-        _print_ids(out, ids)
-    else:
-        stored = 0
-        if sys.stdin.seekable():  # a file is checked as a whole first, so that a bad line stores nothing
-            start = sys.stdin.buffer.tell()
-            for bodies in _read_lines(sys.stdin.buffer):
-                for number, line in bodies:
-                    _checked_body(line, _line_position(number, 0))
-            sys.stdin.buffer.seek(start)
-        for bodies in _read_lines(sys.stdin.buffer):
-            checked = [_checked_body(line, _line_position(number, stored)) for number, line in bodies]
-            # Each message goes to the front: reversed, so that the first line is leased first.
-            chunk = send(checked[::-1] if front else checked)
-            chunk = chunk[::-1] if front else chunk
-            stored += len(checked)
-            ids += chunk if out.as_json else []
-            _print_ids(out, chunk)
+    ids, stored = list[str](), 0
+    for bodies in texts:
+        # Each message goes to the front: reversed, so that the first line is leased first.
+        chunk = send(bodies[::-1] if front else bodies)
+        chunk = chunk[::-1] if front else chunk
+        stored += len(bodies)
+        ids += chunk if out.as_json else []
+        _print_ids(out, chunk)
     target.note("push", queue, count=stored, quiet=True)
     if out.as_json:
         out.document("pushed", queue=queue, ids=ids)
@@ -150,27 +128,41 @@ def _print_ids(out: Output, ids: list[str]) -> None:
         sys.stdout.flush()
 
 
-def read_bodies(message: str | None) -> Iterator[list[Any]]:
-    """
-    Yield the values of one JSON *message*, or of the lines of standard input (None), in lists.
+def delivery_options(
+    priority: int, headers: tuple[str, ...], tags: tuple[str, ...], delay: str | None, expires: str | None
+) -> dict[str, Any]:
+    """Return the options of `message_options` as a push and a publish take them."""
+    return {
+        "priority": priority, "headers": parse_headers(headers), "tags": tags,
+        "delay": 0 if delay is None else parse_seconds(delay, name="--delay"),
+        "expires": None if expires is None else parse_seconds(expires, name="--expires"),
+    }  # fmt: skip
 
-    A file is checked as a whole first, so that a bad line stores nothing.
-    """
-    import msgspec
 
-    if message is not None:
-        yield [msgspec.json.decode(_checked_body(message.encode("utf-8", "surrogateescape"), ""))]
-        return
+def read_texts(message: str | None, own_id: str | None, verb: str) -> Iterator[list[bytes]]:
+    """Return the checked JSON texts, in lists, of one message or of the lines of standard input. Raises click.UsageError."""
+    from_stdin = message == "-" or (message is None and not sys.stdin.isatty())
+    if message is None and not from_stdin:
+        raise click.UsageError(f"Nothing to {verb}: give JSON, or - to read one message per line.")
+    if from_stdin and own_id:
+        raise click.UsageError("--id names one message; lines from standard input get ids of their own.")
+    if message is None or from_stdin:
+        return _stdin_texts()
+    return iter([[_checked_body(message.encode("utf-8", "surrogateescape"), "")]])
+
+
+def _stdin_texts() -> Iterator[list[bytes]]:
+    """Yield the texts of the lines of standard input. A file is checked as a whole first, so that a bad line stores nothing."""
     if sys.stdin.seekable():
         start = sys.stdin.buffer.tell()
-        for bodies in _read_lines(sys.stdin.buffer):
-            for number, line in bodies:
+        for lines in _read_lines(sys.stdin.buffer):
+            for number, line in lines:
                 _checked_body(line, _line_position(number, 0))
         sys.stdin.buffer.seek(start)
     stored = 0
-    for bodies in _read_lines(sys.stdin.buffer):
-        yield [msgspec.json.decode(_checked_body(line, _line_position(number, stored))) for number, line in bodies]
-        stored += len(bodies)
+    for lines in _read_lines(sys.stdin.buffer):
+        yield [_checked_body(line, _line_position(number, stored)) for number, line in lines]
+        stored += len(lines)
 
 
 def _line_position(number: int, stored: int) -> str:

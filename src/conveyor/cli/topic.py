@@ -9,8 +9,8 @@ import click
 
 from conveyor.cli.command import CommandGroup
 from conveyor.cli.completion import complete_queues
-from conveyor.cli.output import Output, parse_seconds
-from conveyor.cli.push import message_options, parse_headers, read_bodies
+from conveyor.cli.output import Output
+from conveyor.cli.push import delivery_options, message_options, read_texts
 from conveyor.cli.target import Target, redis_options
 from conveyor.units import quantity
 
@@ -91,19 +91,13 @@ def publish(
 
     Prints the ids of the copies, those of one message on one line.
     """
-    from_stdin = message == "-" or (message is None and not sys.stdin.isatty())
-    if message is None and not from_stdin:
-        raise click.UsageError("Nothing to publish: give JSON, or - to read one message per line.")
-    if from_stdin and own_id:
-        raise click.UsageError("--id names one message; lines from standard input get ids of their own.")
-    chosen = _topic(target, name)
-    options: dict[str, Any] = {
-        "priority": priority, "headers": parse_headers(headers), "tags": tags,
-        "delay": 0 if delay is None else parse_seconds(delay, name="--delay"),
-        "expires": None if expires is None else parse_seconds(expires, name="--expires"),
-    }  # fmt: skip
+    import msgspec
+
+    texts, chosen = read_texts(message, own_id, "publish"), _topic(target, name)
+    options = delivery_options(priority, headers, tags, delay, expires)
     ids: list[list[str]] = []
-    for values in read_bodies(None if from_stdin else message):
+    for some in texts:
+        values = [msgspec.json.decode(text) for text in some]
         copies = [chosen.publish(values[0], id=own_id, **options)] if own_id else chosen.publish_many(values, **options)
         ids += copies
         if not out.as_json:

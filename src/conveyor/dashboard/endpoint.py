@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from conveyor.admin.admin import Admin
     from conveyor.dashboard.service import Service
 
-Kind = Literal["text", "number", "flag", "texts", "object", "list", "any"]
+Kind = Literal["text", "number", "flag", "texts", "object", "list"]
 LARGEST = 2**53
 MOST_BODY = 64 * 1024 * 1024
 """Bytes of a request, about what the largest push of messages takes."""
@@ -51,7 +51,7 @@ class Field:
 
     def read(self, name: str, value: Any) -> Any:
         """Return the checked value of a JSON member or, as text, of a parameter. Raises ConfigurationError."""
-        if value is None or (value == "" and not self.required and self.kind != "any"):
+        if value is None or (value == "" and not self.required):
             if self.required:
                 raise ConfigurationError(f"{name!r} is missing: {self.text}.")
             return self.default
@@ -59,7 +59,7 @@ class Field:
             return self._number(name, value)
         if self.kind == "flag" and isinstance(value, str) and value.lower() in {"true", "false", "1", "0"}:
             return value.lower() in {"true", "1"}
-        wanted: Any = {"text": str, "flag": bool, "texts": list, "object": dict, "list": list, "any": object}[self.kind]
+        wanted: Any = {"text": str, "flag": bool, "texts": list, "object": dict, "list": list}[self.kind]
         if not isinstance(value, wanted) or (self.kind == "texts" and not all(isinstance(one, str) for one in value)):
             raise ConfigurationError(f"{name!r} must be {_WORDS[self.kind]}, not {json.dumps(value)[:100]}.")
         if self.choices and value not in self.choices:
@@ -84,7 +84,7 @@ class Field:
 
 _WORDS = {
     "text": "a text", "number": "a number", "flag": "true or false", "texts": "a list of texts", "object": "an object",
-    "list": "a list", "any": "a value",
+    "list": "a list",
 }  # fmt: skip
 
 
@@ -128,7 +128,7 @@ class ApiRoute:
     """
     One route below ``api/v1/``.
 
-    *action*: the right that it needs, None for the right to look; a mapping names one for each value of the member *chosen_by*.
+    *action*: the right that it needs, None for the right to look; a mapping names one for each value of the member `action`.
     *handle* returns the document without its schema; it runs in a thread, or is a coroutine function. *media*: the content type
     of what it returns, which has no schema unless that is JSON.
     """
@@ -140,7 +140,6 @@ class ApiRoute:
     handle: RouteHandler
     action: Action | Mapping[str, Action] | None = None
     fields: Mapping[str, Field] = field(default_factory=dict)
-    chosen_by: str = "action"
     status: int = 200
     media: str = "application/json"
 
@@ -148,11 +147,9 @@ class ApiRoute:
         """Return the right that a request with these values needs. Raises ConfigurationError."""
         if not isinstance(self.action, Mapping):
             return self.action
-        choice = values.get(self.chosen_by)
+        choice = values.get("action")
         if not isinstance(choice, str) or choice not in self.action:
-            raise ConfigurationError(
-                f"{self.chosen_by!r} must be one of {', '.join(self.action)}, not {str(choice)[:100]!r}."
-            )
+            raise ConfigurationError(f"'action' must be one of {', '.join(self.action)}, not {str(choice)[:100]!r}.")
         return self.action[choice]
 
     async def answer(self, call: ApiCall) -> Any:

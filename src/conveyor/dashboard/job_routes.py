@@ -11,7 +11,7 @@ from msgspec.structs import asdict
 
 from conveyor.admin.failure_matrix import MATRIX_RANGES
 from conveyor.admin.job_query import JobQuery, parse
-from conveyor.admin.views import JobInfo, QueueInfo
+from conveyor.admin.views import ActionResult, JobInfo, QueueInfo
 from conveyor.dashboard.access import Action
 from conveyor.dashboard.documents import hide, job_document, job_row, why_document
 from conveyor.dashboard.endpoint import ApiCall, ApiRoute, Field, NotAllowed
@@ -19,6 +19,7 @@ from conveyor.dashboard.job_timeline import attempts_of, path_of
 from conveyor.dashboard.operations import Operation
 from conveyor.dashboard.queue_routes import OFFSET, PAGE
 from conveyor.errors import ConfigurationError
+from conveyor.ids import logical
 from conveyor.jobs.history import HistoryEntry
 from conveyor.messaging.selection import ActionName
 
@@ -27,6 +28,8 @@ SECONDS = 0.06
 _COUNTED_SECONDS = 5.0
 """The age that the counts of many queues may have where jobs are looked for."""
 MOST_IDS = 1_000
+_MOST_COPIED = 10_000
+"""Characters of arguments for which a call that enqueues them again is written."""
 MOST_LINES = 500
 """Lines of a job's log on its page, the newest."""
 ACTIONS_OF: dict[str, Action] = {
@@ -130,8 +133,7 @@ def act_on_jobs(call: ApiCall) -> dict[str, Any]:
     acts = {
         "retry": call.admin.retry, "promote": call.admin.retry, "cancel": call.admin.cancel, "delete": call.admin.delete,
     }  # fmt: skip
-    results = acts[call["action"]](call["ids"])
-    return {"results": results, "done": sum(one.done for one in results)}
+    return _done(acts[call["action"]](call["ids"]))
 
 
 def update_job(call: ApiCall) -> dict[str, Any]:
@@ -158,7 +160,10 @@ def update_job(call: ApiCall) -> dict[str, Any]:
 
 def rerun_jobs(call: ApiCall) -> dict[str, Any]:
     """Enqueue new jobs with the arguments of some that have ended; the `detail` of a result is the new id."""
-    results = call.admin.rerun(call["ids"])
+    return _done(call.admin.rerun(call["ids"]))
+
+
+def _done(results: list[ActionResult]) -> dict[str, Any]:
     return {"results": results, "done": sum(one.done for one in results)}
 
 
@@ -193,10 +198,10 @@ def _possible(info: JobInfo, call: ApiCall) -> list[str]:
 
 def _copies(info: JobInfo, call: ApiCall) -> dict[str, str | None]:
     """Return the call that would enqueue a job once more, as Python and as a command; none where its arguments may not be seen."""
-    if not call.access.allows("view_payloads") or info.payload is None or len(info.payload) > MOST_IDS * 10:
+    if not call.access.allows("view_payloads") or info.payload is None or len(info.payload) > _MOST_COPIED:
         return {"python": None, "command": None}
     if not info.task:
-        queue = info.queue.partition("/")[0]
+        queue = logical(info.queue)
         return {
             "python": f"app.queue({queue!r}).push(json.loads({info.payload!r}))",
             "command": f"conveyor push {shlex.quote(queue)} {shlex.quote(info.payload)}",

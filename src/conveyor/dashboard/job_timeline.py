@@ -31,7 +31,7 @@ def attempts_of(entries: Sequence[HistoryEntry]) -> list[dict[str, Any]]:
     Return the attempts of a job, oldest first.
 
     `since`: the end of the attempt before, or when it was enqueued; between it and `ended` it waited and ran. `began`, `waited`
-    and `ran_ms` are known of an attempt whose start is kept: the one that runs, and the last of a job that ended.
+    and `ran_ms` are known of an attempt whose start is kept, which is that of no message that failed and of no crash.
     """
     found: list[dict[str, Any]] = []
     since: datetime | None = None

@@ -10,7 +10,6 @@ from conveyor.dashboard.endpoint import LARGEST, ApiRoute, Field
 _TYPES: dict[str, dict[str, Any]] = {
     "text": {"type": "string"}, "number": {"type": "number"}, "flag": {"type": "boolean"},
     "texts": {"type": "array", "items": {"type": "string"}}, "object": {"type": "object"}, "list": {"type": "array", "items": {}},
-    "any": {},
 }  # fmt: skip
 _ERRORS = {
     "401": "not logged in", "403": "not allowed", "404": "not found", "405": "another method is taken", "409": "in use",

@@ -7,7 +7,6 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from importlib.metadata import PackageNotFoundError, version
 from time import monotonic
 from typing import Any
 
@@ -16,16 +15,16 @@ from starlette.requests import Request
 
 from conveyor.admin import flags
 from conveyor.admin.admin import Admin
-from conveyor.admin.views import schedule_view
+from conveyor.admin.views import limit_view, schedule_view
 from conveyor.admin.worker_control import processes_of
 from conveyor.dashboard.access import Access, Authorize, LoginRequired, TooManyAttempts, bearer_access
 from conveyor.dashboard.live import LiveView
 from conveyor.dashboard.operations import Operations
-from conveyor.jobs.core import AppCore
+from conveyor.jobs.core import AppCore, core_of
 from conveyor.jobs.schedules import Schedule, Schedules
 from conveyor.messaging.consumer.asynchronous import LONGEST_LEAVE
-from conveyor.messaging.declared_limits import short_limit
 from conveyor.messaging.limit_control import GroupControl, LimitControl, LimitState
+from conveyor.units import installed_version
 
 logger = logging.getLogger("conveyor.dashboard")
 _MOST_GROUPS = 100
@@ -37,17 +36,16 @@ class Service:
     """
     The inside of a dashboard.
 
-    *core* is that of the app, which knows tasks, keys and limits; None: a client alone is known.
+    *app*: by which messages and jobs are stored; its `core` knows tasks, keys and limits. None: a client alone is known.
     """
 
     def __init__(
-        self, admin: Admin, core: AppCore | None, *, authorize: Authorize | None, tokens: Mapping[str, Access],
+        self, admin: Admin, app: Any, *, authorize: Authorize | None, tokens: Mapping[str, Access],
         read_only: bool, hosts: Sequence[str] | None,
     ) -> None:  # fmt: skip
         self.admin = admin
-        self.core = core
-        self.app: Any = None
-        """The app itself, by which messages and jobs are stored; None: only a client is known."""
+        self.app = app
+        self.core = None if app is None else core_of(app)
         self.tokens = dict(tokens)
         self.read_only = read_only
         self.hosts = None if hosts is None else tuple(host.lower() for host in hosts)
@@ -158,20 +156,7 @@ def schedule_document(one: Schedule) -> dict[str, Any]:
 
 def limit_document(state: LimitState) -> dict[str, Any]:
     """Return a limit."""
-    return {
-        "queue": state.queue, "name": state.name, "key": state.key, "kind": state.limit.kind, "by": state.limit.by,
-        "limit": short_limit(state.limit), "declared": None if state.declared is None else short_limit(state.declared),
-        "overridden": state.overridden, "used": state.used, "most": state.limit.n, "waiting": state.waiting,
-        "opens_at": state.opens_at,
-    }  # fmt: skip
-
-
-def installed_version() -> str:
-    """Return the version of the installed package."""
-    try:
-        return version("conveyor")
-    except PackageNotFoundError:
-        return "(not installed)"
+    return {**limit_view(state), "most": state.limit.n}
 
 
 def _user_of(request: Request) -> str | None:

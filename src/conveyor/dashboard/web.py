@@ -48,7 +48,6 @@ from conveyor.errors import (
     StoreUnavailable,
     WorkerNotFound,
 )
-from conveyor.jobs.core import core_of
 from conveyor.store.transport.url import redact
 
 if TYPE_CHECKING:
@@ -108,10 +107,7 @@ def make_dashboard(
 ) -> Dashboard:  # fmt: skip
     """Return the dashboard of what *admin* administers; *app* knows its tasks, None: no app is known."""
     check_access(authorize, tokens, hosts)
-    core = None if app is None else core_of(app)
-    service = Service(admin, core, authorize=authorize, tokens=tokens, read_only=read_only, hosts=hosts)
-    service.app = app
-    return Dashboard(service)
+    return Dashboard(Service(admin, app, authorize=authorize, tokens=tokens, read_only=read_only, hosts=hosts))
 
 
 def wsgi_dashboard(
