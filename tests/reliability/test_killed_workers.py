@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from conveyor import Conveyor
+from conveyor.admin.admin import Admin
 from conveyor.ids import split
 from conveyor.store import operations
 from conveyor.worker.worker import Worker
@@ -55,6 +56,47 @@ def test_kills_under_load_lose_nothing(url: str, tmp_path: Path, rounds: Rounds)
         assert one.counts().dead == 0
         wait(lambda: one.log.count("was killed by SIGKILL") == kills)
         assert one.is_sound()
+
+
+def test_counters_are_exact_after_kills(url: str, tmp_path: Path, rounds: Rounds) -> None:
+    """The metrics tell of each task how its jobs ended, as the jobs do one by one, though workers were killed; no counter falls meanwhile."""
+    kills, count = rounds(50, 4), rounds(5_000, 300)
+    dice = random.Random(seed := random.randrange(10**9))
+    print(f"seed {seed}")
+    with worker_processes(url, tmp_path, lease="2s") as one:
+        note, plain, poison = one.tasks.note, one.tasks.plain, one.tasks.poison
+        jobs = [(task.name, task.enqueue(n, 0.01)) for n in range(count) for task in [note if n % 2 else plain]]
+        later = note.options(delay="1h").enqueue(count), note.enqueue(count + 1), plain.enqueue(count + 2, 0.01)
+        for job in later:
+            assert job.cancel()
+        jobs += zip((note.name, note.name, plain.name), later, strict=True)
+        jobs.append((plain.name, plain.options(expires="1ms").enqueue(count + 3)))
+        jobs.append((poison.name, poison.enqueue(count + 4, "exit")))
+        supervisor, told = one.start(processes=2), Counter[tuple[str, str]]()
+        for number in range(kills):
+            wait(lambda number=number: one.completions() >= count * number // (kills + 1))
+            victim = dice.choice(wait(lambda: _at_work(one, supervisor)))
+            os.kill(victim, signal.SIGKILL)
+            wait(lambda victim=victim: not running(victim))
+            before, told = told, _told_ends(one)
+            assert before <= told
+        wait(one.drained)
+
+        ends = Counter[tuple[str, str]]()
+        for task, job in jobs:
+            about = job.info()
+            end = "expired" if about.reason == "expired" else about.status
+            ends[task, "succeeded" if end == "done" else end] += 1
+        assert _told_ends(one) == ends
+        assert ends[note.name, "cancelled"] == 2
+        assert {end for _, end in ends} == {"succeeded", "cancelled", "expired", "dead"}
+
+
+def _told_ends(one: WorkerProcesses) -> Counter[tuple[str, str]]:
+    """Return the number of ends by task and outcome, as metrics tell it."""
+    sample = r'^conveyor_jobs_finished_total\{queue="default",task="([^"]*)",outcome="([a-z]*)"\} ([1-9]\d*)$'
+    found = re.findall(sample, Admin(one.app.client).metrics_text(), re.MULTILINE)
+    return Counter({(task, outcome): int(count) for task, outcome, count in found})
 
 
 def _at_work(one: WorkerProcesses, supervisor: subprocess.Popen[bytes]) -> list[int]:
