@@ -1153,6 +1153,7 @@ class Admin:
     adoctor = _awaitable(doctor)
     ametrics_text = _awaitable(metrics_text)
     aload = _awaitable(load)
+    aask_for_logs = _awaitable(ask_for_logs)
 
     aeach_job = _awaitable_iterator(each_job)
     aeach_matching = _awaitable_iterator(each_matching)
