@@ -150,6 +150,20 @@ def test_doctor_reads_many_queues_in_few_steps(backend: Client, steps: list[str]
     assert steps.count("audit") == MANY
 
 
+def test_a_doctor_in_a_hurry_leaves_large_queues(backend: Client, steps: list[str]) -> None:
+    """With little time no queue is examined whose records would keep the server for longer than 5 ms, which is said."""
+    push(backend, "tenant-007", *[b"1"] * 600)
+    keys = backend.keys("tenant-007")
+    backend.execute("HDEL", keys.jobs, backend.execute("LINDEX", keys.ready[0], 300, key=keys.jobs), key=keys.jobs)
+
+    hurried = Admin(backend).doctor(seconds=600)
+    assert [one.text for one in hurried.findings if one.name == "records"] == [
+        f"the records of {MANY - 1} of {MANY} queues were examined, in the time that this may take"
+    ]
+    assert (steps.count("audit"), "E10" in [one.code for one in hurried.problems]) == (MANY - 1, False)
+    assert "E10" in [one.code for one in Admin(backend).doctor().problems]
+
+
 def test_doctor_reads_schedules_only_where_there_are_some(backend: Client, steps: list[str]) -> None:
     """A queue that has schedules is asked for them, and the others are not."""
     keys = backend.keys("tenant-003")
