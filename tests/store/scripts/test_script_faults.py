@@ -94,6 +94,7 @@ def test_full_server_still_drains(seeded: SeededQueue, name: str) -> None:
         "find_jobs-leased",
         "get_job",
         "counts",
+        "count_queues",
         "workers",
         "why",
         "queue_causes",
