@@ -1,5 +1,5 @@
 -- Find jobs by a filter, or count them: one step of a walk.
--- needs: numbers envelope leased leased_order heads shut_tasks walk
+-- needs: numbers envelope leased leased_order heads shut_tasks made_at walk
 --
 -- KEYS  1 jobs  2 none
 -- ARGV  1 "heads": each without its body, and of its errors the last alone, without its traceback · "count"

@@ -1,6 +1,6 @@
 -- Read one page of jobs in a state: at most 500 entries, and about 1 MiB of them, so that a call takes a few milliseconds
 -- whatever the jobs hold. The reply says how many entries were looked at; the next page begins behind them.
--- needs: numbers envelope leased leased_order heads shut_tasks walk
+-- needs: numbers envelope leased leased_order heads shut_tasks made_at walk
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 recent  7-16 ready:0 … ready:9
 -- ARGV  1 ready, waiting, scheduled, leased, dead, dead-oldest or done · ids for those from 11 on, in whatever state

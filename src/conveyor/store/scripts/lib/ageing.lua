@@ -1,20 +1,6 @@
 -- Ageing: a job that waits long is raised by one priority each time it has waited that long, to the end of the line there. In a list the
 -- first has waited longest, so the heads tell which jobs have aged, and nothing else is read.
 
--- Read when a job was pushed from its id.
--- id       of 22 characters, the first 8 of which are 48 bits of ms in an alphabet that sorts like the numbers
--- returns  ms since the epoch; nil of an id that a caller chose, and of a ticket
-local function pushed_at(id)
-  if #id ~= 22 or not string.find(id, '^[%w_~]+$') then return nil end
-  local ms = 0
-  for i = 1, 8 do
-    local byte = string.byte(id, i)
-    local digit = byte < 58 and byte - 48 or byte < 91 and byte - 55 or byte == 95 and 36 or byte == 126 and 63 or byte - 60
-    ms = ms * 64 + digit
-  end
-  return ms
-end
-
 -- Raise the jobs that have aged. Those whose age is not known, and tickets of groups, stay where they are.
 -- queue    fields jobs and ready are used
 -- count    how many may be leased: so many entries at the front of each list are looked at, and a hundred at least
@@ -26,12 +12,12 @@ local function raise_aged(queue, count, ms, now)
   for priority = 8, 0, -1 do
     local key = KEYS[queue.ready + priority]
     local heads = redis.call('LRANGE', key, 0, math.max(count, 100) - 1)
-    local first = heads[1] and pushed_at(heads[1])
+    local first = heads[1] and made_at(heads[1])
     if heads[1] and not (first and first + ms > now) then
       local envelopes = redis.call('HMGET', queue.jobs, unpack(heads))
       local stay, looked, targets = {}, 0, {}
       for i, id in ipairs(heads) do
-        local since, found = pushed_at(id), envelopes[i] and marks(envelopes[i]) or {}
+        local since, found = made_at(id), envelopes[i] and marks(envelopes[i]) or {}
         local target = priority
         if since and envelopes[i] and not found.stub and not found.group then
           since = math.max(since, found.due or 0)

@@ -10,16 +10,6 @@
 --   1 cursor, "" at the first step   2 how many jobs at most
 --   3 tag  4 task  5 text of the last error, case-folded  6 since  7 older (ms)  8 states, a space between them   "" any
 
--- Read the instant at which a generated id was made.
--- id       of the job
--- returns  ms since the epoch; nil for an id that its caller chose
-local function made_at(id)
-  if #id ~= 22 or string.find(id, '[^0-9A-Z_a-z~]') then return nil end
-  local digits, ms = '0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz~', 0
-  for i = 1, 8 do ms = ms * 64 + string.find(digits, string.sub(id, i, i), 1, true) - 1 end
-  return ms
-end
-
 -- Read a filter.
 -- at       where in ARGV its tag stands
 -- returns  {tag, task, error, since, older, states}    since, older, states: nil for any
