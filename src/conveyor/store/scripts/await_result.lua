@@ -1,5 +1,5 @@
 -- Read how a job ended, or register a process that waits for it.
--- needs: numbers listed kept_result ended_mark
+-- needs: numbers listed waiters kept_result ended_mark
 --
 -- KEYS  1 jobs  2 state  3 dead  4 waiters  5 result:<id>  6 results:<window>
 -- ARGV  1 id  2 channel of the waiting process, "" to ask only  3 "1" for a spawned job, which may not have arrived yet
@@ -17,11 +17,5 @@ elseif string.byte(envelope) == 120 then
 end
 if redis.call('ZSCORE', KEYS[3], ARGV[1]) then return {'dead', redis.call('HGET', KEYS[2], ARGV[1]) or ''} end
 if ARGV[2] == '' then return {'waiting'} end
-local waiting = redis.call('HGET', KEYS[4], ARGV[1])
-redis.call('HDEL', KEYS[4], '\t')
-if not waiting then
-  redis.call('HSET', KEYS[4], ARGV[1], ARGV[2])
-elseif not listed(waiting, ' ', ARGV[2]) then
-  redis.call('HSET', KEYS[4], ARGV[1], waiting .. ' ' .. ARGV[2])
-end
+add_waiter(KEYS[4], ARGV[1], ARGV[2])
 return {'waiting'}

@@ -1,5 +1,5 @@
 -- Read parts of a job's stream, or register a process that waits for more.
--- needs: numbers listed kept_result ended_mark
+-- needs: numbers listed waiters kept_result ended_mark
 --
 -- KEYS  1 jobs  2 dead  3 waiters  4 result:<id>  5 results:<window>  6 stream:<id>
 -- ARGV  1 id  2 channel of the waiting process, "" to ask only  3 the parts after this one, "" for all  4 how many at most
@@ -19,13 +19,5 @@ if not envelope then
 elseif is_dead or string.byte(envelope) == 120 then
   return {'ended', parts}
 end
-if channel ~= '' then
-  local waiting = redis.call('HGET', KEYS[3], id)
-  redis.call('HDEL', KEYS[3], '\t')
-  if not waiting then
-    redis.call('HSET', KEYS[3], id, channel)
-  elseif not listed(waiting, ' ', channel) then
-    redis.call('HSET', KEYS[3], id, waiting .. ' ' .. channel)
-  end
-end
+if channel ~= '' then add_waiter(KEYS[3], id, channel) end
 return {'open', parts}
