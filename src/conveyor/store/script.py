@@ -61,8 +61,9 @@ class Script:
         if late:
             asked = sorted(set(_LAZY_CALL.findall(parts + own)))
             made = ", ".join(f"{name} = {name}" for name in asked)
-            parts = f"local lazy\n{parts}function lazy()\n{late}local made = {{{made}}}\n"
-            parts += "lazy = function() return made end\nreturn made\nend\n"
+            # Kept in KEYS, a table of this call: a local that the function sets would cost each call as much as four functions.
+            parts = f"local lazy\n{parts}function lazy()\nif KEYS.lazy then return KEYS.lazy end\n"
+            parts += f"{late}local made = {{{made}}}\nKEYS.lazy = made\nreturn made\nend\n"
         return _COMMENT.sub("", parts + own)
 
     @lazy_property

@@ -8,6 +8,7 @@ from conveyor.errors import ConfigurationError, QueueFull
 from conveyor.store import operations
 from conveyor.store.operations import ProducerSequence, Settlement, StalePush
 from conveyor.store.script import Call
+from support.script_faults import break_script
 from support.seeded_queue import PLAIN, REST, SeededQueue, entry
 
 SCHEMA = {"schema": "2"}
@@ -191,6 +192,37 @@ def test_push_plain_repeated_and_late(seeded: SeededQueue) -> None:
         seeded.run(last)
         with pytest.raises(QueueFull):
             seeded.run(_plain(seeded, "c", "d", maximum=2))
+
+
+@pytest.mark.redis6
+@pytest.mark.redis7
+@pytest.mark.parametrize("last", [9, 10, 99, 100, 1_000_000])
+def test_push_plain_compares_numbers_and_not_text(seeded: SeededQueue, last: int) -> None:
+    """The push after number 9, 99 … is new though its first digit is lower, and a copy of the one before is late."""
+    seeded.lane = ProducerSequence("L", last - 1)
+    before, after = _plain(seeded, "a"), _plain(seeded, "b")
+    seeded.run(before)
+    seeded.run(after)
+    with seeded.unchanged(), pytest.raises(StalePush):
+        seeded.run(before)
+
+    assert seeded.redis.hkeys(seeded.keys.jobs) == [b"a", b"b"]
+
+
+@pytest.mark.leaves_keys("events of a queue")
+def test_push_plain_makes_functions_for_queues_that_need_them(
+    seeded: SeededQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plain push makes no function in the server, unless the queue keeps events or goes when nobody uses it."""
+    assert operations.PUSH_PLAIN.code.partition("\nlocal redis, ")[2].count("function(") == 1
+    break_script(monkeypatch, operations, "PUSH_PLAIN", "function lazy()\n", "function lazy()\nerror('made')\n")
+    seeded.run(_plain(seeded, "a"))
+    seeded.run(_plain(seeded, "b", "c", maximum=9))
+    for field in ("events", "expires"):
+        seeded.redis.hset(seeded.keys.conf, field, "60000")
+        with pytest.raises(Exception, match="made"):
+            seeded.run(_plain(seeded, "d"))
+        seeded.redis.hdel(seeded.keys.conf, field)
 
 
 @pytest.mark.redis6
