@@ -32,6 +32,9 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
+LONGEST_TEXT = 4_000
+"""Characters of the text of an error: of a longer one, which repeats some large value, the middle is left out."""
+
 
 class ConveyorError(Exception):
     """The root of all errors of this library; `code` names its entry in docs/errors.md."""
@@ -39,6 +42,8 @@ class ConveyorError(Exception):
     code = "E00"
 
     def __init__(self, message: str = "", *, code: str | None = None) -> None:
+        if len(message) > LONGEST_TEXT:
+            message = f"{message[: LONGEST_TEXT // 2]} … {message[-LONGEST_TEXT // 2 :]}"
         super().__init__(message)
         if code is not None:
             self.code = code

@@ -24,7 +24,7 @@ _STANDARD_TABLE = bytes.maketrans(_ORDERED, _STANDARD)
 _GENERATED = re.compile(r"[0-9A-Z_a-z~]{22}")
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _LABEL = re.compile(r"[A-Za-z0-9_.+=-]{1,64}")
-_QUEUE_OR_PARTITION = re.compile(r"[A-Za-z0-9_.:-]{1,128}(/\d{1,3})?")
+_QUEUE_OR_PARTITION = re.compile(r"[A-Za-z0-9_.:-]{1,128}(/[0-9]{1,3})?")
 LENGTH = 22
 _ACTING = "\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 """
@@ -144,6 +144,15 @@ def may_arrive_later(id: str) -> bool:  # noqa: A002
 def given_id(id: str) -> str:  # noqa: A002
     """Return the id given to a job that is about to be pushed: a spawned job's, or a valid one of the caller."""
     return id if isinstance(id, str) and is_spawned(id) else own_id(id)
+
+
+def is_utf8(text: str) -> bool:
+    """Tell whether a text can be stored: it has no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def own_id(id: str) -> str:  # noqa: A002

@@ -13,7 +13,10 @@ Duration = float | int | str | timedelta
 _UNIT_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _DURATION = re.compile(rf"(?:{_DURATION_PART.pattern})+")
-_LONGEST_MS = 366 * 100 * 86_400_000  # a century; beyond it, numbers lose their milliseconds in Redis
+LATEST_MS = (
+    253_402_214_400_000  # the last day of the year 9999: the last instant that a datetime of every zone can hold
+)
+LONGEST_MS = 366 * 100 * 86_400_000  # a century; beyond it, numbers lose their milliseconds in Redis
 
 
 def milliseconds(value: Duration, *, name: str = "duration") -> int:
@@ -27,10 +30,10 @@ def milliseconds(value: Duration, *, name: str = "duration") -> int:
     elif isinstance(value, str):
         seconds = _parse(value, name)
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        seconds = float(value)
+        seconds = _as_float(value)
     else:
         raise ConfigurationError(f"{name} must be seconds, a timedelta or a text such as '5m', not {value!r}.")
-    if not math.isfinite(seconds) or seconds < 0 or seconds * 1000 > _LONGEST_MS:
+    if not math.isfinite(seconds) or seconds < 0 or seconds * 1000 > LONGEST_MS:
         raise ConfigurationError(f"{name} must be between 0 and 100 years, not {value!r}.")
     return math.ceil(round(seconds * 1000, 6))
 
@@ -43,6 +46,13 @@ def positive_ms(value: Duration, name: str) -> int:
     return ms
 
 
+def _as_float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an int that no float holds
+        return math.inf
+
+
 def _parse(text: str, name: str) -> float:
     if not _DURATION.fullmatch(text):
         raise ConfigurationError(
@@ -52,18 +62,22 @@ def _parse(text: str, name: str) -> float:
 
 
 def instant_ms(at: datetime) -> int:
-    """Return an aware datetime as milliseconds since the epoch; a naive one raises ConfigurationError (E18)."""
-    if not isinstance(at, datetime) or at.tzinfo is None:
+    """
+    Return an aware datetime as milliseconds since the epoch; a naive one raises ConfigurationError (E18).
+
+    One behind the last day of the year 9999 becomes that day: a later one could be stored, and not be shown in every zone.
+    """
+    if not isinstance(at, datetime) or at.utcoffset() is None:
         problem = (
             "needs a time zone" if isinstance(at, datetime) else f"must be a datetime with a time zone, not {at!r}"
         )
         raise ConfigurationError(f"at= {problem}: use datetime.now(UTC) or tzinfo=ZoneInfo(…).", code="E18")
-    return max(0, math.ceil(at.timestamp() * 1000))
+    return min(max(0, math.ceil(at.timestamp() * 1000)), LATEST_MS)
 
 
 def instant(ms: int) -> datetime:
-    """Return a time in ms since the epoch as a datetime."""
-    return datetime.fromtimestamp(ms / 1000, UTC)
+    """Return a time in ms since the epoch as a datetime; one that no datetime of every zone can hold becomes the latest one."""
+    return datetime.fromtimestamp(min(ms, LATEST_MS) / 1000, UTC)
 
 
 def instant_or_none(ms: int | None) -> datetime | None:
@@ -116,6 +130,19 @@ def size(value: object, name: str) -> int:
     if match is None or match[1].strip("0") == "":
         raise ConfigurationError(f"{name} must be a number of bytes or a text such as '256KiB', not {value!r}.")
     return int(match[1]) * _SIZE_UNITS[match[2]]
+
+
+def whole_number(name: str, value: object, least: int, most: int | None = None) -> int:
+    """Return *value* if it is a whole number in a range, both ends included; raises ConfigurationError, which calls it *name*."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most:,}"
+        raise ConfigurationError(f"{name} must be a whole number {limits}, not {value!r}.")
+    return value
+
+
+def digits(text: str) -> int | None:
+    """Return the number that 1 to 18 ASCII digits write; None for another text, also one that `str.isdigit` calls digits."""
+    return int(text) if len(text) <= 18 and text.isascii() and text.isdigit() else None
 
 
 def iso_timestamp(at: datetime) -> str:

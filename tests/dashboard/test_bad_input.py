@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import random
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import quote
 
+import httpx
 import pytest
 from redis import Redis
 
-from conveyor import Conveyor
+from conveyor import Conveyor, Rate
 from conveyor.cli import main
 from conveyor.dashboard import Access, dashboard
+from conveyor.dashboard.endpoint import ApiRoute
+from conveyor.dashboard.routes import ENDPOINTS
+from conveyor.dashboard.tools import Tools, tool_name
 from conveyor.errors import ConfigurationError
-from support.dashboard_client import ask
+from support import server_dump
+from support.dashboard_client import OWN_PAGE, ask
+from support.odd_values import LONGEST_ANSWER, ODD_TEXTS
 
 pytestmark = pytest.mark.leaves_keys("queues are left to be looked at")
 SIGNS = "azAZ09_.:-"
+JSON_OF_OWN_PAGE = {"content-type": "application/json", **OWN_PAGE}
 
 
 def get(app: Conveyor, path: str, **inputs: Any) -> Any:
@@ -149,3 +160,151 @@ def test_bad_input_on_the_command_line(run: Any, line: list[str], code: int | No
     assert found == code if code is not None else found in {2, 5}, output
     assert text in output
     assert len(output) < 2_000
+
+
+ODD_JSON = [
+    *map(json.dumps, ODD_TEXTS), "null", "true", "0", "-1", "1.5", "1e308", "1e400", "-1e400", "NaN", "Infinity", "9223372036854775808",
+    f"1{'0' * 30}", "9" * 4000, "9" * 5000, "-0.0", "[]", "{}", "[1]", '["a"]', '[""]', "[null]", '["\\ud800"]', '{"a":"b"}', '{"a":1}',
+    '{"\\ud800":"x"}', '{"a":1,"a":2}', "[" * 900 + "]" * 900, "[" * 100_000, '{"delay":NaN}', '{"delay":-1}', '{"at":5}',
+    '{"at":"9999-12-31T23:59:59-14:00"}', '{"priority":1e400}', '{"priority":true}', '{"args":5}', '{"args":{"a":NaN}}',
+]  # fmt: skip
+BODIES = [
+    b"",
+    b"null",
+    b"[]",
+    b"5",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf{}",
+    "{}".encode("utf-16"),
+    b'{"a":' * 100_000,
+    b"\x1f\x8b\x08\x00",
+]
+HEADERS_OF_REQUESTS = [
+    {"host": ""}, {"host": "x" * 5000}, {"if-none-match": '"'}, {"authorization": "Basic \xff"}, {"authorization": "Bearer \xff"},
+    {"content-length": "-1"}, {"content-encoding": "gzip"}, {"origin": "\xff://"}, {"accept-encoding": "\xff"}, {"cookie": "\xff="},
+    {"content-type": "application/json; charset=utf-16"}, {"content-type": "application/json" + ";" * 2000},
+]  # fmt: skip
+SAMPLES = {
+    "queue": "q", "queues": ["q"], "task": "t", "name": "s", "topic": "x", "key": "x", "text": "x", "messages": [1], "changes": {"priority": 3},
+    "weight": 2, "receipts": ["x"], "lease": "5s",
+}  # fmt: skip
+
+
+def sample_inputs(route: ApiRoute, job: str) -> dict[str, Any]:
+    """Return inputs of a route that mean something, those that it needs."""
+    given = SAMPLES | {"id": job, "ids": [job], "limit": "5/1m" if route.path == "limits/set" else 5}
+    needed = {name: one for name, one in route.fields.items() if one.required}
+    return {name: one.choices[0] if one.choices else given[name] for name, one in needed.items()} | (
+        {"name": "q"} if "name" in needed and not route.path.startswith("schedule") else {}
+    )
+
+
+def odd_requests(dice: random.Random, most: int) -> list[tuple[ApiRoute, str, str]]:
+    """Return routes, each with an input and the JSON text that it is given; "" for its body as a whole, or its headers."""
+    found = [
+        (route, name, value)
+        for route in ENDPOINTS
+        if route.path != "stream"  # it has no end
+        for name in (*route.fields, "unknown")
+        for value in (ODD_JSON if route.method == "POST" else map(json.dumps, ODD_TEXTS))
+    ]
+    return dice.sample(found, min(len(found), most))
+
+
+class OddRequests:
+    """A dashboard on a server with something of every kind, that is asked for odd things; `ends` counts the answers."""
+
+    def __init__(self, app: Conveyor, redis: Redis) -> None:
+        self.app, self.redis, self.ends = app, redis, Counter[int]()
+        self.task = app.task(name="t", queue="jobs", retry=1)(_call)
+        self.limited = app.task(name="lim", queue="limited", limits=[Rate(10, "1m", name="r")])(_call)
+        site: Any = dashboard(app, lambda _: Access.ALL)
+        site.service.streams = False
+        self.tools = Tools(site.service, Access.ALL)
+        self.tool_names = {one.name for one in self.tools.describe()}
+        self.client = httpx.AsyncClient(
+            transport=httpx.ASGITransport(site, raise_app_exceptions=False), base_url="http://here", timeout=60
+        )
+
+    async def fill(self) -> tuple[str, dict[str, Any]]:
+        """Empty the server and store something; return the id of a job that waits, and what the server holds."""
+        self.redis.flushall(asynchronous=False)
+        await self.app.queue("q").apush({"a": 2})
+        await self.app.schedules.aput("s", self.task.s(1), every="1h")
+        await self.limited.aenqueue(1)
+        job = await self.task.options(delay="1h").aenqueue(1)
+        return job.id, server_dump.exact(self.redis)
+
+    def check(self, answer: httpx.Response, before: dict[str, Any], case: str) -> None:
+        """Hold an answer against the law: it is no fault of the dashboard, and a refusal is small and leaves all as it was."""
+        self.ends[answer.status_code] += 1
+        assert answer.status_code < 500, (case, answer.text[:500])
+        if answer.status_code >= 400:
+            assert answer.json()["error"]["message"], case
+            assert len(answer.text) < LONGEST_ANSWER, case
+            assert server_dump.difference(before, server_dump.exact(self.redis)) == {}, case
+
+    async def ask(self, route: ApiRoute, name: str, value: str) -> None:
+        """Give a route one odd input: by HTTP, and as the tool of an agent where it is one."""
+        (job, before), case = await self.fill(), f"{route.path} {name}={value[:80]!a}"
+        given = sample_inputs(route, job)
+        if route.method == "GET":
+            texts = {key: str(one) for key, one in {**given, name: json.loads(value)}.items()}
+            query = "&".join(f"{key}={quote(text.encode('utf-8', 'surrogatepass'))}" for key, text in texts.items())
+            answer = await self.client.get(f"/api/v1/{route.path}?{query[:60_000]}")
+        else:
+            pairs = [f"{json.dumps(key)}:{json.dumps(one)}" for key, one in given.items() if key != name]
+            body = "{" + ",".join([*pairs, f"{json.dumps(name)}:{value}"]) + "}"
+            answer = await self.client.post(f"/api/v1/{route.path}", content=body, headers=JSON_OF_OWN_PAGE)
+        self.check(answer, before, case)
+        if (tool := tool_name(route)) in self.tool_names and len(value) < 5000:
+            text, _ = await self.tools.call(tool, {**given, name: python_of(value)})
+            assert len(text) < 200_000, case
+            assert '"E00"' not in text, case
+
+    async def ask_whole(self, route: ApiRoute, headers: dict[str, str], body: bytes) -> None:
+        """Send a route odd headers, and a body that is none of its own."""
+        sent = {key: one.encode("latin-1") for key, one in (JSON_OF_OWN_PAGE | headers).items()}
+        answer = await self.client.request(route.method, f"/api/v1/{route.path}", headers=sent, content=b"{}")
+        assert answer.status_code < 500, (route.path, headers)
+        if route.method == "POST":
+            _, before = await self.fill()
+            answer = await self.client.post(f"/api/v1/{route.path}", content=body, headers=JSON_OF_OWN_PAGE)
+            self.check(answer, before, f"{route.path} {body[:20]!r}")
+
+
+@pytest.mark.standalone_only("asks so much that one place is enough")
+def test_every_input_of_every_route(url: str, redis: Redis, rounds: Callable[[int, int], int]) -> None:
+    """An odd input is taken, or refused with a small document and nothing stored; a tool of an agent answers likewise."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    dice = random.Random(seed)
+
+    async def ask_all(odd: OddRequests) -> None:
+        async with odd.client:
+            for one in odd_requests(dice, rounds(20_000, 400)):
+                await odd.ask(*one)
+            for route in ENDPOINTS:
+                for headers in dice.sample(HEADERS_OF_REQUESTS, rounds(len(HEADERS_OF_REQUESTS), 2)):
+                    if route.path != "stream":
+                        await odd.ask_whole(route, headers, dice.choice(BODIES))
+        await odd.app.aclose()
+
+    with Conveyor(url, timeout="5s") as app:
+        odd = OddRequests(app, redis)
+        asyncio.run(ask_all(odd))
+    print(odd.ends)
+    assert odd.ends[422] > 100
+    assert odd.ends[200] > 5
+    redis.flushall(asynchronous=False)
+
+
+def _call(a: int = 0) -> None: ...
+
+
+def python_of(text: str) -> Any:
+    """Return what a program would hand over for a JSON text; None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

@@ -89,7 +89,7 @@ from conveyor.store.script import Call
 from conveyor.store.transport import replies
 from conveyor.store.transport.endpoint import in_thread
 from conveyor.store.worker_commands import FOLLOWED, WorkerAction
-from conveyor.units import Duration, instant, instant_or_none, milliseconds
+from conveyor.units import Duration, instant, instant_or_none, milliseconds, whole_number
 
 if TYPE_CHECKING:
     from conveyor.admin import metrics
@@ -116,7 +116,9 @@ _WORKERS_SIZE = 500
 _LONGEST_MARK = 100
 _IDS_NOTED = 10
 _LONGEST_ID = 200
-_ENTRY = re.compile(r"\d{1,20}-\d{1,20}")
+_ENTRY = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
+MOST_ENTRIES = 10_000
+"""Entries of the audit that one call returns."""
 _AT_A_TIME = 100
 """Jobs that a thread reads before an awaiting caller gets them."""
 _MOST_LISTED = 100
@@ -279,9 +281,10 @@ class Admin:
 
     def audit(self, *, limit: int = 50, before: str | None = None) -> list[AuditEntry]:
         """Return what people did, the newest first; *before*: what they did before the entry of this id."""
-        if before is not None and not _ENTRY.fullmatch(before):
+        whole_number("limit", limit, 1, MOST_ENTRIES)
+        if before is not None and not (isinstance(before, str) and _ENTRY.fullmatch(before)):
             raise ConfigurationError(
-                f"before must be the id of an entry, such as 1790000000000-0, not {before[:50]!r}."
+                f"before must be the id of an entry, such as 1790000000000-0, not {before!r:.100}."
             )
         rows = self.client.run(read_audit(audit_key(self.client.namespace), before, limit))
         return [audit_entry(row) for row in rows]
@@ -292,7 +295,7 @@ class Admin:
 
         Raises ConfigurationError for an empty text and one above 100 characters.
         """
-        text = clean(text).strip()
+        text = clean(text).strip() if isinstance(text, str) else ""
         if not 0 < len(text) <= _LONGEST_MARK:
             raise ConfigurationError(f"A mark is a text of 1 to {_LONGEST_MARK} characters, such as 'v1.4'.")
         key = marks_key(self.client.namespace)
@@ -1358,6 +1361,8 @@ def _worker_info(part: str, row: WorkerRow, at: Callable[[int], datetime]) -> Wo
 
 
 def _each(ids: Iterable[str]) -> list[str]:
+    if not isinstance(ids, Iterable):
+        raise ConfigurationError(f"ids takes the id of a job, or a list of ids, not {ids!r}. Nothing was done.")
     # A text is an iterable of texts too, and its letters are nobody's ids.
     return [ids] if isinstance(ids, str) else list(ids)
 

@@ -22,7 +22,7 @@ from conveyor.admin.views import STATES, JobInfo
 from conveyor.errors import ConfigurationError, InvalidFilter
 from conveyor.ids import logical, tag_text
 from conveyor.store.job_filter import ANY_JOB, JobFilter
-from conveyor.units import milliseconds
+from conveyor.units import digits, milliseconds
 
 LONGEST = 4_000
 """Characters of a filter."""
@@ -68,6 +68,8 @@ class JobQuery(msgspec.Struct, frozen=True):
     terms: tuple[Term, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.queue is not None and not isinstance(self.queue, str):
+            raise ConfigurationError(f"queue takes the name of a queue or a pattern, not {self.queue!r}.")
         for state in self.states:
             if state not in STATES:
                 raise InvalidFilter(f"There is no state {state!r}. Known: {', '.join(STATES)}.")
@@ -387,8 +389,8 @@ def _at_path(value: Any, path: list[str]) -> Iterator[Any]:
         if name in value:
             yield from _at_path(value[name], rest)
     elif isinstance(value, list):
-        if name.isdigit():
-            yield from _at_path(value[int(name)], rest) if int(name) < len(value) else ()
+        if (place := digits(name)) is not None:
+            yield from _at_path(value[place], rest) if place < len(value) else ()
         else:
             for one in value:
                 yield from _at_path(one, path)

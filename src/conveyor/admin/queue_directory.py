@@ -61,7 +61,7 @@ class QueueDirectory:
         Raises QueueNotFound.
         """
         known = self.everything()
-        if name in known:
+        if _checked(name) in known:
             return known[name]
         if name in known.get(ids.logical(name), ()):
             return [name]
@@ -138,7 +138,7 @@ class QueueDirectory:
         from conveyor.messaging.plain_list import PlainList
         from conveyor.messaging.queue import Queue
 
-        if name in self._plain_lists:
+        if _checked(name) in self._plain_lists:
             return PlainList(self._client, name, lease_ms=_LEASE_MS)
         if (queue := ids.logical(name)) != name and len(self.partition_names(queue)) > 1:
             raise ConfigurationError(f"'{name}' is a partition, which can only be read. Name the queue: {queue}")
@@ -184,3 +184,9 @@ def ended_in(parts: Sequence[str], counted: Mapping[str, CountedPart]) -> Sequen
 
 def _sum(one: Ended, other: Ended) -> Ended:
     return Ended(*(-1 if -1 in both else sum(both) for both in zip(one, other, strict=True)))
+
+
+def _checked(name: object) -> str:
+    if not isinstance(name, str):
+        raise ConfigurationError(f"The name of a queue is a text, not {name!r}. Nothing was done.")
+    return name

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from conveyor.admin.job_query import JobQuery
 from conveyor.admin.queue_directory import QueueDirectory
 from conveyor.admin.views import ActionResult, JobInfo, QueueInfo, finished_job, live_job
-from conveyor.errors import InvalidFilter
+from conveyor.errors import ConfigurationError, InvalidFilter
 from conveyor.messaging.selection import (
     Acted,
     ActionName,
@@ -32,7 +32,7 @@ from conveyor.store import inspection
 from conveyor.store.inspection import JobRow, QueueCounts
 from conveyor.store.job_filter import LIVE
 from conveyor.store.keys import QueueKeys
-from conveyor.units import instant
+from conveyor.units import digits, instant, whole_number
 
 if TYPE_CHECKING:
     from conveyor.payload.sealed_records import RecordDecoder
@@ -149,7 +149,8 @@ class JobSearch:
     def each(self, query: JobQuery, *, offset: int = 0, limit: int | None = None) -> Iterator[JobInfo]:
         """Yield the jobs that *query* accepts, with their whole bodies, after *offset* of them; *limit*: at most, None: all."""
         self._refuse(query)
-        left = sys.maxsize if limit is None else limit
+        left = sys.maxsize if limit is None else whole_number("limit", limit, 0)
+        whole_number("offset", offset, 0)
         size = min(_PAGE_SIZE, max(left, 1)) if query.chooses_all else _HEADS_SIZE
         for _, step, skip in self._steps(self.places(query), query, (0, "", offset), size, ""):
             jobs = step.jobs[skip : skip + left]
@@ -170,6 +171,8 @@ class JobSearch:
         them.
         """
         self._refuse(query)
+        for name, number in (("limit", limit), ("offset", offset), ("most", most)):
+            whole_number(name, number, 0)
         places = self.places(query)
         ends = math.inf if query.chooses_all else time.monotonic() + seconds
         budget, jobs = _Budget(most, ends), list[JobInfo]()
@@ -410,6 +413,8 @@ def _read_cursor(cursor: str | None, places: Sequence[tuple[str, str, int]]) -> 
     """Return the number of the place where a page begins, where in it, and how many jobs are passed over there."""
     if not cursor:
         return 0, "", 0
+    if not isinstance(cursor, str):
+        raise ConfigurationError(f"cursor takes the next of the page before, a text, not {cursor!r}.")
     part, state, skip, at = [*cursor.split("\n", 3), "", "", "", ""][:4]
     for number, (name, one, _) in enumerate(places):
         if (name, one) == (part, state):
@@ -421,4 +426,4 @@ def _read_cursor(cursor: str | None, places: Sequence[tuple[str, str, int]]) -> 
 
 
 def _offset(at: str) -> int:
-    return min(int(at), _FAR) if at.isdigit() and len(at) < 20 else 0
+    return min(digits(at) or 0, _FAR)

@@ -13,6 +13,7 @@ from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.store.client.client import Client
 from conveyor.store.transport import replies
 from conveyor.store.transport.cluster import Cluster
+from conveyor.units import digits
 
 
 class ServerInfo(msgspec.Struct, frozen=True):
@@ -83,7 +84,7 @@ def read_setting(client: Client, name: str) -> str | None:
 
 def _number(facts: Mapping[str, str], name: str) -> int | None:
     text = facts.get(name, "")
-    return int(text) if text.isdigit() else None
+    return digits(text)
 
 
 def _ratio(text: str | None) -> float | None:

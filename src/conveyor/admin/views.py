@@ -19,7 +19,7 @@ from conveyor.payload.versions import sealed_name
 from conveyor.store.audit_log import AuditRow
 from conveyor.store.inspection import Ended, FinishedJob, JobRow, QueueCounts
 from conveyor.store.job_filter import LIVE
-from conveyor.units import instant, instant_or_none, iso_timestamp
+from conveyor.units import digits, instant, instant_or_none, iso_timestamp
 
 if TYPE_CHECKING:
     from conveyor.jobs.schedules import Schedule
@@ -241,7 +241,7 @@ def audit_entry(row: AuditRow) -> AuditEntry:
     fields, count = row.fields, row.fields.get("count", "")
     return AuditEntry(
         row.id, instant(int(row.id.partition("-")[0])), fields.get("who", ""), fields.get("what", ""), fields.get("target", ""),
-        fields.get("filter", ""), int(count) if count.isdigit() else None, fields.get("detail", ""),
+        fields.get("filter", ""), digits(count), fields.get("detail", ""),
     )  # fmt: skip
 
 

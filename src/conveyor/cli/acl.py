@@ -11,6 +11,7 @@ from conveyor.admin import acl as acl_rules
 from conveyor.cli.command import LeafCommand
 from conveyor.cli.output import Output
 from conveyor.cli.target import Target, redis_options
+from conveyor.units import digits
 
 _FORMATS = ("redis-cli", "redis.conf", "users.acl")
 
@@ -65,4 +66,4 @@ def _topology(scheme: str) -> str:
 
 def _database(path: str, query: str, scheme: str) -> int:
     named = parse_qs(query).get("db", ["0" if scheme == "unix" else path.rpartition("/")[2]])[0]
-    return int(named) if named.isdigit() else 0
+    return digits(named) or 0

@@ -21,6 +21,7 @@ from conveyor.jobs.include import INCLUDE_VARIABLE
 WORKER_SETTINGS = (
     "queues", "concurrency", "threads", "processes", "grace", "max_jobs", "max_memory", "health_port", "labels", "autoscale",
 )  # fmt: skip
+_SEVERAL = ("queues", "labels")
 SETTINGS = ("app", "include", "url", "namespace", *WORKER_SETTINGS)
 _SKIPPED_FOLDERS = {"node_modules", "site-packages", "__pycache__", "build", "dist"}
 _MAX_FILES = 3000
@@ -51,9 +52,14 @@ def read_settings() -> Settings:
     import tomllib
 
     try:
-        table = tomllib.loads(file.read_text("utf-8")).get("tool", {}).get("conveyor", {})
-    except (OSError, ValueError) as error:
+        tool = tomllib.loads(file.read_text("utf-8")).get("tool", {})
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"Cannot read {file}: {error}.") from error
+    table = tool.get("conveyor", {}) if isinstance(tool, dict) else None
+    if not isinstance(table, dict):
+        raise ConfigurationError(
+            f'[tool.conveyor] in {file} must be a table of settings, such as app = "shop.app:app".'
+        )
     unknown = set(table) - set(SETTINGS)
     if unknown:
         names = ", ".join(sorted(unknown))
@@ -68,10 +74,24 @@ def read_settings() -> Settings:
         raise ConfigurationError(
             f'[tool.conveyor] include in {file} must be a list of modules, such as ["shop.mail"], not {include!r}.'
         )
-    worker = {name: table[name] for name in WORKER_SETTINGS if name in table}
-    if isinstance(worker.get("queues"), dict):
-        worker["queues"] = [f"{queue}:{weight}" for queue, weight in worker["queues"].items()]
+    worker = {name: _worker_setting(name, table[name], file) for name in WORKER_SETTINGS if name in table}
     return Settings(file, table.get("app"), tuple(include), table.get("url"), table.get("namespace"), worker)
+
+
+def _worker_setting(name: str, value: Any, file: Path) -> str | list[str]:
+    """Return a setting of the worker as its option takes it: a text, or several. Raises ConfigurationError."""
+    if name == "queues" and isinstance(value, dict):
+        value = [f"{queue}:{weight}" for queue, weight in value.items()]
+    several = isinstance(value, list) and name in _SEVERAL
+    texts = [one if isinstance(one, str) else str(one) for one in (value if several else [value]) if _is_scalar(one)]
+    if len(texts) < (len(value) if several else 1):
+        words = "a text, a number or a list of texts" if name in _SEVERAL else "a text or a number"
+        raise ConfigurationError(f"[tool.conveyor] {name} in {file} must be {words}, not {value!r}.")
+    return texts if several else texts[0]
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
 def reference(given: str | None, settings: Settings) -> str | None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from conveyor.ids import is_utf8
+
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
@@ -123,8 +125,15 @@ class LeafCommand(_ArgumentParsing):
             formatter.write(f"Example:\n  {self.example}\n")
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments; an option before the command that would be ignored is an error."""
+        """Parse the arguments; bytes that are no text, and an option before the command that would be ignored, are errors."""
         rest = super().parse_args(ctx, args)
+        for param in self.params:
+            given = ctx.params.get(param.name or "")
+            texts = given if isinstance(given, tuple) else (given,)
+            if not isinstance(param.type, click.Path) and not all(
+                is_utf8(one) for one in texts if isinstance(one, str)
+            ):
+                raise click.BadParameter("it has bytes that are not UTF-8.", ctx, param)
         names = {param.name for param in self.params}
         for name, (flag, _) in ctx.meta.get(_GIVEN, {}).items():
             if name not in names and not ctx.resilient_parsing:

@@ -237,7 +237,8 @@ def parse_seconds(text: str, *, name: str) -> float:
     """Convert ``30``, ``5s`` or ``1h30m`` to seconds; raises ConfigurationError."""
     from conveyor.units import milliseconds
 
-    return milliseconds(float(text) if text.replace(".", "", 1).isdigit() else text, name=name) / 1000
+    is_number = text.isascii() and text.replace(".", "", 1).isdigit()
+    return milliseconds(float(text) if is_number else text, name=name) / 1000
 
 
 def _print(text: str) -> None:

@@ -21,7 +21,7 @@ from conveyor.cli.output import Output, parse_seconds
 from conveyor.cli.target import Target
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.jobs.include import INCLUDE_VARIABLE
-from conveyor.units import size
+from conveyor.units import digits, size
 from conveyor.worker.logs import FORMAT_VARIABLE, FORMATS
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _reports(app: Any) -> Mapping[str, Report]:
 
 
 def _parse_size(given: str | None) -> int | None:
-    return None if given is None else size(int(given) if given.isdigit() else given, "--max-memory")
+    return None if given is None else size(given if (number := digits(given)) is None else number, "--max-memory")
 
 
 def _parse_queues(given: tuple[str, ...]) -> dict[str, float]:

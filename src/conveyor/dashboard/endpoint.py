@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from conveyor.dashboard.access import Access, Action
 from conveyor.errors import ConfigurationError
+from conveyor.ids import is_utf8
 from conveyor.store.transport.endpoint import in_thread
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Field:
             raise ConfigurationError(f"{name!r} must be {_WORDS[self.kind]}, not {json.dumps(value)[:100]}.")
         if self.choices and value not in self.choices:
             raise ConfigurationError(f"{name!r} must be one of {', '.join(self.choices)}, not {value!r}.")
-        if self.kind in {"text", "texts"} and not all(map(_is_utf8, [value] if self.kind == "text" else value)):
+        if self.kind in {"text", "texts"} and not all(map(is_utf8, [value] if self.kind == "text" else value)):
             raise ConfigurationError(
                 f"{name!r} has half of a surrogate pair, which is no text: {json.dumps(value)[:100]}."
             )
@@ -86,14 +87,6 @@ _WORDS = {
     "text": "a text", "number": "a number", "flag": "true or false", "texts": "a list of texts", "object": "an object",
     "list": "a list",
 }  # fmt: skip
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 async def never() -> None:

@@ -247,12 +247,12 @@ def _add_delivery(core: AppCore, queue: str) -> None:
 
 def external_task(core: AppCore, name: str, queue: str) -> Task[..., Any]:
     """Return the task of another program, made at the first call; raises ConfigurationError."""
-    if name in core.tasks:
+    if ids.queue_name(name, what="task") in core.tasks:
         return core.tasks[name]
     known = core.external_tasks.get(name)
     if known is None:
         definition = TaskDefinition(
-            core, _external, name=ids.queue_name(name, what="task"), queue=queue, run_in="thread",
+            core, _external, name=name, queue=queue, run_in="thread",
             options=TaskOptions(), max_payload=core.max_whole, max_result=core.max_payload,
             formats=core.formats.with_writer("json"),  # any worker reads it, and the worker has the types
         )  # fmt: skip
@@ -270,6 +270,8 @@ def named_task(core: AppCore, name: str) -> Task[..., Any]:
     if isinstance(name, Task):
         written = getattr(name.function, "__name__", name.name)
         raise ConfigurationError(f"app.enqueue() takes the name of a task. Write:  {written}.enqueue(…)")
+    if not isinstance(name, str):
+        raise ConfigurationError(f"app.enqueue() takes the name of a task, such as 'mail.send', not {name!r}.")
     return core.tasks.get(name) or core.external_tasks.get(name) or external_task(core, name, "default")
 
 

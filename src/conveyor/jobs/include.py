@@ -16,8 +16,8 @@ INCLUDE_VARIABLE = "CONVEYOR_INCLUDE"
 
 def check_include(include: Iterable[str]) -> tuple[str, ...]:
     """Return the names or patterns of modules, checked; raises ConfigurationError."""
-    if isinstance(include, str):
-        raise ConfigurationError(f"include takes a list of modules: include=[{include!r}].")
+    if isinstance(include, str) or not isinstance(include, Iterable):
+        raise ConfigurationError(f'include takes a list of modules, such as ["shop.mail"], not {include!r}.')
     names = tuple(include)
     for name in names:
         if not isinstance(name, str) or not name or not all(name.split(".")):

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from conveyor.store.script import Call
 
 NOW = "now"
-_PLACE = re.compile(r"(\d{1,15}-\d{1,15})?(\+(\d{1,15}-\d{1,15})?)*")
+_PLACE = re.compile(r"(\d{1,15}-\d{1,15})?(\+(\d{1,15}-\d{1,15})?)*", re.ASCII)
 
 
 class EventReader:

@@ -439,6 +439,8 @@ class QueueRegistry:
         sealed: bool,
     ) -> PlainList[Any]:
         """Return the plain list of that name, made at its first declaration. Raises ConfigurationError."""
+        if not isinstance(name, str) or not name or not ids.is_utf8(name):
+            raise ConfigurationError(f"plain_list takes the name of a Redis list, a text, not {name!r}.")
         if sealed and self.sealing is not None and self.sealing.sealer is not None:
             raise ConfigurationError(
                 f"plain_list({name!r}): programs that know nothing of Conveyor cannot seal, and this app takes only "

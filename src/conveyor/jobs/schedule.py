@@ -13,7 +13,7 @@ import msgspec
 from cronsim import CronSim, CronSimError
 
 from conveyor.errors import ConfigurationError
-from conveyor.units import Duration, instant_ms, milliseconds, span
+from conveyor.units import Duration, instant, instant_ms, milliseconds, span
 
 if TYPE_CHECKING:
     from conveyor.jobs.task import TaskCall
@@ -102,7 +102,7 @@ class Timing(msgspec.Struct, frozen=True):
         if self.every_ms is not None:
             return f"every {_whole_span(self.every_ms)}"
         if self.at_ms is not None:
-            return f"at {datetime.fromtimestamp(self.at_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC"
+            return f"at {instant(self.at_ms):%Y-%m-%d %H:%M:%S} UTC"
         assert self.cron is not None
         return f"{CronSim(self.cron, datetime(2000, 1, 1, tzinfo=UTC)).explain()} ({self.tz})"
 
@@ -156,6 +156,8 @@ def make_timing(
             raise ConfigurationError(f"every={every!r} is too short: a second is the least.")
         return Timing(every_ms=ms)
     timing = Timing(cron=cron, tz="UTC" if tz is None else tz)
+    if not isinstance(timing.tz, str):
+        raise _no_zone(tz)
     _zone(timing.tz)
     try:
         first = next(CronSim(str(cron), datetime(2000, 1, 1, tzinfo=UTC)), None)
@@ -245,7 +247,11 @@ def _zone(name: str) -> ZoneInfo:
     try:
         return ZoneInfo(name)
     except Exception:
-        raise ConfigurationError(
-            f"tz={name!r} is not a time zone that this system knows. Write one such as 'Europe/Berlin' or 'UTC'; where none is "
-            "known, install the package tzdata."
-        ) from None
+        raise _no_zone(name) from None
+
+
+def _no_zone(name: object) -> ConfigurationError:
+    return ConfigurationError(
+        f"tz={name!r} is not a time zone that this system knows. Write one such as 'Europe/Berlin' or 'UTC'; where none is "
+        "known, install the package tzdata."
+    )

@@ -24,7 +24,7 @@ from conveyor.store.keys import known_queues
 from conveyor.store.operations import Entry
 from conveyor.store.schedules import Origin, RunLine, ScheduleRow
 from conveyor.store.script import CallProgram, adrive, drive
-from conveyor.units import Duration, instant
+from conveyor.units import Duration, instant, whole_number
 
 if TYPE_CHECKING:
     from conveyor.jobs.core import AppCore
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from conveyor.store.keys import QueueKeys
 
 V = TypeVar("V")
+
+MOST_NEXT = 1000
+"""Instants that one call of `next` returns."""
 
 
 class ScheduledRun(msgspec.Struct, frozen=True):
@@ -79,7 +82,8 @@ class Schedule:
         return f"<Schedule {self.name} {self.when} {self.task}{' paused' if self.paused else ''}>"
 
     def next(self, count: int = 5) -> list[datetime]:
-        """Return its next instants, in its zone; none are said of a schedule that is paused."""
+        """Return its next *count* instants, 1,000 at most, in its zone; none are said of a schedule that is paused."""
+        whole_number("next(count)", count, 0, MOST_NEXT)
         if self._row.next_ms is None or self.paused:
             return []
         return self._spec.timing.next(count, self._row.next_ms - 1)

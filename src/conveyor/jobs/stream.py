@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from conveyor.store.client.client import Client
     from conveyor.store.keys import QueueKeys
 
-_ID = re.compile(r"(\d{1,15})-(\d{1,15})")
+_ID = re.compile(r"(\d{1,15})-(\d{1,15})", re.ASCII)
 
 
 class Part(msgspec.Struct, frozen=True):

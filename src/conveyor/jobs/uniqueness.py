@@ -50,7 +50,7 @@ class Unique:
         object.__setattr__(self, "by", _names("Unique(by)", names))
         by_name = isinstance(self.until, str) and self.until in {"start", "done"}
         object.__setattr__(self, "until_ms", None if by_name else positive_ms(self.until, "until"))
-        if self.conflict not in {"keep", "replace", "raise", "rerun"}:
+        if self.conflict not in ("keep", "replace", "raise", "rerun"):  # a tuple: what is given may have no hash
             raise ConfigurationError(
                 f"Unique(conflict) is 'keep', 'replace', 'raise' or 'rerun', not {self.conflict!r}."
             )

@@ -20,7 +20,7 @@ from conveyor.store import inspection
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.signal_safety import SignalSafeEvent
 from conveyor.store.sleepers import SleepingTask, SleepingThread
-from conveyor.units import instant_or_none
+from conveyor.units import digits, instant_or_none
 
 if TYPE_CHECKING:
     from conveyor.jobs.results import ResultSubscriber
@@ -64,9 +64,9 @@ class Place(NamedTuple):
         """Return the place of an update's id; raises ConfigurationError."""
         number, _, rest = text.partition("-") if isinstance(text, str) else ("", "", "")
         state, _, progress = rest.partition("-")
-        if not number.isdecimal() or state not in _STAGES:
+        if (count := digits(number)) is None or state not in _STAGES:
             raise ConfigurationError(f"watch(after=…) takes the id of an update, such as '1-leased', not {text!r}.")
-        return cls(int(number), state, progress)
+        return cls(count, state, progress)
 
     @property
     def text(self) -> str:

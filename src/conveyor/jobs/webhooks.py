@@ -10,7 +10,7 @@ import ipaddress
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -68,7 +68,8 @@ class Webhook:
             )
         if not self.allow_private and (refusal := _refusal(parts.hostname)) is not None:
             raise ConfigurationError(refusal)
-        if not self.on or not set(self.on) <= {"done", "dead"} or isinstance(self.on, str):
+        ends = self.on if isinstance(self.on, Iterable) and not isinstance(self.on, str) else ()
+        if not (known := [end in ("done", "dead") for end in ends]) or not all(known):
             raise ConfigurationError(f"Webhook(on=…) takes 'done', 'dead' or both in a list, not {self.on!r}.")
         self.key  # noqa: B018  checks it
 

@@ -143,7 +143,7 @@ def parse_limit(text: str, *, smooth: bool = False) -> Rate | Concurrency:
     """Return the limit that *text* stands for: ``500/1m`` or ``50``. Raises ConfigurationError."""
     number, slash, per = text.partition("/")
     count = number.replace("_", "").replace(",", "")
-    if not (count.isascii() and count.isdigit()) or (slash and not per) or (smooth and not slash):
+    if not (count.isascii() and count.isdigit() and len(count) < 20) or (slash and not per) or (smooth and not slash):
         raise ConfigurationError(
             f"A limit is a rate such as 500/1m, or a concurrency such as 50, not {text!r}. --smooth needs a rate."
         )

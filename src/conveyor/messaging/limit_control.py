@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import NamedTuple, TypeVar
 
 import msgspec
@@ -20,6 +20,7 @@ from conveyor.store.client.client import Client
 from conveyor.store.keys import QueueKeys
 from conveyor.store.limits import LimitRecord
 from conveyor.store.script import CallProgram, adrive, drive
+from conveyor.units import instant_or_none
 
 V = TypeVar("V")
 MOST_GROUPS = 1000
@@ -324,7 +325,7 @@ def _state(queue: str, record: LimitRecord, of_all: str, partitions: int) -> Lim
         record.override != "",
         record.used,
         record.waiting,
-        None if record.opens_at is None else datetime.fromtimestamp(record.opens_at / 1000, UTC),
+        instant_or_none(record.opens_at),
     )
 
 

@@ -14,12 +14,13 @@ from conveyor.messaging.consumer.settling import PartitionSource
 from conveyor.messaging.maintenance import DeadLetter, redrive_batch
 from conveyor.messaging.partitions import Partitions
 from conveyor.messaging.publisher import PartitionedPublisher, Publisher
-from conveyor.messaging.queue import Queue, checked_full, whole_number
+from conveyor.messaging.queue import Queue, checked_full
 from conveyor.store.client.client import Client
 from conveyor.store.inspection import QueueCounts, total
 from conveyor.store.job_filter import Walk
 from conveyor.store.keys import QueueKeys
 from conveyor.store.max_length import Full, MaxLength
+from conveyor.units import whole_number
 
 T = TypeVar("T")
 PAGE = 500

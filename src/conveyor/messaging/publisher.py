@@ -26,6 +26,7 @@ from conveyor.messaging.push_options import (
     PreparedPush,
     PushMiddleware,
     amake_entries,
+    each_of,
     make_entries,
     pass_through,
     push_scope,
@@ -197,7 +198,7 @@ class Publisher(Generic[T]):
 
     def _windows(self, values: Iterable[T], options: PreparedPush, stored: list[str]) -> Iterator[Window]:
         """Yield messages that are checked together. *stored* are the messages before, for errors."""
-        rest = iter(values)
+        rest = each_of(values)
         if self._max_length.full == "block":
             most = min(WINDOW, self._max_length)
             window = self._encode(islice(rest, most + 1), options, stored)

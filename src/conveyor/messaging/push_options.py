@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from itertools import repeat
 from time import monotonic
-from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict
+from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict, TypeVar
 
 import msgspec
 
@@ -27,8 +27,9 @@ from conveyor.payload.records import EnvelopeOptions, write_envelope
 from conveyor.payload.versions import sealed_name
 from conveyor.store.client.durability import DurabilityRequest, durability_request
 from conveyor.store.operations import Entry
-from conveyor.units import Duration, instant_ms, milliseconds
+from conveyor.units import LATEST_MS, LONGEST_MS, Duration, instant_ms, milliseconds
 
+T = TypeVar("T")
 logger = logging.getLogger("conveyor.app")
 MAX_HEADERS = 8 * 1024
 """Bytes that the headers of one message may take."""
@@ -351,9 +352,10 @@ def check_times(outgoing: Outgoing) -> None:
     """Raise ConfigurationError for times of a job or a message that a middleware has left impossible."""
     for name in ("delay_ms", "at_ms", "expires_ms"):
         ms = getattr(outgoing, name)
-        if ms is not None and (not isinstance(ms, int) or isinstance(ms, bool) or ms < (name == "expires_ms")):
+        least, most = int(name == "expires_ms"), LATEST_MS if name == "at_ms" else LONGEST_MS
+        if ms is not None and (not isinstance(ms, int) or isinstance(ms, bool) or not least <= ms <= most):
             raise ConfigurationError(
-                f"outgoing.{name} is a whole number of milliseconds, not {ms!r}. Nothing was stored."
+                f"outgoing.{name} is a whole number of milliseconds from {least} to {most:,}, not {ms!r}. Nothing was stored."
             )
     later = [name for name in ("delay_ms", "at_ms") if getattr(outgoing, name)] + ["front"] * bool(outgoing.front)
     if len(later) > 1:
@@ -407,6 +409,15 @@ class SealedPush(PreparedPush):
         task = sealed_name("", self.version)
         body = self.sealing.wrap(envelope[len(self.head) :], queue=self.queue, task=task, id=id_)
         return PreparedPush.entry(self, fresh_id, self.head + body)
+
+
+def each_of(values: Iterable[T]) -> Iterator[T]:
+    """Return the messages of one call one by one. Raises ConfigurationError for what holds none."""
+    if not isinstance(values, Iterable):
+        raise ConfigurationError(
+            f"push_many and publish_many take several messages, such as a list, not {values!r:.100}."
+        )
+    return iter(values)
 
 
 def with_sealing(options: PreparedPush, sealing: PayloadPipeline | None, queue: str, version: int) -> PreparedPush:

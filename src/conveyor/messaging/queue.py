@@ -66,7 +66,7 @@ from conveyor.store.keys import QueueKeys
 from conveyor.store.max_length import Full, MaxLength
 from conveyor.store.operations import MOST_HELD
 from conveyor.store.script import Call, CallProgram, adrive, drive
-from conveyor.units import Duration, milliseconds
+from conveyor.units import Duration, milliseconds, whole_number
 
 T = TypeVar("T")
 SHORTEST_LEASE_MS = 100
@@ -533,11 +533,4 @@ def _check_combination(name: str, full: Full, max_length: int | None, limits: ob
 def checked_full(value: Full) -> Full:
     if value not in get_args(Full):
         raise ConfigurationError(f"full must be one of {', '.join(get_args(Full))}, not {value!r}.")
-    return value
-
-
-def whole_number(name: str, value: object, least: int, most: int | None = None) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
-        limits = f"of at least {least}" if most is None else f"from {least} to {most:,}"
-        raise ConfigurationError(f"{name} must be a whole number {limits}, not {value!r}.")
     return value

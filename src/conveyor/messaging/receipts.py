@@ -30,6 +30,7 @@ from conveyor.store import inspection, operations
 from conveyor.store.inspection import JobRow
 from conveyor.store.operations import Settlement
 from conveyor.store.script import CallProgram, adrive
+from conveyor.units import digits
 
 SettledAs = Literal["done", "retried", "dead", "extended", "lost"]
 HowToEnd = Callable[[SettlementPolicy, LeasedMessage], Settlement]
@@ -56,7 +57,9 @@ def read_receipt(text: str) -> Receipt:
         queue, worker, id_ = parts
         name, slash, number = queue.partition("/")
         ids.queue_name(name)
-        if not (worker.isalnum() and worker.isascii() and id_.isprintable() and (not slash or number.isdigit())):
+        if not (
+            worker.isalnum() and worker.isascii() and id_.isprintable() and (not slash or digits(number) is not None)
+        ):
             raise ValueError
         return Receipt(queue, worker, id_)
     except (binascii.Error, ValueError, TypeError, AttributeError, ConveyorError, RecursionError):

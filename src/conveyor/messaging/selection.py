@@ -135,6 +135,8 @@ class JobWalk(msgspec.Struct, Generic[R]):
 
 def acted_states(action: ActionName, states: Collection[str]) -> Collection[str]:
     """Return the states whose jobs *action* is carried out on: *states*, none: all that it is for. Raises ConfigurationError."""
+    if action not in tuple(ACTED_ON):
+        raise ConfigurationError(f"action must be one of {', '.join(ACTED_ON)}, not {action!r}. Nothing was done.")
     possible = ACTED_ON[action]
     for state in states:
         if state not in possible:

@@ -31,6 +31,7 @@ from conveyor.messaging.push_options import (
     TopicManyOptions,
     TopicOptions,
     amake_entries,
+    each_of,
     for_topic,
     make_entries,
     pass_through,
@@ -504,7 +505,7 @@ class Topic(Generic[T]):
 
     def _publish(self, values: Iterable[T], options: TopicOptions) -> StepProgram:
         prepared = self._prepared(options)
-        rest, published = iter(values), list[list[str]]()
+        rest, published = each_of(values), list[list[str]]()
         while True:
             envelopes: list[bytes] = []
             each: list[PreparedPush] = []

@@ -326,7 +326,18 @@ _FAILURE = msgspec.json.Decoder(Failure)
 _EVENT = msgspec.json.Decoder(PastEvent)
 _EXTRA = msgspec.json.Decoder(EnvelopeOptions)
 _OUTCOME = msgspec.json.Decoder(Outcome)
-_encode = msgspec.json.Encoder().encode
+
+
+def _plain(value: object) -> object:
+    """Return a text or a number of a class of its own, as the members of some enumerations are, without that class."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int(value)
+    raise NotImplementedError(f"{type(value).__name__} has no place in a record")
+
+
+_encode = msgspec.json.Encoder(enc_hook=_plain).encode
 _NO_EXTRA = EnvelopeOptions()
 
 

@@ -36,7 +36,7 @@ class JobFilter(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         for name, at in (("since", self.since), ("older", self.older)):
-            if at is not None and (not isinstance(at, datetime) or at.tzinfo is None):
+            if at is not None and (not isinstance(at, datetime) or at.utcoffset() is None):
                 raise ConfigurationError(f"{name}= needs a time zone: use datetime.now(UTC) or tzinfo=ZoneInfo(…)")
         if self.tag is not None:
             tag_text(self.tag)

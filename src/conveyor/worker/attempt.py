@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Mapping
-from datetime import UTC, datetime
 from math import inf
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
@@ -38,6 +37,7 @@ from conveyor.payload.formats import body_text
 from conveyor.payload.live_records import Progress, StoredLine, open_notes, pack_notes, pack_progress
 from conveyor.payload.records import AttemptHistory, Envelope
 from conveyor.store.inspection import BUCKETS_MS
+from conveyor.units import instant
 
 if TYPE_CHECKING:
     import asyncio
@@ -429,8 +429,8 @@ class Attempt(Struct, eq=False):
                 tags=self.envelope.tags if self.envelope.attributes else (),
                 state=self.consumer.shared_state,
                 deadline_hook=self.move_deadline,
-                enqueued_at=None if made is None else datetime.fromtimestamp(made / 1000, UTC),
-                scheduled_for=None if due is None else datetime.fromtimestamp(due / 1000, UTC),
+                enqueued_at=None if made is None else instant(made),
+                scheduled_for=None if due is None else instant(due),
                 costs=self.costs,
                 emit_hook=self.emit,
                 live=self._make_live,

@@ -237,7 +237,10 @@ class AsyncConnection:
         elif not self._out and not at_once:
             self._loop.call_soon(self._flush)
         if packed is None:
-            packed = self._pack(command)
+            try:
+                packed = self._pack(command)
+            except (UnicodeEncodeError, TypeError) as error:
+                raise replies.not_sendable(error) from None
         deadline = self._loop.time() + block + (self._reply_timeout if within is None else within)
         # In this order, so that the numbers show it if something is raised in between.
         self._sent += 1

@@ -221,7 +221,10 @@ class Connection:
         if connection is None or self._answered != self._sent:
             connection = self._open()
         pack = self._pack
-        data = pack(commands[0]) if len(commands) == 1 else b"".join([pack(command) for command in commands])
+        try:
+            data = pack(commands[0]) if len(commands) == 1 else b"".join([pack(command) for command in commands])
+        except (UnicodeEncodeError, TypeError) as error:
+            raise replies.not_sendable(error) from None
         first = self._sent + 1
         self._sent += len(commands)
         try:

@@ -206,6 +206,16 @@ def fatal_error(text: str, address: str) -> ConveyorError:
     return ConveyorError(f"Redis at {address} answered: {text}")
 
 
+def not_sendable(error: UnicodeEncodeError | TypeError) -> ConfigurationError:
+    """Return the error for a command that has a word which is no text that can be stored; none of it was sent."""
+    if isinstance(error, UnicodeEncodeError):
+        text = error.object
+        return ConfigurationError(
+            f"{text[max(0, error.start - 20) : error.end + 20]!a} has half of a surrogate pair, which is no text. Nothing was sent."
+        )
+    return ConfigurationError("A name or an id is of a type that cannot be sent: it must be a text. Nothing was sent.")
+
+
 def unavailable(address: str, cause: object) -> StoreUnavailable:
     """Return the exception for a server that does not answer."""
     reason = str(cause).strip().rstrip(".") or type(cause).__name__

@@ -23,6 +23,7 @@ from conveyor.errors import ConfigurationError
 from conveyor.store.fork_safety import lazy_property
 from conveyor.store.transport.credentials import LoginProvider, PasswordFile
 from conveyor.store.transport.endpoint import REPLY_TIMEOUT, time_left
+from conveyor.units import digits
 
 if TYPE_CHECKING:
     from redis import Connection
@@ -104,7 +105,7 @@ def split_url(url: str) -> SplitResult:
 
 def check_database(text: str, url: str) -> None:
     """Raise ConfigurationError unless *text* is a database number or empty; redis-py would take anything else as 0."""
-    if text and not (text.isascii() and text.isdigit()):
+    if text and digits(text) is None:
         raise ConfigurationError(f"{masked(url)!r}: the database must be a number, as in redis://host:6379/0.")
 
 
@@ -351,6 +352,7 @@ def _host(url: str, name: str, default_port: int) -> HostPort:
     host, colon, port = name.strip().rpartition(":")
     if not colon or port.endswith("]"):
         host, port = name.strip(), str(default_port)
-    if not port.isdecimal() or not 0 < int(port) < 65536 or not host or len(host.split()) > 1:
+    number = digits(port) or 0
+    if not 0 < number < 65536 or not host or len(host.split()) > 1:
         raise ConfigurationError(f"{masked(url)!r}: {masked(name)!r} is not a host with a port.")
-    return host.strip("[]"), int(port)
+    return host.strip("[]"), number

@@ -16,6 +16,7 @@ from conveyor.store import inspection
 from conveyor.store.client.client import Client
 from conveyor.store.keys import QueueKeys
 from conveyor.store.transport.credentials import LoginProvider
+from conveyor.units import digits
 from conveyor.worker.logs import LOG
 from conveyor.worker.shared_memory import ChildInfo
 
@@ -41,12 +42,12 @@ class Bounds:
     @classmethod
     def parse(cls, text: str) -> Bounds:
         """Return the bounds that a text such as ``2..8`` names; raises ConfigurationError."""
-        lower, dots, upper = text.partition("..")
-        if not (dots and lower.isdigit() and upper.isdigit() and 1 <= int(lower) <= int(upper) <= 256):
+        lower, upper = (digits(part) or 0 for part in (text.partition("..")[0], text.partition("..")[2]))
+        if not 1 <= lower <= upper <= 256:
             raise ConfigurationError(
                 f"--autoscale takes two numbers of processes from 1 to 256, such as 2..8, not {text!r}."
             )
-        return cls(int(lower), int(upper))
+        return cls(lower, upper)
 
 
 def next_count(bounds: Bounds, count: int, age: float | None, calm: float, unchanged: float) -> int:

@@ -19,6 +19,7 @@ from urllib.parse import parse_qs
 
 from conveyor.errors import ConfigurationError, QueueNotFound
 from conveyor.ids import clean
+from conveyor.units import digits
 from conveyor.worker.logs import LOG
 
 STANDS = 10.0
@@ -77,13 +78,11 @@ def not_ready(facts: WorkerFacts) -> str:
 
 def bind(address: str) -> socket.socket:
     """Return a socket that is bound to *address*, ``8080`` or ``127.0.0.1:8080``; raises ConfigurationError."""
-    host, _, port = address.rpartition(":")
-    if not port.isdigit() or int(port) > 65535:
+    host, _, text = address.rpartition(":")
+    if (port := digits(text)) is None or port > 65535:
         raise ConfigurationError(f"--health-port takes a port, such as 8080 or 127.0.0.1:8080, not {address!r}.")
     try:
-        return socket.create_server(
-            (host.strip("[]"), int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET
-        )
+        return socket.create_server((host.strip("[]"), port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise ConfigurationError(
             f"The health endpoints cannot be served at {address}: {error.strerror or error}. Choose another --health-port."
