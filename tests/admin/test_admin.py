@@ -7,9 +7,12 @@ import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from msgspec.structs import replace
 from redis import Redis
 
 from conveyor.admin.admin import Admin
+from conveyor.admin.flags import queue_flags
+from conveyor.admin.views import QueueInfo
 from conveyor.errors import ConfigurationError, JobNotFound, QueueNotFound
 from conveyor.store import inspection
 from conveyor.store.client.client import Client
@@ -341,3 +344,19 @@ def test_a_queue_whose_workers_have_died_is_stranded(admin: Admin, backend: Clie
 
     ClientWorker(backend, "mail").take()
     assert not admin.queue("mail").stranded
+
+
+def test_many_queues_without_a_worker_are_one_flag() -> None:
+    """The flag of many queues that no worker takes says since when the oldest of their jobs waits, and how many have lost their workers."""
+    idle = QueueInfo("a", 3, 0, 0, 0, 0, 0, 90.0, False, None)
+    queues = [
+        idle,
+        replace(idle, name="b", ready=0, waiting=2, oldest_age=None, silent=2),
+        replace(idle, name="c", oldest_age=3.0),
+    ]
+    [flag] = queue_flags(queues)
+    assert flag.text == (
+        "3 queues have 8 jobs and no worker is running, since 1 m 30 s: a, b, c. The workers of 1 of them have died or hang"
+    )
+    [flag] = queue_flags([replace(one, silent=0, oldest_age=None) for one in queues])
+    assert flag.text == "3 queues have 8 jobs and no worker is running: a, b, c"

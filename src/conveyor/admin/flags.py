@@ -89,7 +89,10 @@ def _stranded(queues: Sequence[QueueInfo]) -> list[Flag]:
     if len(stuck) > (_MAX_ALONE if served else 1):
         names = ", ".join(one.name for one in stuck[:_MAX_NAMED]) + (", …" if len(stuck) > _MAX_NAMED else "")
         what = "and no worker takes them" if served else "and no worker is running"
-        text = f"{len(stuck)} queues have {sum(map(_without_worker, stuck)):,} jobs {what}: {names}"
+        since = _age(max(stuck, key=lambda one: one.oldest_age or 0))
+        left = sum(one.silent > 0 for one in stuck)
+        gone = f". The workers of {left} of them have died or hang" if left else ""
+        text = f"{len(stuck)} queues have {sum(map(_without_worker, stuck)):,} jobs {what}{since}: {names}{gone}"
         links = tuple(map(_queue_link, stuck[:_MAX_NAMED]))
         return [Flag("no-worker", "problem", text, f"conveyor worker{_OR_CONSUMER}", "E12", links)]
     takers = f"Workers take: {', '.join(served[:_MAX_NAMED])}." if served else "No worker is running."
