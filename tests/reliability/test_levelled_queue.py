@@ -169,13 +169,13 @@ def test_every_pair_of_transitions(seeded: SeededQueue, policy: str, rounds: Cal
 # what is broken → the kind of key whose pairs see it, the script, the line, what stands there instead
 SABOTAGES = {
     "a key outlives its job": ("dk, waits, push, push", "TURN", "redis.pcall('GET', name) == id then redis.call('DEL', name) end", "false then end"),
-    "the keys of many jobs outlive them": ("dk, waits, lease, done", "TURN", "if some > 0 then redis.call('DEL', unpack(gone)) end", ""),
+    "the keys of many jobs outlive them": ("dk, waits, lease, done", "TURN", "if found > 0 then redis.call('DEL', unpack(own)) end", ""),
     "a key outlives a purge": ("dk, waits, push, purge", "PURGE", "if found then release(prefix, id, found) end", ""),
     "a key outlives the start": ("sk, waits, push, lease", "TURN", "if key.life == 's' and", "if false and"),
     "a window ends with its job": ("tk, waits, push, push", "TURN", "if not ended then free(true) end", "free(true)"),
-    "the key of another job is taken": ("sk, runs, push, done", "TURN", "if holders[i + 1] == owners[owner + i] then", "if true then"),
+    "the key of another job is taken": ("sk, runs, push, done", "TURN", "if holders[i - first + 1] == owners[first_owner + i] then", "if true then"),
     "a rerun is forgotten": ("da, waits, lease, push", "TURN", "free(false)\nadmit_successor(prefix, id)", "free(false)"),
-    "the reruns of many jobs are forgotten": ("da, runs, push, done", "TURN", "if not not_held[given[i]] then admit_successor(queue.prefix, given[i]) end", ""),
+    "the reruns of many jobs are forgotten": ("da, runs, push, done", "TURN", "if not is_lost[words[i]] then admit_successor(queue.prefix, words[i]) end", ""),
     "a rerun is forgotten with a worker": ("da, followed, cancel, crash", "REAP", "free(false)\nadmit_successor(prefix, id)", "free(false)"),
     "a rerun is forgotten by a cancellation": ("da, followed, crash, cancel", "CANCEL", "free(false)\nadmit_successor(prefix, id)", "free(false)"),
     "a change while the job runs is forgotten": ("da, waits, lease, push", "PUSH", "return {'rerun', id, behind = holder}", "return {'kept', holder}"),
