@@ -17,7 +17,7 @@ import uvicorn
 from conveyor import Conveyor, Retry
 from conveyor.dashboard import Access, dashboard, live_routes
 from support.browser import open_browser, open_page, violations
-from support.running_worker import drain
+from support.running_worker import drain, working
 
 Browse = Callable[[Callable[[Any], Any]], Any]
 
@@ -146,6 +146,29 @@ def test_waiting_job_says_why(browse: Browse, app: Conveyor) -> None:
         app.queue("reports").resume()
         asyncio.run(drain(app))
         browse(lambda page: page.wait_for_selector(".head .state:text-is('done')"))
+
+
+def test_a_worker_is_made_quiet(browse: Browse, app: Conveyor) -> None:
+    """A worker that takes no more jobs is marked, and its button is used up; the audit says who did it."""
+
+    @app.task(name="mail.send", queue="mail")
+    def send() -> None: ...
+
+    def press(page: Any) -> None:
+        page.goto(f"{url}workers")
+        page.click("tr button:text-is('Quiet')")
+        page.wait_for_selector("tr .tag:text-is('quiet')")
+        assert page.locator("tr button:text-is('Quiet')").is_disabled()
+        assert violations(page) == []
+        page.goto(f"{url}audit")
+        page.wait_for_selector("tr:has-text('ada'):has-text('quiet')")
+
+    async def run() -> None:
+        async with working(app):
+            await asyncio.to_thread(browse, press)
+
+    with served(app) as url:
+        asyncio.run(run())
 
 
 @pytest.mark.leaves_keys("jobs are left")

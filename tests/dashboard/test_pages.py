@@ -77,6 +77,23 @@ def test_a_phone_shows_the_state_that_a_job_is_in(browser: Any, sample: SampleDa
         assert now["x"] + now["width"] <= 390
 
 
+def test_large_numbers_fit_their_tiles(browser: Any) -> None:
+    """Ten million jobs, and the longest ways to write an age, are cut off at no width between a phone and a large screen."""
+    cut = "[...document.querySelectorAll('.tile :is(.value, .label)')].filter(one => one.scrollWidth > one.clientWidth).map(one => one.textContent)"
+    with SampleDashboard() as sample, open_page(browser) as page:
+        snapshot = sample.answer("snapshot", {})
+        counts = dict.fromkeys(("ready", "leased", "scheduled", "waiting", "dead"), 999_999)
+        snapshot["totals"] |= counts | {"oldest_age": 45 * 60 + 44}
+        for name in ("snapshot", "overview"):
+            page.route(f"**/api/v1/{name}*", lambda route: route.fulfill(json=snapshot))
+        page.route("**/api/v1/stream*", lambda route: route.abort())
+        for width in (390, 821, 1024, 1240, 1241, 1340, 1341):
+            page.set_viewport_size({"width": width, "height": 860})
+            page.goto(sample.url)
+            page.wait_for_selector(".tile:has-text('999,999')")
+            assert page.evaluate(cut) == [], width
+
+
 def test_long_names_widen_no_page(browser: Any) -> None:
     """Names nearly as long as they may be, of all that has one: no table is cut off at 1024 pixels, and no page is wider than a phone."""
     with SampleDashboard(texts=["tenant-and-its-name-" * 6], only=NAMED) as sample, open_page(browser) as page:
@@ -154,6 +171,10 @@ def test_keys_go_everywhere(browser: Any, sample: SampleDashboard) -> None:
         assert violations(page) == []
         page.keyboard.press("Enter")
         page.wait_for_selector("h1:text('webhooks')")
+        page.keyboard.press("Control+k")
+        page.keyboard.type("mail")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("h1:text-is('mail')")  # the name itself, before longer ones
 
 
 def test_a_single_minute_is_seen_on_a_chart(browser: Any, sample: SampleDashboard) -> None:
@@ -184,6 +205,33 @@ def test_a_form_is_sent_once(browser: Any, sample: SampleDashboard) -> None:
         page.dblclick("dialog button:text('Enqueue')")
         page.wait_for_url("**/job?id=*0001")
         assert [path for path, _ in sample.posted[before:]].count("enqueue") == 1
+
+
+def test_a_job_that_is_gone_has_no_actions(browser: Any, sample: SampleDashboard) -> None:
+    """Where a job was deleted by another before a button is pressed, that is told once, and the page offers nothing more."""
+    with open_page(browser, quiet=False) as page:
+        visit(page, sample.url + PAGES["job"])
+        page.select_option("select[aria-label=Refresh]", "0")
+        missing = {"error": {"code": "E23", "message": "No job is known."}}
+        page.route("**/api/v1/job?*", lambda route: route.fulfill(status=404, json=missing))
+        gone = {"results": [{"id": DEAD, "outcome": "not found", "detail": ""}], "done": 0}
+        page.route("**/api/v1/jobs/actions", lambda route: route.fulfill(json=gone))
+        page.click("button:text-is('Retry')")
+        page.wait_for_selector(".toast:has-text('The job is not there any more.')")
+        page.wait_for_selector(".empty:has-text('No such job')")
+        assert page.locator(".head button").count() == 0
+
+
+def test_an_action_on_all_that_match_tells_its_end(browser: Any, sample: SampleDashboard) -> None:
+    """After an action in the background has ended, the page says how many jobs it changed and how many it did not."""
+    ended = {"id": "op1", "action": "retry", "state": "done", "total": 87, "done": 86, "refused": 1}
+    with open_page(browser) as page:
+        page.route("**/api/v1/operation?*", lambda route: route.fulfill(json={"operation": ended}))
+        visit(page, sample.url + PAGES["failures"])
+        page.click("td.actions button:text-is('Retry') >> nth=0")
+        page.click("dialog button.primary")
+        page.wait_for_selector(".toast:has-text('started for')")
+        page.wait_for_selector(".toast:has-text('86 jobs are ready again. 1 job is unchanged.')")
 
 
 def test_the_key_enter_destroys_nothing(browser: Any, sample: SampleDashboard) -> None:
@@ -349,7 +397,7 @@ def test_a_choice_stays_while_the_list_lives(browser: Any, sample: SampleDashboa
         assert page.is_checked("tbody tr:nth-child(2) input[type=checkbox]")
         assert violations(page) == []
         page.click(".bar button:text-is('Retry')")
-        page.wait_for_selector(".toast:has-text('1 jobs are ready again.')")
+        page.wait_for_selector(".toast:has-text('1 job is ready again.')")
         assert (
             sample.posted[-1][1]["ids"] == ["mail:01JDSAMPLE0000000000000002"] or len(sample.posted[-1][1]["ids"]) == 1
         )

@@ -274,7 +274,8 @@ def workers() -> list[dict[str, Any]]:
         {
             "id": f"web-{n}:{4710 + n}", "host": f"web-{n}", "pid": 4710 + n, "queues": queues, "held": held, "lease_ends": at(12),
             "silent": n == 3, "identities": [f"w{n}"],
-            "about": {"version": "0.1.0", "concurrency": 16, "started": at(-86_000), "labels": ["gpu"] if n == 2 else [], "build": "9f3c2e1"},
+            "about": {"version": "0.1.0", "concurrency": 16, "started": at(-86_000), "labels": ["gpu"] if n == 2 else [], "build": "9f3c2e1",
+                      "state": "quiet" if n == 2 else "running", "loop_lag_ms": 3_200 if n == 1 else 0},
         }
         for n, queues, held in [(1, ["mail", "webhooks", "default"], 16), (2, ["media"], 8), (3, ["billing", "default"], 3)]
     ]  # fmt: skip

@@ -15,6 +15,9 @@ export function num(n) {
   return part.toFixed(1).replace(/\.0$/, "") + "MBT"[unit];
 }
 
+/** Write a number of jobs and what they are or become: 1 job is ready, 2 jobs are ready. */
+export const jobs = (n, what = "") => `${num(n)} job${n === 1 ? "" : "s"} ${n === 1 ? what.replace(/^are\b/, "is").replace(/^become\b/, "becomes") : what}`.trim();
+
 /** Write a rate a second: 0.4, 12, 1,204. */
 export const rate = (n) => (n == null ? "–" : n === 0 ? "0" : n < 10 ? n.toFixed(1) : num(n));
 
@@ -581,7 +584,7 @@ const toasts = { ...signal(), list: [] };
 /** Say *text* in a corner for some seconds. An error stays until it is closed. */
 export function toast(text, { error = false } = {}) {
   const one = { text: String(text), error, id: Math.random() };
-  toasts.list = [...toasts.list.slice(-3), one];
+  toasts.list = [...toasts.list.filter((other) => other.text !== one.text).slice(-3), one];
   toasts.emit();
   if (!error) setTimeout(() => closeToast(one), 5000);
 }
@@ -655,7 +658,7 @@ export function Form({ title, word, onSend, onClose, children }) {
 export function Act({ action, run, said, again, children, kind = "", disabled = false, title }) {
   const [busy, once] = useOnce();
   const allowed = may(action);
-  const click = () => once(async () => (await attempt(run, said)) && again?.());
+  const click = () => once(async () => { await attempt(run, said); again?.(); }); // one that failed may have met what changed meanwhile
   return html`<button class=${kind} disabled=${!allowed || disabled || busy} title=${allowed ? title : "Your role does not allow this."} onClick=${click}>${children}</button>`;
 }
 

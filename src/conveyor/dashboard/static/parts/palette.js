@@ -14,7 +14,13 @@ function entries(text) {
     { icon: "theme", text: "Change the theme", note: "setting", run: nextTheme },
   ];
   const words = text.toLowerCase().split(/\s+/).filter(Boolean);
-  const found = all.filter((one) => words.every((word) => `${one.text} ${one.note}`.toLowerCase().includes(word))).slice(0, 40);
+  const rank = ({ text: name }) => { // the name itself, then what begins with it
+    const at = name.toLowerCase().indexOf(words[0]);
+    return at === 0 ? Number(name.length > words[0].length) : at < 0 ? 3 : 2;
+  };
+  const found = all.filter((one) => words.every((word) => `${one.text} ${one.note}`.toLowerCase().includes(word)));
+  if (words.length) found.sort((a, b) => rank(a) - rank(b));
+  found.splice(40);
   if (text.trim()) {
     const value = text.trim();
     if (/:[0-9A-Za-z_-]{8,}$/.test(value)) found.unshift({ icon: "jobs", text: `Open ${value}`, note: "job", run: () => go(jobHref(value)) });

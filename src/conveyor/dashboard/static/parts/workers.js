@@ -1,13 +1,14 @@
 // The table of workers.
-import { Act, Count, Dialog, Empty, Meter, Table, Time, api, confirm, html, jobsHref, num, queueHref, shown, term, useState } from "../app.js";
+import { Act, Count, Dialog, Empty, Meter, Table, Time, api, confirm, html, jobs, jobsHref, num, queueHref, shown, span, term, useState } from "../app.js";
 
+const SLOW_LOOP_MS = 1000;
 const details = (about) => [about.version && `conveyor ${about.version}`, about.python && `Python ${about.python}`, about.build && `build ${about.build}`].filter(Boolean).join(" · ");
 
 /** Workers: where they run, what they serve, how full they are, and whether they still answer. */
 export function WorkerTable({ rows, again }) {
   const [stack, setStack] = useState(null);
   const stop = async (worker) => {
-    if (!(await confirm("Stop the worker?", `${worker.host}:${worker.pid} takes no more jobs, lets its ${num(worker.held)} jobs finish and ends.`, "Stop it"))) return;
+    if (!(await confirm("Stop the worker?", `${worker.host}:${worker.pid} takes no more jobs, lets its ${jobs(worker.held)} finish and ends.`, "Stop it"))) return;
     await api.post("workers/stop", { id: worker.id });
   };
   const dump = async (worker) => {
@@ -15,13 +16,13 @@ export function WorkerTable({ rows, again }) {
     setStack({ title: `Stack of ${worker.host}:${worker.pid}`, text: answer.text ?? answer.stack ?? JSON.stringify(answer, null, 2) });
   };
   return html`<${Table} label="Workers" rows=${rows} keyOf=${(w) => w.id} columns=${[
-    { name: "worker", title: "Worker", sort: (w) => w.host, cell: (w) => html`<span class="name">${w.host}${w.pid ? `:${w.pid}` : ""}</span>${w.silent && html` <span class="tag dead">silent</span>`}${w.about?.quiet && html` <span class="tag warning">quiet</span>`}${(w.about?.labels ?? []).map((label) => html` <span class="tag">${label}</span>`)}<span class="sub clip">${details(w.about ?? {})}</span>` },
+    { name: "worker", title: "Worker", sort: (w) => w.host, cell: (w) => html`<span class="name">${w.host}${w.pid ? `:${w.pid}` : ""}</span>${w.silent && html` <span class="tag dead">silent</span>`}${!w.silent && !["running", undefined].includes(w.about?.state) && html` <span class="tag warning">${w.about.state}</span>`}${w.about?.loop_lag_ms >= SLOW_LOOP_MS && html` <span class="tag dead" title="So long its event loop was blocked lately: other jobs and its leases waited">loop blocked ${span(w.about.loop_lag_ms)}</span>`}${(w.about?.labels ?? []).map((label) => html` <span class="tag">${label}</span>`)}<span class="sub clip">${details(w.about ?? {})}</span>` },
     { name: "queues", title: "Queues", kind: "wraps", tall: true, cell: (w) => (w.queues ?? (w.queue ? [w.queue] : [])).map((name, i) => html`${i ? ", " : ""}<a href=${queueHref(name)}>${name}</a>`) },
     { name: "held", title: "Jobs", num: true, sort: (w) => w.held, cell: (w) => html`<a href=${jobsHref(`state:leased ${term("worker", `${w.host}:${w.pid}`)}`)}><${Count} n=${w.held} state="leased" /></a>${w.about?.concurrency ? html`<span class="muted"> of ${num(w.about.concurrency)}</span>` : ""}` },
     { name: "meter", title: "", kind: "mid", tall: true, cell: (w) => w.about?.concurrency && html`<${Meter} used=${w.held} most=${w.about.concurrency} label=${`${w.held} of ${w.about.concurrency} slots used`} />` },
     { name: "started", title: "Started", kind: "mid", tall: true, cell: (w) => html`<${Time} at=${w.about?.started} />` },
     { name: "lease", title: "Lease ends", tall: true, cell: (w) => html`<${Time} at=${w.lease_ends} />` },
-    { name: "actions", kind: "actions", cell: (w) => html`<${Act} action="stop_workers" kind="small" again=${again} run=${() => api.post("workers/quiet", { id: w.id })} said=${`${w.host}:${w.pid} takes no more jobs.`}>Quiet<//> <${Act} action="stop_workers" kind="small" run=${() => dump(w)}>Stack<//> <${Act} action="stop_workers" kind="small danger" again=${again} run=${() => stop(w)}>Stop<//>` },
+    { name: "actions", kind: "actions", cell: (w) => html`<${Act} action="stop_workers" kind="small" disabled=${w.about?.state === "quiet"} again=${again} run=${() => api.post("workers/quiet", { id: w.id })} said=${`${w.host}:${w.pid} takes no more jobs.`}>Quiet<//> <${Act} action="stop_workers" kind="small" run=${() => dump(w)}>Stack<//> <${Act} action="stop_workers" kind="small danger" again=${again} run=${() => stop(w)}>Stop<//>` },
   ]} />
   ${stack && html`<${Dialog} label=${stack.title} onClose=${() => setStack(null)}><div class="stack"><h2>${stack.title}</h2><pre class="text" tabindex="0">${shown(stack.text)}</pre><div class="ends"><button data-focus="" onClick=${() => setStack(null)}>Close</button></div></div><//>`}`;
 }

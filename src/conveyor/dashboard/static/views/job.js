@@ -16,7 +16,8 @@ async function act(name, id) {
   if (name === "rerun" && !(await confirm("Run the job again?", "A new job with the same arguments is enqueued, and does all of its work once more.", "Run it again"))) return;
   if (name === "delete" && !(await confirm("Delete the job?", "It is deleted with its arguments and errors. This cannot be undone.", "Delete it"))) return;
   const { results: [one] } = name === "rerun" ? await api.post("jobs/rerun", { ids: [id] }) : await api.post("jobs/actions", { action: name, ids: [id] });
-  if (one.outcome === "refused" || one.outcome === "not found") throw new Error(one.detail || `Not changed: ${one.outcome}.`);
+  if (one.outcome === "not found") throw new Error("The job is not there any more. Nothing was changed.");
+  if (one.outcome === "refused") throw new Error(one.detail || "The job was not changed.");
   const made = name === "rerun" && (one.id !== id ? one.id : /^\S+$/.test(one.detail ?? "") && one.detail);
   if (made) { toast("A new job with the same arguments is enqueued."); go(jobHref(made)); return; }
   toast(SAID[one.outcome] ?? one.detail ?? one.outcome);
@@ -113,8 +114,9 @@ function Job({ route }) {
   const answer = useQuery(`job?id=${encodeURIComponent(id)}`, { every: 900 });
   const [dialog, setDialog] = useState("");
   const flags = (useLive()?.flags ?? []).filter((flag) => flag.links?.some((link) => link.page === "job" && link.id === id));
-  const job = answer.data?.job;
-  const can = answer.data?.actions ?? [];
+  const gone = answer.error?.status === 404;
+  const job = gone ? null : answer.data?.job;
+  const can = gone ? [] : answer.data?.actions ?? [];
   const running = job?.state === "leased";
   useEffect(() => { // its worker sends the lines of a job that is looked at as they come
     if (!running || !may("view_payloads")) return undefined;
@@ -128,7 +130,7 @@ function Job({ route }) {
       ${BUTTONS.filter(([name]) => can.includes(name)).map(([name, word, permission, kind]) => html`<${Act} action=${permission} kind=${kind} again=${answer.again} run=${() => act(name, id)}>${word}<//>`)}
       ${can.includes("update") && html`<button disabled=${!may("edit_jobs")} onClick=${() => setDialog("update")}>Change …</button>`}
       ${job?.task && job.payload && !job.payload.endsWith("…") && html`<button disabled=${!may("enqueue_jobs")} onClick=${() => setDialog("duplicate")}>Duplicate …</button>`}<//>
-    ${answer.error?.status === 404 ? html`<${Card}><${Empty} title="No such job">${answer.error.message}<//><//>` : html`<${Answer} of=${answer}>${(doc) => html`
+    ${gone ? html`<${Card}><${Empty} title="No such job">${answer.error.message}<//><//>` : html`<${Answer} of=${answer}>${(doc) => html`
       ${flags.length > 0 && html`<${Flags} list=${flags} />`}
       ${doc.why && html`<section class="card" aria-label="Why"><div class="why" data-state=${WAITING.includes(doc.why.kind) ? (doc.why.kind === "ended" ? job.state : "leased") : "warning"}><span class="clamp">${doc.why.sentence}</span>${(doc.why.links ?? []).length > 0 && html`<div class="small">${doc.why.links.map((link) => html`<a href=${linkHref(link)}>${link.name ?? link.id ?? link.page}</a> `)}</div>`}</div>${doc.why.also?.length > 0 && html`<div class="notices"><${Causes} list=${doc.why.also} /></div>`}</section>`}
       ${doc.progress && html`<${Card} title="Progress" side=${html`<span class="muted">${doc.progress.total ? percent(doc.progress.done, doc.progress.total) : ""}</span>`}><div class="stack"><${Meter} used=${doc.progress.done} most=${doc.progress.total} /><span class="small muted">${num(doc.progress.done)}${doc.progress.total ? ` of ${num(doc.progress.total)}` : ""}${doc.progress.text ? ` · ${shown(doc.progress.text)}` : ""}</span></div><//>`}

@@ -1,5 +1,5 @@
 // The list of queues, and one queue.
-import { Act, Answer, Card, Count, Empty, Flags, Head, History, Icon, Meter, Spark, Table, api, confirm, go, href, html, jobsHref, linkHref, num, queueHref, rate, since, span, term, toast, useLive, useParam, useQuery } from "../app.js";
+import { Act, Answer, Card, Count, Empty, Flags, Head, History, Icon, Meter, Spark, Table, api, confirm, go, href, html, jobs, jobsHref, linkHref, num, queueHref, rate, since, span, term, toast, useLive, useParam, useQuery } from "../app.js";
 import { GroupTable, LimitTable } from "../parts/limits.js";
 import { WorkerTable } from "../parts/workers.js";
 
@@ -55,24 +55,24 @@ function Queue({ route }) {
   const act = { again: answer.again };
   const purge = async (dead) => {
     const n = dead ? q.dead : q.ready + q.scheduled + q.waiting;
-    if (!(await confirm(dead ? "Delete all dead jobs?" : "Purge the queue?", `${num(n)} ${dead ? "dead jobs" : "jobs that are not running"} of ${name} are deleted with their arguments. This cannot be undone.`, `Delete ${num(n)}`))) return null;
+    if (!(await confirm(dead ? "Delete all dead jobs?" : "Purge the queue?", `${jobs(n, "are deleted")} with all arguments: ${dead ? "the dead ones" : "those that do not run"} of ${name}. This cannot be undone.`, `Delete ${num(n)}`))) return null;
     const { removed } = await api.post("queues/purge", { queue: name, dead });
-    return toast(`${num(removed)} jobs are deleted.`);
+    return toast(`${jobs(removed, "are deleted")}.`);
   };
   const redrive = async () => {
-    if (!(await confirm("Retry all dead jobs?", `${num(q.dead)} dead jobs of ${name} become ready again, the oldest first.`, `Retry ${num(q.dead)}`, { danger: false }))) return null;
+    if (!(await confirm("Retry all dead jobs?", `${jobs(q.dead, "become ready again")}: the dead ones of ${name}, the oldest first.`, `Retry ${num(q.dead)}`, { danger: false }))) return null;
     const { moved } = await api.post("queues/redrive", { queue: name });
-    return toast(`${num(moved)} jobs are ready again.`);
+    return toast(`${jobs(moved, "are ready again")}.`);
   };
   const remove = async () => {
     if (!(await confirm("Delete the queue?", `${name} and what is kept about it are deleted. It has to be empty and without workers.`, "Delete the queue"))) return;
     await api.post("queues/delete", { queue: name });
     go(href("queues"));
   };
-  return html`<${Head} title=${name} crumb=${html`<a href=${href("queues")}>Queues</a>`} sub=${q && html`<${Marks} q=${q} />${q.partitions > 1 ? ` ${q.partitions} partitions` : ""}${q.max_length ? ` at most ${num(q.max_length)} jobs` : ""}`}>
+  return html`<${Head} title=${name} crumb=${html`<a href=${href("queues")}>Queues</a>`} sub=${q && html`<${Marks} q=${q} />${q.partitions > 1 ? ` ${q.partitions} partitions` : ""}${q.max_length ? ` at most ${jobs(q.max_length)}` : ""}`}>
       ${q && html`${pauseOrResume(q, answer.again)}
         <${Act} ...${act} action="retry_jobs" disabled=${!q.dead} run=${redrive}>Retry dead<//>
-        ${q.unplaced > 0 && html`<${Act} ...${act} action="retry_jobs" run=${() => api.post("queues/repair", { queue: name })} said=${(a) => `${num(a.repaired)} jobs are back in their place.`}>Repair<//>`}
+        ${q.unplaced > 0 && html`<${Act} ...${act} action="retry_jobs" run=${() => api.post("queues/repair", { queue: name })} said=${(a) => `${jobs(a.repaired, "are back in place")}.`}>Repair<//>`}
         <${Act} ...${act} action="purge_queues" kind="danger" disabled=${!q.dead} run=${() => purge(true)}>Delete dead<//>
         <${Act} ...${act} action="purge_queues" kind="danger" disabled=${!(q.ready + q.scheduled + q.waiting)} run=${() => purge(false)}>Purge<//>
         <${Act} ...${act} action="purge_queues" kind="danger" disabled=${q.ready + q.scheduled + q.waiting + q.leased + q.dead > 0} run=${remove}>Delete<//>`}<//>
