@@ -166,6 +166,7 @@ def test_a_worker_is_made_quiet(browse: Browse, app: Conveyor) -> None:
     async def run() -> None:
         async with working(app):
             await asyncio.to_thread(browse, press)
+        await app.aclose()
 
     with served(app) as url:
         asyncio.run(run())

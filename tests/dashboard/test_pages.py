@@ -80,14 +80,14 @@ def test_a_phone_shows_the_state_that_a_job_is_in(browser: Any, sample: SampleDa
 def test_large_numbers_fit_their_tiles(browser: Any) -> None:
     """Ten million jobs, and the longest ways to write an age, are cut off at no width between a phone and a large screen."""
     cut = "[...document.querySelectorAll('.tile :is(.value, .label)')].filter(one => one.scrollWidth > one.clientWidth).map(one => one.textContent)"
-    with SampleDashboard() as sample, open_page(browser) as page:
+    with SampleDashboard() as sample, open_page(browser, quiet=False) as page:  # the stream does not come
         snapshot = sample.answer("snapshot", {})
         counts = dict.fromkeys(("ready", "leased", "scheduled", "waiting", "dead"), 999_999)
         snapshot["totals"] |= counts | {"oldest_age": 45 * 60 + 44}
         for name in ("snapshot", "overview"):
             page.route(f"**/api/v1/{name}*", lambda route: route.fulfill(json=snapshot))
         page.route("**/api/v1/stream*", lambda route: route.abort())
-        for width in (390, 821, 1024, 1240, 1241, 1340, 1341):
+        for width in (390, 821, 1024, 1240, 1241, 1279, 1280, 1420, 1421):
             page.set_viewport_size({"width": width, "height": 860})
             page.goto(sample.url)
             page.wait_for_selector(".tile:has-text('999,999')")
@@ -172,6 +172,7 @@ def test_keys_go_everywhere(browser: Any, sample: SampleDashboard) -> None:
         page.keyboard.press("Enter")
         page.wait_for_selector("h1:text('webhooks')")
         page.keyboard.press("Control+k")
+        page.wait_for_selector(".palette input")
         page.keyboard.type("mail")
         page.keyboard.press("Enter")
         page.wait_for_selector("h1:text-is('mail')")  # the name itself, before longer ones
