@@ -330,7 +330,9 @@ def test_worker_settings_by_source(shell: Shell, monkeypatch: pytest.MonkeyPatch
         sys.modules.pop("jobs", None)
 
     assert result.exit_code == 0, result.output
-    assert callable(given.pop("metrics"))
+    reports = given.pop("reports")
+    assert isinstance(reports, dict)
+    assert [(path, callable(report)) for path, report in reports.items()] == [("/metrics", True), ("/load", True)]
     assert given == {
         "name": "jobs:app", "queues": {"mail": 3.0, "vip": 1.0}, "concurrency": 9, "threads": 3, "processes": 4,
         "burst": True, "grace": 30.0, "max_jobs": 500, "max_memory": 1_500_000_000, "verbose": False,

@@ -46,7 +46,6 @@ _HEADS_SIZE = 250
 """The same where nobody waits for a page, so that it takes the server a millisecond or two."""
 _PAGE_SIZE = 500
 """The same where all are taken."""
-_BODIES_SIZE = 200
 _FAR = 2**53
 """No list of Redis is as long."""
 
@@ -151,7 +150,8 @@ class JobSearch:
         self._refuse(query)
         left = sys.maxsize if limit is None else whole_number("limit", limit, 0)
         whole_number("offset", offset, 0)
-        size = min(_PAGE_SIZE, max(left, 1)) if query.chooses_all else _HEADS_SIZE
+        most = _HEADS_SIZE if query.wanted.needs_heads else _PAGE_SIZE
+        size = min(most, max(left, 1)) if query.chooses_all else most
         for _, step, skip in self._steps(self.places(query), query, (0, "", offset), size, ""):
             jobs = step.jobs[skip : skip + left]
             yield from jobs
@@ -394,7 +394,7 @@ def whole_rows(
     """Return jobs with their bodies and all errors; those that have ended since are left out."""
     found, left = list[JobRow](), list(heads)
     while left:
-        read = client.run(inspection.whole_jobs(keys, left[:_BODIES_SIZE], reads))
+        read = client.run(inspection.whole_jobs(keys, left[:_HEADS_SIZE], reads))
         found += read.rows
         left = left[read.entries :]
     return found
