@@ -221,7 +221,7 @@ def push_plain(
         sequence.key_names[keys.prefix] = names
     sequence.number += 1
     number = str(sequence.number)
-    args = (number, argument_of(max_length), str(keys.partitions), *pairs)
+    args = (number, argument_of(max_length) if max_length else "0", str(keys.partitions), *pairs)
     return Call(
         PUSH_PLAIN, names, args, partial(_pushed_plain, keys, number), None if sequence.resends_refused else WITHDRAW
     )
@@ -335,7 +335,7 @@ class NewQueueNumber(int):
 
 
 def _pushed_plain(keys: QueueKeys, number: str, reply: bytes) -> bool:
-    if reply == f"{number}\nok".encode():
+    if reply == (number + "\nok").encode():
         return False
     status = status_of(number, reply)
     if status != ["ok", _NEW_QUEUE]:

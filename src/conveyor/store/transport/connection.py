@@ -45,6 +45,7 @@ The kernel's timeout begins anew after each signal, and that of `poll` in Python
 than this never lengthen a call, and an answer that comes sooner costs no `poll`. Where the program has a timer, see `_may_tick`.
 """
 _UNHANDLED = int(signal.SIG_DFL), int(signal.SIG_IGN)
+_ALARM, _PROFILE, _VIRTUAL_ALARM = int(signal.SIGALRM), int(signal.SIGPROF), int(signal.SIGVTALRM)
 _handler_of: Callable[[int], Any] = _signal.getsignal
 """`signal.getsignal` without its search for the name of a handler: 30 ns, and no system call."""
 _DAY = 86400.0
@@ -68,6 +69,7 @@ class Connection:
         self._timeout = timeout
         self._deadline = math.inf  # of the call that is under way (monotonic)
         self._longest_try = self._reply_timeout = endpoint.reply_timeout  # of any try, and of the present one
+        self._usual_times = math.nan, 0.0, 0.0  # seconds to retry for, and what `replies.usual_times` returned for them
         self._raw: RawConnection | None = None
         self._socket: socket.socket | None = None
         self._reader: Any = None
@@ -124,7 +126,9 @@ class Connection:
         """Begin the time of a call, of which the next command is the first try; return when that was (monotonic)."""
         since = time.monotonic()
         if deadline is None:
-            left, self._reply_timeout = replies.usual_times(self._timeout, retry_for, self._longest_try)
+            if retry_for != self._usual_times[0]:
+                self._usual_times = retry_for, *replies.usual_times(self._timeout, retry_for, self._longest_try)
+            _, left, self._reply_timeout = self._usual_times
             self._deadline = since + left
         else:
             self._deadline = deadline
@@ -386,9 +390,9 @@ def _may_tick(connection: socket.socket) -> bool:
     if isinstance(connection, ssl.SSLSocket):
         return False
     return not (
-        _handler_of(signal.SIGALRM) in _UNHANDLED
-        and _handler_of(signal.SIGPROF) in _UNHANDLED
-        and _handler_of(signal.SIGVTALRM) in _UNHANDLED
+        _handler_of(_ALARM) in _UNHANDLED
+        and _handler_of(_PROFILE) in _UNHANDLED
+        and _handler_of(_VIRTUAL_ALARM) in _UNHANDLED
     )
 
 
