@@ -66,6 +66,7 @@ def test_a_page_is_whole_in_both_themes_and_on_a_phone(browser: Any, sample: Sam
         assert page.evaluate(CUT) == []
         page.set_viewport_size({"width": 390, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
+        assert set(page.evaluate(CUT)) <= {"Path"}
 
 
 def test_a_phone_shows_the_state_that_a_job_is_in(browser: Any, sample: SampleDashboard) -> None:

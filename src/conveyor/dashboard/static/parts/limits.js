@@ -34,7 +34,7 @@ export function GroupTable({ rows, again, queues = false }) {
     { name: "queue", title: "Queue", kind: "short", hide: !queues, tall: true, cell: (g) => html`<a title=${g.queue} href=${queueHref(g.queue)}>${g.queue}</a>` },
     { name: "waiting", title: "Waiting", num: true, sort: (g) => g.waiting, cell: (g) => html`<${Count} n=${g.waiting} />` },
     { name: "running", title: "Running", num: true, sort: (g) => g.running, cell: (g) => html`<${Count} n=${g.running} state="leased" />` },
-    { name: "weight", title: "Weight", num: true, cell: (g) => num(g.weight) },
+    { name: "weight", title: "Weight", num: true, tall: true, cell: (g) => num(g.weight) },
     { name: "actions", kind: "actions", cell: (g) => html`<button class="small tall" disabled=${!may("manage_limits")} onClick=${() => setEdited(g)}>Weight</button> <${Act} action="manage_limits" kind="small" again=${again} run=${() => api.post("groups/set", { queue: g.queue, key: g.key, paused: !g.paused })} said=${`Group ${g.key} is ${g.paused ? "resumed" : "paused"}.`}>${g.paused ? "Resume" : "Pause"}<//>` },
   ]} />
   ${edited && html`<${Ask} title=${`Weight of ${edited.key}`} label="Weight" value=${String(edited.weight)} word="Set" hint="A group of weight 3 gets three turns where one of weight 1 gets one."
