@@ -438,13 +438,23 @@ class Model:
         self.wake()
         return True
 
+    def front(self, limit: int) -> list[str]:
+        """Return that many ready jobs, and the entries of cancelled ones that stand before them."""
+        ids: list[str] = []
+        for id_ in (id_ for priority in range(9, -1, -1) for id_ in self.ready[priority]):
+            if limit == 0:
+                break
+            ids.append(id_)
+            limit -= not self.jobs[id_].stub
+        return ids
+
     def purge(self, place: str, limit: int) -> tuple[int, int]:
         """Remove one batch; return (entries, jobs)."""
         if place == "rerun":
             ids = list(self.reruns.values())[:limit]
             self.reruns = dict(list(self.reruns.items())[limit:])
         elif place == "ready":
-            ids = [id_ for priority in range(9, -1, -1) for id_ in self.ready[priority]][:limit]
+            ids = self.front(limit)
         else:
             ids = (self.in_order() if place == "due" else list(self.dead))[:limit]
         removed = 0
