@@ -41,7 +41,7 @@ from conveyor.admin.job_query import parse
 from conveyor.cli import cli, main
 from conveyor.cli.app import SETTINGS
 from conveyor.cli.exit import ExitCode
-from conveyor.errors import ConveyorError
+from conveyor.errors import ConveyorError, InvalidFilter
 from conveyor.messaging.declared_limits import parse_limit
 from conveyor.messaging.push_options import PushManyOptions, PushOptions, TopicOptions
 from conveyor.store.client.durability import DurabilityOptions
@@ -570,3 +570,40 @@ def test_digits_of_other_scripts_are_no_numbers(app: Conveyor) -> None:
     ):  # fmt: skip
         with pytest.raises(ConfigurationError):
             call()
+
+
+FILTERS = [
+    "state:dead task:mail.* queue:mail", 'error:Timeout tag:vip "no such" -state:done', "args.a.b:42 age:>1h attempt:>=3", "header.trace:t*",
+    "since:1h older:0s", "body.a.0:x", "fingerprint:abcd", "priority:<3 (state:dead)",
+]  # fmt: skip
+
+
+@pytest.mark.leaves_keys("a queue is left to be searched")
+def test_damaged_filters(app: Conveyor, rounds: Rounds) -> None:
+    """A filter finds what it finds, or is refused with the column at which it cannot be read."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    dice, ends, admin = random.Random(seed), Counter[str](), Admin(app.client)
+    app.queue("mail").push({"a": [{"b": 42}], "n": None}, headers={"trace": "t1"}, tags=["vip"])
+    app.queue("mail").push([[["x"]]], delay="1h")
+    for _ in range(rounds(100_000, 1_500)):
+        text = dice.choice(FILTERS)
+        for _ in range(dice.randint(1, 4)):
+            at, some = dice.randrange(len(text) + 1), dice.choice([*PARTS, *ODD_TEXTS])[:200]
+            text = text[:at] + dice.choice([some, ""]) + text[at + dice.choice([0, 0, 1, 4]) :]
+        try:
+            query = parse(text)
+        except InvalidFilter as error:
+            ends["refused" if 0 <= error.position <= len(text) else shown(text)] += 1
+            continue
+        try:
+            admin.search(query, limit=10)
+            ends["searched"] += 1
+        except ConveyorError as error:
+            ends[error.code] += 1
+        except BaseException as error:
+            error.add_note(shown(text))
+            raise
+    print(ends)
+    assert ends.keys() <= {"refused", "searched", "E02", "E30", "E58"}
+    assert min(ends["refused"], ends["searched"]) > 100
