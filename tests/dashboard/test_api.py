@@ -15,12 +15,13 @@ from conveyor import Conveyor
 from conveyor.admin import Admin
 from conveyor.admin.job_query import parse
 from conveyor.cli import main
-from conveyor.dashboard import Access, dashboard
+from conveyor.dashboard import Access, dashboard, operations
 from conveyor.dashboard.routes import ENDPOINTS
 from conveyor.errors import InvalidFilter
 from conveyor.payload.redaction import REDACTED
 from support.dashboard_client import ask, inputs_of
 from support.running_worker import until_counts
+from support.waiting import until
 from testbed.server_process import Server
 
 pytestmark = pytest.mark.leaves_keys("jobs are left to be looked at")
@@ -92,6 +93,20 @@ def test_a_failing_task_is_found_and_all_its_dead_jobs_are_retried(app: Conveyor
     assert (stats.ready, stats.dead) == (7, 1)
     [entry] = get(site, "audit")["entries"]
     assert (entry["who"], entry["what"], entry["count"], entry["filter"]) == ("ada", "retry", 7, groups[0]["filter"])
+
+
+def test_a_long_operation_is_noted_when_it_began(app: Conveyor, site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The audit names an operation while it goes on, too: its end is not noted where its process is killed."""
+    monkeypatch.setattr(operations, "_NOTED_AFTER", -1.0)
+    fail(app, 3)
+    operation = post(site, "operations", action="retry", filter="state:dead", rate="1/h")["operation"]
+    until(lambda: get(site, "audit")["entries"])
+    [begun] = get(site, "audit")["entries"]
+    assert (begun["who"], begun["what"], begun["filter"], begun["detail"]) == ("ada", "retry", "state:dead", "begun")
+    assert get(site, "operation", id=operation["id"])["operation"]["state"] == "running"
+    post(site, "operations/stop", id=operation["id"])  # an hour need not pass before it is heard
+    until(lambda: get(site, "operation", id=operation["id"])["operation"]["state"] == "stopped")
+    assert [(one["detail"], one["count"]) for one in get(site, "audit")["entries"]] == [("stopped", 1), ("begun", None)]
 
 
 def test_history_is_what_ended(app: Conveyor, site: Any) -> None:

@@ -100,7 +100,7 @@ if TYPE_CHECKING:
     from conveyor.jobs.core import AppCore
     from conveyor.jobs.job import Job
     from conveyor.jobs.watching import Changes, WatchHub
-    from conveyor.messaging.selection import ActionName
+    from conveyor.messaging.selection import ActionName, Sleep
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -838,15 +838,17 @@ class Admin:
         return self._search(queues).count(query, ACTED_ON[action] if action else (), seconds=seconds)
 
     def act_on_matching(
-        self, action: ActionName, query: JobQuery, *, limit: int | None = None, rate: str | None = None
-    ) -> Iterator[list[ActionResult]]:
+        self, action: ActionName, query: JobQuery, *, limit: int | None = None, rate: str | None = None,
+        sleep: Sleep = sleep,
+    ) -> Iterator[list[ActionResult]]:  # fmt: skip
         """
         Carry out *action* on all jobs that a filter chooses; yield what became of them, step by step.
 
-        Each step takes Redis a few milliseconds. *limit*: on at most so many, None: on all. *rate*: no faster, as in ``"100/s"``.
+        Each step takes Redis a few milliseconds. *limit*: on at most so many, None: on all. *rate*: no faster, as in ``"100/s"``;
+        *sleep* waits for so many seconds between two steps, and ends the action by returning True, as `threading.Event.wait`.
         What a step has done stays done when it is not gone on with, and a second run does the rest. Raises ConfigurationError.
         """
-        return self._search().act(action, query, limit=limit, rate=rate)
+        return self._search().act(action, query, limit=limit, rate=rate, sleep=sleep)
 
     def failures(
         self, queue: str | None = None, *, most: int | None = None, queues: Sequence[QueueInfo] | None = None

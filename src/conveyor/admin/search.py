@@ -21,6 +21,7 @@ from conveyor.messaging.selection import (
     ActionName,
     JobWalk,
     Pace,
+    Sleep,
     Walks,
     act,
     acted_states,
@@ -345,12 +346,13 @@ class JobSearch:
                     yield Counter(row.status for row in rows)
 
     def act(
-        self, action: ActionName, query: JobQuery, *, limit: int | None = None, rate: str | None = None
-    ) -> Iterator[list[ActionResult]]:
+        self, action: ActionName, query: JobQuery, *, limit: int | None = None, rate: str | None = None,
+        sleep: Sleep = time.sleep,
+    ) -> Iterator[list[ActionResult]]:  # fmt: skip
         """Carry out *action* on all jobs that *query* chooses, in steps of Redis; yield what became of those of each step."""
         self._refuse_redacted(query)
         states = acted_states(action, query.states)
-        for acted in act(self._client, self._acting(action, states, query), Pace(rate), limit):
+        for acted in act(self._client, self._acting(action, states, query), Pace(rate), limit, sleep):
             yield [ActionResult(*one) for one in acted]
 
     def _acting(self, action: ActionName, states: Collection[str], query: JobQuery) -> Iterator[JobWalk[Acted]]:

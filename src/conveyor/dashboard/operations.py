@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +25,8 @@ logger = logging.getLogger("conveyor.dashboard")
 MOST_RUNNING = 4
 _MOST_KEPT = 100
 _SHOWN_FOR = timedelta(minutes=1)
+_NOTED_AFTER = 1.0
+"""Seconds after which the audit tells that an operation has begun: its end is not noted where its process is killed."""
 
 
 class Operation(msgspec.Struct):
@@ -108,26 +112,33 @@ class Operations:
     ) -> Callable[[], None]:
         stop = self._stops[operation.id]
 
+        def note(detail: str, count: int | None) -> None:
+            admin.note(
+                operation.action, query.queue or "all queues", chosen_by=query.described, count=count, detail=detail
+            )
+
         def work() -> None:
             state: Literal["done", "stopped", "failed"] = "done"
+            unnoted_until = time.monotonic() + _NOTED_AFTER
             try:
                 found = admin.count_matching(query, action, seconds=2.0)
                 operation.total = found.count if found.exact else None
-                for results in admin.act_on_matching(action, query, limit=limit, rate=rate):
+                for results in admin.act_on_matching(action, query, limit=limit, rate=rate, sleep=stop.wait):
                     operation.done += sum(one.done for one in results)
                     operation.refused += sum(not one.done for one in results)
+                    if time.monotonic() > unnoted_until:
+                        unnoted_until = math.inf
+                        note("begun", None)
                     if stop.is_set():
-                        state = "stopped"
                         break
+                if stop.is_set():
+                    state = "stopped"
             except ConveyorError as error:
                 state, operation.error = "failed", str(error)
             except Exception:
                 logger.exception("the operation %s on %r failed", operation.action, operation.filter)
                 state, operation.error = "failed", "an error of the dashboard itself; its log has the traceback"
-            admin.note(
-                operation.action, query.queue or "all queues", chosen_by=query.described, count=operation.done,
-                detail=operation.error or ("" if state == "done" else state),
-            )  # fmt: skip
+            note(operation.error or ("" if state == "done" else state), operation.done)
             operation.ended, operation.state = datetime.now(UTC), state
 
         return work

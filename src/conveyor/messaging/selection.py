@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Generic, Literal, NamedTuple, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -43,6 +43,10 @@ class Acted(NamedTuple):
     id: str
     outcome: Literal["retried", "cancelled", "asked", "deleted", "refused"]
     detail: str = ""
+
+
+Sleep: TypeAlias = Callable[[float], bool | None]
+"""Waits for so many seconds, such as `time.sleep`, or `threading.Event.wait`, which returns True once it is set."""
 
 
 class Pace:
@@ -196,12 +200,19 @@ async def asteps_of(client: Client, walk: JobWalk[R]) -> AsyncIterator[list[R]]:
         yield await client.arun(call)
 
 
-def act(client: Client, walks: Iterable[JobWalk[Acted]], pace: Pace, limit: int | None = None) -> Iterator[list[Acted]]:
-    """Carry out *walks* one after the other, on at most *limit* jobs; yield what became of the jobs of each step."""
+def act(
+    client: Client, walks: Iterable[JobWalk[Acted]], pace: Pace, limit: int | None = None, sleep: Sleep = time.sleep
+) -> Iterator[list[Acted]]:
+    """
+    Carry out *walks* one after the other, on at most *limit* jobs; yield what became of the jobs of each step.
+
+    *sleep*: waits for so many seconds between two steps; no further step is made once it returns True.
+    """
     left = UNLIMITED if limit is None else limit
     for walk in walks:
         while left and (call := walk.next_call(min(pace.most, left))) is not None:
-            time.sleep(pace.pause())
+            if sleep(pace.pause()):
+                return
             acted = client.run(call)
             left -= min(left, pace.note(acted))
             yield acted

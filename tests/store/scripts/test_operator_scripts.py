@@ -282,13 +282,27 @@ def test_purge_is_bounded(seeded: SeededQueue, limit: int, taken: int) -> None:
 def test_purge_passes_many_cancelled_jobs_in_one_step(seeded: SeededQueue) -> None:
     """However few jobs are wanted, a step looks at a thousand entries of cancelled ones, and takes no job more than is wanted."""
     cancelled = [str(n) for n in range(2500)]
+    seeded.push(*cancelled)
+    seeded.run(operations.cancel_some(seeded.keys, Walk(ids=cancelled)))
+    seeded.push("a", "b", "c", "newer")
+
+    steps = [seeded.run(operations.purge(seeded.keys, "ready", 2)) for _ in range(3)]
+
+    assert steps == [(1000, 0), (1000, 0), (502, 2)]
+    assert {id_.decode() for id_ in seeded.redis.hkeys(seeded.keys.jobs)} == {"c", "newer"}
+    assert seeded.audit() == []
+
+
+def test_purge_passes_fewer_cancelled_jobs_where_some_have_groups(seeded: SeededQueue) -> None:
+    """A job of a group costs more to take away, so a step looks at 500 entries, and takes no job more than is wanted."""
+    cancelled = [str(n) for n in range(1200)]
     seeded.push(*cancelled, entry("g1", group="g"))
     seeded.run(operations.cancel_some(seeded.keys, Walk(ids=[*cancelled, "g1"])))
     seeded.push("a", "b", entry("g2", group="g"), "newer")
 
     steps = [seeded.run(operations.purge(seeded.keys, "ready", 2)) for _ in range(3)]
 
-    assert steps == [(1000, 0), (1000, 0), (503, 2)]
+    assert steps == [(500, 0), (500, 0), (203, 2)]
     assert {id_.decode() for id_ in seeded.redis.hkeys(seeded.keys.jobs)} == {"b", "newer"}
     assert seeded.audit() == []
 

@@ -4,8 +4,11 @@
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 conf  6 waiters  7-16 ready:0 … ready:9  17 none
 --       18 wake
 -- ARGV  1 "ready", "due", "dead", or "rerun": those that are to run after others  2 how many at most (at most 1,000)  3 who asks
--- returns {entries taken, jobs removed}    entries of cancelled jobs are none to remove: a step passes up to 1,000 of them
-local jobs, limit = KEYS[1], math.min(tonumber(ARGV[2]), 1000)
+-- returns {entries taken, jobs removed}    entries of cancelled jobs are none to remove: a step passes up to 1,000 of them,
+--                                  500 where jobs have groups or limits, which cost more
+local jobs, grouped = KEYS[1], redis.call('HGET', KEYS[5], 'waiting')
+local most = grouped and 500 or 1000
+local limit = math.min(tonumber(ARGV[2]), most)
 if limit < 1 then return {0, 0} end
 local prefix, now = string.sub(jobs, 1, -5), clock()
 local queue = {prefix = prefix, jobs = jobs, due = KEYS[3], conf = KEYS[5]}
@@ -21,7 +24,6 @@ check('HLEN', reruns)
 local record = cancelled_record(now, 'purged', ARGV[3])
 redis.call('HDEL', jobs, '\t')
 prove(prefix .. 'none', 'LRANGE', 'LPOP', 'ZREM', 'HMGET', 'HINCRBY', 'GET', 'DEL', 'PEXPIRE', 'HGET', 'HSET', 'SET', 'RPUSH', 'ZADD')
-local grouped = redis.call('HGET', KEYS[5], 'waiting')
 if grouped then
   prove_groups(prefix .. 'none')
   prove(prefix .. 'none', 'SREM')
@@ -34,12 +36,12 @@ local function add(id, envelope, group)
   if envelope and not (kinds[at] and kinds[at].stub) then limit = limit - 1 end
 end
 
-local function is_full() return limit < 1 or #ids >= 1000 end
+local function is_full() return limit < 1 or #ids >= most end
 
 -- Remove from the front of a list as many jobs as are wanted, and what lies before them. A list of another type counts as empty.
 -- ticket   takes the jobs of the group that an entry stands for, and tells whether none is left; nil where entries are jobs
 local function take_front(key, group, ticket)
-  local entries = redis.pcall('LRANGE', key, 0, math.min(limit + passed, 1000 - #ids) - 1)
+  local entries = redis.pcall('LRANGE', key, 0, math.min(limit + passed, most - #ids) - 1)
   if entries.err or #entries == 0 then return end
   local found, back, taken = redis.call('HMGET', jobs, unpack(entries)), {}, 0
   for i, entry in ipairs(entries) do
