@@ -92,8 +92,8 @@ def test_whoever_asks_shares_what_was_counted(site: Any, steps: list[str]) -> No
     """Ten scrapers and autoscalers at once cost the counting of all queues once, and each gets all of them."""
     live = site.service.live
     counted = live.queues.counted
-    live.queues.counted = lambda seconds=None: counted(
-        3600.0
+    live.queues.counted = lambda seconds=None, **options: counted(
+        3600.0, **options
     )  # so that a busy machine does not make it older than a second
 
     async def scrape() -> list[Any]:
@@ -134,3 +134,27 @@ def test_workers_of_many_served_queues_are_counted_with_them(site: Any, app: Con
     assert get(site, "snapshot")["totals"]["workers"] == 1  # one process
     assert 'conveyor_workers{kind="unknown",state="running"} 1' in ask(site, "GET", "metrics", {}).text
     assert steps.count("workers") == 0
+
+
+def test_load_lists_no_workers(url: str, app: Conveyor, redis: Redis) -> None:
+    """The load of served queues and their counts ask for no worker; metrics list each one, once for all who ask meanwhile."""
+    for number in range(5):
+        ClientWorker(app.client, f"tenant-{number:04}")
+    site: Any = dashboard(app, lambda _: Access.ALL)
+    live = site.service.live
+    counted = live.queues.counted
+    live.queues.counted = lambda seconds=None, **options: counted(3600.0, **options)
+
+    def listed(path: str) -> int:
+        """Return how often the facts of a worker are read for an answer."""
+        redis.config_resetstat()
+        assert ask(site, "GET", path, {}).status_code == 200
+        return int(redis.info("commandstats").get("cmdstat_hmget", {"calls": 0})["calls"])
+
+    assert listed("load") == MANY  # the settings of each queue
+    assert listed("load") == listed("jobs/counts") == 0
+    assert listed("metrics") == 5 * 2  # the settings, and the facts of the worker
+    assert listed("metrics") == listed("load") == 0
+    counted(0.0)
+    text = ask(site, "GET", "metrics", {}).text
+    assert 'conveyor_workers{kind="unknown",state="running"} 1' in text  # those of before stand while nobody lists them

@@ -70,7 +70,7 @@ def metrics(call: ApiCall) -> Response:
     """Return what Prometheus scrapes. Of many queues the counts are shared by all that scrape within a second."""
     text = render((), {}, None)
     with suppress(StoreUnavailable):  # the text says so
-        counts = call.service.live.queues.counted(_SCRAPE_SECONDS)
+        counts = call.service.live.queues.counted(_SCRAPE_SECONDS, workers=True)
         text = call.admin.knowing(counts.partitions).metrics_text(counts.infos, counts.workers)
     return Response(text, headers={"content-type": CONTENT_TYPE, "cache-control": "no-store"})
 

@@ -34,12 +34,14 @@ class CountedQueue(msgspec.Struct, frozen=True, gc=False):  # ten thousand at on
     A queue as it was counted at an instant (`at`: monotonic).
 
     `ended`: what ended there in the last whole minute before it was last counted for those who follow; None: it never was.
+    `listed`: when its workers were listed, as `at`, or seen to be none.
     """
 
     at: float
     info: QueueInfo
-    ended: Ended | None
-    workers: Sequence[WorkerInfo]
+    ended: Ended | None = None
+    workers: Sequence[WorkerInfo] = ()
+    listed: float = float("-inf")
 
 
 def _jobs(one: CountedQueue) -> int:
@@ -87,11 +89,12 @@ class QueueTable:
         self._named_at = self._followed_at = float("-inf")
         self._counted: dict[str, CountedQueue] = {}  # in the order in which following has counted them
 
-    def counted(self, seconds: float | None = None) -> CountedQueues:
+    def counted(self, seconds: float | None = None, *, workers: bool = False) -> CountedQueues:
         """
         Return all queues, none of them counted longer ago than *seconds*; a few are always counted now.
 
-        None: so long ago as following takes to come round, half as much again.
+        None: so long ago as following takes to come round, half as much again. *workers*: theirs were listed no longer ago; else
+        they may be old, or missing, and the server is not asked for them.
         """
         with self._lock:
             begin = time.monotonic()
@@ -99,10 +102,17 @@ class QueueTable:
             count = len(self._partitions)
             limit = 0.0 if count <= FEW else count / (STEP * _STEPS) * 1.5 if seconds is None else seconds
             known, instant = self._counted, begin - limit
-            old = [name for name in self._partitions if name not in known or known[name].at <= instant]
-            for info, _, workers in self._admin.count({name: self._partitions[name] for name in old}, workers=True):
-                former = known.get(info.name)  # it keeps its turn, so that each comes round
-                known[info.name] = CountedQueue(begin, info, former.ended if former else None, workers)
+            old = [
+                name for name in self._partitions
+                if (one := known.get(name)) is None or one.at <= instant or (workers and one.listed <= instant)
+            ]  # fmt: skip
+            for info, _, rows in self._admin.count({name: self._partitions[name] for name in old}, workers=workers):
+                former = known.get(info.name) or CountedQueue(begin, info)
+                is_listed = workers or not (info.workers or info.silent)
+                listed = (rows, begin) if is_listed else (former.workers, former.listed)
+                known[info.name] = CountedQueue(
+                    begin, info, former.ended, *listed
+                )  # keeps its turn, so that each comes round
             return self._all()
 
     def followed(self) -> CountedQueues:
@@ -118,7 +128,7 @@ class QueueTable:
             partitions = {name: self._partitions[name] for name in names}
             for info, ended, workers in self._admin.count(partitions, 1, workers=True):
                 self._counted.pop(info.name, None)
-                self._counted[info.name] = CountedQueue(begin, info, ended[-1] if ended else None, workers)
+                self._counted[info.name] = CountedQueue(begin, info, ended[-1] if ended else None, workers, begin)
             self._followed_at = begin
             return self._all()
 
