@@ -18,6 +18,7 @@ from conveyor import Conveyor, Retry
 from conveyor.dashboard import Access, dashboard, live_routes
 from support.browser import open_browser, open_page, violations
 from support.running_worker import drain, working
+from support.waiting import auntil
 
 Browse = Callable[[Callable[[Any], Any]], Any]
 
@@ -166,6 +167,48 @@ def test_a_worker_is_made_quiet(browse: Browse, app: Conveyor) -> None:
     async def run() -> None:
         async with working(app):
             await asyncio.to_thread(browse, press)
+        await app.aclose()
+
+    with served(app) as url:
+        asyncio.run(run())
+
+
+def test_a_worker_that_is_opened_shows_its_running_jobs(browse: Browse, app: Conveyor) -> None:
+    """Of a dozen running jobs the ten longest are shown with how long they run, and a link to all; nothing is asked before."""
+    begun, asked = list[int](), list[str]()
+    go = asyncio.Event()
+
+    @app.task(name="hold", queue="held")
+    async def hold(number: int) -> None:
+        begun.append(number)
+        await go.wait()
+
+    def look(page: Any) -> None:
+        page.on("request", lambda request: asked.append(request.url) if "/workers/jobs" in request.url else None)
+        page.goto(f"{url}workers")
+        page.wait_for_selector("tbody button[aria-expanded=false]")
+        assert asked == []
+        page.click("tbody button[aria-expanded=false]")
+        page.wait_for_selector(".held li:nth-child(11)")
+        rows = page.locator(".held li").all_text_contents()
+        assert len(rows) == 11
+        assert all(re.fullmatch(r"hold held · [\d.]+ (ms|s|m .*)", row) for row in rows[:10]), rows
+        assert rows[10] == "and 2 more"
+        assert violations(page) == []
+        page.reload()  # what is open stands in the address
+        page.click(".held a:text-is('and 2 more')")
+        page.wait_for_selector("tbody tr:nth-child(12):has-text('hold')")
+        page.go_back()
+        page.click("tbody button[aria-expanded=true]")
+        page.wait_for_selector(".held", state="detached")
+
+    async def run() -> None:
+        async with working(app):
+            for number in range(12):
+                await hold.aenqueue(number)
+            await auntil(lambda: len(begun) == 12)
+            await asyncio.to_thread(browse, look)
+            go.set()
         await app.aclose()
 
     with served(app) as url:

@@ -355,6 +355,10 @@ ROUTES: dict[str, Callable[[dict[str, str]], Any]] = {
     "schedules": lambda _: {"schedules": schedules()},
     "schedule": lambda _: {"schedule": schedules()[0]},
     "workers": lambda _: {"workers": workers(), "footer": None},
+    "workers/jobs": lambda values: {
+        "worker": values["id"], "held": 16,
+        "jobs": [{"id": f"mail:01JDSAMPLE000000000000{n:04}", "task": "mail.send", "queue": "mail", "since": at(-600 // n)} for n in range(1, 11)],
+    },
     "limits": lambda _: {"limits": LIMITS, "groups": GROUPS},
     "topics": lambda _: {"topics": TOPICS},
     "redis": lambda _: REDIS,

@@ -603,9 +603,9 @@ class Admin:
         found = processes_of(self.workers())
         return [self._with_jobs(process, jobs) for process in found] if jobs else found
 
-    def worker_process(self, name: str) -> WorkerProcess:
-        """Return one process by its name (host:pid), with up to 100 of its jobs. Raises WorkerNotFound."""
-        return self._with_jobs(find_process(self.worker_processes(), name), 100)
+    def worker_process(self, name: str, *, jobs: int = 100) -> WorkerProcess:
+        """Return one process by its name (host:pid), with up to *jobs* of those it holds. Raises WorkerNotFound."""
+        return self._with_jobs(find_process(self.worker_processes(), name), jobs)
 
     def quiet_worker(self, name: str, *, timeout: Duration = "5s") -> None:
         """

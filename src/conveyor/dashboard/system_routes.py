@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 SECONDS = 0.06
 """The time in which one call reads queue after queue, so that an answer takes less than 100 ms."""
+_MOST_HELD_SHOWN = 10
+"""Jobs of one worker that are shown."""
 _AUDIT_PAGE = Field("number", "entries of a page", default=50, least=1, most=100)
 _NAME = Field("text", "the name of a schedule", required=True)
 _TOPIC = {
@@ -64,6 +66,12 @@ def _change_schedule(word: str, change: Callable[[Schedule], None]) -> Callable[
 def list_workers(call: ApiCall) -> dict[str, Any]:
     """Return the worker processes."""
     return {"workers": call.service.workers(call.admin), "footer": None}
+
+
+def list_held_jobs(call: ApiCall) -> dict[str, Any]:
+    """Return some of the jobs that a worker holds, the longest first, and how many it holds."""
+    one = call.admin.worker_process(call["id"], jobs=_MOST_HELD_SHOWN)
+    return {"worker": one.name, "held": one.held, "jobs": [asdict(job) for job in one.jobs]}
 
 
 def quiet_worker(call: ApiCall) -> dict[str, Any]:
@@ -197,6 +205,7 @@ def _schedule_endpoints() -> Iterable[ApiRoute]:
         yield ApiRoute("POST", path, f"schedule-{word}", summary, handle, "manage_schedules", {"name": _NAME})
 
 
+_WORKER = {"id": Field("text", "host:pid of a worker process", required=True)}
 _LIMIT = {
     "queue": Field("text", "the name of a queue or a task", required=True),
     "name": Field("text", "the name of a limit"),
@@ -207,11 +216,9 @@ SYSTEM_ENDPOINTS = (
     ApiRoute("GET", "schedule", "schedule", "Show a schedule", show_schedule, fields={"name": _NAME}),
     *_schedule_endpoints(),
     ApiRoute("GET", "workers", "workers", "List worker processes", list_workers),
+    ApiRoute("GET", "workers/jobs", "worker-jobs", "List the jobs that a worker holds for longest", list_held_jobs, fields=_WORKER),
     *(
-        ApiRoute(
-            "POST", f"workers/{word}", schema, title, handle, "stop_workers",
-            {"id": Field("text", "host:pid of a worker process", required=True)},
-        )
+        ApiRoute("POST", f"workers/{word}", schema, title, handle, "stop_workers", _WORKER)
         for word, schema, title, handle in (
             ("quiet", "worker-commanded", "Have a worker take no more jobs", quiet_worker),
             ("stop", "worker-commanded", "Have a worker drain and end", stop_worker),

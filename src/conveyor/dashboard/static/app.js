@@ -417,9 +417,9 @@ export function Answer({ of, children }) {
 
 /**
  * A table. *columns*: `{name, title, cell(row), num, tall, sort(row), hide}`; `tall` ones are left out on a phone. With
- * *chosen* (a Set) and *onChoose* each row has a box.
+ * *chosen* (a Set) and *onChoose* each row has a box. What *below(row)* returns, if anything, stands in a row of its own under it.
  */
-export function Table({ label, columns, rows, keyOf, chosen, onChoose, order }) {
+export function Table({ label, columns, rows, keyOf, chosen, onChoose, order, below }) {
   const [sorting, setSorting] = useState(order ?? null);
   const shown = columns.filter((column) => !column.hide);
   const by = sorting && shown.find((column) => column.name === sorting.name);
@@ -438,12 +438,12 @@ export function Table({ label, columns, rows, keyOf, chosen, onChoose, order }) 
         ${column.sort ? html`<button class="sort" onClick=${() => setSorting({ name: column.name, down: by === column ? !sorting.down : Boolean(column.num) })}>${column.title}${by === column ? (sorting.down ? " ↓" : " ↑") : ""}</button>` : column.title || html`<span class="hidden">${column.name}</span>`}
       </th>`)}
     </tr></thead>
-    <tbody>${sorted.map((row) => {
-      const key = keyOf(row);
-      return html`<tr key=${key} class=${chosen?.has(key) ? "chosen" : null}>
+    <tbody>${sorted.flatMap((row) => {
+      const key = keyOf(row), under = below?.(row);
+      return [html`<tr key=${key} class=${chosen?.has(key) ? "chosen" : null}>
         ${chosen && html`<td><input type="checkbox" aria-label=${`Choose ${key}`} checked=${chosen.has(key)} onChange=${(e) => toggle([key], e.target.checked)} /></td>`}
         ${shown.map((column) => html`<td class=${kind(column)}>${column.cell(row)}</td>`)}
-      </tr>`;
+      </tr>`, under && html`<tr key=${`${key} below`} class="below"><td colspan=${shown.length}>${under}</td></tr>`];
     })}</tbody>
   </table></div>`;
 }

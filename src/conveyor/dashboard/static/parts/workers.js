@@ -1,12 +1,25 @@
 // The table of workers.
-import { Act, Count, Dialog, Empty, Meter, Table, Time, api, confirm, html, jobs, jobsHref, num, queueHref, shown, span, term, useState } from "../app.js";
+import { Act, Answer, Count, Dialog, Elapsed, Empty, Meter, Table, Time, api, confirm, html, jobHref, jobs, jobsHref, num, query, queueHref, shown, span, term, useParam, useQuery, useState } from "../app.js";
 
 const SLOW_LOOP_MS = 1000;
 const details = (about) => [about.version && `conveyor ${about.version}`, about.python && `Python ${about.python}`, about.build && `build ${about.build}`].filter(Boolean).join(" · ");
 
+const heldHref = (w) => jobsHref(`state:leased ${term("worker", `${w.host}:${w.pid}`)}`);
+
+/** The jobs that a worker holds for longest, since when each; the others are behind a link. */
+function HeldJobs({ worker }) {
+  const answer = useQuery(`workers/jobs${query({ id: worker.id })}`);
+  return html`<${Answer} of=${answer}>${(data) => {
+    const more = data.held - data.jobs.length;
+    return html`<ul class="held" aria-label=${`Jobs of ${worker.id}`}>${data.jobs.map((job) => html`<li key=${job.id}><a class="name" href=${jobHref(job.id)}>${job.task || "message"}</a> <span class="muted">${job.queue} · <${Elapsed} since=${job.since} /></span></li>`)}
+      ${more > 0 && html`<li><a href=${heldHref(worker)}>and ${num(more)} more</a></li>`}${data.held === 0 && html`<li class="muted">It holds no job now.</li>`}</ul>`;
+  }}<//>`;
+}
+
 /** Workers: where they run, what they serve, how full they are, and whether they still answer. */
 export function WorkerTable({ rows, again }) {
   const [stack, setStack] = useState(null);
+  const [open, setOpen] = useParam("worker", "");
   const stop = async (worker) => {
     if (!(await confirm("Stop the worker?", `${worker.host}:${worker.pid} takes no more jobs, lets its ${jobs(worker.held)} finish and ends.`, "Stop it"))) return;
     await api.post("workers/stop", { id: worker.id });
@@ -15,10 +28,10 @@ export function WorkerTable({ rows, again }) {
     const answer = await api.post("workers/stack", { id: worker.id });
     setStack({ title: `Stack of ${worker.host}:${worker.pid}`, text: answer.text ?? answer.stack ?? JSON.stringify(answer, null, 2) });
   };
-  return html`<${Table} label="Workers" rows=${rows} keyOf=${(w) => w.id} columns=${[
-    { name: "worker", title: "Worker", sort: (w) => w.host, cell: (w) => html`<span class="name">${w.host}${w.pid ? `:${w.pid}` : ""}</span>${w.silent && html` <span class="tag dead">silent</span>`}${!w.silent && !["running", undefined].includes(w.about?.state) && html` <span class="tag warning">${w.about.state}</span>`}${w.about?.loop_lag_ms >= SLOW_LOOP_MS && html` <span class="tag dead" title="So long its event loop was blocked lately: other jobs and its leases waited">loop blocked ${span(w.about.loop_lag_ms)}</span>`}${(w.about?.labels ?? []).map((label) => html` <span class="tag">${label}</span>`)}<span class="sub clip">${details(w.about ?? {})}</span>` },
+  return html`<${Table} label="Workers" rows=${rows} keyOf=${(w) => w.id} below=${(w) => open === w.id && html`<${HeldJobs} worker=${w} />`} columns=${[
+    { name: "worker", title: "Worker", sort: (w) => w.host, cell: (w) => html`<button class="sort name" aria-expanded=${String(open === w.id)} title="The jobs that it holds for longest" onClick=${() => setOpen(open === w.id ? "" : w.id)}>${w.host}${w.pid ? `:${w.pid}` : ""}</button>${w.silent && html` <span class="tag dead">silent</span>`}${!w.silent && !["running", undefined].includes(w.about?.state) && html` <span class="tag warning">${w.about.state}</span>`}${w.about?.loop_lag_ms >= SLOW_LOOP_MS && html` <span class="tag dead" title="So long its event loop was blocked lately: other jobs and its leases waited">loop blocked ${span(w.about.loop_lag_ms)}</span>`}${(w.about?.labels ?? []).map((label) => html` <span class="tag">${label}</span>`)}<span class="sub clip">${details(w.about ?? {})}</span>` },
     { name: "queues", title: "Queues", kind: "wraps", tall: true, cell: (w) => (w.queues ?? (w.queue ? [w.queue] : [])).map((name, i) => html`${i ? ", " : ""}<a href=${queueHref(name)}>${name}</a>`) },
-    { name: "held", title: "Jobs", num: true, sort: (w) => w.held, cell: (w) => html`<a href=${jobsHref(`state:leased ${term("worker", `${w.host}:${w.pid}`)}`)}><${Count} n=${w.held} state="leased" /></a>${w.about?.concurrency ? html`<span class="muted"> of ${num(w.about.concurrency)}</span>` : ""}` },
+    { name: "held", title: "Jobs", num: true, sort: (w) => w.held, cell: (w) => html`<a href=${heldHref(w)}><${Count} n=${w.held} state="leased" /></a>${w.about?.concurrency ? html`<span class="muted"> of ${num(w.about.concurrency)}</span>` : ""}` },
     { name: "meter", title: "", kind: "mid", tall: true, cell: (w) => w.about?.concurrency && html`<${Meter} used=${w.held} most=${w.about.concurrency} label=${`${w.held} of ${w.about.concurrency} slots used`} />` },
     { name: "started", title: "Started", kind: "mid", tall: true, cell: (w) => html`<${Time} at=${w.about?.started} />` },
     { name: "lease", title: "Lease ends", tall: true, cell: (w) => html`<${Time} at=${w.lease_ends} />` },
