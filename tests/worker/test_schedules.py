@@ -329,7 +329,7 @@ async def test_a_purge_leaves_schedules_alone(app: Conveyor) -> None:
     assert schedule.due is not None
     assert await app.client.aexecute("ZSCORE", keys.due, "\t\tgreeting", key=keys.due) is not None
     assert await audit(app) == []
-    with pytest.raises(ConfigurationError, match=r"1 schedules\. Nothing was deleted\. Delete its schedules"):
+    with pytest.raises(ConfigurationError, match=r"1 schedule\. Nothing was deleted\. Delete its schedules"):
         await queue.adelete()
 
 
