@@ -255,6 +255,21 @@ def test_queue_pause_resume_show(shell: Shell, backend: Client) -> None:
     assert "paused\tfalse" in shell.run("queue", "show", "mail").stdout
 
 
+def test_all_queues_are_paused(shell: Shell, backend: Client) -> None:
+    """--all pauses and resumes every queue and says how many; it goes with nothing else, and nothing at all is refused."""
+    for name in ("mail", "media"):
+        push(backend, name, b"1")
+
+    for wrong in (["mail", "--all"], ["--all", "--task", "x"], ["--all", "--group", "x"], []):
+        assert shell.run("queue", "pause", *wrong).returncode == 2
+    assert [one.paused for one in Admin(backend).queues()] == [False, False]
+    assert shell.run("queue", "pause", "--all").returncode == 0
+    assert [one.paused for one in Admin(backend).queues()] == [True, True]
+    document = json.loads(shell.run("queue", "resume", "--all", "--json").stdout)
+    assert (document["queue"], document["queues"], document["paused"]) == (None, ["mail", "media"], False)
+    assert [one.paused for one in Admin(backend).queues()] == [False, False]
+
+
 def test_purge_asks(shell: Shell, backend: Client) -> None:
     """Without a terminal purge says how many and ends with 6; --dry-run removes nothing; --yes removes."""
     push(backend, "mail", *[b"1"] * 12)

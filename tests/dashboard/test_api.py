@@ -254,6 +254,34 @@ def test_a_queue_names_its_paused_tasks(app: Conveyor, site: Any) -> None:
     assert ask(site, "GET", "queue", {"name": "mail"}).json()["paused_tasks"] == []
 
 
+def test_all_queues_are_paused_at_once(url: str) -> None:
+    """Each partition of each queue is paused, and resumed; the audit has one line with the number; no input at all pauses nothing."""
+    with Conveyor(url) as app:
+        site = dashboard(app, lambda _: Access.ALL.named("ada"))
+        app.queue("mail").push(1)
+        app.queue("orders", partitions=3).push_many(range(9))
+
+        assert ask(site, "POST", "queues/pause", {}).status_code == 404
+        assert ask(site, "POST", "queues/pause", {"all": False}).status_code == 404
+        for more in ({"queue": "mail"}, {"task": "shop.pay"}):
+            refused = ask(site, "POST", "queues/pause", {"all": True, **more})
+            assert (refused.status_code, "'all'" in refused.text) == (422, True)
+        assert not any(one["paused"] for one in get(site, "queues")["queues"])
+
+        answer = ask(site, "POST", "queues/pause", {"all": True}).json()
+        assert (answer["queue"], answer["task"], answer["queues"]) == (None, None, ["mail", "orders"])
+        assert all(one["paused"] for one in get(site, "queue", name="orders")["partitions"])
+        assert get(site, "snapshot")["totals"]["paused_queues"] == 2
+        assert ask(site, "POST", "queues/resume", {"all": True}).json()["queues"] == ["mail", "orders"]
+        assert not any(one["paused"] for one in get(site, "queue", name="orders")["partitions"])
+        assert not app.queue("mail").stats().paused
+
+        told = [
+            (one["who"], one["what"], one["target"], one["count"]) for one in get(site, "audit", limit=5)["entries"]
+        ]
+        assert told == [("ada", "resume", "all queues", 2), ("ada", "pause", "all queues", 2)]
+
+
 @pytest.mark.parametrize("path", ["queues/pause", "schedules/pause", "enqueue", "jobs/actions"])
 def test_text_that_is_no_text_is_refused(site: Any, path: str) -> None:
     """Half of a surrogate pair in any text of a body is answered with 422, and nothing is done."""

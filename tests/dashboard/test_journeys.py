@@ -149,6 +149,46 @@ def test_waiting_job_says_why(browse: Browse, app: Conveyor) -> None:
         browse(lambda page: page.wait_for_selector(".head .state:text-is('done')"))
 
 
+def test_all_queues_are_paused_after_a_question(browse: Browse, app: Conveyor) -> None:
+    """The overview pauses the queues that are not paused and resumes those that are; the dialog tells how many, and its way back does nothing."""
+    for name in ("mail", "media", "reports"):
+        app.queue(name).push(1)
+    app.queue("media").pause()
+
+    def pause(page: Any) -> None:
+        page.goto(url)
+        page.click("button:text-is('Pause all')")
+        page.wait_for_selector("dialog:has-text('2 queues are paused')")
+        page.click("dialog button:text-is('Back')")
+        page.click("button:text-is('Resume all')")
+        page.wait_for_selector("dialog:has-text('1 queue is resumed')")
+        page.click("dialog button:text-is('Back')")
+
+    def go_on(page: Any) -> None:
+        page.click("button:text-is('Pause all')")
+        page.click("dialog button:text-is('Pause 2')")
+        page.wait_for_selector("button:text-is('Pause all')", state="detached")
+        assert violations(page) == []
+
+    def resume(page: Any) -> None:
+        page.click("button:text-is('Resume all')")
+        page.click("dialog button:text-is('Resume 3')")
+        page.wait_for_selector("button:text-is('Resume all')", state="detached")
+        page.goto(f"{url}audit")
+        page.wait_for_selector("tr:has-text('ada'):has-text('resume'):has-text('all queues')")
+
+    def paused() -> list[bool]:
+        return [app.queue(name).stats().paused for name in ("mail", "media", "reports")]
+
+    with served(app) as url:
+        browse(pause)
+        assert paused() == [False, True, False]
+        browse(go_on)
+        assert paused() == [True, True, True]
+        browse(resume)
+        assert paused() == [False, False, False]
+
+
 def test_a_worker_is_made_quiet(browse: Browse, app: Conveyor) -> None:
     """A worker that takes no more jobs is marked, and its button is used up; the audit says who did it."""
 

@@ -457,15 +457,34 @@ class Admin:
         keyed = {one.name if one.key is None else f"{one.name}:{one.key}": one.opens_at for one in limits}
         return with_openings(found, keyed)
 
-    def pause(self, name: str) -> None:
-        """Pause a queue: workers lease nothing more from it. Jobs that run are not affected."""
-        self._directory.queue(name).pause()
-        self.note("pause", name)
+    def pause(self, name: str | None) -> list[str]:
+        """
+        Pause a queue, or all that exist (None), one after the other; return their names. Workers lease nothing more from it.
 
-    def resume(self, name: str) -> None:
-        """Resume a paused queue."""
-        self._directory.queue(name).resume()
-        self.note("resume", name)
+        Jobs that run are not affected. Where it ends early, the queues that it reached stay paused: call it again.
+        """
+        return self._pause(name, paused=True)
+
+    def resume(self, name: str | None) -> list[str]:
+        """Resume a paused queue, or all (None), also those that were paused one by one; return their names."""
+        return self._pause(name, paused=False)
+
+    def _pause(self, name: str | None, *, paused: bool) -> list[str]:
+        what = "pause" if paused else "resume"
+        if name is not None:
+            queue = self._directory.queue(name)
+            (queue.pause if paused else queue.resume)()
+            self.note(what, name)
+            return [name]
+        reached: list[str] = []
+        try:
+            for one, parts in self._directory.everything().items():
+                for part in parts:
+                    self.client.run(operations.configure(self._keys(part), "paused", "1" if paused else ""))
+                reached.append(one)
+        finally:
+            self.note(what, "all queues", count=len(reached))
+        return reached
 
     def pause_task(self, task: str, queue: str | None = None) -> list[str]:
         """Have the jobs of a task wait, in one queue or in all that exist (None); return the queues. Other jobs go on."""

@@ -241,6 +241,7 @@ _OPTIONAL_NAME = click.argument("name", metavar="[QUEUE]", required=False, shell
 _TASK = click.option(
     "--task", metavar="TASK", shell_complete=complete_tasks, help="Only jobs of this task; without QUEUE in all queues."
 )
+_EVERY = click.option("--all", "every", is_flag=True, help="All queues that exist.")
 _GROUP = click.option("--group", metavar="KEY", help="Only jobs of this group of QUEUE, or of this key of a limit.")
 
 
@@ -248,29 +249,39 @@ _GROUP = click.option("--group", metavar="KEY", help="Only jobs of this group of
 @_OPTIONAL_NAME
 @_TASK
 @_GROUP
+@_EVERY
 @redis_options
-def pause(target: Target, out: Output, name: str | None, task: str | None, group: str | None) -> None:
+def pause(
+    target: Target, out: Output, name: str | None, task: str | None, group: str | None, every: bool
+) -> None:  # fmt: skip
     """
-    Stop workers from taking jobs of a queue, of a task or of a group; pushing still works.
+    Stop workers from taking jobs of a queue, of all queues, of a task or of a group; pushing still works.
 
     Jobs that workers have leased already are not affected.
     """
-    _pause(target, out, name, task, group, paused=True)
+    _pause(target, out, name, task, group, every=every, paused=True)
 
 
 @queue.command(example="conveyor queue resume mail")
 @_OPTIONAL_NAME
 @_TASK
 @_GROUP
+@_EVERY
 @redis_options
-def resume(target: Target, out: Output, name: str | None, task: str | None, group: str | None) -> None:
-    """Resume a paused queue, task or group: its jobs go first, in their order."""
-    _pause(target, out, name, task, group, paused=False)
+def resume(
+    target: Target, out: Output, name: str | None, task: str | None, group: str | None, every: bool
+) -> None:  # fmt: skip
+    """Resume a paused queue, task or group, or all queues: its jobs go first, in their order."""
+    _pause(target, out, name, task, group, every=every, paused=False)
 
 
-def _pause(target: Target, out: Output, name: str | None, task: str | None, group: str | None, *, paused: bool) -> None:
-    if name is None and task is None:
-        raise click.UsageError("Name a queue, or a task: --task NAME.")
+def _pause(
+    target: Target, out: Output, name: str | None, task: str | None, group: str | None, *, every: bool, paused: bool
+) -> None:
+    if every and (name, task, group) != (None, None, None):
+        raise click.UsageError("--all means all queues: it goes without QUEUE, --task and --group.")
+    if name is None and task is None and not every:
+        raise click.UsageError("Name a queue, or a task: --task NAME. All queues: --all.")
     if group is not None and (name is None or task is not None):
         raise click.UsageError("--group goes with a QUEUE, and without --task.")
     admin = target.admin()
@@ -279,9 +290,8 @@ def _pause(target: Target, out: Output, name: str | None, task: str | None, grou
         _pause_group(admin, out, name, group, paused=paused)
         return
     if task is None:
-        assert name is not None
-        (admin.pause if paused else admin.resume)(name)
-        _print_paused(out, name, paused=paused)
+        queues = (admin.pause if paused else admin.resume)(name)
+        _print_paused(out, name, queues, paused=paused)
         return
     queues = (admin.pause_task if paused else admin.resume_task)(task, name)
     if out.as_json:
@@ -449,9 +459,13 @@ def partition(target: Target, out: Output, name: str, partitions: int, yes: bool
         out.say(f"{name} has {quantity(after, 'partition')} already.")
 
 
-def _print_paused(out: Output, name: str, *, paused: bool) -> None:
+def _print_paused(out: Output, name: str | None, queues: Sequence[str], *, paused: bool) -> None:
     if out.as_json:
-        out.document("queue-paused", queue=name, paused=paused)
+        out.document("queue-paused", queue=name, queues=queues, paused=paused)
+    elif name is None:
+        verb = "is" if len(queues) == 1 else "are"
+        rest = "paused: workers take nothing more from them." if paused else "resumed."
+        out.say(f"{quantity(len(queues), 'queue')} {verb} {rest}")
     else:
         out.say(f"{name} is paused: workers take nothing more from it." if paused else f"{name} is resumed.")
 

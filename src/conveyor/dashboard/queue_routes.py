@@ -9,6 +9,7 @@ from conveyor.admin.views import QueueInfo
 from conveyor.dashboard.documents import cause_document, queue_document
 from conveyor.dashboard.endpoint import ApiCall, ApiRoute, Field
 from conveyor.dashboard.service import limit_document
+from conveyor.errors import ConfigurationError
 
 PAGE = Field("number", "rows of a page", default=50, least=1, most=100)
 OFFSET = Field("number", "rows before the page", default=0)
@@ -59,7 +60,7 @@ def show_queue(call: ApiCall) -> dict[str, Any]:
 
 
 def pause(call: ApiCall) -> dict[str, Any]:
-    """Pause a queue, or one task in it, or in all queues."""
+    """Pause a queue or all queues, or one task in it or in all."""
     return _pause(call, paused=True)
 
 
@@ -70,11 +71,13 @@ def resume(call: ApiCall) -> dict[str, Any]:
 
 def _pause(call: ApiCall, *, paused: bool) -> dict[str, Any]:
     queue, task = call["queue"], call["task"]
+    if call["all"] and (queue is not None or task is not None):
+        raise ConfigurationError("'all' means all queues, so it goes without 'queue' and 'task'. Nothing was changed.")
     if task is not None:
         change = call.admin.pause_task if paused else call.admin.resume_task
         return {"queue": queue, "task": task, "queues": change(task, queue)}
-    (call.admin.pause if paused else call.admin.resume)(queue or "")
-    return {"queue": queue, "task": None, "queues": [queue]}
+    changed = (call.admin.pause if paused else call.admin.resume)(None if call["all"] else queue or "")
+    return {"queue": queue, "task": None, "queues": changed}
 
 
 def purge(call: ApiCall) -> dict[str, Any]:
@@ -102,6 +105,7 @@ _ONE = {"queue": QUEUE}
 _PAUSED = {
     "queue": Field("text", "the name of a queue; with a task none for all"),
     "task": Field("text", "the name of a task"),
+    "all": Field("flag", "all queues that exist", default=False),
 }
 QUEUE_ENDPOINTS = (
     ApiRoute(
@@ -112,8 +116,8 @@ QUEUE_ENDPOINTS = (
         },
     ),
     ApiRoute("GET", "queue", "queue", "Show a queue", show_queue, fields={"name": QUEUE}),
-    ApiRoute("POST", "queues/pause", "queue-paused", "Pause a queue or a task", pause, "pause_queues", _PAUSED),
-    ApiRoute("POST", "queues/resume", "queue-resumed", "Resume a queue or a task", resume, "pause_queues", _PAUSED),
+    ApiRoute("POST", "queues/pause", "queue-paused", "Pause a queue, a task or all", pause, "pause_queues", _PAUSED),
+    ApiRoute("POST", "queues/resume", "queue-resumed", "Resume a queue, a task or all", resume, "pause_queues", _PAUSED),
     ApiRoute(
         "POST", "queues/purge", "queue-purged", "Remove jobs that are not leased, or dead letters", purge, "purge_queues",
         {**_ONE, "dead": Field("flag", "the dead letters instead", default=False)},

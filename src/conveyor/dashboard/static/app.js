@@ -713,6 +713,16 @@ def greet(name: str) -> str:
 
 greet.enqueue("Ada")`;
 
+/** Pause all queues, or resume all, after a question that tells how many. */
+const ofAll = async (paused, count) => {
+  const said = paused ? "workers take nothing more from them. What runs goes on." : "also those that were paused one by one.";
+  const word = paused ? "Pause" : "Resume";
+  if (!(await confirm(`${word} all queues?`, `${queuesOf(count)} ${paused ? "paused" : "resumed"}: ${said}`, `${word} ${num(count)}`, { danger: paused }))) return;
+  const { queues } = await api.post(`queues/${paused ? "pause" : "resume"}`, { all: true });
+  toast(`${queuesOf(queues.length)} ${paused ? "paused" : "resumed"}.`);
+};
+const queuesOf = (n) => `${num(n)} ${n === 1 ? "queue is" : "queues are"}`;
+
 function Overview() {
   const data = useLive();
   const [later, setLater] = useState(false);
@@ -727,7 +737,7 @@ function Overview() {
   const oldest = queues.reduce((a, b) => ((b.oldest_age ?? -1) > (a?.oldest_age ?? -1) ? b : a), null);
   const minute = data.minute;
   return html`
-    <${Head} title="Overview" />
+    <${Head} title="Overview">${totals.paused_queues > 0 && html`<${Act} action="pause_queues" run=${() => ofAll(false, totals.paused_queues)}><${Icon} name="play" size=${13} />Resume all<//>`}${data.queues_total > (totals.paused_queues ?? 0) && html`<${Act} action="pause_queues" run=${() => ofAll(true, data.queues_total - totals.paused_queues)}><${Icon} name="pause" size=${13} />Pause all<//>`}<//>
     ${queues.length === 0 ? html`<${Card} label="First steps"><${Empty} title="No queue yet" code=${FIRST}>A queue appears with its first job. Enqueue one, and start a worker with <code>conveyor worker</code>.<//><//>` : html`
     <div class="tiles">
       ${TILES.map(([state, text]) => html`<a class=${`tile${state === "dead" && totals.dead ? " bad" : ""}`} href=${state === "dead" ? href("failures") : jobsHref(`state:${state}`)}><span class="label"><i class="dot" data-state=${state}></i>${text}</span><div class="value">${num(totals[state] ?? 0)}</div></a>`)}
