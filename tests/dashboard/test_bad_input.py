@@ -78,6 +78,29 @@ def test_payload_of_16_mb(url: str, run: Any) -> None:
         assert len(app.queue("orders")) == 1
 
 
+@pytest.mark.standalone_only("counts what one server sends")
+def test_large_arguments_are_read_once_for_a_page(url: str, redis: Redis) -> None:
+    """The server sends the arguments of a job once for an answer about it, not once for each part, and not at all for its log lines."""
+    with Conveyor(url, max_payload="16MiB", redact=["password"]) as app:
+
+        @app.task(queue="large")
+        def work(data: str, password: str) -> None: ...
+
+        size = 4_000_000
+        job = work.enqueue("x" * size, "secret-word")
+        site = dashboard(app, lambda _: Access.ALL)
+
+        def sent(path: str) -> float:
+            """Return how many times the size of the arguments the server sends for an answer."""
+            before = redis.info("stats")["total_net_output_bytes"]
+            answer = ask(site, "GET", path, {"id": job.id})
+            assert (answer.status_code, "secret-word" in answer.text) == (200, False)
+            return float(redis.info("stats")["total_net_output_bytes"] - before) / size
+
+        assert 1 <= sent("job") < 1.1
+        assert sent("job/logs") < 1.1  # who asks for lines asks whether it runs
+
+
 def test_binary_arguments(url: str, run: Any) -> None:
     """Arguments that are bytes, in another format or none that is known here, are shown as text or described."""
     with Conveyor(url, format="msgpack") as app:

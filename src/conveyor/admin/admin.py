@@ -48,6 +48,7 @@ from conveyor.admin.views import (
     AuditEntry,
     FailureSummary,
     JobInfo,
+    JobReport,
     QueueCount,
     QueueInfo,
     WorkerInfo,
@@ -893,14 +894,23 @@ class Admin:
 
     def job(self, public_id: str) -> JobInfo:
         """Return everything known about a job. Raises JobNotFound."""
+        return self._job_at(self._found(public_id))
+
+    def report(self, public_id: str) -> JobReport:
+        """Return what `job`, `why` and `history_of` return. The job, which may have megabytes, is read once. Raises JobNotFound."""
         lookup = self._found(public_id)
+        return JobReport(self._job_at(lookup), self._why(lookup), self._history(lookup))
+
+    def _job_at(self, lookup: _JobLookup) -> JobInfo:
         if lookup.row is not None:
             return live_job(lookup.keys.queue, lookup.row, self._decoder)
         return self._ended_job(lookup)
 
     def why(self, public_id: str) -> Why:
         """Return why a job waits, or that it does not. Raises JobNotFound."""
-        lookup = self._found(public_id)
+        return self._why(self._found(public_id))
+
+    def _why(self, lookup: _JobLookup) -> Why:
         facts = self.client.run(inspection.why(lookup.keys, lookup.id))
         where, row, record = facts.job
         ended: Status = "cancelled" if where == "cancelled" else "done"
@@ -909,7 +919,9 @@ class Admin:
 
     def history_of(self, public_id: str) -> list[HistoryEntry]:
         """Return the states that a job came into, oldest first. Raises JobNotFound."""
-        lookup = self._found(public_id)
+        return self._history(self._found(public_id))
+
+    def _history(self, lookup: _JobLookup) -> list[HistoryEntry]:
         if lookup.row is not None:
             return live_history(lookup.keys.queue, lookup.row, self._decoder)
         entries = ended_history(lookup.id, lookup.location, lookup.record)
@@ -958,10 +970,8 @@ class Admin:
 
     def _keys_of_logs(self, public_id: str) -> QueueKeys:
         """Return the keys of the queue that a job is in, or was in as its id says; raises JobNotFound."""
-        lookup, queue = self._find(public_id), split(public_id)[0]
-        if lookup is not None:
-            return lookup.keys
-        return self._keys(queue) if queue is not None else self._found(public_id).keys
+        queue = split(public_id)[0]
+        return self._found(public_id).keys if queue is None else self._keys(queue)
 
     def watch(self, *ids: str) -> Generator[JobUpdate, None, None]:
         """Yield what happens to jobs, as `Job.watch` does, until all have ended. Raises JobNotFound."""
@@ -1165,6 +1175,7 @@ class Admin:
     afailures = _awaitable(failures)
     acount_jobs = _awaitable(count_jobs)
     ajob = _awaitable(job)
+    areport = _awaitable(report)
     awhy = _awaitable(why)
     alogs = _awaitable(logs)
     ahistory_of = _awaitable(history_of)

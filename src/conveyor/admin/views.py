@@ -22,7 +22,9 @@ from conveyor.store.job_filter import LIVE
 from conveyor.units import digits, instant, instant_or_none, iso_timestamp
 
 if TYPE_CHECKING:
+    from conveyor.jobs.history import HistoryEntry
     from conveyor.jobs.schedules import Schedule
+    from conveyor.jobs.why import Why
     from conveyor.messaging.limit_control import LimitState
 
 STATES: tuple[Status, ...] = (*LIVE, "done")
@@ -158,6 +160,14 @@ class WorkerInfo(msgspec.Struct, frozen=True, gc=False):  # a process has one in
     about: dict[str, Any]
     seen: datetime
     read_at: datetime
+
+
+class JobReport(NamedTuple):
+    """A job, why it waits or that it does not, and the states that it came into, oldest first."""
+
+    info: JobInfo
+    why: Why
+    history: list[HistoryEntry]
 
 
 class QueueCount(NamedTuple):

@@ -182,10 +182,7 @@ def show(target: Target, out: Output, id_: str) -> None:
 
     Its payload, progress, notes, errors with tracebacks, and result.
     """
-    admin = target.admin()
-    info = admin.job(id_)
-    history = admin.history_of(id_)
-    why = admin.why(id_)
+    info, why, history = target.admin().report(id_)
     if out.as_json:
         out.document("job", job=info, why=_why_document(why), history=history)
         return

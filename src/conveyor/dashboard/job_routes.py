@@ -98,14 +98,13 @@ def count_matching(call: ApiCall) -> dict[str, Any]:
 
 def show_job(call: ApiCall) -> dict[str, Any]:
     """Return everything about a job, and why it waits or how it ended."""
-    info = call.admin.job(call["id"])
-    why = call.admin.why(call["id"])
-    document, entries = job_document(info, call.access), call.admin.history_of(call["id"])
+    info, why, entries = call.admin.report(call["id"])
+    document = job_document(info, call.access)
     return {
         "job": document, "why": why_document(why, call.access), "path": path_of(entries, info.status),
         "attempts": attempts_of(entries), "history": [hide_reason(one, call) for one in entries],
         "progress": document["progress"], "notes": document["notes"],
-        "logs": _log_lines(call) if call.access.allows("view_payloads") else None,
+        "logs": _log_lines(call, info.id) if call.access.allows("view_payloads") else None,
         "actions": _possible(info, call), "copy": _copies(info, call),
     }  # fmt: skip
 
@@ -118,13 +117,13 @@ def hide_reason(entry: HistoryEntry, call: ApiCall) -> dict[str, Any]:
 def job_logs(call: ApiCall) -> dict[str, Any]:
     """Return the log lines of a job. A worker that runs it is asked to send further ones as they come."""
     followed = call.admin.ask_for_logs(call["id"])
-    return {"followed": followed, "logs": _log_lines(call)}
+    return {"followed": followed, "logs": _log_lines(call, call["id"])}
 
 
-def _log_lines(call: ApiCall) -> list[dict[str, Any]]:
+def _log_lines(call: ApiCall, id_: str) -> list[dict[str, Any]]:
     return [
         {"at": one.at, "level": one.level, "logger": one.logger, "text": one.message, "attempt": one.attempt}
-        for one in call.admin.logs(call["id"])[-MOST_LINES:]
+        for one in call.admin.logs(id_)[-MOST_LINES:]
     ]
 
 

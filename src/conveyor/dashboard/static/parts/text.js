@@ -18,7 +18,7 @@ export function pretty(text) {
 }
 
 /** Text that is kept, with a button that copies it whole. */
-export const JsonText = ({ text, size, label }) => html`<div class="stack"><pre class="text" tabindex="0" role="group" aria-label=${label}>${shown(pretty(text))}</pre><div class="row small muted"><button class="small" onClick=${() => copy(text)}><${Icon} name="copy" size=${13} />${text.endsWith("…") ? "Copy the beginning" : "Copy"}</button>${text.endsWith("…") && html`<span>The first ${num(text.length - 1)} characters of ${bytes(size)}.</span>`}</div></div>`;
+export const JsonText = ({ text, size, label, whole }) => html`<div class="stack"><pre class="text" tabindex="0" role="group" aria-label=${label}>${shown(pretty(text))}</pre><div class="row small muted"><button class="small" onClick=${() => copy(text)}><${Icon} name="copy" size=${13} />${text.endsWith("…") ? "Copy the beginning" : "Copy"}</button>${text.endsWith("…") && html`<span>The first ${num(text.length - 1)} characters of ${bytes(size)}. All of it: <code>${shown(whole)}</code></span>`}</div></div>`;
 
 const frame = (one) => html`<div class=${one.own ? "user" : ""}><div class="where">${shown(one.file)}:${one.line} in ${shown(one.function)}</div>${one.code && html`<div class="code">${shown(one.code)}</div>`}</div>`;
 const MOST_FRAMES = 8;

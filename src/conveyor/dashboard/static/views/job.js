@@ -137,8 +137,8 @@ function Job({ route }) {
       <div class="grid-main"><div class="page">
         <${Card} title="Path"><div class="scroll" tabindex="0" role="group" aria-label="Path"><${StateDiagram} path=${doc.path ?? [job.state]} /></div><//>
         <${Attempts} doc=${doc} />
-        <${Card} title=${job.task === "" ? "Body" : "Arguments"}>${job.payload != null ? html`<${JsonText} label="Arguments" text=${job.payload} size=${job.payload_size} />` : html`<p class="muted">${job.hidden ? "Hidden from your role." : "Not kept."}</p>`}<//>
-        ${job.result != null && html`<${Card} title="Result"><${JsonText} label="Result" text=${job.result} size=${job.result_size} /><//>`}
+        <${Card} title=${job.task === "" ? "Body" : "Arguments"}>${job.payload != null ? html`<${JsonText} label="Arguments" text=${job.payload} size=${job.payload_size} whole=${`conveyor job show ${job.id} --json`} />` : html`<p class="muted">${job.hidden ? "Hidden from your role." : "Not kept."}</p>`}<//>
+        ${job.result != null && html`<${Card} title="Result"><${JsonText} label="Result" text=${job.result} size=${job.result_size} whole=${`conveyor job show ${job.id} --json`} /><//>`}
         ${doc.logs?.length > 0 && html`<${Card} title="Log"><${Logs} lines=${doc.logs} /><//>`}
       </div><div class="page">
         <${Facts} job=${job} doc=${doc} />
