@@ -124,6 +124,15 @@ class Seed:
         self.worker.take(1)
         return self.push(group="acme")
 
+    def groups(self) -> str:
+        for group, jobs in (("acme", 4), ("umbrella", 2)):
+            for _ in range(jobs):
+                job = self.push(group=group)
+        assert len(self.worker.take(2)) == 2
+        self.push(group="idle")
+        [_] = self.worker.take(1)
+        return job
+
     def scheduled(self) -> str:
         return self.app.tasks[TASK].options(delay="1h").enqueue(1).id
 
@@ -204,6 +213,41 @@ def test_a_waiting_job_names_its_cause(app: Conveyor, shell: Shell, seed: Callab
     Admin(app.client).purge("mail")
     with suppress(WorkerUnregistered):  # one that has left
         seeded.worker.leave()
+
+
+QUEUE_CAUSES: dict[Callable[[Seed], str], tuple[str, str]] = {
+    Seed.paused_key: (r"Group 'acme' is paused: 1 job waits\.", "acme"),
+    Seed.full_limit: (r"Limit 'api' is full: 1 job waits\.", "api"),
+    Seed.group: (r"1 job waits in group 'acme' behind a job that is leased or tried again\.", "acme"),
+    Seed.groups: (
+        r"4 jobs wait in 2 groups behind jobs that are leased or tried again, 3 of them in group 'acme'\.", "acme",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("met", [False, True], ids=["no-turn-yet", "met-by-a-turn"])
+@pytest.mark.parametrize("seed", QUEUE_CAUSES, ids=lambda seed: seed.__name__)
+def test_a_queue_says_what_its_groups_and_limits_wait_for(
+    app: Conveyor, shell: Shell, seed: Callable[[Seed], str], *, met: bool
+) -> None:
+    """The page of a queue, two commands and their JSON say one sentence, which links to the limits, before and after a turn has met the jobs."""
+    seeded = Seed(app, ServingWorker(app, "mail", (TASK,)))
+    seed(seeded)
+    if met:
+        assert seeded.worker.take(9) == []
+    site = dashboard(app, lambda _: Access.ALL)
+    [cause] = ask(site, "GET", "queue", {"name": "mail"}).json()["causes"]
+    [shown] = json.loads(shell("queue", "show", "mail", "--json"))["causes"]
+    [stated] = json.loads(shell("status", "--json"))["causes"]
+    printed = re.search(r"^why\.1\t(.*)$", shell("queue", "show", "mail"), re.MULTILINE)
+    pattern, name = QUEUE_CAUSES[seed]
+    assert re.fullmatch(pattern, cause["sentence"]), cause
+    assert printed is not None
+    assert {shown["sentence"], stated["sentence"], printed[1]} == {cause["sentence"]}
+    assert cause["links"] == [{"page": "limits", "name": name}]
+    app.client.run(limits.set_group(seeded.worker.keys, "acme", weight=None, paused=False))
+    Admin(app.client).purge("mail")
+    seeded.worker.leave()
 
 
 def test_a_job_that_ended_says_how(app: Conveyor, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -321,7 +321,8 @@ TOPICS = [
 
 def cause() -> dict[str, Any]:
     return {"kind": "limit", "name": "smtp", "jobs": 204, "looked": 1000, "opens_at": at(21), "seen": None, "seen_name": "",
-            "sentence": "204 jobs wait at the limit 'smtp': 1000 of 1000 starts in 1m are used; it opens in 21 s.", "links": []}  # fmt: skip
+            "sentence": "204 jobs wait at the limit 'smtp': 1000 of 1000 starts in 1m are used; it opens in 21 s.",
+            "groups": 0, "largest": 0, "links": [{"page": "limits", "name": "smtp"}]}  # fmt: skip
 
 
 def one_queue(values: dict[str, str]) -> dict[str, Any]:

@@ -124,8 +124,9 @@ def why_document(why: Why, access: Access) -> dict[str, Any]:
 
 
 def cause_document(cause: QueueCause) -> dict[str, Any]:
-    """Return a cause for which jobs of a queue wait, with its sentence."""
-    return {**asdict(cause), "sentence": str(cause)}
+    """Return a cause for which jobs of a queue wait, with its sentence and its links."""
+    links = [{"page": "limits", "name": cause.name}] if cause.kind in {"limit", "group", "group-paused"} else []
+    return {**asdict(cause), "sentence": str(cause), "links": links}
 
 
 def shortened(text: str | None, most: int) -> str | None:

@@ -311,7 +311,8 @@ class QueueCause(msgspec.Struct, frozen=True):
     A cause for which jobs of a queue wait; `str` of it is a sentence.
 
     `kind`, `name`, `opens_at`, `seen` and `seen_name` as in `Why`. `jobs`: how many wait for it, at a limit those of a thousand
-    groups; where `looked` is not None, of so many that were looked at.
+    groups; where `looked` is not None, of so many that were looked at. Of `group`, which is told once: `groups`, so many have a job
+    that is leased or tried again, of a thousand; `name`, the group in which most wait, and `largest`, so many.
     """
 
     kind: Cause
@@ -323,6 +324,8 @@ class QueueCause(msgspec.Struct, frozen=True):
     seen: datetime | None = None
     seen_name: str = ""
     at: datetime | None = None
+    groups: int = 0
+    largest: int = 0
 
     def __str__(self) -> str:
         return clean(_QUEUE_SENTENCES[self.kind](self))
@@ -345,6 +348,11 @@ def queue_causes(queue: str, waiting: int, parts: Sequence[QueueFacts]) -> list[
         found.append(QueueCause("queue-paused", queue, queue, held_up, at=now))
     for kind, name, jobs in _held_up(parts):
         found.append(QueueCause(kind, queue, name, jobs, at=now))
+    busy = [one.busy_groups for one in parts if one.busy_groups[1]]
+    if busy:
+        _, _, name, largest = max(busy, key=lambda one: one[3])
+        jobs, groups = sum(one[0] for one in busy), sum(one[1] for one in busy)
+        found.append(QueueCause("group", queue, name, jobs, at=now, groups=groups, largest=largest))
     tasks: dict[str, tuple[int, int, str]] = {}
     for task, jobs, seen, name in (each for one in parts for each in one.unknown):
         before = tasks.get(task, (0, 0, ""))
@@ -400,6 +408,15 @@ def _unknown_tasks(cause: QueueCause) -> str:
     return f"No worker knows the task {cause.name!r}{seen}: {need}."
 
 
+def _busy_groups(cause: QueueCause) -> str:
+    if cause.groups == 1:
+        return f"{_wait(cause)} in group {cause.name!r} behind a job that is leased or tried again."
+    return (
+        f"{_wait(cause)} in {cause.groups:,} groups behind jobs that are leased or tried again, "
+        f"{cause.largest:,} of them in group {cause.name!r}."
+    )
+
+
 _QUEUE_SENTENCES: dict[str, Callable[[QueueCause], str]] = {
     "task-paused": lambda cause: f"Task {cause.name!r} is paused{f': {_wait(cause)}' if cause.jobs else ''}.",
     "group-paused": lambda cause: f"Group {cause.name!r} is paused: {_wait(cause)}.",
@@ -407,6 +424,7 @@ _QUEUE_SENTENCES: dict[str, Callable[[QueueCause], str]] = {
         f"Limit {cause.name!r} is full: {_wait(cause)}"
         f"{'' if cause.opens_at is None else f', opens at {_clock(cause.opens_at, cause.at)}'}."
     ),
+    "group": _busy_groups,
     "queue-paused": lambda cause: f"It is paused: {_wait(cause)}.",
     "unknown-task": _unknown_tasks,
     "label": lambda cause: f"No worker has the label {cause.name!r}: {_need(cause)}.",

@@ -539,6 +539,8 @@ class QueueFacts(msgspec.Struct, frozen=True):
     """(build, labels, jobs) that jobs which were looked at require of a worker."""
     skills: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """As in `WaitFacts`."""
+    busy_groups: tuple[int, int, str, int] = (0, 0, "", 0)
+    """Of groups that run one job at a time and have one: jobs that wait in them, groups, the key of the largest, jobs in that."""
 
 
 def queue_causes(keys: QueueKeys, count: int = 100) -> Call[QueueFacts]:
@@ -555,6 +557,7 @@ def queue_causes(keys: QueueKeys, count: int = 100) -> Call[QueueFacts]:
             skills,
             limits,
             groups,
+            busy,
         ) = reply
         tasks = tuple((one[0].decode(), one[1], *_read_seen(one[2])) for one in unknown)
         return QueueFacts(
@@ -563,6 +566,7 @@ def queue_causes(keys: QueueKeys, count: int = 100) -> Call[QueueFacts]:
             tuple((one[0].decode(), one[1], one[2].decode()) for one in limits),
             tuple((one[0].decode(), one[1]) for one in groups),
             tuple((*_read_skills([one[0]])[0], one[1]) for one in needed), _read_skills(skills),
+            (busy[0], busy[1], busy[2].decode(), busy[3]),
         )  # fmt: skip
 
     return Call(QUEUE_CAUSES, (keys.jobs, keys.due, keys.workers, keys.conf, *keys.ready), (str(count),), decode)

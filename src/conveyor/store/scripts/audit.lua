@@ -1,7 +1,7 @@
 -- Prove that every live id is in exactly one place, every group has exactly one ticket, every slot a holder, no ticket waits at a
 -- limit that has room, every unique key belongs to a live job, every schedule has its alarm, and nobody waits for what has ended.
 -- This reads the whole queue in one step: for tests and quiet hours.
--- needs: numbers keys leased envelope rights limits shut_tasks groups room live_audit
+-- needs: numbers keys leased envelope rights limits shut_tasks group_limits groups room live_audit
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7-16 ready:0 … ready:9
 -- ARGV  1 refuse above this many jobs  2… tags that have a key, behind a tab unique keys that are held and do not expire, and behind

@@ -1,5 +1,5 @@
 -- Cancel or delete jobs, wherever they are. For a leased job its worker is asked. One step of a walk.
--- needs: numbers keys tokens listed envelope tags unique events announce outcome rights limits groups kept_result ended_mark leased leased_order heads shut_tasks made_at walk room expiry
+-- needs: numbers keys tokens listed envelope tags unique events announce outcome rights limits group_limits groups kept_result ended_mark leased leased_order heads shut_tasks made_at walk room expiry
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7 waiters  8 none  9 wake
 -- ARGV  1 "cancel" leaves a record, "delete" leaves nothing and takes dead letters too  2 who asks  3… as in lib/walk.lua

@@ -1,6 +1,6 @@
 -- Record the limits that a program declares, all or none: one whose kind, or the argument that it is by, differs from what is
 -- recorded is refused.
--- needs: numbers keys tokens envelope rights limits groups declared
+-- needs: numbers keys tokens envelope rights limits group_limits groups declared
 --
 -- KEYS  1 conf  2 jobs  3 due  4 wake  5 none
 -- ARGV  1 "1": another number replaces the recorded one, "" it is kept  2… (name text)…

@@ -1,5 +1,5 @@
 -- List the limits of a queue, or its groups. Nothing is written.
--- needs: numbers keys envelope rights limits limit_use groups
+-- needs: numbers envelope limits limit_use group_limits
 --
 -- KEYS  1 conf  2 jobs  3 due  4-13 ready:0 … ready:9
 -- ARGV  1 "limits" or "groups"  2 how many at most of what is in use and not named in conf

@@ -1,5 +1,5 @@
 -- Make scheduled jobs ready now. One step of a walk.
--- needs: numbers keys tokens envelope events history rights changes limits groups leased leased_order heads shut_tasks made_at walk
+-- needs: numbers keys tokens envelope events history rights changes limits group_limits groups leased leased_order heads shut_tasks made_at walk
 --
 -- KEYS  1 due  2 jobs  3 wake  4-13 ready:0 … ready:9  14 conf  15 none
 -- ARGV  1 who asks  2… as in lib/walk.lua; of those that it finds the scheduled ones

@@ -1,5 +1,5 @@
 -- Publish messages: a copy of each in every queue that subscribes, all in this step, or nothing.
--- needs: numbers keys tokens sequence envelope tags unique announce outcome rights limits groups place_change is_leased key_holder conflict room admission events shut_tasks drop expiry accept topics
+-- needs: numbers keys tokens sequence envelope tags unique announce outcome rights limits group_limits groups place_change is_leased key_holder conflict room admission events shut_tasks drop expiry accept topics
 --
 -- KEYS  1 lane:<producer>  2 registry of topics  3 counts  4 outbox  5… the key jobs of each queue that gets copies
 --       In a cluster only the first queue gets them here: 2 and 3 are the key none of it, and the outbox has the other copies.

@@ -1,5 +1,5 @@
 -- Remove jobs that wait, from the front, in one bounded batch. Jobs that arrive after a purge began survive it.
--- needs: numbers keys tokens envelope tags unique events announce outcome rights limits groups room expiry
+-- needs: numbers keys tokens envelope tags unique events announce outcome rights limits group_limits groups room expiry
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 conf  6 waiters  7-16 ready:0 … ready:9  17 none
 --       18 wake

@@ -1,5 +1,5 @@
 -- Accept messages: all of them, or none.
--- needs: numbers keys tokens sequence envelope tags unique announce outcome rights limits groups place_change is_leased key_holder conflict room admission events shut_tasks drop expiry accept
+-- needs: numbers keys tokens sequence envelope tags unique announce outcome rights limits group_limits groups place_change is_leased key_holder conflict room admission events shut_tasks drop expiry accept
 --
 -- KEYS  1 lane:<producer>  2 jobs  3 due  4 wake  5 conf  6 dead  7-16 ready:0 … ready:9  17 none
 -- ARGV  1 number of this push in its sequence, "<last> <first>" of one that stands for several

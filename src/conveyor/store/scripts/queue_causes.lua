@@ -1,5 +1,5 @@
 -- Read why the jobs of a queue wait: a look at the first of them, of a few milliseconds at most. Nothing is written.
--- needs: numbers listed envelope shut_tasks worker_name serving
+-- needs: numbers listed envelope limits shut_tasks group_limits worker_name serving
 --
 -- KEYS  1 jobs  2 due  3 workers  4 conf  5-14 ready:0 … ready:9
 -- ARGV  1 how many jobs are looked at, of those that are ready, the first of each group among them, and of those that are scheduled
@@ -10,21 +10,29 @@
 --         what the jobs that were looked at require: {build, a tab and labels as JSON, jobs}, and the same of the workers (lib/serving.lua)
 --         for each limit at which jobs wait, of a thousand groups: {limit, jobs, what conf says of it}
 --         for each group whose key is paused, the largest first: {key, jobs that wait in it}
-local queue = {prefix = string.sub(KEYS[1], 1, -5), conf = KEYS[4], workers = KEYS[3]}
+--         of groups that run one job at a time and have one, of a thousand groups that wait and of those that were looked at:
+--         {jobs that wait in them, groups, the largest, jobs that wait in that}
+local queue = {prefix = string.sub(KEYS[1], 1, -5), jobs = KEYS[1], due = KEYS[2], workers = KEYS[3], conf = KEYS[4]}
 local most, now = number_in(ARGV[1]), clock()
 local ids = {}
 -- Groups that wait at limits, and the limits: (<priority><group> limit)…
 local waits = redis.call('HSCAN', queue.prefix .. 'waits', '0', 'COUNT', 1000)[2]
+-- Groups whose tickets stand in ready, by the first job of each; and what that needs of its limits.
+local groups, facts, names_of_limits = {}, {}, {}
 
--- Add the first job of a group, which stands for it.
+-- Add the first job of a group, which stands for it. Returns its id.
 local function add_first(priority, group)
   local id = #ids < most and redis.call('LINDEX', queue.prefix .. 'group:' .. priority .. ':' .. group, 0)
   if id then ids[#ids + 1] = id end
+  return id
 end
 for i = 14, 5, -1 do
   if #ids < most then
     for _, id in ipairs(redis.call('LRANGE', KEYS[i], 0, most - #ids - 1)) do
-      if string.byte(id) == 9 then add_first(i - 5, string.sub(id, 2)) else ids[#ids + 1] = id end
+      if string.byte(id) == 9 then
+        local first = add_first(i - 5, string.sub(id, 2))
+        if first then groups[first] = i - 5 .. string.sub(id, 2) end
+      else ids[#ids + 1] = id end
     end
   end
 end
@@ -48,6 +56,18 @@ local function needs_of(envelope)
   return (build ~= '' or labels ~= '[]') and build .. '\t' .. labels or nil
 end
 
+-- Note the limits of a job that is the first of its group.
+local function add_fact(member, envelope)
+  local found, group = marks(envelope) or {}, string.sub(member, 2)
+  if #facts == 0 then
+    begin_groups(queue)
+    queue.tasks = read_paused(redis.call('HGET', queue.conf, 'paused_tasks'))
+  end
+  local names, costs = limits_of_job(queue, found, group, envelope)
+  facts[#facts + 1] = {member, found, names, costs}
+  for _, name in ipairs(names) do names_of_limits[#names_of_limits + 1] = name end
+end
+
 local needs, needed = {}, {}
 local counts, names, looked, messages, size = {}, {}, 0, 0, 0
 for _, id in ipairs(ids) do
@@ -55,6 +75,7 @@ for _, id in ipairs(ids) do
   if envelope and string.byte(envelope) ~= 120 then
     size, looked = size + #envelope, looked + 1
     local task = task_of(envelope) or ''
+    if groups[id] then add_fact(groups[id], envelope) end
     if task == '' then messages = messages + 1
     else
       if not counts[task] then names[#names + 1] = task end
@@ -67,6 +88,16 @@ for _, id in ipairs(ids) do
     end
   end
 end
+-- A ticket in ready that no turn has met yet waits too, where a limit of the group's first job is full.
+if #facts > 0 then load_limits(queue, names_of_limits) end
+for _, fact in ipairs(facts) do
+  local full = full_limit(queue, string.sub(fact[1], 2), fact, now)
+  if full then
+    waits[#waits + 1] = fact[1]
+    waits[#waits + 1] = full
+  end
+end
+
 -- Return how many jobs wait in a group, <priority><group>.
 local function jobs_in(member)
   return redis.call('LLEN', queue.prefix .. 'group:' .. string.sub(member, 1, 1) .. ':' .. string.sub(member, 2))
@@ -120,6 +151,26 @@ local function shut_groups()
   return groups
 end
 
+-- Count what waits in groups behind the job that holds the slot of their key.
+local function busy_groups()
+  local keys, jobs, busy = {}, {}, {0, 0, '', 0}
+  for i = 1, #waits, 2 do
+    local name = waits[i + 1]
+    if string.byte(name) == 58 and string.byte(waits[i], 2) == 103 then
+      if not jobs[name] then keys[#keys + 1] = name end
+      jobs[name] = (jobs[name] or 0) + jobs_in(waits[i])
+    end
+  end
+  for i, count in ipairs(read_fields(queue.prefix .. 'limits', keys)) do
+    local key, waiting = string.sub(keys[i], 2), jobs[keys[i]]
+    if tonumber(count or 0) > 0 and waiting > 0 then
+      busy[1], busy[2] = busy[1] + waiting, busy[2] + 1
+      if waiting > busy[4] or (waiting == busy[4] and key < busy[3]) then busy[3], busy[4] = key, waiting end
+    end
+  end
+  return busy
+end
+
 local workers, consumers, sets, skills = serving(queue, now)
 local paused_tasks, limits = held_up()
 local known, unknown = #names > 0 and task_sets(queue) or {}, {}
@@ -131,5 +182,5 @@ for i, need in ipairs(needed) do needed[i] = {need, needs[need]} end
 return {
   {now, redis.call('HGET', queue.conf, 'paused') == '1' and 1 or 0, workers, consumers,
     math.max(0, redis.call('ZCARD', KEYS[2]) - alarms), first_due},
-  unknown, looked, messages, paused_tasks, needed, skills, limits, shut_groups(),
+  unknown, looked, messages, paused_tasks, needed, skills, limits, shut_groups(), busy_groups(),
 }

@@ -1,5 +1,5 @@
 -- Remove a worker's registration and return the jobs that it held to the front, so that the oldest is leased first.
--- needs: numbers keys listed tokens envelope tags unique events announce outcome leased_order rights changes limits shut_tasks paused_tasks groups worker_name serving room expiry
+-- needs: numbers keys listed tokens envelope tags unique events announce outcome leased_order rights changes limits shut_tasks paused_tasks group_limits groups worker_name serving room expiry
 --
 -- KEYS  1 leased:<worker>  2 workers  3 jobs  4 state  5 wake  6 waiters  7-16 ready:0 … ready:9  17 none
 --       18 due  19 conf

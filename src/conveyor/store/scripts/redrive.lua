@@ -1,5 +1,5 @@
 -- Put dead letters back, with all their attempts again. Their state keeps what happened before. One step of a walk.
--- needs: numbers keys tokens envelope events history is_leased key_holder rights limits groups leased leased_order heads shut_tasks made_at walk
+-- needs: numbers keys tokens envelope events history is_leased key_holder rights limits group_limits groups leased leased_order heads shut_tasks made_at walk
 --
 -- KEYS  1 dead  2 jobs  3 state  4 wake  5-14 ready:0 … ready:9  15 none  16 conf
 -- ARGV  1 who asks  2… as in lib/walk.lua; of those that it finds the dead ones

@@ -1,6 +1,6 @@
 -- Put jobs back that have a record and are in no place: neither ready, in a group, scheduled, dead nor leased. Others are left
 -- alone. A group whose ticket is lost gets a new one.
--- needs: numbers keys tokens envelope is_leased rights limits groups
+-- needs: numbers keys tokens envelope is_leased rights limits group_limits groups
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7 wake  8-17 ready:0 … ready:9  18 none
 -- ARGV  ids, the newest first: each is put before the one that came before it

@@ -1,5 +1,5 @@
 -- Carry out one instant of a schedule, once: enqueue its job, or skip it, and move on to the next instant.
--- needs: numbers keys tokens envelope tags unique announce outcome rights limits groups place_change is_leased key_holder conflict room admission events shut_tasks drop expiry accept schedules
+-- needs: numbers keys tokens envelope tags unique announce outcome rights limits group_limits groups place_change is_leased key_holder conflict room admission events shut_tasks drop expiry accept schedules
 --
 -- KEYS  1 schedule:<name>  2 jobs  3 due  4 wake  5 conf  6 dead  7-16 ready:0 … ready:9  17 none
 -- ARGV  1 name  2 digest of the definition that was read  3 the instant (ms)  4 the instant behind it (ms), "" when none comes

@@ -1,5 +1,5 @@
 -- Change what operators have set of limits and groups, or pause a task. What waits for it goes on.
--- needs: numbers keys tokens envelope rights limits shut_tasks paused_tasks groups declared
+-- needs: numbers keys tokens envelope rights limits shut_tasks paused_tasks group_limits groups declared
 --
 -- KEYS  1 conf  2 jobs  3 due  4 wake  5 none
 -- ARGV  1 "set"  2 the limit concerned: <name> for all its keys too, <name>:<key>, or :<key> of a group  3… (field value)…, "" removes

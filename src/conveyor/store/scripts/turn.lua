@@ -1,6 +1,6 @@
 -- A worker's whole round trip: settle what it has finished, then lease up to N more jobs to it.
 -- needs: numbers keys tokens rights ended results announce changes report lease counters
--- lazy: listed envelope tags unique released worker_name events outcome leased leased_order parts limits shut_tasks paused_tasks groups requirements unusual settle promote rotation made_at ageing upkeep room expiry
+-- lazy: listed envelope tags unique released worker_name events outcome leased leased_order parts limits shut_tasks paused_tasks group_limits groups requirements unusual settle promote rotation made_at ageing upkeep room expiry
 --
 -- KEYS  1 jobs  2 state  3 leased:<worker>  4 workers  5 due  6 wake  7 conf  8 dead  9 recent  10 waiters
 --       11-20 ready:0 … ready:9  21 none

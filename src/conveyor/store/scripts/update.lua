@@ -1,5 +1,5 @@
 -- Change a job that waits: when it is due, its priority, and its arguments with the group and the limits that follow from them.
--- needs: numbers keys tokens envelope is_leased events history rights changes limits groups place_change
+-- needs: numbers keys tokens envelope is_leased events history rights changes limits group_limits groups place_change
 --
 -- KEYS  1 jobs  2 due  3 wake  4-13 ready:0 … ready:9  14 conf  15 none  16 workers  17 dead
 -- ARGV  1 id  2 SHA-1 of its envelope, as the caller has read it  3 delay_ms  4 due_at_ms   "" both: when it is due stays

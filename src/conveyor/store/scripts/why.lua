@@ -1,5 +1,5 @@
 -- Read why a job waits, from the keys that a lease reads. Nothing is written.
--- needs: numbers keys kept_result ended_mark leased listed envelope rights limits limit_use shut_tasks groups job_place heads worker_name serving
+-- needs: numbers kept_result ended_mark leased listed envelope limits limit_use shut_tasks group_limits job_place heads worker_name serving
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 result:<id>  7 results:<window>  8 conf  9-18 ready:0 … ready:9
 -- ARGV  1 id  2 entries of a list that are looked at from either end, at most
