@@ -130,14 +130,21 @@ def test_two_relays_and_two_writers(app: Conveyor, outbox: Outbox, database: Dat
                 with outbox.transaction(connection):
                     written[number] += bare(mail.push_many([number] * 25))
 
-    stop, delivered, failed = threading.Event(), [0, 0], list[BaseException]()
+    stop, delivered, failed, deadlocks = threading.Event(), [0, 0], list[BaseException](), [0]
 
     def deliver(number: int) -> None:
         try:
             with closing(database.connect()) as connection:
                 delivery = OutboxDelivery(core_of(app), outbox._table)
                 while not stop.is_set() or outbox.stats().waiting:
-                    delivered[number] += delivery.deliver(adapt_blocking(connection), grace=number * 0.02).count
+                    try:
+                        delivered[number] += delivery.deliver(adapt_blocking(connection), grace=number * 0.02).count
+                    except Exception as error:
+                        # InnoDB may choose a relay as the one that gives way; a Relay tries again as well.
+                        if "Deadlock found" not in str(error):
+                            raise
+                        connection.rollback()
+                        deadlocks[0] += 1
         except BaseException as error:
             failed.append(error)
 
@@ -153,7 +160,8 @@ def test_two_relays_and_two_writers(app: Conveyor, outbox: Outbox, database: Dat
     assert failed == []
     arrived = line(server)
     assert sorted(arrived) == sorted(written[0] + written[1])
-    assert sum(delivered) == len(arrived)
+    # A pass that gave way has not told what it had delivered until then.
+    assert sum(delivered) == len(arrived) or (deadlocks[0] and sum(delivered) < len(arrived))
     for ids in written.values():
         mine = set(ids)
         assert [id_ for id_ in arrived if id_ in mine] == ids

@@ -859,7 +859,7 @@ class Admin:
 
     def act_on_matching(
         self, action: ActionName, query: JobQuery, *, limit: int | None = None, rate: str | None = None,
-        sleep: Sleep = sleep,
+        sleep: Sleep | None = None,
     ) -> Iterator[list[ActionResult]]:  # fmt: skip
         """
         Carry out *action* on all jobs that a filter chooses; yield what became of them, step by step.

@@ -347,7 +347,7 @@ class JobSearch:
 
     def act(
         self, action: ActionName, query: JobQuery, *, limit: int | None = None, rate: str | None = None,
-        sleep: Sleep = time.sleep,
+        sleep: Sleep | None = None,
     ) -> Iterator[list[ActionResult]]:  # fmt: skip
         """Carry out *action* on all jobs that *query* chooses, in steps of Redis; yield what became of those of each step."""
         self._refuse_redacted(query)

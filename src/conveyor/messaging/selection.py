@@ -201,17 +201,17 @@ async def asteps_of(client: Client, walk: JobWalk[R]) -> AsyncIterator[list[R]]:
 
 
 def act(
-    client: Client, walks: Iterable[JobWalk[Acted]], pace: Pace, limit: int | None = None, sleep: Sleep = time.sleep
+    client: Client, walks: Iterable[JobWalk[Acted]], pace: Pace, limit: int | None = None, sleep: Sleep | None = None
 ) -> Iterator[list[Acted]]:
     """
     Carry out *walks* one after the other, on at most *limit* jobs; yield what became of the jobs of each step.
 
-    *sleep*: waits for so many seconds between two steps; no further step is made once it returns True.
+    *sleep*: waits for so many seconds between two steps, None: `time.sleep`; no further step is made once it returns True.
     """
     left = UNLIMITED if limit is None else limit
     for walk in walks:
         while left and (call := walk.next_call(min(pace.most, left))) is not None:
-            if sleep(pace.pause()):
+            if (sleep or time.sleep)(pace.pause()):
                 return
             acted = client.run(call)
             left -= min(left, pace.note(acted))
