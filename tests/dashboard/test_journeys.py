@@ -316,6 +316,80 @@ def test_a_job_is_changed_and_another_runs_again(browse: Browse, url: str, tmp_p
     app.close()
 
 
+def picture(page: Any, path: Path) -> None:
+    """Hold a page as it is against axe, and against its width on a desk and a phone, in both themes; keep a picture of each."""
+    for theme in ("light", "dark"):
+        page.emulate_media(color_scheme=theme)
+        assert violations(page) == []
+        for width in (1440, 390):
+            page.set_viewport_size({"width": width, "height": 860})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            page.screenshot(path=path.with_name(f"{path.name}-{theme}-{width}.png"))
+    page.set_viewport_size({"width": 1280, "height": 860})
+
+
+def test_a_schedule_is_created_and_changed_in_a_form(browse: Browse, app: Conveyor, tmp_path: Path) -> None:
+    """
+    A form shows when a schedule would be due, or the column that is wrong, stores it, and changes it later without its arguments.
+
+    One that code declares has no such button. The dialog has no fault that axe finds, in both themes, and fits a phone.
+    """
+
+    @app.cron(every="1h", name="tick", queue="ticks")
+    def tick() -> None: ...
+
+    @app.task(name="report", queue="reports")
+    def report(tenant: str, days: int = 1) -> None: ...
+
+    declared = app._core.declared_schedules["tick"]
+    app.schedules.drive(app.schedules.put_program("tick", declared.call, declared.spec, "code"))
+    cron, every = "dialog label:has-text('Cron expression') input", "dialog label:has-text('Or every') input"
+
+    def create(page: Any) -> None:
+        page.goto(f"{site}schedules")
+        page.wait_for_selector("tr:has-text('tick')")
+        page.click("button:text-is('tick')")
+        page.wait_for_selector("dialog h2:text-is('tick')")
+        assert page.locator("dialog button:text-is('Change …')").count() == 0
+        page.click("dialog button:text-is('Close')")
+        page.click("button:text-is('New schedule …')")
+        page.fill("dialog label:has-text('Name') input", "daily")
+        page.select_option("dialog select", "report")
+        assert page.input_value("dialog textarea") == '{\n  "tenant": null\n}'
+        page.fill(cron, "0 25 * * *")
+        page.wait_for_selector("dialog .problem:has-text('at column 3')")
+        page.fill(cron, "0 9 * * mon-fri")
+        page.fill("dialog label:has-text('Time zone') input", "Europe/Berlin")
+        page.wait_for_selector("dialog li:has-text('09:00:00 CE') >> nth=4")
+        picture(page, tmp_path / "schedule")
+        page.fill("dialog textarea", '{"tenant": "a"}')
+        page.click("dialog button:text-is('Create it')")
+        page.wait_for_selector(".toast:has-text('daily is created')")
+
+    def change(page: Any) -> None:
+        page.click("button:text-is('daily')")
+        page.click("dialog button:text-is('Change …')")
+        assert page.input_value(cron) == "0 9 * * mon-fri"
+        page.fill(cron, "")
+        page.fill("dialog label:has-text('Time zone') input", "")
+        page.fill(every, "15m")
+        page.wait_for_selector("dialog li >> nth=4")
+        page.click("dialog button:text-is('Change it')")
+        page.wait_for_selector(".toast:has-text('daily is changed')")
+        page.wait_for_selector("tr:has-text('every 15 m')")
+        picture(page, tmp_path / "schedules")
+        page.goto("about:blank")  # its stream has ended before the server does
+
+    with served(app) as site:
+        browse(create)
+        made = app.schedules.get("daily")
+        assert (made.task, made.queue, made.origin) == ("report", "reports", "data")
+        browse(change)
+    assert app.schedules.get("daily").run().info().arguments == {"tenant": "a"}
+    for one in app.schedules.list():
+        one.delete()
+
+
 def test_a_server_that_is_away_is_told_once(
     beside: tuple[ThreadPoolExecutor, Any], start_server: Callable[..., Any]
 ) -> None:

@@ -357,6 +357,112 @@ def _without_seconds(text: str) -> str:
     return re.sub(r" m \d+ s\b", " m", text)
 
 
+def test_a_schedule_is_previewed_created_and_edited(app: Conveyor) -> None:
+    """A person puts a schedule under the rules of `schedules.put`; a refused one leaves nothing, and what is left out of a change stays."""
+
+    @app.task(name="report", queue="reports")
+    def report(tenant: str, days: int = 1) -> None: ...
+
+    site = dashboard(app, lambda _: Access.ALL.named("ada"))
+    [task] = get(site, "tasks")["tasks"]
+    assert (task["name"], task["queue"], task["required"]) == ("report", "reports", ["tenant"])
+    assert "tenant: str" in task["signature"]
+    preview = get(site, "schedules/preview", cron="0 9 * * mon-fri", tz="Europe/Berlin")
+    assert len(preview["next"]) == len(preview["next_in_zone"]) == 5
+    assert all("09:00:00 CE" in text for text in preview["next_in_zone"])
+    assert "at column 3" in get(site, "schedules/preview", cron="0 25 * * *")["error"]
+    new = {"name": "n", "task": "report", "kwargs": {"tenant": "a"}, "cron": "0 9 * * *"}
+    for wrong, said in (
+        ({"cron": "0  25 * * *"}, "at column 4"), ({"cron": "* * * *"}, "at column 8"), ({"cron": "0 0 30 2 *"}, "never comes"),
+        ({"every": "1h"}, "cron and every"), ({"tz": "Mars/X"}, "time zone"), ({"kwargs": {}}, "tenant"),
+        ({"kwargs": {"tenant": "[redacted]"}}, "is shown"), ({"task": "other"}, "no task"), ({"task": None, "kwargs": None}, "'task'"),
+        ({"jitter": "soon"}, "jitter"), ({"kwargs": {"tenant": "a", "self": 1}}, "self"),
+    ):  # fmt: skip
+        refused = ask(site, "POST", "schedules/put", {**new, **wrong})
+        assert refused.status_code == 422, (wrong, refused.text)
+        assert said in refused.json()["error"]["message"], wrong
+    assert app.schedules.list() == []
+    assert ask(site, "POST", "schedules/put", {"name": "n", "every": "1h", "replace": True}).status_code == 404
+
+    made = post(site, "schedules/put", **new, tz="Europe/Berlin", overlap="queue", missed="all", jitter="5s")[
+        "schedule"
+    ]
+    assert (made["cron"], made["tz"], made["every"], made["origin"], made["queue"]) == (
+        "0 9 * * *",
+        "Europe/Berlin",
+        None,
+        "data",
+        "reports",
+    )
+    assert "already" in ask(site, "POST", "schedules/put", new).json()["error"]["message"]
+    app.schedules.get("n").pause()
+    changed = post(site, "schedules/put", name="n", every="90s", replace=True)["schedule"]
+    assert (changed["cron"], changed["every"], changed["overlap"], changed["missed"]) == (None, "90s", "queue", "all")
+    assert changed["paused"] is True
+    assert app.schedules.get("n").run().info().arguments == {"tenant": "a"}
+    post(
+        site,
+        "schedules/put",
+        name="n",
+        every="90s",
+        task="report",
+        kwargs={"tenant": "b"},
+        overlap="skip",
+        replace=True,
+    )
+    assert app.schedules.get("n").run().info().arguments == {"tenant": "b"}
+    assert app.schedules.get("n").overlap == "skip"
+    audit = [(one["what"], one["who"]) for one in get(site, "audit")["entries"]]
+    assert audit == [("edit schedule", "ada")] * 2 + [("create schedule", "ada")]
+    app.schedules.delete("n")
+
+
+def test_a_schedule_of_code_or_with_options_is_not_overwritten(app: Conveyor) -> None:
+    """A schedule that code declares is refused, and a new call that would lose the options of the present one; its instants may change."""
+
+    @app.cron(every="1h", name="tick")
+    def tick() -> None: ...
+
+    @app.task(name="report")
+    def report(tenant: str) -> None: ...
+
+    everything = dashboard(app, lambda _: Access.ALL)
+    for replace in (True, False):
+        stored = ask(
+            everything, "POST", "schedules/put", {"name": "tick", "every": "2h", "task": "tick", "replace": replace}
+        )
+        assert stored.status_code == (404 if replace else 422)
+    owner = app.schedules
+    declared = app._core.declared_schedules["tick"]
+    owner.drive(owner.put_program("tick", declared.call, declared.spec, "code"))
+    for given in ({}, {"task": "tick"}):
+        refused = ask(everything, "POST", "schedules/put", {"name": "tick", "every": "2h", "replace": True, **given})
+        assert "a decorator in the code" in refused.json()["error"]["message"]
+    assert owner.get("tick").when == "every 1 h"
+
+    owner.put("urgent", report.options(priority=9).s("a"), every="1h")
+    refused = ask(
+        everything, "POST", "schedules/put",
+        {"name": "urgent", "every": "2h", "task": "report", "kwargs": {"tenant": "b"}, "replace": True},
+    )  # fmt: skip
+    assert "priority" in refused.json()["error"]["message"]
+    assert owner.get("urgent").when == "every 1 h"
+    post(everything, "schedules/put", name="urgent", every="2h", replace=True)
+    job = owner.get("urgent").run()
+    assert job.info().arguments == {"tenant": "a"}
+    assert get(everything, "job", id=job.id)["job"]["priority"] == 9
+
+    planner = dashboard(app, lambda _: Access.only("manage_schedules"))
+    post(planner, "schedules/put", name="urgent", every="3h", replace=True)
+    for rights in (("manage_schedules",), ("enqueue_jobs",)):
+        limited = dashboard(app, lambda _, rights=rights: Access.only(*rights))
+        new = {"name": "mine", "every": "1h", "task": "report", "kwargs": {"tenant": "a"}}
+        assert ask(limited, "POST", "schedules/put", new).status_code == 403
+    assert [one.name for one in owner.list()] == ["tick", "urgent"]
+    for one in owner.list():
+        one.delete()
+
+
 def test_schedules_limits_groups_and_topics_are_changed(app: Conveyor) -> None:
     """A change by the pages of schedules, limits and topics is made, noted in the audit under the visitor's name, and shown."""
 

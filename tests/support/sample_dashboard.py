@@ -254,7 +254,7 @@ def schedules() -> list[dict[str, Any]]:
     return [
         {
             "name": name, "when": when, "task": task, "queue": where, "origin": origin, "paused": paused, "overlap": "skip",
-            "missed": "one", "due": at(due), "fired": 412, "skipped": 3,
+            "missed": "one", "due": at(due), "fired": 412, "skipped": 3, "cron": None, "tz": "UTC", "every": "15m",
             "next": [] if paused else [at(due + i * 86_400) for i in range(5)], "late": late,
             "next_in_zone": [] if paused else [f"Mon 2026-11-30 0{i}:00:00 CET" for i in range(5)],
             "runs": [{"instant": at(-86_400 * i), "at": at(-86_400 * i + 1), "outcome": "overlap" if i == 3 else "fired",
@@ -355,6 +355,12 @@ ROUTES: dict[str, Callable[[dict[str, str]], Any]] = {
     "failures": lambda v: failures(v.get("range", "24h")),
     "schedules": lambda _: {"schedules": schedules()},
     "schedule": lambda _: {"schedule": schedules()[0]},
+    "schedules/preview": lambda _: {
+        "when": "At 09:00", "error": None, "next": [at(86_400 * i) for i in range(5)], "next_in_zone": [f"Mon 2026-11-30 0{i}:00:00 CET" for i in range(5)],
+    },
+    "tasks": lambda _: {
+        "tasks": [{"name": "mail.send", "queue": "mail", "signature": "mail.send(user: int)", "parameters": ["user"], "required": ["user"]}]
+    },
     "workers": lambda _: {"workers": workers(), "footer": None},
     "workers/jobs": lambda values: {
         "worker": values["id"], "held": 16,

@@ -10,6 +10,7 @@ import msgspec
 from msgspec.structs import asdict, replace
 
 from conveyor.ids import made_at_ms, public
+from conveyor.jobs.schedules import timing_of
 from conveyor.payload.live_records import Progress
 from conveyor.payload.pipeline import MAX_LARGE
 from conveyor.payload.records import Failure, Status
@@ -351,8 +352,12 @@ def error_info(failure: Failure) -> ErrorInfo:
 
 
 def schedule_view(one: Schedule) -> dict[str, Any]:
-    """Return a schedule with its next and its last instants."""
+    """Return a schedule with its next and its last instants. `cron` and its `tz`, or `every`, are what it was put with."""
+    timing = timing_of(one)
+    seconds, rest = divmod(timing.every_ms or 0, 1000)
+    every = None if timing.every_ms is None else f"{seconds}.{rest:03}s" if rest else f"{seconds}s"
     return {
+        "cron": timing.cron, "tz": timing.tz, "every": every,
         "name": one.name, "when": one.when, "task": one.task, "queue": one.queue, "origin": one.origin, "paused": one.paused,
         "due": one.due, "overlap": one.overlap, "missed": one.missed, "fired": one.fired, "skipped": one.skipped,
         "next": one.next(5), "runs": [asdict(run) for run in one.runs()],

@@ -42,12 +42,18 @@ def push(call: ApiCall) -> dict[str, Any]:
     return {"queue": call["queue"], "ids": ids}
 
 
+def task_of(call: ApiCall, nothing: str) -> Any:
+    """Return the task of the app that is named. Raises UnknownTask, which ends with *nothing*."""
+    tasks = app_of(call).tasks
+    if call["task"] not in tasks:
+        known = ", ".join(sorted(tasks)[:10]) or "none"
+        raise UnknownTask(f"There is no task {call['task'][:200]!r}. Known: {known}. {nothing}")
+    return tasks[call["task"]]
+
+
 def enqueue(call: ApiCall) -> dict[str, Any]:
     """Enqueue a job of a task of the app; its arguments are checked against the signature."""
-    task = app_of(call).tasks.get(call["task"])
-    if task is None:
-        known = ", ".join(sorted(app_of(call).tasks)[:10]) or "none"
-        raise UnknownTask(f"There is no task {call['task'][:200]!r}. Known: {known}. Nothing was enqueued.")
+    task = task_of(call, "Nothing was enqueued.")
     refuse_mark([*call["args"], call["kwargs"]], "Nothing was enqueued.")
     options = {**_options(call), **({"queue": call["queue"]} if call["queue"] else {})}
     job = (task.options(**options) if options else task).enqueue(*call["args"], **call["kwargs"])

@@ -151,7 +151,12 @@ def schedule_document(one: Schedule) -> dict[str, Any]:
     late = (
         not one.paused and one.due is not None and one.due < datetime.now(UTC) - timedelta(seconds=flags.LATE_SECONDS)
     )
-    return {**found, "next_in_zone": [f"{at:%a %Y-%m-%d %H:%M:%S %Z}" for at in found["next"]], "late": late}
+    return {**found, "next_in_zone": in_zone(found["next"]), "late": late}
+
+
+def in_zone(instants: Sequence[datetime]) -> list[str]:
+    """Return instants as text, each with the day of the week and its zone."""
+    return [f"{at:%a %Y-%m-%d %H:%M:%S %Z}" for at in instants]
 
 
 def limit_document(state: LimitState) -> dict[str, Any]:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from msgspec.structs import asdict
 
+from conveyor.admin.admin import refuse_mark
 from conveyor.admin.server_info import read_server_info
-from conveyor.dashboard.endpoint import ApiCall, ApiRoute, Field
-from conveyor.dashboard.service import limit_document, schedule_document
+from conveyor.dashboard.endpoint import ApiCall, ApiRoute, Field, NotAllowed
+from conveyor.dashboard.send_routes import task_of
+from conveyor.dashboard.service import in_zone, limit_document, schedule_document
+from conveyor.errors import ConfigurationError, ScheduleNotFound
+from conveyor.jobs.schedule import Missed, Overlap, make_spec, make_timing
 from conveyor.jobs.schedules import Schedule
 from conveyor.messaging.declared_limits import parse_limit
 from conveyor.messaging.limit_control import GroupControl
+from conveyor.units import milliseconds
 
 if TYPE_CHECKING:
+    from conveyor.jobs.task import TaskCall
     from conveyor.messaging.topic import Topic
 
 SECONDS = 0.06
@@ -25,6 +33,11 @@ _MOST_HELD_SHOWN = 10
 """Jobs of one worker that are shown."""
 _AUDIT_PAGE = Field("number", "entries of a page", default=50, least=1, most=100)
 _NAME = Field("text", "the name of a schedule", required=True)
+_TIMING = {
+    "cron": Field("text", "a cron expression of five fields, or six with seconds first"),
+    "tz": Field("text", "the time zone of the expression; UTC without it"),
+    "every": Field("text", "an interval, such as 30s or 1h, in place of an expression"),
+}
 _TOPIC = {
     "topic": Field("text", "the name of a topic, or a pattern", required=True),
     "queues": Field("texts", "names of queues", required=True, most=100),
@@ -49,6 +62,71 @@ def run_schedule(call: ApiCall) -> dict[str, Any]:
     job = call.service.schedules.get(call["name"]).run()
     call.admin.note("run schedule", call["name"], detail=job.id)
     return {"name": call["name"], "id": job.id}
+
+
+def preview_schedule(call: ApiCall) -> dict[str, Any]:
+    """Return when a schedule would be due, or what is wrong with it as written; nothing is stored."""
+    try:
+        timing = make_timing(call["cron"], tz=call["tz"], every=call["every"])
+    except ConfigurationError as error:  # an answer like others: people are still writing
+        return {"when": None, "next": [], "next_in_zone": [], "error": str(error)}
+    instants = timing.next(5, round(datetime.now(UTC).timestamp() * 1000))
+    return {"when": str(timing), "next": instants, "next_in_zone": in_zone(instants), "error": None}
+
+
+def list_tasks(call: ApiCall) -> dict[str, Any]:
+    """Return the tasks of the app, each with its signature; none without an app."""
+    core = call.service.core
+    return {
+        "tasks": [
+            {
+                "name": name, "queue": one.outgoing.queue, "signature": one.signature.describe(),
+                "parameters": one.signature.parameters, "required": one.signature.required,
+            }
+            for name, one in sorted(core.definitions.items() if core else ())
+        ]
+    }  # fmt: skip
+
+
+def put_schedule(call: ApiCall) -> dict[str, Any]:
+    """Put a new schedule, or change one that a program or a person has put."""
+    name, schedules = call["name"], call.service.schedules
+    timing = make_timing(call["cron"], tz=call["tz"], every=call["every"])
+    jitter = None if call["jitter"] is None else milliseconds(call["jitter"], name="jitter")
+    scheduled = _scheduled_call(call)
+    if call["replace"]:
+        program = schedules.edit_program(name, scheduled, timing, call["overlap"], call["missed"], jitter)
+    else:
+        if scheduled is None:
+            raise ConfigurationError("'task' is missing: the name of a task. Nothing was stored.")
+        with suppress(ScheduleNotFound):
+            schedules.get(name)
+            raise ConfigurationError(f"There is a schedule {name!r} already. Nothing was stored. Take another name.")
+        spec = make_spec(scheduled, timing, call["overlap"] or "skip", call["missed"] or "one", call["jitter"])
+        program = schedules.put_program(name, scheduled, spec, "data")
+    stored = schedules.drive(program)
+    call.admin.note(
+        "edit schedule" if call["replace"] else "create schedule", name, detail=f"{stored.task} {stored.when}"
+    )
+    return {"schedule": schedule_document(stored)}
+
+
+def _scheduled_call(call: ApiCall) -> TaskCall[Any] | None:
+    """Return what a schedule is to enqueue; None: no task is named. Raises NotAllowed, since a schedule enqueues jobs."""
+    if call["task"] is None:
+        if call["args"] or call["kwargs"] or call["queue"]:
+            raise ConfigurationError(
+                "'args', 'kwargs' and 'queue' belong to a 'task', which is missing. Nothing was stored."
+            )
+        return None
+    if not call.access.allows("enqueue_jobs"):
+        raise NotAllowed("enqueue_jobs")
+    task = task_of(call, "Nothing was stored.")
+    refuse_mark([*call["args"], call["kwargs"]], "Nothing was stored.")
+    scheduled: TaskCall[Any] = (task.options(queue=call["queue"]) if call["queue"] else task).s(
+        *call["args"], **call["kwargs"]
+    )
+    return scheduled
 
 
 def _change_schedule(word: str, change: Callable[[Schedule], None]) -> Callable[[ApiCall], dict[str, Any]]:
@@ -214,6 +292,23 @@ _LIMIT = {
 SYSTEM_ENDPOINTS = (
     ApiRoute("GET", "schedules", "schedules", "List schedules", list_schedules),
     ApiRoute("GET", "schedule", "schedule", "Show a schedule", show_schedule, fields={"name": _NAME}),
+    ApiRoute(
+        "GET", "schedules/preview", "schedule-preview", "Say when a schedule would be due", preview_schedule, fields=_TIMING
+    ),
+    ApiRoute(
+        "POST", "schedules/put", "schedule-put", "Create a schedule, or change one; a task needs enqueue_jobs too",
+        put_schedule, "manage_schedules",
+        {
+            "name": _NAME, **_TIMING, "task": Field("text", "the name of a task; of one that is changed, left out: its call stays"),
+            "args": Field("list", "by position", default=()), "kwargs": Field("object", "by name", default={}),
+            "queue": Field("text", "another queue than the task's"),
+            "overlap": Field("text", "while the last job is not over", choices=get_args(Overlap)),
+            "missed": Field("text", "of instants that passed without a worker", choices=get_args(Missed)),
+            "jitter": Field("text", "each job starts later by up to that"),
+            "replace": Field("flag", "change the one of that name; what is left out stays", default=False),
+        },
+    ),
+    ApiRoute("GET", "tasks", "tasks", "List the tasks of the app", list_tasks),
     *_schedule_endpoints(),
     ApiRoute("GET", "workers", "workers", "List worker processes", list_workers),
     ApiRoute("GET", "workers/jobs", "worker-jobs", "List the jobs that a worker holds for longest", list_held_jobs, fields=_WORKER),

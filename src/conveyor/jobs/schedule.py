@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -23,6 +24,10 @@ Missed = Literal["skip", "one", "all"]
 
 ON_TIME_MS = 60_000
 """An instant that is carried out later than that was missed, for `missed="skip"`."""
+
+
+_FIELDS = ("second", "minute", "hour", "day-of-month", "month", "day-of-week")
+"""The fields of an expression, as CronSim calls them in its errors."""
 
 
 class _CronInstants(CronSim):
@@ -165,8 +170,8 @@ def make_timing(
         if _fits_other_months(str(cron)):
             raise _never(cron) from None
         raise ConfigurationError(
-            f"cron={cron!r} cannot be read: {error}. It has five fields, minute hour day month weekday, as in '0 9 * * mon-fri', "
-            "or six with seconds before them."
+            f"cron={cron!r} cannot be read at column {_column(str(cron), str(error))}: {error}. It has five fields, "
+            "minute hour day month weekday, as in '0 9 * * mon-fri', or six with seconds before them."
         ) from None
     if first is None:
         raise _never(cron)
@@ -175,6 +180,15 @@ def make_timing(
 
 def _never(cron: str | None) -> ConfigurationError:
     return ConfigurationError(f"cron={cron!r} never comes: no day fits it. Look at its day and its month.")
+
+
+def _column(cron: str, error: str) -> int:
+    """Return the column, from 1 on, of the field that an error names; of one too many, or the end."""
+    at = [found.start() + 1 for found in re.finditer(r"\S+", cron)]
+    names = _FIELDS if len(at) == len(_FIELDS) else _FIELDS[1:]
+    field = error.removeprefix("Bad ")
+    index = names.index(field) if field in names and len(at) == len(names) else len(_FIELDS)
+    return at[index] if index < len(at) else len(cron) + 1
 
 
 def _fits_other_months(cron: str) -> bool:

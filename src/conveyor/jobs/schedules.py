@@ -204,6 +204,46 @@ class Schedules:
         if origin == "data" and name in self._core.declared_schedules:
             raise _foreign(name, "code")  # of this program, whose workers may not have stored it yet
         keys, entry = self._prepared(name, call, spec)
+        return (yield from self._store(name, keys, entry, spec, origin))
+
+    def edit_program(
+        self, name: str, call: TaskCall[Any] | None, timing: Timing, overlap: Overlap | None, missed: Missed | None,
+        jitter_ms: int | None,
+    ) -> CallProgram[Schedule]:  # fmt: skip
+        """
+        Give a schedule that a program has put other instants; what is None stays as it is, also the options of its call.
+
+        Raises ScheduleNotFound, and ConfigurationError for one that a decorator declares, for another queue, and for another call
+        where the present one has options that the new one lacks: nobody would see that they are gone.
+        """
+        keys, row = yield from self._find(name)
+        if row.origin == "code":
+            raise _foreign(name, "code")
+        old = read_spec(row)
+        spec = replace(
+            old, cron=timing.cron, tz=timing.tz, every_ms=timing.every_ms, at_ms=timing.at_ms, overlap=overlap or old.overlap,
+            missed=missed or old.missed, jitter_ms=old.jitter_ms if jitter_ms is None else jitter_ms,
+        )  # fmt: skip
+        queue, kept = outbox.read(self._open(name, row.entry))
+        if call is None:
+            own_group = f"schedule:{name}"
+            if spec.overlap == "queue":
+                kept.group = kept.group or own_group
+            elif kept.group == own_group:
+                kept.group = None
+            return (yield from self._store(name, keys, outbox.write(queue, kept), spec, "data"))
+        spec = replace(spec, task=call.definition.name)
+        keys, entry = self._prepared(name, call, spec)
+        if _options_of(name, kept) != _options_of(name, outbox.read(entry)[1]):
+            raise ConfigurationError(
+                f"The call of schedule {name!r} has options that {spec.task} does not give it by itself, such as a priority or a "
+                f"timeout, and they would be lost. Nothing was stored. Change its call with app.schedules.put({name!r}, …)."
+            )
+        return (yield from self._store(name, keys, entry, spec, "data"))
+
+    def _store(
+        self, name: str, keys: QueueKeys, entry: bytes, spec: ScheduleSpec, origin: Origin
+    ) -> CallProgram[Schedule]:
         index = schedules.schedule_index(self._core.client.namespace)
         while True:
             yield schedules.claim_name(index, name, keys.queue)
@@ -260,12 +300,15 @@ class Schedules:
         return Job(self._core, str(job), keys.queue, self._core.definitions.get(read_spec(rows[0]).task))
 
     def _get(self, name: str) -> CallProgram[Schedule]:
+        return Schedule(self, *(yield from self._find(name)))
+
+    def _find(self, name: str) -> CallProgram[tuple[QueueKeys, ScheduleRow]]:
         queue = yield schedules.queue_of(schedules.schedule_index(self._core.client.namespace), name)
         if queue:
             keys = self._core.keys(queue)
             _, rows = yield schedules.read_schedules(keys, name)
             if rows:
-                return Schedule(self, keys, rows[0])
+                return keys, rows[0]
         raise ScheduleNotFound(name)
 
     def _list(self) -> CallProgram[Sequence[Schedule]]:
@@ -367,6 +410,20 @@ def _foreign(name: str, origin: str) -> ConfigurationError:
         f"Schedule {name!r} belongs to {whose}. Nothing was stored. Take another name, or delete it first: "
         f"app.schedules.delete({name!r})."
     )
+
+
+def _options_of(name: str, entry: Entry) -> tuple[object, ...]:
+    """Return what of a call does not come from its arguments; of headers the names: a middleware may write their values."""
+    extra = read_envelope(entry.rest).extra
+    return (
+        entry.priority, entry.delay_ms, entry.expires_ms, entry.front, entry.tags, entry.unique is None,
+        entry.group in {None, f"schedule:{name}"}, replace(extra, headers=dict.fromkeys(extra.headers, "")),
+    )  # fmt: skip
+
+
+def timing_of(one: Schedule) -> Timing:
+    """Return the instants at which a schedule is due."""
+    return one._spec.timing  # noqa: SLF001  the one way to it
 
 
 def _write_spec(spec: ScheduleSpec) -> bytes:

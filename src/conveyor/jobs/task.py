@@ -331,7 +331,7 @@ class Task(Generic[P, R_co]):
             written = getattr(known.get("function"), "__name__", "task")
             raise no_member(f"Task {known.get('name', '')}".rstrip(), name, TASK_MEMBERS, written)
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> Any:
         """Call the function, here and now. What a worker would fill with `Depends(…)` must be passed by name."""
         if (injection := self._definition.injection) is not None:
             injection.refuse_call(self.name, args, kwargs)
@@ -340,7 +340,7 @@ class Task(Generic[P, R_co]):
     def __repr__(self) -> str:
         return f"<Task {self._definition.signature.describe()} on {self.queue}>"
 
-    def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> Job[R_co]:
+    def enqueue(self, /, *args: P.args, **kwargs: P.kwargs) -> Job[R_co]:
         """
         Have a worker call the function with these arguments; return a handle of the job.
 
@@ -357,7 +357,7 @@ class Task(Generic[P, R_co]):
             return Job(core, id_, queue, definition)
         return definition.enqueue(definition.outgoing, None, args, kwargs)
 
-    async def aenqueue(self, *args: P.args, **kwargs: P.kwargs) -> Job[R_co]:
+    async def aenqueue(self, /, *args: P.args, **kwargs: P.kwargs) -> Job[R_co]:
         """Awaitable form of `enqueue`; calls of one tick of the loop share a round trip."""
         definition = self._definition
         core, queue = definition.core, definition.queue
@@ -371,7 +371,7 @@ class Task(Generic[P, R_co]):
             return Job(core, id_, queue, definition)
         return await definition.aenqueue(definition.outgoing, None, args, kwargs)
 
-    def s(self, *args: P.args, **kwargs: P.kwargs) -> TaskCall[R_co]:
+    def s(self, /, *args: P.args, **kwargs: P.kwargs) -> TaskCall[R_co]:
         """Return the call as a value, for `app.enqueue_many` and `context.spawn`."""
         return TaskCall(self._definition, self._definition.outgoing, None, args, kwargs)
 
@@ -430,7 +430,7 @@ class SyncTask(Task[P, R_co]):
 
     if TYPE_CHECKING:
 
-        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+        def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
 
 class AsyncTask(Task[P, R_co]):
@@ -438,7 +438,7 @@ class AsyncTask(Task[P, R_co]):
 
     if TYPE_CHECKING:
 
-        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R_co]: ...
+        def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R_co]: ...
 
 
 class BoundTask(Generic[P, R_co]):
@@ -454,15 +454,15 @@ class BoundTask(Generic[P, R_co]):
     def __repr__(self) -> str:
         return f"<{self._definition.name} with {self._outgoing}>"
 
-    def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> Job[R_co]:
+    def enqueue(self, /, *args: P.args, **kwargs: P.kwargs) -> Job[R_co]:
         """Have a worker call the function with these arguments and options; raises what `Task.enqueue` does."""
         return self._definition.enqueue(self._outgoing, self._durability, args, kwargs)
 
-    async def aenqueue(self, *args: P.args, **kwargs: P.kwargs) -> Job[R_co]:
+    async def aenqueue(self, /, *args: P.args, **kwargs: P.kwargs) -> Job[R_co]:
         """Awaitable form of `enqueue`."""
         return await self._definition.aenqueue(self._outgoing, self._durability, args, kwargs)
 
-    def s(self, *args: P.args, **kwargs: P.kwargs) -> TaskCall[R_co]:
+    def s(self, /, *args: P.args, **kwargs: P.kwargs) -> TaskCall[R_co]:
         """Return the call as a value, for `app.enqueue_many` and `context.spawn`."""
         return TaskCall(self._definition, self._outgoing, self._durability, args, kwargs)
 

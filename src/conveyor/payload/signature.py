@@ -92,6 +92,12 @@ class TaskSignature:
         """The names of the parameters that the payload fills."""
         return tuple(self._parameters)
 
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The names of those that each call has to give."""
+        optional = {self._rest, self._others}
+        return tuple(name for name in self._parameters if name not in optional and self._default(name) is _EMPTY)
+
     def argument_reader(self, path: str, what: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
         """
         Return a function that reads an argument of a call that fits: ``tenant``, or a part of one, ``order.customer``.

@@ -36,3 +36,9 @@ export function Traceback({ error }) {
     ${own.length > 0 && folded(others, "of libraries")}
     ${error.traceback && html`<details><summary>The whole traceback</summary><div>${shown(error.traceback)}</div><div><button class="small" onClick=${() => copy(error.traceback)}>Copy</button></div></details>`}</div>`;
 }
+
+/** Return the JSON text of arguments as it is, or raise what is wrong with it. */
+export function checked(text) {
+  try { JSON.parse(text); } catch (error) { throw new Error(`The arguments are no JSON: ${error.message}`); }
+  return text;
+}

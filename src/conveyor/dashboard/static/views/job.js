@@ -2,7 +2,7 @@
 import { Act, Answer, Card, Elapsed, Empty, Form, Head, Icon, Meter, State, Tabs, Time, api, confirm, copy, go, href, html, jobHref, jobsHref, linkHref, live, may, ms, num, percent, queueHref, shown, span, term, toast, useEffect, useLive, useQuery, useRef, useState, Flags } from "../app.js";
 import { StateDiagram, Timeline } from "../parts/graph.js";
 import { Causes } from "./queues.js";
-import { JsonText, Traceback, pretty } from "../parts/text.js";
+import { JsonText, Traceback, checked, pretty } from "../parts/text.js";
 
 const BUTTONS = [
   ["retry", "Retry", "retry_jobs", "primary"], ["promote", "Run now", "retry_jobs", ""], ["cancel", "Cancel", "cancel_jobs", ""],
@@ -22,12 +22,6 @@ async function act(name, id) {
   if (made) { toast("A new job with the same arguments is enqueued."); go(jobHref(made)); return; }
   toast(SAID[one.outcome] ?? one.detail ?? one.outcome);
   if (name === "delete") go(href("jobs"));
-}
-
-/** Return JSON text as it is, or raise what is wrong with it. */
-function checked(text) {
-  try { JSON.parse(text); } catch (error) { throw new Error(`The arguments are no JSON: ${error.message}`); }
-  return text;
 }
 
 /** A dialog that changes a job that waits: its time, priority or arguments. */
