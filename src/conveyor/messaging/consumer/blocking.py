@@ -205,9 +205,12 @@ class Consumer(ConsumerState[T, BlockingSettler]):
                         found = self._follow(program())
                     except KeyboardInterrupt as stop:
                         raise stop.with_traceback(None) from None  # how a loop ends: no need to show where it waited
-                    messages = [found] if as_batch is None else found
-                    self._latest = [message._leased for message in messages]  # noqa: SLF001
-                    yield found if as_batch is None else as_batch(found)
+                    if as_batch is None:
+                        self._latest = (found._leased,)  # noqa: SLF001
+                        yield found
+                    else:
+                        self._latest = [message._leased for message in found]  # noqa: SLF001
+                        yield as_batch(found)
         finally:
             self._renew_no_more()
 
