@@ -10,7 +10,6 @@ import msgspec
 from msgspec.structs import asdict, replace
 
 from conveyor.ids import made_at_ms, public
-from conveyor.jobs.schedules import timing_of
 from conveyor.payload.live_records import Progress
 from conveyor.payload.pipeline import MAX_LARGE
 from conveyor.payload.records import Failure, Status
@@ -353,6 +352,8 @@ def error_info(failure: Failure) -> ErrorInfo:
 
 def schedule_view(one: Schedule) -> dict[str, Any]:
     """Return a schedule with its next and its last instants. `cron` and its `tz`, or `every`, are what it was put with."""
+    from conveyor.jobs.schedules import timing_of  # what lists queues and workers needs no part of it
+
     timing = timing_of(one)
     seconds, rest = divmod(timing.every_ms or 0, 1000)
     every = None if timing.every_ms is None else f"{seconds}.{rest:03}s" if rest else f"{seconds}s"
