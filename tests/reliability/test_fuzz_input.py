@@ -66,7 +66,7 @@ WORDS = [
     "2026-01-01T00:00:00Z", "dead", "ready", "{}", "[", '{"id":1}', "[1,2]", '"x"', "a=b", "=", "k=v", "\u202e\x1b[31m", "%s{0}", "../../x",
     "no.such:app", "x" * 5000, "[" * 500,
 ]  # fmt: skip
-ENDLESS = frozenset({"demo", "worker", "server", "watch"})
+ENDLESS = frozenset({"dashboard", "demo", "dev", "mcp", "relay", "server", "top", "watch", "worker"})
 
 
 def damaged(dice: random.Random, text: str) -> str:
