@@ -13,9 +13,8 @@ Duration = float | int | str | timedelta
 _UNIT_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _DURATION = re.compile(rf"(?:{_DURATION_PART.pattern})+")
-LATEST_MS = (
-    253_402_214_400_000  # the last day of the year 9999: the last instant that a datetime of every zone can hold
-)
+LATEST_MS = 253_402_214_400_000
+"""The last day of the year 9999: the last instant that a datetime of every zone can hold."""
 LONGEST_MS = 366 * 100 * 86_400_000  # a century; beyond it, numbers lose their milliseconds in Redis
 
 

@@ -20,14 +20,19 @@ def send(tenant: str) -> None: ...
 """
 
 
+def write_app(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write the app as a module that this process can import."""
+    (folder / f"{name}.py").write_text(APP)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+
+
 @pytest.mark.leaves_keys("the limits of its queue are kept")
 def test_limits_are_listed_set_and_reset(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A change of a rate, or of one key of a limit, shows in the list until it is reset; what fits no limit is refused."""
-    (tmp_path / "limited_shop.py").write_text(APP)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "limited_shop", raising=False)
+    write_app("limited_shop", tmp_path, monkeypatch)
     monkeypatch.setenv("CONVEYOR_URL", url)
 
     def run(*words: str) -> tuple[int, str, str]:
@@ -66,9 +71,7 @@ def test_limits_of_another_namespace_are_its_own(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With --namespace or --url the limits there are listed and changed, and never those of the app's own place."""
-    (tmp_path / "placed_shop.py").write_text(APP)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "placed_shop", raising=False)
+    write_app("placed_shop", tmp_path, monkeypatch)
     monkeypatch.setenv("CONVEYOR_URL", url)
 
     def limits(*words: str) -> Any:

@@ -464,24 +464,22 @@ class Admin:
 
         Jobs that run are not affected. Where it ends early, the queues that it reached stay paused: call it again.
         """
-        return self._pause(name, paused=True)
+        return self._pause(name, "pause")
 
     def resume(self, name: str | None) -> list[str]:
         """Resume a paused queue, or all (None), also those that were paused one by one; return their names."""
-        return self._pause(name, paused=False)
+        return self._pause(name, "resume")
 
-    def _pause(self, name: str | None, *, paused: bool) -> list[str]:
-        what = "pause" if paused else "resume"
+    def _pause(self, name: str | None, what: Literal["pause", "resume"]) -> list[str]:
         if name is not None:
-            queue = self._directory.queue(name)
-            (queue.pause if paused else queue.resume)()
+            getattr(self._directory.queue(name), what)()
             self.note(what, name)
             return [name]
-        reached: list[str] = []
+        everything, reached = self._directory.everything(), list[str]()
+        directory = self._directory.knowing(everything)
         try:
-            for one, parts in self._directory.everything().items():
-                for part in parts:
-                    self.client.run(operations.configure(self._keys(part), "paused", "1" if paused else ""))
+            for one in everything:
+                getattr(directory.queue(one), what)()
                 reached.append(one)
         finally:
             self.note(what, "all queues", count=len(reached))
@@ -763,9 +761,8 @@ class Admin:
                     minutes.add(page.minute)
                     cursor = page.cursor
                 counters.update(fields)
-            if (
-                len(minutes) == 1
-            ):  # else a minute has become one of those that are over: it may be missing, or there twice
+            # Else a minute has become one of those that are over: it may be missing, or there twice.
+            if len(minutes) == 1:
                 return counters
         return {}
 

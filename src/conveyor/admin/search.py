@@ -185,7 +185,7 @@ class JobSearch:
                 footer = f"Searched {min(budget.looked, total):,} of {total:,} jobs; the next page goes on from there."
             return SearchPage(jobs, after, budget.looked, total, footer)
 
-        start = (0, "", max(0, offset)) if cursor is None else _read_cursor(cursor, places)
+        start = (0, "", offset) if cursor is None else _read_cursor(cursor, places)
         size = min(_AT_A_TIME, max(limit, 20)) if query.chooses_all else _AT_A_TIME
         for number, step, skip in self._steps(places, query, start, size, "" if query.needs_payload else "short"):
             part, state, _ = places[number]
@@ -250,9 +250,8 @@ class JobSearch:
                 looked, rows = self._look(keys, state, offset, size, query, reads)
                 jobs = self._accepted(keys.queue, rows, query)
             begins, offset = offset, offset + looked
-            ended = (
-                not looked or offset >= end
-            )  # none looked at: no later one can be wanted, or the list has become shorter
+            # None was looked at where no later one can be wanted, or the list has become shorter.
+            ended = not looked or offset >= end
             yield _SearchStep(looked or len(jobs), jobs, str(begins), None if ended else str(offset))
 
     def _look(
