@@ -101,6 +101,7 @@ if TYPE_CHECKING:
     from conveyor.jobs.core import AppCore
     from conveyor.jobs.job import Job
     from conveyor.jobs.watching import Changes, WatchHub
+    from conveyor.messaging.limit_control import LimitState
     from conveyor.messaging.selection import ActionName, Sleep
 
 T = TypeVar("T")
@@ -433,12 +434,14 @@ class Admin:
         partitions = self._directory.partition_names(name)
         return [self._queue_info(part) for part in partitions] if len(partitions) > 1 else []
 
-    def causes(self, name: str, waiting: int | None = None) -> list[QueueCause]:
+    def causes(
+        self, name: str, waiting: int | None = None, *, limits: Sequence[LimitState] | None = None
+    ) -> list[QueueCause]:
         """
         Return why jobs of a queue wait, in the order in which a lease meets the causes.
 
         One call for each partition, and where a limit is full one more that reads when it opens.
-        *waiting*: how many are ready or wait, where that is known. Raises QueueNotFound.
+        *waiting*: how many are ready or wait, *limits*: those of the queue, where that is known. Raises QueueNotFound.
         """
         if waiting is None:
             info = self._queue_info(name)
@@ -449,12 +452,13 @@ class Admin:
         found = queue_causes(name, waiting, [facts for facts in answers if facts is not None])
         if not any(one.kind == "limit" for one in found):
             return found
-        from conveyor.messaging.limit_control import LimitControl
+        if limits is None:
+            from conveyor.messaging.limit_control import LimitControl
 
-        try:
-            limits = LimitControl(self.client).list(name)
-        except StoreUnavailable:  # of a partition; the causes at the others stand
-            return found
+            try:
+                limits = LimitControl(self.client).list(name)
+            except StoreUnavailable:  # of a partition; the causes at the others stand
+                return found
         keyed = {one.name if one.key is None else f"{one.name}:{one.key}": one.opens_at for one in limits}
         return with_openings(found, keyed)
 

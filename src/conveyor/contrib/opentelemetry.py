@@ -52,9 +52,8 @@ class _Operation:
         self.labels["error.type"] = kind
         self.span.set_attribute("error.type", kind)
         self.span.set_status(Status(StatusCode.ERROR))
-        with suppress(
-            Exception
-        ):  # the methods of an exception are the caller's code: the job ends with it, not with what they raise
+        # The methods of an exception are the caller's code: the job ends with it, not with what they raise.
+        with suppress(Exception):
             self.span.record_exception(error)
             self.span.set_status(Status(StatusCode.ERROR, str(error)))
 

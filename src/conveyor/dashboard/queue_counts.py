@@ -110,9 +110,8 @@ class QueueTable:
                 former = known.get(info.name) or CountedQueue(begin, info)
                 is_listed = workers or not (info.workers or info.silent)
                 listed = (rows, begin) if is_listed else (former.workers, former.listed)
-                known[info.name] = CountedQueue(
-                    begin, info, former.ended, *listed
-                )  # keeps its turn, so that each comes round
+                # It keeps its turn, so that each comes round.
+                known[info.name] = CountedQueue(begin, info, former.ended, *listed)
             return self._all()
 
     def followed(self) -> CountedQueues:

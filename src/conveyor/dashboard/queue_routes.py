@@ -47,13 +47,14 @@ def show_queue(call: ApiCall) -> dict[str, Any]:
     """Return one queue, why its jobs wait, and who serves it."""
     name = call["name"]
     info: QueueInfo = call.admin.queue(name)
-    causes = call.admin.causes(name, info.ready + info.waiting)
+    limits = call.service.limits.list(name)
+    causes = call.admin.causes(name, info.ready + info.waiting, limits=limits)
     return {
         "queue": queue_document(info),
         "partitions": [queue_document(one) for one in call.admin.partitions(name)],
         "causes": [cause_document(one) for one in causes],
         "workers": call.service.workers(call.admin, name),
-        "limits": [limit_document(one) for one in call.service.limits.list(name)],
+        "limits": [limit_document(one) for one in limits],
         "groups": call.service.groups_of(name),
         "paused_tasks": [one.name for one in causes if one.kind == "task-paused"],
     }

@@ -226,10 +226,9 @@ class Schedules:
         )  # fmt: skip
         queue, kept = outbox.read(self._open(name, row.entry))
         if call is None:
-            own_group = f"schedule:{name}"
             if spec.overlap == "queue":
-                kept.group = kept.group or own_group
-            elif kept.group == own_group:
+                kept.group = kept.group or _own_group(name)
+            elif kept.group == _own_group(name):
                 kept.group = None
             return (yield from self._store(name, keys, outbox.write(queue, kept), spec, "data"))
         spec = replace(spec, task=call.definition.name)
@@ -360,7 +359,7 @@ class Schedules:
         sent, body, limits = definition.encoded(outgoing, call.args, call.kwargs)
         entry = replace(entry_of(sent, body, None, definition.uniqueness, limits, deferred=False), id="")
         if spec.overlap == "queue" and entry.group is None:
-            entry.group = f"schedule:{name}"
+            entry.group = _own_group(name)
         return self._keys(sent.queue), outbox.write(sent.queue, entry)
 
     def _defines(self, row: ScheduleRow, spec: ScheduleSpec, entry: bytes) -> bool:
@@ -412,12 +411,17 @@ def _foreign(name: str, origin: str) -> ConfigurationError:
     )
 
 
+def _own_group(name: str) -> str:
+    """Return the group by which the jobs of a schedule run one after the other, where they have no other."""
+    return f"schedule:{name}"
+
+
 def _options_of(name: str, entry: Entry) -> tuple[object, ...]:
     """Return what of a call does not come from its arguments; of headers the names: a middleware may write their values."""
     extra = read_envelope(entry.rest).extra
     return (
         entry.priority, entry.delay_ms, entry.expires_ms, entry.front, entry.tags, entry.unique is None,
-        entry.group in {None, f"schedule:{name}"}, replace(extra, headers=dict.fromkeys(extra.headers, "")),
+        entry.group in {None, _own_group(name)}, replace(extra, headers=dict.fromkeys(extra.headers, "")),
     )  # fmt: skip
 
 
