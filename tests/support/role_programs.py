@@ -186,6 +186,8 @@ def follow(app: Conveyor) -> None:
     told = app.queue("told", events=10)
     told.push(1)
     told.push(1, id="told")
+    # Without the right to store events the pushes succeed, and a reader would wait for ever.
+    assert app.client.run(queue_events.read_events(told.keys, "", "")).events
     assert next(app.events("told")).name == "enqueued"
     assert app.client.run(queue_events.read_events(told.keys, "", queue_events.TO_COME)).kept
 
