@@ -66,7 +66,8 @@ WORDS = [
     "2026-01-01T00:00:00Z", "dead", "ready", "{}", "[", '{"id":1}', "[1,2]", '"x"', "a=b", "=", "k=v", "\u202e\x1b[31m", "%s{0}", "../../x",
     "no.such:app", "x" * 5000, "[" * 500,
 ]  # fmt: skip
-ENDLESS = frozenset({"dashboard", "demo", "dev", "mcp", "relay", "server", "top", "watch", "worker"})
+SERVES = frozenset({"bench", "dashboard", "demo", "dev", "mcp", "relay", "server", "top", "watch", "worker"})
+"""Commands that serve until they are stopped, or measure for a while: of these the options are parsed alone."""
 
 
 def damaged(dice: random.Random, text: str) -> str:
@@ -131,16 +132,16 @@ def test_damaged_durations(rounds: Rounds) -> None:
 
 
 def leaves(
-    command: click.Command, words: tuple[str, ...] = (), endless: frozenset[str] = ENDLESS
+    command: click.Command, words: tuple[str, ...] = (), but: frozenset[str] = frozenset()
 ) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    """Yield every command that is not *endless*, with the words that name it."""
+    """Yield every command *but* those, with the words that name it."""
     if isinstance(command, click.Group):
         context = click.Context(command)
         for name in command.list_commands(context):
-            if name not in endless:
+            if name not in but:
                 found = command.get_command(context, name)
                 assert found is not None
-                yield from leaves(found, (*words, name), endless)
+                yield from leaves(found, (*words, name), but)
     else:
         yield words, command
 
@@ -160,7 +161,7 @@ def typed(dice: random.Random, command: click.Command) -> list[str]:
 def test_numbers_that_nothing_holds(capsys: pytest.CaptureFixture[str]) -> None:
     """Each option that is a whole number has an upper bound, and one above it is a mistake in the call, which names the option."""
     tried = 0
-    for words, command in leaves(cli, endless=frozenset()):
+    for words, command in leaves(cli):
         arguments = ["1" for one in command.params if isinstance(one, click.Argument) and one.required]
         for option in command.params:
             if not isinstance(option, click.Option) or option.type.name not in {"integer", "integer range"}:
@@ -185,7 +186,7 @@ def test_damaged_command_lines(
     dice, ends = random.Random(seed), Counter[int]()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CONVEYOR_URL", url)
-    commands = list(leaves(cli))
+    commands = list(leaves(cli, but=SERVES))
     assert len(commands) > 15
     for number in range(rounds(50_000, 2_000)):
         words, command = dice.choice(commands)
@@ -208,8 +209,6 @@ def t(a: int = 0): ...
 @app.task(name="lim", queue="limited", limits=[Rate(10, "1m", name="r")])
 def lim(a: int = 0): ...
 """
-SERVES = {"demo", "server", "dashboard", "dev", "worker", "mcp", "relay", "bench", "top", "watch"}
-"""Commands that serve until they are stopped, or measure for a while: of these the options are parsed alone."""
 SAMPLES = {
     "schedule": "s", "limits": "limited", "workers": "host:1", "id_": "ID", "ids": "ID", "limit": "5/1m", "partitions": "1", "message": "1",
     "shell": "bash", "fingerprint": "abcd", "task": "t", "text": "hello",
@@ -321,7 +320,7 @@ def test_every_option_of_every_command(
     print(f"seed {seed}")
     cases = [
         (words, command, target, text)
-        for words, command in every_leaf(cli)
+        for words, command in leaves(cli)
         for target in command.params
         if not getattr(target, "is_flag", False) and target.name != "help"
         for text in ODD_TEXTS
@@ -351,17 +350,6 @@ def can_be_typed(text: str) -> bool:
         return False
 
 
-def every_leaf(command: click.Command, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    """Yield every command, with the words that name it."""
-    if not isinstance(command, click.Group):
-        yield words, command
-        return
-    for name in command.list_commands(click.Context(command)):
-        found = command.get_command(click.Context(command), name)
-        assert found is not None
-        yield from every_leaf(found, (*words, name))
-
-
 SETTINGS_OF_TOML = [
     "5", "-5", "1.5", "nan", "inf", "true", '""', '"x"', '"\\u0000"', "[]", "[1]", '["a"]', '["a:0"]', "{}", "{a=1}", "{a=0}", '{a="x"}', "{a={b=1}}",
     "{a=nan}", "2026-01-01", "12:00:00", '[[["a"]]]', "9" * 30, '"\u00b2"', '"9999999999h"', "[{a=1}]", "[" * 300 + "]" * 300,
@@ -384,7 +372,7 @@ def test_settings_that_mean_nothing(
         for line in (["config", "show"], ["config", "check"], ["worker", "--help"]):
             run_line(line, capsys, monkeypatch)
     (odd_project / "pyproject.toml").unlink()
-    of_worker = {one.envvar for one in dict(every_leaf(cli))[("worker",)].params if isinstance(one.envvar, str)}
+    of_worker = {one.envvar for one in dict(leaves(cli))[("worker",)].params if isinstance(one.envvar, str)}
     names = sorted(
         of_worker | {"CONVEYOR_URL", "CONVEYOR_APP", "CONVEYOR_NAMESPACE", "CONVEYOR_BUILD", "CONVEYOR_INCLUDE"}
     )
