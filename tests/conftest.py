@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import compileall
+import faulthandler
 import functools
 import itertools
 import os
 import random
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 import redis as redis_py
 import redis.utils
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 
 import conveyor
 from conveyor.jobs.app import Conveyor
@@ -31,6 +33,8 @@ pytest_plugins = [
 redis.utils.get_lib_version = functools.cache(redis.utils.get_lib_version)
 
 _OLDER = ("redis6", "redis7")
+_LONGEST_ROUNDS = 7200.0
+"""Seconds that a test may take with --full, unless a limit is given with `-o faulthandler_timeout=…`."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -101,6 +105,25 @@ def _uses_the_server(item: pytest.Item) -> bool:
     """Tell whether a test uses the server all share, and not one of its own module's."""
     found = item._fixtureinfo.name2fixturedefs.get("server") if isinstance(item, pytest.Function) else None
     return bool(found) and found[-1].func.__module__ == __name__
+
+
+@pytest.hookimpl(wrapper=True)
+def _limited(item: pytest.Item) -> Generator[None, object, object]:
+    """
+    End the process, with the stacks of all threads, where a part of a test hangs.
+
+    The limit of pytest itself is lifted as soon as a test has failed, so that its fixtures might wait for ever at their end.
+    """
+    limit, given = float(item.config.getini("faulthandler_timeout")), item.config.getoption("override_ini") or ()
+    if item.config.getoption("--full") and not any(one.startswith("faulthandler_timeout") for one in given):
+        limit = _LONGEST_ROUNDS
+    if limit:
+        stderr = item.config.stash[fault_handler_stderr_fd_key]
+        faulthandler.dump_traceback_later(limit, file=stderr, exit=True)
+    return (yield)
+
+
+pytest_runtest_setup = pytest_runtest_call = pytest_runtest_teardown = _limited
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import redis as redis_py
 
 from support import server_kinds
 from support.leaked_keys import leaked
+from support.waiting import until_said
 from testbed.server_process import Server, find_binary
 
 
@@ -70,12 +71,7 @@ def test_keys_that_never_expire_are_leaks(redis: redis_py.Redis) -> None:
 @pytest.mark.row("I19")
 def test_leaking_test_fails(pytester: pytest.Pytester) -> None:
     """A test that passes and leaves a key behind is reported as an error; one that says why is not."""
-    home = Path(__file__).parents[2]
-    pytester.makeconftest((home / "tests" / "conftest.py").read_text())
-    pytester.makeini(
-        f"[pytest]\npythonpath = {home} {home / 'tests'}\nasyncio_default_fixture_loop_scope = function\n"
-        "markers =\n  leaves_keys(reason): x\n  redis6: x\n  redis7: x\n"
-    )
+    use_our_conftest(pytester)
     pytester.makepyfile(
         """
         import pytest
@@ -93,6 +89,39 @@ def test_leaking_test_fails(pytester: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["*left 1 keys without a TTL behind*", "*forgotten*"])
 
 
+def use_our_conftest(pytester: pytest.Pytester) -> None:
+    home = Path(__file__).parents[2]
+    pytester.makeconftest((home / "tests" / "conftest.py").read_text())
+    pytester.makeini(
+        f"[pytest]\npythonpath = {home} {home / 'tests'}\nasyncio_default_fixture_loop_scope = function\n"
+        "markers =\n  leaves_keys(reason): x\n  redis6: x\n  redis7: x\n"
+    )
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_part_of_a_test_hangs(pytester: pytest.Pytester, fails: bool) -> None:
+    """The process of a test whose fixture never ends is ended with a stack, also where the test itself had failed."""
+    use_our_conftest(pytester)
+    pytester.makepyfile(
+        f"""
+        import threading
+        import pytest
+
+        @pytest.fixture
+        def endless():
+            yield
+            threading.Event().wait()
+
+        def test_waits(endless): assert {not fails}
+        """
+    )
+
+    result = pytester.runpytest_subprocess("-q", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=1", timeout=60)
+
+    assert result.ret == 1
+    result.stderr.fnmatch_lines(["Timeout*", "*in endless*"])
+
+
 def test_server_dies_with_its_test_process(directory: Path) -> None:
     """A server is gone soon after the process that started it was killed with SIGKILL."""
     program = (
@@ -101,8 +130,7 @@ def test_server_dies_with_its_test_process(directory: Path) -> None:
         f"print(Server(find_binary('valkey'), Path({str(directory / 'orphan')!r})).pid, flush=True); time.sleep(60)"
     )
     owner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    assert owner.stdout is not None
-    pid = int(owner.stdout.readline())
+    pid = int(until_said(owner))
     os.kill(pid, 0)
 
     owner.kill()
