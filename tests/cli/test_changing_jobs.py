@@ -14,7 +14,7 @@ from conveyor import Conveyor
 from conveyor.cli import main
 from support.manual_worker import drain as remove_jobs
 from support.running_worker import drain, working
-from support.waiting import auntil, until_status
+from support.waiting import auntil, until_ended, until_status
 
 APP = """
 import asyncio
@@ -99,5 +99,5 @@ def test_jobs_are_changed_run_again_and_cancelled(app: Conveyor, capsys: pytest.
         )
     finally:
         over.set()
-        worker.join()
+        until_ended(worker)
     assert run("job", "retry", *named, waits, "--again", code=6).startswith(f"{waits}\trefused\tThe arguments of job")

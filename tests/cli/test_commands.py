@@ -26,6 +26,7 @@ from conveyor.worker.logs import SafeFormatter
 from support.client_worker import ClientWorker, dead, push
 from support.shell import Shell
 from support.terminal import on_terminal, plain
+from support.waiting import until_said
 
 pytestmark = pytest.mark.leaves_keys("jobs are pushed here to be looked at")
 
@@ -165,7 +166,7 @@ def test_push_passes_a_slow_pipe_on(shell: Shell, backend: Client) -> None:
     assert process.stdout is not None
     process.stdin.write("1\n")
     process.stdin.flush()
-    first = process.stdout.readline().strip()
+    first = until_said(process).strip()
 
     assert Admin(backend).job(first).status == "ready"
 
@@ -493,8 +494,7 @@ def test_server_start_status_stop(tmp_path: Path) -> None:
     assert shell.run("server", "status").returncode == 5
 
     process = shell.start("server", "start")
-    assert process.stdout is not None
-    url = process.stdout.readline().strip()
+    url = until_said(process).strip()
     assert url.startswith("unix:///")
     assert f"url\t{url}" in shell.run("server", "status").stdout
     assert shell.run("push", "mail", "1").returncode == 0

@@ -25,7 +25,7 @@ from conveyor.cli.demo.run import DemoRun
 from conveyor.store.client.client import Client
 from support.shell import Shell
 from support.supervisor_process import running
-from support.waiting import until
+from support.waiting import until, until_said
 
 ACCEPTED = {"q:a": "work", "q:b": "work", "q:c": "work", "q:d": "work"}
 KILL = Kill(7, 10.0, returned=3)
@@ -186,12 +186,7 @@ def test_unattended_demo_adds_up_and_leaves_nothing(shell: Shell, temporary: dic
 def test_ctrl_c_drains_and_exits_0(shell: Shell, temporary: dict[str, str]) -> None:
     """Ctrl-C ends a demo in order: accepted jobs are finished, counted and printed."""
     demo = shell.start_anew("demo", "--seconds", "300", **temporary)
-    assert demo.stdout is not None
-    said = ""
-    while "the first job was done" not in said:
-        line = demo.stdout.readline()
-        assert line, said
-        said += line
+    until_said(demo, "the first job was done", 120)
 
     demo.send_signal(signal.SIGINT)
     out, _ = demo.communicate(timeout=60)
@@ -203,13 +198,11 @@ def test_ctrl_c_drains_and_exits_0(shell: Shell, temporary: dict[str, str]) -> N
 def test_killed_demo_leaves_nothing(shell: Shell, temporary: dict[str, str]) -> None:
     """Nothing of a demo that was killed with SIGKILL stays: no worker, no server, no file."""
     demo = shell.start_anew("demo", "--seconds", "300", **temporary)
-    assert demo.stdout is not None
-    while "the first job was done" not in demo.stdout.readline():
-        pass
+    until_said(demo, "the first job was done", 120)
     assert len(processes_with(temporary["TMPDIR"])) >= 5
 
     demo.kill()
-    demo.communicate()
+    demo.communicate(timeout=60)
 
     until(lambda: processes_with(temporary["TMPDIR"]) == [])
 
@@ -217,9 +210,7 @@ def test_killed_demo_leaves_nothing(shell: Shell, temporary: dict[str, str]) -> 
 def test_demo_without_workers_fails(shell: Shell, temporary: dict[str, str]) -> None:
     """When the supervisor itself is killed, the demo ends early, counts what is left, and exits 1."""
     demo = shell.start_anew("demo", "--seconds", "300", **temporary)
-    assert demo.stdout is not None
-    while "the first job was done" not in demo.stdout.readline():
-        pass
+    until_said(demo, "the first job was done", 120)
     (supervisor,) = [pid for pid in processes_with("conveyor.cli.demo.worker_processes") if parent(pid) == demo.pid]
 
     os.kill(supervisor, signal.SIGKILL)

@@ -25,7 +25,7 @@ from support.running_worker import working
 from support.shell import Shell
 from support.terminal import on_terminal
 from support.time_limits import PATIENCE
-from support.waiting import until
+from support.waiting import until, until_said
 
 
 class Terminal(io.StringIO):
@@ -61,8 +61,7 @@ def test_ctrl_c_ends_only_the_watching(shell: Shell, app: Conveyor) -> None:
         [sys.executable, "-m", "conveyor", "job", "watch", job.id], cwd=shell.directory, env=shell.environment(),
         stdout=subprocess.PIPE, text=True,
     ) as command:  # fmt: skip
-        assert command.stdout is not None
-        assert "ready" in command.stdout.readline()
+        assert "ready" in until_said(command)
         command.send_signal(signal.SIGINT)
         assert command.wait(PATIENCE) == 130
     assert job.status() == "ready"

@@ -108,8 +108,7 @@ def test_fifty_viewers_cost_what_one_costs(app: Conveyor, redis: Redis) -> None:
         sockets = [socket.create_connection(("127.0.0.1", port), 60) for _ in range(viewers)]
         for one in sockets:
             one.sendall(b"GET /api/v1/stream HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-            while b"event: snapshot" not in one.recv(65536):
-                pass
+            until(lambda one=one: b"event: snapshot" in one.recv(65536))
         live._flags_until = float("inf")  # they are read in a step of their own, as are those who look
         first = len(started)
         until(lambda: len(before) > first + 5)

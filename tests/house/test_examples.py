@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.shell import FORK_SERVER, Shell
+from support.waiting import until_said
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -84,9 +85,8 @@ def test_web_handler_answers(url: str) -> None:
         [sys.executable, "async_web_handler.py", "0"], cwd=EXAMPLES, env=Shell(EXAMPLES, url).environment(),
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert process.stdout is not None
     try:
-        port = process.stdout.readline().split()[-1]
+        port = until_said(process).split()[-1]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/thumbnail/cat.png", timeout=10) as answer:
             assert answer.status == 202
             job = answer.read().decode()

@@ -13,7 +13,7 @@ from conveyor.store import inspection
 from conveyor.store.operations import Settlement
 from support.app_fixtures import blocking_app  # noqa: F401
 from support.manual_worker import ManualWorker
-from support.waiting import until
+from support.waiting import until, until_ended
 
 
 def declared(app, partitions=1):
@@ -52,7 +52,7 @@ class TestEnqueue:
         producer.start()
         until(lambda: app.queue("work", max_length=3, full="block").stats().blocked == 1)
         drain(app, redis, 4)
-        producer.join()
+        until_ended(producer)
         assert jobs[0].result(timeout="20s") == 8
 
     def test_many_more_than_the_queue_takes(self, app, redis):
@@ -64,7 +64,7 @@ class TestEnqueue:
         )
         producer.start()
         drain(app, redis, 20)
-        producer.join()
+        until_ended(producer)
         assert [job.result(timeout="20s") for job in jobs] == [2 * number for number in range(20)]
 
     def test_the_room_timeout(self, app, redis):
@@ -150,7 +150,7 @@ class TestEnqueue:
             async with app.worker(queues={"work": 1}, concurrency=2):
                 for job in jobs:
                     await job.aresult(timeout="20s")
-                await asyncio.to_thread(lambda: [producer.join() for producer in producers])
+                await asyncio.to_thread(lambda: [until_ended(producer) for producer in producers])
                 for job in more:
                     assert await job.aresult(timeout="20s") == 14
             await app.aclose()

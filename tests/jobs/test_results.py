@@ -58,9 +58,14 @@ def subscribers(client: redis_py.Redis) -> list[dict[str, Any]]:
 
 def listen(job: Job[int], redis: redis_py.Redis) -> None:
     """Wait for *job* until this process listens: a wait whose time is over at the first answer of Redis does not."""
-    while not subscribers(redis):
-        with pytest.raises(TimeoutError):
-            job.result(timeout=0.2)
+
+    def listens() -> bool:
+        if not subscribers(redis):
+            with pytest.raises(TimeoutError):
+                job.result(timeout=0.2)
+        return bool(subscribers(redis))
+
+    until(listens)
 
 
 def test_waiter_is_woken_by_push(

@@ -20,6 +20,7 @@ from conveyor.store.client.buffer import Buffer
 from conveyor.store.operations import Settlement
 from support.manual_worker import ManualWorker, arguments
 from support.running_worker import drain, working
+from support.waiting import until
 
 
 def sync(page: int, text: str = "", *, tenant: str = "none") -> None: ...
@@ -122,8 +123,7 @@ def test_until_a_time_outlives_the_job(app: Conveyor, manual: ManualWorker, redi
     [key] = [key for key in redis.keys(f"{app.client.namespace}:*") if b":unique:k:" in key]
     assert 200_000 < redis.pttl(key) <= 300_000
     redis.pexpire(key, 1)
-    while redis.exists(key):
-        pass
+    until(lambda: not redis.exists(key))
     again = task.enqueue(1)
     assert again.id != first.id
     assert again.cancel() == "removed"

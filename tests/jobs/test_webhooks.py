@@ -22,7 +22,7 @@ from conveyor.jobs import webhooks
 from conveyor.jobs.core import core_of
 from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import drain
-from support.waiting import auntil
+from support.waiting import auntil, until_ended
 
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
 
@@ -54,7 +54,7 @@ class Receiver:
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()
-        self.thread.join()
+        until_ended(self.thread)
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_a_receiver_that_never_finishes_is_left(monkeypatch: pytest.MonkeyPatch)
             webhooks.send(
                 hook, "default:y", {"id": "default:x", "state": "done", "at": "2026-11-28T04:20:00.000+00:00"}
             )
-        receiver.join()
+        until_ended(receiver)
     assert left.is_set()
 
 

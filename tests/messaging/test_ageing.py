@@ -45,6 +45,7 @@ def take(queue, count, at_once=1):
     bodies = []
     while len(bodies) < count:
         messages = queue.pull(at_once, wait="20s")
+        assert messages, f"nothing comes behind {bodies}"
         for message in messages:
             bodies.append(message.body)
             message.ack()

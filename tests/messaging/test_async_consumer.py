@@ -14,7 +14,7 @@ from conveyor.messaging.queue import Queue
 from conveyor.store import inspection
 from conveyor.store.client.client import Client
 from support.message_fixtures import FAST
-from support.waiting import auntil
+from support.waiting import auntil, until_ended
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ class TestAwaitable:
             closing = threading.Thread(target=lambda: (asked.wait(), loop.close()))
             closing.start()
             message.ack()
-            closing.join()
+            until_ended(closing)
         else:
             with pytest.raises(StoreUnavailable, match="does not carry out"):
                 message.ack()

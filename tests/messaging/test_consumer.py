@@ -28,7 +28,7 @@ from conveyor.store.signal_safety import SignalSafeEvent
 from support.interruption import points
 from support.message_fixtures import first
 from support.time_limits import PATIENCE
-from support.waiting import until
+from support.waiting import until, until_ended
 
 _LOOP = """
 from conveyor import Conveyor
@@ -231,7 +231,7 @@ class TestOneByOne:
         waiter.start()
         until(lambda: message._settler._consumer.is_idle)
         go.set()
-        worker.join()
+        until_ended(worker)
         until(lambda: queue.stats().leased == 0)
         queue.push(2)
         waiter.join(60)
@@ -338,7 +338,7 @@ class TestWaiting:
             message = next(messages)
             assert 0.35 < time.monotonic() - begin < PATIENCE
             message.ack()
-            timer.join()
+            until_ended(timer)
 
 
 class TestMayNotStart:

@@ -11,6 +11,7 @@ import pytest
 
 from conveyor.jobs.app import Conveyor
 from support.shell import Shell
+from support.waiting import until_said
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BEGIN = "import asyncio, time\nfrom conveyor import Conveyor\napp = Conveyor()\nmail = app.queue('mail')\napp.ping()\n"
@@ -30,8 +31,7 @@ def interrupted(program: list[str], url: str, directory: Path) -> tuple[int, str
         [sys.executable, *program], cwd=directory, env=Shell(directory, url).environment(), stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert process.stdout is not None
-    process.stdout.readline()
+    until_said(process)
     try:
         process.wait(1)  # until it waits; the law holds earlier too
     except subprocess.TimeoutExpired:

@@ -18,7 +18,7 @@ import pytest
 from conveyor import Conveyor, LeaseLost, StoreUnavailable
 from conveyor.store import inspection
 from support.message_fixtures import crash, first
-from support.waiting import until
+from support.waiting import until, until_ended
 
 SHORT = 0.4
 """Seconds of a lease that is to end in a test."""
@@ -109,7 +109,7 @@ class TestRelease:
         thread.start()
         until(lambda: _is_blocked(queue))
         low.release()
-        thread.join()
+        until_ended(thread)
         assert [message.body for message in found] == ["low"]
         found[0].release()
         high.release()

@@ -17,7 +17,7 @@ from conveyor.messaging.message import Batch
 from conveyor.messaging.queue import Queue
 from conveyor.store.client.client import Client
 from support.message_fixtures import FAST, crash, first
-from support.waiting import until
+from support.waiting import until, until_said
 
 
 class TestLost:
@@ -73,7 +73,7 @@ class TestLost:
             url, "for m in q.consume(prefetch=2): print('leased', flush=True); import time; time.sleep(60)"
         )
         try:
-            assert process.stdout.readline() == b"leased\n"
+            assert until_said(process) == "leased\n"
             os.kill(process.pid, signal.SIGKILL)
         finally:
             process.wait(60)

@@ -97,8 +97,7 @@ async def test_a_job_to_come_is_waited_for(family: Conveyor) -> None:
     @family.task
     async def slow(context: Context = current()) -> None:
         coming.append(context.spawn(family.tasks["family.follower"].s(3)))
-        while len(coming) < 2:
-            await asyncio.sleep(0.005)
+        await auntil(lambda: len(coming) == 2)
 
     await slow.aenqueue()
     async with working(family):
@@ -109,8 +108,7 @@ async def test_a_job_to_come_is_waited_for(family: Conveyor) -> None:
             await job.aresult(timeout=0)
         waiting = asyncio.create_task(job.aresult(timeout=60))
         two = family.client.keys("two")
-        while not await family.client.aexecute("HEXISTS", two.waiters, job.id.split(":")[1], key=two.jobs):
-            await asyncio.sleep(0.005)
+        await auntil(lambda: family.client.aexecute("HEXISTS", two.waiters, job.id.split(":")[1], key=two.jobs))
         coming.append(None)
         assert await waiting == 3
         assert await family.tasks["family.follower"].job(job.id).astatus() == "done"

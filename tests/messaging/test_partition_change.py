@@ -22,7 +22,7 @@ from conveyor.store.client.client import Client
 from conveyor.worker.worker import Worker
 from support.partition_helpers import ack_all, audits, clear, in_a_loop, lengths, spread
 from support.running_worker import working
-from support.waiting import until
+from support.waiting import until, until_ended, until_said
 
 
 def numbers(backend, count=8):
@@ -142,12 +142,12 @@ for n in range({count}):
         ]
         won = {3: 0, 5: 0}
         try:
-            assert [racer.stdout.readline() for racer in racers] == ["ready\n"] * 2
+            assert [until_said(racer) for racer in racers] == ["ready\n"] * 2
             for n in range(count):
                 for racer in racers if n % 2 else racers[::-1]:
                     racer.stdin.write("go\n")
                     racer.stdin.flush()
-                said = [racer.stdout.readline().strip() for racer in racers]
+                said = [until_said(racer).strip() for racer in racers]
                 assert sorted(said) == ["E34", "won"]
                 winner = (3, 5)[said.index("won")]
                 won[winner] += 1
@@ -269,7 +269,7 @@ class TestRepartition:
                     break
             stop.set()
             go_on.set()
-            thread.join()
+            until_ended(thread)
             assert codes <= {"E35"}
             assert sorted(taken) == list(range(len(accepted)))
             assert set(refused) == {"E34"}

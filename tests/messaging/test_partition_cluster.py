@@ -13,7 +13,7 @@ from conveyor.admin.admin import Admin
 from conveyor.messaging.consumer.renewal import by_endpoint
 from support.partition_helpers import FAST, audits
 from support.running_worker import working
-from support.waiting import until
+from support.waiting import until, until_ended
 from testbed.server_groups import ClusterOfNodes
 
 
@@ -45,7 +45,7 @@ def test_an_idle_consumer_waits_at_each_slot(cluster: ClusterOfNodes) -> None:
             until(lambda: _blocked(cluster) >= 6)
             orders.parts[number % 6].push(number)
             until(lambda number=number: len(found) > number)
-        thread.join()
+        until_ended(thread)
         consumer.close()
         assert found == list(range(12))
         assert audits(orders) == []

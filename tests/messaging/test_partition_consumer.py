@@ -21,7 +21,7 @@ from conveyor.store import operations
 from conveyor.store.keys import QueueKeys
 from support.partition_helpers import FAST, ack_all, audits, in_a_loop, place_of, spread
 from support.time_limits import PATIENCE
-from support.waiting import until
+from support.waiting import until, until_ended, until_said
 
 
 def drained(queue, **options):
@@ -94,7 +94,7 @@ class TestConsume:
             until(lambda: _blocked(orders.client) >= 1)
             part.push(number)
             until(lambda number=number: len(found) > number)
-        thread.join()
+        until_ended(thread)
         consumer.close()
 
     @pytest.mark.usefixtures("only_when_woken")
@@ -156,7 +156,7 @@ class TestConsume:
         timer = threading.Timer(0.2, lambda: orders.push("x", group="c8"))
         timer.start()
         assert ack_all(orders.pull(3, wait="1h")) == ["x"]
-        timer.join()
+        until_ended(timer)
         assert time.monotonic() - begun < PATIENCE
 
     def test_the_awaitable_forms_do_the_same(self, orders):
@@ -223,11 +223,11 @@ for batch in orders.batches(size=40, within="1h"):
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         try:
-            assert process.stdout.readline().strip() == "40"
+            assert until_said(process).strip() == "40"
             assert all(part.stats().leased for part in queue.parts)
         finally:
             process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.wait(60)
             process.stdin.close()
             process.stdout.close()
         found = []
@@ -270,7 +270,9 @@ class TestModel:
                 _consume_some(queue, chance, ended)
             else:
                 assert audits(queue) == []
-        while len(queue):
+        deadline = time.monotonic() + 60
+        while left := len(queue):
+            assert time.monotonic() < deadline, f"{left} messages never come"
             for message in queue.pull(50, wait="1s"):
                 message.ack()
                 ended[message.id] += 1

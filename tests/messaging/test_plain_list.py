@@ -19,7 +19,7 @@ from conveyor.messaging.queue import Queue
 from conveyor.messaging.retry import Retry
 from conveyor.store import inspection, operations, plain_list
 from conveyor.store.client.client import Client
-from support.waiting import until
+from support.waiting import until, until_ended
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LIST = "my_task_queue"
@@ -259,7 +259,7 @@ class TestAwaitable:
                     later.start()
                 if body == 4:
                     break
-        later.join()  # its reply may come behind the entry
+        until_ended(later)  # its reply may come behind the entry
         assert seen == [1, 2, 3, 4]
         assert await tasks.alen() == 0
         await backend.aclose()

@@ -18,7 +18,7 @@ from conveyor.store import inspection
 from conveyor.store.transport.wakeup import WakeupWaiter
 from support.message_fixtures import crash, first
 from support.time_limits import PATIENCE
-from support.waiting import until
+from support.waiting import auntil, until
 
 
 class TestExplicit:
@@ -168,8 +168,7 @@ class TestInterrupted:
             number, struck = 1, True
             while struck:
                 pulling = asyncio.create_task(_cancelled_at(queue.apull(1, wait="60s"), number))
-                while not (pulling.done() or redis.info("clients")["blocked_clients"]):
-                    await asyncio.sleep(0)
+                await auntil(lambda pulling=pulling: pulling.done() or redis.info("clients")["blocked_clients"])
                 await queue.apush(number)
                 try:
                     [message] = await pulling

@@ -17,7 +17,7 @@ from conveyor.messaging.queue import Queue
 from conveyor.store import inspection, operations
 from conveyor.store.client.client import Client
 from support.script_faults import break_script
-from support.waiting import auntil, until
+from support.waiting import auntil, until, until_ended
 
 
 def bounded(backend, most=3, name="small", **options):
@@ -71,7 +71,9 @@ def take(queue, count):
     """Pull and acknowledge so many messages, one at a time; return their bodies."""
     bodies = []
     while len(bodies) < count:
-        for message in queue.pull(wait="20s"):
+        messages = queue.pull(wait="20s")
+        assert messages, f"nothing comes behind {bodies}"
+        for message in messages:
             bodies.append(message.body)
             message.ack()
     return bodies
@@ -173,7 +175,7 @@ class TestThreads:
         assert take(queue, 1) == [1]
         assert (len(queue), in_line(redis, queue)) == (2, 2)
         assert take(queue, 5) == [2, 3, 4, 5, 6]
-        bulk.join()
+        until_ended(bulk)
         producers.join()
 
     def test_push_many_of_more_than_the_queue_takes_comes_in_parts(self, queue):
@@ -181,7 +183,7 @@ class TestThreads:
         bulk = threading.Thread(daemon=True, target=queue.push_many, args=(iter(range(40)),))
         bulk.start()
         assert take(queue, 40) == list(range(40))
-        bulk.join()
+        until_ended(bulk)
 
     def test_a_bulk_push_that_runs_out_of_time_says_what_it_stored(self, queue):
         """At its timeout a push in parts raises QueueFull with the number that was stored."""
@@ -266,7 +268,7 @@ class TestLostProducers:
         thread = threading.Thread(daemon=True, target=queue.push, args=(4,))
         thread.start()
         assert take(queue, 4) == [1, 2, 3, 4]
-        thread.join()
+        until_ended(thread)
         producers.join()
 
     def test_a_called_producer_that_dies_leaves_nothing_for_good(self, queue, redis):
@@ -320,8 +322,7 @@ def watch_line(queue, redis, url, count, *, watched=0.0):
         tasks = []
         for number in range(count):
             tasks.append(asyncio.create_task(mine.apush(number)))
-            while in_line(redis, queue) <= number:
-                await asyncio.sleep(0.001)
+            await auntil(lambda number=number: in_line(redis, queue) > number)
         sent = scripts_sent(redis)
         await asyncio.sleep(watched)
         idle = scripts_sent(redis) - sent
@@ -501,7 +502,7 @@ class TestHandlers:
         thread.start()
         until(lambda: in_line(redis, queue) == 1)
         assert take(queue, 4) == [1, 2, 3, 9]
-        thread.join()
+        until_ended(thread)
 
 
 class TestBadInput:

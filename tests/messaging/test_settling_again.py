@@ -18,7 +18,7 @@ from conveyor.store.transport.async_connection import AsyncConnection, Connectio
 from conveyor.store.transport.connection import Connection
 from support.interruption import points, within
 from support.message_fixtures import FAST
-from support.waiting import until
+from support.waiting import until, until_ended
 
 
 @pytest.fixture(params=["pull", "consume"])
@@ -258,7 +258,7 @@ def test_extend_beside_ack_from_two_threads(queue, take):
             for thread in threads:
                 thread.start()
             for thread in threads:
-                thread.join()
+                until_ended(thread)
             assert errors == []
             close()
             assert is_done(queue)

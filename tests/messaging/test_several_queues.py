@@ -27,7 +27,7 @@ from conveyor.store import operations
 from conveyor.store.transport.connection import Connection
 from conveyor.store.transport.wakeup import WakeupWaiter
 from support.time_limits import LATER, PATIENCE
-from support.waiting import until
+from support.waiting import until, until_ended
 from testbed.server_groups import ClusterOfNodes
 
 NAMES = [f"q{number}" for number in range(20)]
@@ -86,7 +86,9 @@ class TestShares:
             app.queue(name).push_many(range(200))
         got: Counter[str] = Counter()
         while got.total() < 120:
-            got += taken(app.pull({"a": 3, "b": 1}, n))
+            pulled = app.pull({"a": 3, "b": 1}, n)
+            assert pulled
+            got += taken(pulled)
         assert abs(got["a"] - got.total() * 3 / 4) <= 2
 
     def test_what_one_lacks_the_others_give(self, app: Conveyor) -> None:
@@ -192,7 +194,7 @@ class TestWaiting:
             thread.start()
             until(lambda: blocked(redis) == 1)
             app.queue(name).push(name)
-            thread.join()
+            until_ended(thread)
             assert [message.body for message in found] == [name]
             assert calls(redis, "blpop") - before == 1
             taken(found)
@@ -250,7 +252,7 @@ class TestWaiting:
             until(lambda: blocked(redis) == 2)  # the wake-up lists, and the plain list itself
             redis.rpush("list", number) if kind == "plain list" else target.push(number)
             until(lambda number=number: len(found) > number)
-        thread.join()
+        until_ended(thread)
         assert found == list(range(6))
 
     def test_a_pull_of_a_plain_list_is_woken(self, app: Conveyor, redis: Redis[bytes]) -> None:
@@ -261,7 +263,7 @@ class TestWaiting:
         thread.start()
         until(lambda: blocked(redis) == 2)
         redis.rpush("list", '{"n": 1}')
-        thread.join()
+        until_ended(thread)
         assert [message.body for message in found] == [{"n": 1}]
         taken(found)
         until(lambda: blocked(redis) == 0)
@@ -293,7 +295,7 @@ class TestWaiting:
         redis.client_kill_filter(_id=moving)
         until(lambda: blocked(redis) == 2)
         redis.rpush("list", '{"n": 1}')
-        thread.join()
+        until_ended(thread)
         assert found == [{"n": 1}]
         until(lambda: blocked(redis) == 0)
 
@@ -420,7 +422,7 @@ class TestEnds:
             until(lambda: blocked(redis) == 1)
             app.queue("ab"[number % 2]).push(number)
             until(lambda number=number: len(found) > number)
-        thread.join()
+        until_ended(thread)
         assert found == [0, 1, 2, 3]
 
     @pytest.mark.row("A47")
@@ -472,7 +474,7 @@ class TestEnds:
         assert mover._waiter._failures == 0, "the next wait begins with a pause"
         mover.stop()
         assert mover._thread is not None
-        mover._thread.join()
+        until_ended(mover._thread)
         for one in others:
             one.close()
 
@@ -543,7 +545,7 @@ def push_one_by_one(app: Conveyor, queues: list[Any], count: int, take: Callable
     for number in range(count):
         queues[number % len(queues)].push(number)
         until(lambda number=number: len(found) > number, PATIENCE)
-    thread.join()
+    until_ended(thread)
     assert found == list(range(count))
 
 
@@ -591,7 +593,7 @@ def test_the_wait_at_one_node_is_cut(cluster: ClusterOfNodes, *, awaited: bool) 
             node.ask("CLIENT", "KILL", "ID", client)
         wait()
         queues[2].push("m")
-        thread.join()
+        until_ended(thread)
         assert found == ["m"]
 
 
@@ -642,7 +644,7 @@ class TestATokenThatComesAsAPullEnds:
         thread.start()
         self.wait(cluster, queues)
         queues[0].push(1)
-        thread.join()
+        until_ended(thread)
         assert self.token(cluster, queues[1])
         taken(found)
 

@@ -18,7 +18,7 @@ from conveyor.admin.admin import Admin
 from conveyor.messaging.topic import TopicInfo
 from conveyor.store import inspection
 from support.cut_commands import AsyncCut, Cut, Dies
-from support.waiting import until
+from support.waiting import until, until_ended
 from testbed.server_groups import ClusterOfNodes, wait_for
 
 TOPIC = "user.created"
@@ -198,7 +198,7 @@ def test_a_consumer_delivers_the_outbox_of_its_queue(
         until(lambda: all(app.queue(queue).stats().ready == 1 for queue in QUEUES[1:]) and found == [1])
         ended.set()
         app.queue("a").push("end")
-        thread.join()
+        until_ended(thread)
         assert found == [1, "end"]
         assert [taken(app, queue) for queue in QUEUES] == [[], [1], [1], [1]]
 

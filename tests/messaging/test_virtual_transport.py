@@ -13,7 +13,7 @@ import pytest
 from redis import Redis
 
 from conveyor import Conveyor
-from support.waiting import until
+from support.waiting import until, until_ended
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "virtual_transport.py"
@@ -82,7 +82,7 @@ def test_consume_from_several_queues(channels: Any) -> None:
         thread = threading.Thread(target=channel.drain_events, args=(60,))
         thread.start()
         other.basic_publish(queue, queue)
-        thread.join()
+        until_ended(thread)
         assert seen[count:] == [queue]
     channel.basic_cancel("mail")
     other.basic_publish("nobody consumes it", "mail")

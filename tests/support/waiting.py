@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import threading
 import time
 from collections.abc import Callable
 from inspect import isawaitable
 from typing import Any
+
+from testbed.fork_server import Program
 
 
 def until(condition: Callable[[], Any], seconds: float = 60.0, what: str = "what the test waits for") -> Any:
@@ -36,3 +40,24 @@ async def until_status(job: Any, *wanted: str) -> str:
 
     found: str = await auntil(reached, what=f"{job} is {' or '.join(wanted)}")
     return found
+
+
+def until_ended(thread: threading.Thread, seconds: float = 60.0) -> None:
+    """Wait for the end of a thread."""
+    thread.join(seconds)
+    assert not thread.is_alive(), f"not within {seconds:g} s: the end of {thread}"
+
+
+def until_said(process: Program | subprocess.Popen[Any], text: str = "\n", seconds: float = 60.0) -> str:
+    """Return what a process prints, up to the line with *text*; fail with it where the process ends before. One that is late is killed."""
+    assert process.stdout is not None
+    clock, said = threading.Timer(seconds, process.kill), ""
+    clock.start()
+    try:
+        while text not in said:
+            line = process.stdout.readline()
+            said += line if isinstance(line, str) else line.decode()
+            assert line, f"it ended, by itself or after {seconds:g} s, before it printed {text!r}; it printed: {said!r}"
+    finally:
+        clock.cancel()
+    return said
