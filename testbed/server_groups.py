@@ -22,11 +22,29 @@ from testbed.server_process import find_binary
 
 SLOTS = 16384
 _ports: Iterator[int] = itertools.count(20000 + os.getpid() % 300 * 30)
+_reserved: list[socket.socket] = []
 
 
 def free_port() -> int:
-    """Return a free port; 10,000 above it, where a node of a cluster talks to the others, is free too."""
-    return next(port for port in _ports if all(_is_free(one) for one in (port, port + 10000)))
+    """
+    Return a port that no other process gets from here while this one lives, also when its server is away for a moment.
+
+    The system gives none of these to outgoing connections. 10,000 above it, where a node of a cluster talks to the
+    others, is free too.
+    """
+    return next(port for port in _ports if all(map(_is_free, (port, port + 10000))) and _reserve(port))
+
+
+def _reserve(port: int) -> bool:
+    """Bind a name that stands for the port, and goes with this process; return False when another one has it."""
+    holder = socket.socket(socket.AF_UNIX)
+    try:
+        holder.bind(f"\0conveyor port {port}")
+    except OSError:
+        holder.close()
+        return False
+    _reserved.append(holder)
+    return True
 
 
 def _is_free(port: int) -> bool:

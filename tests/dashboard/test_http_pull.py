@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from conveyor.dashboard import Access, dashboard
 from conveyor.messaging.receipts import Receipt, read_receipt
 from support.dashboard_client import ask
 from support.waiting import auntil
+from testbed.server_groups import free_port
 
 ROOT = Path(__file__).parents[2]
 TOKENS = {"secret": Access.only("pull_messages").named("billing")}
@@ -337,9 +337,7 @@ def test_the_commands_of_the_guide(url: str, tmp_path: Path) -> None:
         pytest.skip("there is no curl")
     text = (ROOT / "docs/guides/dashboard.md").read_text()
     script = text.partition("### Consume messages")[2].partition("```sh\n")[2].partition("```")[0]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     script = "set -m\n" + script.replace(":7070", f":{port}").replace("shop:app", f"shop:app --port {port}")
     (tmp_path / "shop.py").write_text("from conveyor import Conveyor\napp = Conveyor()\norders = app.queue('orders')\n")
     with Conveyor(url) as app:

@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 import msgspec
 import pydantic
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conveyor.errors import ConfigurationError, PayloadError
@@ -287,7 +287,7 @@ def test_depth_is_counted_exactly():
         assert caught.value.code == "E22"
 
 
-@settings(derandomize=True, max_examples=100, deadline=None)
+@settings(derandomize=True, max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(lengths=st.lists(st.integers(1, 70), min_size=1, max_size=12), hung=st.booleans())
 def test_depth_of_many_chains_is_that_of_the_deepest(lengths, hung):
     """Chains side by side, or hung below each other, are refused exactly when the deepest place is too deep."""
@@ -342,7 +342,7 @@ SCALARS = (
 PLAIN = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner), max_leaves=30)
 
 
-@settings(derandomize=True, max_examples=300, deadline=None)
+@settings(derandomize=True, max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(PLAIN)
 def test_plain_json_values_come_back_equal(value):
     """Any plain JSON value comes back the same, -0.0 and the kind of each number included."""

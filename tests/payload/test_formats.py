@@ -88,11 +88,12 @@ async def test_messages_travel_in_msgpack(made, tmp_path, way, partitions):
     await queue.apush(values[0])
     await queue.apush_many(values[1:])
     found = []
-    async for message in queue.aconsume(prefetch=10):
-        async with message as body:
-            found.append(body)
-        if len(found) == 40:
-            break
+    async with asyncio.timeout(60):
+        async for message in queue.aconsume(prefetch=10):
+            async with message as body:
+                found.append(body)
+            if len(found) == 40:
+                break
     assert sorted(found, key=str) == sorted(values, key=str)
     assert partitions > 1 or found == values
 

@@ -21,7 +21,7 @@ from conveyor.store.client.buffer import Buffer
 from conveyor.store.transport import connection, replies
 from conveyor.store.transport.connection import Connection
 from support.time_limits import PATIENCE
-from support.waiting import auntil
+from support.waiting import auntil, until
 from testbed.server_process import Server
 
 Start = Callable[..., Server]
@@ -171,13 +171,17 @@ async def test_a_wait_has_its_own_time_besides(start_server: Start) -> None:
         job = app.job((await other.external_task("never").aenqueue()).id)
     async with app:
         await app.aping(timeout=PATIENCE)
-        while True:  # until the connection for results is there
+
+        async def listens() -> bool:
             try:
                 await job.aresult(timeout=0.05)
             except StoreUnavailable:
-                continue
+                return False
             except TimeoutError:
-                break
+                return True
+            raise AssertionError("it has a result")
+
+        await auntil(listens, what="the connection for results")
         calls: list[Callable[[], Any]] = [
             lambda: asyncio.to_thread(mail.pull, 1, 1.0),
             lambda: asyncio.to_thread(job.result, 1.0),
@@ -284,10 +288,14 @@ def test_a_buffer_takes_over_in_time(start_server: Start) -> None:
             assert monotonic() - began < SHORT + ROOM
         taken: list[int] = []
         with Conveyor(server.url) as other:
-            while len(taken) < 20:
+
+            def take_some() -> bool:
                 for message in other.queue("mail").pull(20, wait="5s"):
                     taken.append(message.body)
                     message.ack()
+                return len(taken) >= 20
+
+            until(take_some, what="twenty messages")
     assert sorted(taken) == list(range(20))
 
 

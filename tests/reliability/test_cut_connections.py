@@ -18,7 +18,7 @@ from conveyor.store.transport.async_connection import AsyncConnection, Connectio
 from conveyor.store.transport.connection import Connection
 from support.client_worker import ClientWorker
 from support.running_worker import audit, counts
-from support.waiting import auntil
+from support.waiting import auntil, until
 
 QUICK = Retry(attempts=2, backoff="1ms", jitter=False)
 
@@ -166,10 +166,14 @@ def care(app: Conveyor) -> Any:
             message.ack()
         else:
             message.nack(delay="1ms")
-    while len(seen) < 7:
+
+    def pull_some() -> bool:
         for message in queue.pull(5, wait="1s"):
             seen.append((message.body, message.attempt))
             message.ack()
+        return len(seen) >= 7
+
+    until(pull_some, what="seven messages")
     letters = [letter.error for letter in queue.dead_letters()]
     queue.redrive()
     for message in queue.pull(1):
@@ -184,14 +188,18 @@ def care(app: Conveyor) -> Any:
     tasks = app.plain_list("raw")
     tasks.push(20)
     tasks.push_many([21, 22])
-    while len(seen) < 11:
+
+    def pull_raw() -> bool:
         try:
             pulled = tasks.pull(3)
         except StoreUnavailable:
-            continue  # taking raw entries in is not repeated: a repeat would take more of them. None is lost
+            return False  # taking raw entries in is not repeated: a repeat would take more of them. None is lost
         for message in pulled:
             seen.append((message.body, message.attempt))
             message.ack()
+        return len(seen) >= 11
+
+    until(pull_raw, what="eleven messages")
     client = app.client
     assert [client.run(inspection.audit(client.keys(name))) for name in ("mail",)] == [[]]
     stats = queue.stats()

@@ -111,13 +111,13 @@ def test_damaged_msgpack_gives_typed_errors(rounds):
             else:
                 data[at:] = source.choice(bodies)[at:]
         for reader in (*signatures, *values):
-            start = time.perf_counter()
+            start = time.thread_time()
             try:
                 reader.decode(bytes(data))
                 ends["read"] += 1
             except PayloadError as error:
                 ends[error.code] += 1
-            slowest = max(slowest, time.perf_counter() - start)
+            slowest = max(slowest, time.thread_time() - start)
     print(ends, f"slowest {slowest * 1000:.1f} ms")
     assert {"read", "E15", "E22", "E50"} <= ends.keys()
     assert slowest < 2.0

@@ -22,6 +22,7 @@ from conveyor.store import operations
 from conveyor.worker.worker import Worker
 from support.client_worker import ClientWorker
 from support.supervisor_process import running
+from support.waiting import auntil
 from support.worker_processes import WorkerProcesses, wait, worker_processes
 
 Rounds = Callable[[int, int], int]
@@ -151,7 +152,7 @@ def test_only_poison_jobs_die_by_crashes(url: str, tmp_path: Path, rounds: Round
         random.Random(8).shuffle(calls)  # one process holds several of them at a time
         one.app.enqueue_many(calls)
         supervisor = one.start(processes=4, concurrency=5)
-        wait(one.drained, 600)
+        wait(one.drained, rounds(600, 150))
 
         starts = one.starts()
         assert [len(starts[good + n]) for n in range(bad)] == [3] * bad
@@ -184,12 +185,16 @@ async def test_a_job_that_never_started_is_no_poison(url: str) -> None:
             manual = await asyncio.to_thread(ClientWorker, app.client, "default")
             assert await asyncio.to_thread(manual.take) == [job.id]
             await app.client.arun(operations.reap(manual.keys, manual.identity))
+
+        async def has_struck() -> bool:
+            return crash.is_set() or await job.astatus() == "dead"
+
         while await job.astatus() != "dead":
+            assert len(started) < 3
             crash.clear()
             worker = Worker(app)
             running = asyncio.create_task(worker.run())
-            while not (crash.is_set() or await job.astatus() == "dead"):
-                await asyncio.sleep(0.005)
+            await auntil(has_struck)
             worker.fail(RuntimeError("crash"))
             with pytest.raises(RuntimeError, match="crash"):
                 await running

@@ -23,7 +23,7 @@ from testbed.server_process import Server
 EXAMPLES = int(os.environ.get("CONVEYOR_MODEL_EXAMPLES", "200"))
 STEPS = int(os.environ.get("CONVEYOR_MODEL_STEPS", "50"))
 SEED = int(os.environ.get("CONVEYOR_MODEL_SEED", "20261124"))
-PARTS = 4
+PARTS = 8
 """Tests of their own seeds, so that they share the cores."""
 EXAMPLES_A_RUN = 5
 """Many short runs meet what is rare sooner than a long one: the examples of one run are more alike."""

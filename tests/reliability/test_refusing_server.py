@@ -142,11 +142,15 @@ async def test_a_script_of_others_that_hogs_the_server_is_waited_for(
     hog = f"local e = {clock} + {rounds(3, 1)} while {clock} < e do end return 'whole'"
     with server.client(socket_timeout=30) as client:
         async with JobLoad(server.url, workers=2, lease="2s") as load:
-            while _met(client, "BUSY") == 0:  # until the load has met it
+
+            async def has_met_it() -> bool:
                 answer = asyncio.create_task(asyncio.to_thread(client.eval, hog, 0))
                 await auntil(answer.done)
                 assert answer.result() == b"whole"
                 await load.more(20)  # so that no lease begins the next one half over
+                return _met(client, "BUSY") > 0
+
+            await auntil(has_met_it, what="the load has met a busy server")
     assert (load.errors, load.lost, load.again) == ([], [], [])
 
 
@@ -178,9 +182,13 @@ async def test_a_refused_turn_is_repeated_soon_for_its_lease(
             async with working(app):
                 monkeypatch.setattr(AsyncConnection, "run", run_noted)
                 monkeypatch.setattr(replies, "backoff", backoff)
-                while not turns & pauses.keys():
+
+                async def has_paused() -> bool:
                     hog = "local e = os.clock() + 1 while os.clock() < e do end"
                     await asyncio.to_thread(client.eval, hog, 0)
+                    return bool(turns & pauses.keys())
+
+                await auntil(has_paused, what="a turn was refused")
                 monkeypatch.undo()
     assert set().union(*(pauses[name] for name in turns & pauses.keys())) == {0.25}
 
@@ -225,11 +233,15 @@ async def test_scripts_forgotten_all_the_time_are_not_noticed(start_server: Star
     server = start_server()
     with server.client() as client:
         async with JobLoad(server.url, bulk=20) as load:
-            flushed = 0
-            while flushed < rounds(1200, 30) or _met(client, "NOSCRIPT") <= 10:
+
+            async def flushed() -> bool:
                 client.script_flush()
-                flushed += 1
                 await asyncio.sleep(0.05)
+                return _met(client, "NOSCRIPT") > 10
+
+            for _ in range(rounds(1200, 30)):
+                await flushed()
+            await auntil(flushed, what="scripts were missed")
     assert (load.errors, load.unknown, load.lost, load.again) == ([], [], [], [])
 
 

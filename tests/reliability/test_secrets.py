@@ -6,8 +6,7 @@ import asyncio
 import logging
 import os
 import pickle
-import socket
-import time
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,8 @@ from conveyor.jobs.app import Conveyor
 from conveyor.messaging.retry import Retry
 from support.running_worker import drain
 from support.shell import Shell
+from support.waiting import until
+from testbed.server_groups import free_port
 from testbed.server_process import Server
 
 PASSWORD = "canary-of-the-url-9f1c"
@@ -43,9 +44,7 @@ def fail(word: str) -> None:
 @pytest.fixture
 def guarded(start_server: Callable[..., Server]) -> str:
     """The URL, with a password, of a server on TCP."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = start_server("--bind", "127.0.0.1", "--port", str(port))
     with server.client() as client:
         client.execute_command("ACL", "SETUSER", "ada", "on", f">{PASSWORD}", "~*", "&*", "+@all")
@@ -195,21 +194,24 @@ def test_what_the_command_line_shows(shell, monkeypatch, capsys):
 
 def worker_output(shell: Shell, run: dict[str, str]) -> str:
     """Run a supervised worker until the job is dead; return what it printed, and the command lines of its processes."""
-    worker = shell.start_anew("worker", "--processes", "2", "-v", **run)
-    lines = ""
-    deadline = time.monotonic() + 30
-    while "as it should" not in lines:
-        assert time.monotonic() < deadline
-        lines += worker.stderr.readline()
-    listed = {}
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        with_parent = _ancestors(int(entry.parent.name))
-        if worker.pid in with_parent:
-            listed[entry.parent.name] = entry.read_bytes().replace(b"\0", b" ").decode()
-    assert len(listed) >= 3
-    worker.terminate()
-    out, error = worker.communicate(timeout=60)
-    return "\n".join([lines, out, error, *listed.values()])
+    read: list[str] = []
+    with shell.start_anew("worker", "--processes", "2", "-v", **run) as worker:
+        try:
+            reader = threading.Thread(target=lambda: read.extend(iter(worker.stderr.readline, "")), daemon=True)
+            reader.start()
+            until(lambda: "as it should" in "".join(read), what="the log of the job that died")
+            listed = {}
+            for entry in Path("/proc").glob("[0-9]*/cmdline"):
+                with_parent = _ancestors(int(entry.parent.name))
+                if worker.pid in with_parent:
+                    listed[entry.parent.name] = entry.read_bytes().replace(b"\0", b" ").decode()
+            assert len(listed) >= 3
+            worker.terminate()
+            worker.wait(60)
+        finally:
+            worker.kill()
+        reader.join(60)
+        return "\n".join([*read, worker.stdout.read(), *listed.values()])
 
 
 def _ancestors(pid: int) -> list[int]:

@@ -31,7 +31,7 @@ def test_time_limits_of_all_kinds(url: str, tmp_path: Path, rounds: Rounds) -> N
             task, seconds = getattr(one.tasks, kind), {"deaf": 0.01, "stuck": 2.0}.get(kind, 30.0)
             one.app.enqueue_many(task.s(n, seconds) for n in numbers)
         one.start(processes=2)
-        wait(one.drained, 600)
+        wait(one.drained, rounds(600, 150))
 
         starts, one_run = one.starts(), {"deaf"}
         for n, kind in names.items():
@@ -63,15 +63,19 @@ def footprint(pid: int) -> tuple[int, list[str], int]:
 def at_rest(pid: int) -> tuple[int, list[str], int]:
     """Return the footprint once it does not change: an idle worker opens what it waits on a moment later."""
     seen = None
-    while True:
-        try:
-            again = footprint(pid)
-        except FileNotFoundError:  # closed while we looked
-            continue
-        if seen is not None and again[1:] == seen[1:]:
-            return again
-        seen = again
+
+    def at_last() -> tuple[int, list[str], int] | None:
+        nonlocal seen
         time.sleep(0.3)
+        before = seen
+        try:
+            seen = footprint(pid)
+        except FileNotFoundError:  # closed while we looked
+            return None
+        return seen if before is not None and seen[1:] == before[1:] else None
+
+    found: tuple[int, list[str], int] = wait(at_last)
+    return found
 
 
 def feed(one: WorkerProcesses, count: int) -> None:
@@ -79,8 +83,8 @@ def feed(one: WorkerProcesses, count: int) -> None:
     for first in range(0, count, 5000):
         some = range(first, min(count, first + 5000))
         one.app.enqueue_many((one.tasks.idle if n % 10 == 0 else one.tasks.noop).s(n) for n in some)
-        wait(lambda: one.counts().ready < 5000, 300)
-    wait(one.drained, 300)
+        wait(lambda: one.counts().ready < 5000)
+    wait(one.drained)
 
 
 @pytest.mark.row("A16", "I10")

@@ -33,10 +33,14 @@ def small(app: Conveyor, **options: Any) -> Any:
 def take(queue: Any, count: int) -> list[int]:
     """Pull and acknowledge so many messages, one at a time; return their bodies."""
     bodies: list[int] = []
-    while len(bodies) < count:
+
+    def take_one() -> bool:
         for message in queue.pull(wait="20s"):
             bodies.append(message.body)
             message.ack()
+        return len(bodies) >= count
+
+    until(take_one, what=f"{count} messages")
     return bodies
 
 

@@ -54,8 +54,10 @@ def test_killed_again_and_again(
     draw, expected = random.Random(seed), list[str]()
     for _ in range(6):
         expected += fill(outbox, database, "mail", count=5)["mail"]
+        kills = 0
         while attempt(outbox, database, KillAtStep(draw.randrange(1, 14), after=draw.random() < 0.5), monkeypatch):
-            pass
+            kills += 1
+            assert kills < 1000, "no relay gets through in 13 steps"
     assert line(server) == expected
 
 
@@ -148,16 +150,17 @@ def test_two_relays_and_two_writers(app: Conveyor, outbox: Outbox, database: Dat
         except BaseException as error:
             failed.append(error)
 
-    relays = [threading.Thread(target=deliver, args=(number,)) for number in range(2)]
-    writers = [threading.Thread(target=write, args=(number,)) for number in range(2)]
+    relays = [threading.Thread(target=deliver, args=(number,), daemon=True) for number in range(2)]
+    writers = [threading.Thread(target=write, args=(number,), daemon=True) for number in range(2)]
     for thread in [*relays, *writers]:
         thread.start()
     for thread in writers:
-        thread.join()
+        thread.join(120)
     stop.set()
     for thread in relays:
-        thread.join()
+        thread.join(60)
     assert failed == []
+    assert not any(thread.is_alive() for thread in [*relays, *writers])
     arrived = line(server)
     assert sorted(arrived) == sorted(written[0] + written[1])
     # A pass that gave way has not told what it had delivered until then.

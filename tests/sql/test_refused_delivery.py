@@ -96,7 +96,8 @@ def test_killed_while_a_batch_is_cut(
         ids = fill(outbox, database, "mail", count=6)["mail"]
         killed = attempt(outbox, database, KillAtStep(step, after=after), monkeypatch)
         taken: list[str] = []
-        while outbox.stats().waiting or len(mail):
+
+        def is_over(taken: list[str] = taken) -> bool:
             for message in mail.pull(10):
                 taken += bare([message.id])
                 message.ack()
@@ -104,6 +105,9 @@ def test_killed_while_a_batch_is_cut(
                 outbox.deliver()
             except QueueFull:
                 pass
+            return not outbox.stats().waiting and not len(mail)
+
+        until(is_over, what=f"all rows are delivered, killed at step {step}")
         assert taken == ids, f"killed at step {step}"
     assert step > 15
 
@@ -138,10 +142,14 @@ def test_a_relay_at_a_full_queue(
     with outbox.relay():
         until(lambda: line(server, "orders") == ids["orders"])
         until(lambda: caplog.records)
-        while len(taken) < 100:
+
+        def take_some() -> bool:
             for message in mail.pull(10, wait="10s"):
-                taken += bare([message.id])
+                taken.extend(bare([message.id]))
                 message.ack()
+            return len(taken) >= 100
+
+        until(take_some, what="a hundred messages")
         until(lambda: outbox.stats().waiting == 0)
     assert taken == ids["mail"]
     said = [record.getMessage() for record in caplog.records]
@@ -259,10 +267,14 @@ def test_partitions(spread: tuple[Conveyor, Outbox], database: Database) -> None
     assert {job.status() for job in jobs} == {"ready"}
     notes.purge()
     taken: list[str] = []
-    while len(taken) < len(ids):  # of a group one message at a time
+
+    def take_some() -> bool:  # of a group one message at a time
         for message in orders.pull(200, wait="60s"):
             taken.append(message.id)
             message.ack()
+        return len(taken) >= len(ids)
+
+    until(take_some, what="all messages")
     assert sorted(taken) == sorted(ids)
     customers = [[id_ for n, id_ in enumerate(ids[:40]) if n % 5 == c] for c in range(5)]
     for mine in customers:

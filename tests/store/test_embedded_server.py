@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -89,8 +90,11 @@ def place(tmp_path, monkeypatch):
 
 
 def heard(user):
+    too_late = threading.Timer(60, user.kill)
+    too_late.start()
     line = user.stdout.readline()  # url, the server's pid, started
-    assert line, "the user ended before it was attached"
+    too_late.cancel()
+    assert line, "the user ended, or was killed after a minute, before it was attached"
     return json.loads(line)
 
 

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,11 +77,18 @@ _ID_END = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz~"
 
 
 def printed(process: subprocess.Popen[str], ids: list[str], word: str = "done") -> None:
+    """Read the ids that a program prints until it prints *word*; one that does not come to that is killed."""
     assert process.stdout is not None
-    for row in process.stdout:
-        if row.strip() == word:
-            return
-        ids.append(row.strip())
+    too_late = threading.Timer(60, process.kill)
+    too_late.start()
+    try:
+        for row in process.stdout:
+            if row.strip() == word:
+                return
+            ids.append(row.strip())
+    finally:
+        too_late.cancel()
+    raise AssertionError(f"it ended, or was killed after a minute, before it printed {word!r}: {ids[-3:]}")
 
 
 def is_empty(directory: Path) -> bool:

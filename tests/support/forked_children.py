@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -26,8 +28,14 @@ def in_child(work: Callable[[], int]) -> int:
     return pid
 
 
-def exit_code(pid: int) -> int:
-    """Wait for a child; return its exit code."""
+def exit_code(pid: int, seconds: float = 120.0) -> int:
+    """Wait for a child; return its exit code. One that does not end in time is killed: -9."""
+    descriptor = os.pidfd_open(pid)
+    try:
+        if not select.select([descriptor], [], [], seconds)[0]:
+            os.kill(pid, signal.SIGKILL)
+    finally:
+        os.close(descriptor)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 

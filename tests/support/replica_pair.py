@@ -8,14 +8,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from testbed.server_groups import free_port
 from testbed.server_process import Server
-
-
-def free_port() -> int:
-    """Return a free port of this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class ReplicaPair:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import socket
 import subprocess
 from argparse import ArgumentTypeError
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Any
 import redis as redis_py
 
 from conveyor.admin import acl
-from testbed.server_groups import ClusterOfNodes, SentinelGroup
+from testbed.server_groups import ClusterOfNodes, SentinelGroup, free_port
 from testbed.server_process import Server, find_binary, kind_of
 
 OTHERS = ("redis6", "redis7", "redis8")
@@ -133,9 +132,7 @@ class OverTls(Server):
              "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
             check=True, capture_output=True,
         )  # fmt: skip
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         binary = find_binary("redis7")
         assert binary is not None
         super().__init__(

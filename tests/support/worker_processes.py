@@ -196,8 +196,8 @@ def worker_processes(url: str, place: Path, **options: Any) -> Iterator[WorkerPr
     made.tidy()
 
 
-def wait(condition: Callable[[], Any], seconds: float = 300.0) -> Any:
-    """Return the condition's first true value."""
+def wait(condition: Callable[[], Any], seconds: float = 150.0) -> Any:
+    """Return the condition's first true value. The time is more than a busy machine takes, and less than a test is given."""
     return until(condition, seconds)
 
 

@@ -45,7 +45,7 @@ def test_two_thousand_jobs_in_processes_of_a_hundred(workers: WorkerProcesses) -
     """With max_jobs every job runs exactly once, no process takes more, and no crash or second attempt is charged."""
     workers.app.enqueue_many(workers.tasks.note.s(n) for n in range(2000))
     workers.start(processes=2, max_jobs=100)
-    wait(lambda: len(workers.starts()) == 2000 and workers.drained(), 600)
+    wait(lambda: len(workers.starts()) == 2000 and workers.drained(), 250)
 
     taken = pids(workers)
     assert workers.repeats() == 0

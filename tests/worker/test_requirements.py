@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from conveyor.worker import settlement
 from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import audit, until_counts, working
 from support.shell import Shell
+from support.waiting import auntil
 
 APP = """
 from conveyor import Conveyor
@@ -30,12 +30,13 @@ async def train() -> None: ...
 
 async def why(job: Any, kind: str) -> str:
     """Wait until the job waits for that cause; return its sentence."""
-    while True:
+
+    async def told() -> str | None:
         found = await job.awhy()
-        for one in (found, *found.also):
-            if one.kind == kind:
-                return str(one)
-        await asyncio.sleep(0.01)
+        return next((str(one) for one in (found, *found.also) if one.kind == kind), None)
+
+    sentence: str = await auntil(told, what=f"{job} waits for {kind}")
+    return sentence
 
 
 @pytest.mark.row("A41")

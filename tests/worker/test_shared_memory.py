@@ -17,6 +17,7 @@ from conveyor.errors import ConfigurationError
 from conveyor.store.keys import QueueKeys
 from conveyor.worker import shared_memory
 from conveyor.worker.shared_memory import RECORD_ROOM, SLOT_BYTES, ChildInfo, ChildSlot, ChildSpec, SharedMemory
+from support.waiting import until
 
 SPEC = ChildSpec("shop:app", {"mail": 2.0}, 100, 8, burst=False, grace=30.0)
 
@@ -206,9 +207,7 @@ def test_killed_writer_loses_nothing_it_had_written(tmp_path: Path) -> None:
         slot.prepare(SPEC)
         with (tmp_path / "out").open("wb") as out:
             writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(board.fd)], stdout=out, pass_fds=[board.fd])
-        deadline = time.monotonic() + 10
-        while not slot.identities():
-            assert time.monotonic() < deadline
+        until(slot.identities, what="the writer's first identity")
         watching = time.monotonic() + random.uniform(0, 0.1)
         while time.monotonic() < watching:
             job = slot.job()
