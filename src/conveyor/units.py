@@ -155,6 +155,16 @@ def quantity(number: int, word: str) -> str:
     return f"{number:,} {word}" if number == 1 else f"{number:,} {word}{plural}"
 
 
+def size_text(number: int) -> str:
+    """Return a number of bytes in words: ``512 B``, ``83.9 MB``."""
+    value = float(number)
+    for unit in ("B", "KB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
 def installed_version() -> str:
     """Return the version of the installed package."""
     from importlib.metadata import PackageNotFoundError, version

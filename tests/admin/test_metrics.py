@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,11 @@ from conveyor import Concurrency, Conveyor, Rate, Retry, ids
 from conveyor.admin.admin import Admin
 from conveyor.admin.metrics import SystemFacts, TaskTotals, load_json, render, task_totals
 from conveyor.admin.views import QueueInfo, WorkerInfo
-from conveyor.admin.worker_control import processes_of
+from conveyor.admin.worker_control import Slots, processes_of, slots_of
 from conveyor.errors import QueueNotFound
 from conveyor.messaging.limit_control import LimitState
 from conveyor.store import inspection, operations
 from conveyor.store.schedules import RunLine, ScheduleRow
-from conveyor.worker.leasing.heartbeat import LAG_WINDOW, LoopLag
 from support import process_app
 from support.running_worker import drain, until_counts, working
 from support.shell import Shell
@@ -155,12 +154,39 @@ async def test_schedules_limits_workers_and_lost_leases(url: str, redis: redis_p
             assert found["conveyor_worker_slots", worker.name, "used"] == 1
             assert found["conveyor_worker_slots", worker.name, "free"] == 3
             assert found["conveyor_worker_loop_lag_seconds", worker.name] == 0
+            assert found["conveyor_worker_memory_bytes", worker.name] == worker._usage.memory
+            assert found["conveyor_worker_cpu_ratio", worker.name] == 0
             assert found["conveyor_leases_lost_total", "mail"] == 0
             await app.client.arun(operations.reap(consumer.keys, consumer.identity))
             assert samples(await Admin(other.client).ametrics_text())["conveyor_leases_lost_total", "mail"] == 1
             gate.set()
         await drain(app)
         await schedule.adelete()
+
+
+def test_only_workers_whose_leases_hold_have_slots() -> None:
+    """A silent worker has no slots, memory or lag, one of an earlier release no memory, and more jobs than slots use all of them."""
+    now = datetime.now(UTC)
+
+    def registered(pid: int, end: datetime, **about: Any) -> WorkerInfo:
+        return WorkerInfo(f"w{pid}", "a", "host", pid, 5, end, {"concurrency": 4, **about}, now, now)
+
+    later = now + timedelta(seconds=9)
+    workers = [
+        registered(1, later, kind="worker", memory=3 * 2**20, cpu=250, usage_told=1),
+        registered(2, later, kind="worker"),
+        registered(3, now - timedelta(seconds=1), kind="worker", memory=2**20, cpu=1),
+        registered(4, later, kind="consumer"),
+    ]
+    found = samples(render((), {}, {}, SystemFacts(workers=processes_of(workers))))
+    of_workers = {name: value for name, value in found.items() if name[0].startswith("conveyor_worker_")}
+    assert of_workers == {
+        ("conveyor_worker_slots", "host:1", "used"): 4, ("conveyor_worker_slots", "host:1", "free"): 0,
+        ("conveyor_worker_slots", "host:2", "used"): 4, ("conveyor_worker_slots", "host:2", "free"): 0,
+        ("conveyor_worker_loop_lag_seconds", "host:1"): 0, ("conveyor_worker_loop_lag_seconds", "host:2"): 0,
+        ("conveyor_worker_memory_bytes", "host:1"): 3 * 2**20, ("conveyor_worker_cpu_ratio", "host:1"): 2.5,
+    }  # fmt: skip
+    assert slots_of(processes_of(workers)) == Slots(used=8, total=8)
 
 
 def test_schedules_that_stand_still_and_full_keys() -> None:
@@ -178,21 +204,6 @@ def test_schedules_that_stand_still_and_full_keys() -> None:
     assert found["conveyor_limit_used", "mail", "api", "concurrency"] == 3
     assert found["conveyor_limit_available", "mail", "api", "concurrency"] == 1
     assert found["conveyor_limit_waiting", "mail", "api", "concurrency"] == 2
-
-
-def test_loop_lag_is_told_when_there_is_some() -> None:
-    """A loop that is on time tells nothing; one that kept others waiting tells the longest time once, and when it is over."""
-    lag = LoopLag()
-    start = lag._until
-    lag.note(0.0, 0.25)
-    assert not lag.is_to_be_told(start)
-    lag.note(1.0, 1.75)
-    lag.note(2.0, 2.5)
-    assert not lag.is_to_be_told(start + 1)
-    assert lag.is_to_be_told(start + LAG_WINDOW)
-    assert lag.told_ms == 500
-    assert lag.is_to_be_told(start + 2 * LAG_WINDOW)
-    assert lag.told_ms == 0
 
 
 async def test_counters_never_fall(app: Conveyor, redis: redis_py.Redis) -> None:
@@ -318,7 +329,7 @@ def everything() -> SystemFacts:
     runs = [RunLine(1, 1, "fired", "x", 0)]
     row = ScheduleRow("s", "", b"", b"", "code", None, False, "", 0, 0, runs, 0, {"missed": 1})
     limit, now = Concurrency(1, name="l"), datetime.now(UTC)
-    about = {"kind": "worker", "concurrency": 1}
+    about = {"kind": "worker", "concurrency": 1, "memory": 2**20, "cpu": 50}
     worker = WorkerInfo("w", "a", "host", 1, 0, now, about, now, now)
     return SystemFacts(
         [("a", 0, row)], [LimitState("a", "l", None, limit, limit, False, 0, 0, None)], processes_of([worker]), {"a": 0}

@@ -255,6 +255,49 @@ def test_a_worker_that_is_opened_shows_its_running_jobs(browse: Browse, app: Con
         asyncio.run(run())
 
 
+def test_slots_and_usage_are_seen(browse: Browse, app: Conveyor) -> None:
+    """Slots that are used stand on the overview, on the page of workers and on that of a queue, and memory and processor use by each worker."""
+    begun, go = list[int](), asyncio.Event()
+
+    @app.task(name="hold", queue="held")
+    async def hold(number: int) -> None:
+        begun.append(number)
+        await go.wait()
+
+    def look(page: Any) -> None:
+        page.goto(url)
+        page.wait_for_selector("a.tile:has-text('Workers'):has-text('3 of 8 slots') [aria-label='3 of 8 slots used']")
+        page.goto(f"{url}workers")
+        page.wait_for_selector("h1:text-is('Workers')")
+        page.wait_for_selector("text=1 process holds 3 jobs, 3 of 8 slots used")
+        assert re.fullmatch(r"\d+ MB0 %", page.locator("tbody td:nth-child(5)").text_content())
+        page.click("tbody button[aria-expanded=false]")
+        page.wait_for_selector("p:has-text('of memory, 0 % of a core')")
+        page.goto(f"{url}queue?name=held")
+        page.wait_for_selector(".tile:has-text('Workers'):has-text('3 of 8 slots')")
+        assert violations(page) == []
+        for theme, width in (("dark", 1280), ("light", 390)):
+            page.emulate_media(color_scheme=theme)
+            page.set_viewport_size({"width": width, "height": 860})
+            for path in ("", "workers", "queue?name=held"):
+                page.goto(f"{url}{path}")
+                page.wait_for_selector("text=3 of 8 slots")
+                assert violations(page) == []
+                assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+    async def run() -> None:
+        async with working(app, concurrency=8):
+            for number in range(3):
+                await hold.aenqueue(number)
+            await auntil(lambda: len(begun) == 3)
+            await asyncio.to_thread(browse, look)
+            go.set()
+        await app.aclose()
+
+    with served(app) as url:
+        asyncio.run(run())
+
+
 @pytest.mark.leaves_keys("jobs are left")
 def test_a_job_is_changed_and_another_runs_again(browse: Browse, url: str, tmp_path: Path) -> None:
     """

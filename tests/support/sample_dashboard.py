@@ -212,7 +212,7 @@ def snapshot() -> dict[str, Any]:
     queues = [queue(r) for r in sorted(QUEUES)]
     totals = {name: sum(q[name] for q in queues) for name in ("ready", "scheduled", "waiting", "leased", "dead")}
     return {
-        "at": at(0), "totals": totals | {"workers": 6, "paused_queues": 1, "oldest_age": 86400.0}, "queues": queues,
+        "at": at(0), "totals": totals | {"workers": 6, "slots": {"used": 24, "total": 96}, "paused_queues": 1, "oldest_age": 86400.0}, "queues": queues,
         "queues_total": len(queues), "read_queues": len(queues), "minute": {"done": 1041, "failed": 4, "retried": 22},
         "flags": FLAGS, "operations": [],
     }  # fmt: skip
@@ -273,7 +273,8 @@ def workers() -> list[dict[str, Any]]:
     return [
         {
             "id": f"web-{n}:{4710 + n}", "host": f"web-{n}", "pid": 4710 + n, "queues": queues, "held": held, "lease_ends": at(12),
-            "silent": n == 3, "identities": [f"w{n}"],
+            "silent": n == 3, "identities": [f"w{n}"], "slots": {"used": held, "total": 0 if n == 3 else 16},
+            "memory": None if n == 3 else 84_934_656 * n, "cpu": None if n == 3 else 137 // n,
             "about": {"version": "0.1.0", "concurrency": 16, "started": at(-86_000), "labels": ["gpu"] if n == 2 else [], "build": "9f3c2e1",
                       "state": "quiet" if n == 2 else "running", "loop_lag_ms": 3_200 if n == 1 else 0},
         }
@@ -329,6 +330,7 @@ def one_queue(values: dict[str, str]) -> dict[str, Any]:
     found = next((r for r in QUEUES if r[0] == values.get("name")), QUEUES[0])
     parts = [queue((f"{found[0]}/{n}", *found[1:])) for n in range(4)] if found[0] == "webhooks" else []
     return {"queue": queue(found), "partitions": parts, "causes": [cause()], "workers": workers()[:1] if found[6] else [],
+            "slots": {"used": 16, "total": 16 if found[6] else 0, "exact": found[0] != "webhooks"},
             "limits": LIMITS, "groups": GROUPS, "paused_tasks": ["mail.digest"]}  # fmt: skip
 
 
@@ -361,7 +363,7 @@ ROUTES: dict[str, Callable[[dict[str, str]], Any]] = {
     "tasks": lambda _: {
         "tasks": [{"name": "mail.send", "queue": "mail", "signature": "mail.send(user: int)", "parameters": ["user"], "required": ["user"]}]
     },
-    "workers": lambda _: {"workers": workers(), "footer": None},
+    "workers": lambda _: {"workers": workers(), "slots": {"used": 24, "total": 32}, "footer": None},
     "workers/jobs": lambda values: {
         "worker": values["id"], "held": 16,
         "jobs": [{"id": f"mail:01JDSAMPLE000000000000{n:04}", "task": "mail.send", "queue": "mail", "since": at(-600 // n)} for n in range(1, 11)],

@@ -12,7 +12,8 @@ import pytest
 
 from conveyor.jobs.app import Conveyor
 from conveyor.store.operations import TurnReport
-from conveyor.worker.leasing import heartbeat, wakeup
+from conveyor.worker import usage
+from conveyor.worker.leasing import wakeup
 from conveyor.worker.worker import Worker
 from support.app_fixtures import loop_app  # noqa: F401
 from support.running_worker import drain, working
@@ -109,9 +110,21 @@ async def test_a_turn_is_made_for_an_idle_worker(app: Conveyor) -> None:
 async def test_an_idle_worker_sends_next_to_nothing(
     app: Conveyor, redis: Any, queues: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An idle worker blocks, also when it has worked: it sends idle turns alone, each for all queues, at most one in half a pause."""
+    """
+    An idle worker blocks, also when it has worked: it sends idle turns alone, each for all queues, at most one in half a pause.
+
+    It goes on to measure its memory and processor use meanwhile, and tells nothing that has not changed.
+    """
     monkeypatch.setattr(wakeup, "BLOCK", LATER)  # a call that ends is made again
-    monkeypatch.setattr(heartbeat, "LEAST_LAG", math.inf)  # what a busy machine has a worker tell
+    monkeypatch.setattr(usage, "WINDOW", 0.1)
+    monkeypatch.setattr(usage, "LEAST_LAG", math.inf)  # what a busy machine has a worker tell
+    looks: list[int] = []
+
+    def steady(self: usage.ProcessUsage) -> tuple[int, dict[int | str, float]]:
+        looks.append(1)
+        return 2**26, {"self": 1.0}
+
+    monkeypatch.setattr(usage.ProcessUsage, "_measure", steady)
     sent: list[str] = []
 
     async def nothing() -> None: ...
@@ -133,6 +146,7 @@ async def test_an_idle_worker_sends_next_to_nothing(
 
             monkeypatch.setattr(connection, "send", sending)
         began, turns = monotonic(), endpoint.idle_turns._count
+        looks.clear()
         await asyncio.sleep(2)  # the law is about time that passes
         turns = endpoint.idle_turns._count - turns
         commands = [name for name in sent if name != "EVAL"]  # which loads the script where the server has lost it
@@ -140,6 +154,7 @@ async def test_an_idle_worker_sends_next_to_nothing(
 
     assert commands == ["EVALSHA"] * turns
     assert turns <= passed / (worker.consumers[0].pause / 2) + 1
+    assert len(looks) > 1
 
 
 async def test_a_burst_ends_when_no_queue_has_work(app: Conveyor) -> None:

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from conveyor.cli import cli
-from conveyor.worker import recycling
+from conveyor.worker import recycling, usage
 from conveyor.worker.recycling import RecycleLimits
 from support.worker_processes import WorkerProcesses, wait, worker_processes
 
@@ -214,11 +214,11 @@ def test_limits_are_drawn_apart_and_never_above() -> None:
 
 def test_memory_is_measured_also_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no /proc the peak stands in for what is occupied now; both are plausible for this process."""
-    now = recycling.resident_memory()
-    monkeypatch.setattr(recycling, "_STATM", "/nowhere/statm")
+    now = recycling.memory_or_peak()
+    monkeypatch.setattr(usage, "PROC", "/nowhere")
 
     assert 10 * MB < now < 4000 * MB
-    assert now * 0.9 < recycling.resident_memory() < 8000 * MB
+    assert now * 0.9 < recycling.memory_or_peak() < 8000 * MB
 
 
 def test_the_command_line_refuses_what_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:

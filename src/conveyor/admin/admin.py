@@ -58,7 +58,16 @@ from conveyor.admin.views import (
     queue_info,
     without_values,
 )
-from conveyor.admin.worker_control import LeasedJob, WorkerProcess, command, find_process, leased_job, processes_of
+from conveyor.admin.worker_control import (
+    LeasedJob,
+    QueueWorkers,
+    WorkerProcess,
+    by_process,
+    command,
+    find_process,
+    leased_job,
+    processes_of,
+)
 from conveyor.errors import (
     ConfigurationError,
     ConveyorError,
@@ -606,18 +615,41 @@ class Admin:
         A worker is listed once for each queue or partition it serves.
         """
         parts = self._partition_names(queue) if queue is None or isinstance(queue, str) else self._parts_of(queue)
-        at = cache(instant)
-        return [_worker_info(name, member, at) for name, members in self._read_workers(parts) for member in members]
+        return [one for found, _ in self._read_workers(parts) for one in found]
 
-    def _read_workers(self, names: Sequence[str]) -> Iterator[tuple[str, list[inspection.WorkerRow]]]:
-        """Yield those of *names*, queues or partitions, that have workers; a few hundred are read in one step."""
-        at = 0
-        while at < len(names):
+    def queue_workers(self, queue: str) -> QueueWorkers:
+        """
+        Return the workers of a queue, or of a partition, and the processes that they are; it takes as many calls as `workers`.
+
+        Those of other queues are read with them, as far as one call goes, so that what the processes hold of these is known too.
+        """
+        known = self._directory.everything()
+        own = self._directory.knowing(known).partition_names(queue)
+        of_queue = set(own)
+        others = [part for parts in known.values() for part in parts if part not in of_queue]
+        steps = list(self._read_workers([*own, *others] if self.client.has_one_endpoint else own, least=len(own)))
+        found, read = [one for some, _ in steps for one in some], sum(count for _, count in steps)
+        registrations = [one for one in found if one.queue in of_queue]
+        processes = by_process(found)
+        serving = [one for key in by_process(registrations) for one in processes_of(processes[key])]
+        return QueueWorkers(registrations, serving, exact=read == len(own) + len(others))
+
+    def _read_workers(self, names: Sequence[str], least: int | None = None) -> Iterator[tuple[list[WorkerInfo], int]]:
+        """
+        Yield the workers of *names*, queues or partitions, and of how many of these they are: a few hundred in one step.
+
+        *least*: the steps end when the first so many were read.
+        """
+        at, moment = 0, cache(instant)
+        while at < (len(names) if least is None else least):
             # In a cluster each partition is in a slot of its own.
             some = names[at : at + (_WORKERS_SIZE if self.client.has_one_endpoint else 1)]
             page = self._ask(some[0], inspection.workers_of([self._directory.key(name, "workers") for name in some]))
-            for number, rows in page.rows.items() if page is not None else ():
-                yield some[number], rows
+            if page is not None:
+                yield (
+                    [_worker_info(some[number], row, moment) for number, rows in page.rows.items() for row in rows],
+                    page.read,
+                )
             at += len(some) if page is None else page.read
 
     def worker_processes(self, *, jobs: int = 0) -> list[WorkerProcess]:
@@ -1107,15 +1139,10 @@ class Admin:
 
     def _longest_running(self, queues: Collection[str]) -> Iterator[LeasedJob]:
         """Yield the jobs that the workers of *queues* hold for longest: a few of each, of so many workers at most."""
-        holding = (
-            (part, member.worker)
-            for part, members in self._read_workers(self._parts_of(queues))
-            for member in members
-            if member.held
-        )
-        for part, worker in islice(holding, _MOST_HOLDING):
-            for row in self._ask(part, worker_commands.leased_jobs(self._keys(part), worker, _LONGEST)) or ():
-                yield leased_job(part, row)
+        holding = (one for found, _ in self._read_workers(self._parts_of(queues)) for one in found if one.held)
+        for one in islice(holding, _MOST_HOLDING):
+            for row in self._ask(one.queue, worker_commands.leased_jobs(self._keys(one.queue), one.id, _LONGEST)) or ():
+                yield leased_job(one.queue, row)
 
     def _schedule_rows(self) -> Iterator[tuple[str, schedules.ScheduleRow]]:
         """Yield the queue and the row of all schedules."""
@@ -1165,6 +1192,7 @@ class Admin:
     arepair = _awaitable(repair)
     arelease_build = _awaitable(release_build)
     aworkers = _awaitable(workers)
+    aqueue_workers = _awaitable(queue_workers)
     aworker_processes = _awaitable(worker_processes)
     aworker_process = _awaitable(worker_process)
     aquiet_worker = _awaitable(quiet_worker)

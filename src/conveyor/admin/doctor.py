@@ -28,7 +28,7 @@ from conveyor.store.keys import QueueKeys
 from conveyor.store.transport import eviction, replies
 from conveyor.store.transport.cluster import Cluster
 from conveyor.store.transport.url import StandaloneServer
-from conveyor.units import instant, span
+from conveyor.units import instant, size_text, span
 
 Level = Literal["ok", "note", "warning", "problem"]
 DurabilityLevel = Literal["memory", "snapshots", "aof-os", "aof-everysec", "aof-always", "unknown"]
@@ -346,12 +346,12 @@ def _check_memory(facts: dict[str, str], report: HealthReport) -> None:
         return
     used, most = int(facts["used_memory"]), int(facts.get("maxmemory", 0))
     if most == 0:
-        report.add("memory", "note", f"{_size(used)} used, no maxmemory", "Set one below the machine's memory.")
+        report.add("memory", "note", f"{size_text(used)} used, no maxmemory", "Set one below the machine's memory.")
         return
     share = used / most
     level: Level = "problem" if share >= MEMORY_PROBLEM else "warning" if share >= MEMORY_WARNING else "ok"
     remedy = "Add workers, or give it more memory: at maxmemory every push is refused." if level != "ok" else ""
-    report.add("memory", level, f"{share:.0%} of maxmemory used ({_size(used)} of {_size(most)})", remedy)
+    report.add("memory", level, f"{share:.0%} of maxmemory used ({size_text(used)} of {size_text(most)})", remedy)
 
 
 def _check_connections(client: Client, report: HealthReport) -> None:
@@ -536,12 +536,3 @@ def _check_schedule_names(
                 report.add("schedule", "problem", text, "Delete it, and declare it for one of them again.")
         for flag in late_schedules([(queue, row) for row in rows], instant(now)):
             report.add("schedule", flag.level, flag.text, flag.remedy, flag.code)
-
-
-def _size(number: int) -> str:
-    value = float(number)
-    for unit in ("B", "KB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"

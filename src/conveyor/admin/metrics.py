@@ -337,16 +337,22 @@ def _worker_families(facts: SystemFacts) -> Iterator[_Family]:
         "conveyor_worker_slots", "gauge", "Jobs that a worker runs at once: places that are used, and free."
     )
     lag = _Family("conveyor_worker_loop_lag_seconds", "gauge", "How long the event loop kept others waiting lately.")
+    memory = _Family("conveyor_worker_memory_bytes", "gauge", "Memory that a worker and its job processes occupy.")
+    cpu = _Family("conveyor_worker_cpu_ratio", "gauge", "Processor time that a worker uses: 1 is one core.")
     lost = _Family("conveyor_leases_lost_total", "counter", "Jobs and messages whose holder died or fell silent.")
     states: dict[tuple[str, str], int] = defaultdict(int)
     for one in facts.workers:
         states[one.kind or "unknown", "silent" if one.silent else one.state] += 1
-        if one.kind == "worker" and one.concurrency:
-            used = min(one.held, one.concurrency)
-            slots.add(used, worker=one.name, state="used")
-            slots.add(one.concurrency - used, worker=one.name, state="free")
-            lag.add(one.loop_lag, worker=one.name)
+        if not one.slots.total:
+            continue
+        slots.add(one.slots.used, worker=one.name, state="used")
+        slots.add(one.slots.total - one.slots.used, worker=one.name, state="free")
+        lag.add(one.loop_lag, worker=one.name)
+        if one.memory is not None:
+            memory.add(one.memory, worker=one.name)
+        if one.cpu is not None:
+            cpu.add(one.cpu / 100, worker=one.name)
     for (kind, state), number in sorted(states.items()):
         count.add(number, kind=kind, state=state)
     lost.add_lines([f'{{queue="{_escaped(queue)}"}} {number}\n' for queue, number in sorted(facts.lost.items())])
-    yield from (count, slots, lag, lost)
+    yield from (count, slots, lag, memory, cpu, lost)

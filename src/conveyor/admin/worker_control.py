@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import datetime
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -15,7 +15,7 @@ from conveyor.ids import logical, public
 from conveyor.store import worker_commands
 from conveyor.store.inspection import DAMAGED
 from conveyor.store.worker_commands import LeasedRow, WorkerAction, WorkerCommand
-from conveyor.units import instant, instant_or_none
+from conveyor.units import instant, instant_or_none, quantity
 
 if TYPE_CHECKING:
     from conveyor.store.client.client import Client
@@ -34,6 +34,16 @@ class LeasedJob(msgspec.Struct, frozen=True):
     since: datetime | None
 
 
+class Slots(NamedTuple):
+    """Places of workers in which jobs run, and how many of them are used."""
+
+    used: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.used:,} of {quantity(self.total, 'slot')} used"
+
+
 class WorkerProcess(msgspec.Struct, frozen=True):
     """
     One process that serves queues.
@@ -42,8 +52,9 @@ class WorkerProcess(msgspec.Struct, frozen=True):
     of the interpreter, `build` and `labels` are what it was started with. `state`: "running", "quiet" (takes no new jobs) or
     "stopping". `supervisor`: the pid of the process that started it, None without one. `held`: how many jobs it holds. `seen`: its
     last heartbeat, `heartbeat_age` seconds ago by the server's clock. `silent`: all its leases have ended. `loop_lag`: for how many
-    seconds its event loop kept others waiting lately at most; 0 below a tenth. `jobs`: what it holds, the longest first, where that
-    was asked for.
+    seconds its event loop kept others waiting lately at most; 0 below a tenth. `memory`: bytes that it and its job processes
+    occupy; `cpu`: per cent of one core that they use. Both are told when they have changed, and None where they are not known.
+    `jobs`: what it holds, the longest first, where that was asked for.
     """
 
     name: str
@@ -66,9 +77,45 @@ class WorkerProcess(msgspec.Struct, frozen=True):
     lease_ends: datetime
     silent: bool
     loop_lag: float = 0.0
+    memory: int | None = None
+    cpu: int | None = None
     jobs: list[LeasedJob] = msgspec.field(default_factory=list)
     members: list[WorkerInfo] = msgspec.field(default_factory=list)
     """Its registrations, one for each queue or partition."""
+
+    @property
+    def slots(self) -> Slots:
+        """Its slots; none of one that is silent, or takes messages. It may hold more jobs than run."""
+        total = 0 if self.silent or self.kind != "worker" else max(0, self.concurrency or 0)
+        return Slots(min(self.held, total), total)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The facts that it told of itself last: a change of its usage is told through one of its registrations."""
+        return _told_last(self.members)
+
+
+class QueueWorkers(NamedTuple):
+    """
+    The workers of a queue, and the slots of all worker processes that serve it.
+
+    Slots may be used by jobs of other queues. `exact`: all of those were read; else more slots may be used.
+    """
+
+    registrations: list[WorkerInfo]
+    processes: list[WorkerProcess]
+    exact: bool
+
+    @property
+    def slots(self) -> Slots:
+        """The slots of the processes."""
+        return slots_of(self.processes)
+
+
+def slots_of(processes: Iterable[WorkerProcess]) -> Slots:
+    """Return the slots of *processes*."""
+    slots = [one.slots for one in processes]
+    return Slots(sum(one.used for one in slots), sum(one.total for one in slots))
 
 
 def by_process(workers: Iterable[WorkerInfo]) -> dict[tuple[str, int | None, str], list[WorkerInfo]]:
@@ -86,7 +133,7 @@ def processes_of(workers: Iterable[WorkerInfo]) -> list[WorkerProcess]:
 
 def _process(group: list[WorkerInfo]) -> WorkerProcess:
     latest = max(group, key=lambda worker: worker.seen)
-    about, pid = latest.about, latest.pid
+    about, pid, usage = latest.about, latest.pid, _told_last(group)
     name = f"{latest.host}:{pid}" if pid else latest.id
     if latest.host == DAMAGED:
         name = latest.id
@@ -99,8 +146,18 @@ def _process(group: list[WorkerInfo]) -> WorkerProcess:
         threads=_number(about, "threads"), queues=list(dict.fromkeys(logical(one.queue) for one in group)),
         held=sum(one.held for one in group), seen=latest.seen, heartbeat_age=round(age, 3),
         lease_ends=max(one.lease_ends for one in group), silent=all(one.lease_ends < one.read_at for one in group),
-        loop_lag=max(_number(one.about, "loop_lag_ms") or 0 for one in group) / 1000, members=group,
+        loop_lag=(_number(usage, "loop_lag_ms") or 0) / 1000, memory=_number(usage, "memory"), cpu=_number(usage, "cpu"),
+        members=group,
     )  # fmt: skip
+
+
+def _told_last(group: list[WorkerInfo]) -> dict[str, Any]:
+    """Return what a process said of itself through that of its registrations through which it told its usage last."""
+    # An earlier release tells no instant, and its lag through one of them alone.
+    return max(
+        (one.about for one in group),
+        key=lambda about: (_number(about, "usage_told") or 0, _number(about, "loop_lag_ms") or 0),
+    )
 
 
 def _text(about: dict[str, Any], name: str) -> str:

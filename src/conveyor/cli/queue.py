@@ -30,9 +30,12 @@ if TYPE_CHECKING:
     from conveyor.admin.admin import Admin
     from conveyor.admin.job_query import JobQuery
     from conveyor.admin.views import FailureGroup, FailureSummary, QueueInfo
+    from conveyor.admin.worker_control import Slots
     from conveyor.jobs.why import QueueCause
 
 _HEADINGS = ("queue", "ready", "scheduled", "waiting", "leased", "dead", "workers", "oldest", "state")
+_GAUGE = 10
+"""Letters of a gauge."""
 MOST_DEAD_LETTERS = 10_000
 """Dead letters that are read of a queue, the newest, so that a command stays quick."""
 _NAME = click.argument("name", metavar="QUEUE", shell_complete=complete_queues)
@@ -56,6 +59,36 @@ def print_causes(out: Output, causes: Mapping[str, Sequence[QueueCause]]) -> Non
     for name, found in causes.items():
         for cause in found:
             out.line(f"  {clean(name)}{': ' if name else ''}{cause}")
+
+
+def _queue_pairs(info: QueueInfo) -> list[tuple[str, object]]:
+    """Return what a queue holds."""
+    return [
+        ("queue", info.name),
+        ("ready", info.ready),
+        ("scheduled", info.scheduled),
+        ("waiting", info.waiting),
+        ("leased", info.leased),
+        ("dead", info.dead),
+        ("oldest", None if info.oldest_age is None else timedelta(seconds=info.oldest_age)),
+        ("paused", info.paused),
+        ("max_length", info.max_length),
+        ("blocked", info.blocked),
+        ("dropped", info.dropped),
+        ("outbox", info.outbox),
+        ("unplaced", info.unplaced),
+        ("workers", info.workers),
+    ]
+
+
+def _slot_pairs(out: Output, slots: Slots, *, exact: bool) -> list[tuple[str, object]]:
+    """Return the slots of the workers that serve a queue, as a gauge on a terminal."""
+    if not out.on_terminal:
+        return [("slots", slots.total), ("slots_used", slots.used)]
+    if not slots.total:
+        return []
+    full = round(_GAUGE * slots.used / slots.total)
+    return [("slots", f"{'█' * full}{'░' * (_GAUGE - full)} {'' if exact else 'at least '}{slots}")]
 
 
 def say_unanswered(out: Output, admin: Admin) -> None:
@@ -154,35 +187,28 @@ def show(target: Target, out: Output, name: str, whole: bool, query: JobQuery | 
     if query is not None:
         _show_counts(out, admin, name, query)
         return
-    info, workers, partitions = admin.queue(name), admin.workers(name), admin.partitions(name)
+    info, found, partitions = admin.queue(name), admin.queue_workers(name), admin.partitions(name)
+    workers, slots = found.registrations, found.slots
     failures = admin.failures(name, most=None if whole else MOST_DEAD_LETTERS)
     causes = admin.causes(name, info.ready + info.waiting)
     if out.as_json:
         causes_told = [{**asdict(cause), "sentence": str(cause)} for cause in causes]
-        out.document("queue", queue=info, workers=workers, partitions=partitions, failures=failures, causes=causes_told)
+        told = {**slots._asdict(), "exact": found.exact}
+        out.document(
+            "queue",
+            queue=info,
+            workers=workers,
+            slots=told,
+            partitions=partitions,
+            failures=failures,
+            causes=causes_told,
+        )
         return
     say_unanswered(out, admin)
-    out.pairs(
-        [
-            ("queue", info.name),
-            ("ready", info.ready),
-            ("scheduled", info.scheduled),
-            ("waiting", info.waiting),
-            ("leased", info.leased),
-            ("dead", info.dead),
-            ("oldest", None if info.oldest_age is None else timedelta(seconds=info.oldest_age)),
-            ("paused", info.paused),
-            ("max_length", info.max_length),
-            ("blocked", info.blocked),
-            ("dropped", info.dropped),
-            ("outbox", info.outbox),
-            ("unplaced", info.unplaced),
-            ("workers", info.workers),
-            ("partitions", info.partitions),
-            *(() if out.on_terminal else ((f"why.{number}", str(one)) for number, one in enumerate(causes, 1))),
-            *(() if out.on_terminal else _failure_pairs(failures)),
-        ]
-    )
+    pairs = [*_queue_pairs(info), *_slot_pairs(out, slots, exact=found.exact), ("partitions", info.partitions)]
+    if not out.on_terminal:
+        pairs += [*((f"why.{number}", str(one)) for number, one in enumerate(causes, 1)), *_failure_pairs(failures)]
+    out.pairs(pairs)
     if causes and out.on_terminal:
         print_causes(out, {"": causes})
     if partitions and out.on_terminal:

@@ -41,6 +41,7 @@ _SAID = frozenset({"scheduled", "queue-paused", "no-worker"})
 def status(target: Target, out: Output) -> int:
     """Show queues, workers and problems. Exits 8 when something is wrong."""
     from conveyor.admin.flags import DOCTORS_KINDS
+    from conveyor.admin.worker_control import processes_of, slots_of
 
     admin = target.admin()
     partitions = admin.queue_partitions()
@@ -57,7 +58,8 @@ def status(target: Target, out: Output) -> int:
     if out.as_json:
         out.document(
             "status", healthy=healthy, url=report.url, namespace=admin.client.namespace, family=report.family,
-            version=report.version, queues=queues, workers=workers, failures=failures,
+            version=report.version, queues=queues, workers=workers, slots=slots_of(processes_of(workers))._asdict(),
+            failures=failures,
             causes=[{**asdict(cause), "sentence": str(cause)} for found in causes.values() for cause in found],
             findings=[asdict(finding) for finding in shown], flags=flags,
         )  # fmt: skip
@@ -115,12 +117,14 @@ def _print_workers(out: Output, workers: Sequence[WorkerInfo]) -> None:
     A process has an identity for every queue that it serves. One whose leases have all ended has died or hangs, and its
     jobs go to others as soon as one of them has looked twice; where none is, they wait.
     """
-    from conveyor.admin.worker_control import processes_of
+    from conveyor.admin.worker_control import processes_of, slots_of
     from conveyor.store.inspection import DAMAGED
 
     processes = processes_of(workers)
+    slots = slots_of(processes)
     out.line("")
-    out.line(f"{quantity(len(processes), 'worker process')}:" if processes else "No workers.")
+    used = f", {slots}" if slots.total else ""
+    out.line(f"{quantity(len(processes), 'worker process')}{used}:" if processes else "No workers.")
     for one in processes[:_MAX_WORKERS]:
         damaged = " (its registration is damaged)" if one.host == DAMAGED else ""
         ended = one.lease_ends

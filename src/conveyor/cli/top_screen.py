@@ -11,6 +11,7 @@ from textual.app import App, ComposeResult
 from textual.binding import Binding
 from textual.widgets import DataTable, Footer, Static
 
+from conveyor.admin.worker_control import slots_of
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import MARKS, human_text
 from conveyor.errors import ConveyorError
@@ -98,9 +99,10 @@ class Top(App[None]):
             return
         self._queues = {one.name: one for one in queues}
         ready, running, dead = (sum(getattr(one, name) for one in queues) for name in ("ready", "leased", "dead"))
+        slots = slots_of(workers)
         totals.update(
             f"{quantity(len(queues), 'queue')} · {ready:,} ready · {running:,} leased · {dead:,} dead · "
-            f"{quantity(len(workers), 'worker process')}"
+            f"{quantity(len(workers), 'worker process')}{f' · {slots}' if slots.total else ''}"
         )
         self._show("#queues", {one.name: _queue_row(one) for one in queues})
         self._show("#workers", {one.name: _worker_row(one) for one in workers})

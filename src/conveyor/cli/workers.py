@@ -11,9 +11,9 @@ from msgspec.structs import asdict
 from conveyor.cli.command import CommandGroup
 from conveyor.cli.completion import complete_workers
 from conveyor.cli.exit import ExitCode
-from conveyor.cli.output import Output, confirm_options, parse_seconds
+from conveyor.cli.output import Output, confirm_options, parse_seconds, terminal_width
 from conveyor.cli.target import Target, redis_options
-from conveyor.units import quantity
+from conveyor.units import quantity, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from conveyor.admin.admin import Admin
     from conveyor.admin.worker_control import WorkerProcess
 
-_HEADINGS = ("worker", "version", "state", "queues", "slots", "holds", "longest job", "heartbeat", "build", "labels")
+_HEADINGS = (
+    "worker", "version", "state", "queues", "slots", "holds", "longest job", "heartbeat", "build", "labels", "memory", "cpu",
+)  # fmt: skip
+_WIDE = 100
+"""Columns of a terminal that has room for what workers use."""
 _NAME = click.argument("name", metavar="NAME", shell_complete=complete_workers)
 _NAMES = click.argument("names", metavar="[NAME]…", nargs=-1, shell_complete=complete_workers)
 _ALL = click.option("--all", "every", is_flag=True, help="All workers of jobs.")
@@ -40,15 +44,23 @@ def workers() -> None:
 @workers.command("list", example="conveyor workers list")
 @redis_options
 def list_(target: Target, out: Output) -> None:
-    """List the processes that serve queues: version, queues, slots, running jobs, heartbeat."""
+    """List the processes that serve queues: version, queues, slots, running jobs, heartbeat, memory, processor use."""
+    from conveyor.admin.worker_control import slots_of
+
     found = target.admin().worker_processes(jobs=1)
     if out.as_json:
-        out.document("workers", workers=[_document(one) for one in found])
+        out.document("workers", workers=[_document(one) for one in found], slots=slots_of(found)._asdict())
     elif found:
-        # In a pipe the columns are always the same; on a terminal those that are empty for all are left out.
-        few = out.on_terminal and not any(one.build or one.labels for one in found)
-        rows = [_row(one) for one in found]
-        out.table(_HEADINGS[:-2] if few else _HEADINGS, [row[:-2] for row in rows] if few else rows, narrow="queues")
+        # In a pipe the columns are always the same; on a terminal those that are empty for all, or do not fit, are left out.
+        left = set()
+        if out.on_terminal:
+            left = set() if any(one.build or one.labels for one in found) else {"build", "labels"}
+            left |= {"memory", "cpu"} if terminal_width() < _WIDE else set()
+        rows = [_row(one, out.on_terminal) for one in found]
+        shown = [at for at, heading in enumerate(_HEADINGS) if heading not in left]
+        out.table([_HEADINGS[at] for at in shown], [[row[at] for at in shown] for row in rows], narrow="queues")
+        if out.on_terminal and (slots := slots_of(found)).total:
+            out.line(f"\n{slots}.")
     else:
         out.say("No worker is running.  Start one:  conveyor worker APP")
 
@@ -67,7 +79,8 @@ def show(target: Target, out: Output, name: str) -> None:
             ("worker", one.name), ("kind", one.kind), ("state", _state(one)), ("version", one.version),
             ("python", one.python), ("build", one.build), ("labels", ", ".join(one.labels)), ("started", one.started),
             ("supervisor", None if one.supervisor is None else str(one.supervisor)), ("queues", ", ".join(one.queues)),
-            ("slots", one.concurrency), ("threads", one.threads), ("holds", one.held), ("heartbeat", one.seen),
+            ("slots", one.concurrency), ("slots used", one.slots.used), ("threads", one.threads), ("holds", one.held),
+            ("memory", _memory(one, out.on_terminal)), ("cpu", _cpu(one, out.on_terminal)), ("heartbeat", one.seen),
             ("lease ends", one.lease_ends),
         ]
     )  # fmt: skip
@@ -185,15 +198,28 @@ def _since(one: WorkerProcess, job: Any) -> timedelta | None:
     return None if job.since is None else max(timedelta(), one.members[0].read_at - job.since)
 
 
-def _row(one: WorkerProcess) -> tuple[object, ...]:
+def _memory(one: WorkerProcess, on_terminal: bool) -> object:
+    return size_text(one.memory) if on_terminal and one.memory is not None else one.memory
+
+
+def _cpu(one: WorkerProcess, on_terminal: bool) -> object:
+    return f"{one.cpu} %" if on_terminal and one.cpu is not None else one.cpu
+
+
+def _row(one: WorkerProcess, on_terminal: bool) -> tuple[object, ...]:
     longest = next((_since(one, job) for job in one.jobs), None)
     return (
         one.name, one.version, _state(one), ", ".join(one.queues), one.concurrency, one.held, longest,
-        timedelta(seconds=one.heartbeat_age), one.build, ", ".join(one.labels),
+        timedelta(seconds=one.heartbeat_age), one.build, ", ".join(one.labels), _memory(one, on_terminal),
+        _cpu(one, on_terminal),
     )  # fmt: skip
 
 
 def _document(one: WorkerProcess) -> dict[str, Any]:
     document = asdict(one)
     del document["members"]
-    return {**document, "jobs": [{**asdict(job), "seconds": _since(one, job)} for job in one.jobs]}
+    return {
+        **document,
+        "slots": one.slots._asdict(),
+        "jobs": [{**asdict(job), "seconds": _since(one, job)} for job in one.jobs],
+    }

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import asdict
 
-from conveyor.admin.worker_control import by_process
+from conveyor.admin.worker_control import WorkerProcess, processes_of, slots_of
 from conveyor.dashboard.documents import encoded
 from conveyor.dashboard.operations import Operations
-from conveyor.dashboard.queue_counts import QueueTable
+from conveyor.dashboard.queue_counts import FEW, QueueTable
 from conveyor.store.transport.endpoint import in_thread
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class LiveView:
         self._admin, self._operations = admin, operations
         self._flags: list[dict[str, Any]] = []
         self._flags_until = 0.0
-        self._workers = 0
+        self._workers: list[WorkerProcess] = []
         self.queues = QueueTable(admin)
         self.snapshot = Shared(self._read_snapshot, 0.9)
         self.hour = Shared(lambda: asdict(admin.history("1h")), 25.0)
@@ -80,16 +80,19 @@ class LiveView:
         counts = self.queues.followed()
         infos, minute = counts.infos, [one.ended for one in counts.queues if one.ended is not None]
         ages = [info.oldest_age for info in infos if info.oldest_age is not None]
-        if time.monotonic() >= self._flags_until:
+        is_due = time.monotonic() >= self._flags_until
+        if is_due or len(infos) <= FEW:
             serving = (one for queue in counts.queues if queue.info.workers for one in queue.workers)
-            self._workers = len(by_process(serving))
+            self._workers = processes_of(serving)
+        if is_due:
             self._flags = self._read_flags(self._admin.knowing(counts.partitions), infos)
             busy = sum(bool(info.workers or info.leased or info.dead or info.scheduled) for info in infos)
             self._flags_until = time.monotonic() + min(_MOST_SECONDS, max(_FLAGS_SECONDS, _SECONDS_OF_A_QUEUE * busy))
         return {
             "at": datetime.now(UTC), "counted_since": counts.since,
             "totals": {
-                **{state: sum(getattr(info, state) for info in infos) for state in _STATES}, "workers": self._workers,
+                **{state: sum(getattr(info, state) for info in infos) for state in _STATES}, "workers": len(self._workers),
+                "slots": slots_of(self._workers)._asdict(),
                 "paused_queues": sum(info.paused for info in infos), "oldest_age": max(ages, default=None),
             },
             "queues": [

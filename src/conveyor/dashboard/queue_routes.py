@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from conveyor.admin.views import QueueInfo
+from conveyor.admin.worker_control import processes_of
 from conveyor.dashboard.documents import cause_document, queue_document
 from conveyor.dashboard.endpoint import ApiCall, ApiRoute, Field
 from conveyor.dashboard.service import limit_document
@@ -49,11 +50,16 @@ def show_queue(call: ApiCall) -> dict[str, Any]:
     info: QueueInfo = call.admin.queue(name)
     limits = call.service.limits.list(name)
     causes = call.admin.causes(name, info.ready + info.waiting, limits=limits)
+    workers = call.admin.queue_workers(name)
     return {
         "queue": queue_document(info),
         "partitions": [queue_document(one) for one in call.admin.partitions(name)],
         "causes": [cause_document(one) for one in causes],
-        "workers": call.service.workers(call.admin, name),
+        "workers": [
+            {**call.service.worker_document(one), "slots": whole.slots._asdict()}
+            for one, whole in zip(processes_of(workers.registrations), workers.processes, strict=True)
+        ],
+        "slots": {**workers.slots._asdict(), "exact": workers.exact},
         "limits": [limit_document(one) for one in limits],
         "groups": call.service.groups_of(name),
         "paused_tasks": [one.name for one in causes if one.kind == "task-paused"],

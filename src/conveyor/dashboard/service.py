@@ -16,7 +16,7 @@ from starlette.requests import Request
 from conveyor.admin import flags
 from conveyor.admin.admin import Admin
 from conveyor.admin.views import limit_view, schedule_view
-from conveyor.admin.worker_control import processes_of
+from conveyor.admin.worker_control import WorkerProcess
 from conveyor.dashboard.access import Access, Authorize, LoginRequired, TooManyAttempts, bearer_access
 from conveyor.dashboard.live import LiveView
 from conveyor.dashboard.operations import Operations
@@ -100,17 +100,15 @@ class Service:
 
     # -- what several pages show ----------------------------------------------------------------------------------
 
-    def workers(self, admin: Admin, queue: str | None = None) -> list[dict[str, Any]]:
-        """Return the worker processes, each with the queues that it serves."""
-        return [
-            {
-                "id": one.name, "host": one.host, "pid": one.pid, "queues": one.queues, "held": one.held,
-                "lease_ends": one.lease_ends, "silent": one.silent,
-                "about": {key: value for key, value in one.members[0].about.items() if key not in _NOT_SHOWN},
-                "identities": [member.id for member in one.members],
-            }
-            for one in processes_of(admin.workers(queue))
-        ]  # fmt: skip
+    @staticmethod
+    def worker_document(one: WorkerProcess) -> dict[str, Any]:
+        """Return a worker process with the queues that it serves."""
+        return {
+            "id": one.name, "host": one.host, "pid": one.pid, "queues": one.queues, "held": one.held,
+            "lease_ends": one.lease_ends, "silent": one.silent, "slots": one.slots._asdict(), "memory": one.memory,
+            "cpu": one.cpu, "about": {key: value for key, value in one.about.items() if key not in _NOT_SHOWN},
+            "identities": [member.id for member in one.members],
+        }  # fmt: skip
 
     def app_core(self) -> AppCore:
         """Return the inside of the app, or of one that declares nothing."""

@@ -13,6 +13,7 @@ from msgspec.structs import asdict
 
 from conveyor.admin.admin import refuse_mark
 from conveyor.admin.server_info import read_server_info
+from conveyor.admin.worker_control import slots_of
 from conveyor.dashboard.endpoint import ApiCall, ApiRoute, Field, NotAllowed
 from conveyor.dashboard.send_routes import task_of
 from conveyor.dashboard.service import in_zone, limit_document, schedule_document
@@ -143,7 +144,9 @@ def _change_schedule(word: str, change: Callable[[Schedule], None]) -> Callable[
 
 def list_workers(call: ApiCall) -> dict[str, Any]:
     """Return the worker processes."""
-    return {"workers": call.service.workers(call.admin), "footer": None}
+    found = call.admin.worker_processes()
+    workers = [call.service.worker_document(one) for one in found]
+    return {"workers": workers, "slots": slots_of(found)._asdict(), "footer": None}
 
 
 def list_held_jobs(call: ApiCall) -> dict[str, Any]:

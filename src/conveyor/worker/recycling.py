@@ -9,6 +9,7 @@ from time import monotonic
 
 from conveyor.units import quantity
 from conveyor.worker.logs import LOG
+from conveyor.worker.usage import resident_memory
 
 MIN_LIFE = 10.0
 """
@@ -18,7 +19,6 @@ without end.
 SPREAD = 10
 """Limits are drawn lower by up to a tenth, so that processes which started together are not replaced together."""
 _CHECK_EVERY = 0.2
-_STATM = "/proc/self/statm"
 
 
 class RecycleLimits:
@@ -40,7 +40,7 @@ class RecycleLimits:
         self._begun_at = self._checked_at = monotonic()
         if self.max_memory is None:
             return
-        at_start = resident_memory()
+        at_start = memory_or_peak()
         self._memory = self.max_memory - random.random() / SPREAD * max(0, self.max_memory - at_start)  # noqa: S311
         if at_start >= self.max_memory:
             self._memory = 2.0 * at_start
@@ -67,22 +67,21 @@ class RecycleLimits:
         if self._memory is None or now - self._checked_at < _CHECK_EVERY or life < MIN_LIFE:
             return None
         self._checked_at = now
-        resident = resident_memory()
+        resident = memory_or_peak()
         if resident <= self._memory:
             return None
         return f"has {megabytes(resident)} after {quantity(jobs, 'job')} and {life:.0f} s (limit {megabytes(self._memory)})"
 
 
-def resident_memory() -> int:
-    """Return the bytes of memory that this process occupies; on systems without /proc the most it ever did."""
-    try:
-        with open(_STATM, "rb") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        import resource
+def memory_or_peak() -> int:
+    """Return the bytes of memory that this process occupies; on systems that do not say the most it ever did."""
+    resident = resident_memory()
+    if resident is not None:
+        return resident
+    import resource
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def megabytes(count: float) -> str:

@@ -28,7 +28,7 @@ from conveyor.worker.execution.executor import Executor
 from conveyor.worker.execution.processes import ProcessPool, module_of
 from conveyor.worker.job_loader import JobLoader
 from conveyor.worker.leasing.capacity import Capacity, PartitionGroup
-from conveyor.worker.leasing.heartbeat import LoopLag, Watchdog
+from conveyor.worker.leasing.heartbeat import TICK, Watchdog
 from conveyor.worker.leasing.membership import LeaseHolder, partition_keys, queue_weights
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.leasing.wakeup import WorkerConnections
@@ -40,6 +40,7 @@ from conveyor.worker.scheduler import declare_schedules
 from conveyor.worker.services import WorkerServices
 from conveyor.worker.settlement import SettlementWriter
 from conveyor.worker.shutdown import RECYCLE, STOPPED, BurstMonitor, DrainMonitor, running
+from conveyor.worker.usage import ProcessUsage
 
 if TYPE_CHECKING:
     from conveyor.jobs.app import Conveyor
@@ -89,7 +90,7 @@ class Worker:
         )
         self._created_at = self.last_tick = monotonic()
         self._started_ms = int(time() * 1000)
-        self._lag = LoopLag()
+        self._usage = ProcessUsage(lambda: self.executor.processes.pids)
         self._queues = queue_weights(self.app, queues)
         self._limits = (concurrency, threads)
         self._recycle_limits = recycle_limits or RecycleLimits(None, None)
@@ -170,6 +171,7 @@ class Worker:
                 consumer = QueueConsumer(services, connection, keys, group, lease_ms)
                 self.connections.add(consumer)
                 self.consumers.append(consumer)
+        self._usage.begin()
         for consumer in self.consumers:
             await consumer.register()
             # A full Redis takes no name; a program that pushes there makes the queue known.
@@ -337,12 +339,14 @@ class Worker:
     def _describe(self, weight: float) -> bytes:
         """Return what Redis stores about this worker, for a queue of that weight."""
         concurrency, threads = self._limits
+        usage = self._usage
         return operations.about(
             kind="worker", name=self.name, host=platform.node(), pid=os.getpid(), started=self._started_ms,
             concurrency=concurrency, threads=threads, weight=weight, tasks=len(self.app.definitions),
             version=installed_version(), python=platform.python_version(), state=self._state(),
             labels=self._labels, build=self._build,
-            supervisor=None if self._slot is None else os.getppid(), loop_lag_ms=self._lag.told_ms,
+            supervisor=None if self._slot is None else os.getppid(), loop_lag_ms=usage.lag_ms,
+            memory=usage.memory, cpu=usage.cpu, usage_told=usage.told_ms,
             task_set=operations.task_set(self.app.definitions),
             timeouts={name: ms for name, task in self.app.definitions.items() if (ms := task.settings.timeout_ms)},
         )  # fmt: skip
@@ -431,7 +435,7 @@ class Worker:
     # -- the event loop -------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        self._lag.note(self.last_tick, now := monotonic())
+        self._usage.note_ticks(self.last_tick, now := monotonic(), TICK)
         self.last_tick = now
         if self._slot is not None:
             self._slot.held = sum(len(consumer.held) for consumer in self.consumers)
@@ -441,7 +445,7 @@ class Worker:
             return  # it may still wait for Redis
         self.connections.tick()
         self._retire_if_used_up()
-        if self._lag.is_to_be_told(now):
+        if self._usage.is_to_be_told(now):
             self._describe_again(self.consumers[:1])
 
     def _on_the_loop(self) -> tuple[str, str] | None:

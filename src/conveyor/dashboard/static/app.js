@@ -393,6 +393,9 @@ export const Count = ({ n, state }) => (n ? html`<span data-state=${state} style
 /** How much of something is used. */
 export const Meter = ({ used, most, label, state = "leased" }) => html`<span class="meter" role="img" aria-label=${label ?? `${used} of ${most}`} data-state=${state}><i style=${{ width: `${most ? Math.min(100, (100 * used) / most) : 0}%` }}></i></span>`;
 
+/** The slots of workers in a tile, and how many of them are used; nothing where nobody has any. */
+export const Slots = ({ of }) => of?.total > 0 && html`<div class="note" title=${of.exact === false ? "At least: not all queues were read that use these slots" : null}>${of.exact === false ? "≥ " : ""}${num(of.used)} of ${num(of.total)} slots<${Meter} used=${of.used} most=${of.total} label=${`${of.used} of ${of.total} slots used`} /></div>`;
+
 /** A card with a heading. */
 export const Card = ({ title, side, children, body = true, label }) => html`<section class="card" aria-label=${title ?? label}>${title && html`<header><h2>${title}</h2>${side}</header>`}${body ? html`<div class="body">${children}</div>` : children}</section>`;
 
@@ -743,7 +746,7 @@ function Overview() {
       ${TILES.map(([state, text]) => html`<a class=${`tile${state === "dead" && totals.dead ? " bad" : ""}`} href=${state === "dead" ? href("failures") : jobsHref(`state:${state}`)}><span class="label"><i class="dot" data-state=${state}></i>${text}</span><div class="value">${num(totals[state] ?? 0)}</div></a>`)}
       <a class="tile" href=${oldest?.oldest_age != null ? queueHref(oldest.name) : href("queues")}><span class="label">Oldest ready</span><div class="value">${totals.oldest_age == null ? "–" : span(totals.oldest_age * 1000)}</div></a>
       <a class="tile" href=${href("queues")}><span class="label">Done a minute</span><div class="value">${minute ? num(minute.done) : "–"}</div></a>
-      <a class=${`tile${!totals.workers && totals.ready ? " bad" : ""}`} href=${href("workers")}><span class="label">Workers</span><div class="value">${num(totals.workers ?? 0)}</div></a>
+      <a class=${`tile${!totals.workers && totals.ready ? " bad" : ""}`} href=${href("workers")}><span class="label">Workers</span><div class="value">${num(totals.workers ?? 0)}</div><${Slots} of=${totals.slots} /></a>
     </div>
     ${since(data.counted_since) && html`<p class="muted">Jobs of ${num(data.queues_total)} queues${since(data.counted_since)}.</p>`}
     <${Flags} list=${[...flags, ...findings]} />

@@ -98,6 +98,11 @@ class ProcessPool:
     def __repr__(self) -> str:
         return f"<Processes of {self._reference}: {len(self._alive)} of {self.limit}, {len(self._idle)} idle>"
 
+    @property
+    def pids(self) -> list[int]:
+        """The pids of its processes."""
+        return [child.pid for child in self._alive]
+
     async def run(self, attempt: Attempt, on_started: Callable[[Attempt], None] = lambda _: None) -> Any:
         """
         Run the job when a process is free, and return its decoded result (None if none is stored).

@@ -25,32 +25,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("conveyor.worker")
 CHECK_EVERY = 0.5
+TICK = CHECK_EVERY / 2
+"""Seconds between two ticks of the event loop."""
 RETRY_FOR = 1.0
 """Seconds without a pass of the event loop after which it counts as blocked."""
-LAG_WINDOW, LEAST_LAG = 15.0, 0.1
-"""Seconds after which a worker tells how long its event loop kept others waiting, and what is too little to tell."""
 MAX_STALL = 300.0
 """Seconds a job may block the event loop before other workers get the jobs of this one."""
-
-
-class LoopLag:
-    """The longest time that the event loop kept its timer waiting; told to Redis now and then, and only where there is any."""
-
-    def __init__(self) -> None:
-        self.told_ms = 0
-        self._longest, self._until = 0.0, monotonic() + LAG_WINDOW
-
-    def note(self, before: float, now: float) -> None:
-        """Note two ticks of `Watchdog`, one after the other."""
-        self._longest = max(self._longest, now - before - CHECK_EVERY / 2)
-
-    def is_to_be_told(self, now: float) -> bool:
-        """Tell whether `told_ms` has become another at the end of a window; a new window begins then."""
-        if now < self._until:
-            return False
-        before, self.told_ms = self.told_ms, int(self._longest * 1000) if self._longest >= LEAST_LAG else 0
-        self._longest, self._until = 0.0, now + LAG_WINDOW
-        return before != self.told_ms
 
 
 class Watchdog:
@@ -88,16 +68,16 @@ class Watchdog:
     def _tick(self) -> None:
         self._ticked_at = monotonic()
         self._on_tick()
-        self._timer = self._loop.call_later(CHECK_EVERY / 2, self._tick)
+        self._timer = self._loop.call_later(TICK, self._tick)
 
     def _watch(self) -> None:
         reported, checked_at = 0.0, monotonic()
-        while not self._stop.wait(CHECK_EVERY if self._on_blocked is None else CHECK_EVERY / 2):
+        while not self._stop.wait(CHECK_EVERY if self._on_blocked is None else TICK):
             tick, now = self._ticked_at, monotonic()
             blocked, late, checked_at = now - tick, now - checked_at > RETRY_FOR, now
             if late and self._current_job() is None:
                 continue  # the whole process stood still, and no job is to blame for it
-            if blocked < (RETRY_FOR if self._on_blocked is None else CHECK_EVERY / 2) or tick == reported:
+            if blocked < (RETRY_FOR if self._on_blocked is None else TICK) or tick == reported:
                 continue
             reported = tick
             task, job_id = self._current_job() or ("something", "-")

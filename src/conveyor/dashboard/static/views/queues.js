@@ -1,5 +1,5 @@
 // The list of queues, and one queue.
-import { Act, Answer, Card, Count, Empty, Flags, Head, History, Icon, Meter, Spark, Table, api, confirm, go, href, html, jobs, jobsHref, linkHref, num, queueHref, rate, since, span, term, toast, useLive, useParam, useQuery } from "../app.js";
+import { Act, Answer, Card, Count, Empty, Flags, Head, History, Icon, Meter, Slots, Spark, Table, api, confirm, go, href, html, jobs, jobsHref, linkHref, num, queueHref, rate, since, span, term, toast, useLive, useParam, useQuery } from "../app.js";
 import { GroupTable, LimitTable } from "../parts/limits.js";
 import { WorkerTable } from "../parts/workers.js";
 
@@ -80,7 +80,7 @@ function Queue({ route }) {
       <div class="tiles few">
         ${[["ready", "Ready"], ["leased", "Running"], ["scheduled", "Scheduled"], ["waiting", "Waiting"], ["dead", "Dead"]].map(([state, text]) => html`<a class=${`tile${state === "dead" && q.dead ? " bad" : ""}`} href=${jobsHref(`${term("queue", name)} state:${state}`)}><span class="label"><i class="dot" data-state=${state}></i>${text}</span><div class="value">${num(q[state])}</div></a>`)}
         <div class="tile"><span class="label">Oldest ready</span><div class="value">${age(q)}</div></div>
-        <div class="tile"><span class="label">Workers</span><div class="value">${num(q.workers)}</div></div>
+        <div class="tile"><span class="label">Workers</span><div class="value">${num(q.workers)}</div><${Slots} of=${data.slots} /></div>
       </div>
       ${q.max_length && html`<${Card} label="Room"><div class="row between small muted"><span>${num(q.ready + q.scheduled + q.waiting + q.leased)} of ${num(q.max_length)} places used</span></div><${Meter} used=${q.ready + q.scheduled + q.waiting + q.leased} most=${q.max_length} /><//>`}
       ${flags.length > 0 && html`<${Flags} list=${flags} />`}
