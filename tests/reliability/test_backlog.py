@@ -95,14 +95,15 @@ def test_a_purge_lets_others_work(app: Conveyor, redis: redis_py.Redis, rounds: 
         task = _note(other)
         task.enqueue(-1)  # its connection is open; this one is purged with the others
         redis.config_resetstat()
-        purging = threading.Thread(target=queue.purge)
+        purging = threading.Thread(target=queue.purge, daemon=True)
         purging.start()
         until(lambda: len(queue) < depth - 10, 30)
         while purging.is_alive():
             began = perf_counter()
             newer.append(task.enqueue(-1).id)
             waits.append(perf_counter() - began)
-        purging.join()
+        purging.join(60)
+        assert not purging.is_alive()
     left = app.client.run(inspection.counts(app.client.keys("default")))
     batches = redis.info("commandstats")["cmdstat_evalsha"]["calls"] - len(newer)
     print(f"{depth} purged in {batches} calls; {len(waits)} pushes meanwhile, the slowest {1000 * max(waits):.1f} ms")
@@ -133,7 +134,7 @@ async def test_jobs_that_fail_together_come_back_apart(app: Conveyor, redis: red
     due = app.client.keys("default").due
     await auntil(lambda: redis.zcard(due) == jobs, 120)
     worker.stop()
-    await running
+    await asyncio.wait_for(running, 60)
     instants = [score for _, score in redis.zrange(due, 0, -1, withscores=True)]
     width = (max(instants) - min(instants) + 1) / 20
     parts = Counter(int((one - min(instants)) / width) for one in instants)

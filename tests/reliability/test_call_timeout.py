@@ -204,7 +204,7 @@ async def test_a_dead_connection_is_replaced_within_the_call(start_server: Start
     """A connection on which nothing comes back, as behind a firewall that forgot it, costs half of a call's time and no call."""
     server = start_server()
     with forgetful_relay(server) as (url, forget):
-        app = Conveyor(url, timeout="3s")
+        app = Conveyor(url, timeout=2 * ROOM)  # of which half is left for a busy machine
         mail = app.queue("mail")
         async with app:
             for n in range(2):
@@ -212,7 +212,7 @@ async def test_a_dead_connection_is_replaced_within_the_call(start_server: Start
                 await (mail.apush(n) if awaitable else asyncio.to_thread(mail.push, n))
                 took = monotonic() - began
                 forget()
-            assert 1.0 <= took < 3.0
+            assert ROOM / 2 <= took < 2 * ROOM
             assert len(await mail.apull(5)) == 2
 
 

@@ -319,10 +319,10 @@ async def test_workers_of_one_name_are_two(url: str) -> None:
         assert all(len(identity) == 24 for identity in identities)
         dead.fail(RuntimeError("dies"))
         with pytest.raises(RuntimeError, match="dies"):
-            await running[0]
+            await asyncio.wait_for(running[0], 60)
         heir = Worker(app, concurrency=1)  # the same pod again, before anybody noticed
         running.append(asyncio.create_task(heir.run()))
-        await heir.ready.wait()
+        await asyncio.wait_for(heir.ready.wait(), 60)
         assert heir.name == dead.name
         assert (await counts(app)).workers == 3
         assert await app.client.arun(operations.reap(app.client.keys("default"), identities[0])) == 1
@@ -332,5 +332,5 @@ async def test_workers_of_one_name_are_two(url: str) -> None:
         assert [await job.aresult(timeout=60) for job in jobs] == [0, 1]
         for worker in (alive, heir):
             worker.stop()
-        await asyncio.gather(*running[1:])
+        await asyncio.wait_for(asyncio.gather(*running[1:]), 60)
         assert await audit(app) == []

@@ -145,7 +145,7 @@ async def test_a_step_of_the_servers_clock(
             await auntil(lambda: len(runs) == 105)
             dead.fail(RuntimeError("dies"))
             with pytest.raises(RuntimeError, match="dies"):
-                await running
+                await asyncio.wait_for(running, 60)
             delayed = await hold.options(delay="30m").aenqueue(200)
             hour = await server_time(app)
             step(after)

@@ -51,7 +51,7 @@ async def test_twenty_restarts_under_load_lose_nothing(start_server: Callable[..
             n += 1
         producer.close()
 
-    thread = threading.Thread(target=produce)
+    thread = threading.Thread(target=produce, daemon=True)
     async with working(app):
         thread.start()
         for _ in range(20):
@@ -60,7 +60,8 @@ async def test_twenty_restarts_under_load_lose_nothing(start_server: Callable[..
             server.kill()
             server.start()
         stop.set()
-        await asyncio.to_thread(thread.join)
+        await asyncio.to_thread(thread.join, 60)
+        assert not thread.is_alive()
         await auntil(lambda: set(accepted) <= set(ran))
         await until_counts(app, lambda now: not now.ready + now.leased)  # what was stored without an answer as well
     assert await audit(app) == []
@@ -162,7 +163,7 @@ async def test_a_server_that_is_absent_at_first_is_waited_for(start_server: Call
     job = await add.aenqueue(1, 2)
     assert await job.aresult(timeout=60) == 3
     worker.stop()
-    await running
+    await asyncio.wait_for(running, 60)
     await app.aclose()
 
 

@@ -197,7 +197,7 @@ async def test_a_job_that_never_started_is_no_poison(url: str) -> None:
             await auntil(has_struck)
             worker.fail(RuntimeError("crash"))
             with pytest.raises(RuntimeError, match="crash"):
-                await running
+                await asyncio.wait_for(running, 60)
             await app.client.arun(operations.reap(app.client.keys("default"), worker.consumers[0].identity))
 
         assert len(started) == 2

@@ -208,10 +208,10 @@ async def test_a_wire_that_is_closed_while_it_opens(start_server: Start) -> None
 
     wire = AsyncConnection(Slow(server.url))
     opening = asyncio.create_task(wire.open())
-    await begun.wait()
+    await asyncio.wait_for(begun.wait(), 60)
     wire.close()
     go.set()
     with pytest.raises(OSError, match="closed"):
-        await opening
+        await asyncio.wait_for(opening, 60)
     with server.client() as client:
         await auntil(lambda: len(client.client_list()) == 1)

@@ -50,17 +50,18 @@ def test_two_attempts_at_the_same_time(ledger: Ledger, database: Database) -> No
 
     def attempt() -> None:
         with closing(database.connect()) as connection:
-            begun.wait()
+            begun.wait(60)
             if first := ledger.first(connection, "job:1"):
                 sell(connection)
             told.append(first)
             connection.commit()
 
-    threads = [threading.Thread(target=attempt) for _ in range(4)]
+    threads = [threading.Thread(target=attempt, daemon=True) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
+        assert not thread.is_alive()
     assert sorted(told) == [False, False, False, True]
     assert database.one("SELECT COUNT(*) FROM sale") == 1
 
@@ -76,10 +77,11 @@ def test_an_attempt_that_rolls_back_leaves_it_to_the_next(ledger: Ledger, databa
                 told.append(ledger.first(connection, "job:1"))
                 connection.commit()
 
-        thread = threading.Thread(target=attempt)
+        thread = threading.Thread(target=attempt, daemon=True)
         thread.start()
         failing.rollback()
-        thread.join()
+        thread.join(60)
+        assert not thread.is_alive()
     assert told == [True]
 
 

@@ -251,9 +251,10 @@ def test_blocks_are_of_one_app_and_one_context(app: Conveyor, url: str, outbox: 
         elsewhere = other.queue("mail")
         with outbox.transaction(one) as block:
             elsewhere.push(1)
-            thread = threading.Thread(target=mail.push, args=("thread",))
+            thread = threading.Thread(target=mail.push, args=("thread",), daemon=True)
             thread.start()
-            thread.join()
+            thread.join(60)
+            assert not thread.is_alive()
             mail.push("row")
         mail.push("after")
         assert (len(mail), len(elsewhere)) == (2, 1)
@@ -280,10 +281,10 @@ async def test_a_task_that_outlives_its_block_pushes_to_redis(
     with closing(database.connect()) as connection:
         async with outbox.transaction(connection):
             task = asyncio.create_task(pushes())
-            await pushed.wait()
+            await asyncio.wait_for(pushed.wait(), 60)
         assert await mail.alen() == 0
         ended.set()
-        await task
+        await asyncio.wait_for(task, 60)
     assert (await mail.alen(), await outbox.adeliver()) == (1, 1)
     for message in await mail.apull(5):
         await message.aack()

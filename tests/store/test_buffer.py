@@ -138,13 +138,14 @@ def test_what_waits_comes_to_an_end(server: Server, buffer: Buffer) -> None:
             while not stop.is_set():
                 ids.append(mail.push(1))
 
-        pusher = threading.Thread(target=push)
+        pusher = threading.Thread(target=push, daemon=True)
         pusher.start()
         until(lambda: len(buffer) > 3000)
         server.start()
         until(lambda: not len(buffer))
         stop.set()
-        pusher.join()
+        pusher.join(60)
+        assert not pusher.is_alive()
     assert line(server) == bare(ids)
 
 

@@ -386,7 +386,8 @@ async def test_a_demoted_primary_confirms_nothing(pair: ReplicaPair, start_serve
     timer.start()
     async with other:
         ids = [await mail.apush(1, wait_replicas=1), await asyncio.to_thread(mail.push, 2, wait_replicas=1)]
-    timer.join()
+    timer.join(60)
+    assert not timer.is_alive()
     assert bare(ids) <= stored(pair.primary)
     with old.client() as client:
         client.execute_command("REPLICAOF", "NO", "ONE")

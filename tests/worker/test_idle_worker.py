@@ -99,7 +99,7 @@ async def test_a_turn_is_made_for_an_idle_worker(app: Conveyor) -> None:
 
     async with working(app) as worker:
         await hold.aenqueue()
-        await begun.wait()
+        await asyncio.wait_for(begun.wait(), 60)
         await (await nothing.aenqueue()).aresult(timeout=PATIENCE)
         gate.set()
         await auntil(lambda: _waits_prepared(worker))

@@ -195,7 +195,7 @@ async def test_poison_stops_after_max_crashes_and_spares_its_neighbours(app: Con
         await asyncio.wait_for(crash.wait(), 60)
         worker.fail(RuntimeError("crash"))  # ends without settling anything, as a killed process would
         with pytest.raises(RuntimeError, match="crash"):
-            await running
+            await asyncio.wait_for(running, 60)
         await app.client.arun(operations.reap(app.client.keys("default"), worker.consumers[0].identity))
     await drain(app)
 
@@ -391,7 +391,7 @@ async def test_a_worker_that_waits_for_redis_is_not_blocked() -> None:
         await auntil(lambda seen=seen: worker.last_tick > seen)
     assert not worker.ready.is_set()
     worker.stop()
-    await running
+    await asyncio.wait_for(running, 60)
     await app.aclose()
 
 
@@ -414,7 +414,7 @@ async def test_kills_under_load_spare_jobs_that_are_only_held(app: Conveyor) -> 
         await auntil(lambda least=before + 110: len(done) > least)
         worker.fail(RuntimeError("crash"))
         with pytest.raises(RuntimeError, match="crash"):
-            await running
+            await asyncio.wait_for(running, 60)
         await app.client.arun(operations.reap(app.client.keys("default"), worker.consumers[0].identity))
     await drain(app, concurrency=50)
 
@@ -434,7 +434,7 @@ async def test_a_worker_without_its_server_leaves_nothing_running(start_server: 
 
     worker = Worker(app, grace=0.1)
     running = asyncio.create_task(worker.run())
-    await worker.ready.wait()
+    await asyncio.wait_for(worker.ready.wait(), 60)
     server.kill()
     worker.consumers[0].on_token()
     worker.stop()
@@ -487,9 +487,10 @@ async def test_a_job_that_was_cancelled_while_it_failed_is_not_tried_again(app: 
     async def fails(context: Context = current()) -> None:
         runs.append(context.attempt)
         # While the loop is busy: the worker reports the retry before it can hear of the request.
-        asked = threading.Thread(target=_ask_to_cancel, args=(url, context.job_id))
+        asked = threading.Thread(target=_ask_to_cancel, args=(url, context.job_id), daemon=True)
         asked.start()
-        asked.join()
+        asked.join(60)
+        assert not asked.is_alive()
         raise ValueError
 
     job = await fails.aenqueue()

@@ -115,7 +115,7 @@ async def test_leaving_the_block_after_a_stop_does_not_hurry(app: Conveyor) -> N
 
     await slow.aenqueue()
     async with app.worker(grace=10) as worker:
-        await started.wait()
+        await asyncio.wait_for(started.wait(), 60)
         worker.stop()
 
     assert ended == [1]
@@ -167,7 +167,7 @@ async def test_a_start_that_is_cancelled_leaves_no_worker(
     await note.aenqueue()
     before, threads_before = asyncio.all_tasks(), threading.active_count()
     entering = asyncio.create_task(enter())
-    await reached.wait()
+    await asyncio.wait_for(reached.wait(), 60)
     for _ in range(2 if moment == "twice" else 1):
         entering.cancel()
         await asyncio.sleep(0)

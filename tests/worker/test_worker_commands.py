@@ -35,7 +35,7 @@ async def test_a_worker_is_seen_and_told_what_to_do(app: Conveyor) -> None:
     job = await wait_for_go.aenqueue()
     admin = Admin(app.client)
     async with working(app, grace=1.0) as worker:
-        await begun.wait()
+        await asyncio.wait_for(begun.wait(), 60)
         (seen,) = await admin.aworker_processes(jobs=5)
         assert (seen.name, seen.kind, seen.state, seen.queues) == (worker.name, "worker", "running", ["default"])
         assert (seen.held, seen.concurrency, seen.pid, seen.silent) == (1, 100, os.getpid(), False)
@@ -113,7 +113,7 @@ async def test_a_worker_that_registered_anew_is_heard(
     async with working(app, concurrency=1) as worker:
         [consumer] = worker.consumers
         await wait_for_go.aenqueue()
-        await begun.wait()
+        await asyncio.wait_for(begun.wait(), 60)
         former = consumer.identity
         listener = worker.connections.of(keys).listeners[0]
         await auntil(lambda: listener._listening and consumer.wake_list not in listener._listening)
