@@ -24,6 +24,7 @@ from conveyor.errors import ConfigurationError
 from support import server_dump
 from support.dashboard_client import OWN_PAGE, ask
 from support.odd_values import LONGEST_ANSWER, ODD_TEXTS
+from support.waiting import auntil
 
 pytestmark = pytest.mark.leaves_keys("queues are left to be looked at")
 SIGNS = "azAZ09_.:-"
@@ -243,6 +244,7 @@ class OddRequests:
         self.limited = app.task(name="lim", queue="limited", limits=[Rate(10, "1m", name="r")])(_call)
         site: Any = dashboard(app, lambda _: Access.ALL)
         site.service.streams = False
+        self.operations = site.service.operations
         self.tools = Tools(site.service, Access.ALL)
         self.tool_names = {one.name for one in self.tools.describe()}
         self.client = httpx.AsyncClient(
@@ -251,6 +253,8 @@ class OddRequests:
 
     async def fill(self) -> tuple[str, dict[str, Any]]:
         """Empty the server and store something; return the id of a job that waits, and what the server holds."""
+        self.operations.stop_all()  # one that was begun for the last case would be noted in this one
+        await auntil(lambda: all(one.state != "running" for one in self.operations.all()))
         self.redis.flushall(asynchronous=False)
         await self.app.queue("q").apush({"a": 2})
         await self.app.schedules.aput("s", self.task.s(1), every="1h")
