@@ -110,13 +110,20 @@ async def test_the_command_line_tells_slots_and_usage(held: Admin, url: str, tmp
     assert re.search(r"slots +████████░░ 3 of 4 slots used\n", await shown("queue", "show", "mail", columns=80))
 
 
-async def test_the_api_tells_slots_and_usage(held: Admin, app: Conveyor) -> None:
-    """The snapshot, workers and a queue tell slots, with what a worker uses; a snapshot follows at once."""
+async def test_the_api_tells_slots_and_usage(held: Admin, app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    The snapshot, workers and a queue tell slots, with what a worker uses.
+
+    The list of queues has those of the last snapshot, and reads no worker for it.
+    """
     site: Any = dashboard(app, lambda _: Access.ALL)
+    steps = recorded_steps(site.service.admin.client, monkeypatch)
 
     async def read(path: str, **inputs: Any) -> Any:
         return await asyncio.to_thread(get, site, path, **inputs)
 
+    assert [one["slots"] for one in (await read("queues"))["queues"]] == [None] * 3
+    assert steps == ["count_queues"]
     assert (await read("snapshot"))["totals"]["slots"] == {"used": 3, "total": 7}
     workers = await read("workers")
     assert workers["slots"] == {"used": 3, "total": 7}
@@ -124,6 +131,14 @@ async def test_the_api_tells_slots_and_usage(held: Admin, app: Conveyor) -> None
     [earlier] = [one for one in workers["workers"] if one["id"] == "earlier:7"]
     assert (own["slots"], own["cpu"], own["memory"] > 0) == ({"used": 3, "total": 4}, 0, True)
     assert (earlier["slots"], earlier["cpu"], earlier["memory"]) == ({"used": 0, "total": 3}, None, None)
+    steps.clear()
+    listed = {one["name"]: one["slots"] for one in (await read("queues"))["queues"]}
+    assert listed == {
+        "apart": {"used": 0, "total": 3},
+        "busy": {"used": 3, "total": 4},
+        "mail": {"used": 3, "total": 4},
+    }
+    assert steps == ["count_queues"]
     queue = await read("queue", name="mail")
     assert queue["slots"] == {"used": 3, "total": 4, "exact": True}
     [there] = queue["workers"]

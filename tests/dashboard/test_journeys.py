@@ -273,6 +273,9 @@ def test_slots_and_usage_are_seen(browse: Browse, app: Conveyor) -> None:
         assert re.fullmatch(r"\d+ MB0 %", page.locator("tbody td:nth-child(5)").text_content())
         page.click("tbody button[aria-expanded=false]")
         page.wait_for_selector("p:has-text('of memory, 0 % of a core')")
+        page.goto(f"{url}queues")
+        page.wait_for_selector("tr:has-text('held') [aria-label='3 of 8 slots used']")
+        assert violations(page) == []
         page.goto(f"{url}queue?name=held")
         page.wait_for_selector(".tile:has-text('Workers'):has-text('3 of 8 slots')")
         assert violations(page) == []

@@ -77,7 +77,8 @@ def queue(row: tuple[Any, ...]) -> dict[str, Any]:
     pick = random.Random(name)
     return {
         "name": name, "ready": ready, "scheduled": scheduled, "waiting": waiting, "leased": leased, "dead": dead,
-        "workers": workers, "oldest_age": oldest, "paused": paused, "max_length": 100_000 if name == "imports" else None,
+        "workers": workers, "slots": {"used": min(leased, 16 * workers), "total": 16 * workers},
+        "oldest_age": oldest, "paused": paused, "max_length": 100_000 if name == "imports" else None,
         "partitions": 4 if name == "webhooks" else 1, "outbox": 0, "unplaced": 0, "unanswered": [], "blocked": 0, "dropped": 0,
         "stranded": workers == 0, "recent": {"done": [pick.randrange(400) for _ in range(5)], "failed": [0, 1, 0, 4, 2]},
     }  # fmt: skip

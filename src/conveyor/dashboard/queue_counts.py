@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from conveyor.admin.worker_control import processes_of, slots_of
+
 if TYPE_CHECKING:
     from conveyor.admin.admin import Admin
     from conveyor.admin.views import QueueInfo, WorkerInfo
+    from conveyor.admin.worker_control import Slots, WorkerProcess
     from conveyor.store.inspection import Ended
 
 FEW = 300
@@ -25,6 +28,8 @@ STEP = 100
 """Queues that one step counts."""
 _STEPS = 3
 """Steps of a snapshot for the queues that were counted longest ago: ten thousand take 34 of them."""
+_SECONDS_OF_SLOTS = 5.0
+"""Seconds after which slots that were counted are not told any more."""
 _SECONDS_OF_NAMES, _LONGEST_PAUSE = 5.0, 60.0
 """Seconds for which names of many queues serve, and after which one who begins to follow has all queues counted."""
 
@@ -130,6 +135,22 @@ class QueueTable:
                 self._counted[info.name] = CountedQueue(begin, info, ended[-1] if ended else None, workers, begin)
             self._followed_at = begin
             return self._all()
+
+    def slots(self) -> dict[str, Slots]:
+        """
+        Return the slots of the workers that serve each queue, which takes no command; a queue without a worker is left out.
+
+        Nothing is known while nobody follows, and of many queues, which are not counted at the same time.
+        """
+        with self._lock:
+            if len(self._partitions) > FEW or time.monotonic() - self._followed_at > _SECONDS_OF_SLOTS:
+                return {}
+            serving = [worker for one in self._counted.values() if one.info.workers for worker in one.workers]
+        found: dict[str, list[WorkerProcess]] = {}
+        for process in processes_of(serving):
+            for name in process.queues:
+                found.setdefault(name, []).append(process)
+        return {name: slots_of(processes) for name, processes in found.items()}
 
     def _read_names(self, now: float, seconds: float) -> None:
         """Read the names of queues; of many not in the *seconds* after they were read. Those that are gone leave."""

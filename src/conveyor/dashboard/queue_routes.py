@@ -21,7 +21,7 @@ def list_queues(call: ApiCall) -> dict[str, Any]:
     """
     Return a page of queues; those of the page are counted now.
 
-    Where they are sorted by a count, `at` is when the first of all was counted for it.
+    Where they are sorted by a count, `at` is when the first of all was counted for it. `slots` are those that a snapshot had last.
     """
     partitions = call.admin.queue_partitions()
     names = [name for name in partitions if call["q"].casefold() in name.casefold()]
@@ -34,8 +34,13 @@ def list_queues(call: ApiCall) -> dict[str, Any]:
     counted = call.admin.count({name: partitions[name] for name in names[begin:end] if name in partitions}, 5)
     if not by_name:
         counted.sort(key=lambda one: -(getattr(one[0], call["sort"]) or 0))
+    slots = call.service.live.queues.slots()
     queues = [
-        {**queue_document(info), "recent": {"done": [one.done for one in last], "failed": [one.failed for one in last]}}
+        {
+            **queue_document(info),
+            "slots": slots[info.name]._asdict() if info.name in slots else None,
+            "recent": {"done": [one.done for one in last], "failed": [one.failed for one in last]},
+        }
         for info, last, _ in counted
     ]
     return {

@@ -24,7 +24,7 @@ const COLUMNS = (again) => [
   { name: "oldest", title: "Oldest", num: true, tall: true, sort: (q) => q.oldest_age, cell: age },
   { name: "rate", title: "Done/s", num: true, tall: true, sort: (q) => perSecond(recent(q)), cell: (q) => rate(perSecond(recent(q))) },
   { name: "spark", title: "5 min", kind: "mid", tall: true, cell: (q) => html`<${Spark} values=${recent(q)} width=${72} label=${`Done in the last minutes: ${recent(q).join(", ")}`} state="done" />` },
-  { name: "workers", title: "Workers", num: true, tall: true, sort: (q) => q.workers, cell: (q) => html`<${Count} n=${q.workers} />` },
+  { name: "workers", title: "Workers", num: true, tall: true, sort: (q) => q.workers, cell: (q) => html`<${Count} n=${q.workers} />${q.slots?.total > 0 && html`<${Meter} used=${q.slots.used} most=${q.slots.total} label=${`${q.slots.used} of ${q.slots.total} slots used`} />`}` },
   { name: "actions", kind: "actions tall", cell: (q) => pauseOrResume(q, again, "small") },
 ];
 
