@@ -118,13 +118,13 @@ def _mixed_life(server: Server) -> None:
 
 @pytest.mark.row("C3", "I1")
 @pytest.mark.parametrize("name", ["valkey", "redis7", "redis6"])
-def test_a_file_cut_anywhere_is_sound(start_server: Start, directory: Path, rounds: Rounds, name: str) -> None:
+def test_a_file_cut_anywhere_is_sound(start_server: Start, tmp_path: Path, rounds: Rounds, name: str) -> None:
     """An append-only file that ends at any byte, as after a power cut, loads into queues with every job in exactly one place."""
     options = ("--appendonly", "yes", "--appendfsync", "always", "--aof-load-truncated", "yes")
     server = start_server(*options, name=name)
     _mixed_life(server)
     server.kill()
-    kept = directory / f"kept-{name}"
+    kept = tmp_path / "kept"
     shutil.copytree(server.directory, kept, ignore=shutil.ignore_patterns("s"))
     [file] = [*kept.glob("appendonlydir/*.incr.aof"), *kept.glob("appendonly.aof")]
     whole, seed, seen = file.read_bytes(), random.randrange(2**32), set()
