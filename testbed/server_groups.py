@@ -21,7 +21,7 @@ from testbed.server_process import _LEASH as LEASH
 from testbed.server_process import find_binary
 
 SLOTS = 16384
-_ports: Iterator[int] = itertools.count(20000 + os.getpid() % 300 * 30)
+_ports: Iterator[int] = itertools.count(12000 + os.getpid() % 300 * 30)
 _reserved: list[socket.socket] = []
 
 
@@ -29,8 +29,8 @@ def free_port() -> int:
     """
     Return a port that no other process gets from here while this one lives, also when its server is away for a moment.
 
-    The system gives none of these to outgoing connections. 10,000 above it, where a node of a cluster talks to the
-    others, is free too.
+    10,000 above it, where a node of a cluster talks to the others, is free too. The system gives neither to outgoing
+    connections, whose ports begin at 32,768.
     """
     return next(port for port in _ports if all(map(_is_free, (port, port + 10000))) and _reserve(port))
 
