@@ -100,6 +100,17 @@ def span(seconds: float) -> str:
     return f"{whole} s"
 
 
+def rough_span(seconds: float) -> str:
+    """Return a length of time in its largest unit, at least a second: ``38 m``."""
+    number, unit, *_ = span(max(1.0, round(seconds))).split()
+    return f"{number.partition('.')[0]} {unit}"
+
+
+def rate(per_second: float) -> str:
+    """Return a rate, a number a second: ``0.4``, ``12``, ``1,204``."""
+    return "0" if per_second == 0 else f"{per_second:.1f}" if per_second < 10 else f"{per_second:,.0f}"
+
+
 def shortest_text(ms: int) -> str:
     """Return milliseconds as a duration in the largest unit that divides them: ``1m``, ``90s``."""
     unit, size = max(((unit, size) for unit, size in _UNIT_MS.items() if ms % size == 0), key=lambda one: one[1])

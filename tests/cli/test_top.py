@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from conveyor import Conveyor
+from conveyor.admin import queue_flow
 from conveyor.admin.admin import Admin
 from support.waiting import auntil
 
@@ -97,4 +98,31 @@ async def test_a_long_name_leaves_room_for_the_counts(url: str) -> None:
         columns = list(screen.query_one("#queues", DataTable).ordered_columns)
         before_dead = columns[: [str(one.label) for one in columns].index("DEAD") + 1]
         assert sum(one.get_render_width(screen.query_one("#queues", DataTable)) for one in before_dead) <= 80
+    await app.aclose()
+
+
+@pytest.mark.leaves_keys("jobs are left to be looked at")
+async def test_it_shows_what_comes_and_goes(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second look on a queue has its rates, and the word for a backlog that grows."""
+    from textual.widgets import DataTable
+
+    from conveyor.cli.top_screen import Top
+
+    monkeypatch.setattr(queue_flow, "_LEAST_MS", 1)
+    app = Conveyor(url)
+    await app.queue("mail").apush(0)
+    screen = Top(Admin(app.client), every=3600)
+
+    def cells(*columns: str) -> list[str]:
+        return [str(screen.query_one("#queues", DataTable).get_cell("mail", column)) for column in columns]
+
+    async with screen.run_test(size=(120, 30)) as pilot:
+        await pilot.pause()
+        assert cells("in/s", "out/s", "trend") == ["-", "-", ""]
+        await app.queue("mail").apush_many(list(range(50)))
+        await pilot.press("r")
+        came, gone, trend = cells("in/s", "out/s", "trend")
+        assert float(came.replace(",", "")) > 0
+        assert (gone, trend) == ("0", "grows")
+        await pilot.press("q")
     await app.aclose()

@@ -19,10 +19,11 @@ import uvicorn
 from redis import Redis
 
 from conveyor import Concurrency, Conveyor, Retry
+from conveyor.admin import queue_flow
 from conveyor.admin.admin import Admin
 from conveyor.admin.history import quantile
 from conveyor.cli import main
-from conveyor.dashboard import Access, dashboard, live_routes
+from conveyor.dashboard import Access, dashboard, live_routes, queue_counts
 from conveyor.dashboard.endpoint import ApiCall
 from conveyor.dashboard.live_routes import stream
 from conveyor.errors import StoreUnavailable
@@ -68,6 +69,33 @@ async def test_viewers_share_what_is_read(app: Conveyor, monkeypatch: pytest.Mon
     snapshot = seen[0][1][1]
     assert (snapshot["totals"]["ready"], snapshot["queues"][0]["name"]) == (1, "mail")
     await app.aclose()
+
+
+def test_rates_are_told_while_somebody_follows(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever follows has the rates of queues from the second snapshot on, as do the pages of queues; one question alone has none."""
+    monkeypatch.setattr(queue_flow, "_LEAST_MS", 1)
+    monkeypatch.setattr(queue_counts, "_SECONDS_FOLLOWED", 3600.0)  # so that a busy machine does not make rates too old
+    mail = app.queue("mail")
+    mail.push(1)
+    site: Any = dashboard(app, lambda _: Access.ALL)
+    site.service.live.snapshot._seconds = 0.0
+    site.service.live._flags_until = float("inf")
+
+    def flows() -> list[Any]:
+        found = [get(site, path)["queues"][0]["flow"] for path in ("queues", "snapshot")]
+        return [*found, get(site, "queue", name="mail")["queue"]["flow"]]
+
+    assert flows() == [None, None, None]
+    mail.push_many(list(range(50)))
+    _, told, shown = flows()
+    assert told == shown
+    assert told.keys() == {"in_per_second", "out_per_second", "trend", "empty_in", "sentence"}
+    assert told["in_per_second"] > 0 == told["out_per_second"]
+    assert (told["trend"], told["sentence"], told["empty_in"]) == ("grows", "grows", None)
+    assert get(site, "queues")["queues"][0]["flow"] == told
+    site.service.live.queues._followed_at -= 4000  # nobody has followed for an hour
+    assert get(site, "queues")["queues"][0]["flow"] is None
+    mail.purge()
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from urllib.parse import parse_qsl, urlsplit
 import msgspec
 
 import conveyor
+from conveyor.admin.queue_flow import Flow, flow_document
 from conveyor.dashboard.job_timeline import attempts_of, path_of
 from conveyor.jobs.history import HistoryEntry
 
@@ -80,8 +81,16 @@ def queue(row: tuple[Any, ...]) -> dict[str, Any]:
         "workers": workers, "slots": {"used": min(leased, 16 * workers), "total": 16 * workers},
         "oldest_age": oldest, "paused": paused, "max_length": 100_000 if name == "imports" else None,
         "partitions": 4 if name == "webhooks" else 1, "outbox": 0, "unplaced": 0, "unanswered": [], "blocked": 0, "dropped": 0,
-        "stranded": workers == 0, "recent": {"done": [pick.randrange(400) for _ in range(5)], "failed": [0, 1, 0, 4, 2]},
+        "stranded": workers == 0, "flow": flow(ready, leased, workers),
+        "recent": {"done": [pick.randrange(400) for _ in range(5)], "failed": [0, 1, 0, 4, 2]},
     }  # fmt: skip
+
+
+def flow(ready: int, leased: int, workers: int) -> dict[str, Any] | None:
+    """Return rates: a queue without a worker grows, and one that has work shrinks."""
+    if not workers:
+        return flow_document(Flow(4.2, 0.0, "grows"))
+    return flow_document(Flow(11.4, 16.0, "shrinks", ready / 4.6) if leased and ready else Flow(0.0, 0.0, "steady"))
 
 
 FLAGS = [

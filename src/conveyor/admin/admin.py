@@ -335,13 +335,16 @@ class Admin:
         """
         Return queues of `queue_partitions`, a hundred in one step.
 
-        Each with what ended in it in the last whole *minutes*, and with its *workers*.
+        Each with what ended in it in the last whole *minutes*, what left it, and with its *workers*.
         """
         parts = [part for some in partitions.values() for part in some]
         counted, at = self._directory.counts_and_ended(parts, minutes, self._ask, workers=workers), cache(instant)
         return [
             QueueCount(
-                queue_info(name, found.counts), found.ended, [_worker_info(name, row, at) for row in found.workers]
+                queue_info(name, found.counts),
+                found.ended,
+                [_worker_info(name, row, at) for row in found.workers],
+                () if found.left is None else (found.left,),
             )
             if len(some) == 1 and (found := counted.get(some[0])) is not None
             else _count_partitions(name, some, counted, at)
@@ -1410,7 +1413,8 @@ def _count_partitions(
     found = {part: counted[part] for part in parts if part in counted}
     workers = [_worker_info(part, row, at) for part, one in found.items() for row in one.workers]
     info = _queue_info(name, parts, {part: one.counts for part, one in found.items()})
-    return QueueCount(info, ended_in(parts, found), workers)
+    left = [one.left for one in found.values() if one.left is not None]
+    return QueueCount(info, ended_in(parts, found), workers, left if len(left) == len(parts) else ())
 
 
 def _worker_info(part: str, row: WorkerRow, at: Callable[[int], datetime]) -> WorkerInfo:

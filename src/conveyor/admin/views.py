@@ -17,7 +17,7 @@ from conveyor.payload.redaction import Hide
 from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.payload.versions import sealed_name
 from conveyor.store.audit_log import AuditRow
-from conveyor.store.inspection import Ended, FinishedJob, JobRow, QueueCounts
+from conveyor.store.inspection import Ended, FinishedJob, JobRow, LeftLately, QueueCounts
 from conveyor.store.job_filter import LIVE
 from conveyor.units import digits, instant, instant_or_none, iso_timestamp
 
@@ -171,11 +171,16 @@ class JobReport(NamedTuple):
 
 
 class QueueCount(NamedTuple):
-    """A queue, what ended in it in each of the last minutes, the oldest first, and its workers, as far as they were asked for."""
+    """
+    A queue, what ended in it in each of the last minutes, the oldest first, and its workers, as far as they were asked for.
+
+    `left`: what left each of its partitions, where minutes were asked for and all answered.
+    """
 
     info: QueueInfo
     ended: Sequence[Ended]
     workers: Sequence[WorkerInfo]
+    left: Sequence[LeftLately] = ()
 
 
 class FailureGroup(msgspec.Struct, frozen=True):

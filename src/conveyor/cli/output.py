@@ -22,7 +22,7 @@ import click
 from conveyor.cli.exit import ExitCode
 from conveyor.errors import ConfigurationError
 from conveyor.ids import CONTROL_IN_LINES, clean, clean_lines
-from conveyor.units import iso_timestamp, quantity, span
+from conveyor.units import iso_timestamp, quantity, rough_span, span
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -216,8 +216,7 @@ def human_text(value: object) -> str:
 def short_time(at: datetime) -> str:
     """Return how far away an instant is, in one unit: ``38 m ago``, ``in 2 h``."""
     seconds = (at - datetime.now(UTC)).total_seconds()
-    parts = span(max(1.0, round(abs(seconds)))).split()
-    text = f"{parts[0].partition('.')[0]} {parts[1]}"
+    text = rough_span(abs(seconds))
     return f"in {text}" if seconds > 0 else f"{text} ago"
 
 

@@ -11,25 +11,29 @@ from textual.app import App, ComposeResult
 from textual.binding import Binding
 from textual.widgets import DataTable, Footer, Static
 
+from conveyor.admin.queue_flow import FlowMeter
 from conveyor.admin.worker_control import slots_of
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import MARKS, human_text
 from conveyor.errors import ConveyorError
 from conveyor.ids import clean, clean_lines
-from conveyor.units import quantity
+from conveyor.units import quantity, rate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from conveyor.admin.admin import Admin
     from conveyor.admin.flags import Flag
-    from conveyor.admin.views import QueueInfo
+    from conveyor.admin.queue_flow import Flow
+    from conveyor.admin.views import QueueCount, QueueInfo
     from conveyor.admin.worker_control import WorkerProcess
 
-QUEUES = ("queue", "state", "ready", "waiting", "scheduled", "leased", "dead", "oldest", "workers")
+QUEUES = (
+    "queue", "state", "ready", "waiting", "scheduled", "leased", "dead", "oldest", "in/s", "out/s", "trend", "workers",
+)  # fmt: skip
 WORKERS = ("worker", "state", "slots", "holds", "longest job", "heartbeat", "queues")
 """The columns; what is wrong stands where 80 columns show it, and the list of any length last."""
-_TEXTS = {"queue", "state", "worker", "queues"}
+_TEXTS = {"queue", "state", "trend", "worker", "queues"}
 _NUMBERS = 68
 """The columns of a terminal that the numbers beside a name take."""
 _FLAGS_EVERY = 5.0
@@ -68,6 +72,7 @@ class Top(App[None]):
         self._admin, self._every = admin, every
         self._queues: dict[str, QueueInfo] = {}
         self._flags_at = -_FLAGS_EVERY
+        self._meter = FlowMeter()
 
     def compose(self) -> ComposeResult:
         """Yield the line of totals, the two tables, what stands below them, and the keys."""
@@ -91,24 +96,30 @@ class Top(App[None]):
         """Read and show; what cannot be read now is said, and what was read stays."""
         totals = self.query_one("#totals", Static)
         try:
-            queues = await self._admin.aqueues()
+            counted = await self._admin.acount(await self._admin.aqueue_partitions(), 1)
+            queues = [one.info for one in counted]
             workers = await self._admin.aworker_processes(jobs=1)
             flags = await self._read_flags(queues)
         except ConveyorError as error:
             totals.update(clean(str(error).splitlines()[0]))
             return
         self._queues = {one.name: one for one in queues}
+        self._meter.keep(self._queues)
         ready, running, dead = (sum(getattr(one, name) for one in queues) for name in ("ready", "leased", "dead"))
         slots = slots_of(workers)
         totals.update(
             f"{quantity(len(queues), 'queue')} · {ready:,} ready · {running:,} leased · {dead:,} dead · "
             f"{quantity(len(workers), 'worker process')}{f' · {slots}' if slots.total else ''}"
         )
-        self._show("#queues", {one.name: _queue_row(one) for one in queues})
+        self._show("#queues", {one.info.name: _queue_row(one.info, self._flow(one, workers)) for one in counted})
         self._show("#workers", {one.name: _worker_row(one) for one in workers})
         if flags is not None:
             self.query_one("#flags", Static).update(_flag_lines(flags))
         await self._show_causes()
+
+    def _flow(self, one: QueueCount, workers: Sequence[WorkerProcess]) -> Flow | None:
+        """Return the rates of a queue that was counted again."""
+        return self._meter.add(one, {process.kind for process in workers if one.info.name in process.queues})
 
     async def _read_flags(self, queues: Sequence[QueueInfo]) -> list[Flag] | None:
         """Return what asks for attention; None when that was read a moment ago."""
@@ -157,7 +168,7 @@ class Top(App[None]):
                 continue
             for heading, cell in zip(headings, cells, strict=True):
                 if table.get_cell(key, heading) != cell:
-                    table.update_cell(key, heading, cell)
+                    table.update_cell(key, heading, cell, update_width=True)
 
     def _cell(self, heading: str, value: object) -> Text:
         """Return a value as it is shown: numbers to the right, and a name no longer than leaves room for them."""
@@ -193,10 +204,13 @@ def _flag_lines(flags: Sequence[Flag]) -> Text:
     return text
 
 
-def _queue_row(one: QueueInfo) -> tuple[object, ...]:
+def _queue_row(one: QueueInfo, flow: Flow | None) -> tuple[object, ...]:
     age = None if one.oldest_age is None else timedelta(seconds=round(one.oldest_age, 1))
     state = "paused" if one.paused else "no worker" if one.stranded else ""
-    return (one.name, state, one.ready, one.waiting, one.scheduled, one.leased, one.dead, age, one.workers)
+    counts = (one.ready, one.waiting, one.scheduled, one.leased, one.dead)
+    came, gone = (flow.in_per_second, flow.out_per_second) if flow else (None, None)
+    rates = (None if number is None else rate(number) for number in (came, gone))
+    return (one.name, state, *counts, age, *rates, str(flow or ""), one.workers)
 
 
 def _worker_row(one: WorkerProcess) -> tuple[object, ...]:

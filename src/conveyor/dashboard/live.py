@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import asdict
 
+from conveyor.admin.queue_flow import flow_document
 from conveyor.admin.worker_control import WorkerProcess, processes_of, slots_of
 from conveyor.dashboard.documents import encoded
 from conveyor.dashboard.operations import Operations
@@ -79,6 +80,7 @@ class LiveView:
     def _read_snapshot(self) -> dict[str, Any]:
         counts = self.queues.followed()
         infos, minute = counts.infos, [one.ended for one in counts.queues if one.ended is not None]
+        flows = self.queues.flows()
         ages = [info.oldest_age for info in infos if info.oldest_age is not None]
         is_due = time.monotonic() >= self._flags_until
         if is_due or len(infos) <= FEW:
@@ -99,6 +101,7 @@ class LiveView:
                 {
                     "name": info.name, **{state: getattr(info, state) for state in _STATES}, "workers": info.workers,
                     "oldest_age": info.oldest_age, "paused": info.paused, "stranded": info.stranded,
+                    "flow": flow_document(flows.get(info.name)),
                 }
                 for info in counts.shown()
             ],

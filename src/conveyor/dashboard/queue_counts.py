@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from conveyor.admin.queue_flow import FlowMeter
 from conveyor.admin.worker_control import processes_of, slots_of
 
 if TYPE_CHECKING:
     from conveyor.admin.admin import Admin
+    from conveyor.admin.queue_flow import Flow
     from conveyor.admin.views import QueueInfo, WorkerInfo
     from conveyor.admin.worker_control import Slots, WorkerProcess
     from conveyor.store.inspection import Ended
@@ -28,8 +30,8 @@ STEP = 100
 """Queues that one step counts."""
 _STEPS = 3
 """Steps of a snapshot for the queues that were counted longest ago: ten thousand take 34 of them."""
-_SECONDS_OF_SLOTS = 5.0
-"""Seconds after which slots that were counted are not told any more."""
+_SECONDS_FOLLOWED = 5.0
+"""Seconds after which slots and rates that were found for those who follow are not told any more."""
 _SECONDS_OF_NAMES, _LONGEST_PAUSE = 5.0, 60.0
 """Seconds for which names of many queues serve, and after which one who begins to follow has all queues counted."""
 
@@ -39,7 +41,8 @@ class CountedQueue(msgspec.Struct, frozen=True, gc=False):  # ten thousand at on
     A queue as it was counted at an instant (`at`: monotonic).
 
     `ended`: what ended there in the last whole minute before it was last counted for those who follow; None: it never was.
-    `listed`: when its workers were listed, as `at`, or seen to be none.
+    `listed`: when its workers were listed, as `at`, or seen to be none. `flow`: its rates when it was last counted for those who
+    follow.
     """
 
     at: float
@@ -47,6 +50,7 @@ class CountedQueue(msgspec.Struct, frozen=True, gc=False):  # ten thousand at on
     ended: Ended | None = None
     workers: Sequence[WorkerInfo] = ()
     listed: float = float("-inf")
+    flow: Flow | None = None
 
 
 def _jobs(one: CountedQueue) -> int:
@@ -93,6 +97,7 @@ class QueueTable:
         self._partitions: Mapping[str, list[str]] = {}
         self._named_at = self._followed_at = float("-inf")
         self._counted: dict[str, CountedQueue] = {}  # in the order in which following has counted them
+        self._meter = FlowMeter()
 
     def counted(self, seconds: float | None = None, *, workers: bool = False) -> CountedQueues:
         """
@@ -111,12 +116,12 @@ class QueueTable:
                 name for name in self._partitions
                 if (one := known.get(name)) is None or one.at <= instant or (workers and one.listed <= instant)
             ]  # fmt: skip
-            for info, _, rows in self._admin.count({name: self._partitions[name] for name in old}, workers=workers):
+            for info, _, rows, _ in self._admin.count({name: self._partitions[name] for name in old}, workers=workers):
                 former = known.get(info.name) or CountedQueue(begin, info)
                 is_listed = workers or not (info.workers or info.silent)
                 listed = (rows, begin) if is_listed else (former.workers, former.listed)
                 # It keeps its turn, so that each comes round.
-                known[info.name] = CountedQueue(begin, info, former.ended, *listed)
+                known[info.name] = CountedQueue(begin, info, former.ended, *listed, former.flow)
             return self._all()
 
     def followed(self) -> CountedQueues:
@@ -130,9 +135,11 @@ class QueueTable:
                 new = [name for name in names if name not in self._counted]
                 names = list(dict.fromkeys([*largest, *new, *islice(self._counted, max(0, STEP * _STEPS - len(new)))]))
             partitions = {name: self._partitions[name] for name in names}
-            for info, ended, workers in self._admin.count(partitions, 1, workers=True):
-                self._counted.pop(info.name, None)
-                self._counted[info.name] = CountedQueue(begin, info, ended[-1] if ended else None, workers, begin)
+            for one in self._admin.count(partitions, 1, workers=True):
+                flow = self._meter.add(one, {str(worker.about.get("kind", "")) for worker in one.workers})
+                ended = one.ended[-1] if one.ended else None
+                self._counted.pop(one.info.name, None)
+                self._counted[one.info.name] = CountedQueue(begin, one.info, ended, one.workers, begin, flow)
             self._followed_at = begin
             return self._all()
 
@@ -143,7 +150,7 @@ class QueueTable:
         Nothing is known while nobody follows, and of many queues, which are not counted at the same time.
         """
         with self._lock:
-            if len(self._partitions) > FEW or time.monotonic() - self._followed_at > _SECONDS_OF_SLOTS:
+            if len(self._partitions) > FEW or time.monotonic() - self._followed_at > _SECONDS_FOLLOWED:
                 return {}
             serving = [worker for one in self._counted.values() if one.info.workers for worker in one.workers]
         found: dict[str, list[WorkerProcess]] = {}
@@ -152,6 +159,13 @@ class QueueTable:
                 found.setdefault(name, []).append(process)
         return {name: slots_of(processes) for name, processes in found.items()}
 
+    def flows(self) -> dict[str, Flow]:
+        """Return the rates of queues as those who follow see them; none when nobody follows."""
+        with self._lock:
+            if time.monotonic() - self._followed_at > _SECONDS_FOLLOWED:
+                return {}
+            return {name: one.flow for name, one in self._counted.items() if one.flow is not None}
+
     def _read_names(self, now: float, seconds: float) -> None:
         """Read the names of queues; of many not in the *seconds* after they were read. Those that are gone leave."""
         if len(self._partitions) > FEW and now - self._named_at < seconds:
@@ -159,6 +173,7 @@ class QueueTable:
         self._partitions = self._admin.queue_partitions()
         self._named_at = now
         self._counted = {name: one for name, one in self._counted.items() if name in self._partitions}
+        self._meter.keep(self._partitions.keys())
 
     def _all(self) -> CountedQueues:
         queues, now = [self._counted[name] for name in self._partitions], time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+from conveyor.admin.queue_flow import flow_document
 from conveyor.admin.views import QueueInfo
 from conveyor.admin.worker_control import processes_of
 from conveyor.dashboard.documents import cause_document, queue_document
@@ -35,13 +36,15 @@ def list_queues(call: ApiCall) -> dict[str, Any]:
     if not by_name:
         counted.sort(key=lambda one: -(getattr(one[0], call["sort"]) or 0))
     slots = call.service.live.queues.slots()
+    flows = call.service.live.queues.flows()
     queues = [
         {
             **queue_document(info),
             "slots": slots[info.name]._asdict() if info.name in slots else None,
+            "flow": flow_document(flows.get(info.name)),
             "recent": {"done": [one.done for one in last], "failed": [one.failed for one in last]},
         }
-        for info, last, _ in counted
+        for info, last, *_ in counted
     ]
     return {
         "queues": queues, "total": len(names), "offset": begin, "limit": call["limit"], "at": at,
@@ -57,7 +60,7 @@ def show_queue(call: ApiCall) -> dict[str, Any]:
     causes = call.admin.causes(name, info.ready + info.waiting, limits=limits)
     workers = call.admin.queue_workers(name)
     return {
-        "queue": queue_document(info),
+        "queue": {**queue_document(info), "flow": flow_document(call.service.live.queues.flows().get(name))},
         "partitions": [queue_document(one) for one in call.admin.partitions(name)],
         "causes": [cause_document(one) for one in causes],
         "workers": [

@@ -279,32 +279,59 @@ class Ended(NamedTuple):
     retried: int
 
 
+class LeftLately(NamedTuple):
+    """
+    The jobs of a queue or partition that workers ended, with any outcome: in the last whole minute, and in the one that goes on.
+
+    -1: not known. `at_ms`: when that was read, by the server's clock.
+    """
+
+    at_ms: int
+    before: int
+    current: int
+
+    def since(self, earlier: LeftLately) -> int | None:
+        """Return how many were ended since *earlier*; None where the counters do not tell: most are of other minutes."""
+        minutes = self.at_ms // 60_000 - earlier.at_ms // 60_000
+        if -1 in {self.before, self.current, earlier.current} or minutes not in {0, 1}:
+            return None
+        found = self.current - earlier.current + (self.before if minutes else 0)
+        return found if found >= 0 else None  # the queue was deleted meanwhile
+
+
 class CountedPart(NamedTuple):
-    """The counts of a queue or partition, what ended there in each of the last minutes, and its workers where they are listed."""
+    """
+    The counts of a queue or partition, what ended there in each of the last minutes, and its workers where they are listed.
+
+    `left`: what left it, where minutes were asked for.
+    """
 
     counts: QueueCounts
     ended: Sequence[Ended] = ()
     workers: Sequence[WorkerRow] = ()
+    left: LeftLately | None = None
 
 
 def count_queues(queues: Sequence[str], minutes: int, *, workers: bool = False) -> Call[list[CountedPart]]:
     """
     Return the call that counts queues of one server, by their keys `jobs`, a hundred at most.
 
-    Each with what ended in the last whole *minutes*, and with its *workers*. Entries of plain lists are left out. Many workers or
-    counters make it count fewer, at least one.
+    Each with what ended in the last whole *minutes*, what left it, and with its *workers*. Entries of plain lists are left out.
+    Many workers or counters make it count fewer, at least one.
     """
 
     def decode(reply: list[Any]) -> list[CountedPart]:
-        now, counts, oldest, ended, listed = reply
+        now, counts, oldest, ended, listed, gone = reply
         rows = _worker_rows(listed, now)
         ages = {oldest[at] - 1: _age(now, oldest[at + 1], oldest[at + 2]) for at in range(0, len(oldest), 3)}
         lately = [_read_ended(*one) for one in _THREE_NUMBERS.iter_unpack(ended)]
+        left = [LeftLately(now, *one) for one in _TWO_NUMBERS.iter_unpack(gone)]
         return [
             CountedPart(
                 _queue_counts(numbers, ages.get(at)),
                 lately[at * minutes : (at + 1) * minutes] if minutes else (),
                 rows.get(at, ()),
+                left[at] if minutes else None,
             )
             for at, numbers in enumerate(_COUNTS.iter_unpack(counts))
         ]
@@ -312,7 +339,7 @@ def count_queues(queues: Sequence[str], minutes: int, *, workers: bool = False) 
     return Call(COUNT_QUEUES, queues, (str(minutes), "1" if workers else ""), decode)
 
 
-_COUNTS, _THREE_NUMBERS, _FIVE_NUMBERS = Struct("<14q"), Struct("<3q"), Struct("<5q")
+_COUNTS, _TWO_NUMBERS, _THREE_NUMBERS, _FIVE_NUMBERS = Struct("<14q"), Struct("<2q"), Struct("<3q"), Struct("<5q")
 
 
 def _read_ended(done: int, failed: int, retried: int) -> Ended:

@@ -4,11 +4,10 @@ import { GroupTable, LimitTable } from "../parts/limits.js";
 import { WorkerTable } from "../parts/workers.js";
 
 const recent = (queue) => queue.recent?.done ?? [];
-const perSecond = (values) => (values.length ? values.reduce((a, b) => a + b, 0) / (60 * values.length) : null);
 const age = (q) => (q.oldest_age == null ? html`<span class="zero">–</span>` : span(q.oldest_age * 1000));
 
 /** What is unusual about a queue, in a word each. */
-export const Marks = ({ q }) => html`${q.paused && html` <span class="tag warning">paused</span>`}${q.stranded && !q.paused && html` <span class="tag dead">no worker</span>`}${q.unplaced > 0 && html` <span class="tag dead">${num(q.unplaced)} unplaced</span>`}${q.unanswered?.length > 0 && html` <span class="tag dead">no answer</span>`}${q.blocked > 0 && html` <span class="tag warning">${num(q.blocked)} producers wait</span>`}`;
+export const Marks = ({ q }) => html`${q.paused && html` <span class="tag warning">paused</span>`}${q.stranded && !q.paused && html` <span class="tag dead">no worker</span>`}${q.unplaced > 0 && html` <span class="tag dead">${num(q.unplaced)} unplaced</span>`}${q.unanswered?.length > 0 && html` <span class="tag dead">no answer</span>`}${q.blocked > 0 && html` <span class="tag warning">${num(q.blocked)} producers wait</span>`}${q.flow?.sentence && html` <span class="small muted">${q.flow.sentence}</span>`}`;
 
 const pauseOrResume = (q, again, kind = "") => (q.paused
   ? html`<${Act} action="pause_queues" kind=${kind} again=${again} run=${() => api.post("queues/resume", { queue: q.name })} said=${`${q.name} is resumed.`}><${Icon} name="play" size=${13} />Resume<//>`
@@ -22,9 +21,10 @@ const COLUMNS = (again) => [
   { name: "waiting", title: "Waiting", num: true, tall: true, sort: (q) => q.waiting, cell: (q) => html`<${Count} n=${q.waiting} />` },
   { name: "dead", title: "Dead", num: true, sort: (q) => q.dead, cell: (q) => html`<${Count} n=${q.dead} state="dead" />` },
   { name: "oldest", title: "Oldest", num: true, tall: true, sort: (q) => q.oldest_age, cell: age },
-  { name: "rate", title: "Done/s", num: true, tall: true, sort: (q) => perSecond(recent(q)), cell: (q) => rate(perSecond(recent(q))) },
+  { name: "in", title: "In/s", num: true, tall: true, sort: (q) => q.flow?.in_per_second, cell: (q) => rate(q.flow?.in_per_second) },
+  { name: "out", title: "Out/s", num: true, tall: true, sort: (q) => q.flow?.out_per_second, cell: (q) => rate(q.flow?.out_per_second) },
   { name: "spark", title: "5 min", kind: "mid", tall: true, cell: (q) => html`<${Spark} values=${recent(q)} width=${72} label=${`Done in the last minutes: ${recent(q).join(", ")}`} state="done" />` },
-  { name: "workers", title: "Workers", num: true, tall: true, sort: (q) => q.workers, cell: (q) => html`<${Count} n=${q.workers} />${q.slots?.total > 0 && html`<${Meter} used=${q.slots.used} most=${q.slots.total} label=${`${q.slots.used} of ${q.slots.total} slots used`} />`}` },
+  { name: "workers", title: "Workers", kind: "mid", num: true, tall: true, sort: (q) => q.workers, cell: (q) => html`<${Count} n=${q.workers} />${q.slots?.total > 0 && html`<${Meter} used=${q.slots.used} most=${q.slots.total} label=${`${q.slots.used} of ${q.slots.total} slots used`} />`}` },
   { name: "actions", kind: "actions tall", cell: (q) => pauseOrResume(q, again, "small") },
 ];
 
@@ -80,13 +80,14 @@ function Queue({ route }) {
       <div class="tiles few">
         ${[["ready", "Ready"], ["leased", "Running"], ["scheduled", "Scheduled"], ["waiting", "Waiting"], ["dead", "Dead"]].map(([state, text]) => html`<a class=${`tile${state === "dead" && q.dead ? " bad" : ""}`} href=${jobsHref(`${term("queue", name)} state:${state}`)}><span class="label"><i class="dot" data-state=${state}></i>${text}</span><div class="value">${num(q[state])}</div></a>`)}
         <div class="tile"><span class="label">Oldest ready</span><div class="value">${age(q)}</div></div>
+        <div class="tile"><span class="label">In/s · Out/s</span><div class="value">${rate(q.flow?.in_per_second)} · ${rate(q.flow?.out_per_second)}</div></div>
         <div class="tile"><span class="label">Workers</span><div class="value">${num(q.workers)}</div><${Slots} of=${data.slots} /></div>
       </div>
       ${q.max_length && html`<${Card} label="Room"><div class="row between small muted"><span>${num(q.ready + q.scheduled + q.waiting + q.leased)} of ${num(q.max_length)} places used</span></div><${Meter} used=${q.ready + q.scheduled + q.waiting + q.leased} most=${q.max_length} /><//>`}
       ${flags.length > 0 && html`<${Flags} list=${flags} />`}
       ${(data.causes.length > 0 || data.paused_tasks?.length > 0) && html`<${Card} title="Why jobs wait" body=${false}><div class="notices"><${Causes} list=${data.causes} />${(data.paused_tasks ?? []).map((task) => html`<div class="notice" data-state="warning"><${Icon} name="pause" /><span>The task ${task} is paused.</span><span class="links"><${Act} ...${act} action="pause_queues" kind="small" run=${() => api.post("queues/resume", { queue: name, task })} said=${`${task} is resumed.`}>Resume<//></span></div>`)}</div><//>`}
       <${History} queue=${name} />
-      ${data.partitions.length > 1 && html`<${Card} title="Partitions" body=${false}><${Table} label="Partitions" rows=${data.partitions} keyOf=${(p) => p.name} columns=${COLUMNS().filter((c) => !["actions", "rate", "spark"].includes(c.name)).map((c) => (c.name === "name" ? { ...c, title: "Partition", cell: (p) => html`<span class="name">${p.name}</span><${Marks} q=${p} />` } : c))} /><//>`}
+      ${data.partitions.length > 1 && html`<${Card} title="Partitions" body=${false}><${Table} label="Partitions" rows=${data.partitions} keyOf=${(p) => p.name} columns=${COLUMNS().filter((c) => !["actions", "in", "out", "spark"].includes(c.name)).map((c) => (c.name === "name" ? { ...c, title: "Partition", cell: (p) => html`<span class="name">${p.name}</span><${Marks} q=${p} />` } : c))} /><//>`}
       <${Card} title="Workers" body=${false}>${data.workers.length ? html`<${WorkerTable} rows=${data.workers} again=${answer.again} />` : html`<${Empty} title="No worker serves this queue" code=${`conveyor worker -q ${name}`}>Jobs stay safe in the queue until one starts.<//>`}<//>
       ${data.limits.length > 0 && html`<${Card} title="Limits" body=${false}><${LimitTable} rows=${data.limits} again=${answer.again} /><//>`}
       ${data.groups.length > 0 && html`<${Card} title="Groups" body=${false}><${GroupTable} rows=${data.groups} again=${answer.again} /><//>`}
