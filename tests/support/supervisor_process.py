@@ -22,6 +22,14 @@ from testbed.fork_server import start_program
 KEYS = QueueKeys("test", "q")
 
 
+def children_of(pid: int) -> list[int]:
+    """Return the pids of the children of a process: none when it has ended, which the one that forked it may not have told yet."""
+    try:
+        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
 def running(pid: int) -> bool:
     """Tell whether a process runs; a zombie does not."""
     try:
@@ -101,7 +109,7 @@ class SupervisorProcess:
         return self.log_path.read_text()
 
     def children(self) -> list[int]:
-        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+        return children_of(self.pid)
 
     def signal(self, number: int) -> float:
         sent = time.monotonic()

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -28,7 +28,7 @@ from conveyor.worker.supervision import autoscale
 from conveyor.worker.supervision.supervisor import Supervisor
 from support import journal_app
 from support.server_kinds import connect
-from support.supervisor_process import running
+from support.supervisor_process import children_of
 from support.waiting import until
 from testbed.fork_server import Program, start_program
 
@@ -70,7 +70,7 @@ class WorkerProcesses:
             one.kill()
             one.wait()
             for pid in children:
-                if running(pid):
+                with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         if any(error):
             print(self.log)
@@ -111,8 +111,7 @@ class WorkerProcesses:
     @staticmethod
     def children(supervisor: Process) -> list[int]:
         """Return the pids of its children."""
-        place = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children")
-        return [int(pid) for pid in place.read_text().split()]
+        return children_of(supervisor.pid)
 
     # -- what happened --------------------------------------------------------------------------------------------
 

@@ -19,13 +19,9 @@ from conveyor.jobs.app import Conveyor
 from conveyor.payload.records import write_envelope
 from conveyor.store import inspection
 from conveyor.store.operations import Entry
+from support.supervisor_process import children_of
 
 HERE = Path(__file__).parent
-
-
-def children(pid: int) -> list[int]:
-    """Return the worker processes of a supervisor, those only that run Python."""
-    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.mark.row("A1", "A3")
@@ -58,7 +54,7 @@ def test_killed_deliverers_lose_and_double_nothing(url: str, tmp_path: Path, rou
                 assert time.monotonic() < deadline, errors.read_text()[-3000:]
                 time.sleep(0.005)
             time.sleep(rng.uniform(0, 0.1))
-            if found := children(worker.pid):
+            if found := children_of(worker.pid):
                 os.kill(rng.choice(found), signal.SIGKILL)
         while not _is_empty(app):
             assert time.monotonic() < deadline + 10, errors.read_text()[-3000:]

@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def supervise(tmp_path: Path, queue: Queue) -> Iterator[Callable[..., Supervisor
         one.process.kill()
         one.process.wait()
         for pid in children:
-            if running(pid):
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         print(one.log)
 
