@@ -181,6 +181,20 @@ def test_times_are_those_of_the_state(admin: Admin, backend: Client, redis: Redi
         admin.jobs("shop", since=datetime(2026, 1, 1))  # noqa: DTZ001
 
 
+def test_a_worker_is_found_by_its_whole_name(admin: Admin, backend: Client) -> None:
+    """A filter finds what a worker holds by its host:pid, its host or its id, or by a pattern of one of them; no part is enough."""
+    push(backend, "shop", b"1")
+    worker = ClientWorker(backend, "shop")
+    [held] = worker.take()
+    for name in ("testhost:4711", "testhost", worker.identity, "test*", "*:4711", "web-1,testhost", '"testhost:4711"'):
+        assert [job.id for job in admin.search(parse(f"worker:{name}")).jobs] == [held], name
+        assert admin.search(parse(f"-worker:{name}")).jobs == [], name
+    for part in ("testhost:471", "host", "4711", worker.identity[1:]):
+        assert admin.search(parse(f"state:leased worker:{part}")).jobs == [], part
+    push(backend, "shop", b"2")
+    assert len(admin.search(parse("worker:*")).jobs) == 1  # nobody holds the other
+
+
 @pytest.mark.standalone_only("counts the calls to one server")
 def test_the_newest_dead_letters_are_found_without_the_others(admin: Admin, backend: Client, redis: Redis) -> None:
     """A search for those that died lately ends at the first that died before."""

@@ -283,8 +283,10 @@ def _pattern(read: Callable[[JobInfo], str | None]) -> Callable[[str, str], Acce
     return lambda _, value: lambda job: (found := read(job)) is not None and _matches(value, found)
 
 
-def _holds(read: Callable[[JobInfo], str | None]) -> Callable[[str, str], Accepts]:
-    return lambda _, value: lambda job: value.casefold() in (read(job) or "").casefold()
+def _worker_names(job: JobInfo) -> list[str]:
+    """Return the names of the worker that holds a job: host:pid, its host, and its id."""
+    process = f"{job.host}:{job.pid}" if job.host and job.pid else None
+    return [name for name in (process, job.host, job.worker) if name]
 
 
 def _number(read: Callable[[JobInfo], int]) -> Callable[[str, str], Accepts]:
@@ -413,7 +415,7 @@ _FIELDS: dict[str, Callable[[str, str], Accepts]] = {
     "tag": _tag, "age": _age_term, "since": _time_term(after=True), "older": _time_term(after=False),
     "attempt": _number(lambda job: job.attempt), "failures": _number(lambda job: job.failures),
     "crashes": _number(lambda job: job.crashes), "priority": _number(lambda job: job.priority),
-    "worker": _holds(lambda job: f"{job.host or ''}:{job.pid or ''} {job.worker or ''}"),
+    "worker": lambda _, value: lambda job: any(_matches(value, name) for name in _worker_names(job)),
     "group": _pattern(lambda job: job.group),
     "unique": lambda _, value: lambda job: any(_matches(value, key) for key in (*job.keys, job.unique or "")),
     "limit": lambda _, value: lambda job: any(_matches(value, one) for one in job.limits),

@@ -6,7 +6,7 @@ const USAGE = "Of the process and its job processes, as it told them when they c
 const share = (cpu) => (cpu == null ? "–" : `${num(cpu)} %`);
 const details = (about) => [about.version && `conveyor ${about.version}`, about.python && `Python ${about.python}`, about.build && `build ${about.build}`].filter(Boolean).join(" · ");
 
-const heldHref = (w) => jobsHref(`state:leased ${term("worker", `${w.host}:${w.pid}`)}`);
+const heldHref = (w) => jobsHref(`state:leased ${term("worker", w.id)}`);
 
 /** The jobs that a worker holds for longest, since when each; the others are behind a link. */
 function HeldJobs({ worker }) {
