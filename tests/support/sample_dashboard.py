@@ -268,7 +268,7 @@ def schedules() -> list[dict[str, Any]]:
             "next": [] if paused else [at(due + i * 86_400) for i in range(5)], "late": late,
             "next_in_zone": [] if paused else [f"Mon 2026-11-30 0{i}:00:00 CET" for i in range(5)],
             "runs": [{"instant": at(-86_400 * i), "at": at(-86_400 * i + 1), "outcome": "overlap" if i == 3 else "fired",
-                      "job": f"{where}:01JDSAMPLE{i:016d}", "skipped": 1 if i == 3 else 0} for i in range(1, 11)],
+                      "job": "" if i == 3 else f"{where}:01JDSAMPLE{i:016d}", "skipped": 1 if i == 3 else 0, "drift": None if i == 3 else 1.0} for i in range(1, 11)],
         }
         for name, when, task, where, origin, paused, due, late in [
             ("reports.monthly", "At 09:00 on Monday through Friday (Europe/Berlin)", "reports.monthly", "reports", "code", False, 15_600, False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -12,8 +13,10 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from click.testing import CliRunner
 
 from conveyor import ConfigurationError, Conveyor, current
+from conveyor.cli import cli
 from conveyor.errors import ScheduleNotFound
 from conveyor.jobs.core import core_of
 from conveyor.jobs.schedule import job_id
@@ -175,6 +178,40 @@ async def test_instants_that_nobody_carried_out(app: Conveyor, missed: Any, expe
     assert schedule.due == midnight + timedelta(days=1)
     first_skipped = {run.instant for run in schedule.runs() if run.outcome == "missed"}
     assert first_skipped <= {midnight - timedelta(days=2)}
+
+
+async def test_the_drift_of_a_schedule_is_told(app: Conveyor, url: str) -> None:
+    """The time from an instant to its job is told in Python, as JSON and by the command; a skipped instant has none."""
+
+    @app.task(name="greet")
+    async def greet() -> None: ...
+
+    await app.schedules.aput("greeting", greet.s(), every="1h")
+    await reach(app, "greeting", _hour(3))
+    keys = keys_of(app)
+    _, [row] = await app.client.arun(store.read_schedules(keys, "greeting"))
+    await app.client.arun(store.fire_schedule(keys, row, None, None, reason="missed"))
+    await reach(app, "greeting", _hour(2))
+    async with working(app):
+
+        async def fired() -> bool:
+            return (await app.schedules.aget("greeting")).fired > 0
+
+        await auntil(fired)
+    schedule = await app.schedules.aget("greeting")
+
+    late = [run for run in schedule.runs() if run.outcome == "fired"]
+    assert late
+    assert all(run.drift is not None and run.instant + run.drift == run.at for run in late)
+    assert {run.drift for run in schedule.runs() if run.outcome == "missed"} == {None}
+    show = ["schedule", "show", "greeting", "--url", url]
+    as_json = await asyncio.to_thread(CliRunner().invoke, cli, [*show, "--json"])
+    piped = await asyncio.to_thread(CliRunner().invoke, cli, show)
+    told = [run["drift"] for run in json.loads(as_json.stdout)["schedule"]["runs"]]
+    assert told == [None if run.drift is None else run.drift.total_seconds() for run in schedule.runs()]
+    assert [line.split("\t")[3] for line in piped.stdout.split("\n\n")[1].splitlines()] == [
+        "" if one is None else str(one) for one in told
+    ]
 
 
 @pytest.mark.parametrize("overlap", ["skip", "cancel"])

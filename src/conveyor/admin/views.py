@@ -366,7 +366,7 @@ def schedule_view(one: Schedule) -> dict[str, Any]:
         "cron": timing.cron, "tz": timing.tz, "every": every,
         "name": one.name, "when": one.when, "task": one.task, "queue": one.queue, "origin": one.origin, "paused": one.paused,
         "due": one.due, "overlap": one.overlap, "missed": one.missed, "fired": one.fired, "skipped": one.skipped,
-        "next": one.next(5), "runs": [asdict(run) for run in one.runs()],
+        "next": one.next(5), "runs": [{**asdict(run), "drift": run.drift} for run in one.runs()],
     }  # fmt: skip
 
 

@@ -68,10 +68,13 @@ def show(target: Target, out: Output, name: str) -> None:
     if runs := one.runs():
         out.line("")
         rows = [
-            (iso_timestamp(run.instant), run.outcome if run.job else f"skipped: {run.outcome}", run.job or run.skipped)
+            (
+                iso_timestamp(run.instant), run.outcome if run.job else f"skipped: {run.outcome}", run.job or run.skipped,
+                run.drift,
+            )
             for run in runs
-        ]
-        out.table(("instant", "outcome", "job, or how many"), rows)
+        ]  # fmt: skip
+        out.table(("instant", "outcome", "job, or how many", "drift"), rows)
 
 
 @schedule.command("next", example="conveyor schedule next report -n 20")

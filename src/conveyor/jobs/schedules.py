@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
@@ -51,6 +51,11 @@ class ScheduledRun(msgspec.Struct, frozen=True):
     outcome: str
     job: str
     skipped: int
+
+    @property
+    def drift(self) -> timedelta | None:
+        """The time from the instant to its job, jitter included; None of an instant that was skipped."""
+        return self.at - self.instant if self.job else None
 
 
 class Schedule:

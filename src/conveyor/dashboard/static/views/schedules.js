@@ -1,14 +1,17 @@
 // Schedules: when each is due, in its own words, what became of its last instants, and their buttons.
-import { Act, Answer, Card, Dialog, Empty, Form, Head, Problem, State, Table, Time, api, clocks, confirm, html, jobHref, jobsHref, may, ms, num, query, queueHref, term, toast, useEffect, useParam, useQuery, useState } from "../app.js";
+import { Act, Answer, Card, Dialog, Empty, Form, Head, Problem, State, Table, Time, api, clocks, confirm, html, jobHref, jobsHref, may, ms, num, query, queueHref, span, term, toast, useEffect, useParam, useQuery, useState } from "../app.js";
 import { checked } from "../parts/text.js";
 
 /** The last instants as boxes, the newest at the right; a skipped one says why. */
 const Runs = ({ runs }) => html`<span class="runs" role="img" aria-label=${`Last instants: ${runs.map((run) => run.outcome).join(", ") || "none"}`}>${[...runs].slice(0, 12).reverse().map((run) => html`<i data-state=${run.outcome === "fired" ? "fired" : "warning"} title=${`${clocks(ms(run.instant))}: ${run.outcome}${run.skipped > 1 ? ` (${run.skipped})` : ""}`}></i>`)}</span>`;
 
+/** How long after their instants the last jobs of a schedule were enqueued, in seconds, the newest first. */
+const drift = (schedule) => schedule.runs.map((run) => run.drift).filter((one) => one != null);
+
 function One({ schedule, onClose, onEdit }) {
   return html`<${Dialog} label=${schedule.name} onClose=${onClose}><div class="stack"><h2>${schedule.name}</h2><p class="muted">${schedule.when}. When the last run still goes on: ${schedule.overlap}. Instants that were missed: ${schedule.missed}.</p>
     ${schedule.next.length > 0 && html`<h3>Next</h3><ol class="mono small">${schedule.next.map((at, i) => html`<li title=${clocks(ms(at))}>${schedule.next_in_zone[i]}</li>`)}</ol>`}
-    <h3>Last</h3>${schedule.runs.length ? html`<div class="scroll" tabindex="0" role="group" aria-label="Last instants"><table><tbody>${schedule.runs.map((run) => html`<tr><td><${Time} at=${run.instant} /></td><td><${State} value=${run.outcome === "fired" ? "fired" : "warning"} text=${run.outcome + (run.skipped > 1 ? ` × ${run.skipped}` : "")} /></td><td>${run.job && html`<a href=${jobHref(run.job)}>job</a>`}</td></tr>`)}</tbody></table></div>` : html`<p class="muted">None yet.</p>`}
+    <h3>Last</h3>${schedule.runs.length ? html`<div class="scroll" tabindex="0" role="group" aria-label="Last instants"><table><tbody>${schedule.runs.map((run) => html`<tr><td><${Time} at=${run.instant} /></td><td><${State} value=${run.outcome === "fired" ? "fired" : "warning"} text=${run.outcome + (run.skipped > 1 ? ` × ${run.skipped}` : "")} /></td><td class="num muted" title="How long after its instant the job was enqueued">${run.drift != null && `+${span(run.drift * 1000)}`}</td><td>${run.job && html`<a href=${jobHref(run.job)}>job</a>`}</td></tr>`)}</tbody></table></div>` : html`<p class="muted">None yet.</p>`}
     <div class="ends">${schedule.origin !== "code" && html`<button disabled=${!may("manage_schedules")} onClick=${onEdit}>Change …</button>`}<button data-focus="" onClick=${onClose}>Close</button></div></div><//>`;
 }
 
@@ -77,6 +80,7 @@ function Schedules() {
       { name: "queue", title: "Queue", kind: "short mid", tall: true, cell: (s) => html`<a class="quiet" title=${s.queue} href=${queueHref(s.queue)}>${s.queue}</a>` },
       { name: "next", title: "Next", sort: (s) => s.due, cell: (s) => (s.paused ? html`<span class="muted">–</span>` : html`<${Time} at=${s.due} />`) },
       { name: "runs", title: "Last runs", tall: true, cell: (s) => html`<${Runs} runs=${s.runs} />` },
+      { name: "drift", title: "Drift", kind: "mid", num: true, tall: true, sort: (s) => drift(s)[0], cell: (s) => html`<span title=${drift(s).length ? `The last job was enqueued ${span(drift(s)[0] * 1000)} after its instant; of the last ${drift(s).length} the longest ${span(Math.max(...drift(s)) * 1000)}` : ""}>${span(drift(s).length ? drift(s)[0] * 1000 : null)}</span>` },
       { name: "fired", title: "Fired", kind: "mid", num: true, tall: true, sort: (s) => s.fired, cell: (s) => num(s.fired) },
       { name: "skipped", title: "Skipped", kind: "mid", num: true, tall: true, sort: (s) => s.skipped, cell: (s) => num(s.skipped) },
       { name: "actions", kind: "actions", cell: (s) => html`<${Act} action="manage_schedules" kind="small" again=${answer.again} run=${() => api.post("schedules/run", { name: s.name })} said=${`A job of ${s.name} is enqueued.`}>Run now<//> <${Act} action="manage_schedules" kind="small" again=${answer.again} run=${() => api.post(`schedules/${s.paused ? "resume" : "pause"}`, { name: s.name })} said=${`${s.name} is ${s.paused ? "resumed" : "paused"}.`}>${s.paused ? "Resume" : "Pause"}<//>${s.origin !== "code" && html` <${Act} action="manage_schedules" kind="small danger" again=${answer.again} run=${() => remove(s)}>Delete<//>`}` },
