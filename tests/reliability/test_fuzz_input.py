@@ -152,7 +152,7 @@ def typed(dice: random.Random, command: click.Command) -> list[str]:
     for parameter in command.params:
         if isinstance(parameter, click.Argument):
             words += [dice.choice(WORDS) for _ in range(dice.choice([1, 1, 1, 0, 2]) if parameter.nargs == -1 else 1)]
-        elif dice.random() < 0.2 and parameter.name not in {"help", "app_reference"}:
+        elif dice.random() < 0.2 and parameter.name not in {"help", "app_reference", "follow"}:  # a job may never end
             choice = [dice.choice(list(parameter.opts))]
             words = [*choice, *([] if getattr(parameter, "is_flag", False) else [dice.choice(WORDS)]), *words]
     return words
