@@ -22,7 +22,6 @@ from testbed.server_process import find_binary
 
 SLOTS = 16384
 _ports: Iterator[int] = itertools.count(12000 + os.getpid() % 300 * 30)
-_reserved: list[socket.socket] = []
 
 
 def free_port() -> int:
@@ -43,7 +42,7 @@ def _reserve(port: int) -> bool:
     except OSError:
         holder.close()
         return False
-    _reserved.append(holder)
+    holder.detach()  # held by its number alone: an object would warn at the end of the process that nobody closed it
     return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import signal
@@ -25,7 +26,7 @@ from support.running_worker import working
 from support.shell import Shell
 from support.terminal import on_terminal
 from support.time_limits import PATIENCE
-from support.waiting import until, until_said
+from support.waiting import auntil, until, until_said
 
 
 class Terminal(io.StringIO):
@@ -105,13 +106,15 @@ async def test_a_result_with_a_bar(url: str, monkeypatch: pytest.MonkeyPatch) ->
         job = await count.aenqueue()
         assert await job.aresult(bar=True) == 3
         monkeypatch.setattr(sys, "stderr", terminal)
-        job = await count.options(delay="50ms").aenqueue()
-        assert await job.aresult(bar=True) == 3
+        job = await count.options(delay="1h").aenqueue()
+        result = asyncio.create_task(job.aresult(bar=True))
+        await auntil(lambda: f"{job.id} is scheduled" in terminal.getvalue())
+        assert await job.aupdate(delay=0)
+        assert await result == 3
         jobs = await app.aenqueue_many(calls, bar=True)
         monkeypatch.undo()
         assert [await one.aresult() for one in jobs] == [3, 3, 3]
     drawn = terminal.getvalue()
-    assert f"{job.id} is scheduled" in drawn
     assert "3 of 3  enqueued" in drawn
     assert drawn.endswith("\r\x1b[K")
 

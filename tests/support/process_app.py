@@ -140,7 +140,7 @@ def die(how: str) -> None:
     elif how == "segfault":
         ctypes.string_at(0)
     elif how == "close":
-        os.closerange(3, 64)
+        os.closerange(3, 1 + max(map(int, os.listdir("/dev/fd"))))
         time.sleep(60)
     elif how == "forge":  # a report on another attempt
         os.write(int(sys.argv[2]), pack(DoneReply("default:other", 1, None)))
