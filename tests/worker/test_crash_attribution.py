@@ -31,6 +31,8 @@ from conveyor.worker.shared_memory import ChildSlot
 from conveyor.worker.worker import Worker
 from support import process_app
 from support.client_worker import ClientWorker
+from support.manual_worker import ManualWorker
+from support.running_worker import working
 from support.waiting import auntil
 from support.worker_processes import wait, worker_processes
 
@@ -231,3 +233,39 @@ async def test_a_process_is_charged_until_its_crash_is_settled(url: str, slot: C
     [found] = [snapshot for text, snapshot in seen if "crashed its process" in text]
     assert found is not None
     assert found.blame([split(job.id)[1]], fault=True) == ([split(job.id)[1]], [])
+
+
+@pytest.mark.leaves_keys("the load goes on until its jobs are purged")
+async def test_jobs_of_a_killed_worker_start_under_load(url: str) -> None:
+    """Jobs that came back from a crash start while a worker that holds work ahead has more of it at every moment."""
+    app, load_ended, started = Conveyor(url), 0, list[int]()
+
+    @app.task(name="load")
+    async def load() -> None:
+        nonlocal load_ended
+        await asyncio.sleep(0.001)
+        load_ended += 1
+
+    @app.task(name="victim")
+    async def victim(n: int) -> None:
+        started.append(n)
+
+    async def keep_loaded() -> None:
+        pushed = 0
+        while True:
+            if pushed - load_ended < 500:
+                await app.aenqueue_many([load.s() for _ in range(500)])
+                pushed += 500
+            await asyncio.sleep(0)
+
+    await app.aenqueue_many([victim.s(n) for n in range(4)])
+    killed = await asyncio.to_thread(ManualWorker, app)
+    assert len(await asyncio.to_thread(killed.take, 4)) == 4
+    async with working(app, concurrency=4):
+        loading = asyncio.create_task(keep_loaded())
+        await auntil(lambda: load_ended > 2000)
+        await app.client.arun(operations.reap(killed.keys, killed.worker, crashed=True))
+        await auntil(lambda: len(started) == 4, 20)
+        loading.cancel()
+    await app.queue("default").apurge()
+    await app.aclose()

@@ -191,7 +191,8 @@ class Capacity:
     def _total(self, *, saturated: bool) -> int:
         """Return how many jobs may be leased and not running: free slots and work ahead, those that wait already included."""
         free = self._executor.free + self.backlog - sum(self._reserved.values())  # slots that no job runs in
-        capacity = free + self.ahead(saturated)
+        # None ahead of those that came back from a crash: the backlog takes each slot that becomes free before they can.
+        capacity = free + (0 if self._reserved else self.ahead(saturated))
         if self._limits.is_limited:
             capacity = min(capacity, self.backlog + self._limits.remaining(self.taken))
         return capacity
